@@ -1,0 +1,256 @@
+"""The YAML of an experiment, checked: what is trained, how fast it learns, and by whom.
+
+``load_config`` reads a file and ``--set key=value`` overrides into a frozen :class:`Config`; whatever is wrong comes
+back as one :class:`ConfigError` that names the file, the key, the value given and what is allowed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message says which key, what was given and what is allowed."""
+
+
+def suggest(given: object, allowed: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the allowed word nearest to ``given``, or nothing when none is near."""
+    nearest = difflib.get_close_matches(str(given), list(allowed), n=1)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def _number(value: object) -> object:
+    if isinstance(value, bool):  # pydantic would read `yes` as 1
+        raise ValueError("should be a number, not yes/no/on/off/true/false")
+    return value
+
+
+def _gap(value: object) -> object:
+    if isinstance(value, bool):  # YAML 1.1 reads a bare on or off as one
+        return "on" if value else "off"
+    if not re.fullmatch("on|off|every:[1-9][0-9]*", str(value)):
+        raise ValueError(f"should be on, off or every:K with K >= 1{suggest(value, ('on', 'off', 'every:10'))}")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_number)]
+Float = Annotated[float, BeforeValidator(_number)]
+
+# Fields that may differ from machine to machine (or only label a run): no part of the digest.
+LOCAL: dict[str, Any] = {"local": True}
+
+
+class _Checked(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class LrSchedule(_Checked):
+    """Steps of the learning rate, and the warm-up of a cluster."""
+
+    milestones: tuple[Float, ...] = Field(
+        default=(), description="epochs at which lr is multiplied by factor, increasing"
+    )
+    factor: Float = Field(default=0.1, gt=0, description="what lr is multiplied by at each milestone")
+    warmup_epochs: Float = Field(
+        default=5.0,
+        ge=0,
+        description="epochs of the cluster over which lr rises from lr / workers to lr; 0 for no warm-up",
+    )
+
+    @field_validator("milestones")
+    @classmethod
+    def _increasing(cls, milestones: tuple[float, ...]) -> tuple[float, ...]:
+        if any(later <= earlier for earlier, later in pairwise((0.0, *milestones))):
+            raise ValueError("should be epochs above 0, each larger than the one before")
+        return milestones
+
+
+class Config(_Checked):
+    """One experiment. Build it with :func:`load_config`; the fields are the keys of the YAML."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="label of the run, part of its folder's name: letters, digits, '.', '_' and '-'",
+        json_schema_extra=LOCAL,
+    )
+    workload: str | None = Field(None, description="a built-in workload, e.g. digits; or give data and model instead")
+    data: str | None = Field(None, description="torchvision.<Dataset>, or package.module:function for (train, test)")
+    model: str | None = Field(None, description="torchvision.<model>, or package.module:callable for a module")
+    data_dir: str | None = Field(None, description="folder that holds the data set", json_schema_extra=LOCAL)
+    augment: bool | None = Field(None, description="random crops and flips of training images; default: the workload's")
+
+    batch_size: Int = Field(ge=1, description="samples of one update: per worker, shared by its ranks")
+    epochs: Int = Field(ge=1, description="passes over the training data by the whole cluster")
+    seed: Int = Field(0, ge=0, description="of the initial parameters, the order of the samples and the schedule")
+
+    lr: Float = Field(gt=0, description="learning rate, as tuned on one worker")
+    momentum: Float = Field(0.9, gt=-1, lt=1, description="Nesterov momentum, above -1 and below 1")
+    weight_decay: Float = Field(0.0, ge=0, description="L2 penalty, added to the gradient")
+    lr_schedule: LrSchedule = Field(default_factory=LrSchedule, description="milestones, factor and warmup_epochs")
+    lr_correction: bool = Field(True, description="keep DANA's look-ahead exact while lr changes; false: the paper")
+
+    algorithm: str = Field("dana", description="update rule, e.g. dana; or ssgd for synchronous training")
+    workers: Int = Field(1, ge=1, description="machines that train asynchronously, each one worker")
+    schedule: Literal["round-robin", "block-random"] = Field(
+        "block-random", description="order of the workers in a simulation"
+    )
+    gap: Annotated[str, BeforeValidator(_gap)] = Field(
+        "on",
+        description="measure the gap of each update (on), of every K-th (every:K) or of none (off)",
+        json_schema_extra=LOCAL,
+    )
+
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: mixed precision by autocast")
+    channels_last: bool = Field(False, description="keep images and convolutions in channels-last memory format")
+    num_workers: Int = Field(
+        0, ge=0, description="loading processes of each rank's DataLoader", json_schema_extra=LOCAL
+    )
+    threads: Int | None = Field(
+        None, ge=1, description="CPU threads of each rank; default: torch's choice", json_schema_extra=LOCAL
+    )
+
+    @model_validator(mode="after")
+    def _one_workload(self) -> Config:
+        given = [key for key in ("workload", "data", "model") if getattr(self, key) is not None]
+        if given not in (["workload"], ["data", "model"]):
+            found = ", ".join(f"{key} = {getattr(self, key)!r}" for key in given) or "none of the three"
+            raise ValueError(f"give either the key workload, or both data and model; found {found}")
+        return self
+
+    def lr_at(self, epoch: float) -> float:
+        """The learning rate at a fractional epoch of the cluster: steps only, warm-up is a factor on top."""
+        steps_done = sum(epoch >= milestone for milestone in self.lr_schedule.milestones)
+        return self.lr * self.lr_schedule.factor**steps_done
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of what server and workers must agree on; blind to paths and other matters of one machine."""
+        local = {name for name, field in type(self).model_fields.items() if field.json_schema_extra == LOCAL}
+        shared = self.model_dump(mode="json", exclude=local)
+        canonical = json.dumps(shared, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read and check a YAML file.
+
+    Args:
+        path: the file. ``name`` defaults to its stem.
+        overrides: ``key=value`` each, the value in YAML: ``lr=0.1``, ``lr_schedule.factor=0.2`` or
+            ``lr_schedule={milestones: [2, 3]}``. A mapping is merged into the file's, anything else replaces it.
+
+    Raises:
+        ConfigError: the file is missing or no mapping, or a key or value is not allowed.
+    """
+    path = Path(path)
+    values = {"name": path.stem, **_read_mapping(path)}
+    origin = {}  # dotted key -> the override that set it, for the error message
+    for override in overrides:
+        key, value = _parse_override(override)
+        _merge(values, key.split("."), value, override)
+        origin[key] = override
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        problems = [_explain(problem, path, origin) for problem in error.errors()]
+        raise ConfigError("\n".join(problems)) from None
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Write ``config`` as YAML that :func:`load_config` reads back equal; the file appears whole or not at all."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """``yaml.SafeLoader``, but a key given twice is an error rather than silently the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise yaml.YAMLError(f"key {key.value!r} stands twice, in lines {lines[key.value]} and {line}")
+            lines[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.load(path.read_text(), _UniqueKeys)  # noqa: S506 - a SafeLoader
+    except FileNotFoundError:
+        others = [str(other) for other in sorted(path.parent.glob("*.yaml"))]
+        raise ConfigError(f"{path}: no such config file{suggest(path, others)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot read the config: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigError(f"{path}: expected a mapping of keys to values, like 'lr: 0.1' on lines of their own")
+    return values
+
+
+def _parse_override(override: str) -> tuple[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {override}: expected key=value, for example --set lr=0.1")
+    try:
+        return key.strip(), yaml.load(text, _UniqueKeys)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from None
+
+
+def _merge(values: dict[str, Any], keys: Sequence[str], value: Any, override: str) -> None:
+    """Set ``values[keys[0]][keys[1]]…``; a mapping is merged into the mapping it meets."""
+    first, *rest = keys
+    if rest or (isinstance(value, dict) and isinstance(values.get(first), dict)):
+        inner = values.get(first) or {}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {override}: {first} = {inner!r} holds no keys, so {'.'.join(rest)} cannot be set")
+        values[first] = inner = dict(inner)
+        for key, item in [(rest, value)] if rest else [([name], item) for name, item in value.items()]:
+            _merge(inner, key, item, override)
+    else:
+        values[first] = value
+
+
+def _explain(problem: Mapping[str, Any], path: Path, origin: Mapping[str, str]) -> str:
+    """One pydantic problem as a sentence: where, key, value given, what is allowed."""
+    key, given, message = ".".join(map(str, problem["loc"])), problem["input"], problem["msg"]
+    sources = [override for name, override in origin.items() if f"{key}.".startswith(f"{name}.")]
+    where = f"{path}, --set {sources[-1]}" if sources else str(path)
+    message = message.removeprefix("Value error, ").removeprefix("Input ").removeprefix("String ")
+    if not key:  # about several keys
+        return f"{where}: {message}"
+    fields = _fields_beside(problem["loc"])
+    name = next(part for part in reversed(problem["loc"]) if isinstance(part, str))
+    match problem["type"]:
+        case "extra_forbidden":
+            known = ", ".join(sorted(fields))
+            return f"{where}: unknown key {key!r} (= {given!r}){suggest(name, fields) or '.'} Known keys: {known}"
+        case "missing":
+            return f"{where}: the key {key!r} is missing ({fields[name].description})"
+        case "literal_error":
+            message += suggest(given, get_args(fields[name].annotation))
+    return f"{where}: {key} = {given!r} {message} ({fields[name].description})"
+
+
+def _fields_beside(location: Sequence[str | int]) -> dict[str, FieldInfo]:
+    """The fields of the mapping that a pydantic location ends in."""
+    return LrSchedule.model_fields if location[0] == "lr_schedule" and len(location) > 1 else Config.model_fields

@@ -1,0 +1,190 @@
+"""The user's own torch.optim.SGD, carried out by the cluster."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from danaz.flat import FlatModel
+from danaz.schedule import warmup_factor
+from danaz.worker.group import Group
+
+BUCKET_FLOATS = 1 << 20  # 4 MB: long enough to use the wire well, short enough to begin while backward still runs
+
+
+class UnsupportedOptimizerError(TypeError):
+    """An optimizer that DANA cannot stand in for."""
+
+
+def check_supported(optimizer: torch.optim.Optimizer) -> float:
+    """The momentum of an optimizer that danaz can carry out. Raises UnsupportedOptimizerError with the reason."""
+    if type(optimizer) is not torch.optim.SGD:
+        raise UnsupportedOptimizerError(
+            f"danaz carries out torch.optim.SGD, not {type(optimizer).__name__}: the rules it implements are those of "
+            "SGD with (Nesterov) momentum."
+        )
+    for key in ("dampening", "maximize"):
+        if any(group[key] for group in optimizer.param_groups):
+            raise UnsupportedOptimizerError(f"danaz cannot carry out SGD with {key}: no asynchronous rule has it.")
+    momenta = {float(group["momentum"]) for group in optimizer.param_groups}
+    if len(momenta) > 1:
+        raise UnsupportedOptimizerError(
+            f"all parameter groups must have the same momentum, these have {sorted(momenta)}: the server looks ahead "
+            "along one sum of velocities."
+        )
+    if momenta != {0.0} and not all(group["nesterov"] for group in optimizer.param_groups):
+        warnings.warn("danaz trains with Nesterov momentum (DANA is built on it); nesterov=False is not kept", stacklevel=3)
+    return momenta.pop()
+
+
+class GradientExchange:
+    """Averages gradients over the ranks while backward still produces them.
+
+    The flat gradient is cut into buckets of neighbouring parameters; a bucket's sum begins when all its gradients are
+    there, always in the same order (last parameters first), which torch.distributed requires.
+    """
+
+    def __init__(self, flat: FlatModel, group: Group, passes: int):
+        self.flat = flat
+        self.group = group
+        self.weight = 1.0 / group.size
+        self._passes = passes
+        self._buckets = _buckets(flat)
+        self._bucket_of = {i: number for number, bucket in enumerate(self._buckets) for i in bucket}
+        self._reset()
+        if group.size > 1:
+            for index, parameter in enumerate(flat.trained):
+                parameter.register_post_accumulate_grad_hook(self._hook(index))
+
+    def _reset(self) -> None:
+        self._seen = [0] * len(self.flat.trained)
+        self._missing = [len(bucket) for bucket in self._buckets]
+        self._handles: list[Any] = []
+
+    def _hook(self, index: int) -> Callable[[Tensor], None]:
+        def gradient_is_there(parameter: Tensor) -> None:
+            self._seen[index] += 1
+            number = self._bucket_of[index]
+            if self._seen[index] > self._passes or number < len(self._handles):
+                raise RuntimeError(
+                    "a gradient was produced again before optimizer.step(), after its sum over the ranks had begun. To "
+                    "accumulate K backward passes, give DistributedOptimizer(…, backward_passes_per_step=K)."
+                )
+            if self._seen[index] == self._passes:
+                self._missing[number] -= 1
+            while len(self._handles) < len(self._buckets) and not self._missing[len(self._handles)]:
+                self._begin_next()
+
+        return gradient_is_there
+
+    def _begin_next(self) -> None:
+        number = len(self._handles)
+        bucket = self._buckets[number]
+        self.flat.gather_gradients(bucket)
+        entries = self.flat.layout.parameters
+        grads = self.flat.grads[entries[bucket.start].start : entries[bucket.stop - 1].stop]
+        # Not a multiplication by zero: what a rank without samples holds may be anything.
+        grads.mul_(self.weight) if self.weight else grads.zero_()
+        self._handles.append(self.group.sum_async(grads, f"danaz.grad.{number}"))
+
+    def finish(self, loss: float | None) -> float | None:
+        """Return when the flat gradient is the mean over the batch; returns the batch's mean loss."""
+        if self.group.size == 1:
+            self.flat.gather_gradients(range(len(self.flat.trained)))
+            return loss
+        while len(self._handles) < len(self._buckets):
+            self._begin_next()
+        share = torch.tensor([(loss or 0.0) * self.weight, float(loss is not None)])
+        self._handles.append(self.group.sum_async(share, "danaz.loss"))
+        for handle in self._handles:
+            self.group.wait(handle)
+        self._reset()
+        return share[0].item() if share[1] else None
+
+
+def _buckets(flat: FlatModel) -> list[range]:
+    """Ranges of parameter numbers, from the last parameters to the first."""
+    buckets, stop, floats = [], len(flat.trained), 0
+    for index in reversed(range(len(flat.trained))):
+        floats += flat.trained[index].numel()
+        if floats >= BUCKET_FLOATS or index == 0:
+            buckets.append(range(index, stop))
+            stop, floats = index, 0
+    return buckets
+
+
+class DistributedOptimizer(torch.optim.Optimizer):
+    """Stands in for the SGD optimizer it wraps; lr, momentum, weight decay and groups are read from it at each step.
+
+    ``step()`` averages the gradient over this worker's ranks, pushes it, and puts the next view into the model. It
+    takes ``loss=`` (the mean over this rank's samples) for the run's records. torch's learning-rate schedulers work
+    on either optimizer.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        group: Group,
+        backward_passes_per_step: int = 1,
+    ):
+        """Raises UnsupportedOptimizerError, and ValueError for parameters that danaz cannot train."""
+        self.momentum = check_supported(optimizer)
+        self.flat = FlatModel(model, [group["params"] for group in optimizer.param_groups])
+        self.exchange = GradientExchange(self.flat, group, backward_passes_per_step)
+        self._wrapped = optimizer
+        self._push: Callable[[list[float], float | None], None] | None = None
+        self._synchronized: tuple[float | None] | None = None
+        super().__init__(optimizer.param_groups, optimizer.defaults)  # type: ignore[arg-type]
+
+    def connect(self, push: Callable[[list[float], float | None], None]) -> None:
+        """Send what ``step`` produces, (lr per group, mean loss), to ``push``."""
+        self._push = push
+
+    def synchronize(self, loss: float | Tensor | None = None) -> None:
+        """Wait for the mean gradient, to look at or clip it before ``step()``."""
+        if self._synchronized is None:
+            self._synchronized = (self.exchange.finish(loss.item() if isinstance(loss, Tensor) else loss),)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, *, loss: float | Tensor | None = None) -> Any:  # type: ignore[override]
+        """One update of this worker. Returns the closure's result, if one is given."""
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = loss = closure()
+        if self._push is None:
+            raise RuntimeError("optimizer.step() outside of danaz.shard: iterate `for batch in danaz.shard(loader, epoch)`")
+        self.synchronize(loss)
+        assert self._synchronized is not None
+        (mean_loss,), self._synchronized = self._synchronized, None
+        add_weight_decay(self.flat, self.param_groups)
+        self._push([float(group["lr"]) for group in self.param_groups], mean_loss)
+        # A scheduler made for the wrapped optimizer asks whether that one has stepped.
+        self._wrapped._opt_called = True  # type: ignore[attr-defined]
+        return result
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of all parameters."""
+        super().zero_grad(set_to_none)
+
+
+@torch.no_grad()
+def add_weight_decay(flat: FlatModel, param_groups: Sequence[dict[str, Any]]) -> None:
+    """g ← g + wθ̂, group by group."""
+    for group, (start, stop) in zip(param_groups, flat.layout.groups, strict=True):
+        if group["weight_decay"]:
+            flat.grads[start:stop].add_(flat.params[start:stop], alpha=float(group["weight_decay"]))
+
+
+def effective_lr(
+    lr: Sequence[float], *, epoch: float, workers: int, warmup_epochs: float, scales_lr: bool
+) -> list[float]:
+    """The user's rates as the cluster applies them: warmed up and, for SSGD, scaled with the number of workers."""
+    factor = warmup_factor(epoch, workers, warmup_epochs) * (workers if scales_lr else 1)
+    return [rate * factor for rate in lr]
+

@@ -1,0 +1,125 @@
+"""What an update rule is.
+
+A rule is elementwise: it sees slices of flat f32 vectors and a few scalars, so the same object serves a whole
+model, a shard in its own process, or a chunk that is still in cache. It holds hyper-parameters and nothing else;
+the vectors it declares in ``shared_state`` and ``worker_state`` are kept for it by the server (zero at the start)
+and handed in, sliced alike.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from torch import Tensor
+
+Vectors = Mapping[str, Tensor]  # name -> f32[n], all slices of the same range
+Pushes = Literal["gradient", "displacement", "parameters"]
+
+
+@dataclass(frozen=True)
+class Context:
+    """The scalars of one update, or of one reply."""
+
+    lr: float  # η of this update; in a reply, of the last applied update of any worker
+    own_lr: float  # ηᵢ of this worker's last applied update, 0 before its first
+    max_lr: float  # the largest η applied so far
+    lag: int  # τ: updates applied since this worker's view was sent
+    version: int  # updates applied before this one
+    own_updates: int  # of those, this worker's
+
+
+class WorkerRule:
+    """The worker's half of a rule: turns a gradient into a push. By default the push is the gradient."""
+
+    worker_state: tuple[str, ...] = ()
+
+    def push(self, out: Tensor, grad: Tensor, old: Vectors, new: Vectors, ctx: Context) -> None:
+        """Write the push into ``out`` f32[n] and the state after it into ``new``; ``old`` stays untouched.
+
+        The caller keeps ``old`` until the server has applied the push, and goes back to it on a refusal.
+        Only ``ctx.lr`` and ``ctx.own_lr`` are known on a worker.
+        """
+        out.copy_(grad)
+
+    def give_back(self, out: Tensor, state: Vectors, own_lr: float) -> None:
+        """Write what the server must add to its parameters when this worker leaves in good order."""
+        out.zero_()
+
+
+class Rule:
+    """The server's half of a rule, and what it declares about itself."""
+
+    pushes: Pushes = "gradient"
+    barrier: bool = False  # the round waits for every live worker, their pushes are averaged
+    all_reduce: bool = False  # live, one Horovod world over all hosts takes the server's place
+    scales_lr: bool = False  # η is multiplied by the number of workers (linear scaling)
+    needs_view: bool = False  # the server keeps what it last sent to each worker
+    max_workers: int | None = None
+    worker_state: tuple[str, ...] = ()  # vectors per worker, on the server
+    shared_state: tuple[str, ...] = ()  # vectors the server keeps once
+    worker_rule: WorkerRule = WorkerRule()
+    # The view is all there is to the server's state: after a loss, the newest view restores it.
+    view_is_state: bool = False
+
+    def apply(self, params: Tensor, push: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
+        """Update ``params`` f32[n] and the state vectors in place; ``push`` may be used as scratch."""
+        raise NotImplementedError
+
+    def view(self, out: Tensor, params: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
+        """Write into ``out`` f32[n] the parameters this worker computes its next gradient on."""
+        out.copy_(params)
+
+    def resum(self, shared: Vectors, workers: Iterable[tuple[Vectors, float]]) -> None:
+        """Rebuild shared sums from the workers' vectors and last rates: against drift, and after a worker left."""
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """A named rule: what users choose with ``--algorithm``."""
+
+    name: str
+    paper: str
+    build: Callable[..., Rule]
+
+    @property
+    def summary(self) -> str:
+        return (inspect.getdoc(self.build) or "").split("\n", 1)[0]
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """Name -> default of everything the rule's author lets users set."""
+        return {p.name: p.default for p in inspect.signature(self.build).parameters.values()}
+
+    def rule(self, **hyperparameters: Any) -> Rule:
+        """Build the rule from those of the given hyper-parameters that it has (ASGD has no momentum, say)."""
+        return self.build(**{k: v for k, v in hyperparameters.items() if k in self.hyperparameters})
+
+
+ALGORITHMS: dict[str, Algorithm] = {}
+
+
+class UnknownAlgorithmError(ValueError):
+    """No algorithm has this name."""
+
+
+def algorithm(name: str, *, paper: str) -> Callable[[Callable[..., Rule]], Callable[..., Rule]]:
+    """Register a rule's factory under the name that users type."""
+
+    def register(build: Callable[..., Rule]) -> Callable[..., Rule]:
+        ALGORITHMS[name] = Algorithm(name, paper, build)
+        return build
+
+    return register
+
+
+def find_algorithm(name: str) -> Algorithm:
+    """Look an algorithm up by name. Raises UnknownAlgorithmError, with the nearest name."""
+    if name in ALGORITHMS:
+        return ALGORITHMS[name]
+    nearest = get_close_matches(name, ALGORITHMS, n=1)
+    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    raise UnknownAlgorithmError(f"unknown algorithm {name!r}.{hint} There are: {', '.join(sorted(ALGORITHMS))}.")

@@ -1,0 +1,58 @@
+"""Composition: transformations of the gradient in front of a rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from torch import Tensor
+
+from danaz.rules.base import Context, Rule, Vectors
+
+
+class Transform:
+    """Changes a gradient, in place, before the rule behind it sees it."""
+
+    needs_view: bool = False
+    shared_state: tuple[str, ...] = ()
+
+    def apply(self, grad: Tensor, shared: Vectors, ctx: Context) -> None:
+        raise NotImplementedError
+
+
+class scale_gradient(Transform):  # noqa: N801 - reads as a verb where rules are written
+    """Apply ``scale(grad, ctx)``, which works in place."""
+
+    def __init__(self, scale: Callable[[Tensor, Context], object]):
+        self.scale = scale
+
+    def apply(self, grad: Tensor, shared: Vectors, ctx: Context) -> None:
+        self.scale(grad, ctx)
+
+
+class chain(Rule):  # noqa: N801
+    """The transformations in their order, then the last rule. Declares what its parts declare."""
+
+    def __init__(self, *links: Transform | Rule):
+        *transforms, rule = links
+        if not isinstance(rule, Rule) or not all(isinstance(t, Transform) for t in transforms):
+            raise TypeError("chain() takes transformations and, last, one rule")
+        if rule.pushes != "gradient":
+            raise ValueError(f"chain() transforms gradients, but its rule takes a {rule.pushes} from the worker")
+        self.transforms = [t for t in transforms if isinstance(t, Transform)]
+        self.rule = rule
+        self.barrier = rule.barrier
+        self.worker_rule = rule.worker_rule
+        self.worker_state = rule.worker_state
+        self.needs_view = rule.needs_view or any(t.needs_view for t in self.transforms)
+        self.shared_state = rule.shared_state + tuple(name for t in self.transforms for name in t.shared_state)
+
+    def apply(self, params: Tensor, push: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
+        for transform in self.transforms:
+            transform.apply(push, shared, ctx)
+        self.rule.apply(params, push, own, shared, ctx)
+
+    def view(self, out: Tensor, params: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
+        self.rule.view(out, params, own, shared, ctx)
+
+    def resum(self, shared: Vectors, workers: Iterable[tuple[Vectors, float]]) -> None:
+        self.rule.resum(shared, workers)

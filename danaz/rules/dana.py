@@ -1,0 +1,87 @@
+"""DANA: send each worker the estimated future position of the parameters (Hakimi et al., arXiv 1907.11612).
+
+All workers' momentum is still to be applied while worker i computes, so its gradient belongs at
+θ − γ Σⱼ ηⱼvⱼ. DANA-Zero keeps the velocities on the server; DANA ("slim", Algorithm 4) keeps each on its worker,
+by the change of variable Θ = θ − γ Σⱼ ηⱼvⱼ, and its server is plain ASGD. Both send the same parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from danaz.rules.base import Context, Rule, Vectors, WorkerRule, algorithm
+
+
+class DanaZero(Rule):
+    """vᵢ ← γvᵢ + g; θ ← θ − ηvᵢ; worker i gets θ − γR with R = Σⱼ ηⱼvⱼ (Algorithm 3)."""
+
+    worker_state = ("velocity",)
+    shared_state = ("sum",)  # R, kept incrementally
+
+    def __init__(self, momentum: float):
+        self.momentum = momentum
+
+    def apply(self, params: Tensor, push: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
+        velocity = own["velocity"]
+        shared["sum"].sub_(velocity, alpha=ctx.own_lr)
+        velocity.mul_(self.momentum).add_(push)
+        shared["sum"].add_(velocity, alpha=ctx.lr)
+        params.sub_(velocity, alpha=ctx.lr)
+
+    def view(self, out: Tensor, params: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
+        out.copy_(params).sub_(shared["sum"], alpha=self.momentum)
+
+    def resum(self, shared: Vectors, workers: Iterable[tuple[Vectors, float]]) -> None:
+        shared["sum"].zero_()
+        for own, lr in workers:
+            shared["sum"].add_(own["velocity"], alpha=lr)
+
+
+class DanaWorker(WorkerRule):
+    """vᵢ′ = γvᵢ + g; push −η(γvᵢ′ + g) + γ(ηᵢ − η)vᵢ.
+
+    The last term is zero while η is constant. It makes the displacement of Θ exact when η changes, and Algorithm 4
+    leaves it out: ``lr_correction=False`` does so too.
+    """
+
+    worker_state = ("velocity",)
+
+    def __init__(self, momentum: float, lr_correction: bool):
+        self.momentum = momentum
+        self.lr_correction = lr_correction
+
+    def push(self, out: Tensor, grad: Tensor, old: Vectors, new: Vectors, ctx: Context) -> None:
+        velocity = new["velocity"].copy_(old["velocity"]).mul_(self.momentum).add_(grad)
+        out.copy_(grad).add_(velocity, alpha=self.momentum).mul_(-ctx.lr)
+        if self.lr_correction and ctx.own_lr != ctx.lr:
+            out.add_(old["velocity"], alpha=self.momentum * (ctx.own_lr - ctx.lr))
+
+    def give_back(self, out: Tensor, state: Vectors, own_lr: float) -> None:
+        out.copy_(state["velocity"]).mul_(self.momentum * own_lr)
+
+
+class Dana(Rule):
+    """Θ ← Θ + the finished displacement; the worker gets Θ."""
+
+    pushes = "displacement"
+    view_is_state = True
+
+    def __init__(self, momentum: float, lr_correction: bool):
+        self.worker_rule = DanaWorker(momentum, lr_correction)
+
+    def apply(self, params: Tensor, push: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
+        params.add_(push)
+
+
+@algorithm("dana-zero", paper="Hakimi et al., arXiv 1907.11612, Algorithm 3")
+def dana_zero(momentum: float = 0.9) -> Rule:
+    """DANA with the velocities on the server."""
+    return DanaZero(momentum)
+
+
+@algorithm("dana", paper="Hakimi et al., arXiv 1907.11612, Algorithm 4")
+def dana(momentum: float = 0.9, lr_correction: bool = True) -> Rule:
+    """DANA with each velocity on its worker: the look-ahead costs the server nothing."""
+    return Dana(momentum, lr_correction)

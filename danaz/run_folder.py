@@ -1,0 +1,108 @@
+"""A run on disk: config.yaml, updates.jsonl, summary.json, parameters.safetensors, logs/.
+
+A kill at any moment leaves whole JSON only: files appear under their name when complete, and lines of updates.jsonl
+are written whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.torch import save
+
+from danaz.server.core import ServerCore
+from danaz.server.figures import Update
+
+FLUSH_S = 0.5
+
+
+class RunFolderError(ValueError):
+    """A run folder that cannot be used."""
+
+
+def new_run_folder(out: Path | None, name: str) -> Path:
+    """Make the folder of a new run: ``out``, or runs/<time>-<name>. Raises RunFolderError if a run is in it already."""
+    if out is None:
+        stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}"
+        out = next(p for n in range(1000) if not (p := Path("runs", stem + (f"-{n}" if n else ""))).exists())
+    if (out / "updates.jsonl").exists() or (out / "summary.json").exists():
+        raise RunFolderError(f"{out} already holds a run; give another --out, or move it away")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """The file at ``path`` holds all of ``content``, or what it held before."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with part.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write config.yaml, the resolved configuration."""
+    write_atomically(folder / "config.yaml", yaml.safe_dump(dict(settings), sort_keys=False).encode())
+
+
+class RunFolder:
+    """Writes what a server core lives through."""
+
+    def __init__(self, path: Path, facts: Mapping[str, Any]):
+        """``facts`` are the figures of summary.json that the server does not know, such as the seed."""
+        self.path = path
+        self.facts = dict(facts)
+        self._lines: list[str] = []
+        self._flushed_at = time.monotonic()
+        self._updates = os.open(path / "updates.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def record(self, update: Update) -> None:
+        """Add a line to updates.jsonl."""
+        line: dict[str, Any] = {
+            "version": update.version,
+            "worker": update.worker,
+            "lag": update.lag,
+            "lr": update.lr[0] if len(update.lr) == 1 else update.lr,
+            "gap": update.gap,
+            "gap_of": update.gap_of,
+            "loss": update.loss,
+            "batch": update.batch,
+        }
+        if update.round is not None:
+            line["round"] = update.round
+        self._lines.append(json.dumps(line))
+        if time.monotonic() - self._flushed_at > FLUSH_S:
+            self.flush()
+
+    def flush(self) -> None:
+        # One write of whole lines: Python's own buffer would cut them anywhere.
+        content = "".join(line + "\n" for line in self._lines).encode()
+        self._lines.clear()
+        self._flushed_at = time.monotonic()
+        while content:
+            content = content[os.write(self._updates, content) :]
+
+    def finish(self, core: ServerCore) -> dict[str, Any]:
+        """Write the final parameters and summary.json; returns the summary."""
+        self.flush()
+        os.close(self._updates)
+        if core.started:
+            named = core.job.layout.named(core.master.params, core.mean_buffers())
+            write_atomically(self.path / "parameters.safetensors", save(named))
+        summary = {**self.facts, "test_error_percent": None, **core.summary()}
+        write_atomically(self.path / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+        return summary
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """summary.json of a finished run."""
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return summary

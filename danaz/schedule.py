@@ -1,0 +1,21 @@
+"""The warm-up of the learning rate, as a pure function of progress."""
+
+from __future__ import annotations
+
+
+def warmup_factor(epoch: float, workers: int, warmup_epochs: float) -> float:
+    """What the learning rate is multiplied by while a cluster warms up: from 1/N, linearly, to 1.
+
+    The gradual warm-up of Goyal et al. 2017 (*Accurate, Large Minibatch SGD*, section 2.2). They start a
+    cluster of N at the rate η of one worker and end at N·η; here N small updates take the place of a large one, so the
+    same ramp reads from η/N to η.
+
+    Args:
+        epoch: progress of the whole cluster, in epochs, as a fraction; it grows with every update.
+        workers: N, the number of workers. One worker needs no warm-up.
+        warmup_epochs: length of the ramp in epochs of the cluster; 0 turns it off.
+    """
+    if workers == 1 or warmup_epochs == 0:
+        return 1.0
+    start = 1.0 / workers
+    return start + (1.0 - start) * min(1.0, epoch / warmup_epochs)

@@ -1,0 +1,68 @@
+"""Who computes which batch: every batch of the run is leased, and completed, once."""
+
+from __future__ import annotations
+
+import heapq
+from itertools import islice
+
+from danaz.server.messages import Plan
+
+
+class Leases:
+    """Hands out batch numbers in order. What a lost worker held is handed out again, before anything new."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.completed = 0
+        self._next = 0
+        self._returned: list[int] = []  # a heap
+        self._held: dict[int, list[int]] = {}
+        self._closed = False
+
+    def top_up(self, worker: int, ahead: int) -> tuple[int, ...]:
+        """Lease to ``worker`` until it holds ``ahead`` batches or none are left; returns all it holds."""
+        held = self._held.setdefault(worker, [])
+        held.extend(islice(iter(self._take, None), max(0, ahead - len(held))))
+        return tuple(held)
+
+    def _take(self) -> int | None:
+        if self._closed:
+            return None
+        if self._returned:
+            return heapq.heappop(self._returned)
+        if self._next == self.plan.batches:
+            return None
+        self._next += 1
+        return self._next - 1
+
+    def holds(self, worker: int, batch: int) -> bool:
+        return batch in self._held.get(worker, ())
+
+    def complete(self, worker: int, batch: int) -> None:
+        """``worker``, which must hold it, has computed ``batch``."""
+        self._held[worker].remove(batch)
+        self.completed += 1
+
+    def put_back(self, worker: int, batch: int) -> None:
+        """``batch`` has to be computed again, by whoever comes first."""
+        self._held[worker].remove(batch)
+        heapq.heappush(self._returned, batch)
+
+    def give_up(self, worker: int) -> None:
+        """Take back everything ``worker`` holds."""
+        for batch in self._held.pop(worker, ()):
+            heapq.heappush(self._returned, batch)
+
+    def close(self) -> None:
+        """End the run early: nothing more is leased, and what is held is no longer waited for."""
+        self._closed = True
+        self._held.clear()
+
+    @property
+    def epoch(self) -> float:
+        """Completed epochs of the whole cluster."""
+        return self.completed / self.plan.batches_per_epoch
+
+    @property
+    def done(self) -> bool:
+        return self._closed or self.completed == self.plan.batches

@@ -1,0 +1,112 @@
+"""The master: the parameters θ (or Θ), the rule's vectors, and the arithmetic between a push and the next view."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from math import isfinite
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from danaz.flat import Layout
+from danaz.rules import Context, Rule
+from danaz.server.members import Member
+
+SLICE_FLOATS = 1 << 18  # 1 MB: the vectors of one slice stay in cache while a rule passes over them
+
+
+class Master:
+    """All vectors of a server and its version. Knows nothing of messages, batches or time.
+
+    ``ahead`` gives γ Σⱼ ηⱼvⱼ f32[P] where the velocities live on workers but are at hand (the simulator): then the
+    gap of DANA is measured in θ, as everyone else's.
+    """
+
+    def __init__(self, rule: Rule, layout: Layout, params: Tensor, ahead: Callable[[], Tensor] | None = None):
+        self.rule = rule
+        self.layout = layout
+        self.params = params.clone()  # f32[P]
+        self.ahead = ahead
+        self.version = 0
+        self.shared = self.zeros(rule.shared_state)
+        self.lr = self.max_lr = (0.0,) * len(layout.groups)  # of the last update, and the largest, per group
+
+    def zeros(self, names: tuple[str, ...]) -> dict[str, Tensor]:
+        return {name: torch.zeros(self.layout.size) for name in names}
+
+    def apply(self, push: Tensor, lr: tuple[float, ...], member: Member, lag: int) -> None:
+        """Apply one update at the rates ``lr`` (one a group), in place. ``push`` f32[P] may be overwritten."""
+        self.max_lr = tuple(map(max, self.max_lr, lr))
+        contexts = [
+            Context(*rates, lag=lag, version=self.version, own_updates=member.updates)
+            for rates in zip(lr, member.lr, self.max_lr, strict=True)
+        ]
+        for group, start, stop in self.layout.slices(SLICE_FLOATS):
+            own, shared = cut(member.vectors, start, stop), cut(self.shared, start, stop)
+            self.rule.apply(self.params[start:stop], push[start:stop], own, shared, contexts[group])
+        self.version += 1
+        self.lr = lr
+
+    def view(self, member: Member) -> Tensor:
+        """The parameters ``member`` is to compute on next, f32[P].
+
+        A fresh buffer each time: the transport may still be sending the last one.
+        """
+        view = torch.empty(self.layout.size)
+        contexts = [
+            Context(*rates, lag=0, version=self.version, own_updates=member.updates)
+            for rates in zip(self.lr, member.lr, self.max_lr, strict=True)
+        ]
+        for group, start, stop in self.layout.slices(SLICE_FLOATS):
+            own, shared = cut(member.vectors, start, stop), cut(self.shared, start, stop)
+            self.rule.view(view[start:stop], self.params[start:stop], own, shared, contexts[group])
+        return view
+
+    def resum(self, members: Iterable[Member]) -> None:
+        """Sum the velocities of those who take part afresh."""
+        members = list(members)
+        for group, start, stop in self.layout.slices(SLICE_FLOATS):
+            workers = [(cut(m.vectors, start, stop), m.lr[group]) for m in members]
+            self.rule.resum(cut(self.shared, start, stop), workers)
+
+    def gap(self, view: Tensor) -> float:
+        """G(θ − θ̂ᵢ) for the last view f32[P] sent to a worker (arXiv 1907.11612, section 3)."""
+        delta = self.params - view
+        if self.ahead is not None and self._on_lookahead:
+            delta.add_(self.ahead())
+        return layerwise_gap(delta, self.layout)
+
+    @property
+    def gap_of(self) -> Literal["parameters", "lookahead"]:
+        """What the gap is a difference of: θ, or Θ where only that is at hand."""
+        return "lookahead" if self._on_lookahead and self.ahead is None else "parameters"
+
+    @property
+    def _on_lookahead(self) -> bool:
+        return self.rule.pushes == "displacement"
+
+    @property
+    def l2(self) -> float | None:
+        """‖params‖₂, None if it is not finite."""
+        norm = float(torch.linalg.vector_norm(self.params.double()))
+        return norm if isfinite(norm) else None
+
+
+def layerwise_gap(delta: Tensor, layout: Layout) -> float:
+    """G(Δ) = Σ over layers ψ of ‖Δψ‖₂ / √(size of ψ), for Δ f32[P]."""
+    layers = [e for e in layout.parameters if e.size]
+    norms = torch.stack(torch._foreach_norm([delta[e.start : e.stop] for e in layers]))
+    return float((norms / torch.tensor([e.size for e in layers]).sqrt()).sum())
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite, in one pass without a temporary."""
+    if tensor.numel() == 0:
+        return True
+    low, high = torch.aminmax(tensor)
+    return isfinite(low.item()) and isfinite(high.item())
+
+
+def cut(vectors: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
+    return {name: vector[start:stop] for name, vector in vectors.items()}

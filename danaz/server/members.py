@@ -1,0 +1,48 @@
+"""What the server remembers of one worker."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from danaz.server.messages import Push
+
+Route = Hashable  # where replies go: opaque to the core, the transport's own
+
+
+@dataclass
+class Member:
+    """A worker that joined."""
+
+    worker: int
+    incarnation: int
+    route: Route
+    request: int  # the newest one seen
+    ahead: int  # batches it wants to hold at a time
+    vectors: dict[str, Tensor]  # the rule's worker_state, f32[P] each
+    lr: tuple[float, ...]  # ηᵢ of its last applied update, per group
+    heard_at: float
+    alive: bool = True
+    left: bool = False
+    said_bye: bool = False
+    # What it is waiting for; "" while it computes on the view it was sent.
+    awaiting: Literal["", "start", "round", "batches", "end"] = "start"
+    sent_version: int = 0
+    view: Tensor | None = None  # f32[P], kept for the gap and for rules that need it
+    pending: Push | None = None  # waits for its round to fill
+    updates: int = 0
+    applied_request: int = 0  # of its last applied push
+    lag: int = 0  # of its last applied push
+    gap: float | None = None
+    strikes: int = 0  # non-finite pushes in a row
+
+    @property
+    def takes_part(self) -> bool:
+        return self.alive and not self.left
+
+    @property
+    def computing(self) -> bool:
+        return self.takes_part and not self.awaiting

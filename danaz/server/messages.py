@@ -1,0 +1,150 @@
+"""What workers and the server say to each other. Field names are the wire's; tensors travel as raw frames.
+
+Every request carries ``request``, a number that grows by one on its worker, and every reply names the request it
+answers: so a repeated request is recognised, and so is a late reply.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from danaz.flat import Layout
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The work of a whole run, as batches numbered from 0: batch b is number b % batches_per_epoch of its epoch."""
+
+    batches_per_epoch: int
+    epochs: int
+
+    @property
+    def batches(self) -> int:
+        return self.batches_per_epoch * self.epochs
+
+
+@dataclass(frozen=True)
+class Join:
+    """A worker enters, or comes back as a new incarnation. Worker 0 brings the first parameters."""
+
+    worker: int
+    incarnation: int  # larger each time the worker's process starts anew
+    request: int
+    digest: str  # of the configuration; server and workers must agree
+    momentum: float
+    layout: Layout
+    plan: Plan
+    ahead: int  # batches the worker wants to hold at a time, for its data loader to read ahead
+    params: Tensor | None = None  # f32[P]
+
+
+@dataclass(frozen=True)
+class Push:
+    """The outcome of one mini-batch."""
+
+    worker: int
+    incarnation: int
+    request: int
+    view_version: int  # of the view it was computed on
+    lr: tuple[float, ...]  # η of each parameter group
+    samples: int
+    loss: float | None
+    batch: int  # the leased number
+    push: Tensor  # f32[P], a gradient, displacement or parameters as the rule declares
+
+
+@dataclass(frozen=True)
+class Pull:
+    """A worker that holds no batch asks for one, with a fresh view."""
+
+    worker: int
+    incarnation: int
+    request: int
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """A worker is alive, computing. Not answered."""
+
+    worker: int
+    incarnation: int
+
+
+@dataclass(frozen=True)
+class Leave:
+    """A worker leaves in good order, giving back what its rule says."""
+
+    worker: int
+    incarnation: int
+    request: int
+    give_back: Tensor | None  # f32[P], to be added to the server's parameters
+    buffers: Tensor  # f32[B], batch-norm statistics
+
+
+@dataclass(frozen=True)
+class Report:
+    """Figures for summary.json from the training script, such as its test error."""
+
+    worker: int
+    incarnation: int
+    request: int
+    figures: dict[str, float | str | None]
+
+
+@dataclass(frozen=True)
+class Bye:
+    """A worker that left has nothing more to report."""
+
+    worker: int
+    incarnation: int
+    request: int
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The answer to Join, Push and Pull: a view, and the batches to compute on it and the next ones."""
+
+    request: int
+    version: int
+    applied: bool  # whether the push that this answers was applied
+    refused: str  # why not, empty if it was
+    leases: tuple[int, ...]  # every batch the worker holds, those it has begun included
+    done: bool  # the run has no more batches for anyone
+    epoch: float  # epochs of the whole cluster so far
+    lag: int
+    gap: float | None
+    view: Tensor  # f32[P]
+
+
+@dataclass(frozen=True)
+class Final:
+    """The answer to Leave: the trained model."""
+
+    request: int
+    version: int
+    diverged: bool
+    params: Tensor  # f32[P], θ
+    buffers: Tensor  # f32[B], the mean over the workers
+
+
+@dataclass(frozen=True)
+class Noted:
+    """The answer to Report and Bye."""
+
+    request: int
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A request that the server will not serve, now or later. The worker must not repeat it."""
+
+    request: int
+    reason: str
+    rejoin: bool  # whether joining anew is the cure
+
+
+Request = Join | Push | Pull | Heartbeat | Leave | Report | Bye
+Reply = Parameters | Final | Noted | Refusal
+Message = Request | Reply

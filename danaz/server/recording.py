@@ -1,0 +1,53 @@
+"""A live run, kept so that a fresh core can be fed the same: every event that reached the core, with its time.
+
+A record is [time f64 | route length u32 | number of frames u32 | frame lengths u64 … | route | frames …], little
+endian; one without frames is a tick. Replaying gives the same replies and parameters, bit for bit.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from danaz.server.core import Replies, ServerCore
+from danaz.server.messages import Request
+from danaz.server.wire import Frame, decode
+
+HEAD = struct.Struct("<dII")
+
+
+class Recorder:
+    """Appends events to a file."""
+
+    def __init__(self, path: Path):
+        self._file: BinaryIO = path.open("wb")
+
+    def event(self, now: float, route: bytes = b"", frames: Sequence[Frame] = ()) -> None:
+        lengths = [len(frame) for frame in frames]
+        self._file.write(HEAD.pack(now, len(route), len(frames)) + struct.pack(f"<{len(frames)}Q", *lengths) + route)
+        for frame in frames:
+            self._file.write(frame)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_recording(path: Path) -> Iterator[tuple[float, bytes, list[bytearray]]]:
+    """The (time, route, frames) of each event. A record cut short by a kill ends the recording."""
+    with path.open("rb") as file:
+        while len(head := file.read(HEAD.size)) == HEAD.size:
+            now, route_length, count = HEAD.unpack(head)
+            lengths = struct.unpack(f"<{count}Q", file.read(8 * count))
+            route = file.read(route_length)
+            frames = [bytearray(file.read(length)) for length in lengths]
+            if [len(frame) for frame in frames] != list(lengths):
+                return
+            yield now, route, frames
+
+
+def replay(path: Path, core: ServerCore) -> Iterator[Replies]:
+    """Feed a recording to a fresh ``core``; yields the replies to each event."""
+    for now, route, frames in read_recording(path):
+        yield core.handle(route, decode(frames, Request), now) if frames else core.tick(now)

@@ -1,0 +1,211 @@
+"""One process's part in a run, behind the functions of danaz.torch."""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import Iterator
+from math import inf
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from danaz.data import Batching, LeaseSampler, Portion, Share, batching_of, read_ahead, rebuild
+from danaz.optimizer import DistributedOptimizer, effective_lr
+from danaz.rules import find_algorithm
+from danaz.run_folder import RunFolder
+from danaz.server.core import ServerCore
+from danaz.server.messages import Heartbeat
+from danaz.settings import Place, Settings
+from danaz.worker.core import Role, WorkerCore
+from danaz.worker.group import Group, make_group
+from danaz.worker.link import DealerLink, Link, LocalLink
+from danaz.worker.worker import Worker
+
+
+class NotInitializedError(RuntimeError):
+    """Something that must come before this call has not been called."""
+
+
+class Session:
+    """From ``init`` to the end of the process."""
+
+    def __init__(self, settings: Settings, place: Place):
+        self.settings = settings
+        self.place = place
+        self.group: Group = make_group(settings.collective)
+        self.algorithm = find_algorithm(settings.algorithm)
+        self.epochs = 1
+        self.finished = False
+        self._optimizer: DistributedOptimizer | None = None
+        self._worker: Worker | None = None
+        self._batching: Batching | None = None
+        self._portion: Portion | None = None  # of the batch being computed
+        self._share = Share()
+        self._scales_lr = False
+        atexit.register(self._close)
+
+    @property
+    def worker(self) -> Worker:
+        if self._worker is None:
+            raise NotInitializedError("the run begins with the first `for batch in danaz.shard(loader, epoch)`")
+        return self._worker
+
+    @property
+    def optimizer(self) -> DistributedOptimizer:
+        if self._optimizer is None:
+            raise NotInitializedError("wrap the optimizer first: danaz.DistributedOptimizer(optimizer, model)")
+        return self._optimizer
+
+    @property
+    def over(self) -> bool:
+        """Whether the run has no more batches for anyone."""
+        return self._worker is not None and self._worker.done
+
+    def adopt(self, optimizer: DistributedOptimizer) -> None:
+        if self._optimizer is not None:
+            raise NotInitializedError("danaz trains one model a process: DistributedOptimizer was made already")
+        self._optimizer = optimizer
+        optimizer.connect(self._push)
+
+    # ---- joining -------------------------------------------------------------------------------------------------
+
+    def _join(self, loader: DataLoader[Any]) -> None:
+        """Enter the run with the first loader: by now the model, the optimizer and the data are known."""
+        optimizer, ahead = self.optimizer, read_ahead(loader)
+        rule = self.algorithm.rule(momentum=optimizer.momentum, lr_correction=self.settings.lr_correction)
+        batching = batching_of(loader, self._machines_per_batch, self.settings.seed)
+        everyone_alike = self.place.server is None
+        core, link = None, None
+        if everyone_alike or self.group.rank == 0:
+            role = Role(
+                worker=0 if everyone_alike else self.place.worker,
+                incarnation=self.place.incarnation,
+                digest=self.settings.digest,
+                momentum=optimizer.momentum,
+                layout=optimizer.flat.layout,
+                plan=batching.plan(self.epochs),
+                ahead=ahead,
+            )
+            core = WorkerCore(role, rule.worker_rule, optimizer.flat.params.device)
+            link = self._link(role)
+        self._batching = batching
+        self._share = self._share_of_batch()
+        self._scales_lr = rule.scales_lr
+        self._worker = Worker(self.group, optimizer.flat, ahead, core, link, replicated=everyone_alike)
+        self.group.broadcast(optimizer.flat.params, "danaz.first_params")
+        self._worker.join(bring_params=everyone_alike or self.place.worker == 0)
+
+    @property
+    def _machines_per_batch(self) -> int:
+        """Under ssgd one update takes a batch of every worker, otherwise of one."""
+        return self.settings.workers if self.place.server is None else 1
+
+    def _link(self, role: Role) -> Link:
+        if self.place.server is not None:
+            return DealerLink(self.place.server, Heartbeat(role.worker, role.incarnation))
+        settings = self.settings.for_server(workers=1)
+        if self.place.run is None or self.group.rank != 0:
+            return LocalLink(ServerCore(settings))
+        folder = RunFolder(self.place.run, self.settings.facts())
+        core = ServerCore(settings, on_update=folder.record)
+        return LocalLink(core, on_close=lambda: folder.finish(core))
+
+    def _share_of_batch(self) -> Share:
+        """This rank's part of a batch; in a world over all machines, first each machine's."""
+        if self.place.server is not None or self.group.size == 1:
+            return Share(rank=self.group.rank, ranks=self.group.size)
+        worker_of_rank = torch.zeros(self.group.size, dtype=torch.float64)
+        worker_of_rank[self.group.rank] = self.place.worker
+        self.group.wait(self.group.sum_async(worker_of_rank, "danaz.workers"))
+        mine = [rank for rank, worker in enumerate(worker_of_rank.tolist()) if worker == self.place.worker]
+        return Share(self.place.worker, self.settings.workers, mine.index(self.group.rank), len(mine))
+
+    # ---- training ------------------------------------------------------------------------------------------------
+
+    def shard(self, loader: DataLoader[Any], epoch: int) -> Iterator[Any]:
+        """See danaz.torch.shard."""
+        if self._worker is None:
+            self._join(loader)
+        elif batching_of(loader, self._machines_per_batch, self.settings.seed) != self._batching:
+            raise ValueError("danaz.shard: this loader has another size, batch size or order than the run began with")
+        assert self._batching is not None
+        sampler = LeaseSampler(
+            self._batching, self._share, lambda: self._take(epoch), lambda: self._step_without_samples(sampler)
+        )
+        while self._more_in(epoch):
+            for batch in rebuild(loader, sampler):
+                self._step_without_samples(sampler)
+                self._begin(sampler.portions.popleft())
+                yield batch
+            self._step_without_samples(sampler)
+
+    def _more_in(self, epoch: int) -> bool:
+        """Whether a batch of this epoch (or one left over from before) is at hand, if need be after waiting for one."""
+        self._check_stepped()
+        if not self.worker.batches.waiting and not self.worker.done:
+            self.worker.pull()
+        return self._next_epoch <= epoch
+
+    @property
+    def _next_epoch(self) -> float:
+        waiting = self.worker.batches.waiting
+        assert self._batching is not None
+        return self._batching.epoch_of(waiting[0]) if waiting else inf
+
+    def _take(self, epoch: int) -> int | None:
+        return self.worker.batches.begin() if self._next_epoch <= epoch else None
+
+    def _begin(self, portion: Portion) -> None:
+        self._check_stepped()
+        self._portion = portion
+        self.optimizer.exchange.weight = portion.weight
+
+    def _check_stepped(self) -> None:
+        if self._portion is not None:
+            raise RuntimeError(
+                f"batch {self._portion.batch} was not followed by optimizer.step(). One batch of danaz.shard is one "
+                "update: to make updates larger, raise the loader's batch_size; to save memory, split the batch in your "
+                "loop and use backward_passes_per_step."
+            )
+
+    def _step_without_samples(self, sampler: LeaseSampler) -> None:
+        """Take part in the updates of batches of which this rank has no sample."""
+        while sampler.portions and not sampler.portions[0].here:
+            self._begin(sampler.portions.popleft())
+            self.optimizer.zero_grad()
+            self.optimizer.step()
+
+    def _push(self, lr: list[float], loss: float | None) -> None:
+        """What optimizer.step() ends in."""
+        portion, self._portion = self._portion, None
+        if portion is None:
+            raise RuntimeError("optimizer.step() was called twice for one batch, or outside of danaz.shard")
+        applied_lr = effective_lr(
+            lr,
+            epoch=self.worker.metrics.epoch,
+            workers=self.settings.workers,
+            warmup_epochs=self.settings.warmup_epochs,
+            scales_lr=self._scales_lr,
+        )
+        self.worker.push(applied_lr, portion.samples, loss, portion.batch)
+
+    # ---- the end -------------------------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """See danaz.torch.finish."""
+        if self.finished or self._worker is None:
+            return
+        self._worker.leave()
+        self.finished = True
+        self._worker.report({"collective": self.group.name})
+
+    def report(self, figures: dict[str, float | str | None]) -> None:
+        """See danaz.torch.report."""
+        if not self.finished:
+            raise NotInitializedError("danaz.report comes after the loop over danaz.epochs(), or after danaz.finish()")
+        self.worker.report(figures)
+
+    def _close(self) -> None:
+        if self._worker is not None:
+            self._worker.close(in_good_order=self.finished)

@@ -1,0 +1,96 @@
+"""What the launcher tells each process of a run: its place in the cluster and how the cluster trains."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from danaz.config import Config
+from danaz.server.settings import ServerSettings
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The run's settings, the same for all its processes. They travel as JSON in DANAZ_SETTINGS."""
+
+    algorithm: str = "baseline"
+    workers: int = 1
+    seed: int = 0
+    warmup_epochs: float = 0.0
+    lr_correction: bool = True
+    gap_every: int = 1
+    digest: str = ""  # of the configuration: server and workers must agree
+    collective: str = "none"  # horovod or torch; none: a process alone
+    ranks_per_worker: int = 1
+    schedule: str = "live"
+
+    @classmethod
+    def of(cls, config: Config, *, schedule: str, collective: str, ranks_per_worker: int = 1) -> Settings:
+        """The settings of a run of ``config``."""
+        return cls(
+            algorithm=config.algorithm,
+            workers=config.workers,
+            seed=config.seed,
+            warmup_epochs=config.lr_schedule.warmup_epochs,
+            lr_correction=config.lr_correction,
+            gap_every=config.gap_every,
+            digest=config.digest(),
+            collective=collective,
+            ranks_per_worker=ranks_per_worker,
+            schedule=schedule,
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """What these settings contribute to summary.json."""
+        names = ("algorithm", "workers", "ranks_per_worker", "schedule", "seed", "collective")
+        return {name: getattr(self, name) for name in names}
+
+    def for_server(self, workers: int | None = None) -> ServerSettings:
+        """What a server core needs of them; it starts when ``workers`` (default: all) have joined."""
+        return ServerSettings(
+            algorithm=self.algorithm,
+            workers=self.workers if workers is None else workers,
+            digest=self.digest,
+            lr_correction=self.lr_correction,
+            gap_every=self.gap_every,
+        )
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Settings:
+        values: dict[str, Any] = json.loads(text)
+        known = {field.name for field in fields(cls)}
+        if set(values) - known:
+            raise ValueError(f"DANAZ_SETTINGS holds {sorted(set(values) - known)}, which this version does not know")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process's place in the cluster."""
+
+    worker: int = 0
+    device: int = 0  # index of this rank among the ranks of all workers on its machine
+    incarnation: int = 1
+    server: str | None = None  # tcp://host:port; None: train by all-reduce, or alone
+    run: Path | None = None  # the run folder, for the process that writes it
+
+
+def from_environment(environment: Mapping[str, str] = os.environ) -> tuple[Settings, Place]:
+    """Read the launcher's variables; without them, one process trains alone."""
+    settings = Settings.from_json(environment["DANAZ_SETTINGS"]) if "DANAZ_SETTINGS" in environment else Settings()
+    run = environment.get("DANAZ_RUN")
+    place = Place(
+        worker=int(environment.get("DANAZ_WORKER", 0)),
+        device=int(environment.get("DANAZ_LOCAL_DEVICE", 0)),
+        incarnation=int(environment.get("DANAZ_INCARNATION", 1)),
+        server=environment.get("DANAZ_SERVER"),
+        run=Path(run) if run else None,
+    )
+    return settings, place

@@ -1,0 +1,164 @@
+"""N workers in one process, one after the other, through the same server core and worker cores as a live run."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from danaz.config import Config
+from danaz.data import Batching
+from danaz.flat import FlatModel
+from danaz.optimizer import add_weight_decay, check_supported, effective_lr
+from danaz.run_folder import RunFolder
+from danaz.server.core import Replies, ServerCore
+from danaz.server.messages import Final, Parameters
+from danaz.settings import Settings
+from danaz.simulate.schedules import SCHEDULES
+from danaz.training import batch_loss, final_figures, make_sgd, place
+from danaz.worker.core import Request, Role, WorkerCore
+from danaz.workloads import build, collate
+
+Progress = Callable[[float, float | None], None]  # (share of the run that is done, last loss)
+
+
+class SimulatedWorker:
+    """A worker core and what the server last sent to it."""
+
+    def __init__(self, core: WorkerCore):
+        self.core = core
+        self.batches: deque[int] = deque()
+        self.view: Tensor | None = None  # f32[P]; None while it waits for an answer
+        self.epoch = 0.0  # of the cluster, as it last heard
+        self.done = False
+
+    def receive(self, reply: Any) -> None:
+        self.core.receive(reply)
+        if isinstance(reply, Parameters):
+            self.view, self.epoch, self.done = reply.view, reply.epoch, reply.done
+            self.batches = deque(reply.leases)
+
+
+class Simulation:
+    """One simulated run of ``config`` (its algorithm, workers and schedule). Everything follows from the seed."""
+
+    def __init__(self, config: Config, run: Path, device: torch.device | str = "cpu"):
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.config = config
+        self.device = torch.device(device)
+        self.workload = build(config)
+        self.model = place(self.workload.model, config, self.device)
+        self.optimizer = make_sgd(self.model, config)
+        self.flat = FlatModel(self.model, [group["params"] for group in self.optimizer.param_groups])
+        samples = len(self.workload.train)  # type: ignore[arg-type]
+        self.batching = Batching(samples, config.batch_size, seed=config.seed)
+        self.settings = Settings.of(config, schedule=config.schedule, collective="none")
+        self.folder = RunFolder(run, self.settings.facts())
+        self._ahead = torch.zeros(self.flat.layout.size)  # γ Σⱼ ηⱼvⱼ, where velocities live on workers
+        self.server = ServerCore(self.settings.for_server(), on_update=self._record, ahead=lambda: self._ahead)
+        self.workers = [self._make_worker(number) for number in range(config.workers)]
+        self._last_loss: float | None = None
+        torch.manual_seed(config.seed)  # for augmentation
+
+    def _make_worker(self, number: int) -> SimulatedWorker:
+        momentum = check_supported(self.optimizer)
+        self.rule = self.server.algorithm.rule(momentum=momentum, lr_correction=self.config.lr_correction)
+        role = Role(
+            number, 1, self.settings.digest, momentum, self.flat.layout, self.batching.plan(self.config.epochs)
+        )
+        return SimulatedWorker(WorkerCore(role, self.rule.worker_rule))
+
+    def _record(self, update: Any) -> None:
+        self._last_loss = update.loss
+        self.folder.record(update)
+
+    # ---- the run -------------------------------------------------------------------------------------------------
+
+    def run(self, progress: Progress = lambda share, loss: None) -> dict[str, Any]:
+        """Train to the end; returns what summary.json holds."""
+        self.model.train()
+        for worker in self.workers:
+            self._say(worker, worker.core.join(self.flat.params if worker is self.workers[0] else None))
+        order = SCHEDULES[self.config.schedule](self.config.workers, self.config.seed)
+        while not all(worker.done for worker in self.workers):
+            for number in islice(order, self.config.workers):
+                self._turn(self.workers[number])
+            progress(self.server.leases.epoch / self.config.epochs, self._last_loss)
+        return self._finish()
+
+    def _turn(self, worker: SimulatedWorker) -> None:
+        if worker.view is None or worker.done:
+            return
+        if worker.batches:
+            self._say(worker, self._push(worker, worker.batches[0]))
+        else:
+            self._say(worker, worker.core.pull())
+
+    def _push(self, worker: SimulatedWorker, batch: int) -> Request:
+        assert worker.view is not None
+        config = self.config
+        self.flat.params.copy_(worker.view)
+        samples, loss = self._gradient(batch)
+        lr = effective_lr(
+            [config.lr_at(self.batching.epoch_of(batch))],
+            epoch=worker.epoch,
+            workers=config.workers,
+            warmup_epochs=config.lr_schedule.warmup_epochs,
+            scales_lr=self.rule.scales_lr,
+        )
+        return worker.core.push(self.flat.grads, lr, samples, loss, batch)
+
+    def _gradient(self, batch: int) -> tuple[int, float]:
+        """Put the gradient of ``batch``, weight decay included, into the flat vector; returns samples and loss."""
+        x, y = self._fetch(self.batching.indices(batch).tolist())
+        self.model.zero_grad()
+        loss = batch_loss(self.model, self.workload, x, y, self.config, self.device)
+        loss.backward()
+        self.flat.gather_gradients(range(len(self.flat.trained)))
+        add_weight_decay(self.flat, self.optimizer.param_groups)
+        return len(y), loss.item()
+
+    def _fetch(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        data: Any = self.workload.train
+        batch = data.__getitems__(indices) if hasattr(data, "__getitems__") else [data[i] for i in indices]
+        x, y = collate(batch)
+        return x, y
+
+    def _say(self, worker: SimulatedWorker, request: Request) -> None:
+        """Bring a request to the server, and whatever it sets free to the workers."""
+        worker.view = None
+        measures_ahead = self.rule.worker_rule.worker_state and self.settings.gap_every
+        before = worker.core.given_back() if measures_ahead else None
+        self._deliver(self.server.handle(worker.core.role.worker, request, time.perf_counter()))
+        if before is not None:
+            after = worker.core.given_back()
+            assert after is not None
+            self._ahead.add_(after).sub_(before)
+
+    def _deliver(self, replies: Replies) -> None:
+        for route, reply in replies:
+            assert isinstance(route, int)
+            self.workers[route].receive(reply)
+            if isinstance(reply, Final):
+                self.flat.params.copy_(reply.params)
+
+    def _finish(self) -> dict[str, Any]:
+        """Everyone gives back and leaves; the figures are measured at θ."""
+        buffers = self.flat.buffers()  # one model ran for all: its batch-norm statistics are everyone's
+        for worker in self.workers:
+            self._say(worker, worker.core.leave(buffers))
+        first = self.workers[0]
+        self._say(first, first.core.report(final_figures(self.model, self.workload, self.config, self.device)))
+        return self.folder.finish(self.server)
+
+
+def simulate(config: Config, run: Path, progress: Progress = lambda share, loss: None) -> dict[str, Any]:
+    """Simulate ``config`` into the run folder ``run``; returns the summary."""
+    return Simulation(config, run).run(progress)

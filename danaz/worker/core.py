@@ -1,0 +1,178 @@
+"""A worker without I/O: what it remembers between batches, and which request may follow which."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from danaz.flat import Layout
+from danaz.rules import Context, WorkerRule
+from danaz.server.messages import Bye, Final, Join, Leave, Noted, Parameters, Plan, Pull, Push, Refusal, Reply, Report
+
+Request = Join | Push | Pull | Leave | Report | Bye
+Asked = TypeVar("Asked", bound=Request)
+
+
+class ProtocolError(RuntimeError):
+    """A request in a state that does not allow it: a fault of the caller."""
+
+
+@dataclass(frozen=True)
+class Role:
+    """Who this worker is, and what it brings to the run."""
+
+    worker: int
+    incarnation: int
+    digest: str
+    momentum: float
+    layout: Layout
+    plan: Plan
+    ahead: int = 1
+
+
+class WorkerCore:
+    """One worker's half of the protocol, and of its rule.
+
+    A request method returns the message to send; the reply to it goes to ``receive``. In between, no other request
+    may be made. The rule's vectors move only when the server says that the push was applied.
+    """
+
+    def __init__(self, role: Role, rule: WorkerRule, device: torch.device | str = "cpu"):
+        self.role = role
+        self.rule = rule
+        self.version = 0  # of the view at hand
+        self._state = "new"  # -> joined -> left -> gone
+        self._request = 0
+        self._outstanding: Request | None = None
+        size = role.layout.size
+        self._vectors = {name: torch.zeros(size, device=device) for name in rule.worker_state}
+        self._tentative = {name: torch.zeros(size, device=device) for name in rule.worker_state}
+        self._lr = (0.0,) * len(role.layout.groups)  # ηᵢ of the last applied push
+
+    @property
+    def vectors(self) -> dict[str, Tensor]:
+        """The rule's worker_state after the last applied push, f32[P] each."""
+        return self._vectors
+
+    @property
+    def lr(self) -> tuple[float, ...]:
+        """ηᵢ of the last applied push, one a parameter group."""
+        return self._lr
+
+    def given_back(self) -> Tensor | None:
+        """What this worker would give back if it left now, f32[P]; None if its rule keeps nothing on workers."""
+        if not self._vectors:
+            return None
+        given = torch.empty_like(next(iter(self._vectors.values())))
+        for group, (start, stop) in enumerate(self.role.layout.groups):
+            state = {name: vector[start:stop] for name, vector in self._vectors.items()}
+            self.rule.give_back(given[start:stop], state, self._lr[group])
+        return given.to("cpu")
+
+    # ---- requests ------------------------------------------------------------------------------------------------
+
+    def join(self, params: Tensor | None = None) -> Join:
+        """Enter the run, or enter it again after a refusal that said so. Worker 0 brings ``params`` f32[P]."""
+        role = self.role
+        return self._ask(
+            Join(
+                role.worker,
+                role.incarnation,
+                self._next("join", "new", "joined"),
+                role.digest,
+                role.momentum,
+                role.layout,
+                role.plan,
+                role.ahead,
+                params,
+            )
+        )
+
+    def push(self, grad: Tensor, lr: Sequence[float], samples: int, loss: float | None, batch: int) -> Push:
+        """Push what the rule makes of the gradient f32[P] of ``batch``, computed on the last view received."""
+        number = self._next("push", "joined")
+        out = torch.empty_like(grad)
+        for group, (start, stop) in enumerate(self.role.layout.groups):
+            context = Context(lr[group], self._lr[group], 0.0, 0, self.version, 0)
+            old, new = (
+                {k: v[start:stop] for k, v in vectors.items()} for vectors in (self._vectors, self._tentative)
+            )
+            self.rule.push(out[start:stop], grad[start:stop], old, new, context)
+        who = self.role
+        push = Push(
+            who.worker, who.incarnation, number, self.version, tuple(lr), samples, loss, batch, out.to("cpu")
+        )
+        return self._ask(push)
+
+    def pull(self) -> Pull:
+        """Ask for batches when none are left at hand."""
+        return self._ask(Pull(self.role.worker, self.role.incarnation, self._next("pull", "joined")))
+
+    def leave(self, buffers: Tensor) -> Leave:
+        """Leave in good order, with the batch-norm statistics f32[B]."""
+        number = self._next("leave", "joined")
+        return self._ask(Leave(self.role.worker, self.role.incarnation, number, self.given_back(), buffers))
+
+    def report(self, figures: dict[str, float | str | None]) -> Report:
+        """Send figures for summary.json."""
+        return self._ask(Report(self.role.worker, self.role.incarnation, self._next("report", "left"), figures))
+
+    def bye(self) -> Bye:
+        """End the conversation."""
+        return self._ask(Bye(self.role.worker, self.role.incarnation, self._next("bye", "left")))
+
+    def _next(self, event: str, *allowed: str) -> int:
+        if self._outstanding is not None:
+            waiting = type(self._outstanding).__name__
+            raise ProtocolError(f"worker {self.role.worker} cannot {event}: its {waiting} is not answered yet")
+        if self._state not in allowed:
+            raise ProtocolError(f"worker {self.role.worker} cannot {event} while {self._state}")
+        self._request += 1
+        return self._request
+
+    def _ask(self, request: Asked) -> Asked:
+        self._outstanding = request
+        return request
+
+    # ---- replies -------------------------------------------------------------------------------------------------
+
+    def receive(self, reply: Reply) -> None:
+        """Take the reply to the outstanding request."""
+        request, self._outstanding = self._outstanding, None
+        if request is None:
+            raise ProtocolError(f"worker {self.role.worker} got a {type(reply).__name__} but asked nothing")
+        if isinstance(reply, Parameters):
+            self._state, self.version = "joined", reply.version
+            if isinstance(request, Push) and reply.applied:
+                self._vectors, self._tentative = self._tentative, self._vectors
+                self._lr = request.lr
+        elif isinstance(reply, Final):
+            self._state = "left"
+        elif isinstance(reply, Noted) and isinstance(request, Bye):
+            self._state = "gone"
+
+
+class Backoff:
+    """Growing waits between repetitions: doubled up to a cap, each with up to half as much again at random."""
+
+    def __init__(self, first_s: float, longest_s: float, seed: int):
+        self._next_s = first_s
+        self._longest_s = longest_s
+        self._random = random.Random(seed)
+
+    def wait_s(self) -> float:
+        wait_s, self._next_s = self._next_s, min(2 * self._next_s, self._longest_s)
+        return wait_s * (1 + self._random.random() / 2)
+
+
+def answers(reply: Reply, request: Request) -> bool:
+    """Whether this reply is the one to ``request``, and not a late one to an earlier request.
+
+    A refusal numbered 0 comes from a server that could not read the request.
+    """
+    return reply.request == request.request or (isinstance(reply, Refusal) and reply.request == 0)

@@ -1,0 +1,122 @@
+"""The ranks of one worker: Horovod inside a machine, torch.distributed when it is asked for or Horovod is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Group(Protocol):
+    """A synchronous world of ranks. Every rank makes the same calls in the same order."""
+
+    name: str
+    rank: int
+    size: int
+
+    def sum_async(self, tensor: Tensor, name: str) -> Any:
+        """Begin to sum ``tensor`` over the ranks, in place; returns a handle for ``wait``."""
+
+    def wait(self, handle: Any) -> None:
+        """Return when the tensor of ``handle`` holds the sum."""
+
+    def broadcast(self, tensor: Tensor, name: str) -> None:
+        """Overwrite ``tensor`` with rank 0's."""
+
+    def close(self) -> None:
+        """Leave the world."""
+
+
+class SoloGroup:
+    """One process alone, started without a launcher."""
+
+    name = "none"
+    rank = 0
+    size = 1
+
+    def sum_async(self, tensor: Tensor, name: str) -> None:
+        return None
+
+    def wait(self, handle: None) -> None:
+        return None
+
+    def broadcast(self, tensor: Tensor, name: str) -> None:
+        return None
+
+    def close(self) -> None:
+        return None
+
+
+class HorovodGroup:
+    """A Horovod world."""
+
+    name = "horovod"
+
+    def __init__(self) -> None:
+        import horovod.torch as hvd
+
+        hvd.init()
+        self._hvd = hvd
+        self.rank: int = hvd.rank()
+        self.size: int = hvd.size()
+
+    def sum_async(self, tensor: Tensor, name: str) -> Any:
+        return self._hvd.allreduce_async_(tensor, name=name, op=self._hvd.Sum)
+
+    def wait(self, handle: Any) -> None:
+        self._hvd.synchronize(handle)
+
+    def broadcast(self, tensor: Tensor, name: str) -> None:
+        self._hvd.broadcast_(tensor, root_rank=0, name=name)
+
+    def close(self) -> None:
+        self._hvd.shutdown()
+
+
+class TorchGroup:
+    """A torch.distributed world: gloo on CPUs, NCCL on GPUs."""
+
+    name = "torch"
+
+    def __init__(self) -> None:
+        import torch.distributed as dist
+
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        self._dist = dist
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
+
+    def sum_async(self, tensor: Tensor, name: str) -> Any:
+        return self._dist.all_reduce(tensor, async_op=True)
+
+    def wait(self, handle: Any) -> None:
+        handle.wait()
+
+    def broadcast(self, tensor: Tensor, name: str) -> None:
+        self._dist.broadcast(tensor, src=0)
+
+    def close(self) -> None:
+        self._dist.destroy_process_group()
+
+
+class CollectiveError(RuntimeError):
+    """The collective that was asked for is not there."""
+
+
+def choose_collective(wanted: str) -> tuple[str, str]:
+    """The collective for ``wanted`` (auto, horovod or torch), and the sentence that says so. Raises CollectiveError."""
+    there = importlib.util.find_spec("horovod") is not None
+    if wanted == "torch":
+        return "torch", "collective: torch.distributed, as asked for"
+    if there:
+        return "horovod", "collective: Horovod"
+    if wanted == "horovod":
+        raise CollectiveError("Horovod is not installed here. Run `danaz horovod install`, or use --collective torch.")
+    return "torch", "collective: torch.distributed, because Horovod is not installed (`danaz horovod install` adds it)"
+
+
+def make_group(collective: str) -> Group:
+    """The world that this process was launched into."""
+    return {"none": SoloGroup, "horovod": HorovodGroup, "torch": TorchGroup}[collective]()

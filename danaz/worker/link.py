@@ -1,0 +1,116 @@
+"""How a worker reaches its server: over a DEALER socket, or within the process."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import zmq
+
+from danaz.server.core import ServerCore
+from danaz.server.messages import Heartbeat, Reply
+from danaz.server.wire import WireError, decode, encode
+from danaz.worker.core import Backoff, Request, answers
+
+HEARTBEAT_S = 5.0
+RETRY_FIRST_S = 5.0
+RETRY_LONGEST_S = 30.0
+RECONNECT_FIRST_MS = 100  # ZeroMQ doubles it up to the longest, and adds jitter of its own
+RECONNECT_LONGEST_MS = 5000
+GIVE_UP_S = 600.0
+
+
+class ServerLostError(ConnectionError):
+    """The server did not answer for too long."""
+
+
+class Link(Protocol):
+    """A way to a server."""
+
+    def exchange(self, request: Request) -> Reply:
+        """Send a request, wait for its reply. Raises ServerLostError."""
+
+    def close(self) -> None:
+        """Free what it holds."""
+
+
+class DealerLink:
+    """A DEALER socket that reconnects by itself and repeats what was not answered.
+
+    While the worker computes, a thread with a socket of its own says that it is alive.
+    """
+
+    def __init__(self, address: str, heartbeat: Heartbeat, give_up_s: float = GIVE_UP_S):
+        self._context = zmq.Context()
+        self._socket = _dealer(self._context, address)
+        self._address = address
+        self._seed = heartbeat.worker
+        self._give_up_s = give_up_s
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._beat, args=(heartbeat,), daemon=True, name="danaz-heartbeat")
+        self._thread.start()
+
+    def exchange(self, request: Request) -> Reply:
+        frames = encode(request)
+        backoff = Backoff(RETRY_FIRST_S, RETRY_LONGEST_S, self._seed)
+        give_up_at = time.monotonic() + self._give_up_s
+        while (now := time.monotonic()) < give_up_at:
+            self._socket.send_multipart(frames, copy=False)
+            reply = self._await_answer(request, until=min(now + backoff.wait_s(), give_up_at))
+            if reply is not None:
+                return reply
+        raise ServerLostError(
+            f"the server at {self._address} did not answer for {self._give_up_s:.0f} s; is it still running there?"
+        )
+
+    def _await_answer(self, request: Request, until: float) -> Reply | None:
+        while (left_s := until - time.monotonic()) > 0:
+            if self._socket.poll(left_s * 1000):
+                frames = self._socket.recv_multipart(copy=False)
+                try:
+                    reply: Reply = decode([frame.buffer for frame in frames], Reply)
+                except WireError as error:
+                    raise ServerLostError(f"what answers at {self._address} is no danaz server: {error}") from error
+                if answers(reply, request):
+                    return reply
+        return None
+
+    def _beat(self, heartbeat: Heartbeat) -> None:
+        socket = _dealer(self._context, self._address)
+        while not self._closing.wait(HEARTBEAT_S):
+            socket.send_multipart(encode(heartbeat))
+        socket.close(linger=0)
+
+    def close(self) -> None:
+        self._closing.set()
+        self._thread.join()
+        self._socket.close(linger=0)
+        self._context.term()
+
+
+def _dealer(context: zmq.Context[zmq.Socket[bytes]], address: str) -> zmq.Socket[bytes]:
+    socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_FIRST_MS)
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_LONGEST_MS)
+    socket.connect(address)
+    return socket
+
+
+class LocalLink:
+    """A server core in this process: one worker alone, or each rank of an all-reduce world with its replica."""
+
+    def __init__(self, core: ServerCore, on_close: Callable[[], None] = lambda: None):
+        self.core = core
+        self._on_close = on_close
+
+    def exchange(self, request: Request) -> Reply:
+        replies = self.core.handle(0, request, time.monotonic())
+        for _, reply in replies:
+            if answers(reply, request):
+                return reply
+        raise ServerLostError("a lone worker waits for others that will never come")
+
+    def close(self) -> None:
+        self._on_close()

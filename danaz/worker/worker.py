@@ -1,0 +1,181 @@
+"""This machine as one worker: its ranks move together, one of them speaks with the server.
+
+In an all-reduce world (``ssgd``) no rank speaks: each holds the same small server in its process and feeds it the
+same mean gradient.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import isnan, nan
+from time import perf_counter
+
+import torch
+
+from danaz.flat import FlatModel
+from danaz.server.messages import Final, Join, Parameters, Push, Refusal, Reply
+from danaz.worker.core import Request, WorkerCore
+from danaz.worker.group import Group
+from danaz.worker.link import Link
+
+
+class RefusedError(RuntimeError):
+    """The server will not have this worker."""
+
+
+@dataclass
+class Metrics:
+    """The cluster as this worker last heard of it."""
+
+    version: int = 0
+    epoch: float = 0.0  # of the whole cluster
+    lag: int = 0  # of this worker's last push
+    gap: float | None = None
+    refused_pushes: int = 0
+    diverged: bool = False
+    computing_s: float = 0.0
+    exchanging_s: float = 0.0
+
+
+class Batches:
+    """The batches leased to this worker: which are waiting, which are begun."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[int] = deque()
+        self._begun: set[int] = set()
+
+    def replace(self, held: Sequence[int]) -> None:
+        """Take over the server's list of all that this worker holds."""
+        self._begun &= set(held)
+        self.waiting = deque(batch for batch in held if batch not in self._begun)
+
+    def begin(self) -> int:
+        batch = self.waiting.popleft()
+        self._begun.add(batch)
+        return batch
+
+    def end(self, batch: int) -> None:
+        self._begun.discard(batch)
+
+
+class Worker:
+    """One worker of the cluster, on each of its ranks.
+
+    ``core`` and ``link`` are those of a rank that speaks with a server; the other ranks have none and listen to rank 0.
+    ``replicated`` says that every rank has a server of its own, so that nothing is to be broadcast.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        flat: FlatModel,
+        ahead: int,
+        core: WorkerCore | None,
+        link: Link | None,
+        replicated: bool = False,
+    ):
+        self.group = group
+        self.flat = flat
+        self.batches = Batches()
+        self.metrics = Metrics()
+        self.done = False
+        self._core = core
+        self._link = link
+        self._replicated = replicated or group.size == 1
+        self._news = torch.zeros(8 + ahead, dtype=torch.float64)
+        self._since = perf_counter()
+
+    def join(self, bring_params: bool) -> None:
+        """Enter the run; returns when training starts, with the first view in the model."""
+        self._ask(lambda core: core.join(self.flat.params.to("cpu") if bring_params else None))
+
+    def push(self, lr: Sequence[float], samples: int, loss: float | None, batch: int) -> None:
+        """Push the model's gradient, and put the next view into the model."""
+        self.batches.end(batch)
+        began = perf_counter()
+        self.metrics.computing_s += began - self._since
+        self._ask(lambda core: core.push(self.flat.grads, lr, samples, loss, batch))
+        self._since = perf_counter()
+        self.metrics.exchanging_s += self._since - began
+
+    def pull(self) -> None:
+        """Wait until there are batches for this worker, or none for anyone."""
+        self._ask(lambda core: core.pull())
+
+    def leave(self) -> None:
+        """Give back and put the trained model, θ with the mean batch-norm buffers, into every rank's model."""
+        buffers = self.flat.buffers()
+        if self.group.size > 1:
+            handle = self.group.sum_async(buffers, "danaz.buffers")
+            self.group.wait(handle)
+            buffers /= self.group.size
+        if self._core is not None:
+            final = self._exchange(lambda core: core.leave(buffers))
+            if not isinstance(final, Final):
+                raise RefusedError(f"the server answered a worker's leave with {type(final).__name__}")
+            self.flat.params.copy_(final.params)
+            buffers, self.metrics.diverged = final.buffers, final.diverged
+            self.metrics.version = final.version
+        if not self._replicated:
+            self.group.broadcast(self.flat.params, "danaz.params")
+            self.group.broadcast(buffers, "danaz.mean_buffers")
+        self.flat.load_buffers(buffers)
+
+    def report(self, figures: dict[str, float | str | None]) -> None:
+        """Send figures for summary.json, from the rank that speaks."""
+        if self._core is not None:
+            self._exchange(lambda core: core.report(figures))
+
+    def close(self, in_good_order: bool) -> None:
+        """Say good-bye, unless the process ends before its worker has left."""
+        if self._core is not None and self._link is not None:
+            if in_good_order:
+                self._exchange(lambda core: core.bye())
+            self._link.close()
+
+    # ---- speaking and listening ----------------------------------------------------------------------------------
+
+    def _ask(self, request: Callable[[WorkerCore], Request]) -> None:
+        """One exchange that ends with a new view in every rank's model."""
+        if self._core is not None:
+            reply = self._exchange(request)
+            if not isinstance(reply, Parameters):
+                raise RefusedError(f"the server answered with {type(reply).__name__} where a view was due")
+            self._pack(reply)
+            self.flat.params.copy_(reply.view)
+        if not self._replicated:
+            self.group.broadcast(self._news, "danaz.news")
+            self.group.broadcast(self.flat.params, "danaz.view")
+        self._unpack()
+
+    def _exchange(self, make: Callable[[WorkerCore], Request]) -> Reply:
+        assert self._core is not None and self._link is not None
+        request = make(self._core)
+        reply = self._link.exchange(request)
+        self._core.receive(reply)
+        while isinstance(reply, Refusal):
+            if not reply.rejoin or isinstance(request, Join):
+                raise RefusedError(f"the server refused this worker's {type(request).__name__.lower()}: {reply.reason}")
+            # Given up while it was away: what it just pushed is lost, and it starts again from a fresh view.
+            rejoin = self._core.join()
+            reply = self._link.exchange(rejoin)
+            self._core.receive(reply)
+        if isinstance(request, Push) and isinstance(reply, Parameters) and not reply.applied:
+            self.metrics.refused_pushes += 1
+        return reply
+
+    def _pack(self, reply: Parameters) -> None:
+        gap = nan if reply.gap is None else reply.gap
+        head = [reply.version, reply.epoch, reply.lag, gap, reply.done, len(reply.leases)]
+        news = torch.tensor([*head, *reply.leases], dtype=torch.float64)
+        self._news[: len(news)] = news
+
+    def _unpack(self) -> None:
+        version, epoch, lag, gap, done, count, *leases = self._news.tolist()
+        metrics = self.metrics
+        metrics.version, metrics.epoch, metrics.lag = int(version), epoch, int(lag)
+        metrics.gap = None if isnan(gap) else gap
+        self.done = bool(done)
+        self.batches.replace([int(batch) for batch in leases[: int(count)]])

@@ -1,0 +1,33 @@
+"""Models with their data. To add one, write a file like ``quadratic.py`` and import it here."""
+
+from __future__ import annotations
+
+import torch
+
+from danaz.config import Config, ConfigError, suggest
+from danaz.workloads import cifar10_resnet20, cifar10_wrn16_4, digits, quadratic  # noqa: F401 - they register themselves
+from danaz.workloads.base import BUILDERS, Workload, collate, workload
+from danaz.workloads.by_name import build_by_name
+
+__all__ = ["BUILDERS", "Workload", "build", "collate", "workload"]
+
+
+def build(config: Config) -> Workload:
+    """The workload of a config. It seeds torch from ``config.seed``: every process builds the same initial parameters.
+
+    Ranks that augment their data should each seed torch differently afterwards, or all of them crop and flip alike.
+
+    Raises:
+        ConfigError: an unknown workload, data set or model, or data that is not where ``data_dir`` says.
+    """
+    torch.manual_seed(config.seed)
+    if config.workload is None:
+        built = build_by_name(config)
+    elif config.workload in BUILDERS:
+        built = BUILDERS[config.workload](config)
+    else:
+        hint = suggest(config.workload, BUILDERS)
+        raise ConfigError(f"workload = {config.workload!r} is unknown{hint} Known: {', '.join(sorted(BUILDERS))}")
+    if config.channels_last:
+        built.model.to(memory_format=torch.channels_last)
+    return built

@@ -1,0 +1,56 @@
+"""The handwritten digits that scikit-learn carries (UCI's optdigits): 1797 images of 8x8, nothing to download."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from danaz.config import Config
+from danaz.workloads.base import Workload, workload
+from danaz.workloads.images import Augmentation, ImageTensors
+
+MEAN, STD, WHITE = 0.305, 0.376, 16  # of all pixels, as fractions of the brightest
+
+
+class DigitsNet(nn.Sequential):
+    """Three convolutions with batch norm, then a linear layer."""
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__(
+            *_convolution(1, 8, stride=1),
+            *_convolution(8, 16, stride=2),
+            *_convolution(16, 32, stride=2),
+            nn.Flatten(),
+            nn.Linear(32 * 2 * 2, classes),
+        )
+
+
+def _convolution(inputs: int, outputs: int, stride: int) -> tuple[nn.Module, ...]:
+    return nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+
+
+def split_by_class(labels: Tensor) -> Tensor:
+    """bool[n]: True for test samples, every fifth of each class in the order of the data, so for any seed the same."""
+    test = torch.zeros(len(labels), dtype=torch.bool)
+    for label in range(10):
+        test[(labels == label).nonzero().squeeze(1)[::5]] = True
+    return test
+
+
+@workload("digits")
+def build_digits(config: Config) -> Workload:
+    from sklearn.datasets import load_digits  # takes most of a second, and no other workload needs it
+
+    raw = load_digits()
+    images = torch.from_numpy(raw.images).to(torch.uint8).unsqueeze(1)  # u8[1797, 1, 8, 8]
+    labels = torch.from_numpy(raw.target).long()
+    test = split_by_class(labels)
+    augmentation = Augmentation(padding=1, flip=False) if config.augment else None
+    return Workload(
+        model=DigitsNet(),
+        train=ImageTensors(images[~test], labels[~test], [MEAN], [STD], WHITE, augmentation),
+        test=ImageTensors(images[test], labels[test], [MEAN], [STD], WHITE),
+        loss=F.cross_entropy,
+        classes=10,
+    )

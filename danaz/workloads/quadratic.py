@@ -1,0 +1,39 @@
+"""A quadratic without noise: whoever replays a run's updates with NumPy must get the same figures."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from danaz.config import Config
+from danaz.workloads.base import Workload, workload
+
+DIMENSION = 1000
+SAMPLES = 100  # of no content: a batch of 1 makes 100 updates an epoch
+
+
+class Quadratic(nn.Module):
+    """f(θ) = ½ Σ aⱼ(θⱼ − 1)², θ from zero, aⱼ spaced evenly in log from 0.01 to 1, both included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.zeros(DIMENSION))
+        # a constant, not a buffer: buffers are averaged over the workers
+        self.curvature = torch.logspace(-2, 0, DIMENSION, dtype=torch.float64).float()  # f32[d]
+
+    def forward(self, _: Tensor) -> Tensor:
+        """f32[]: f(θ), whatever the input."""
+        curvature = self.curvature.to(self.theta.device)
+        return (curvature * (self.theta - 1).square()).sum() / 2
+
+
+def value(output: Tensor, _: Tensor) -> Tensor:
+    """The model's output is the loss."""
+    return output
+
+
+@workload("quadratic")
+def build_quadratic(config: Config) -> Workload:
+    samples = TensorDataset(torch.zeros(SAMPLES, 1), torch.zeros(SAMPLES))
+    return Workload(model=Quadratic(), train=samples, test=None, loss=value)

@@ -1,0 +1,71 @@
+"""torchvision's data sets: found by name, in their training and test part, never downloaded unasked."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision import datasets
+
+from danaz.config import ConfigError, suggest
+
+
+def load(name: str, data_dir: str | None) -> tuple[Any, Any | None]:
+    """``torchvision.datasets.<name>`` in ``data_dir``: its training and its test part, None where it has no parts.
+
+    Raises:
+        ConfigError: there is no such data set, or the folder does not hold it; the message says how to get it.
+    """
+    if name not in datasets.__all__:
+        raise ConfigError(f"data: torchvision has no data set {name!r}{suggest(name, datasets.__all__)}")
+    kind = getattr(datasets, name)
+    parameters = inspect.signature(kind).parameters
+    if "root" in parameters and data_dir is None:
+        raise ConfigError(f"data_dir is not set: it should be the folder that holds (or shall hold) {name}")
+    root = [str(Path(data_dir).expanduser())] if "root" in parameters and data_dir else []
+    if kind is datasets.ImageFolder:
+        return _open(kind, f"{root[0]}/train"), _open(kind, f"{root[0]}/val")
+    if "train" in parameters:
+        return _open(kind, *root, train=True), _open(kind, *root, train=False)
+    if "split" in parameters:
+        held_out = "val" if kind in (datasets.ImageNet, datasets.Imagenette) else "test"
+        return _open(kind, *root, split="train"), _open(kind, *root, split=held_out)
+    return _open(kind, *root), None
+
+
+def _open(kind: Any, *root: str, **part: bool | str) -> Any:
+    try:
+        return kind(*root, **part)
+    except (RuntimeError, OSError) as error:  # what torchvision raises for files that are missing or damaged
+        call = ", ".join([*map(repr, root), *(f"{key}={value!r}" for key, value in part.items())])
+        if "download" in inspect.signature(kind).parameters:
+            advice = f'Download it with: python -c "from torchvision.datasets import {kind.__name__} as D; '
+            advice += f'D({call}, download=True)"'
+        else:
+            advice = f"torchvision's documentation of {kind.__name__} says which files it expects"
+        where = "".join(f" in {Path(folder).absolute()}" for folder in root)
+        what = str(error).partition(". ")[0]  # what follows tells how torchvision itself is called
+        raise ConfigError(f"data_dir: {kind.__name__} was looked for{where}: {what}. {advice}") from error
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"data: torchvision's {kind.__name__} has no plain training and test part ({error}). Write a function that "
+            "returns both and name it: data: package.module:function"
+        ) from error
+
+
+def pixels(dataset: Any) -> tuple[Tensor, Tensor] | None:
+    """All images u8[n, C, H, W] and labels i64[n] of a data set that holds them in memory, else None."""
+    images, labels = getattr(dataset, "data", None), getattr(dataset, "targets", getattr(dataset, "labels", None))
+    if images is None or labels is None:
+        return None
+    images = torch.as_tensor(images)
+    if images.dtype != torch.uint8 or images.ndim not in (3, 4):
+        return None
+    if images.ndim == 3:  # [n, H, W]
+        images = images.unsqueeze(1)
+    elif images.shape[1] not in (1, 3):  # [n, H, W, C]
+        images = images.permute(0, 3, 1, 2)
+    return images.contiguous(), torch.as_tensor(labels).long()

@@ -1,0 +1,255 @@
+"""What runs on each machine of a run: `python -m launcher.agent`, one process that starts the others and ends them.
+
+It is told everything as JSON lines on stdin, so that no secret stands on a command line, and answers on stdout:
+
+    {"do": "hello", "grace_s": 5}                          {"is": "hello", "pid", "cores", "gpus", …}
+    {"do": "world", "world": 0, "address": "127.0.0.1"}    {"is": "world", "world", "rendezvous_port", "master_port"}
+    {"do": "start", "name", "argv", "env", "cwd"}          {"is": "started", "name", "pid"}
+                                                           {"is": "output", "name", "stream", "text"}
+    {"do": "signal", "name", "signal": 15}                 {"is": "exit", "name", "status", "error"}
+    {"do": "stop", "grace_s": 5}                           {"is": "stopping", "why"}
+
+It ends its whole process tree (SIGTERM, a grace period, SIGKILL) when told to stop, when it is signalled, and as soon
+as stdin closes, which is how the death of the launcher or of the ssh connection looks from here. Nothing leaves the
+tree: each process has its own session, a double-forked grandchild falls back to the agent, and if the agent itself is
+killed, a guardian, its parent, ends what is left. If the guardian is killed, the kernel tells the agent. Stdout closes
+only when all have ended.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+from launcher.channel import READ_BYTES, Channel, Message, bytes_to_text, wait_ready
+from launcher.machine import this_machine
+from launcher.processes import adopt_orphans, descendants, die_with_parent, reap, send_signal
+from launcher.rendezvous import Rendezvous
+from launcher.signals import ENDING_SIGNALS, NotedSignals, noted_signals
+
+GRACE_S = 5.0  # between SIGTERM and SIGKILL, unless told otherwise
+KILL_S = 10.0  # SIGKILL works at once, except on a process that hangs in the kernel (a dead NFS mount, a GPU driver)
+MAX_PENDING_BYTES = 1 << 22  # output the launcher has not taken yet; from here on the ranks' own pipes fill up
+
+
+class Child:
+    """A process we started, and the pipes its output comes through."""
+
+    def __init__(self, name: str, popen: subprocess.Popen[bytes]) -> None:
+        assert popen.stdout is not None
+        assert popen.stderr is not None
+        self.name, self.popen = name, popen
+        self.pipes = {popen.stdout.fileno(): "stdout", popen.stderr.fileno(): "stderr"}
+        for fd in self.pipes:
+            os.set_blocking(fd, False)
+
+    def close(self, status: int) -> None:
+        self.popen.returncode = status  # we wait for all children at once, so Popen must not wait itself
+        for pipe in (self.popen.stdout, self.popen.stderr):
+            if pipe is not None:
+                pipe.close()
+
+
+class Agent:
+    """A loop over stdin, the children's output and signals. It blocks nowhere else, so it always notices its end."""
+
+    def __init__(self, channel: Channel, signals: NotedSignals) -> None:
+        self.channel, self.signals = channel, signals
+        self.grace_s = GRACE_S
+        self.children: dict[int, Child] = {}  # pid -> child, until it has exited
+        self.stop_reason: str | None = None
+        self.kill_at_s = math.inf
+        self.rendezvous: list[Rendezvous] = []
+        self.reserved_ports: list[socket.socket] = []
+
+    def run(self) -> int:
+        while True:
+            self._wait()
+            if self.stop_reason is not None and self._tree_has_ended():
+                break
+        self._say_last_words()
+        return 0 if not descendants() else 1
+
+    def _wait(self) -> None:
+        overfull = self.channel.pending_bytes > MAX_PENDING_BYTES
+        outputs = {} if overfull else {fd: child for child in self.children.values() for fd in child.pipes}
+        orders = [] if self.channel.closed else [self.channel.read_fd]
+        answers = [self.channel.write_fd] if self.channel.pending_bytes else []
+        readable, writable = wait_ready([*orders, self.signals.wakeup_fd, *outputs], answers, self._timeout_s())
+        if writable:
+            self.channel.flush()
+        if self.signals.wakeup_fd in readable:
+            self.signals.rest()
+        for fd in readable & outputs.keys():
+            self._forward(outputs[fd], fd)
+        self._report_exits()
+        if self.channel.read_fd in readable:
+            for order in self.channel.receive():
+                self._obey(order)
+        if self.channel.closed or self.channel.broken:
+            self._stop("the launcher is gone", self.grace_s)
+        for signum in self.signals.take():
+            if signum != signal.SIGCHLD:
+                self._stop(f"it got {signum.name}", self.grace_s)
+
+    def _timeout_s(self) -> float:
+        if self.stop_reason is None:
+            return math.inf
+        now = time.monotonic()
+        return self.kill_at_s - now if now < self.kill_at_s else self.kill_at_s + KILL_S - now
+
+    # Orders
+
+    def _obey(self, order: Message) -> None:
+        match order["do"]:
+            case "hello":
+                self.grace_s = order["grace_s"]
+                self.channel.send({"is": "hello", "pid": os.getpid(), **dataclasses.asdict(this_machine())})
+            case "world":
+                self._open_world(order["world"], order["address"])
+            case "start":
+                self._start(order)
+            case "signal":
+                named = {pid for pid, child in self.children.items() if child.name == order["name"]}
+                send_signal(named, signal.Signals(order["signal"]))
+            case "stop":
+                self._stop("told to", order["grace_s"])
+            case unknown:
+                raise ValueError(f"the launcher sent an order that this agent does not know: {unknown!r}")
+
+    def _open_world(self, world: int, address: str) -> None:
+        rendezvous = Rendezvous(address)
+        master = reserve_port()
+        self.rendezvous.append(rendezvous)
+        self.reserved_ports.append(master)
+        ports = {"rendezvous_port": rendezvous.port, "master_port": master.getsockname()[1]}
+        self.channel.send({"is": "world", "world": world, **ports})
+
+    def _start(self, order: Message) -> None:
+        name = order["name"]
+        if self.stop_reason is not None:
+            return
+        try:
+            popen = subprocess.Popen(
+                order["argv"],
+                env=order["env"],
+                cwd=order["cwd"],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+                # Only this thread, which lives as long as the agent, starts processes: to the kernel it is the parent.
+                # The rendezvous threads do no harm: a bare system call waits for no lock they could hold.
+                preexec_fn=lambda: die_with_parent(signal.SIGKILL),
+            )
+        except (OSError, ValueError) as error:
+            # the shell's exit codes: 127 not found, 126 found but not to be run
+            status = 127 if isinstance(error, FileNotFoundError) else 126
+            self.channel.send({"is": "exit", "name": name, "status": status, "error": f"cannot start: {error}"})
+            return
+        self.children[popen.pid] = Child(name, popen)
+        self.channel.send({"is": "started", "name": name, "pid": popen.pid})
+
+    # Reports
+
+    def _forward(self, child: Child, fd: int) -> None:
+        """Pass on what a child wrote: at one go all that its pipe holds, which is no more than READ_BYTES."""
+        try:
+            data = os.read(fd, READ_BYTES)
+        except BlockingIOError:
+            return
+        if data:
+            output = {"name": child.name, "stream": child.pipes[fd], "text": bytes_to_text(data)}
+            self.channel.send({"is": "output", **output})
+        else:
+            del child.pipes[fd]
+
+    def _report_exits(self) -> None:
+        ended = [(self.children[pid], status) for pid, status in reap() if pid in self.children]
+        if not ended:
+            return
+        # All that was written before, by others too, is reported before: the launcher asks who was in trouble first.
+        for child in self.children.values():
+            for fd in list(child.pipes):
+                self._forward(child, fd)
+        for child, status in ended:
+            del self.children[child.popen.pid]
+            child.close(status)
+            self.channel.send({"is": "exit", "name": child.name, "status": status, "error": None})
+
+    # The end
+
+    def _stop(self, reason: str, grace_s: float) -> None:
+        """Begin to end the tree; a second call can only make it quicker."""
+        if self.stop_reason is None:
+            self.stop_reason = reason
+            self.channel.send({"is": "stopping", "why": reason})
+            send_signal(descendants(), signal.SIGTERM)
+        self.kill_at_s = min(self.kill_at_s, time.monotonic() + grace_s)
+
+    def _tree_has_ended(self) -> bool:
+        """Whether nobody is left. An orphan falls back to us, so SIGCHLD tells when to look again."""
+        tree = descendants()
+        now = time.monotonic()
+        if now >= self.kill_at_s:
+            send_signal(tree, signal.SIGKILL)
+        return not tree or now > self.kill_at_s + KILL_S
+
+    def _say_last_words(self) -> None:
+        deadline = time.monotonic() + KILL_S
+        while self.channel.pending_bytes and not self.channel.broken and time.monotonic() < deadline:
+            wait_ready([], [self.channel.write_fd], deadline - time.monotonic())
+            self.channel.flush()
+
+
+def reserve_port() -> socket.socket:
+    """A free port, kept from everybody who asks for a free port as long as this socket is open.
+
+    A process that sets SO_REUSEADDR, as torch's TCPStore does, can listen on it all the same: nobody listens here.
+    """
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind(("", 0))
+    return reserved
+
+
+def guard(agent: int) -> int:
+    """Wait for the agent; should it be killed, its orphans are ours: end them before our own end is seen."""
+    for signum in ENDING_SIGNALS:
+        signal.signal(signum, lambda got, _frame: send_signal([agent], signal.Signals(got)))
+    _, status = os.waitpid(agent, 0)
+    try:
+        while True:
+            send_signal(descendants(), signal.SIGKILL)
+            os.waitpid(-1, 0)  # whoever forked meanwhile falls back to us, so look again after each death
+    except ChildProcessError:
+        pass  # nobody is left
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code
+
+
+def main() -> int:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, as some parents leave it, it would hide how children end
+    adopt_orphans()
+    guardian = os.getpid()
+    agent = os.fork()
+    if agent != 0:
+        return guard(agent)
+    die_with_parent(signal.SIGTERM)
+    if os.getppid() != guardian:
+        return 1  # it died before it could be watched
+    adopt_orphans()
+    channel = Channel(read_fd=0, write_fd=os.dup(1))
+    os.dup2(2, 1)  # nothing else may write between our messages
+    with noted_signals(signal.SIGCHLD, *ENDING_SIGNALS) as signals:
+        return Agent(channel, signals).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""The agents of one run, and what they have told so far: the launcher's hands and ears. `run` decides what it means."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from launcher.channel import ChannelError, Message, text_to_bytes, wait_ready
+from launcher.hosts import Host
+from launcher.logs import Logs
+from launcher.plan import Process, World
+from launcher.signals import NotedSignals
+from launcher.transport import AgentLink
+
+__all__ = ["Cluster", "Exit", "LostAgent"]
+
+
+@dataclass(frozen=True)
+class Exit:
+    """How a process ended."""
+
+    status: int  # exit code, or minus the signal that killed it
+    error: str | None  # why it could not even be started
+    at_s: float  # time.monotonic() here, when we heard of it
+
+
+@dataclass(frozen=True)
+class LostAgent:
+    """An agent that ended, or spoke nonsense, although nobody asked it to; with it its processes are lost."""
+
+    link: AgentLink
+    reason: str
+
+
+class Cluster:
+    """Orders go out by `connect`, `open_world`, `start` and `stop`; `pump` takes in what the agents report."""
+
+    def __init__(self, processes: Iterable[Process], logs: Logs, signals: NotedSignals) -> None:
+        self.processes = {process.name: process for process in processes}
+        self.logs, self.signals = logs, signals
+        self.links: dict[str, AgentLink] = {}  # by host name
+        self.announced: dict[str, str] = {}
+        self.ports: dict[int, dict[str, str]] = {}  # world -> environment variables that name its ports
+        self.exits: dict[str, Exit] = {}  # by process name
+        self.lost: LostAgent | None = None
+        self._stopping = False
+
+    def connect(self, host: Host, command: Sequence[str], grace_s: float) -> None:
+        """Start an agent. Raises TransportError."""
+        link = self.links[host.name] = AgentLink(host, command)
+        link.channel.send({"do": "hello", "grace_s": grace_s})
+
+    def open_world(self, world: World) -> None:
+        order = {"do": "world", "world": world.index, "address": world.address}
+        self.links[world.host.name].channel.send(order)
+
+    def start(self, process: Process, env: Mapping[str, str], cwd: str) -> None:
+        """Start a process with exactly this environment. Raises OSError when its logs cannot be made."""
+        self.logs.open(process)
+        order = {"do": "start", "name": process.name, "argv": process.argv, "env": dict(env), "cwd": cwd}
+        self.links[process.host.name].channel.send(order)
+
+    def stop(self, grace_s: float) -> None:
+        """Ask all agents to end their process trees."""
+        self._stopping = True
+        for link in self.open_links():
+            link.channel.send({"do": "stop", "grace_s": grace_s})
+
+    def open_links(self) -> list[AgentLink]:
+        return [link for link in self.links.values() if not link.closed]
+
+    def close(self, timeout_s: float) -> None:
+        """Leave the agents, which end by that if they have not yet."""
+        for link in self.links.values():
+            link.close(timeout_s)
+
+    def have_ended(self, processes: Iterable[Process]) -> bool:
+        return all(process.name in self.exits for process in processes)
+
+    def running(self) -> list[Process]:
+        return [process for process in self.processes.values() if process.name not in self.exits]
+
+    def pump(self, timeout_s: float) -> None:
+        """Wait for something to happen, and take note of all that did. Raises OSError when logs cannot be written."""
+        links = self.open_links()
+        answers = {link.channel.read_fd: link for link in links}
+        complaints = {link.stderr_fd: link for link in links if not link.stderr_closed}
+        orders = {link.channel.write_fd: link for link in links if link.channel.pending_bytes}
+        wakeup_fd = self.signals.wakeup_fd
+        readable, writable = wait_ready([wakeup_fd, *answers, *complaints], orders, timeout_s)
+        if wakeup_fd in readable:
+            self.signals.rest()
+        for fd in writable:
+            orders[fd].channel.flush()
+        for fd in readable & complaints.keys():
+            complaints[fd].read_stderr()
+        for fd in readable & answers.keys():
+            self._hear(answers[fd])
+
+    def _hear(self, link: AgentLink) -> None:
+        try:
+            for message in link.channel.receive():
+                self._note(link, message)
+        except ChannelError as error:
+            self._lose(link, f"sent something else than an answer: {error}")
+        if link.closed:
+            self._lose(link, "ended although nobody asked it to")
+
+    def _note(self, link: AgentLink, message: Message) -> None:
+        match message["is"]:
+            case "hello":
+                link.said_hello = True
+            case "world":
+                self.ports[message["world"]] = {
+                    "HOROVOD_GLOO_RENDEZVOUS_PORT": str(message["rendezvous_port"]),
+                    "MASTER_PORT": str(message["master_port"]),
+                }
+            case "output":
+                self._take_output(self.processes[message["name"]], message["stream"], text_to_bytes(message["text"]))
+            case "exit":
+                self.logs.close(self.processes[message["name"]])
+                self.exits[message["name"]] = Exit(message["status"], message["error"], time.monotonic())
+            case "stopping":
+                self._lose(link, f"stopped: {message['why']}")
+
+    def _take_output(self, process: Process, stream: str, data: bytes) -> None:
+        lines = self.logs.write(process, stream, data)
+        if process.announces is None or stream != "stdout":
+            return
+        for line in lines:
+            name, equals, value = line.partition("=")
+            if equals and name == process.announces:
+                self.announced.setdefault(name, value.strip())
+
+    def _lose(self, link: AgentLink, reason: str) -> None:
+        if not self._stopping and self.lost is None:
+            self.lost = LostAgent(link, reason)

@@ -1,0 +1,270 @@
+"""Hosts -> processes. Pure: the same arguments give the same plan, and nothing is started or looked up.
+
+A *world* is the ranks that form one Horovod world. Asynchronous algorithms have a world per worker, synchronous SGD has
+one over everything. A host's slots make one worker, or `workers_per_host` of them.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+from launcher.hosts import Host
+from launcher.machine import Machine, is_loopback
+
+__all__ = ["LAUNCHING_MACHINE", "Plan", "PlanError", "Process", "Service", "World", "plan"]
+
+LAUNCHING_MACHINE = Host("localhost")
+
+
+class PlanError(ValueError):
+    """Hosts, workers and command do not fit together; the message says why and what to change."""
+
+
+@dataclass(frozen=True)
+class Service:
+    """A process that runs beside the ranks, started before them.
+
+    When `announces` is a name, such as DANAZ_SERVER, its stdout must hold a line `DANAZ_SERVER=value`; every rank finds
+    that value in its environment.
+    """
+
+    name: str
+    command: Sequence[str]
+    announces: str | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
+    host: Host = LAUNCHING_MACHINE
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of one Horovod world meet on the machine of its first rank; the ports are found there, by its agent."""
+
+    index: int
+    host: Host
+    address: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process to start. `env` is what the plan adds to the environment that all share (`Plan.env`)."""
+
+    name: str  # "rank.3", or a service's name: unique in the run
+    host: Host
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    rank: int | None = None  # on the whole cluster; None: a service
+    world: int | None = None
+    announces: str | None = None
+
+    @property
+    def label(self) -> str:
+        """What stands before its lines on the terminal: host:rank."""
+        return f"{self.host.name}:{self.name if self.rank is None else self.rank}"
+
+    @property
+    def log_folder(self) -> PurePosixPath:
+        """Where its stdout and stderr are kept, relative to the run folder."""
+        return PurePosixPath("logs", self.host.name, self.name)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All processes of one run, in the order in which they start."""
+
+    services: tuple[Process, ...]
+    ranks: tuple[Process, ...]
+    worlds: tuple[World, ...]
+    workers: int
+    cwd: str
+    env: Mapping[str, str] = field(repr=False)  # may hold secrets: never printed
+
+    @property
+    def hosts(self) -> tuple[Host, ...]:
+        """Every machine that has something to do, once."""
+        return tuple({process.host.name: process.host for process in (*self.services, *self.ranks)}.values())
+
+    def describe(self) -> str:
+        """The plan for a reader (`--dry-run`): every process, its command, and the variables the plan adds."""
+        worlds = "one Horovod world over all" if len(self.worlds) == 1 else "a Horovod world per worker"
+        ranks = [{**rank.env, **self._found_later(rank)} for rank in self.ranks]
+        common = {name: value for name, value in ranks[0].items() if all(env.get(name) == value for env in ranks)}
+        lines = [f"{_count(self.workers, 'worker')}, {_count(len(self.ranks), 'rank')}, {worlds}", f"in {self.cwd}"]
+        lines += ["every rank gets", *_indented(common)]
+        own = [{name: value for name, value in env.items() if name not in common} for env in ranks]
+        envs = [*(service.env for service in self.services), *own]
+        for process, env in zip((*self.services, *self.ranks), envs, strict=True):
+            lines += ["", f"[{process.label}] {shlex.join(process.argv)}"]
+            lines += [f"    announces {process.announces}"] if process.announces else []
+            lines += _indented(env)
+        return "\n".join(lines)
+
+    def _found_later(self, process: Process) -> dict[str, str]:
+        if process.world is None:
+            return {}
+        port = f"<free port on {self.worlds[process.world].host.name}>"
+        announced = {service.announces: f"<from {service.name}>" for service in self.services if service.announces}
+        return {"HOROVOD_GLOO_RENDEZVOUS_PORT": port, "MASTER_PORT": port, **announced}
+
+
+class _Seat(NamedTuple):
+    """A rank's place before its world is known: every number that does not depend on the world."""
+
+    host: Host
+    worker: int  # on the cluster
+    slot: int  # on the host
+    slots: int  # of the host
+
+
+def plan(
+    hosts: Sequence[Host],
+    command: Sequence[str],
+    *,
+    one_world: bool,
+    env: Mapping[str, str],
+    cwd: str,
+    workers_per_host: int = 1,
+    services: Sequence[Service] = (),
+    machines: Mapping[str, Machine] | None = None,
+) -> Plan:
+    """Lay one rank into every slot of every host.
+
+    `env` is the environment that every process shares, `machines` what is known of each host by its name (cores, GPUs,
+    address). Raises PlanError.
+    """
+    if not command:
+        raise PlanError("there is no command to run; write it after --, for example: -- python train.py")
+    if not hosts:
+        raise PlanError("there are no hosts; expected at least one, for example localhost:1")
+    names = [service.name for service in services]
+    if len(set(names)) < len(names) or any(name.startswith("rank.") for name in names):
+        raise PlanError(f"services need names of their own, other than rank.N; got {', '.join(names)}")
+    known = machines or {}
+    seats = _seats(hosts, workers_per_host, known)
+    by_world: dict[int, list[_Seat]] = {}
+    for seat in seats:
+        by_world.setdefault(0 if one_world else seat.worker, []).append(seat)
+    worlds = tuple(_world(index, members, known) for index, members in by_world.items())
+    workers = seats[-1].worker + 1
+    shared = {"PYTHONUNBUFFERED": "1", **env}
+    ranks: list[Process] = []
+    for world in worlds:
+        for rank, seat in enumerate(by_world[world.index]):
+            names_and_values = {
+                **_worker_env(seat, workers),
+                **_world_env(rank, by_world[world.index], world),
+                **_gloo_env(seat, world, known),
+                **_thread_env(seat, shared, known),
+            }
+            number = len(ranks)
+            ranks.append(
+                Process(f"rank.{number}", seat.host, tuple(command), names_and_values, rank=number, world=world.index)
+            )
+    beside = tuple(_service_process(service, workers) for service in services)
+    return Plan(beside, tuple(ranks), worlds, workers, cwd, shared)
+
+
+def _seats(hosts: Sequence[Host], workers_per_host: int, machines: Mapping[str, Machine]) -> list[_Seat]:
+    if workers_per_host < 1:
+        raise PlanError(f"workers per host is {workers_per_host}; expected at least 1")
+    seats: list[_Seat] = []
+    for number, host in enumerate(hosts):
+        slots = host.slots or _default_slots(host, machines)
+        if workers_per_host > slots:
+            raise PlanError(
+                f"{host.name} has {_count(slots, 'slot')}, too few for {workers_per_host} workers of one rank or more; "
+                f"give it more slots ({host.name}:{workers_per_host}) or ask for fewer workers per host"
+            )
+        for slot in range(slots):
+            # slot s of S belongs to the worker that a split as even as can be, the larger parts first, gives it
+            small, larger = divmod(slots, workers_per_host)
+            within = slot // (small + 1) if slot < larger * (small + 1) else (slot - larger) // small
+            seats.append(_Seat(host, number * workers_per_host + within, slot, slots))
+    return seats
+
+
+def _default_slots(host: Host, machines: Mapping[str, Machine]) -> int:
+    slots = max(1, machines.get(host.name, Machine()).gpus)
+    return slots if host.max_slots is None else min(slots, host.max_slots)
+
+
+def _world(index: int, members: Sequence[_Seat], machines: Mapping[str, Machine]) -> World:
+    first = members[0].host
+    if _within_one_machine(members):
+        return World(index, first, "127.0.0.1", len(members))
+    return World(index, first, machines.get(first.name, Machine()).address or first.name, len(members))
+
+
+def _within_one_machine(members: Sequence[_Seat]) -> bool:
+    names = {seat.host.name for seat in members}
+    return len(names) == 1 or all(is_loopback(name) for name in names)
+
+
+def _worker_env(seat: _Seat, workers: int) -> dict[str, str]:
+    return {
+        "DANAZ_WORKER": str(seat.worker),
+        "DANAZ_WORKERS": str(workers),
+        "DANAZ_LOCAL_DEVICE": str(seat.slot),
+    }
+
+
+def _world_env(rank: int, members: Sequence[_Seat], world: World) -> dict[str, str]:
+    """A rank's place in its world, in Horovod's words and in torchrun's."""
+    seat = members[rank]
+    local: dict[str, list[int]] = {}  # host name -> its ranks in this world
+    for other, member in enumerate(members):
+        local.setdefault(member.host.name, []).append(other)
+    here = local[seat.host.name]
+    local_rank = here.index(rank)
+    across = [name for name, ranks in local.items() if len(ranks) > local_rank]  # hosts with this local rank
+    return {
+        "HOROVOD_RANK": str(rank),
+        "HOROVOD_SIZE": str(len(members)),
+        "HOROVOD_LOCAL_RANK": str(local_rank),
+        "HOROVOD_LOCAL_SIZE": str(len(here)),
+        "HOROVOD_CROSS_RANK": str(across.index(seat.host.name)),
+        "HOROVOD_CROSS_SIZE": str(len(across)),
+        "RANK": str(rank),
+        "WORLD_SIZE": str(len(members)),
+        "LOCAL_RANK": str(local_rank),
+        "LOCAL_WORLD_SIZE": str(len(here)),
+        "MASTER_ADDR": world.address,
+    }
+
+
+def _gloo_env(seat: _Seat, world: World, machines: Mapping[str, Machine]) -> dict[str, str]:
+    interface = "lo" if is_loopback(world.address) else machines.get(seat.host.name, Machine()).interface
+    return {
+        "HOROVOD_HOSTNAME": seat.host.name,
+        "HOROVOD_CONTROLLER": "gloo",
+        "HOROVOD_CPU_OPERATIONS": "gloo",
+        "HOROVOD_GLOO_RENDEZVOUS_ADDR": world.address,
+        **({"HOROVOD_GLOO_IFACE": interface} if interface else {}),
+    }
+
+
+def _thread_env(seat: _Seat, env: Mapping[str, str], machines: Mapping[str, Machine]) -> dict[str, str]:
+    """A fair share of the cores. torch would start a thread per core in every rank."""
+    if "OMP_NUM_THREADS" in env:
+        return {}
+    cores = machines.get(seat.host.name, Machine()).cores
+    return {"OMP_NUM_THREADS": str(max(1, cores // seat.slots))}
+
+
+def _service_process(service: Service, workers: int) -> Process:
+    if not service.command:
+        raise PlanError(f"the service {service.name} has no command")
+    env = {"DANAZ_WORKERS": str(workers), **service.env}
+    return Process(service.name, service.host, tuple(service.command), env, announces=service.announces)
+
+
+def _indented(env: Mapping[str, str]) -> list[str]:
+    return [f"    {name}={value}" for name, value in env.items()]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,0 +1,85 @@
+"""How the launcher reaches a machine: a command whose stdin and stdout are those of an agent there.
+
+Here it is a process of this machine. `ssh host …` fits into the same place: whatever `agent_command` returns is
+started, and everything the agent needs to know is sent through its stdin.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from launcher.channel import READ_BYTES, Channel
+from launcher.hosts import Host
+from launcher.machine import is_this_machine
+
+__all__ = ["AgentCommand", "AgentLink", "TransportError", "local_agent_command"]
+
+AgentCommand = Callable[[Host], Sequence[str]]
+PACKAGE_PARENT = Path(__file__).resolve().parent.parent
+
+
+class TransportError(Exception):
+    """A machine that cannot be reached; the message names it and says what to do."""
+
+
+def local_agent_command(host: Host) -> Sequence[str]:
+    """Start the agent on this machine. Raises TransportError for any other."""
+    if not is_this_machine(host.name):
+        raise TransportError(f"{host.name} is not this machine, the only one that can be used; write localhost:SLOTS")
+    return [sys.executable, "-m", "launcher.agent"]
+
+
+class AgentLink:
+    """One agent, seen from the launcher."""
+
+    def __init__(self, host: Host, command: Sequence[str]) -> None:
+        self.host = host
+        self.said_hello = False
+        self.last_words: deque[str] = deque(maxlen=20)  # of its stderr, where ssh complains too
+        try:
+            # Its own session: Ctrl-C at the terminal is for the launcher alone, which then ends the run in order.
+            # Its working directory is where this package lies, so that nothing in the user's own is imported instead.
+            self.popen = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                cwd=PACKAGE_PARENT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise TransportError(f"the agent for {host.name} cannot be started: {error}") from error
+        stdin, stdout, stderr = self.popen.stdin, self.popen.stdout, self.popen.stderr
+        assert stdin is not None
+        assert stdout is not None
+        assert stderr is not None
+        self.channel = Channel(stdout.fileno(), stdin.fileno())
+        self.stderr_fd = stderr.fileno()
+        self.stderr_closed = False
+
+    @property
+    def closed(self) -> bool:
+        """The agent is gone, and with it every process it started."""
+        return self.channel.closed
+
+    def read_stderr(self) -> None:
+        """Remember what the agent (or ssh) complains about; to be called when there is something to read."""
+        data = os.read(self.stderr_fd, READ_BYTES)
+        self.stderr_closed = not data
+        self.last_words.extend(data.decode(errors="backslashreplace").splitlines())
+
+    def close(self, timeout_s: float) -> int:
+        """Close the pipes, which ends an agent that is still there, and wait for it. Returns its exit status."""
+        for pipe in (self.popen.stdin, self.popen.stdout, self.popen.stderr):
+            if pipe is not None:
+                pipe.close()
+        try:
+            return self.popen.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.popen.kill()
+            return self.popen.wait()

@@ -1,0 +1,122 @@
+"""Output: byte for byte into files, line by line to the terminal."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launcher.channel import bytes_to_text, text_to_bytes
+from launcher.hosts import Host
+from launcher.logs import MAX_LINE_BYTES, LineSplitter, Logs, Terminal, quiet
+from launcher.plan import Process
+
+RANK = Process("rank.3", Host("a"), ("train",), {}, rank=3, world=0)
+OTHER = Process("rank.4", Host("b"), ("train",), {}, rank=4, world=0)
+SERVER = Process("server", Host("a"), ("serve",), {})
+
+
+@given(st.lists(st.binary(max_size=40)))
+def test_any_bytes_survive_json_wherever_they_are_cut(pieces: list[bytes]) -> None:
+    assert b"".join(text_to_bytes(bytes_to_text(piece)) for piece in pieces) == b"".join(pieces)
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\n")), cut=st.integers(0, 50))
+def test_lines_are_put_together(text: str, cut: int) -> None:
+    data = f"{text}\n{text}\r\nrest".encode()
+    splitter = LineSplitter()
+    assert splitter.feed(data[:cut]) + splitter.feed(data[cut:]) + splitter.flush() == [text, text, "rest"]
+    assert splitter.flush() == []
+
+
+def test_lines_as_a_terminal_would_show_them() -> None:
+    assert LineSplitter().feed(b" 10%\r 50%\r100%\n") == ["100%"]
+    assert LineSplitter().feed(b"caf\xe9\n") == ["caf\\xe9"]
+
+
+def test_a_line_without_end_is_shown_in_pieces() -> None:
+    splitter = LineSplitter()
+    assert splitter.feed(b"x" * MAX_LINE_BYTES) == []
+    assert splitter.feed(b"x") == ["x" * (MAX_LINE_BYTES + 1)]
+
+
+def test_files_hold_what_was_written(tmp_path: Path) -> None:
+    shown: list[tuple[str, str, str]] = []
+    logs = Logs(tmp_path, lambda process, stream, line: shown.append((process.name, stream, line)))
+    for process in (RANK, SERVER):
+        logs.open(process)
+    assert logs.write(RANK, "stdout", b"one\ntw") == ["one"]
+    assert logs.write(RANK, "stdout", b"o\n\xff") == ["two"]
+    logs.write(SERVER, "stderr", b"oops\n")
+    logs.close(RANK)
+    files = {str(file.relative_to(tmp_path)): file.read_bytes() for file in tmp_path.rglob("std*")}
+    assert files == {
+        "logs/a/rank.3/stdout": b"one\ntwo\n\xff",
+        "logs/a/rank.3/stderr": b"",
+        "logs/a/server/stdout": b"",
+        "logs/a/server/stderr": b"oops\n",
+    }
+    assert shown == [
+        ("rank.3", "stdout", "one"),
+        ("rank.3", "stdout", "two"),
+        ("server", "stderr", "oops"),
+        ("rank.3", "stdout", "\\xff"),
+    ]
+    assert [line.text for line in logs.tail(RANK, "stdout")] == ["one", "two", "\\xff"]
+
+
+def test_the_terminal_shows_who_speaks() -> None:
+    out, err = io.StringIO(), io.StringIO()
+    terminal = Terminal(out=out, err=err)
+    terminal(RANK, "stdout", "hello")
+    terminal(SERVER, "stdout", "up")
+    terminal(RANK, "stderr", "oops")
+    assert (out.getvalue(), err.getvalue()) == ("[a:3] hello\n[a:server] up\n", "[a:3] oops\n")
+
+
+def test_the_terminal_can_show_one_rank_or_none(capsys: pytest.CaptureFixture[str]) -> None:
+    out = io.StringIO()
+    terminal = Terminal(only_rank=3, out=out)
+    for process in (RANK, OTHER, SERVER):
+        terminal(process, "stdout", "hello")
+        quiet(process, "stdout", "hello")
+    assert out.getvalue() == "[a:3] hello\n"
+    assert capsys.readouterr().out == ""
+
+
+def shown_on_a_terminal(encoding: str) -> bytes:
+    reader, writer = pty.openpty()
+    with open(writer, "w", encoding=encoding) as file:
+        terminal = Terminal(out=file)
+        for process, line in ((RANK, "θ"), (OTHER, "y"), (RANK, "z")):
+            terminal(process, "stdout", line)
+        shown = os.read(reader, 4096)
+    os.close(reader)
+    return shown
+
+
+def test_hosts_have_colours_on_a_real_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    first, second = b"\x1b[36m[a:3]\x1b[0m", b"\x1b[33m[b:4]\x1b[0m"
+    lines = [first + " θ".encode(), second + b" y", first + b" z", b""]
+    assert shown_on_a_terminal("utf-8").split(b"\r\n") == lines
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert shown_on_a_terminal("ascii") == b"[a:3] \\u03b8\r\n[b:4] y\r\n[a:3] z\r\n"
+
+
+def test_a_reader_that_has_gone_stops_nothing() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    file = io.TextIOWrapper(io.FileIO(writer, "w"), write_through=True)
+    err = io.StringIO()
+    terminal = Terminal(out=file, err=err)
+    terminal(RANK, "stdout", "into nothing")
+    terminal(RANK, "stdout", "into nothing")
+    terminal(RANK, "stderr", "heard")
+    assert err.getvalue() == "[a:3] heard\n"
+    file.close()

@@ -1,0 +1,150 @@
+"""Hosts -> processes: who sits where, and which variables say so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launcher.hosts import Host, parse_hosts
+from launcher.machine import Machine
+from launcher.plan import Plan, PlanError, Service, plan
+
+
+def lay(hosts: str, workers_per_host: int = 1, *, one_world: bool = False, **options: object) -> Plan:
+    arguments: dict[str, object] = {"env": {}, "cwd": "/here", **options}
+    return plan(parse_hosts(hosts), ["train"], one_world=one_world, workers_per_host=workers_per_host, **arguments)  # type: ignore[arg-type]
+
+
+def column(laid: Plan, name: str) -> list[str | None]:
+    return [rank.env.get(name) for rank in laid.ranks]
+
+
+def test_a_world_per_worker() -> None:
+    laid = lay("a:2,b:1")
+    assert [(world.host.name, world.address, world.size) for world in laid.worlds] == [
+        ("a", "127.0.0.1", 2),
+        ("b", "127.0.0.1", 1),
+    ]
+    assert [rank.label for rank in laid.ranks] == ["a:0", "a:1", "b:2"]
+    assert column(laid, "DANAZ_WORKER") == ["0", "0", "1"]
+    assert column(laid, "DANAZ_WORKERS") == ["2", "2", "2"]
+    assert column(laid, "HOROVOD_RANK") == column(laid, "RANK") == ["0", "1", "0"]
+    assert column(laid, "HOROVOD_SIZE") == column(laid, "WORLD_SIZE") == ["2", "2", "1"]
+    assert column(laid, "HOROVOD_CROSS_SIZE") == ["1", "1", "1"]
+    assert column(laid, "HOROVOD_GLOO_IFACE") == ["lo", "lo", "lo"]
+    assert column(laid, "HOROVOD_HOSTNAME") == ["a", "a", "b"]
+    assert [str(rank.log_folder) for rank in laid.ranks] == ["logs/a/rank.0", "logs/a/rank.1", "logs/b/rank.2"]
+
+
+def test_one_world_over_unequal_hosts() -> None:
+    machines = {"a": Machine(address="10.0.0.1", interface="eth0"), "b": Machine(interface="ens5")}
+    laid = lay("a:2,b:3", one_world=True, machines=machines)
+    assert [(world.host.name, world.address, world.size) for world in laid.worlds] == [("a", "10.0.0.1", 5)]
+    assert column(laid, "HOROVOD_RANK") == column(laid, "RANK") == ["0", "1", "2", "3", "4"]
+    assert column(laid, "HOROVOD_LOCAL_RANK") == column(laid, "LOCAL_RANK") == ["0", "1", "0", "1", "2"]
+    assert column(laid, "HOROVOD_LOCAL_SIZE") == column(laid, "LOCAL_WORLD_SIZE") == ["2", "2", "3", "3", "3"]
+    assert column(laid, "HOROVOD_CROSS_RANK") == ["0", "0", "1", "1", "0"]
+    assert column(laid, "HOROVOD_CROSS_SIZE") == ["2", "2", "2", "2", "1"]
+    assert column(laid, "HOROVOD_GLOO_IFACE") == ["eth0", "eth0", "ens5", "ens5", "ens5"]
+    assert column(laid, "MASTER_ADDR") == column(laid, "HOROVOD_GLOO_RENDEZVOUS_ADDR") == ["10.0.0.1"] * 5
+    assert column(laid, "DANAZ_WORKER") == ["0", "0", "1", "1", "1"]
+
+
+def test_a_host_split_into_workers() -> None:
+    laid = lay("a:5", 2)
+    assert column(laid, "DANAZ_WORKER") == ["0", "0", "0", "1", "1"]
+    assert column(laid, "HOROVOD_LOCAL_RANK") == ["0", "1", "2", "0", "1"]
+    assert column(laid, "DANAZ_LOCAL_DEVICE") == ["0", "1", "2", "3", "4"]
+    assert [world.size for world in laid.worlds] == [3, 2]
+    together = lay("a:5", 2, one_world=True)
+    assert column(together, "DANAZ_WORKER") == column(laid, "DANAZ_WORKER")
+    assert column(together, "HOROVOD_LOCAL_RANK") == ["0", "1", "2", "3", "4"]
+    assert [world.size for world in together.worlds] == [5]
+
+
+def test_slots_left_out_are_the_gpus_there_else_one() -> None:
+    machines = {"a": Machine(gpus=8), "b": Machine(gpus=0)}
+    assert len(lay("a,b", machines=machines).ranks) == 9
+    capped = plan([Host("a", max_slots=4)], ["train"], one_world=False, env={}, cwd="/", machines=machines)
+    assert len(capped.ranks) == 4
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(16, "4"), (6, "1"), (2, "1")])
+def test_cores_are_shared_among_the_ranks(cores: int, threads: str) -> None:
+    assert column(lay("a:4", machines={"a": Machine(cores=cores)}), "OMP_NUM_THREADS") == [threads] * 4
+
+
+def test_the_users_own_environment_is_kept() -> None:
+    laid = lay("a:1", env={"OMP_NUM_THREADS": "3", "PYTHONUNBUFFERED": "", "CUDA_VISIBLE_DEVICES": "1"})
+    assert laid.env == {"OMP_NUM_THREADS": "3", "PYTHONUNBUFFERED": "", "CUDA_VISIBLE_DEVICES": "1"}
+    assert laid.ranks[0].env.keys() & {"OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"} == set()
+
+
+def test_services_come_first_and_tell_their_address() -> None:
+    server = Service("server", ["serve", "--port", "0"], announces="DANAZ_SERVER", env={"KEY": "value"})
+    laid = lay("a:1", services=[server])
+    assert [host.name for host in laid.hosts] == ["localhost", "a"]
+    assert laid.services[0].env == {"DANAZ_WORKERS": "1", "KEY": "value"}
+    assert str(laid.services[0].log_folder) == "logs/localhost/server"
+    assert laid.services[0].label == "localhost:server"
+
+
+def test_the_description_shows_everything_but_the_environment_of_the_user() -> None:
+    server = Service("server", ["serve", "two words"], announces="DANAZ_SERVER")
+    text = lay("a:2", services=[server], env={"TOKEN": "secret"}).describe()
+    assert text.splitlines()[:2] == ["1 worker, 2 ranks, one Horovod world over all", "in /here"]
+    assert "[localhost:server] serve 'two words'\n    announces DANAZ_SERVER" in text
+    assert "[a:1] train\n    DANAZ_LOCAL_DEVICE=1\n    HOROVOD_RANK=1" in text
+    assert "    MASTER_PORT=<free port on a>\n    DANAZ_SERVER=<from server>" in text
+    assert "secret" not in text
+    assert "secret" not in repr(lay("a:2", env={"TOKEN": "secret"}))
+
+
+@pytest.mark.parametrize(
+    ("hosts", "options", "message"),
+    [
+        ("a:2", {"workers_per_host": 3}, r"a has 2 slots, too few for 3 workers of one rank or more; .* \(a:3\)"),
+        ("a:2", {"workers_per_host": 0}, "workers per host is 0; expected at least 1"),
+        ("a:1", {"services": [Service("s", ["x"]), Service("s", ["y"])]}, "services need names of their own"),
+        ("a:1", {"services": [Service("rank.0", ["x"])]}, "services need names of their own"),
+        ("a:1", {"services": [Service("server", [])]}, "the service server has no command"),
+    ],
+)
+def test_what_does_not_fit(hosts: str, options: Mapping[str, object], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        lay(hosts, **options)  # type: ignore[arg-type]
+
+
+def test_nothing_to_run() -> None:
+    with pytest.raises(PlanError, match="there is no command to run; write it after --"):
+        plan(parse_hosts("a:1"), [], one_world=True, env={}, cwd="/")
+    with pytest.raises(PlanError, match="there are no hosts"):
+        plan([], ["train"], one_world=True, env={}, cwd="/")
+
+
+@given(slots=st.lists(st.integers(1, 9), min_size=1, max_size=6), parts=st.integers(1, 9), one_world=st.booleans())
+def test_every_slot_has_its_rank(slots: list[int], parts: int, one_world: bool) -> None:
+    parts = min(parts, *slots)
+    hosts = [Host(f"h{number}", count) for number, count in enumerate(slots)]
+    laid = plan(hosts, ["train"], one_world=one_world, workers_per_host=parts, env={}, cwd="/")
+    assert len(laid.ranks) == sum(slots)
+    assert laid.workers == len(slots) * parts
+    assert [rank.rank for rank in laid.ranks] == list(range(sum(slots)))
+    workers = [int(worker or "") for worker in column(laid, "DANAZ_WORKER")]
+    assert workers == sorted(workers)
+    assert set(workers) == set(range(laid.workers))
+    sizes = [workers.count(worker) for worker in range(laid.workers)]
+    for number, count in enumerate(slots):
+        of_host = sizes[number * parts : (number + 1) * parts]
+        assert sum(of_host) == count
+        assert max(of_host) - min(of_host) <= 1
+    for world in laid.worlds:
+        members = [rank for rank in laid.ranks if rank.world == world.index]
+        assert [rank.env["HOROVOD_RANK"] for rank in members] == [str(rank) for rank in range(world.size)]
+        seats = {(rank.env["HOROVOD_CROSS_RANK"], rank.env["HOROVOD_LOCAL_RANK"]) for rank in members}
+        assert len(seats) == world.size
+    devices = {(rank.host.name, rank.env["DANAZ_LOCAL_DEVICE"]) for rank in laid.ranks}
+    assert len(devices) == sum(slots)
