@@ -117,8 +117,8 @@ def batching_of(loader: DataLoader[Any], workers: int, seed: int) -> Batching:
     if loader.batch_size is None or type(loader.sampler) not in (RandomSampler, SequentialSampler):
         raise UnsupportedLoaderError(
             "danaz.shard needs a DataLoader with batch_size=… and shuffle=True or False; this one has a sampler of its "
-            f"own ({type(loader.batch_sampler if loader.batch_size is None else loader.sampler).__name__}), which danaz "
-            "would have to replace."
+            f"own ({type(loader.batch_sampler if loader.batch_size is None else loader.sampler).__name__}), which "
+            "danaz would have to replace."
         )
     if isinstance(loader.sampler, RandomSampler) and loader.sampler.replacement:
         raise UnsupportedLoaderError("danaz.shard uses each sample once an epoch; this loader draws with replacement.")
@@ -147,7 +147,7 @@ def rebuild(loader: DataLoader[Any], sampler: LeaseSampler) -> DataLoader[Any]:
         }
     return DataLoader(
         loader.dataset,
-        batch_sampler=sampler,  # type: ignore[arg-type]
+        batch_sampler=sampler,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,

@@ -37,7 +37,9 @@ def check_supported(optimizer: torch.optim.Optimizer) -> float:
             "along one sum of velocities."
         )
     if momenta != {0.0} and not all(group["nesterov"] for group in optimizer.param_groups):
-        warnings.warn("danaz trains with Nesterov momentum (DANA is built on it); nesterov=False is not kept", stacklevel=3)
+        warnings.warn(
+            "danaz trains with Nesterov momentum (DANA is built on it); nesterov=False is not kept", stacklevel=3
+        )
     return momenta.pop()
 
 
@@ -58,7 +60,7 @@ class GradientExchange:
         self._reset()
         if group.size > 1:
             for index, parameter in enumerate(flat.trained):
-                parameter.register_post_accumulate_grad_hook(self._hook(index))
+                parameter.register_post_accumulate_grad_hook(self._hook(index))  # type: ignore[no-untyped-call]
 
     def _reset(self) -> None:
         self._seen = [0] * len(self.flat.trained)
@@ -89,7 +91,7 @@ class GradientExchange:
         grads = self.flat.grads[entries[bucket.start].start : entries[bucket.stop - 1].stop]
         # Not a multiplication by zero: what a rank without samples holds may be anything.
         grads.mul_(self.weight) if self.weight else grads.zero_()
-        self._handles.append(self.group.sum_async(grads, f"danaz.grad.{number}"))
+        self._handles.append(self.group.sum_async(grads, f"grads.{number}"))
 
     def finish(self, loss: float | None) -> float | None:
         """Return when the flat gradient is the mean over the batch; returns the batch's mean loss."""
@@ -99,7 +101,7 @@ class GradientExchange:
         while len(self._handles) < len(self._buckets):
             self._begin_next()
         share = torch.tensor([(loss or 0.0) * self.weight, float(loss is not None)])
-        self._handles.append(self.group.sum_async(share, "danaz.loss"))
+        self._handles.append(self.group.sum_async(share, "loss"))
         for handle in self._handles:
             self.group.wait(handle)
         self._reset()
@@ -139,7 +141,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._wrapped = optimizer
         self._push: Callable[[list[float], float | None], None] | None = None
         self._synchronized: tuple[float | None] | None = None
-        super().__init__(optimizer.param_groups, optimizer.defaults)  # type: ignore[arg-type]
+        super().__init__(optimizer.param_groups, optimizer.defaults)
 
     def connect(self, push: Callable[[list[float], float | None], None]) -> None:
         """Send what ``step`` produces, (lr per group, mean loss), to ``push``."""
@@ -158,7 +160,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 result = loss = closure()
         if self._push is None:
-            raise RuntimeError("optimizer.step() outside of danaz.shard: iterate `for batch in danaz.shard(loader, epoch)`")
+            raise RuntimeError(
+                "optimizer.step() outside of danaz.shard: iterate `for batch in danaz.shard(loader, epoch)`"
+            )
         self.synchronize(loss)
         assert self._synchronized is not None
         (mean_loss,), self._synchronized = self._synchronized, None
@@ -187,4 +191,3 @@ def effective_lr(
     """The user's rates as the cluster applies them: warmed up and, for SSGD, scaled with the number of workers."""
     factor = warmup_factor(epoch, workers, warmup_epochs) * (workers if scales_lr else 1)
     return [rate * factor for rate in lr]
-

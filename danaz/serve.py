@@ -30,9 +30,29 @@ def serve(socket: zmq.Socket[bytes], settings: Settings, run: Path, record: bool
     signal.signal(signal.SIGINT, stop)
     folder = RunFolder(run, settings.facts())
     core = ServerCore(settings.for_server(), on_update=folder.record)
-    recorder = Recorder(run / RECORDING) if record else None
+    recorder = Recorder(run / RECORDING, settings.to_json()) if record else None
     Router(socket).serve(core, recorder, lambda: stopping)
     if recorder:
         recorder.close()
     folder.finish(core)
     socket.close()
+
+
+def replay_run(run: Path) -> tuple[int, bool]:
+    """Replay the recording in ``run``; returns the number of updates and whether the parameters are its own.
+
+    Raises FileNotFoundError if there is no recording.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    from danaz.server.core import ServerCore
+    from danaz.server.recording import recorded_settings, replay
+
+    settings = Settings.from_json(recorded_settings(run / RECORDING))
+    core = ServerCore(settings.for_server())
+    for _ in replay(run / RECORDING, core):
+        pass
+    saved = load_file(run / "parameters.safetensors")
+    replayed = core.job.layout.named(core.master.params, core.mean_buffers())
+    return core.figures.updates, all(torch.equal(saved[name], tensor) for name, tensor in replayed.items())

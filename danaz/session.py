@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 from collections.abc import Iterator
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -93,7 +94,7 @@ class Session:
         self._share = self._share_of_batch()
         self._scales_lr = rule.scales_lr
         self._worker = Worker(self.group, optimizer.flat, ahead, core, link, replicated=everyone_alike)
-        self.group.broadcast(optimizer.flat.params, "danaz.first_params")
+        self.group.broadcast(first_params=optimizer.flat.params)
         self._worker.join(bring_params=everyone_alike or self.place.worker == 0)
 
     @property
@@ -109,7 +110,7 @@ class Session:
             return LocalLink(ServerCore(settings))
         folder = RunFolder(self.place.run, self.settings.facts())
         core = ServerCore(settings, on_update=folder.record)
-        return LocalLink(core, on_close=lambda: folder.finish(core))
+        return LocalLink(core, on_close=partial(folder.finish, core))
 
     def _share_of_batch(self) -> Share:
         """This rank's part of a batch; in a world over all machines, first each machine's."""
@@ -117,7 +118,7 @@ class Session:
             return Share(rank=self.group.rank, ranks=self.group.size)
         worker_of_rank = torch.zeros(self.group.size, dtype=torch.float64)
         worker_of_rank[self.group.rank] = self.place.worker
-        self.group.wait(self.group.sum_async(worker_of_rank, "danaz.workers"))
+        self.group.wait(self.group.sum_async(worker_of_rank, "workers"))
         mine = [rank for rank, worker in enumerate(worker_of_rank.tolist()) if worker == self.place.worker]
         return Share(self.place.worker, self.settings.workers, mine.index(self.group.rank), len(mine))
 
@@ -165,8 +166,8 @@ class Session:
         if self._portion is not None:
             raise RuntimeError(
                 f"batch {self._portion.batch} was not followed by optimizer.step(). One batch of danaz.shard is one "
-                "update: to make updates larger, raise the loader's batch_size; to save memory, split the batch in your "
-                "loop and use backward_passes_per_step."
+                "update: to make updates larger, raise the loader's batch_size; to save memory, split the batch in "
+                "your loop and use backward_passes_per_step."
             )
 
     def _step_without_samples(self, sampler: LeaseSampler) -> None:

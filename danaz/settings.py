@@ -37,7 +37,7 @@ class Settings:
             seed=config.seed,
             warmup_epochs=config.lr_schedule.warmup_epochs,
             lr_correction=config.lr_correction,
-            gap_every=config.gap_every,
+            gap_every=gap_every(config.gap),
             digest=config.digest(),
             collective=collective,
             ranks_per_worker=ranks_per_worker,
@@ -69,6 +69,11 @@ class Settings:
         if set(values) - known:
             raise ValueError(f"DANAZ_SETTINGS holds {sorted(set(values) - known)}, which this version does not know")
         return cls(**values)
+
+
+def gap_every(gap: str) -> int:
+    """on, off or every:K as a number of updates; 0 is never."""
+    return {"on": 1, "off": 0}[gap] if gap in ("on", "off") else int(gap.removeprefix("every:"))
 
 
 @dataclass(frozen=True)

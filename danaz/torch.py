@@ -92,7 +92,7 @@ def num_workers() -> int:
     return _session().settings.workers
 
 
-def DistributedOptimizer(  # noqa: N802 - the name that Horovod's users know
+def DistributedOptimizer(
     optimizer: torch.optim.Optimizer, model: nn.Module, backward_passes_per_step: int = 1
 ) -> _DistributedOptimizer:
     """Let the cluster carry out ``optimizer``, a torch.optim.SGD over (some of) the parameters of ``model``.

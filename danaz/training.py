@@ -41,10 +41,10 @@ def train(config: Config) -> None:
         for x, y in danaz.shard(loader, epoch):
             optimizer.zero_grad()
             loss = batch_loss(model, workload, x, y, config, device)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step(loss=loss)
         with warnings.catch_warnings():
-            # An epoch in which other workers were so fast that this one got no batch has no step before the scheduler's.
+            # Other workers may be so fast that this one gets no batch in an epoch, and so no step before this one.
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
             scheduler.step()
     if danaz.worker_id() == 0 and danaz.rank() == 0:
@@ -65,7 +65,7 @@ def make_sgd(model: nn.Module, config: Config) -> torch.optim.SGD:
 def place(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
     """The model on its device, in the memory format asked for."""
     model = model.to(device)
-    return model.to(memory_format=torch.channels_last) if config.channels_last else model  # type: ignore[call-overload, no-any-return]
+    return model.to(memory_format=torch.channels_last) if config.channels_last else model
 
 
 def batch_loss(model: nn.Module, workload: Workload, x: Any, y: Any, config: Config, device: torch.device) -> Tensor:

@@ -70,10 +70,14 @@ class Cluster:
     def open_links(self) -> list[AgentLink]:
         return [link for link in self.links.values() if not link.closed]
 
-    def close(self, timeout_s: float) -> None:
-        """Leave the agents, which end by that if they have not yet."""
+    def busy_links(self) -> list[AgentLink]:
+        """Agents that may have processes: one that never said hello was given none."""
+        return [link for link in self.open_links() if link.said_hello]
+
+    def close(self, deadline: float) -> None:
+        """Leave the agents, which end by that if they have not yet; by the deadline they are killed."""
         for link in self.links.values():
-            link.close(timeout_s)
+            link.close(max(0.0, deadline - time.monotonic()) if link.said_hello else 0.0)
 
     def have_ended(self, processes: Iterable[Process]) -> bool:
         return all(process.name in self.exits for process in processes)

@@ -160,11 +160,10 @@ class _Run:
 
     def _end(self) -> None:
         """End every process of the run, and wait until they have ended. A second signal asks for haste."""
-        timeout_s = self.timeouts.grace_s + AGENT_END_S
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + self.timeouts.grace_s + AGENT_END_S
         heeded = -1
         try:
-            while self.cluster.open_links() and time.monotonic() < deadline:
+            while self.cluster.busy_links() and time.monotonic() < deadline:
                 if heeded < len(self.signals.received):
                     heeded = len(self.signals.received)
                     self.cluster.stop(self.timeouts.grace_s if heeded < 2 else 0.0)
@@ -172,7 +171,7 @@ class _Run:
             for process in self.cluster.running():
                 self.logs.close(process)
         finally:
-            self.cluster.close(timeout_s)
+            self.cluster.close(deadline)
 
     def _start(self, process: Process, found: dict[str, str]) -> None:
         self.cluster.start(process, {**self.plan.env, **process.env, **found}, self.plan.cwd)

@@ -58,13 +58,28 @@ class TestLoading:
 class TestOverrides:
     def test_every_field_can_be_set(self, path: Path) -> None:
         other = {
-            **dict(
-                name="other", workload=None, data="torchvision.FakeData", model="torchvision.alexnet", data_dir="/d"
-            ),
-            **dict(augment=True, batch_size=7, epochs=9, seed=3, lr=0.5, momentum=-0.5, weight_decay=0.25),
-            **dict(lr_schedule={"milestones": [1.5, 2.0], "factor": 0.5, "warmup_epochs": 0.0}, lr_correction=False),
-            **dict(algorithm="ssgd", workers=12, schedule="round-robin", gap="every:5", precision="bf16"),
-            **dict(channels_last=True, num_workers=2, threads=2),
+            "name": "other",
+            "workload": None,
+            "data": "torchvision.FakeData",
+            "model": "torchvision.alexnet",
+            "data_dir": "/d",
+            "augment": True,
+            "batch_size": 7,
+            "epochs": 9,
+            "seed": 3,
+            "lr": 0.5,
+            "momentum": -0.5,
+            "weight_decay": 0.25,
+            "lr_schedule": {"milestones": [1.5, 2.0], "factor": 0.5, "warmup_epochs": 0.0},
+            "lr_correction": False,
+            "algorithm": "ssgd",
+            "workers": 12,
+            "schedule": "round-robin",
+            "gap": "every:5",
+            "precision": "bf16",
+            "channels_last": True,
+            "num_workers": 2,
+            "threads": 2,
         }
         assert set(other) == set(Config.model_fields)
         config = load_config(

@@ -102,6 +102,7 @@ def _rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
         "CROSS_RANK": 0,
         "CROSS_SIZE": 1,
         "GLOO_RENDEZVOUS_PORT": port,
+        "GLOO_TIMEOUT_SECONDS": 90,  # ranks wait for each other while a busy machine still imports torch
     }
     text = {
         "HOSTNAME": "localhost",

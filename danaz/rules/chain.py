@@ -19,7 +19,7 @@ class Transform:
         raise NotImplementedError
 
 
-class scale_gradient(Transform):  # noqa: N801 - reads as a verb where rules are written
+class scale_gradient(Transform):
     """Apply ``scale(grad, ctx)``, which works in place."""
 
     def __init__(self, scale: Callable[[Tensor, Context], object]):
@@ -29,7 +29,7 @@ class scale_gradient(Transform):  # noqa: N801 - reads as a verb where rules are
         self.scale(grad, ctx)
 
 
-class chain(Rule):  # noqa: N801
+class chain(Rule):
     """The transformations in their order, then the last rule. Declares what its parts declare."""
 
     def __init__(self, *links: Transform | Rule):

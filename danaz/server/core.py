@@ -364,15 +364,16 @@ class ServerCore:
     def _serve_waiting(self, now: float) -> None:
         live = [m for m in self.members.values() if m.alive]
         for member in live:
-            if member.awaiting == "start":
-                self._send_view(member)
-            elif member.awaiting == "batches" and (self.leases.done or self.leases.top_up(member.worker, member.ahead)):
+            if member.awaiting == "start" or (member.awaiting == "batches" and self._has_news(member)):
                 self._send_view(member)
         if any(m.pending for m in live) and not any(m.computing for m in live):
             self._update_by_round(now)
             self._serve_waiting(now)
         elif not self.leases.done or all(m.left for m in live):
             self._send_final([m for m in live if m.awaiting == "end"])
+
+    def _has_news(self, member: Member) -> bool:
+        return self.leases.done or bool(self.leases.top_up(member.worker, member.ahead))
 
     def _send_view(self, member: Member, *, applied: bool = False, refused: str = "") -> None:
         """Send the newest view; from now on the worker computes on it."""

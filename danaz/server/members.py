@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from danaz.server.messages import Push
 
-Route = Hashable  # where replies go: opaque to the core, the transport's own
+Route = bytes | int  # where replies go: opaque to the core, the transport's own
 
 
 @dataclass

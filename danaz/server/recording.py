@@ -1,13 +1,15 @@
 """A live run, kept so that a fresh core can be fed the same: every event that reached the core, with its time.
 
-A record is [time f64 | route length u32 | number of frames u32 | frame lengths u64 … | route | frames …], little
-endian; one without frames is a tick. Replaying gives the same replies and parameters, bit for bit.
+The file begins with [length u32 | the settings, JSON]. A record is [time f64 | route length u32 | number of frames u32
+| frame lengths u64 … | route | frames …], little endian; one without frames is a tick. Replaying gives the same replies
+and parameters, bit for bit.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
+from os import SEEK_CUR
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,14 +17,16 @@ from danaz.server.core import Replies, ServerCore
 from danaz.server.messages import Request
 from danaz.server.wire import Frame, decode
 
+LENGTH = struct.Struct("<I")
 HEAD = struct.Struct("<dII")
 
 
 class Recorder:
     """Appends events to a file."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, settings: str):
         self._file: BinaryIO = path.open("wb")
+        self._file.write(LENGTH.pack(len(settings.encode())) + settings.encode())
 
     def event(self, now: float, route: bytes = b"", frames: Sequence[Frame] = ()) -> None:
         lengths = [len(frame) for frame in frames]
@@ -34,9 +38,17 @@ class Recorder:
         self._file.close()
 
 
+def recorded_settings(path: Path) -> str:
+    """The settings that the server was recorded with."""
+    with path.open("rb") as file:
+        (length,) = LENGTH.unpack(file.read(LENGTH.size))
+        return file.read(length).decode()
+
+
 def read_recording(path: Path) -> Iterator[tuple[float, bytes, list[bytearray]]]:
     """The (time, route, frames) of each event. A record cut short by a kill ends the recording."""
     with path.open("rb") as file:
+        file.seek(LENGTH.unpack(file.read(LENGTH.size))[0], SEEK_CUR)
         while len(head := file.read(HEAD.size)) == HEAD.size:
             now, route_length, count = HEAD.unpack(head)
             lengths = struct.unpack(f"<{count}Q", file.read(8 * count))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from math import ceil
 
 import zmq
 
@@ -28,7 +29,7 @@ class Router:
         next_tick = time.monotonic() + TICK_S
         while not (core.finished or stop()):
             wait_s = max(0.0, next_tick - time.monotonic())
-            if poller.poll(wait_s * 1000):
+            if poller.poll(ceil(wait_s * 1000)):
                 self._receive(core, recorder)
             now = time.monotonic()
             if now >= next_tick:
@@ -54,4 +55,5 @@ class Router:
 
     def _send(self, replies: Replies) -> None:
         for route, reply in replies:
+            assert isinstance(route, bytes)
             self._socket.send_multipart([route, *encode(reply)], copy=False)

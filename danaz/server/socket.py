@@ -14,9 +14,11 @@ def bind_router(address: str) -> tuple[zmq.Socket[bytes], str]:
     A peer that sends a larger frame than MAX_MESSAGE_BYTES is disconnected before the frame is read. Raises
     zmq.ZMQError if the address cannot be bound.
     """
-    socket = zmq.Context.instance().socket(zmq.ROUTER)
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
     socket.setsockopt(zmq.LINGER, LINGER_MS)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
     socket.setsockopt(zmq.SNDHWM, 0)  # one reply a request: the workers bound it
     socket.bind(address)
-    return socket, socket.getsockopt(zmq.LAST_ENDPOINT).decode()
+    endpoint = socket.getsockopt(zmq.LAST_ENDPOINT)
+    assert isinstance(endpoint, bytes)
+    return socket, endpoint.decode()

@@ -10,6 +10,8 @@ import dataclasses
 import types
 import typing
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cache
 from typing import Any
 
 import msgpack
@@ -58,7 +60,7 @@ def encode(message: messages.Message) -> list[Frame]:
 def _bytes_of(tensor: Tensor) -> Frame:
     if tensor.dtype != torch.float32 or tensor.dim() != 1:
         raise TypeError(f"only flat float32 vectors travel, not {tensor.dtype} of shape {tuple(tensor.shape)}")
-    return memoryview(tensor.detach().contiguous().numpy()).cast("B") if tensor.numel() else b""
+    return tensor.detach().contiguous().numpy().data.cast("B") if tensor.numel() else b""
 
 
 def decode(frames: Sequence[Frame], expect: type | types.UnionType = messages.Message) -> Any:
@@ -106,64 +108,75 @@ def _tensor(frame: Frame) -> Tensor:
 
 def _build(message_type: type, header: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
     values = {}
-    for name, check in _checks(message_type).items():
+    for name, hint in _hints(message_type).items():
         if name not in header:
             raise WireError(f"field {name} is missing")
-        values[name] = check(tensors.pop(name, header[name]))
+        try:
+            values[name] = _fit(tensors.pop(name, header[name]), hint)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise WireError(f"field {name} has the wrong type") from error
     if tensors or len(values) != len(header):
         raise WireError("fields that this kind of message does not have")
     return message_type(**values)
 
 
-_CHECKS: dict[type, dict[str, Callable[[Any], Any]]] = {}
+@cache
+def _hints(message_type: type) -> dict[str, Any]:
+    return typing.get_type_hints(message_type)
 
 
-def _checks(message_type: type) -> dict[str, Callable[[Any], Any]]:
-    if message_type not in _CHECKS:
-        hints = typing.get_type_hints(message_type)
-        _CHECKS[message_type] = {name: _checker(name, hint) for name, hint in hints.items()}
-    return _CHECKS[message_type]
+def _fit(value: Any, hint: Any) -> Any:
+    """``value`` as the type that a message's field declares. Raises TypeError or ValueError if it is none."""
+    return _FITTERS[typing.get_origin(hint) or hint](value, *typing.get_args(hint))
 
 
-def _checker(name: str, hint: Any) -> Callable[[Any], Any]:
-    """A function that returns a value as the field's type, or raises WireError."""
+def _exactly(kind: type) -> Callable[[Any], Any]:
+    def fit(value: Any) -> Any:
+        if type(value) is not kind:
+            raise TypeError(f"{kind.__name__} expected")
+        return value
 
-    def wrong() -> WireError:
-        return WireError(f"field {name} has the wrong type")
+    return fit
 
-    def check(value: Any, hint: Any = hint) -> Any:
-        origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-        if origin in (typing.Union, types.UnionType):
-            return _first_fitting(value, arguments)
-        if origin is tuple and isinstance(value, (list, tuple)):
-            return tuple(check(item, arguments[0]) for item in value)
-        if origin is dict and isinstance(value, dict):
-            return {check(k, arguments[0]): check(v, arguments[1]) for k, v in value.items()}
-        if hint is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
-        if hint is int and isinstance(value, int) and not isinstance(value, bool):
-            return value
-        if hint in (Layout, messages.Plan) and isinstance(value, list):
-            return _structure(value, hint)
-        if hint in (str, float, bool, Tensor) and isinstance(value, hint):
-            return value
-        raise wrong()
 
-    def _structure(value: list[Any], hint: Any) -> Any:
-        try:
-            return Layout.from_lists(value) if hint is Layout else messages.Plan(*(check(n, int) for n in value))
-        except (ValueError, TypeError) as error:
-            raise wrong() from error
+def _float(value: Any) -> float:
+    if type(value) not in (float, int):
+        raise TypeError("float expected")
+    return float(value)
 
-    def _first_fitting(value: Any, choices: Sequence[Any]) -> Any:
-        if value is None and type(None) in choices:
-            return None
-        for choice in choices:
-            if choice is not type(None):
-                try:
-                    return check(value, choice)
-                except WireError:
-                    continue
-        raise wrong()
 
-    return check
+def _tuple(value: Any, item: Any, *_: Any) -> tuple[Any, ...]:
+    return tuple(_fit(element, item) for element in _exactly(list)(value))
+
+
+def _dict(value: Any, key: Any, item: Any) -> dict[Any, Any]:
+    return {_fit(k, key): _fit(v, item) for k, v in _exactly(dict)(value).items()}
+
+
+def _union(value: Any, *choices: Any) -> Any:
+    if value is None and type(None) in choices:
+        return None
+    # str and float, say, have no value in common: at most one of the choices fits.
+    for choice in choices:
+        if choice is not type(None):
+            with suppress(TypeError):
+                return _fit(value, choice)
+    raise TypeError("no type of the union fits")
+
+
+def _plan(value: Any) -> messages.Plan:
+    return messages.Plan(*_tuple(value, int))
+
+
+_FITTERS: dict[Any, Callable[..., Any]] = {
+    int: _exactly(int),
+    str: _exactly(str),
+    bool: _exactly(bool),
+    Tensor: _exactly(Tensor),
+    float: _float,
+    tuple: _tuple,
+    dict: _dict,
+    types.UnionType: _union,
+    messages.Plan: _plan,
+    Layout: Layout.from_lists,
+}

@@ -70,9 +70,7 @@ class Simulation:
     def _make_worker(self, number: int) -> SimulatedWorker:
         momentum = check_supported(self.optimizer)
         self.rule = self.server.algorithm.rule(momentum=momentum, lr_correction=self.config.lr_correction)
-        role = Role(
-            number, 1, self.settings.digest, momentum, self.flat.layout, self.batching.plan(self.config.epochs)
-        )
+        role = Role(number, 1, self.settings.digest, momentum, self.flat.layout, self.batching.plan(self.config.epochs))
         return SimulatedWorker(WorkerCore(role, self.rule.worker_rule))
 
     def _record(self, update: Any) -> None:
@@ -120,7 +118,7 @@ class Simulation:
         x, y = self._fetch(self.batching.indices(batch).tolist())
         self.model.zero_grad()
         loss = batch_loss(self.model, self.workload, x, y, self.config, self.device)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         self.flat.gather_gradients(range(len(self.flat.trained)))
         add_weight_decay(self.flat, self.optimizer.param_groups)
         return len(y), loss.item()

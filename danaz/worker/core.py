@@ -99,14 +99,10 @@ class WorkerCore:
         out = torch.empty_like(grad)
         for group, (start, stop) in enumerate(self.role.layout.groups):
             context = Context(lr[group], self._lr[group], 0.0, 0, self.version, 0)
-            old, new = (
-                {k: v[start:stop] for k, v in vectors.items()} for vectors in (self._vectors, self._tentative)
-            )
+            old, new = ({k: v[start:stop] for k, v in vectors.items()} for vectors in (self._vectors, self._tentative))
             self.rule.push(out[start:stop], grad[start:stop], old, new, context)
         who = self.role
-        push = Push(
-            who.worker, who.incarnation, number, self.version, tuple(lr), samples, loss, batch, out.to("cpu")
-        )
+        push = Push(who.worker, who.incarnation, number, self.version, tuple(lr), samples, loss, batch, out.to("cpu"))
         return self._ask(push)
 
     def pull(self) -> Pull:

@@ -22,8 +22,8 @@ class Group(Protocol):
     def wait(self, handle: Any) -> None:
         """Return when the tensor of ``handle`` holds the sum."""
 
-    def broadcast(self, tensor: Tensor, name: str) -> None:
-        """Overwrite ``tensor`` with rank 0's."""
+    def broadcast(self, **tensors: Tensor) -> None:
+        """Overwrite each of ``tensors`` with rank 0's."""
 
     def close(self) -> None:
         """Leave the world."""
@@ -42,7 +42,7 @@ class SoloGroup:
     def wait(self, handle: None) -> None:
         return None
 
-    def broadcast(self, tensor: Tensor, name: str) -> None:
+    def broadcast(self, **tensors: Tensor) -> None:
         return None
 
     def close(self) -> None:
@@ -68,8 +68,11 @@ class HorovodGroup:
     def wait(self, handle: Any) -> None:
         self._hvd.synchronize(handle)
 
-    def broadcast(self, tensor: Tensor, name: str) -> None:
-        self._hvd.broadcast_(tensor, root_rank=0, name=name)
+    def broadcast(self, **tensors: Tensor) -> None:
+        # Begun together, they travel in one cycle of Horovod's.
+        handles = [self._hvd.broadcast_async_(tensor, root_rank=0, name=name) for name, tensor in tensors.items()]
+        for handle in handles:
+            self._hvd.synchronize(handle)
 
     def close(self) -> None:
         self._hvd.shutdown()
@@ -94,8 +97,9 @@ class TorchGroup:
     def wait(self, handle: Any) -> None:
         handle.wait()
 
-    def broadcast(self, tensor: Tensor, name: str) -> None:
-        self._dist.broadcast(tensor, src=0)
+    def broadcast(self, **tensors: Tensor) -> None:
+        for tensor in tensors.values():
+            self._dist.broadcast(tensor, src=0)
 
     def close(self) -> None:
         self._dist.destroy_process_group()
@@ -119,4 +123,5 @@ def choose_collective(wanted: str) -> tuple[str, str]:
 
 def make_group(collective: str) -> Group:
     """The world that this process was launched into."""
-    return {"none": SoloGroup, "horovod": HorovodGroup, "torch": TorchGroup}[collective]()
+    groups: dict[str, type[Group]] = {"none": SoloGroup, "horovod": HorovodGroup, "torch": TorchGroup}
+    return groups[collective]()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from math import ceil
 from typing import Protocol
 
 import zmq
@@ -67,7 +68,7 @@ class DealerLink:
 
     def _await_answer(self, request: Request, until: float) -> Reply | None:
         while (left_s := until - time.monotonic()) > 0:
-            if self._socket.poll(left_s * 1000):
+            if self._socket.poll(ceil(left_s * 1000)):
                 frames = self._socket.recv_multipart(copy=False)
                 try:
                     reply: Reply = decode([frame.buffer for frame in frames], Reply)
@@ -101,7 +102,7 @@ def _dealer(context: zmq.Context[zmq.Socket[bytes]], address: str) -> zmq.Socket
 class LocalLink:
     """A server core in this process: one worker alone, or each rank of an all-reduce world with its replica."""
 
-    def __init__(self, core: ServerCore, on_close: Callable[[], None] = lambda: None):
+    def __init__(self, core: ServerCore, on_close: Callable[[], object] = lambda: None):
         self.core = core
         self._on_close = on_close
 

@@ -108,7 +108,7 @@ class Worker:
         """Give back and put the trained model, θ with the mean batch-norm buffers, into every rank's model."""
         buffers = self.flat.buffers()
         if self.group.size > 1:
-            handle = self.group.sum_async(buffers, "danaz.buffers")
+            handle = self.group.sum_async(buffers, "buffers")
             self.group.wait(handle)
             buffers /= self.group.size
         if self._core is not None:
@@ -119,8 +119,7 @@ class Worker:
             buffers, self.metrics.diverged = final.buffers, final.diverged
             self.metrics.version = final.version
         if not self._replicated:
-            self.group.broadcast(self.flat.params, "danaz.params")
-            self.group.broadcast(buffers, "danaz.mean_buffers")
+            self.group.broadcast(params=self.flat.params, buffers=buffers)
         self.flat.load_buffers(buffers)
 
     def report(self, figures: dict[str, float | str | None]) -> None:
@@ -146,12 +145,12 @@ class Worker:
             self._pack(reply)
             self.flat.params.copy_(reply.view)
         if not self._replicated:
-            self.group.broadcast(self._news, "danaz.news")
-            self.group.broadcast(self.flat.params, "danaz.view")
+            self.group.broadcast(news=self._news, view=self.flat.params)
         self._unpack()
 
     def _exchange(self, make: Callable[[WorkerCore], Request]) -> Reply:
-        assert self._core is not None and self._link is not None
+        assert self._core is not None
+        assert self._link is not None
         request = make(self._core)
         reply = self._link.exchange(request)
         self._core.receive(reply)

@@ -22,12 +22,8 @@ def build(config: Config) -> Workload:
     """
     torch.manual_seed(config.seed)
     if config.workload is None:
-        built = build_by_name(config)
-    elif config.workload in BUILDERS:
-        built = BUILDERS[config.workload](config)
-    else:
-        hint = suggest(config.workload, BUILDERS)
+        return build_by_name(config)
+    if config.workload not in BUILDERS:
+        hint = suggest(config.workload, BUILDERS) or "."
         raise ConfigError(f"workload = {config.workload!r} is unknown{hint} Known: {', '.join(sorted(BUILDERS))}")
-    if config.channels_last:
-        built.model.to(memory_format=torch.channels_last)
-    return built
+    return BUILDERS[config.workload](config)

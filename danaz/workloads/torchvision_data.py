@@ -23,8 +23,8 @@ def load(name: str, data_dir: str | None) -> tuple[Any, Any | None]:
         raise ConfigError(f"data: torchvision has no data set {name!r}{suggest(name, datasets.__all__)}")
     kind = getattr(datasets, name)
     parameters = inspect.signature(kind).parameters
-    if "root" in parameters and data_dir is None:
-        raise ConfigError(f"data_dir is not set: it should be the folder that holds (or shall hold) {name}")
+    if "root" in parameters and not data_dir:
+        raise ConfigError(f"data_dir is not set: give the folder that holds {name}, for example --set data_dir=data")
     root = [str(Path(data_dir).expanduser())] if "root" in parameters and data_dir else []
     if kind is datasets.ImageFolder:
         return _open(kind, f"{root[0]}/train"), _open(kind, f"{root[0]}/val")

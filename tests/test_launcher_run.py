@@ -1,0 +1,254 @@
+"""Runs of real processes in this process: what they see, what they leave, and what is said when one fails."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from launcher import run as run_module
+from launcher.hosts import Host, parse_hosts
+from launcher.logs import Terminal, quiet
+from launcher.plan import Service, plan
+from launcher.run import Outcome, run
+from launcher.transport import local_agent_command
+
+
+def play(
+    folder: Path,
+    command: Sequence[str],
+    *,
+    hosts: str = "localhost:2",
+    one_world: bool = True,
+    services: Sequence[Service] = (),
+    cwd: str = "/",
+    **options: object,
+) -> Outcome:
+    laid = plan(parse_hosts(hosts), command, one_world=one_world, services=services, env=dict(os.environ), cwd=cwd)
+    arguments: dict[str, object] = {"echo": quiet, "grace_s": 1.0, **options}
+    return run(laid, folder, **arguments)  # type: ignore[arg-type]
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def written(folder: Path, name: str, stream: str = "stdout", host: str = "localhost") -> str:
+    return (folder / "logs" / host / name / stream).read_text()
+
+
+def test_all_is_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = play(tmp_path, ["sh", "-c", "echo rank $RANK of $WORLD_SIZE in $PWD"], cwd=str(tmp_path), echo=Terminal())
+    assert outcome == Outcome(0)
+    assert written(tmp_path, "rank.1") == f"rank 1 of 2 in {tmp_path}\n"
+    assert f"[localhost:0] rank 0 of 2 in {tmp_path}\n" in capsys.readouterr().out
+
+
+def test_every_rank_learns_its_ports(tmp_path: Path) -> None:
+    names = ["HOROVOD_GLOO_RENDEZVOUS_PORT", "MASTER_PORT", "DANAZ_WORKER"]
+    code = f"import os; print(*(os.environ[name] for name in {names}))"
+    assert play(tmp_path, python(code), hosts="localhost:2,127.0.0.1:1", one_world=False).exit_code == 0
+    first, second = written(tmp_path, "rank.0").split(), written(tmp_path, "rank.1").split()
+    other = written(tmp_path, "rank.2", host="127.0.0.1").split()
+    assert first == second
+    assert other[2] == "1"
+    assert len({*first[:2], *other[:2]}) == 4
+
+
+@pytest.mark.parametrize(
+    ("command", "exit_code", "reason"),
+    [
+        (["sh", "-c", "exit 7"], 7, "ended with exit code 7"),
+        (["sh", "-c", "kill -KILL $$"], 137, "was killed by SIGKILL"),
+        (["/does/not/exist"], 127, "cannot start: [Errno 2] No such file or directory: '/does/not/exist'"),
+        (["/etc/passwd"], 126, "cannot start: [Errno 13] Permission denied: '/etc/passwd'"),
+    ],
+)
+def test_exit_codes_are_passed_on(tmp_path: Path, command: list[str], exit_code: int, reason: str) -> None:
+    outcome = play(tmp_path, command, hosts="localhost:1")
+    assert outcome.exit_code == exit_code
+    assert str(outcome.failure).startswith(f"rank 0 on localhost {reason}")
+
+
+def test_a_missing_directory_is_named(tmp_path: Path) -> None:
+    outcome = play(tmp_path, ["true"], cwd=str(tmp_path / "nowhere"))
+    assert outcome.exit_code == 127
+    assert f"No such file or directory: '{tmp_path}/nowhere'" in str(outcome.failure)
+
+
+def test_the_last_lines_of_the_rank_that_failed_are_shown(tmp_path: Path) -> None:
+    code = """
+import os, sys, time
+if os.environ["RANK"] == "1":
+    print("not this", file=sys.stdout)
+    for n in range(100): print("line", n, file=sys.stderr)
+    sys.exit(3)
+print("noise", file=sys.stderr)
+time.sleep(60)
+"""
+    outcome = play(tmp_path, python(code))
+    assert outcome.failure is not None
+    assert (outcome.exit_code, outcome.failure.host, outcome.failure.log_folder) == (
+        3,
+        "localhost",
+        tmp_path / "logs" / "localhost" / "rank.1",
+    )
+    assert outcome.failure.process is not None
+    assert outcome.failure.process.rank == 1
+    assert outcome.failure.last_lines == tuple(f"line {n}" for n in range(80, 100))
+    assert "its last lines:\n  | line 80\n" in str(outcome.failure)
+
+
+def test_the_first_to_raise_is_blamed_though_it_ends_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "SETTLE_S", 30.0)
+    code = """
+import os, sys, time
+raised, pid = os.environ["FOLDER"] + "/raised", os.environ["FOLDER"] + "/pid"
+def wait(condition):
+    while not condition(): time.sleep(0.005)
+def gone():
+    try: os.kill(int(open(pid).read()), 0)
+    except ProcessLookupError: return True
+if os.environ["RANK"] == "0":
+    with open(pid + ".new", "w") as file: file.write(str(os.getpid()))
+    os.rename(pid + ".new", pid)
+    wait(lambda: os.path.exists(raised))
+    raise SystemExit("pulled along")
+wait(lambda: os.path.exists(pid))
+try:
+    raise ValueError("the cause")
+except ValueError:
+    import traceback; traceback.print_exc(); sys.stderr.flush()
+    open(raised, "w").close()
+wait(gone)
+sys.exit(9)
+"""
+    monkeypatch.setenv("FOLDER", str(tmp_path))
+    outcome = play(tmp_path, python(code))
+    assert outcome.exit_code == 9
+    assert "rank 1 on localhost ended with exit code 9" in str(outcome.failure)
+    assert "ValueError: the cause" in str(outcome.failure)
+
+
+def test_a_running_rank_is_ended_when_another_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = """
+import os, signal, sys
+def end(*_): print("asked to end", flush=True); sys.exit(0)
+signal.signal(signal.SIGTERM, end)
+ready = os.environ["FOLDER"] + "/ready"
+if os.environ["RANK"] == "0":
+    open(ready, "w").close()
+    signal.pause()
+while not os.path.exists(ready): pass
+os.kill(os.getpid(), signal.SIGSEGV)
+"""
+    monkeypatch.setenv("FOLDER", str(tmp_path))
+    outcome = play(tmp_path, python(code))
+    assert (outcome.exit_code, written(tmp_path, "rank.0")) == (139, "asked to end\n")
+
+
+ANNOUNCE = "print('starting'); print('DANAZ_SERVER=tcp://127.0.0.1:5555'); "
+
+
+def test_a_service_announces_itself_and_may_finish_writing(tmp_path: Path) -> None:
+    done = tmp_path / "done"
+    code = f"""
+import os, time
+while not os.path.exists({str(done)!r}): time.sleep(0.005)
+print("written")
+"""
+    server = Service("server", python(ANNOUNCE + code), announces="DANAZ_SERVER")
+    rank = ["sh", "-c", f"echo $DANAZ_SERVER; [ $RANK = 1 ] || touch {done}"]
+    assert play(tmp_path, rank, services=[server]) == Outcome(0)
+    assert written(tmp_path, "rank.1") == "tcp://127.0.0.1:5555\n"
+    assert written(tmp_path, "server") == "starting\nDANAZ_SERVER=tcp://127.0.0.1:5555\nwritten\n"
+
+
+def test_a_service_that_does_not_end_is_stopped_without_blame(tmp_path: Path) -> None:
+    server = Service("server", python(ANNOUNCE + "import time; time.sleep(60)"), announces="DANAZ_SERVER")
+    assert play(tmp_path, ["true"], services=[server], finish_timeout_s=0.1) == Outcome(0)
+
+
+def test_a_service_may_end_before_the_ranks(tmp_path: Path) -> None:
+    server = Service("server", python(ANNOUNCE), announces="DANAZ_SERVER")
+    assert play(tmp_path, ["sleep", "0.3"], services=[server]) == Outcome(0)
+
+
+@pytest.mark.parametrize(
+    ("code", "exit_code", "message"),
+    [
+        (
+            "import time; print('hello'); time.sleep(60)",
+            1,
+            "server on localhost did not print DANAZ_SERVER=… within 1 s",
+        ),
+        ("raise SystemExit('port in use')", 1, "server on localhost ended with exit code 1"),
+        ("print('hello')", 1, "server on localhost ended before it was of use\nits last lines:\n  | hello"),
+        (ANNOUNCE + "import os; os._exit(5)", 5, "server on localhost ended with exit code 5"),
+    ],
+)
+def test_a_service_that_fails_ends_the_run(tmp_path: Path, code: str, exit_code: int, message: str) -> None:
+    server = Service("server", python(code), announces="DANAZ_SERVER")
+    outcome = play(tmp_path, ["sleep", "60"], services=[server], start_timeout_s=1.0)
+    assert outcome.exit_code == exit_code
+    assert str(outcome.failure).startswith(message)
+
+
+def test_a_flood_of_any_bytes_is_kept_whole(tmp_path: Path) -> None:
+    size_bytes = 3_000_000
+    code = f"import random, sys; sys.stdout.buffer.write(random.Random(int(sys.argv[1])).randbytes({size_bytes}))"
+    assert play(tmp_path, ["sh", "-c", 'exec "$0" -c "$1" $RANK', sys.executable, code]) == Outcome(0)
+    for rank in range(2):
+        content = (tmp_path / "logs" / "localhost" / f"rank.{rank}" / "stdout").read_bytes()
+        assert content == random.Random(rank).randbytes(size_bytes)
+
+
+def test_a_machine_that_cannot_be_reached(tmp_path: Path) -> None:
+    outcome = play(tmp_path, ["true"], hosts="elsewhere.example:1")
+    assert outcome.exit_code == 1
+    assert "elsewhere.example is not this machine, the only one that can be used" in str(outcome.failure)
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("echo Permission denied >&2; exit 255", "ended although nobody asked it to\nits last lines:\n  | Permission"),
+        ("echo Welcome; exec sleep 60", "sent something else than an answer: Welcome"),
+        ("exec sleep 60", "did not answer within 1 s"),
+    ],
+)
+def test_an_agent_that_does_not_come_up(tmp_path: Path, script: str, message: str) -> None:
+    outcome = play(tmp_path, ["true"], agent_command=lambda host: ["sh", "-c", script], start_timeout_s=1.0)
+    assert outcome.exit_code == 1
+    assert str(outcome.failure).startswith(f"the agent on localhost {message}")
+
+
+def test_the_environment_of_the_agent_is_not_that_of_the_ranks(tmp_path: Path) -> None:
+    def command(host: Host) -> list[str]:
+        return ["env", "AGENTS_OWN=1", *local_agent_command(host)]
+
+    assert play(tmp_path, ["sh", "-c", "echo [$AGENTS_OWN]"], agent_command=command) == Outcome(0)
+    assert written(tmp_path, "rank.0") == "[]\n"
+
+
+def test_a_run_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "logs").touch()
+    with pytest.raises(NotADirectoryError):
+        play(tmp_path, ["true"])
+
+
+def test_signal_handlers_are_given_back(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    play(tmp_path, ["true"], hosts="localhost:1")
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_only_the_main_thread_can_run(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="main thread"):
+        pool.submit(play, tmp_path, ["true"]).result()
