@@ -153,7 +153,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
             self._synchronized = (self.exchange.finish(loss.item() if isinstance(loss, Tensor) else loss),)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, loss: float | Tensor | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None, *, loss: float | Tensor | None = None) -> Any:
         """One update of this worker. Returns the closure's result, if one is given."""
         result = None
         if closure is not None:

@@ -1,7 +1,6 @@
 """The update rules. A new one is a file beside these and its name in the import below."""
 
-from danaz.rules import asgd as asgd
-from danaz.rules import dana as dana
+from danaz.rules import asgd, dana, delay_compensated, gap_aware, nadam, staleness_aware
 from danaz.rules.base import (
     ALGORITHMS,
     Algorithm,
@@ -26,8 +25,14 @@ __all__ = [
     "Vectors",
     "WorkerRule",
     "algorithm",
+    "asgd",
     "chain",
+    "dana",
     "dana_zero",
+    "delay_compensated",
     "find_algorithm",
+    "gap_aware",
+    "nadam",
     "scale_gradient",
+    "staleness_aware",
 ]

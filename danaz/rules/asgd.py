@@ -31,6 +31,9 @@ class NagAsgd(Rule):
     def view(self, out: Tensor, params: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
         out.copy_(params).sub_(shared["velocity"], alpha=ctx.lr * self.momentum)
 
+    def velocity(self, own: Vectors, shared: Vectors) -> Tensor:
+        return shared["velocity"]
+
 
 class MultiAsgd(Rule):
     """One velocity a worker: vᵢ ← γvᵢ + g; θ ← θ − ηvᵢ; worker i gets θ − γηᵢvᵢ, blind to the others' momentum."""

@@ -3,7 +3,7 @@
 A rule is elementwise: it sees slices of flat f32 vectors and a few scalars, so the same object serves a whole
 model, a shard in its own process, or a chunk that is still in cache. It holds hyper-parameters and nothing else;
 the vectors it declares in ``shared_state`` and ``worker_state`` are kept for it by the server (zero at the start)
-and handed in, sliced alike.
+and handed in, sliced alike; so is, as ``own["view"]``, what the server last sent to the worker, where ``needs_view``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from importlib import import_module
 from typing import Any, Literal
 
 from torch import Tensor
@@ -57,7 +58,7 @@ class Rule:
     barrier: bool = False  # the round waits for every live worker, their pushes are averaged
     all_reduce: bool = False  # live, one Horovod world over all hosts takes the server's place
     scales_lr: bool = False  # η is multiplied by the number of workers (linear scaling)
-    needs_view: bool = False  # the server keeps what it last sent to each worker
+    needs_view: bool = False  # own["view"] is what the server last sent to this worker, as it decoded it
     max_workers: int | None = None
     worker_state: tuple[str, ...] = ()  # vectors per worker, on the server
     shared_state: tuple[str, ...] = ()  # vectors the server keeps once
@@ -73,8 +74,12 @@ class Rule:
         """Write into ``out`` f32[n] the parameters this worker computes its next gradient on."""
         out.copy_(params)
 
-    def resum(self, shared: Vectors, workers: Iterable[tuple[Vectors, float]]) -> None:
-        """Rebuild shared sums from the workers' vectors and last rates: against drift, and after a worker left."""
+    def resum(self, shared: Vectors, workers: Iterable[tuple[Vectors, Context]]) -> None:
+        """Rebuild shared sums from each worker's vectors and scalars: against drift, and after a worker left."""
+
+    def velocity(self, own: Vectors, shared: Vectors) -> Tensor:
+        """The velocity v that the last update moved the parameters along, f32[n]."""
+        raise NotImplementedError(f"{type(self).__name__} has no velocity")
 
 
 @dataclass(frozen=True)
@@ -117,9 +122,22 @@ def algorithm(name: str, *, paper: str) -> Callable[[Callable[..., Rule]], Calla
 
 
 def find_algorithm(name: str) -> Algorithm:
-    """Look an algorithm up by name. Raises UnknownAlgorithmError, with the nearest name."""
+    """Look an algorithm up by name, or import one of the user's own, ``package.module:factory``.
+
+    Raises UnknownAlgorithmError, with the nearest name.
+    """
     if name in ALGORITHMS:
         return ALGORITHMS[name]
+    if ":" in name:
+        return _imported(name)
     nearest = get_close_matches(name, ALGORITHMS, n=1)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
     raise UnknownAlgorithmError(f"unknown algorithm {name!r}.{hint} There are: {', '.join(sorted(ALGORITHMS))}.")
+
+
+def _imported(path: str) -> Algorithm:
+    module, _, factory = path.partition(":")
+    try:
+        return Algorithm(path, paper="", build=getattr(import_module(module), factory))
+    except (ImportError, AttributeError) as error:
+        raise UnknownAlgorithmError(f"algorithm {path!r} cannot be imported: {error}") from error

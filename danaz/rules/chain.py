@@ -15,8 +15,12 @@ class Transform:
     needs_view: bool = False
     shared_state: tuple[str, ...] = ()
 
-    def apply(self, grad: Tensor, shared: Vectors, ctx: Context) -> None:
+    def before(self, grad: Tensor, params: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
+        """Change ``grad`` f32[n] in place; the other vectors are those of the server before the update."""
         raise NotImplementedError
+
+    def after(self, velocity: Callable[[], Tensor], shared: Vectors, ctx: Context) -> None:
+        """See what the update did; ``velocity()`` f32[n] is the one just applied."""
 
 
 class scale_gradient(Transform):
@@ -25,7 +29,7 @@ class scale_gradient(Transform):
     def __init__(self, scale: Callable[[Tensor, Context], object]):
         self.scale = scale
 
-    def apply(self, grad: Tensor, shared: Vectors, ctx: Context) -> None:
+    def before(self, grad: Tensor, params: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
         self.scale(grad, ctx)
 
 
@@ -48,11 +52,16 @@ class chain(Rule):
 
     def apply(self, params: Tensor, push: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
         for transform in self.transforms:
-            transform.apply(push, shared, ctx)
+            transform.before(push, params, own, shared, ctx)
         self.rule.apply(params, push, own, shared, ctx)
+        for transform in self.transforms:
+            transform.after(lambda: self.rule.velocity(own, shared), shared, ctx)
 
     def view(self, out: Tensor, params: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
         self.rule.view(out, params, own, shared, ctx)
 
-    def resum(self, shared: Vectors, workers: Iterable[tuple[Vectors, float]]) -> None:
+    def resum(self, shared: Vectors, workers: Iterable[tuple[Vectors, Context]]) -> None:
         self.rule.resum(shared, workers)
+
+    def velocity(self, own: Vectors, shared: Vectors) -> Tensor:
+        return self.rule.velocity(own, shared)

@@ -33,10 +33,13 @@ class DanaZero(Rule):
     def view(self, out: Tensor, params: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
         out.copy_(params).sub_(shared["sum"], alpha=self.momentum)
 
-    def resum(self, shared: Vectors, workers: Iterable[tuple[Vectors, float]]) -> None:
+    def resum(self, shared: Vectors, workers: Iterable[tuple[Vectors, Context]]) -> None:
         shared["sum"].zero_()
-        for own, lr in workers:
-            shared["sum"].add_(own["velocity"], alpha=lr)
+        for own, ctx in workers:
+            shared["sum"].add_(own["velocity"], alpha=ctx.own_lr)
+
+    def velocity(self, own: Vectors, shared: Vectors) -> Tensor:
+        return own["velocity"]
 
 
 class DanaWorker(WorkerRule):

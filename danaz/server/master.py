@@ -38,12 +38,10 @@ class Master:
     def apply(self, push: Tensor, lr: tuple[float, ...], member: Member, lag: int) -> None:
         """Apply one update at the rates ``lr`` (one a group), in place. ``push`` f32[P] may be overwritten."""
         self.max_lr = tuple(map(max, self.max_lr, lr))
-        contexts = [
-            Context(*rates, lag=lag, version=self.version, own_updates=member.updates)
-            for rates in zip(lr, member.lr, self.max_lr, strict=True)
-        ]
+        contexts = self._contexts(member, lr, lag)
+        vectors = self._vectors(member)
         for group, start, stop in self.layout.slices(SLICE_FLOATS):
-            own, shared = cut(member.vectors, start, stop), cut(self.shared, start, stop)
+            own, shared = cut(vectors, start, stop), cut(self.shared, start, stop)
             self.rule.apply(self.params[start:stop], push[start:stop], own, shared, contexts[group])
         self.version += 1
         self.lr = lr
@@ -54,10 +52,7 @@ class Master:
         A fresh buffer each time: the transport may still be sending the last one.
         """
         view = torch.empty(self.layout.size)
-        contexts = [
-            Context(*rates, lag=0, version=self.version, own_updates=member.updates)
-            for rates in zip(self.lr, member.lr, self.max_lr, strict=True)
-        ]
+        contexts = self._contexts(member, self.lr, lag=0)
         for group, start, stop in self.layout.slices(SLICE_FLOATS):
             own, shared = cut(member.vectors, start, stop), cut(self.shared, start, stop)
             self.rule.view(view[start:stop], self.params[start:stop], own, shared, contexts[group])
@@ -65,10 +60,23 @@ class Master:
 
     def resum(self, members: Iterable[Member]) -> None:
         """Sum the velocities of those who take part afresh."""
-        members = list(members)
+        taking_part = [(m, self._contexts(m, self.lr, lag=0)) for m in members]
         for group, start, stop in self.layout.slices(SLICE_FLOATS):
-            workers = [(cut(m.vectors, start, stop), m.lr[group]) for m in members]
+            workers = [(cut(m.vectors, start, stop), contexts[group]) for m, contexts in taking_part]
             self.rule.resum(cut(self.shared, start, stop), workers)
+
+    def _contexts(self, member: Member, lr: tuple[float, ...], lag: int) -> list[Context]:
+        """The scalars of each parameter group."""
+        return [
+            Context(*rates, lag=lag, version=self.version, own_updates=member.updates)
+            for rates in zip(lr, member.lr, self.max_lr, strict=True)
+        ]
+
+    def _vectors(self, member: Member) -> dict[str, Tensor]:
+        if not self.rule.needs_view:
+            return member.vectors
+        assert member.view is not None, "a rule that needs views sees every one that is sent"
+        return {**member.vectors, "view": member.view}
 
     def gap(self, view: Tensor) -> float:
         """G(θ − θ̂ᵢ) for the last view f32[P] sent to a worker (arXiv 1907.11612, section 3)."""

@@ -1,0 +1,52 @@
+"""Gap-aware updates: each parameter's gradient counts the less, the further that parameter has moved.
+
+Barkai, Hakimi, Schuster: Gap-Aware Mitigation of Gradient Staleness, ICLR 2020, arXiv 1909.10802.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from danaz.rules.asgd import NagAsgd
+from danaz.rules.base import Context, Rule, Vectors, algorithm
+from danaz.rules.chain import Transform, chain
+from danaz.rules.dana import DanaZero
+
+PAPER = "Barkai et al., ICLR 2020, arXiv 1909.10802"
+DECAY = 0.999  # ρ
+EPSILON = 1e-8
+
+
+class DivideByGap(Transform):
+    """g ← g / (1 + |θ − θ̂ᵢ| / C), with C = η_max (√(r / (1 − ρᵗ)) + ε) the average step of each parameter.
+
+    r ← ρr + (1 − ρ)v² follows the velocity v just applied; the first update is not scaled.
+    """
+
+    needs_view = True
+    shared_state = ("velocity_square",)  # r
+
+    def before(self, grad: Tensor, params: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
+        if ctx.version == 0 or ctx.max_lr == 0:
+            return
+        step = shared["velocity_square"].div(1 - DECAY**ctx.version).sqrt_().add_(EPSILON).mul_(ctx.max_lr)  # C
+        penalty = params.sub(own["view"]).abs_().div_(step).add_(1)
+        grad.div_(penalty)
+
+    def after(self, velocity: Callable[[], Tensor], shared: Vectors, ctx: Context) -> None:
+        v = velocity()
+        shared["velocity_square"].mul_(DECAY).addcmul_(v, v, value=1 - DECAY)
+
+
+@algorithm("ga", paper=PAPER)
+def ga(momentum: float = 0.9) -> Rule:
+    """NAG-ASGD on gradients divided, parameter by parameter, by the gap in average steps."""
+    return chain(DivideByGap(), NagAsgd(momentum))
+
+
+@algorithm("dana-ga", paper=PAPER)
+def dana_ga(momentum: float = 0.9) -> Rule:
+    """DANA-Zero on gradients divided, parameter by parameter, by the gap in average steps."""
+    return chain(DivideByGap(), DanaZero(momentum))
