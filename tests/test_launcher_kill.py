@@ -204,6 +204,7 @@ def test_a_launcher_that_no_longer_listens_and_dies(launch: Callable[..., Launch
 def test_signals_end_the_run(launch: Callable[..., Launched], signum: signal.Signals, exit_code: int) -> None:
     launched = launch()
     launched.wait_until_ready()
+    assert os.getpgid(launched.pid("agent")) != os.getpgid(launched.launcher.pid)
     os.killpg(launched.launcher.pid, signum)  # as a terminal does it: to the launcher's whole group
     assert launched.outcome() == {"exit_code": exit_code, "failure": "None"}
     assert alive(launched.token) == set()

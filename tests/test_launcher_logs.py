@@ -95,7 +95,9 @@ def shown_on_a_terminal(encoding: str) -> bytes:
         terminal = Terminal(out=file)
         for process, line in ((RANK, "θ"), (OTHER, "y"), (RANK, "z")):
             terminal(process, "stdout", line)
-        shown = os.read(reader, 4096)
+        shown = b""
+        while shown.count(b"\n") < 3:
+            shown += os.read(reader, 4096)
     os.close(reader)
     return shown
 

@@ -136,24 +136,28 @@ sys.exit(9)
     assert "ValueError: the cause" in str(outcome.failure)
 
 
-def test_a_running_rank_is_ended_when_another_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_whole_tree_of_a_rank_is_asked_to_end_when_another_dies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     code = """
-import os, signal, sys
-def end(*_): print("asked to end", flush=True); sys.exit(0)
+import os, signal, sys, time
+os.chdir(os.environ["FOLDER"])
+def end(*_): open(f"asked.{name}", "w").close(); os._exit(0)
 signal.signal(signal.SIGTERM, end)
-ready = os.environ["FOLDER"] + "/ready"
 if os.environ["RANK"] == "0":
-    open(ready, "w").close()
-    signal.pause()
-while not os.path.exists(ready): pass
+    name = "rank" if os.fork() else "child" if os.fork() else "grandchild"
+    open(f"ready.{name}", "w").close()
+    while True: signal.pause()
+while not all(os.path.exists(f"ready.{name}") for name in ("rank", "child", "grandchild")): time.sleep(0.005)
 os.kill(os.getpid(), signal.SIGSEGV)
 """
     monkeypatch.setenv("FOLDER", str(tmp_path))
     outcome = play(tmp_path, python(code))
-    assert (outcome.exit_code, written(tmp_path, "rank.0")) == (139, "asked to end\n")
+    assert outcome.exit_code == 139
+    assert {file.suffix for file in tmp_path.glob("asked.*")} == {".rank", ".child", ".grandchild"}
 
 
-ANNOUNCE = "print('starting'); print('DANAZ_SERVER=tcp://127.0.0.1:5555'); "
+ANNOUNCE = "print('OTHER=x'); print('DANAZ_SERVER=tcp://127.0.0.1:5555'); "
 
 
 def test_a_service_announces_itself_and_may_finish_writing(tmp_path: Path) -> None:
@@ -164,10 +168,10 @@ while not os.path.exists({str(done)!r}): time.sleep(0.005)
 print("written")
 """
     server = Service("server", python(ANNOUNCE + code), announces="DANAZ_SERVER")
-    rank = ["sh", "-c", f"echo $DANAZ_SERVER; [ $RANK = 1 ] || touch {done}"]
+    rank = ["sh", "-c", f"echo $DANAZ_SERVER $OTHER; [ $RANK = 1 ] || touch {done}"]
     assert play(tmp_path, rank, services=[server]) == Outcome(0)
     assert written(tmp_path, "rank.1") == "tcp://127.0.0.1:5555\n"
-    assert written(tmp_path, "server") == "starting\nDANAZ_SERVER=tcp://127.0.0.1:5555\nwritten\n"
+    assert written(tmp_path, "server") == "OTHER=x\nDANAZ_SERVER=tcp://127.0.0.1:5555\nwritten\n"
 
 
 def test_a_service_that_does_not_end_is_stopped_without_blame(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from danaz.run_folder import RunFolder
 from danaz.server.core import Replies, ServerCore
 from danaz.server.messages import Final, Parameters
 from danaz.settings import Settings
-from danaz.simulate.schedules import SCHEDULES
+from danaz.simulate.schedules import make_schedule
 from danaz.training import batch_loss, final_figures, make_sgd, place
 from danaz.worker.core import Request, Role, WorkerCore
 from danaz.workloads import build, collate
@@ -84,7 +84,7 @@ class Simulation:
         self.model.train()
         for worker in self.workers:
             self._say(worker, worker.core.join(self.flat.params if worker is self.workers[0] else None))
-        order = SCHEDULES[self.config.schedule](self.config.workers, self.config.seed)
+        order = make_schedule(self.config.schedule, self.config.workers, self.config.seed)
         while not all(worker.done for worker in self.workers):
             for number in islice(order, self.config.workers):
                 self._turn(self.workers[number])
