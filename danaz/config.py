@@ -101,6 +101,9 @@ class Config(_Checked):
     lr_schedule: LrSchedule = Field(default_factory=LrSchedule, description="milestones, factor and warmup_epochs")
     lr_correction: bool = Field(True, description="keep DANA's look-ahead exact while lr changes; false: the paper")
 
+    sync_period: Int | None = Field(
+        None, ge=1, description="mini-batches between a worker's pushes; default: the algorithm's own"
+    )
     algorithm: str = Field("dana", description="update rule, e.g. dana; or ssgd for synchronous training")
     workers: Int = Field(1, ge=1, description="machines that train asynchronously, each one worker")
     schedule: Literal["round-robin", "block-random"] = Field(

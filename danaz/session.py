@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader
 
 from danaz.data import Batching, LeaseSampler, Portion, Share, batching_of, read_ahead, rebuild
 from danaz.optimizer import DistributedOptimizer, effective_lr
-from danaz.rules import find_algorithm
 from danaz.run_folder import RunFolder
 from danaz.server.core import ServerCore
 from danaz.server.messages import Heartbeat
@@ -35,7 +34,6 @@ class Session:
         self.settings = settings
         self.place = place
         self.group: Group = make_group(settings.collective)
-        self.algorithm = find_algorithm(settings.algorithm)
         self.epochs = 1
         self.finished = False
         self._optimizer: DistributedOptimizer | None = None
@@ -74,7 +72,8 @@ class Session:
     def _join(self, loader: DataLoader[Any]) -> None:
         """Enter the run with the first loader: by now the model, the optimizer and the data are known."""
         optimizer, ahead = self.optimizer, read_ahead(loader)
-        rule = self.algorithm.rule(momentum=optimizer.momentum, lr_correction=self.settings.lr_correction)
+        rule = self.settings.for_server().rule(optimizer.momentum)
+        ahead += rule.worker_rule.sync_period - 1
         batching = batching_of(loader, self._machines_per_batch, self.settings.seed)
         everyone_alike = self.place.server is None
         core, link = None, None
@@ -93,7 +92,8 @@ class Session:
         self._batching = batching
         self._share = self._share_of_batch()
         self._scales_lr = rule.scales_lr
-        self._worker = Worker(self.group, optimizer.flat, ahead, core, link, replicated=everyone_alike)
+        self._worker = Worker(self.group, optimizer.flat, ahead, core, link, everyone_alike)
+        self._worker.sync_period = rule.worker_rule.sync_period
         self.group.broadcast(first_params=optimizer.flat.params)
         self._worker.join(bring_params=everyone_alike or self.place.worker == 0)
 

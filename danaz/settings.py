@@ -22,6 +22,7 @@ class Settings:
     seed: int = 0
     warmup_epochs: float = 0.0
     lr_correction: bool = True
+    sync_period: int | None = None
     gap_every: int = 1
     digest: str = ""  # of the configuration: server and workers must agree
     collective: str = "none"  # horovod or torch; none: a process alone
@@ -37,6 +38,7 @@ class Settings:
             seed=config.seed,
             warmup_epochs=config.lr_schedule.warmup_epochs,
             lr_correction=config.lr_correction,
+            sync_period=config.sync_period,
             gap_every=gap_every(config.gap),
             digest=config.digest(),
             collective=collective,
@@ -56,6 +58,7 @@ class Settings:
             workers=self.workers if workers is None else workers,
             digest=self.digest,
             lr_correction=self.lr_correction,
+            sync_period=self.sync_period,
             gap_every=self.gap_every,
         )
 

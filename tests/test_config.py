@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from danaz.config import Config, ConfigError, LrSchedule, load_config, save_config
 from danaz.schedule import warmup_factor
 
-SHIPPED = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+SHIPPED = [path for path in CONFIGS if "config" not in yaml.safe_load(path.read_text())]  # the others are comparisons
 MINIMAL = "workload: digits\nbatch_size: 32\nepochs: 4\nlr: 0.1\n"
 
 

@@ -1,6 +1,6 @@
 """The update rules. A new one is a file beside these and its name in the import below."""
 
-from danaz.rules import asgd, dana, delay_compensated, gap_aware, nadam, staleness_aware
+from danaz.rules import asgd, averaging, dana, delay_compensated, elastic, gap_aware, nadam, staleness_aware
 from danaz.rules.base import (
     ALGORITHMS,
     Algorithm,
@@ -26,10 +26,12 @@ __all__ = [
     "WorkerRule",
     "algorithm",
     "asgd",
+    "averaging",
     "chain",
     "dana",
     "dana_zero",
     "delay_compensated",
+    "elastic",
     "find_algorithm",
     "gap_aware",
     "nadam",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from danaz.rules.base import Context, Rule, Vectors, algorithm
+from danaz.rules.base import Context, Pushes, Rule, Vectors, WorkerRule, algorithm
 
 
 class Asgd(Rule):
@@ -14,6 +14,30 @@ class Asgd(Rule):
 
     def apply(self, params: Tensor, push: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
         params.sub_(push, alpha=ctx.lr)
+
+
+class Displace(Rule):
+    """Θ ← Θ + what the worker worked out, its rates included; the worker gets Θ."""
+
+    view_is_state = True
+
+    def __init__(self, worker_rule: WorkerRule):
+        self.worker_rule = worker_rule
+
+    def apply(self, params: Tensor, push: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
+        params.add_(push)
+
+
+class LocalSgd(WorkerRule):
+    """x ← x − ηg on the worker."""
+
+    pushes: Pushes = "displacement"
+
+    def __init__(self, sync_period: int):
+        self.sync_period = sync_period
+
+    def push(self, out: Tensor, grad: Tensor, old: Vectors, new: Vectors, ctx: Context) -> None:
+        out.copy_(grad).mul_(-ctx.lr)
 
 
 class NagAsgd(Rule):
@@ -62,9 +86,9 @@ class Ssgd(NagAsgd):
 
 
 @algorithm("asgd", paper="Dean et al., Large Scale Distributed Deep Networks, NIPS 2012")
-def asgd() -> Rule:
+def asgd(sync_period: int = 1) -> Rule:
     """Asynchronous SGD without momentum."""
-    return Asgd()
+    return Asgd() if sync_period == 1 else Displace(LocalSgd(sync_period))
 
 
 @algorithm("nag-asgd", paper="Hakimi et al., arXiv 1907.11612")

@@ -31,30 +31,35 @@ class Context:
     lag: int  # τ: updates applied since this worker's view was sent
     version: int  # updates applied before this one
     own_updates: int  # of those, this worker's
+    workers: int = 1  # N, those that take part now
 
 
 class WorkerRule:
     """The worker's half of a rule: turns a gradient into a push. By default the push is the gradient."""
 
+    pushes: Pushes = "gradient"
     worker_state: tuple[str, ...] = ()
+    sync_period: int = 1  # mini-batches between pushes; the steps in between move the worker's own parameters
+    resets: bool = False  # the state starts from zero after each push
+    gives_back: bool = False
 
     def push(self, out: Tensor, grad: Tensor, old: Vectors, new: Vectors, ctx: Context) -> None:
         """Write the push into ``out`` f32[n] and the state after it into ``new``; ``old`` stays untouched.
 
         The caller keeps ``old`` until the server has applied the push, and goes back to it on a refusal.
-        Only ``ctx.lr`` and ``ctx.own_lr`` are known on a worker.
+        Only ``ctx.lr`` and ``ctx.own_lr`` are known on a worker. Where pushes are displacements or parameters, ``out``
+        is the displacement of this one mini-batch.
         """
         out.copy_(grad)
 
     def give_back(self, out: Tensor, state: Vectors, own_lr: float) -> None:
-        """Write what the server must add to its parameters when this worker leaves in good order."""
-        out.zero_()
+        """Write what the server must add to its parameters when this worker leaves, if the rule ``gives_back``."""
+        raise NotImplementedError
 
 
 class Rule:
     """The server's half of a rule, and what it declares about itself."""
 
-    pushes: Pushes = "gradient"
     barrier: bool = False  # the round waits for every live worker, their pushes are averaged
     all_reduce: bool = False  # live, one Horovod world over all hosts takes the server's place
     scales_lr: bool = False  # η is multiplied by the number of workers (linear scaling)
@@ -65,6 +70,11 @@ class Rule:
     worker_rule: WorkerRule = WorkerRule()
     # The view is all there is to the server's state: after a loss, the newest view restores it.
     view_is_state: bool = False
+
+    @property
+    def pushes(self) -> Pushes:
+        """What its workers push."""
+        return self.worker_rule.pushes
 
     def apply(self, params: Tensor, push: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
         """Update ``params`` f32[n] and the state vectors in place; ``push`` may be used as scratch."""
@@ -99,12 +109,27 @@ class Algorithm:
         """Name -> default of everything the rule's author lets users set."""
         return {p.name: p.default for p in inspect.signature(self.build).parameters.values()}
 
-    def rule(self, **hyperparameters: Any) -> Rule:
-        """Build the rule from those of the given hyper-parameters that it has (ASGD has no momentum, say)."""
-        return self.build(**{k: v for k, v in hyperparameters.items() if k in self.hyperparameters})
+    def rule(self, *, sync_period: int | None = None, **hyperparameters: Any) -> Rule:
+        """Build the rule from those of the given hyper-parameters that it has (ASGD has no momentum, say).
+
+        Raises UnsupportedPeriodError for a ``sync_period`` above 1 where a rule must see every gradient.
+        """
+        given = {k: v for k, v in hyperparameters.items() if k in self.hyperparameters}
+        if sync_period is not None and "sync_period" in self.hyperparameters:
+            given["sync_period"] = sync_period
+        elif sync_period not in (None, 1):
+            raise UnsupportedPeriodError(
+                f"{self.name} cannot push every {sync_period} mini-batches: its server must see each gradient. "
+                "Use sync_period 1, or an algorithm that steps on the worker, such as dana, asgd or easgd."
+            )
+        return self.build(**given)
 
 
 ALGORITHMS: dict[str, Algorithm] = {}
+
+
+class UnsupportedPeriodError(ValueError):
+    """The rule cannot leave out pushes."""
 
 
 class UnknownAlgorithmError(ValueError):

@@ -11,7 +11,8 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from danaz.rules.base import Context, Rule, Vectors, WorkerRule, algorithm
+from danaz.rules.asgd import Displace
+from danaz.rules.base import Context, Pushes, Rule, Vectors, WorkerRule, algorithm
 
 
 class DanaZero(Rule):
@@ -49,11 +50,14 @@ class DanaWorker(WorkerRule):
     leaves it out: ``lr_correction=False`` does so too.
     """
 
+    pushes: Pushes = "displacement"
     worker_state = ("velocity",)
+    gives_back = True
 
-    def __init__(self, momentum: float, lr_correction: bool):
+    def __init__(self, momentum: float, lr_correction: bool, sync_period: int = 1):
         self.momentum = momentum
         self.lr_correction = lr_correction
+        self.sync_period = sync_period
 
     def push(self, out: Tensor, grad: Tensor, old: Vectors, new: Vectors, ctx: Context) -> None:
         velocity = new["velocity"].copy_(old["velocity"]).mul_(self.momentum).add_(grad)
@@ -65,19 +69,6 @@ class DanaWorker(WorkerRule):
         out.copy_(state["velocity"]).mul_(self.momentum * own_lr)
 
 
-class Dana(Rule):
-    """Θ ← Θ + the finished displacement; the worker gets Θ."""
-
-    pushes = "displacement"
-    view_is_state = True
-
-    def __init__(self, momentum: float, lr_correction: bool):
-        self.worker_rule = DanaWorker(momentum, lr_correction)
-
-    def apply(self, params: Tensor, push: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
-        params.add_(push)
-
-
 @algorithm("dana-zero", paper="Hakimi et al., arXiv 1907.11612, Algorithm 3")
 def dana_zero(momentum: float = 0.9) -> Rule:
     """DANA with the velocities on the server."""
@@ -85,6 +76,6 @@ def dana_zero(momentum: float = 0.9) -> Rule:
 
 
 @algorithm("dana", paper="Hakimi et al., arXiv 1907.11612, Algorithm 4")
-def dana(momentum: float = 0.9, lr_correction: bool = True) -> Rule:
+def dana(momentum: float = 0.9, lr_correction: bool = True, sync_period: int = 1) -> Rule:
     """DANA with each velocity on its worker: the look-ahead costs the server nothing."""
-    return Dana(momentum, lr_correction)
+    return Displace(DanaWorker(momentum, lr_correction, sync_period))

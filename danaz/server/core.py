@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from danaz.flat import Layout
-from danaz.rules import find_algorithm
 from danaz.server.figures import DIVERGED_LOSS_RATIO, Figures, Update
 from danaz.server.leases import Leases
 from danaz.server.master import Master, all_finite
@@ -71,7 +70,6 @@ class ServerCore:
         ahead: Callable[[], Tensor] | None = None,
     ):
         self.settings = settings
-        self.algorithm = find_algorithm(settings.algorithm)
         self.on_update = on_update
         self.ahead = ahead
         self.members: dict[int, Member] = {}
@@ -170,7 +168,7 @@ class ServerCore:
             self._job = Job(join.layout, join.plan, join.momentum)
             self._leases = Leases(join.plan)
         if self._master is None and join.params is not None:
-            rule = self.algorithm.rule(momentum=join.momentum, lr_correction=self.settings.lr_correction)
+            rule = self.settings.rule(join.momentum)
             self._master = Master(rule, join.layout, join.params, self.ahead)
         member = self.members.get(join.worker)
         if member is None or member.incarnation < join.incarnation:
@@ -278,7 +276,7 @@ class ServerCore:
 
     def _inadmissible(self, member: Member, push: Push) -> str:
         """Why a push must touch nothing; empty if it may."""
-        if not self.leases.holds(member.worker, push.batch):
+        if not all(self.leases.holds(member.worker, batch) for batch in push.batches):
             return "batch was not leased to this worker"
         if push.view_version != member.sent_version or member.awaiting:
             return "push was computed on another view than the last one sent"
@@ -293,12 +291,15 @@ class ServerCore:
         self.refuse(reason)
         if reason == NOT_FINITE:
             # Computed again, the batch would be as bad: it counts as used.
-            self.leases.complete(member.worker, push.batch)
+            for batch in push.batches:
+                self.leases.complete(member.worker, batch)
             member.strikes += 1
             if all(m.strikes >= DIVERGED_STRIKES for m in self.members.values() if m.takes_part):
                 self._diverge(f"the last {DIVERGED_STRIKES} pushes of every worker were not finite")
-        elif self.leases.holds(member.worker, push.batch):
-            self.leases.put_back(member.worker, push.batch)
+        else:
+            for batch in push.batches:
+                if self.leases.holds(member.worker, batch):
+                    self.leases.put_back(member.worker, batch)
         self._send_view(member, refused=reason)
 
     def _diverge(self, reason: str) -> None:
@@ -317,7 +318,8 @@ class ServerCore:
         for p in parts:
             m = self.members[p.worker]
             m.lr, m.updates, m.applied_request, m.lag, m.gap = last.lr, m.updates + 1, p.request, lag, gap
-            self.leases.complete(p.worker, p.batch)
+            for batch in p.batches:
+                self.leases.complete(p.worker, batch)
         if master.version % RESUM_EVERY == 0:
             self._resum()
         losses = [p.loss for p in parts if p.loss is not None]

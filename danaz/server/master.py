@@ -29,6 +29,7 @@ class Master:
         self.params = params.clone()  # f32[P]
         self.ahead = ahead
         self.version = 0
+        self.workers = 1  # that take part
         self.shared = self.zeros(rule.shared_state)
         self.lr = self.max_lr = (0.0,) * len(layout.groups)  # of the last update, and the largest, per group
 
@@ -59,7 +60,9 @@ class Master:
         return view
 
     def resum(self, members: Iterable[Member]) -> None:
-        """Sum the velocities of those who take part afresh."""
+        """Sum the velocities of those who take part afresh, and count them."""
+        members = list(members)
+        self.workers = len(members)
         taking_part = [(m, self._contexts(m, self.lr, lag=0)) for m in members]
         for group, start, stop in self.layout.slices(SLICE_FLOATS):
             workers = [(cut(m.vectors, start, stop), contexts[group]) for m, contexts in taking_part]
@@ -68,7 +71,7 @@ class Master:
     def _contexts(self, member: Member, lr: tuple[float, ...], lag: int) -> list[Context]:
         """The scalars of each parameter group."""
         return [
-            Context(*rates, lag=lag, version=self.version, own_updates=member.updates)
+            Context(*rates, lag, self.version, member.updates, self.workers)
             for rates in zip(lr, member.lr, self.max_lr, strict=True)
         ]
 

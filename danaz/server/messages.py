@@ -53,6 +53,12 @@ class Push:
     loss: float | None
     batch: int  # the leased number
     push: Tensor  # f32[P], a gradient, displacement or parameters as the rule declares
+    earlier: tuple[int, ...] = ()  # batches of the local steps since the last push
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """All that this push completes."""
+        return (*self.earlier, self.batch)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from danaz.server.messages import Final, Parameters
 from danaz.settings import Settings
 from danaz.simulate.schedules import make_schedule
 from danaz.training import batch_loss, final_figures, make_sgd, place
-from danaz.worker.core import Request, Role, WorkerCore
+from danaz.worker.core import LocalStep, Request, Role, WorkerCore
 from danaz.workloads import build, collate
 
 Progress = Callable[[float, float | None], None]  # (share of the run that is done, last loss)
@@ -63,14 +63,21 @@ class Simulation:
         self.folder = RunFolder(run, self.settings.facts())
         self._ahead = torch.zeros(self.flat.layout.size)  # γ Σⱼ ηⱼvⱼ, where velocities live on workers
         self.server = ServerCore(self.settings.for_server(), on_update=self._record, ahead=lambda: self._ahead)
+        self.rule = self.settings.for_server().rule(check_supported(self.optimizer))
         self.workers = [self._make_worker(number) for number in range(config.workers)]
         self._last_loss: float | None = None
         torch.manual_seed(config.seed)  # for augmentation
 
     def _make_worker(self, number: int) -> SimulatedWorker:
-        momentum = check_supported(self.optimizer)
-        self.rule = self.server.algorithm.rule(momentum=momentum, lr_correction=self.config.lr_correction)
-        role = Role(number, 1, self.settings.digest, momentum, self.flat.layout, self.batching.plan(self.config.epochs))
+        role = Role(
+            worker=number,
+            incarnation=1,
+            digest=self.settings.digest,
+            momentum=check_supported(self.optimizer),
+            layout=self.flat.layout,
+            plan=self.batching.plan(self.config.epochs),
+            ahead=self.rule.worker_rule.sync_period,
+        )
         return SimulatedWorker(WorkerCore(role, self.rule.worker_rule))
 
     def _record(self, update: Any) -> None:
@@ -95,23 +102,31 @@ class Simulation:
         if worker.view is None or worker.done:
             return
         if worker.batches:
-            self._say(worker, self._push(worker, worker.batches[0]))
+            self._say(worker, self._push(worker))
         else:
             self._say(worker, worker.core.pull())
 
-    def _push(self, worker: SimulatedWorker, batch: int) -> Request:
+    def _push(self, worker: SimulatedWorker) -> Request:
+        """Compute on the worker's view; after local steps with the batches before it, push the last one's."""
         assert worker.view is not None
-        config = self.config
         self.flat.params.copy_(worker.view)
-        samples, loss = self._gradient(batch)
-        lr = effective_lr(
+        *earlier, last = worker.batches
+        for batch in earlier:
+            samples, loss = self._gradient(batch)
+            step = LocalStep(batch, tuple(self._lr(worker, batch)), samples, loss)
+            worker.core.local_step(step, self.flat.params, self.flat.grads)
+        samples, loss = self._gradient(last)
+        return worker.core.push(self.flat.grads, self._lr(worker, last), samples, loss, last, self.flat.params)
+
+    def _lr(self, worker: SimulatedWorker, batch: int) -> list[float]:
+        config = self.config
+        return effective_lr(
             [config.lr_at(self.batching.epoch_of(batch))],
             epoch=worker.epoch,
             workers=config.workers,
             warmup_epochs=config.lr_schedule.warmup_epochs,
             scales_lr=self.rule.scales_lr,
         )
-        return worker.core.push(self.flat.grads, lr, samples, loss, batch)
 
     def _gradient(self, batch: int) -> tuple[int, float]:
         """Put the gradient of ``batch``, weight decay included, into the flat vector; returns samples and loss."""

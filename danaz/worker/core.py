@@ -35,6 +35,16 @@ class Role:
     ahead: int = 1
 
 
+@dataclass(frozen=True)
+class LocalStep:
+    """A mini-batch that moved the worker alone."""
+
+    batch: int
+    lr: tuple[float, ...]
+    samples: int
+    loss: float | None
+
+
 class WorkerCore:
     """One worker's half of the protocol, and of its rule.
 
@@ -49,15 +59,20 @@ class WorkerCore:
         self._state = "new"  # -> joined -> left -> gone
         self._request = 0
         self._outstanding: Request | None = None
-        size = role.layout.size
-        self._vectors = {name: torch.zeros(size, device=device) for name in rule.worker_state}
-        self._tentative = {name: torch.zeros(size, device=device) for name in rule.worker_state}
-        self._lr = (0.0,) * len(role.layout.groups)  # ηᵢ of the last applied push
+        self._view: Tensor | None = None  # f32[P], as last received
+        self._committed = self._zeros(device)  # the rule's vectors after the last applied push
+        self._current = self._committed  # and after the local steps since
+        self._spare = [self._zeros(device) for _ in range(1 if rule.sync_period == 1 else 2)]
+        self._lr = self._current_lr = (0.0,) * len(role.layout.groups)
+        self._steps: list[LocalStep] = []  # since the last push
+
+    def _zeros(self, device: torch.device | str) -> dict[str, Tensor]:
+        return {name: torch.zeros(self.role.layout.size, device=device) for name in self.rule.worker_state}
 
     @property
     def vectors(self) -> dict[str, Tensor]:
         """The rule's worker_state after the last applied push, f32[P] each."""
-        return self._vectors
+        return self._committed
 
     @property
     def lr(self) -> tuple[float, ...]:
@@ -65,13 +80,12 @@ class WorkerCore:
         return self._lr
 
     def given_back(self) -> Tensor | None:
-        """What this worker would give back if it left now, f32[P]; None if its rule keeps nothing on workers."""
-        if not self._vectors:
+        """What this worker would give back if it left now, f32[P]; None if its rule gives nothing back."""
+        if not self.rule.gives_back:
             return None
-        given = torch.empty_like(next(iter(self._vectors.values())))
+        given = torch.empty_like(next(iter(self._committed.values())))
         for group, (start, stop) in enumerate(self.role.layout.groups):
-            state = {name: vector[start:stop] for name, vector in self._vectors.items()}
-            self.rule.give_back(given[start:stop], state, self._lr[group])
+            self.rule.give_back(given[start:stop], _cut(self._committed, start, stop), self._lr[group])
         return given.to("cpu")
 
     # ---- requests ------------------------------------------------------------------------------------------------
@@ -93,17 +107,62 @@ class WorkerCore:
             )
         )
 
-    def push(self, grad: Tensor, lr: Sequence[float], samples: int, loss: float | None, batch: int) -> Push:
-        """Push what the rule makes of the gradient f32[P] of ``batch``, computed on the last view received."""
+    def local_step(self, step: LocalStep, params: Tensor, grad: Tensor) -> None:
+        """Move ``params`` f32[P] by one mini-batch, on this worker alone; the next push tells of it."""
+        if self._state != "joined" or self._outstanding is not None:
+            raise ProtocolError(f"worker {self.role.worker} cannot step while {self._state}, or while it waits")
+        params.add_(self._displacement(grad, step.lr))
+        self._steps.append(step)
+
+    def push(
+        self,
+        grad: Tensor,
+        lr: Sequence[float],
+        samples: int,
+        loss: float | None,
+        batch: int,
+        params: Tensor | None = None,
+    ) -> Push:
+        """Push what the rule makes of the gradient f32[P] of ``batch``, computed on the last view received.
+
+        After local steps, the push tells of all of them: ``params`` f32[P] are where these have led.
+        """
         number = self._next("push", "joined")
-        out = torch.empty_like(grad)
-        for group, (start, stop) in enumerate(self.role.layout.groups):
-            context = Context(lr[group], self._lr[group], 0.0, 0, self.version, 0)
-            old, new = ({k: v[start:stop] for k, v in vectors.items()} for vectors in (self._vectors, self._tentative))
-            self.rule.push(out[start:stop], grad[start:stop], old, new, context)
-        who = self.role
-        push = Push(who.worker, who.incarnation, number, self.version, tuple(lr), samples, loss, batch, out.to("cpu"))
+        out = self._displacement(grad, tuple(lr))
+        if self.rule.pushes == "parameters":
+            assert params is not None
+            out.add_(params)
+        elif self._steps:
+            assert params is not None
+            assert self._view is not None
+            out.add_(params).sub_(self._view)  # x_K − x_0, the sum of all displacements
+        steps, who = [*self._steps, LocalStep(batch, tuple(lr), samples, loss)], self.role
+        losses = [step.loss for step in steps if step.loss is not None]
+        push = Push(
+            worker=who.worker,
+            incarnation=who.incarnation,
+            request=number,
+            view_version=self.version,
+            lr=tuple(lr),
+            samples=sum(step.samples for step in steps),
+            loss=sum(losses) / len(losses) if losses else None,
+            batch=batch,
+            push=out.to("cpu"),
+            earlier=tuple(step.batch for step in self._steps),
+        )
         return self._ask(push)
+
+    def _displacement(self, grad: Tensor, lr: tuple[float, ...]) -> Tensor:
+        """What the rule makes of one gradient, f32[P]; its vectors move on tentatively."""
+        out, new = torch.empty_like(grad), self._spare.pop()
+        for group, (start, stop) in enumerate(self.role.layout.groups):
+            context = Context(lr[group], self._current_lr[group], 0.0, 0, self.version, 0)
+            old = _cut(self._current, start, stop)
+            self.rule.push(out[start:stop], grad[start:stop], old, _cut(new, start, stop), context)
+        if self._current is not self._committed:
+            self._spare.append(self._current)
+        self._current, self._current_lr = new, lr
+        return out
 
     def pull(self) -> Pull:
         """Ask for batches when none are left at hand."""
@@ -143,14 +202,31 @@ class WorkerCore:
         if request is None:
             raise ProtocolError(f"worker {self.role.worker} got a {type(reply).__name__} but asked nothing")
         if isinstance(reply, Parameters):
-            self._state, self.version = "joined", reply.version
-            if isinstance(request, Push) and reply.applied:
-                self._vectors, self._tentative = self._tentative, self._vectors
-                self._lr = request.lr
+            self._state, self.version, self._view = "joined", reply.version, reply.view
+            self._commit(isinstance(request, Push) and reply.applied)
         elif isinstance(reply, Final):
             self._state = "left"
         elif isinstance(reply, Noted) and isinstance(request, Bye):
             self._state = "gone"
+
+    def _commit(self, applied: bool) -> None:
+        """Keep the steps since the last push, or go back to before them."""
+        self._steps = []
+        if self._current is self._committed:
+            return
+        if applied:
+            self._spare.append(self._committed)
+            self._committed, self._lr = self._current, self._current_lr
+        else:
+            self._spare.append(self._current)
+            self._current, self._current_lr = self._committed, self._lr
+        if applied and self.rule.resets:
+            for vector in self._committed.values():
+                vector.zero_()
+
+
+def _cut(vectors: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
+    return {name: vector[start:stop] for name, vector in vectors.items()}
 
 
 class Backoff:

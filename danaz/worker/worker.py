@@ -16,7 +16,7 @@ import torch
 
 from danaz.flat import FlatModel
 from danaz.server.messages import Final, Join, Parameters, Push, Refusal, Reply
-from danaz.worker.core import Request, WorkerCore
+from danaz.worker.core import LocalStep, Request, WorkerCore
 from danaz.worker.group import Group
 from danaz.worker.link import Link
 
@@ -59,6 +59,11 @@ class Batches:
     def end(self, batch: int) -> None:
         self._begun.discard(batch)
 
+    @property
+    def any(self) -> bool:
+        """Whether there is a batch to come."""
+        return bool(self.waiting or self._begun)
+
 
 class Worker:
     """One worker of the cluster, on each of its ranks.
@@ -81,6 +86,8 @@ class Worker:
         self.batches = Batches()
         self.metrics = Metrics()
         self.done = False
+        self.sync_period = 1
+        self._local_steps = 0  # since the last push
         self._core = core
         self._link = link
         self._replicated = replicated or group.size == 1
@@ -92,13 +99,24 @@ class Worker:
         self._ask(lambda core: core.join(self.flat.params.to("cpu") if bring_params else None))
 
     def push(self, lr: Sequence[float], samples: int, loss: float | None, batch: int) -> None:
-        """Push the model's gradient, and put the next view into the model."""
+        """Push the model's gradient, and put the next view into the model; or step alone between two pushes."""
         self.batches.end(batch)
         began = perf_counter()
         self.metrics.computing_s += began - self._since
-        self._ask(lambda core: core.push(self.flat.grads, lr, samples, loss, batch))
+        self._local_steps += 1
+        if self._local_steps < self.sync_period and self.batches.any:
+            self._step_locally(LocalStep(batch, tuple(lr), samples, loss))
+        else:
+            self._local_steps = 0
+            self._ask(lambda core: core.push(self.flat.grads, lr, samples, loss, batch, self.flat.params))
         self._since = perf_counter()
         self.metrics.exchanging_s += self._since - began
+
+    def _step_locally(self, step: LocalStep) -> None:
+        if self._core is not None:
+            self._core.local_step(step, self.flat.params, self.flat.grads)
+        if not self._replicated:
+            self.group.broadcast(params=self.flat.params)
 
     def pull(self) -> None:
         """Wait until there are batches for this worker, or none for anyone."""

@@ -1,0 +1,69 @@
+"""Model averaging in rounds, plain and with block momentum: what CNTK offers (ModelAveragingSGD, BlockMomentumSGD)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from danaz.rules.base import Context, Pushes, Rule, Vectors, algorithm
+from danaz.rules.dana import DanaWorker
+
+SYNC_PERIOD = 10  # local steps in a round
+
+
+class LocalNesterov(DanaWorker):
+    """v ← γv + g; x ← x − η(γv + g) on the worker; x is pushed."""
+
+    pushes: Pushes = "parameters"
+    gives_back = False  # the server's parameters are the model
+
+    def __init__(self, momentum: float, sync_period: int, resets: bool):
+        super().__init__(momentum, lr_correction=False, sync_period=sync_period)
+        self.resets = resets
+
+
+class ModelAveraging(Rule):
+    """W ← mean(Wᵢ)."""
+
+    barrier = True
+
+    def __init__(self, momentum: float, sync_period: int):
+        self.worker_rule = LocalNesterov(momentum, sync_period, resets=False)
+
+    def apply(self, params: Tensor, push: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
+        params.copy_(push)
+
+
+class BlockMomentum(Rule):
+    """G = mean(Wᵢ) − B; Δ ← βΔ + ζG; W ← W + Δ; B = W + βΔ is sent (W itself in the classic form).
+
+    β = 1 − 1/N, ζ = 1. Workers begin each block without momentum.
+    """
+
+    barrier = True
+    needs_view = True  # B
+    shared_state = ("step",)  # Δ
+
+    def __init__(self, momentum: float, sync_period: int, nesterov: bool):
+        self.worker_rule = LocalNesterov(momentum, sync_period, resets=True)
+        self.nesterov = nesterov
+
+    def apply(self, params: Tensor, push: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
+        step = shared["step"].mul_(1 - 1 / ctx.workers).add_(push).sub_(own["view"])
+        params.add_(step)
+
+    def view(self, out: Tensor, params: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
+        out.copy_(params)
+        if self.nesterov:
+            out.add_(shared["step"], alpha=1 - 1 / ctx.workers)
+
+
+@algorithm("model-averaging", paper="McDonald et al., NAACL 2010; CNTK ModelAveragingSGD")
+def model_averaging(momentum: float = 0.9, sync_period: int = SYNC_PERIOD) -> Rule:
+    """Local Nesterov steps; then everyone goes on from the mean of all models."""
+    return ModelAveraging(momentum, sync_period)
+
+
+@algorithm("bmuf", paper="Chen, Huo, ICASSP 2016; CNTK BlockMomentumSGD")
+def bmuf(momentum: float = 0.9, sync_period: int = SYNC_PERIOD, nesterov: bool = True) -> Rule:
+    """Blockwise model-update filtering: the mean model of each block moves the server with a momentum of its own."""
+    return BlockMomentum(momentum, sync_period, nesterov)
