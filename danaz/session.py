@@ -210,3 +210,5 @@ class Session:
     def _close(self) -> None:
         if self._worker is not None:
             self._worker.close(in_good_order=self.finished)
+        if self.finished:
+            self.group.close()

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Subset
 
 from danaz.config import Config, ConfigError, load_config
 from danaz.workloads import Workload, build, collate
-from danaz.workloads.cifar10_resnet20 import Block, ResNet
+from danaz.workloads.cifar10_resnet import Block, ResNet
 from danaz.workloads.cifar10_wrn16_4 import WideResNet
 from danaz.workloads.digits import split_by_class
 from danaz.workloads.images import Augmentation, ImageTensors

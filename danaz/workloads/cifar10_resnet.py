@@ -1,4 +1,4 @@
-"""ResNet-20 for CIFAR-10: He, Zhang, Ren, Sun 2016, *Deep Residual Learning for Image Recognition*, section 4.2."""
+"""Residual networks for CIFAR-10: He, Zhang, Ren, Sun 2016, *Deep Residual Learning for Image Recognition*, section 4.2."""
 
 from __future__ import annotations
 
@@ -37,10 +37,14 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """6n + 2 layers for images of 3 x 32 x 32, three stages of n blocks; n = 3 is ResNet-20: 0.27 M parameters."""
+    """6n + 2 layers for images of 3 x 32 x 32, three stages of n blocks; n = 3 is ResNet-20: 0.27 M parameters.
 
-    def __init__(self, blocks_per_stage: int = 3, classes: int = CLASSES) -> None:
+    ``shrink`` averages that many pixels each way into one before the first layer.
+    """
+
+    def __init__(self, blocks_per_stage: int = 3, classes: int = CLASSES, shrink: int = 1) -> None:
         super().__init__()
+        self.shrink = shrink
         self.conv = _conv3x3(3, WIDTHS[0])
         self.bn = nn.BatchNorm2d(WIDTHS[0])
         inputs, blocks = WIDTHS[0], []
@@ -51,6 +55,8 @@ class ResNet(nn.Module):
         self.linear = nn.Linear(inputs, classes)
 
     def forward(self, x: Tensor) -> Tensor:  # f32[B, 3, H, W] -> f32[B, classes]
+        if self.shrink > 1:
+            x = F.avg_pool2d(x, self.shrink)
         out = self.blocks(F.relu(self.bn(self.conv(x))))
         logits: Tensor = self.linear(out.mean((2, 3)))
         return logits
@@ -60,3 +66,10 @@ class ResNet(nn.Module):
 def build_resnet20(config: Config) -> Workload:
     train, test = cifar10(config)
     return Workload(ResNet(), train, test, F.cross_entropy, CLASSES)
+
+
+@workload("cifar10-small")
+def build_small(config: Config) -> Workload:
+    """ResNet-8 on images averaged down to 16 x 16: updates cheap enough to make as many of them as the papers do."""
+    train, test = cifar10(config)
+    return Workload(ResNet(blocks_per_stage=1, shrink=2), train, test, F.cross_entropy, CLASSES)
