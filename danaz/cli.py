@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from danaz.compare.cli import compare
 from danaz.horovod_install.cli import app as horovod_app
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(horovod_app, name="horovod")
+app.command()(compare)
 
 ConfigFile = Annotated[
     Path, typer.Argument(help="YAML of an experiment, such as configs/digits.yaml", metavar="CONFIG")
@@ -131,7 +133,12 @@ def simulate(
     config: ConfigFile,
     algorithm: AlgorithmName = None,
     workers: Annotated[int | None, typer.Option("--workers", "-n", help="Number of simulated workers")] = None,
-    schedule: Annotated[str | None, typer.Option(help="Order of pushes: round-robin or block-random")] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            help="Order of pushes: block-random, round-robin, gamma, gamma-heterogeneous, constant:1,2,…, trace:RUN"
+        ),
+    ] = None,
     overrides: Overrides = None,
     out: OutFolder = None,
 ) -> None:

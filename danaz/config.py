@@ -17,8 +17,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
+
+SCHEDULES = ("round-robin", "block-random", "gamma", "gamma-heterogeneous")
+SCHEDULE_FORMS = {"constant": "constant:SPEED,SPEED,…", "trace": "trace:RUN"}
 
 
 class ConfigError(ValueError):
@@ -42,6 +54,15 @@ def _gap(value: object) -> object:
         return "on" if value else "off"
     if not re.fullmatch("on|off|every:[1-9][0-9]*", str(value)):
         raise ValueError(f"should be on, off or every:K with K >= 1{suggest(value, ('on', 'off', 'every:10'))}")
+    return value
+
+
+def _schedule(value: str) -> str:
+    """One of SCHEDULES by name, or of SCHEDULE_FORMS with its argument behind a colon."""
+    form, _, argument = value.partition(":")
+    if value not in SCHEDULES and not (form in SCHEDULE_FORMS and argument):
+        known = (*SCHEDULES, *SCHEDULE_FORMS.values())
+        raise ValueError(f"should be one of {', '.join(known)}{suggest(value, SCHEDULES)}")
     return value
 
 
@@ -106,7 +127,7 @@ class Config(_Checked):
     )
     algorithm: str = Field("dana", description="update rule, e.g. dana; or ssgd for synchronous training")
     workers: Int = Field(1, ge=1, description="machines that train asynchronously, each one worker")
-    schedule: Literal["round-robin", "block-random"] = Field(
+    schedule: Annotated[str, AfterValidator(_schedule)] = Field(
         "block-random", description="order of the workers in a simulation"
     )
     gap: Annotated[str, BeforeValidator(_gap)] = Field(

@@ -76,6 +76,7 @@ class TestOverrides:
             "algorithm": "ssgd",
             "workers": 12,
             "schedule": "round-robin",
+            "sync_period": 2,
             "gap": "every:5",
             "precision": "bf16",
             "channels_last": True,
@@ -124,8 +125,9 @@ class TestErrors:
 
     def test_unknown_choice_suggests_the_nearest(self, path: Path) -> None:
         assert error_of(path, "schedule=roundrobin") == (
-            f"{path}, --set schedule=roundrobin: schedule = 'roundrobin' should be 'round-robin' or 'block-random'; "
-            "did you mean 'round-robin'? (order of the workers in a simulation)"
+            f"{path}, --set schedule=roundrobin: schedule = 'roundrobin' should be one of round-robin, block-random, "
+            "gamma, gamma-heterogeneous, constant:SPEED,SPEED,…, trace:RUN; did you mean 'round-robin'? "
+            "(order of the workers in a simulation)"
         )
 
     def test_missing_key(self, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Residual networks for CIFAR-10: He, Zhang, Ren, Sun 2016, *Deep Residual Learning for Image Recognition*, section 4.2."""
+"""Residual networks for CIFAR-10: He, Zhang, Ren, Sun, *Deep Residual Learning for Image Recognition*, CVPR 2016."""
 
 from __future__ import annotations
 
