@@ -10,6 +10,7 @@ import typer
 
 from danaz.compare.cli import compare
 from danaz.horovod_install.cli import app as horovod_app
+from danaz.simulate.cli import simulate, speedup
 
 if TYPE_CHECKING:
     from danaz.config import Config
@@ -26,6 +27,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(horovod_app, name="horovod")
+app.command()(simulate)
+app.command()(speedup)
 app.command()(compare)
 
 ConfigFile = Annotated[
@@ -126,48 +129,6 @@ def launch(
     if summary is not None:
         _show_summary(summary, ready.run)
     raise typer.Exit(outcome.exit_code)
-
-
-@app.command()
-def simulate(
-    config: ConfigFile,
-    algorithm: AlgorithmName = None,
-    workers: Annotated[int | None, typer.Option("--workers", "-n", help="Number of simulated workers")] = None,
-    schedule: Annotated[
-        str | None,
-        typer.Option(
-            help="Order of pushes: block-random, round-robin, gamma, gamma-heterogeneous, constant:1,2,…, trace:RUN"
-        ),
-    ] = None,
-    overrides: Overrides = None,
-    out: OutFolder = None,
-) -> None:
-    """Train with N simulated workers in this one process, through the same server core as a live run.
-
-    Examples:
-
-        danaz simulate configs/digits.yaml --algorithm dana --workers 8
-
-        danaz simulate configs/quadratic.yaml -a nag-asgd -n 4 --schedule round-robin --set lr=0.02
-    """
-    from danaz.progress import progress_bar
-    from danaz.run_folder import new_run_folder, write_settings
-
-    try:
-        settings = _load(config, overrides, algorithm=algorithm, workers=workers, schedule=schedule)
-        from danaz.launching import check_workers
-        from danaz.settings import Settings
-
-        check_workers(Settings.of(settings, schedule=settings.schedule, collective="none"))
-        run = new_run_folder(out, f"{settings.name}-{settings.algorithm}-{settings.workers}")
-        write_settings(run, settings.model_dump(mode="json"))
-        from danaz.simulate.simulator import simulate as run_simulation
-
-        with progress_bar(f"{settings.algorithm}, {settings.workers} workers") as progress:
-            summary = run_simulation(settings, run, progress)
-    except (ValueError, FileNotFoundError) as error:
-        fail(error)
-    _show_summary(summary, run)
 
 
 @app.command()

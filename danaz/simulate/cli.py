@@ -1,0 +1,110 @@
+"""The `danaz simulate` and `danaz speedup` commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+
+def simulate(
+    config: Annotated[
+        Path, typer.Argument(help="YAML of an experiment, such as configs/digits.yaml", metavar="CONFIG")
+    ],
+    algorithm: Annotated[
+        str | None, typer.Option("--algorithm", "-a", help="Update rule; `danaz algorithms` lists them")
+    ] = None,
+    workers: Annotated[int | None, typer.Option("--workers", "-n", help="Number of simulated workers")] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            help="Order of pushes: block-random, round-robin, gamma, gamma-heterogeneous, constant:1,2,…, trace:RUN"
+        ),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the config. Repeatable.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Run folder. Default: runs/<time>-<name>")] = None,
+) -> None:
+    """Train with N simulated workers in this one process, through the same server core as a live run.
+
+    Examples:
+
+        danaz simulate configs/digits.yaml --algorithm dana --workers 8
+
+        danaz simulate configs/quadratic.yaml -a nag-asgd -n 4 --schedule round-robin --set lr=0.02
+
+        danaz simulate configs/digits.yaml -n 4 --schedule trace:runs/a    # the order of a real run
+    """
+    from danaz.config import load_config
+    from danaz.launching import check_workers
+    from danaz.progress import progress_bar
+    from danaz.report.tables import print_summary
+    from danaz.run_folder import new_run_folder, write_settings
+    from danaz.settings import Settings
+
+    options = {"algorithm": algorithm, "workers": workers, "schedule": schedule}
+    chosen = [f"{key}={value}" for key, value in options.items() if value is not None]
+    try:
+        settings = load_config(config, [*(overrides or ()), *chosen])
+        check_workers(Settings.of(settings, schedule=settings.schedule, collective="none"))
+        run = new_run_folder(out, f"{settings.name}-{settings.algorithm}-{settings.workers}")
+        write_settings(run, settings.model_dump(mode="json"))
+        from danaz.simulate.simulator import simulate as run_simulation
+
+        with progress_bar(f"{settings.algorithm}, {settings.workers} workers") as progress:
+            summary = run_simulation(settings, run, progress)
+    except (ValueError, FileNotFoundError) as error:
+        _fail(error)
+    print_summary(summary, run)
+
+
+def speedup(
+    workers: Annotated[str, typer.Option("--workers", "-n", help="Numbers of workers: a list or a range")] = "1-64",
+    repetitions: Annotated[int, typer.Option(min=1, help="Runs to average over")] = 20,
+    iterations: Annotated[int, typer.Option(min=1, help="Batches of each worker in a run")] = 100_000,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    out: Annotated[Path, typer.Option("--out", help="Folder for speedup.csv, .png and .svg")] = Path("runs/speedup"),
+) -> None:
+    """Theoretical speed-up of asynchronous and synchronous training, when batch times follow the gamma model.
+
+    Both panels of the DANA paper's Figure 5: machines of one kind, and machines that differ.
+
+    Examples:
+
+        danaz speedup
+
+        danaz speedup --workers 1,2,4,8,16,32 --repetitions 5 --out /tmp/speedup
+    """
+    from danaz.report.speedup import print_speedup, write_speedup
+    from danaz.simulate.speedup import speedup as compute
+
+    try:
+        numbers = _numbers(workers)
+        panels = [
+            compute(numbers, heterogeneous=kind, repetitions=repetitions, iterations=iterations, seed=seed)
+            for kind in (False, True)
+        ]
+        print_speedup(panels)
+        for file in write_speedup(panels, out):
+            typer.echo(f"  {file}")
+    except (ValueError, OSError) as error:
+        _fail(error)
+
+
+def _numbers(text: str) -> list[int]:
+    """``1,4,8`` or ``1-64``, or both."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        try:
+            numbers += range(int(first), int(last) + 1) if dash else [int(first)]
+        except ValueError as error:
+            raise ValueError(f"--workers {text}: expected numbers such as 1,4,8 or 1-64") from error
+    return numbers
+
+
+def _fail(error: object) -> NoReturn:
+    typer.secho(f"danaz: {error}", err=True, fg="red")
+    raise typer.Exit(2)
