@@ -65,6 +65,7 @@ class Simulation:
         self.server = ServerCore(self.settings.for_server(), on_update=self._record, ahead=lambda: self._ahead)
         self.rule = self.settings.for_server().rule(check_supported(self.optimizer))
         self.workers = [self._make_worker(number) for number in range(config.workers)]
+        self._order = make_schedule(config.schedule, config.workers, config.seed)
         self._last_loss: float | None = None
         torch.manual_seed(config.seed)  # for augmentation
 
@@ -88,15 +89,22 @@ class Simulation:
 
     def run(self, progress: Progress = lambda share, loss: None) -> dict[str, Any]:
         """Train to the end; returns what summary.json holds."""
+        self.start()
+        while not all(worker.done for worker in self.workers):
+            self.advance(self.config.workers)
+            progress(self.server.leases.epoch / self.config.epochs, self._last_loss)
+        return self._finish()
+
+    def start(self) -> None:
+        """All workers join."""
         self.model.train()
         for worker in self.workers:
             self._say(worker, worker.core.join(self.flat.params if worker is self.workers[0] else None))
-        order = make_schedule(self.config.schedule, self.config.workers, self.config.seed)
-        while not all(worker.done for worker in self.workers):
-            for number in islice(order, self.config.workers):
-                self._turn(self.workers[number])
-            progress(self.server.leases.epoch / self.config.epochs, self._last_loss)
-        return self._finish()
+
+    def advance(self, turns: int) -> None:
+        """Let the next ``turns`` workers of the schedule compute and push."""
+        for number in islice(self._order, turns):
+            self._turn(self.workers[number])
 
     def _turn(self, worker: SimulatedWorker) -> None:
         if worker.view is None or worker.done:
