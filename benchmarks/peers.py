@@ -1,0 +1,220 @@
+"""Parameter servers to measure danaz beside: each answers a vector f32[P] with a vector f32[P].
+
+A peer is two functions: ``serve(ready, floats, workers)`` calls ``ready(address)`` once and then serves until it is
+ended; ``connect(address, floats, worker, workers)`` returns a function that makes one exchange.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import zmq
+
+Exchange = Callable[[], object]
+Ready = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Peer:
+    name: str
+    serve: Callable[[Ready, int, int], None]
+    connect: Callable[[str, int, int, int], Exchange]
+
+
+# ---- danaz -----------------------------------------------------------------------------------------------------------
+
+
+def danaz(algorithm: str, gap: bool = False) -> Peer:
+    """The real server loop and worker core; the gradient is always the same vector."""
+
+    def serve(ready: Ready, floats: int, workers: int) -> None:
+        from danaz.server.core import ServerCore
+        from danaz.server.router import Router
+        from danaz.server.settings import ServerSettings
+        from danaz.server.socket import bind_router
+
+        bound, address = bind_router("tcp://127.0.0.1:0")
+        ready(address)
+        core = ServerCore(ServerSettings(algorithm, workers, gap_every=int(gap)))
+        Router(bound).serve(core, None, lambda: False)
+
+    def connect(address: str, floats: int, worker: int, workers: int) -> Exchange:
+        from danaz.flat import Layout
+        from danaz.server.messages import Heartbeat, Plan
+        from danaz.server.settings import ServerSettings
+        from danaz.worker.core import Role, WorkerCore
+        from danaz.worker.link import DealerLink
+
+        layout = Layout.from_lists([[["w", [floats], [1]]], [], [floats]])
+        rule = ServerSettings(algorithm, workers).rule(momentum=0.9)
+        core = WorkerCore(Role(worker, 1, "", 0.9, layout, Plan(1 << 40, 1)), rule.worker_rule)
+        link = DealerLink(address, Heartbeat(worker, 1))
+        grad = torch.full((floats,), 1e-6)
+        reply = link.exchange(core.join(torch.zeros(floats) if worker == 0 else None))
+        core.receive(reply)
+        leases = list(reply.leases)
+
+        def exchange() -> object:
+            reply = link.exchange(core.push(grad, (1e-6,), 1, None, leases[0]))
+            core.receive(reply)
+            leases[:] = reply.leases
+            return reply.view
+
+        return exchange
+
+    return Peer(f"danaz {algorithm}" + (" gap on" if gap else ""), serve, connect)
+
+
+# ---- the same bytes without arithmetic -------------------------------------------------------------------------------
+
+
+def _serve_echo(ready: Ready, floats: int, workers: int) -> None:
+    router = zmq.Context.instance().socket(zmq.ROUTER)
+    ready(f"tcp://127.0.0.1:{router.bind_to_random_port('tcp://127.0.0.1')}")
+    while True:
+        router.send_multipart(router.recv_multipart(copy=False), copy=False)
+
+
+def _connect_echo(address: str, floats: int, worker: int, workers: int) -> Exchange:
+    dealer = zmq.Context.instance().socket(zmq.DEALER)
+    dealer.connect(address)
+    payload = np.zeros(floats, np.float32)
+
+    def exchange() -> object:
+        dealer.send(payload, copy=False)
+        return dealer.recv(copy=False)
+
+    return exchange
+
+
+def _serve_tcp(ready: Ready, floats: int, workers: int) -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    ready(f"{listener.getsockname()[1]}")
+
+    def answer(connection: socket.socket) -> None:
+        buffer = memoryview(bytearray(4 * floats))
+        while _receive(connection, buffer):
+            connection.sendall(buffer)
+
+    while True:
+        connection, _ = listener.accept()
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        threading.Thread(target=answer, args=(connection,), daemon=True).start()
+
+
+def _connect_tcp(address: str, floats: int, worker: int, workers: int) -> Exchange:
+    connection = socket.create_connection(("127.0.0.1", int(address)))
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    buffer = memoryview(bytearray(4 * floats))
+
+    def exchange() -> object:
+        connection.sendall(buffer)
+        return _receive(connection, buffer)
+
+    return exchange
+
+
+def _receive(connection: socket.socket, buffer: memoryview) -> bool:
+    done = 0
+    while done < len(buffer):
+        count = connection.recv_into(buffer[done:])
+        if not count:
+            return False
+        done += count
+    return True
+
+
+# ---- what torch offers: both apply θ ← θ − ηg, as danaz asgd does ----------------------------------------------------
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def _serve_gloo(ready: Ready, floats: int, workers: int) -> None:
+    import torch.distributed as dist
+
+    address = f"tcp://127.0.0.1:{_free_port()}"
+    ready(address)
+    dist.init_process_group("gloo", init_method=address, rank=0, world_size=workers + 1)
+    params, buffer = torch.zeros(floats), torch.empty(floats)
+    while True:
+        source = dist.recv(buffer)
+        params.sub_(buffer, alpha=1e-6)
+        dist.send(params, source)
+
+
+def _connect_gloo(address: str, floats: int, worker: int, workers: int) -> Exchange:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=address, rank=worker + 1, world_size=workers + 1)
+    grad, view = torch.full((floats,), 1e-6), torch.empty(floats)
+
+    def exchange() -> object:
+        dist.send(grad, 0)
+        return dist.recv(view, 0)
+
+    return exchange
+
+
+_params = torch.empty(0)
+
+
+def _apply(grad: torch.Tensor) -> torch.Tensor:
+    """Called on the RPC server."""
+    global _params
+    if not _params.numel():
+        _params = torch.zeros_like(grad)
+    return _params.sub_(grad, alpha=1e-6)
+
+
+def _init_rpc(address: str, name: str, rank: int, workers: int) -> None:
+    from torch.distributed import rpc
+
+    options = rpc.TensorPipeRpcBackendOptions(init_method=address)
+    rpc.init_rpc(name, rank=rank, world_size=workers + 1, rpc_backend_options=options)
+
+
+def _serve_rpc(ready: Ready, floats: int, workers: int) -> None:
+    address = f"tcp://127.0.0.1:{_free_port()}"
+    ready(address)
+    _init_rpc(address, "server", 0, workers)
+    threading.Event().wait()
+
+
+def _connect_rpc(address: str, floats: int, worker: int, workers: int) -> Exchange:
+    from torch.distributed import rpc
+
+    _init_rpc(address, f"worker{worker}", worker + 1, workers)
+    grad = torch.full((floats,), 1e-6)
+    return lambda: rpc.rpc_sync("server", _apply, args=(grad,))
+
+
+PEERS = [
+    danaz("asgd"),
+    danaz("dana"),
+    danaz("dana-zero"),
+    danaz("dana-ga"),
+    danaz("dana", gap=True),
+    Peer("ROUTER echo", _serve_echo, _connect_echo),
+    Peer("TCP ping-pong", _serve_tcp, _connect_tcp),
+    Peer("gloo send/recv", _serve_gloo, _connect_gloo),
+    Peer("torch RPC", _serve_rpc, _connect_rpc),
+]
+
+
+def exchanges_per_second(exchange: Exchange, seconds: float) -> float:
+    """Rate of one worker over about ``seconds``, after one exchange that does not count."""
+    exchange()
+    count, began = 0, time.perf_counter()
+    while (now := time.perf_counter()) - began < seconds:
+        exchange()
+        count += 1
+    return count / (now - began)

@@ -1,0 +1,163 @@
+"""Update exchanges per second of danaz' server, beside its peers and the bare transports, in one run.
+
+    python benchmarks/server.py                                    # 1.1, 11 and 102 MB; 1, 2 and 4 workers
+    python benchmarks/server.py --megabytes 1.1 --workers 1 --repetitions 3
+
+One exchange: a worker process pushes P floats over TCP loopback, the server applies them and sends P floats back.
+Repetitions of all peers alternate; the figures are medians. GB/s counts both ways. Server CPU is its user and system time
+per exchange. Writes results.csv and a bar chart into --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import torch
+from peers import PEERS, Peer, exchanges_per_second
+
+# Children inherit the imports; the parent has computed nothing, so no thread of torch's is lost in the fork.
+CONTEXT = multiprocessing.get_context("fork")
+START_S = 120.0
+LINE = (
+    "{megabytes:6} MB  {workers} workers  {peer:16} {exchanges_per_second:10.1f}/s {gigabytes_per_second:7.2f} GB/s  "
+    "server {server_cpu_ms:8.3f} ms CPU, {server_megabytes} MB"
+)
+
+
+class Measured(NamedTuple):
+    """One repetition."""
+
+    exchanges_per_second: float
+    server_cpu_s: float  # per exchange
+    server_bytes: int  # resident at the end
+
+
+def measure(peer: Peer, floats: int, workers: int, seconds: float) -> Measured:
+    """Start a server and its workers, and let them exchange for about ``seconds``."""
+    told, tell = CONTEXT.Pipe(duplex=False)
+    server = CONTEXT.Process(target=_serve, args=(peer, tell, floats, workers), daemon=True)
+    server.start()
+    try:
+        address = _get(told)
+        pipes = [CONTEXT.Pipe() for _ in range(workers)]
+        clients = [
+            CONTEXT.Process(target=_work, args=(peer, address, floats, n, workers, seconds, end), daemon=True)
+            for n, (_, end) in enumerate(pipes)
+        ]
+        for client in clients:
+            client.start()
+        for pipe, _ in pipes:
+            _get(pipe)
+        process = psutil.Process(server.pid)
+        before = process.cpu_times()
+        for pipe, _ in pipes:
+            pipe.send("go")
+        rate = sum(_get(pipe) for pipe, _ in pipes)
+        after, resident = process.cpu_times(), process.memory_info().rss
+        cpu_s = (after.user - before.user) + (after.system - before.system)
+        return Measured(rate, cpu_s / max(1.0, rate * seconds), resident)
+    finally:
+        for child in (*multiprocessing.active_children(),):
+            child.kill()
+            child.join()
+
+
+def _get(pipe: Connection) -> object:
+    if not pipe.poll(START_S):
+        raise TimeoutError("a server or worker did not answer")
+    return pipe.recv()
+
+
+def _serve(peer: Peer, tell: Connection, floats: int, workers: int) -> None:
+    torch.set_num_threads(1)
+    peer.serve(tell.send, floats, workers)
+
+
+def _work(peer: Peer, address: str, floats: int, worker: int, workers: int, seconds: float, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    exchange = peer.connect(address, floats, worker, workers)
+    pipe.send("ready")
+    pipe.recv()
+    pipe.send(exchanges_per_second(exchange, seconds))
+    time.sleep(START_S)  # the parent ends it; leaving first would end some peers' worlds under the others
+
+
+def rows(options: argparse.Namespace) -> Iterator[dict[str, object]]:
+    peers = [peer for peer in PEERS if not options.only or peer.name in options.only]
+    for megabytes in options.megabytes:
+        floats = int(megabytes * 1e6 / 4)
+        for workers in options.workers:
+            runs: dict[str, list[Measured]] = {peer.name: [] for peer in peers}
+            for _ in range(options.repetitions):
+                for peer in peers:
+                    runs[peer.name].append(measure(peer, floats, workers, options.seconds))
+            for name, measured in runs.items():
+                rate = statistics.median(m.exchanges_per_second for m in measured)
+                yield {
+                    "megabytes": megabytes,
+                    "workers": workers,
+                    "peer": name,
+                    "exchanges_per_second": round(rate, 2),
+                    "gigabytes_per_second": round(2 * megabytes * rate / 1000, 3),
+                    "server_cpu_ms": round(1000 * statistics.median(m.server_cpu_s for m in measured), 3),
+                    "server_megabytes": round(max(m.server_bytes for m in measured) / 1e6),
+                }
+
+
+def draw(table: list[dict[str, object]], path: Path) -> None:
+    """Bars of GB/s, a panel for each size, at the largest number of workers."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    sizes = sorted({row["megabytes"] for row in table})
+    workers = max(row["workers"] for row in table)
+    figure, axes = pyplot.subplots(1, len(sizes), figsize=(4 * len(sizes), 4), squeeze=False, layout="constrained")
+    for size, ax in zip(sizes, axes[0], strict=True):
+        shown = [row for row in table if row["megabytes"] == size and row["workers"] == workers]
+        names = [row["peer"] for row in shown]
+        colours = ["#0072B2" if name.startswith("danaz") else "#999999" for name in names]
+        bars = ax.barh(names, [row["gigabytes_per_second"] for row in shown], color=colours)
+        ax.bar_label(bars, fmt="%.2f", padding=2)
+        ax.invert_yaxis()
+        ax.set(title=f"{size} MB, {workers} workers", xlabel="GB/s, both ways")
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=float, nargs="+", default=[1.1, 11, 102])
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=1.5)
+    parser.add_argument("--only", nargs="+", help="names of peers")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench-server"))
+    options = parser.parse_args()
+    print(f"{os.cpu_count()} cores, {options.repetitions} repetitions of {options.seconds} s")
+    table = []
+    for row in rows(options):
+        table.append(row)
+        print(LINE.format(**row))
+    options.out.mkdir(parents=True, exist_ok=True)
+    with (options.out / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, table[0].keys())
+        writer.writeheader()
+        writer.writerows(table)
+    draw(table, options.out / "server.png")
+    print(f"results.csv and server.png are in {options.out}")
+
+
+if __name__ == "__main__":
+    main()
