@@ -62,9 +62,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     base = ["threads=null", *options.overrides]
-    print(
-        f"{options.config}, {options.threads} thread(s), {options.updates} updates, {options.repetitions} repetitions"
-    )
+    print(f"{options.config}, {options.threads} threads, {options.updates} updates, {options.repetitions} repetitions")
     for algorithm, gap in (("dana", "off"), ("dana", "on"), ("dana-zero", "off"), ("dana-ga", "off")):
         config = load_config(options.config, [*base, f"algorithm={algorithm}", "workers=8", f"gap={gap}"])
         ratios, plain, simulated = [], [], []
