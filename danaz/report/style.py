@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's, without the yellow, which white swallows; black is the baseline's.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -30,6 +34,12 @@ RC: dict[Any, Any] = {
     "svg.fonttype": "path",
 }
 
+PANEL_INCHES = (4.3, 3.0)
+PANELS_A_ROW = 3
+LEAST_WIDTH_INCHES = 6.4
+LEGEND_ENTRY_INCHES = 1.6
+LOGARITHMIC_FROM = 8.0  # times the smallest figure
+
 
 class Look(NamedTuple):
     """Of one algorithm, in every chart."""
@@ -37,6 +47,11 @@ class Look(NamedTuple):
     color: str
     marker: str
     linestyle: Any
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """For Axes.plot."""
+        return self._asdict()
 
 
 def looks(algorithms: Iterable[str]) -> dict[str, Look]:
@@ -52,3 +67,45 @@ def looks(algorithms: Iterable[str]) -> dict[str, Look]:
         for number, name in enumerate(ordered)
         if name in names
     }
+
+
+def make_panels(
+    count: int, inches: tuple[float, float] = PANEL_INCHES, share: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """A figure of ``count`` panels of that width and height, which may share their scales."""
+    from matplotlib.figure import Figure
+
+    columns = min(count, PANELS_A_ROW)
+    rows = -(-count // columns)
+    size = (max(inches[0] * columns, LEAST_WIDTH_INCHES), inches[1] * rows + 0.5)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False, sharex=share, sharey=share).flat)
+    for spare in panels[count:]:
+        spare.remove()
+    return figure, panels[:count]
+
+
+def legend_below(figure: Figure, panels: Sequence[Axes]) -> None:
+    """One for all panels."""
+    entries: dict[str, Any] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    if entries:
+        columns = min(len(entries), int(figure.get_figwidth() / LEGEND_ENTRY_INCHES))
+        figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)
+
+
+def scale_by_range(axes: Axes, which: Literal["x", "y"], figures: Iterable[float]) -> None:
+    """From zero; or logarithmic, where the largest figure is many times the smallest."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    known = list(figures)
+    if not known or min(known) <= 0 or max(known) < LOGARITHMIC_FROM * min(known):
+        axes.set(**{f"{which}lim": (0, None)})
+        return
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())

@@ -1,0 +1,165 @@
+"""What a comparison is made of: cells, each one run of the same experiment, told apart by what is compared."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from danaz.config import Config, ConfigError, load_config
+from danaz.launching import Cluster, check_workers
+from danaz.rules import find_algorithm
+from danaz.settings import Settings
+from danaz.worker.group import choose_collective
+from launcher.hosts import parse_hosts
+
+BASELINE = "baseline"  # what every algorithm is with one worker
+COMPARED = ("algorithm", "workers", "schedule", "seed")  # the keys of a config in which cells may differ
+
+
+class ComparisonError(ValueError):
+    """A comparison that cannot be made; the message says why and what to do."""
+
+
+class Grid(BaseModel):
+    """All combinations of some algorithms, numbers of workers and seeds: simulated, or live on ``hosts``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    algorithms: tuple[str, ...] = Field(min_length=1)
+    workers: tuple[int, ...] = ()  # of a simulation; empty: one, and the config's
+    seeds: int = Field(1, ge=1)  # as many, from the config's own seed upwards
+    schedule: str | None = None  # of a simulation; None: the config's
+    hosts: str | None = None  # as for `danaz launch`; None: simulate
+    workers_per_host: int = Field(1, ge=1)
+    collective: str = "auto"
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> Grid:
+        if self.hosts is not None and (self.workers or self.schedule):
+            raise ValueError("a live cell gets its workers from hosts and workers_per_host, and its order from reality")
+        if any(workers < 1 for workers in self.workers):
+            raise ValueError(f"workers should be 1 or more each, not {', '.join(map(str, self.workers))}")
+        return self
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run."""
+
+    config: Config
+    cluster: Cluster | None = None  # where it runs live; None: simulated
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        config, cluster = self.config, self.cluster
+        if cluster is not None:
+            how = f"live-{cluster.workers}x{cluster.ranks_per_worker}"
+        else:
+            how = f"{config.workers}-{config.schedule}" if config.workers > 1 else "1"
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", f"{config.algorithm}-{how}-seed{config.seed}")
+
+    def facts(self) -> dict[str, Any]:
+        """What summary.json will say of it, known before it runs."""
+        return {
+            "algorithm": self.config.algorithm,
+            "workers": self.config.workers,
+            "ranks_per_worker": self.cluster.ranks_per_worker if self.cluster else 1,
+            "schedule": "live" if self.cluster else self.config.schedule,
+            "seed": self.config.seed,
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An experiment and the cells in which it is run."""
+
+    name: str
+    config: Config  # what all cells have in common; the compared keys at their defaults
+    cells: tuple[Cell, ...]
+
+
+def is_plan(path: Path) -> bool:
+    """Whether a YAML file lists the cells of a comparison, rather than the keys of one experiment."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return False  # load_config will say what is wrong
+    return isinstance(content, Mapping) and "cells" in content
+
+
+def read_plan(path: Path, overrides: Sequence[str] = (), seeds: int | None = None) -> Comparison:
+    """The comparison that a YAML file lists: ``config`` (a path beside it), ``cells`` (a list of grids).
+
+    ``seeds``, if given, replaces that of every grid. Raises ComparisonError, ConfigError, UnknownAlgorithmError.
+    """
+    content = yaml.safe_load(path.read_text())
+    if set(content) != {"config", "cells"} or not isinstance(content["cells"], list):
+        raise ComparisonError(
+            f"{path}: expected the keys config (a path) and cells (a list), found {', '.join(content)}"
+        )
+    changes = {} if seeds is None else {"seeds": seeds}
+    grids = [make_grid(f"{path}, cell {number}", values, changes) for number, values in enumerate(content["cells"], 1)]
+    return make_comparison(path.parent / str(content["config"]), grids, overrides, name=path.stem)
+
+
+def make_grid(where: str, values: Any, changes: Mapping[str, Any] | None = None) -> Grid:
+    """Check the values of a grid. Raises ComparisonError, which begins with ``where``."""
+    if not isinstance(values, Mapping):
+        raise ComparisonError(f"{where}: expected keys and values, found {values!r}")
+    try:
+        return Grid.model_validate({**values, **(changes or {})})
+    except ValidationError as error:
+        problems = [_explain(where, problem) for problem in error.errors()]
+        raise ComparisonError("\n".join(problems)) from None
+
+
+def make_comparison(path: Path, grids: Iterable[Grid], overrides: Sequence[str], name: str | None = None) -> Comparison:
+    """The cells of ``grids`` on the experiment in ``path``, each once. Raises as read_plan does."""
+    for override in overrides:
+        if override.partition("=")[0].strip() in COMPARED[:3]:
+            raise ConfigError(f"--set {override}: this is what is compared; use --algorithms, --workers and --schedule")
+    base = load_config(path, overrides)
+    cells: dict[str, Cell] = {}
+    for grid in grids:
+        for cell in _expand(grid, base, path, overrides):
+            cells.setdefault(cell.name, cell)
+    common = base.model_copy(update={key: Config.model_fields[key].default for key in COMPARED})
+    return Comparison(name or base.name, common, tuple(cells.values()))
+
+
+def _expand(grid: Grid, base: Config, path: Path, overrides: Sequence[str]) -> Iterator[Cell]:
+    """Seed by seed, so that whoever stops early has every algorithm."""
+    cluster = _cluster(grid)
+    numbers = (cluster.workers,) if cluster else grid.workers or (1, base.workers)
+    seeds = range(base.seed, base.seed + grid.seeds)
+    for seed, workers, algorithm in product(seeds, numbers, grid.algorithms):
+        only_one = find_algorithm(algorithm).rule().max_workers == 1
+        chosen = {"algorithm": algorithm, "workers": workers, "schedule": grid.schedule or base.schedule, "seed": seed}
+        if cluster is None and (only_one or workers == 1):
+            chosen |= {"algorithm": BASELINE, "workers": 1, "schedule": Config.model_fields["schedule"].default}
+        config = load_config(path, [*overrides, *(f"{key}={value}" for key, value in chosen.items())])
+        check_workers(Settings.of(config, schedule=config.schedule, collective="none"))
+        yield Cell(config, cluster)
+
+
+def _cluster(grid: Grid) -> Cluster | None:
+    if grid.hosts is None:
+        return None
+    collective, _ = choose_collective(grid.collective)
+    return Cluster(parse_hosts(grid.hosts), grid.workers_per_host, collective)
+
+
+def _explain(where: str, problem: Mapping[str, Any]) -> str:
+    key = ".".join(map(str, problem["loc"]))
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        return f"{where}: unknown key {key!r}. Known keys: {', '.join(Grid.model_fields)}"
+    return f"{where}: {key} = {problem['input']!r}: {message}" if key else f"{where}: {message}"

@@ -1,0 +1,142 @@
+"""The `danaz compare` command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from danaz.compare.cells import Comparison
+    from danaz.compare.run import Ending
+
+ALGORITHMS = "ssgd,nag-asgd,dana"
+
+
+def compare(
+    config: Annotated[
+        Path, typer.Argument(help="YAML of an experiment; or of a comparison, which lists its cells", metavar="CONFIG")
+    ],
+    algorithms: Annotated[
+        str | None, typer.Option("--algorithms", "-a", help=f"Separated by commas. Default: {ALGORITHMS}")
+    ] = None,
+    workers: Annotated[
+        str | None,
+        typer.Option("--workers", "-n", help="Numbers of simulated workers, e.g. `1,4,8`. Default: 1 and the config's"),
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="How many, from the config's seed upwards. Default: 1")
+    ] = None,
+    schedule: Annotated[str | None, typer.Option(help="Order of pushes in a simulation. Default: the config's")] = None,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", "-j", min=1, help="Simulations at a time. Default: one a core")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the config. Repeatable.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder. Default: `runs/compare-NAME`")] = None,
+    live: Annotated[
+        bool, typer.Option("--live", help="Real processes on --hosts, one algorithm after the other")
+    ] = False,
+    hosts: Annotated[
+        str | None, typer.Option("--hosts", "-H", help="With --live: machines and their slots, e.g. `a:4,b:4`")
+    ] = None,
+    workers_per_host: Annotated[
+        int | None, typer.Option("--workers-per-host", min=1, help="With --live: split each host into so many workers")
+    ] = None,
+    collective: Annotated[
+        str | None, typer.Option("--collective", help="With --live: `horovod`, `torch` or `auto`")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Throw away what the folder holds of an earlier call")] = False,
+) -> None:
+    """Run one experiment by several algorithms, numbers of workers and seeds, and report them side by side.
+
+    Simulations run in parallel, one thread each. Finished runs are kept: after Ctrl-C the same command goes on, and
+    with more algorithms, workers or seeds it adds to what is there. With one worker, every algorithm is the baseline.
+
+    Examples:
+
+        danaz compare configs/digits.yaml --algorithms ssgd,asgd,nag-asgd,dana --workers 1,4,8,16 --seeds 5
+
+        danaz compare configs/digits.yaml --live --hosts localhost:4 --workers-per-host 4 --algorithms ssgd,dana
+
+        danaz compare configs/demo.yaml
+    """
+    from danaz.compare.cells import ComparisonError
+    from danaz.compare.run import run_comparison
+
+    grid = {
+        "algorithms": algorithms,
+        "workers": workers,
+        "schedule": schedule,
+        "hosts": hosts,
+        "workers_per_host": workers_per_host,
+        "collective": collective,
+    }
+    try:
+        asked = _comparison(config, {k: v for k, v in grid.items() if v is not None}, live, seeds, overrides or [])
+    except (ValueError, RuntimeError) as error:  # also those of config, hosts, algorithms and collective
+        _fail(error)
+    folder = out or Path("runs", f"compare-{asked.name}")
+    typer.echo(f"comparison folder: {folder}", err=True)
+    try:
+        ending = run_comparison(asked, folder, jobs, fresh)
+    except (ComparisonError, OSError) as error:
+        _fail(error)
+    raise typer.Exit(_report(ending))
+
+
+def _comparison(
+    path: Path, given: dict[str, str | int], live: bool, seeds: int | None, overrides: list[str]
+) -> Comparison:
+    from danaz.compare.cells import ComparisonError, is_plan, make_comparison, make_grid, read_plan
+
+    if is_plan(path):
+        if given or live:
+            raise ComparisonError(f"{path} lists its cells itself; edit it, or name the experiment that it compares")
+        return read_plan(path, overrides, seeds)
+    if live != ("hosts" in given):
+        raise ComparisonError("--live and --hosts belong together, e.g. --live --hosts localhost:4")
+    if not live and given.keys() & {"workers_per_host", "collective"}:
+        raise ComparisonError("--workers-per-host and --collective are for --live")
+    values: dict[str, object] = {
+        **given,
+        "algorithms": _words(given.get("algorithms", ALGORITHMS)),
+        "seeds": seeds or 1,
+    }
+    if "workers" in given:
+        values["workers"] = _words(given["workers"])
+    return make_comparison(path, [make_grid(str(path), values)], overrides)
+
+
+def _words(text: object) -> list[str]:
+    return [word.strip() for word in str(text).split(",") if word.strip()]
+
+
+def _report(ending: Ending) -> int:
+    """Say what came of it; returns the exit code."""
+    from danaz.report.comparison import write_report
+    from danaz.report.tables import print_comparison
+
+    outcome = ending.outcome
+    cells = len(outcome.results) + len(outcome.pending)
+    if ending.kept:
+        typer.echo(f"finished before: {ending.kept} of {cells}; --fresh runs them again")
+    if outcome.results:
+        print_comparison(outcome)
+    if outcome.finished:
+        written = write_report(outcome)
+        typer.echo(f"report:   {outcome.folder / 'report.html'}  (also report.md and results.csv)")
+        typer.echo(f"pictures: {', '.join(file.name for file in written if file.suffix == '.png')}  (also SVG)")
+        typer.echo(f"runs:     {outcome.folder / 'cells'}")
+    if outcome.pending:
+        typer.echo(f"still to run: {len(outcome.pending)} of {cells}; the same command goes on with them")
+    if ending.interrupted:
+        return 130
+    return 1 if outcome.failed else 0
+
+
+def _fail(error: object) -> NoReturn:
+    typer.secho(f"danaz: {error}", err=True, fg="red")
+    raise typer.Exit(2)

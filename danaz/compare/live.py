@@ -1,0 +1,41 @@
+"""Live cells: real processes on real hosts, one cell after the other, so that their times can be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from danaz.compare.cells import Cell
+from danaz.compare.display import Display
+from danaz.compare.folder import ComparisonFolder
+from danaz.launching import execute, prepare_config
+from launcher.logs import quiet
+
+
+def run_live(cells: Sequence[Cell], folder: ComparisonFolder, display: Display) -> dict[str, str]:
+    """Returns name of cell -> why it failed. To be called from the main thread; Ctrl-C becomes KeyboardInterrupt."""
+    failures = {}
+    for cell in cells:
+        display.started(cell, folder.cell(cell.name) / "updates.jsonl")
+        reason = _run(cell, folder, display)
+        if reason is not None:
+            failures[cell.name] = reason
+            display.failed(cell, reason)
+    return failures
+
+
+def _run(cell: Cell, folder: ComparisonFolder, display: Display) -> str | None:
+    assert cell.cluster is not None
+    run = folder.begin(cell)
+    try:
+        outcome, summary = execute(prepare_config(cell.config, cell.cluster, run), echo=quiet)
+    except (ValueError, RuntimeError) as error:  # such hosts or such an algorithm cannot be launched
+        return str(error)
+    if outcome.signum is not None:
+        raise KeyboardInterrupt
+    if summary is not None:
+        display.finished(cell, summary)
+        return None
+    (run / "summary.json").unlink(missing_ok=True)  # a process failed after it was written: do not take it for finished
+    if outcome.failure is None:
+        return f"ended with exit code {outcome.exit_code}"
+    return ": ".join([outcome.failure.reason, *outcome.failure.last_lines[-1:]])

@@ -1,0 +1,145 @@
+"""Simulated cells in parallel processes, one thread each, as many as cores and memory allow."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from danaz.compare.cells import Cell
+from danaz.compare.child import LOGS
+from danaz.compare.display import Display
+from danaz.compare.folder import ComparisonFolder
+from danaz.compare.machine import available_bytes, resident_bytes
+from danaz.run_folder import read_summary
+
+FIRST_GUESS_BYTES = 1 << 30  # what a cell may need, until one has shown it
+LOOK_AGAIN_S = 1.0  # for memory that somebody else gave back
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+class Child:
+    """A process that simulates cells, and the one that it is at."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "danaz.compare.child"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, **ONE_THREAD},
+        )
+        self.cell: Cell | None = None
+        self._rest = b""
+
+    def begin(self, cell: Cell, folder: Path) -> None:
+        assert self.process.stdin is not None
+        self.cell = cell
+        self.process.stdin.write(f"{folder.resolve()}\n".encode())
+        self.process.stdin.flush()
+
+    def read(self) -> list[dict[str, Any]] | None:
+        """The messages that have come; None: the process has ended. To be called when there is something to read."""
+        assert self.process.stdout is not None
+        data = os.read(self.process.stdout.fileno(), 1 << 16)
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        return [json.loads(line) for line in lines] if data else None
+
+    def wait(self) -> int:
+        """Wait until it has ended, which without stdin it does; returns its exit status."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.stdout.close()
+        return self.process.wait()
+
+
+class Pool:
+    """Runs ``cells`` in at most ``jobs`` processes; ``failures`` says which failed, and why."""
+
+    def __init__(self, cells: Sequence[Cell], folder: ComparisonFolder, jobs: int, display: Display):
+        self.waiting = deque(cells)
+        self.folder, self.jobs, self.display = folder, jobs, display
+        self.children: list[Child] = []
+        self.failures: dict[str, str] = {}
+        self.need_bytes = 0  # the most that a cell has taken so far
+        self.selector = selectors.DefaultSelector()
+
+    def run(self) -> dict[str, str]:
+        """Returns name of cell -> why it failed. A KeyboardInterrupt ends all processes and passes through."""
+        try:
+            self._fill()
+            while self._busy():
+                for key, _ in self.selector.select(LOOK_AGAIN_S):
+                    self._hear(key.data)
+                self._fill()
+        finally:
+            for child in list(self.children):
+                child.process.terminate()
+                self._drop(child)
+            self.selector.close()
+        return self.failures
+
+    def _busy(self) -> list[Child]:
+        return [child for child in self.children if child.cell is not None]
+
+    def _fill(self) -> None:
+        """Give waiting cells to idle children, and make children while there is room."""
+        while self.waiting:
+            child = next((child for child in self.children if child.cell is None), None)
+            if child is None and (len(self.children) >= self.jobs or not self._has_room()):
+                return
+            child = child or self._new_child()
+            cell = self.waiting.popleft()
+            self.display.started(cell)
+            child.begin(cell, self.folder.begin(cell))
+
+    def _has_room(self) -> bool:
+        """Memory for one more, when those at work have taken all they will need; the first one has it always."""
+        need = self.need_bytes or FIRST_GUESS_BYTES
+        still_to_come = sum(max(0, need - resident_bytes(child.process.pid)) for child in self.children)
+        return not self.children or available_bytes() - still_to_come > need
+
+    def _new_child(self) -> Child:
+        child = Child()
+        self.children.append(child)
+        self.selector.register(child.process.stdout, selectors.EVENT_READ, child)  # type: ignore[arg-type]
+        return child
+
+    def _hear(self, child: Child) -> None:
+        messages = child.read()
+        if messages is None:
+            cell, status = child.cell, self._drop(child)
+            assert cell is not None  # an idle child waits for its next cell
+            self.failures[cell.name] = reason = self._reason(cell, status)
+            self.display.failed(cell, reason)
+            return
+        for message in messages:
+            self._note(child, message)
+
+    def _note(self, child: Child, message: dict[str, Any]) -> None:
+        assert child.cell is not None
+        if "peak_bytes" in message:
+            self.need_bytes = max(self.need_bytes, message["peak_bytes"])
+            self.display.finished(child.cell, read_summary(self.folder.cell(child.cell.name)))
+            child.cell = None
+        else:
+            self.display.progressed(child.cell, message["share"], message["loss"])
+
+    def _drop(self, child: Child) -> int:
+        self.selector.unregister(child.process.stdout)  # type: ignore[arg-type]
+        self.children.remove(child)
+        return child.wait()
+
+    def _reason(self, cell: Cell, status: int) -> str:
+        if status < 0:
+            return f"was killed by {signal.Signals(-status).name}"
+        log = self.folder.cell(cell.name) / LOGS / "stderr"
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        return lines[-1] if lines else f"ended with exit code {status}"

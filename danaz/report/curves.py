@@ -1,0 +1,61 @@
+"""updates.jsonl in a few numbers: training loss and gap over the epochs, and how often each lag occurred."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from math import isfinite
+from typing import Any
+
+from danaz.report.results import Result
+from danaz.run_folder import write_atomically
+
+MOST_POINTS = 100  # along the epochs
+LEAST_POINTS = 20
+CACHE = "curves.json"  # beside updates.jsonl, which may hold a million lines
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Of one run. The means are over equal parts of the run; None where a part has no figure."""
+
+    epochs: list[float]  # the middle of each part
+    loss: list[float | None]
+    gap: list[float | None]
+    lags: list[tuple[int, int]]  # (lag, number of updates), by lag
+
+
+def read_curves(result: Result) -> Curves | None:
+    """Those of a finished run; None if it made no update. Computed once, then kept in the run folder."""
+    cache = result.folder / CACHE
+    if cache.exists():
+        return Curves(**json.loads(cache.read_text()))
+    updates = result.folder / "updates.jsonl"
+    if not updates.exists() or not result.summary.get("updates"):
+        return None
+    with updates.open() as lines:
+        curves = make_curves(map(json.loads, lines), result.summary["updates"], result.summary["epochs"])
+    write_atomically(cache, json.dumps(asdict(curves)).encode())
+    return curves
+
+
+def make_curves(updates: Iterable[dict[str, Any]], count: int, epochs: float) -> Curves:
+    """Sum ``count`` updates up, which are spread evenly over ``epochs``."""
+    parts = min(count, max(LEAST_POINTS, min(MOST_POINTS, round(epochs))))
+    losses: list[list[float]] = [[] for _ in range(parts)]
+    gaps: list[list[float]] = [[] for _ in range(parts)]
+    lags: Counter[int] = Counter()
+    for update in updates:
+        part = min(parts - 1, (update["version"] - 1) * parts // count)
+        for kept, value in ((losses, update["loss"]), (gaps, update["gap"])):
+            if value is not None and isfinite(value):
+                kept[part].append(value)
+        lags[update["lag"]] += 1
+    middles = [(part + 0.5) / parts * epochs for part in range(parts)]
+    return Curves(middles, [_mean(part) for part in losses], [_mean(part) for part in gaps], sorted(lags.items()))
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

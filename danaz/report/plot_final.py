@@ -1,0 +1,132 @@
+"""Charts of how runs ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from danaz.report.plot_data import Data, by_kind, by_setting
+from danaz.report.results import TEST_ERROR, Group
+from danaz.report.style import BASELINE, legend_below, make_panels, scale_by_range
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+ROW_INCHES = 0.27
+PAPER: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}  # behind text that a line may cross
+
+
+def draw_by_workers(data: Data) -> Figure | None:
+    """A panel for each kind of run, a line for each algorithm; where there is more than one number of workers."""
+    kinds = {kind: groups for kind, groups in by_kind(data.groups).items() if len(_numbers(groups)) > 1}
+    if not kinds:
+        return None
+    figure, panels = make_panels(len(kinds), inches=(7.2, 4.4))
+    for axes, ((ranks, schedule), groups) in zip(panels, kinds.items(), strict=True):
+        for algorithm in dict.fromkeys(each.algorithm for each in groups):
+            _line(axes, data, [each for each in groups if each.algorithm == algorithm])
+        if data.baseline_mean is not None:
+            axes.axhline(data.baseline_mean, label="one worker", zorder=1.5, **BASELINE)
+        for source in dict.fromkeys(paper.source for paper in data.papers if paper.schedule == schedule):
+            axes.plot([], [], "o", color="#666666", markerfacecolor="white", markersize=9, label=source)
+        numbers = _numbers(groups)
+        axes.set_xticks(numbers, [str(number) for number in numbers])
+        axes.set_xlabel("workers")
+        live = f"live, {ranks} rank{'s' * (ranks > 1)} per worker"
+        axes.set_title(f"{data.name}, {live if schedule == 'live' else schedule}")
+        axes.set_ylabel(data.measure.label)
+        spreads = [each.spread(data.measure.key) for each in groups]
+        scale_by_range(axes, "y", [spread.mean for spread in spreads if spread is not None])
+    legend_below(figure, panels)
+    return figure
+
+
+def _numbers(groups: Sequence[Group]) -> list[int]:
+    return sorted({each.setting.workers for each in groups})
+
+
+def _line(axes: Axes, data: Data, groups: Sequence[Group]) -> None:
+    """One algorithm: means, a band of a standard deviation, and the papers' figures as hollow markers."""
+    spreads = [(each.setting.workers, spread) for each in groups if (spread := each.spread(data.measure.key))]
+    spreads.sort(key=lambda point: point[0])
+    workers = [number for number, _ in spreads]
+    means, stds = [spread.mean for _, spread in spreads], [spread.std or 0.0 for _, spread in spreads]
+    algorithm = groups[0].algorithm
+    look = data.looks[algorithm]
+    axes.plot(workers, means, label=algorithm, **look.line)
+    low, high = ([mean + sign * std for mean, std in zip(means, stds, strict=True)] for sign in (-1, 1))
+    axes.fill_between(workers, low, high, color=look.color, alpha=0.18, linewidth=0)
+    if data.measure is not TEST_ERROR:
+        return
+    for paper in data.papers:
+        theirs = [(each.setting.workers, paper.error(algorithm, each.setting)) for each in groups]
+        known = sorted((number, error) for number, error in theirs if error is not None)
+        if known:
+            hollow = look._replace(linestyle="none").line | {"markerfacecolor": "white", "markersize": 9}
+            axes.plot(*zip(*known, strict=True), zorder=1.8, **hollow)
+
+
+def draw_by_cell(data: Data) -> Figure | None:
+    """A row for each algorithm in each setting: how good, and how fast the live ones were. For few settings."""
+    if not data.groups or draw_by_workers(data) is not None:
+        return None
+    from matplotlib.figure import Figure
+
+    rows = _rows(data.groups)
+    live = any(each.setting.is_live for each in data.groups)
+    figure = Figure(figsize=(9.8 if live else 7.0, 1.4 + ROW_INCHES * len(rows)), layout="constrained")
+    panels = list(figure.subplots(1, 1 + live, squeeze=False, sharey=True)[0])
+    _dots(panels[0], data, rows)
+    if live:
+        _speeds(panels[1], data, rows)
+    panels[0].set_title(data.name)
+    panels[0].set_ylim(len(rows) - 0.4, -0.7)
+    panels[0].set_yticks(range(len(rows)), [row.algorithm if isinstance(row, Group) else row for row in rows])
+    for label, row in zip(panels[0].get_yticklabels(), rows, strict=True):
+        label.set_fontweight("normal" if isinstance(row, Group) else "bold")
+    for axes in panels:
+        axes.tick_params(axis="y", length=0)
+    legend_below(figure, panels)
+    return figure
+
+
+def _rows(groups: Sequence[Group]) -> list[Group | str]:
+    """The groups, below a heading for each setting."""
+    rows: list[Group | str] = []
+    for setting, members in by_setting(groups).items():
+        rows += [setting.title, *members]
+    return rows
+
+
+def _dots(axes: Axes, data: Data, rows: Sequence[Group | str]) -> None:
+    means = [data.baseline_mean] if data.baseline_mean else []
+    for place, row in enumerate(rows):
+        spread = row.spread(data.measure.key) if isinstance(row, Group) else None
+        if isinstance(row, Group) and spread is not None:
+            means.append(spread.mean)
+            look = data.looks[row.algorithm]
+            point: dict[str, Any] = {"color": look.color, "marker": look.marker, "markersize": 7.0}
+            axes.errorbar(spread.mean, place, xerr=spread.std, capsize=3, **point)
+            text = f"{spread.mean:.{data.measure.decimals}f}" + (" (diverged)" if row.diverged else "")
+            beside: dict[str, Any] = {"xytext": (9, 0), "textcoords": "offset points", "va": "center", "fontsize": 9}
+            axes.annotate(text, (spread.mean, place), bbox=PAPER, **beside)
+    if data.baseline_mean is not None:
+        axes.axvline(data.baseline_mean, label="one worker", zorder=1.5, **BASELINE)
+    axes.margins(x=0.22)
+    scale_by_range(axes, "x", means)
+    axes.set_xlabel(data.measure.label)
+
+
+def _speeds(axes: Axes, data: Data, rows: Sequence[Group | str]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    for place, row in enumerate(rows):
+        spread = row.spread("images_per_second") if isinstance(row, Group) and row.setting.is_live else None
+        if isinstance(row, Group) and spread is not None:
+            bar = axes.barh(place, spread.mean, 0.66, xerr=spread.std, capsize=3, color=data.looks[row.algorithm].color)
+            axes.bar_label(bar, fmt="{:,.0f}", padding=4, fontsize=9)
+    axes.margins(x=0.18)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlabel("images/s (live)")
