@@ -40,7 +40,7 @@ class WideResNet(nn.Module):
     Depth 16 and width 4 make 2.7 M parameters.
     """
 
-    def __init__(self, depth: int = 16, width: int = 4, classes: int = CLASSES) -> None:
+    def __init__(self, depth: int = 16, width: int = 4, num_classes: int = CLASSES) -> None:
         super().__init__()
         blocks_per_stage = (depth - 4) // 6
         self.conv = _conv(3, 16)
@@ -52,7 +52,7 @@ class WideResNet(nn.Module):
                 inputs = outputs
         self.blocks = nn.Sequential(*blocks)
         self.bn = nn.BatchNorm2d(inputs)
-        self.linear = nn.Linear(inputs, classes)
+        self.linear = nn.Linear(inputs, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:  # f32[B, 3, H, W] -> f32[B, classes]
         out = F.relu(self.bn(self.blocks(self.conv(x))))
