@@ -122,13 +122,26 @@ def batching_of(loader: DataLoader[Any], workers: int, seed: int) -> Batching:
         )
     if isinstance(loader.sampler, RandomSampler) and loader.sampler.replacement:
         raise UnsupportedLoaderError("danaz.shard uses each sample once an epoch; this loader draws with replacement.")
-    return Batching(
-        samples=len(loader.dataset),  # type: ignore[arg-type]
+    samples: int = len(loader.dataset)  # type: ignore[arg-type]
+    drawn = len(loader.sampler)  # type: ignore[arg-type]
+    if drawn != samples:
+        raise UnsupportedLoaderError(
+            f"danaz.shard uses each sample once an epoch; this loader draws {drawn} of {samples} samples."
+            " Give it a torch.utils.data.Subset of them instead."
+        )
+    batching = Batching(
+        samples=samples,
         batch_size=loader.batch_size * workers,
         shuffle=isinstance(loader.sampler, RandomSampler),
         drop_last=loader.drop_last,
         seed=seed,
     )
+    if not batching.batches_per_epoch:
+        raise UnsupportedLoaderError(
+            f"{samples} samples do not fill one batch of {batching.batch_size}: an epoch would be empty. Use a smaller "
+            "batch_size, or drop_last=False."
+        )
+    return batching
 
 
 def read_ahead(loader: DataLoader[Any]) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
+from operator import index as whole
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ class Layout:
         """The inverse of to_lists. Raises ValueError on anything that is no dense, complete layout."""
         try:
             parameters, buffers, group_sizes = lists
-            layout = cls(_place(parameters), _place(buffers), _spans([int(size) for size in group_sizes]))
+            layout = cls(_place(parameters), _place(buffers), _spans([whole(size) for size in group_sizes]))
         except (TypeError, ValueError) as error:
             raise ValueError(f"not a layer table: {error}") from error
         if (layout.groups[-1][1] if layout.groups else 0) != layout.size:
@@ -95,7 +96,7 @@ def _place(rows: Sequence[tuple[str, Sequence[int], Sequence[int]]]) -> tuple[En
     """Lay tensors one behind the other."""
     entries, start = [], 0
     for name, shape, stride in rows:
-        entry = Entry(str(name), start, tuple(int(n) for n in shape), tuple(int(n) for n in stride))
+        entry = Entry(str(name), start, tuple(map(whole, shape)), tuple(map(whole, stride)))
         if not _is_dense(entry.shape, entry.stride):
             raise ValueError(f"{name}: shape {entry.shape} with strides {entry.stride} does not tile its slice")
         entries.append(entry)
@@ -104,8 +105,10 @@ def _place(rows: Sequence[tuple[str, Sequence[int], Sequence[int]]]) -> tuple[En
 
 
 def _is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    if len(shape) != len(stride) or any(n < 0 for n in shape):
+    if len(shape) != len(stride) or any(n < 0 for n in (*shape, *stride)):
         return False
+    if 0 in shape:
+        return True
     expected = 1
     for step, n in sorted((s, n) for s, n in zip(stride, shape, strict=True) if n != 1):
         if step != expected:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -93,19 +94,24 @@ class GradientExchange:
         grads.mul_(self.weight) if self.weight else grads.zero_()
         self._handles.append(self.group.sum_async(grads, f"grads.{number}"))
 
-    def finish(self, loss: float | None) -> float | None:
-        """Return when the flat gradient is the mean over the batch; returns the batch's mean loss."""
+    def finish(self, loss: float | None, lr: list[float]) -> tuple[float | None, list[float]]:
+        """Return when the flat gradient is the mean over the batch; returns the batch's mean loss, and rank 0's rates.
+
+        Rank 0's, because the loop of a rank that had no samples now and then has moved its schedule less often.
+        """
         if self.group.size == 1:
             self.flat.gather_gradients(range(len(self.flat.trained)))
-            return loss
+            return loss, lr
         while len(self._handles) < len(self._buckets):
             self._begin_next()
-        share = torch.tensor([(loss or 0.0) * self.weight, float(loss is not None)])
-        self._handles.append(self.group.sum_async(share, "loss"))
+        loss_share, rates = (loss or 0.0) * self.weight, lr if self.group.rank == 0 else [0.0] * len(lr)
+        scalars = torch.tensor([loss_share, float(loss is not None), *rates], dtype=torch.float64)
+        self._handles.append(self.group.sum_async(scalars, "scalars"))
         for handle in self._handles:
             self.group.wait(handle)
         self._reset()
-        return share[0].item() if share[1] else None
+        mean_loss, has_loss, *rates = scalars.tolist()
+        return mean_loss if has_loss else None, rates
 
 
 def _buckets(flat: FlatModel) -> list[range]:
@@ -140,7 +146,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self.exchange = GradientExchange(self.flat, group, backward_passes_per_step)
         self._wrapped = optimizer
         self._push: Callable[[list[float], float | None], None] | None = None
-        self._synchronized: tuple[float | None] | None = None
+        self._synchronized: tuple[float | None, list[float]] | None = None  # mean loss, lr per group
         super().__init__(optimizer.param_groups, optimizer.defaults)
 
     def connect(self, push: Callable[[list[float], float | None], None]) -> None:
@@ -150,7 +156,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
     def synchronize(self, loss: float | Tensor | None = None) -> None:
         """Wait for the mean gradient, to look at or clip it before ``step()``."""
         if self._synchronized is None:
-            self._synchronized = (self.exchange.finish(loss.item() if isinstance(loss, Tensor) else loss),)
+            lr = [float(group["lr"]) for group in self.param_groups]
+            self._synchronized = self.exchange.finish(loss.item() if isinstance(loss, Tensor) else loss, lr)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, loss: float | Tensor | None = None) -> Any:
@@ -165,9 +172,10 @@ class DistributedOptimizer(torch.optim.Optimizer):
             )
         self.synchronize(loss)
         assert self._synchronized is not None
-        (mean_loss,), self._synchronized = self._synchronized, None
-        add_weight_decay(self.flat, self.param_groups)
-        self._push([float(group["lr"]) for group in self.param_groups], mean_loss)
+        (mean_loss, lr), self._synchronized = self._synchronized, None
+        self.flat.gather_gradients(range(len(self.flat.trained)))  # those that the user has replaced since
+        with weight_decay_added(self.flat, self.param_groups):
+            self._push(lr, mean_loss)
         # A scheduler made for the wrapped optimizer asks whether that one has stepped.
         self._wrapped._opt_called = True  # type: ignore[attr-defined]
         return result
@@ -183,6 +191,18 @@ def add_weight_decay(flat: FlatModel, param_groups: Sequence[dict[str, Any]]) ->
     for group, (start, stop) in zip(param_groups, flat.layout.groups, strict=True):
         if group["weight_decay"]:
             flat.grads[start:stop].add_(flat.params[start:stop], alpha=float(group["weight_decay"]))
+
+
+@contextmanager
+def weight_decay_added(flat: FlatModel, param_groups: Sequence[dict[str, Any]]) -> Iterator[None]:
+    """Within it, the flat gradient includes the weight decay; behind it not, for loops that accumulate gradients."""
+    if not any(group["weight_decay"] for group in param_groups):
+        yield
+        return
+    undecayed = flat.grads.clone()
+    add_weight_decay(flat, param_groups)
+    yield
+    flat.grads.copy_(undecayed)
 
 
 def effective_lr(

@@ -41,6 +41,7 @@ class Session:
         self._batching: Batching | None = None
         self._portion: Portion | None = None  # of the batch being computed
         self._share = Share()
+        self._samples_for_all = 0  # so many in a batch, and each rank of an all-reduce world has one
         self._scales_lr = False
         atexit.register(self._close)
 
@@ -55,6 +56,11 @@ class Session:
         if self._optimizer is None:
             raise NotInitializedError("wrap the optimizer first: danaz.DistributedOptimizer(optimizer, model)")
         return self._optimizer
+
+    @property
+    def epoch(self) -> float:
+        """The cluster's, as this worker last heard of it."""
+        return 0.0 if self._worker is None else self._worker.metrics.epoch
 
     @property
     def over(self) -> bool:
@@ -119,7 +125,9 @@ class Session:
         worker_of_rank = torch.zeros(self.group.size, dtype=torch.float64)
         worker_of_rank[self.group.rank] = self.place.worker
         self.group.wait(self.group.sum_async(worker_of_rank, "workers"))
-        mine = [rank for rank, worker in enumerate(worker_of_rank.tolist()) if worker == self.place.worker]
+        workers = worker_of_rank.tolist()
+        self._samples_for_all = self.settings.workers * max(map(workers.count, workers))
+        mine = [rank for rank, worker in enumerate(workers) if worker == self.place.worker]
         return Share(self.place.worker, self.settings.workers, mine.index(self.group.rank), len(mine))
 
     # ---- training ------------------------------------------------------------------------------------------------
@@ -174,8 +182,9 @@ class Session:
         """Take part in the updates of batches of which this rank has no sample."""
         while sampler.portions and not sampler.portions[0].here:
             self._begin(sampler.portions.popleft())
-            self.optimizer.zero_grad()
             self.optimizer.step()
+            # The mean gradient is here now; a loop that clears gradients behind its own steps would add to it.
+            self.optimizer.zero_grad()
 
     def _push(self, lr: list[float], loss: float | None) -> None:
         """What optimizer.step() ends in."""
@@ -189,6 +198,9 @@ class Session:
             warmup_epochs=self.settings.warmup_epochs,
             scales_lr=self._scales_lr,
         )
+        if portion.samples < self._samples_for_all:
+            # A rank without samples did not run the loop that may have clipped the mean gradient.
+            self.group.broadcast(final_grads=self.optimizer.flat.grads)
         self.worker.push(applied_lr, portion.samples, loss, portion.batch)
 
     # ---- the end -------------------------------------------------------------------------------------------------

@@ -143,5 +143,5 @@ def metrics() -> Metrics:
 
 
 def progress() -> float:
-    """The cluster's epoch as a float, for schedules that move with every step."""
-    return metrics().epoch
+    """The cluster's epoch as a float, for schedules that move with every step; 0 until the first batch."""
+    return _session().epoch

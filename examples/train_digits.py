@@ -1,8 +1,8 @@
 """Handwritten digits: a PyTorch script of the usual kind, which alone or on a cluster trains the same model.
 
-    python examples/train_digits.py
-    danaz launch --hosts localhost:2 --algorithm ssgd -- python examples/train_digits.py
-    danaz launch --hosts localhost:4 --workers-per-host 2 --algorithm dana -- python examples/train_digits.py
+python examples/train_digits.py
+danaz launch --hosts localhost:2 --algorithm ssgd -- python examples/train_digits.py
+danaz launch --hosts localhost:4 --workers-per-host 2 --algorithm dana -- python examples/train_digits.py
 """
 
 import argparse
@@ -17,7 +17,7 @@ import danaz.torch as danaz
 
 parser = argparse.ArgumentParser(description="Train a small convolutional net on scikit-learn's digits.")
 parser.add_argument("--epochs", type=int, default=10)
-parser.add_argument("--lr", type=float, default=0.1)
+parser.add_argument("--lr", type=float, default=0.05)
 parser.add_argument("--save", default="digits.pt", help="where the trained model goes")
 options = parser.parse_args()
 
@@ -31,8 +31,9 @@ images = torch.from_numpy(digits.images).float().unsqueeze(1) / 16  # f32[1797, 
 train, test = random_split(TensorDataset(images, torch.from_numpy(digits.target)), [0.8, 0.2])
 loader = DataLoader(train, batch_size=32, shuffle=True)
 
-convolutions = [nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)]
-model = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(16 * 4 * 4, 10)).to(device)
+first = [nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)]
+second = [nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)]
+model = nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(32 * 2 * 2, 10)).to(device)
 optimizer = torch.optim.SGD(model.parameters(), lr=options.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
 optimizer = danaz.DistributedOptimizer(optimizer, model)
 scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs)

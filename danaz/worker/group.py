@@ -86,7 +86,7 @@ class TorchGroup:
     def __init__(self) -> None:
         import torch.distributed as dist
 
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         self._dist = dist
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
@@ -111,6 +111,8 @@ class CollectiveError(RuntimeError):
 
 def choose_collective(wanted: str) -> tuple[str, str]:
     """The collective for ``wanted`` (auto, horovod or torch), and the sentence that says so. Raises CollectiveError."""
+    if wanted not in ("auto", "horovod", "torch"):
+        raise CollectiveError(f"unknown collective {wanted!r}: give auto, horovod or torch")
     there = importlib.util.find_spec("horovod") is not None
     if wanted == "torch":
         return "torch", "collective: torch.distributed, as asked for"
