@@ -150,6 +150,7 @@ class FlatModel:
         device = self.trained[0].device
         self.params = torch.empty(self.layout.size, device=device)  # f32[P]
         self.grads = torch.zeros(self.layout.size, device=device)  # f32[P]
+        self.decayed = torch.empty(self.layout.size, device=device)  # f32[P], for the gradient with its weight decay
         self.grad_views = [entry.of(self.grads) for entry in self.layout.parameters]
         for p, entry in zip(self.trained, self.layout.parameters, strict=True):
             view = entry.of(self.params)
@@ -162,8 +163,8 @@ class FlatModel:
         A gradient of None, which ``zero_grad()`` leaves behind for a parameter the loss does not use, is zero.
         """
         strays, homes = [], []
-        for index in indices:
-            p, view = self.trained[index], self.grad_views[index]
+        for number in indices:
+            p, view = self.trained[number], self.grad_views[number]
             if p.grad is None:
                 view.zero_()
             elif p.grad is not view:

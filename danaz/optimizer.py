@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +12,8 @@ from torch import Tensor, nn
 from danaz.flat import FlatModel
 from danaz.schedule import warmup_factor
 from danaz.worker.group import Group
+
+Push = Callable[[Tensor, list[float], float | None], None]  # (mean gradient f32[P], lr per group, mean loss)
 
 BUCKET_FLOATS = 1 << 20  # 4 MB: long enough to use the wire well, short enough to begin while backward still runs
 
@@ -145,12 +146,12 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self.flat = FlatModel(model, [group["params"] for group in optimizer.param_groups])
         self.exchange = GradientExchange(self.flat, group, backward_passes_per_step)
         self._wrapped = optimizer
-        self._push: Callable[[list[float], float | None], None] | None = None
+        self._push: Push | None = None
         self._synchronized: tuple[float | None, list[float]] | None = None  # mean loss, lr per group
         super().__init__(optimizer.param_groups, optimizer.defaults)
 
-    def connect(self, push: Callable[[list[float], float | None], None]) -> None:
-        """Send what ``step`` produces, (lr per group, mean loss), to ``push``."""
+    def connect(self, push: Push) -> None:
+        """Send what ``step`` produces to ``push``."""
         self._push = push
 
     def synchronize(self, loss: float | Tensor | None = None) -> None:
@@ -174,8 +175,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         assert self._synchronized is not None
         (mean_loss, lr), self._synchronized = self._synchronized, None
         self.flat.gather_gradients(range(len(self.flat.trained)))  # those that the user has replaced since
-        with weight_decay_added(self.flat, self.param_groups):
-            self._push(lr, mean_loss)
+        self._push(decayed_gradient(self.flat, self.param_groups), lr, mean_loss)
         # A scheduler made for the wrapped optimizer asks whether that one has stepped.
         self._wrapped._opt_called = True  # type: ignore[attr-defined]
         return result
@@ -186,23 +186,14 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
 
 @torch.no_grad()
-def add_weight_decay(flat: FlatModel, param_groups: Sequence[dict[str, Any]]) -> None:
-    """g ← g + wθ̂, group by group."""
-    for group, (start, stop) in zip(param_groups, flat.layout.groups, strict=True):
-        if group["weight_decay"]:
-            flat.grads[start:stop].add_(flat.params[start:stop], alpha=float(group["weight_decay"]))
-
-
-@contextmanager
-def weight_decay_added(flat: FlatModel, param_groups: Sequence[dict[str, Any]]) -> Iterator[None]:
-    """Within it, the flat gradient includes the weight decay; behind it not, for loops that accumulate gradients."""
+def decayed_gradient(flat: FlatModel, param_groups: Sequence[dict[str, Any]]) -> Tensor:
+    """g + wθ̂ f32[P], group by group; the flat gradient itself stays as it is, for loops that accumulate gradients."""
     if not any(group["weight_decay"] for group in param_groups):
-        yield
-        return
-    undecayed = flat.grads.clone()
-    add_weight_decay(flat, param_groups)
-    yield
-    flat.grads.copy_(undecayed)
+        return flat.grads
+    for group, (start, stop) in zip(param_groups, flat.layout.groups, strict=True):
+        decay, out = float(group["weight_decay"]), flat.decayed[start:stop]
+        torch.add(flat.grads[start:stop], flat.params[start:stop], alpha=decay, out=out)
+    return flat.decayed
 
 
 def effective_lr(

@@ -9,6 +9,7 @@ from math import inf
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from danaz.data import Batching, LeaseSampler, Portion, Share, batching_of, read_ahead, rebuild
@@ -186,7 +187,7 @@ class Session:
             # The mean gradient is here now; a loop that clears gradients behind its own steps would add to it.
             self.optimizer.zero_grad()
 
-    def _push(self, lr: list[float], loss: float | None) -> None:
+    def _push(self, grad: Tensor, lr: list[float], loss: float | None) -> None:
         """What optimizer.step() ends in."""
         portion, self._portion = self._portion, None
         if portion is None:
@@ -200,8 +201,8 @@ class Session:
         )
         if portion.samples < self._samples_for_all:
             # A rank without samples did not run the loop that may have clipped the mean gradient.
-            self.group.broadcast(final_grads=self.optimizer.flat.grads)
-        self.worker.push(applied_lr, portion.samples, loss, portion.batch)
+            self.group.broadcast(final_grads=grad)
+        self.worker.push(grad, applied_lr, portion.samples, loss, portion.batch)
 
     # ---- the end -------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from danaz.config import Config
 from danaz.data import Batching
 from danaz.flat import FlatModel
-from danaz.optimizer import add_weight_decay, check_supported, effective_lr
+from danaz.optimizer import check_supported, decayed_gradient, effective_lr
 from danaz.run_folder import RunFolder
 from danaz.server.core import Replies, ServerCore
 from danaz.server.messages import Final, Parameters
@@ -120,11 +120,11 @@ class Simulation:
         self.flat.params.copy_(worker.view)
         *earlier, last = worker.batches
         for batch in earlier:
-            samples, loss = self._gradient(batch)
+            grad, samples, loss = self._gradient(batch)
             step = LocalStep(batch, tuple(self._lr(worker, batch)), samples, loss)
-            worker.core.local_step(step, self.flat.params, self.flat.grads)
-        samples, loss = self._gradient(last)
-        return worker.core.push(self.flat.grads, self._lr(worker, last), samples, loss, last, self.flat.params)
+            worker.core.local_step(step, self.flat.params, grad)
+        grad, samples, loss = self._gradient(last)
+        return worker.core.push(grad, self._lr(worker, last), samples, loss, last, self.flat.params)
 
     def _lr(self, worker: SimulatedWorker, batch: int) -> list[float]:
         config = self.config
@@ -136,15 +136,14 @@ class Simulation:
             scales_lr=self.rule.scales_lr,
         )
 
-    def _gradient(self, batch: int) -> tuple[int, float]:
-        """Put the gradient of ``batch``, weight decay included, into the flat vector; returns samples and loss."""
+    def _gradient(self, batch: int) -> tuple[Tensor, int, float]:
+        """The gradient f32[P] of ``batch``, weight decay included, the number of its samples, and its loss."""
         x, y = self._fetch(self.batching.indices(batch).tolist())
         self.model.zero_grad()
         loss = batch_loss(self.model, self.workload, x, y, self.config, self.device)
         loss.backward()  # type: ignore[no-untyped-call]
         self.flat.gather_gradients(range(len(self.flat.trained)))
-        add_weight_decay(self.flat, self.optimizer.param_groups)
-        return len(y), loss.item()
+        return decayed_gradient(self.flat, self.optimizer.param_groups), len(y), loss.item()
 
     def _fetch(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         data: Any = self.workload.train

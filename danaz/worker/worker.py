@@ -13,6 +13,7 @@ from math import isnan, nan
 from time import perf_counter
 
 import torch
+from torch import Tensor
 
 from danaz.flat import FlatModel
 from danaz.server.messages import Final, Join, Parameters, Push, Refusal, Reply
@@ -98,23 +99,26 @@ class Worker:
         """Enter the run; returns when training starts, with the first view in the model."""
         self._ask(lambda core: core.join(self.flat.params.to("cpu") if bring_params else None))
 
-    def push(self, lr: Sequence[float], samples: int, loss: float | None, batch: int) -> None:
-        """Push the model's gradient, and put the next view into the model; or step alone between two pushes."""
+    def push(self, grad: Tensor, lr: Sequence[float], samples: int, loss: float | None, batch: int) -> None:
+        """Push the mean gradient f32[P] of ``batch``, and put the next view into the model.
+
+        Between two pushes of a ``sync_period``, step alone instead.
+        """
         self.batches.end(batch)
         began = perf_counter()
         self.metrics.computing_s += began - self._since
         self._local_steps += 1
         if self._local_steps < self.sync_period and self.batches.any:
-            self._step_locally(LocalStep(batch, tuple(lr), samples, loss))
+            self._step_locally(LocalStep(batch, tuple(lr), samples, loss), grad)
         else:
             self._local_steps = 0
-            self._ask(lambda core: core.push(self.flat.grads, lr, samples, loss, batch, self.flat.params))
+            self._ask(lambda core: core.push(grad, lr, samples, loss, batch, self.flat.params))
         self._since = perf_counter()
         self.metrics.exchanging_s += self._since - began
 
-    def _step_locally(self, step: LocalStep) -> None:
+    def _step_locally(self, step: LocalStep, grad: Tensor) -> None:
         if self._core is not None:
-            self._core.local_step(step, self.flat.params, self.flat.grads)
+            self._core.local_step(step, self.flat.params, grad)
         if not self._replicated:
             self.group.broadcast(params=self.flat.params)
 
