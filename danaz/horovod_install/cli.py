@@ -20,21 +20,21 @@ from danaz.horovod_install.target import compile_jobs, installed_horovod, target
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     help="Build Horovod for the torch at hand, and check that it works.",
 )
 _console = Console(highlight=False)
 _errors = Console(stderr=True, highlight=False)
 
 _INSTALL_EXAMPLES = """\
-[bold]Examples[/bold]
+**Examples**
 
   danaz horovod install             with NCCL when torch is a CUDA build
 
   danaz horovod install --jobs 1    where memory is short (2 GB a compiler)
 """
 _CHECK_EXAMPLES = """\
-[bold]Examples[/bold]
+**Examples**
 
   danaz horovod check               versions, and an all-reduce of 2 ranks
 

@@ -25,7 +25,7 @@ def simulate(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the config. Repeatable.")
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Run folder. Default: runs/<time>-<name>")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Run folder. Default: runs/TIME-NAME")] = None,
 ) -> None:
     """Train with N simulated workers in this one process, through the same server core as a live run.
 
