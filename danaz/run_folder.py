@@ -28,7 +28,7 @@ class RunFolderError(ValueError):
 
 
 def new_run_folder(out: Path | None, name: str) -> Path:
-    """Make the folder of a new run: ``out``, or runs/<time>-<name>. Raises RunFolderError if a run is in it already."""
+    """Make the folder of a new run: ``out``, or runs/TIME-NAME. Raises RunFolderError if a run is in it already."""
     if out is None:
         stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}"
         out = next(p for n in range(1000) if not (p := Path("runs", stem + (f"-{n}" if n else ""))).exists())

@@ -335,7 +335,6 @@ def test_batches_of_a_lost_worker_are_given_to_others(monkeypatch: pytest.Monkey
     assert not cluster.core.members[1].alive
 
 
-@pytest.mark.xfail(reason="ServerCore.finished waits for batches that nobody will compute, though all have said bye")
 def test_a_loop_that_is_left_early_ends_the_run() -> None:
     cluster = Cluster(ServerSettings("dana", workers=2), end_s=2.0)
 

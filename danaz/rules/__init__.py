@@ -1,6 +1,16 @@
 """The update rules. A new one is a file beside these and its name in the import below."""
 
-from danaz.rules import asgd, averaging, dana, delay_compensated, elastic, gap_aware, nadam, staleness_aware
+from danaz.rules import (
+    asgd,
+    averaging,
+    dana,
+    decentralised,
+    delay_compensated,
+    elastic,
+    gap_aware,
+    nadam,
+    staleness_aware,
+)
 from danaz.rules.base import (
     ALGORITHMS,
     Algorithm,
@@ -30,6 +40,7 @@ __all__ = [
     "chain",
     "dana",
     "dana_zero",
+    "decentralised",
     "delay_compensated",
     "elastic",
     "find_algorithm",

@@ -9,12 +9,13 @@ and handed in, sliced alike; so is, as ``own["view"]``, what the server last sen
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 Vectors = Mapping[str, Tensor]  # name -> f32[n], all slices of the same range
@@ -63,6 +64,8 @@ class Rule:
     barrier: bool = False  # the round waits for every live worker, their pushes are averaged
     all_reduce: bool = False  # live, one Horovod world over all hosts takes the server's place
     scales_lr: bool = False  # η is multiplied by the number of workers (linear scaling)
+    gossips: bool = False  # own["neighbour"] is another worker's "local", drawn at random
+    live: bool = True  # whether it can be launched; what has no server is for the simulator
     needs_view: bool = False  # own["view"] is what the server last sent to this worker, as it decoded it
     max_workers: int | None = None
     worker_state: tuple[str, ...] = ()  # vectors per worker, on the server
@@ -79,6 +82,26 @@ class Rule:
     def apply(self, params: Tensor, push: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
         """Update ``params`` f32[n] and the state vectors in place; ``push`` may be used as scratch."""
         raise NotImplementedError
+
+    def apply_round(
+        self,
+        params: Tensor,
+        pushes: Sequence[tuple[Tensor, float]],
+        owns: Sequence[Vectors],
+        shared: Vectors,
+        ctx: Context,
+    ) -> None:
+        """Update ``params`` f32[n] by the (push, weight) of every worker of a round; the weights add up to 1.
+
+        By default, as ``apply`` does by their mean.
+        """
+        mean = torch.zeros_like(params)
+        for push, weight in pushes:
+            mean.add_(push, alpha=weight)
+        self.apply(params, mean, owns[-1], shared, ctx)
+
+    def enter(self, own: Vectors, params: Tensor) -> None:
+        """Prepare a new worker's vectors, which are zero."""
 
     def view(self, out: Tensor, params: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
         """Write into ``out`` f32[n] the parameters this worker computes its next gradient on."""

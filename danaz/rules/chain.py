@@ -60,6 +60,9 @@ class chain(Rule):
     def view(self, out: Tensor, params: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
         self.rule.view(out, params, own, shared, ctx)
 
+    def enter(self, own: Vectors, params: Tensor) -> None:
+        self.rule.enter(own, params)
+
     def resum(self, shared: Vectors, workers: Iterable[tuple[Vectors, Context]]) -> None:
         self.rule.resum(shared, workers)
 

@@ -39,8 +39,11 @@ class Elastic(Rule):
         own["local"].copy_(push).sub_(pull)
         params.add_(pull)
 
+    def enter(self, own: Vectors, params: Tensor) -> None:
+        own["local"].copy_(params)
+
     def view(self, out: Tensor, params: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
-        out.copy_(own["local"] if ctx.own_updates else params)
+        out.copy_(own["local"])
 
 
 @algorithm("easgd", paper=PAPER)

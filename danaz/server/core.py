@@ -9,14 +9,12 @@ when the last has left the parameters are final, and all get them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from danaz.flat import Layout
+from danaz.server.admission import NOT_FINITE, Job, why_not_join, why_not_leave, why_not_push, why_stranger
 from danaz.server.figures import DIVERGED_LOSS_RATIO, Figures, Update
 from danaz.server.leases import Leases
 from danaz.server.master import Master, all_finite
@@ -29,7 +27,6 @@ from danaz.server.messages import (
     Leave,
     Noted,
     Parameters,
-    Plan,
     Pull,
     Push,
     Refusal,
@@ -41,19 +38,7 @@ from danaz.server.settings import ServerSettings
 
 RESUM_EVERY = 1000  # updates between fresh sums of the velocities, against drift
 DIVERGED_STRIKES = 3  # non-finite pushes in a row, of every live worker
-MAX_WORKERS = 4096
-NOT_FINITE = "push is not finite"
-
 Replies = list[tuple[Route, Reply]]
-
-
-@dataclass(frozen=True)
-class Job:
-    """What all workers of a run agree on; the first to join brings it."""
-
-    layout: Layout
-    plan: Plan
-    momentum: float
 
 
 class ServerCore:
@@ -76,10 +61,11 @@ class ServerCore:
         self.figures = Figures()
         self.started = False
         self.diverged = ""  # the reason, if it did
+        self.final = False  # a worker has the trained model, which who comes back later cannot change
         self._job: Job | None = None
         self._leases: Leases | None = None
         self._master: Master | None = None
-        self._buffers: list[Tensor] = []  # f32[B] of each worker that left
+        self._buffers: list[tuple[int, Tensor]] = []  # updates and buffers f32[B] of each worker that left
         self._replies: Replies = []
 
     @property
@@ -104,15 +90,16 @@ class ServerCore:
         if isinstance(message, Join):
             self._join(route, message, now)
             return self._settle(now)
-        stranger = self._stranger(message.worker, message.incarnation)
+        stranger = why_stranger(message.incarnation, self.members.get(message.worker))
         if stranger:
             self.refuse(stranger)
             return [] if isinstance(message, Heartbeat) else [(route, Refusal(message.request, stranger, rejoin=True))]
         member = self.members[message.worker]
-        member.heard_at, member.route = now, route
+        member.heard_at, member.alive = now, True
+        # Answers follow the newest request: a heartbeat has a socket of its own, a late copy may come from a dead one.
         if not isinstance(message, Heartbeat) and self.started and message.request >= member.request:
             repeated = message.request == member.request
-            member.request = message.request
+            member.request, member.route = message.request, route
             self._serve(member, message, repeated, now)
         return self._settle(now)
 
@@ -129,15 +116,16 @@ class ServerCore:
 
     @property
     def finished(self) -> bool:
-        """Every batch is completed, and nobody has anything more to say."""
-        if not (self.started and self.leases.done):
-            return False
-        return all(member.said_bye or not member.alive for member in self.members.values())
+        """Every batch is completed, or everyone left before; and nobody has anything more to say."""
+        members = self.members.values()
+        over = self.started and (self.leases.done or any(member.said_bye for member in members))
+        return over and all(member.said_bye or not member.alive for member in members)
 
     def summary(self) -> dict[str, Any]:
         """The figures of summary.json that the server knows."""
         return {
             **self.figures.summary(),
+            "complete": self.finished,
             "diverged": bool(self.diverged),
             "diverged_because": self.diverged or None,
             "epochs": self.leases.epoch if self._leases else 0.0,
@@ -145,21 +133,11 @@ class ServerCore:
             "params_l2": self.master.l2 if self._master else None,
         }
 
-    def _stranger(self, worker: int, incarnation: int) -> str:
-        """Why a message comes from nobody who takes part; empty if it does not."""
-        member = self.members.get(worker)
-        if member is None:
-            return "worker has not joined"
-        if member.incarnation != incarnation:
-            return "another incarnation of this worker has joined"
-        if not member.alive:
-            return "worker was silent too long and was given up"
-        return ""
-
     # ---- joining and leaving -------------------------------------------------------------------------------------
 
     def _join(self, route: Route, join: Join, now: float) -> None:
-        reason = self._unfit(join)
+        member = self.members.get(join.worker)
+        reason = why_not_join(join, self.settings.digest, self._job, member)
         if reason:
             self.refuse(reason)
             self._replies.append((route, Refusal(join.request, reason, rejoin=False)))
@@ -170,7 +148,6 @@ class ServerCore:
         if self._master is None and join.params is not None:
             rule = self.settings.rule(join.momentum)
             self._master = Master(rule, join.layout, join.params, self.ahead)
-        member = self.members.get(join.worker)
         if member is None or member.incarnation < join.incarnation:
             if member is not None:
                 self._lose(member)
@@ -178,34 +155,20 @@ class ServerCore:
             member = Member(join.worker, join.incarnation, route, join.request, join.ahead, {}, no_lr, now)
             self.members[join.worker] = member
         # The same incarnation again lost our answer, or comes back after a silence: it keeps its velocity.
+        answered = member.computing and member.request == join.request
         member.alive, member.route, member.heard_at, member.request = True, route, now, join.request
         member.pending = None
-        if not member.left:
+        if answered:
+            self._send_view(member)
+        elif not member.left:
             member.awaiting = "start"
         if self.started:
             self._admit(member)
 
-    def _unfit(self, join: Join) -> str:
-        """Why this worker cannot take part; empty if it can."""
-        if join.digest != self.settings.digest:
-            return "worker and server run different configurations"
-        if not 0 <= join.worker < MAX_WORKERS:
-            return f"worker number is not within 0..{MAX_WORKERS - 1}"
-        if not (-1 < join.momentum < 1 and join.plan.batches_per_epoch > 0 and join.plan.epochs > 0 and join.ahead > 0):
-            return "momentum, plan or read-ahead out of range"
-        if join.params is not None and (join.params.numel() != join.layout.size or not all_finite(join.params)):
-            return "first parameters are not finite or of the wrong size"
-        if self._job is not None and self._job != Job(join.layout, join.plan, join.momentum):
-            return "model, data plan or momentum differ from those of the workers before"
-        member = self.members.get(join.worker)
-        if member is not None and member.incarnation > join.incarnation:
-            return "a newer incarnation of this worker has joined"
-        return ""
-
     def _admit(self, *members: Member) -> None:
         for member in members:
             if not member.vectors:
-                member.vectors = self.master.zeros(self.master.rule.worker_state)
+                self.master.enter(member)
         self._resum()
 
     def _resum(self) -> None:
@@ -223,21 +186,26 @@ class ServerCore:
         if member.left:
             return
         member.left, member.pending = True, None
-        if leave.give_back is not None:
-            self.master.params.add_(leave.give_back)
-        self._buffers.append(leave.buffers)
+        if not self.final:
+            if leave.give_back is not None and self._sound(leave.give_back):
+                self.master.params.add_(leave.give_back)
+            if self._sound(leave.buffers):
+                self._buffers.append((member.updates, leave.buffers))
         self.leases.give_up(member.worker)
         self._resum()
 
     # ---- serving -------------------------------------------------------------------------------------------------
 
     def _serve(self, member: Member, message: Push | Pull | Leave | Report | Bye, repeated: bool, now: float) -> None:
-        if isinstance(message, Push):
+        if member.left and isinstance(message, (Push, Pull)):
+            self.refuse("worker has left")
+            self._replies.append((member.route, Refusal(message.request, "worker has left", rejoin=False)))
+        elif isinstance(message, Push):
             self._push(member, message, repeated, now)
         elif isinstance(message, Pull):
             member.awaiting = "batches"
         elif isinstance(message, Leave):
-            reason = self._unfit_to_leave(message)
+            reason = why_not_leave(message, self.job)
             if reason:
                 self.refuse(reason)
                 self._replies.append((member.route, Refusal(message.request, reason, rejoin=False)))
@@ -245,17 +213,16 @@ class ServerCore:
                 self._leave(member, message)
         else:
             if isinstance(message, Report):
-                self.figures.reported.update(message.figures)
+                self.figures.report(message.figures)
             member.said_bye = member.said_bye or isinstance(message, Bye)
             self._replies.append((member.route, Noted(message.request)))
 
-    def _unfit_to_leave(self, leave: Leave) -> str:
-        layout, given = self.job.layout, leave.give_back
-        if leave.buffers.numel() != layout.buffer_size or (given is not None and given.numel() != layout.size):
-            return "leaving worker's vectors have the wrong size"
-        if not all_finite(leave.buffers) or (given is not None and not all_finite(given)):
-            return "leaving worker's vectors are not finite"
-        return ""
+    def _sound(self, vector: Tensor) -> bool:
+        """Whether a leaving worker's vector may count. One of a diverged model may not, but its worker still leaves."""
+        if not all_finite(vector):
+            self.refuse("leaving worker's vectors are not finite")
+            return False
+        return True
 
     def _push(self, member: Member, push: Push, repeated: bool, now: float) -> None:
         if repeated and member.applied_request == push.request:
@@ -263,7 +230,11 @@ class ServerCore:
             return
         if repeated and member.pending is not None:
             return  # it already waits for its round
-        reason = self._inadmissible(member, push)
+        if repeated and member.refused[0] == push.request:
+            # Whatever has changed since: the worker may have read the first answer by now.
+            self._send_view(member, refused=member.refused[1])
+            return
+        reason = why_not_push(push, member, self.job, self.leases)
         if reason:
             self._refuse_push(member, push, reason)
             return
@@ -271,24 +242,12 @@ class ServerCore:
         if self.master.rule.barrier:
             member.pending, member.awaiting = push, "round"
         else:
-            self._update(member, push, push.push, (push,), now)
+            self._update((push,), now)
             self._send_view(member, applied=True)
-
-    def _inadmissible(self, member: Member, push: Push) -> str:
-        """Why a push must touch nothing; empty if it may."""
-        if not all(self.leases.holds(member.worker, batch) for batch in push.batches):
-            return "batch was not leased to this worker"
-        if push.view_version != member.sent_version or member.awaiting:
-            return "push was computed on another view than the last one sent"
-        if push.push.numel() != self.job.layout.size or len(push.lr) != len(self.job.layout.groups):
-            return "push has the wrong size"
-        rates_fit = all(isfinite(lr) and lr >= 0 for lr in push.lr)
-        if not (rates_fit and push.samples >= 0 and isfinite(push.loss or 0.0) and all_finite(push.push)):
-            return NOT_FINITE
-        return ""
 
     def _refuse_push(self, member: Member, push: Push, reason: str) -> None:
         self.refuse(reason)
+        member.pending, member.refused = None, (push.request, reason)
         if reason == NOT_FINITE:
             # Computed again, the batch would be as bad: it counts as used.
             for batch in push.batches:
@@ -308,15 +267,20 @@ class ServerCore:
 
     # ---- updating ------------------------------------------------------------------------------------------------
 
-    def _update(self, member: Member, last: Push, push: Tensor, parts: tuple[Push, ...], now: float) -> None:
-        """Apply one update made of ``parts``, the pushes of one worker or of a whole round; ``last`` came last."""
-        master, every = self.master, self.settings.gap_every
+    def _update(self, parts: tuple[Push, ...], now: float) -> None:
+        """Apply one update made of ``parts``, the push of one worker or those of a whole round."""
+        master, every, last = self.master, self.settings.gap_every, parts[-1]
+        members = [self.members[p.worker] for p in parts]
+        member = members[-1]
         lag = master.version - min(self.members[p.worker].sent_version for p in parts)
         measured = every and master.version % every == 0 and member.view is not None
         gap = master.gap(member.view) if measured and member.view is not None else None
-        master.apply(push, last.lr, member, lag)
-        for p in parts:
-            m = self.members[p.worker]
+        if master.rule.barrier:
+            samples = max(1, sum(p.samples for p in parts))
+            master.apply_round([(p.push, p.samples / samples) for p in parts], last.lr, members, lag)
+        else:
+            master.apply(last.push, last.lr, member, lag)
+        for m, p in zip(members, parts, strict=True):
             m.lr, m.updates, m.applied_request, m.lag, m.gap = last.lr, m.updates + 1, p.request, lag, gap
             for batch in p.batches:
                 self.leases.complete(p.worker, batch)
@@ -332,14 +296,9 @@ class ServerCore:
             self._diverge(f"the loss rose to {loss:.4g}, over {DIVERGED_LOSS_RATIO:.0f} times the first")
 
     def _update_by_round(self, now: float) -> None:
-        """Average what the live workers pushed, weighted by their samples, into one update."""
+        """Make one update of what the live workers pushed, weighted by their samples."""
         members = [m for m in self.members.values() if m.takes_part and m.pending is not None]
-        parts = tuple(m.pending for m in members if m.pending is not None)
-        samples = sum(p.samples for p in parts)
-        mean = torch.zeros_like(parts[0].push)
-        for p in parts:
-            mean.add_(p.push, alpha=p.samples / samples if samples else 0.0)
-        self._update(members[-1], parts[-1], mean, parts, now)
+        self._update(tuple(m.pending for m in members if m.pending is not None), now)
         for member in members:
             member.pending = None
             self._send_view(member, applied=True)
@@ -365,10 +324,13 @@ class ServerCore:
 
     def _serve_waiting(self, now: float) -> None:
         live = [m for m in self.members.values() if m.alive]
+        round_is_open = any(m.pending for m in live)
         for member in live:
-            if member.awaiting == "start" or (member.awaiting == "batches" and self._has_news(member)):
+            # A joiner enters at the next round.
+            enters = member.awaiting == "start" and not round_is_open
+            if enters or (member.awaiting == "batches" and self._has_news(member)):
                 self._send_view(member)
-        if any(m.pending for m in live) and not any(m.computing for m in live):
+        if round_is_open and not any(m.computing for m in live):
             self._update_by_round(now)
             self._serve_waiting(now)
         elif not self.leases.done or all(m.left for m in live):
@@ -399,13 +361,15 @@ class ServerCore:
 
     def _send_final(self, members: list[Member]) -> None:
         for member in members:
-            member.awaiting = ""
+            member.awaiting, self.final = "", self.leases.done
             params, buffers = self.master.params.clone(), self.mean_buffers()
             final = Final(member.request, self.master.version, bool(self.diverged), params, buffers)
             self._replies.append((member.route, final))
 
     def mean_buffers(self) -> Tensor:
-        """Batch-norm statistics averaged over the workers that have left, f32[B]."""
-        if not self._buffers:
-            return torch.zeros(self.job.layout.buffer_size)
-        return torch.stack(self._buffers).mean(0)
+        """Batch-norm statistics averaged over the workers that have left, by their updates, f32[B]."""
+        total = sum(updates for updates, _ in self._buffers)
+        mean = torch.zeros(self.job.layout.buffer_size)
+        for updates, buffers in self._buffers:
+            mean.add_(buffers, alpha=updates / total if total else 1 / len(self._buffers))
+        return mean

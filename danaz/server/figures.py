@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any, Literal
 
 DIVERGED_LOSS_RATIO = 1000.0
@@ -52,6 +53,11 @@ class Figures:
             self.last_losses[update.worker] = update.loss
             if self.first_loss is None:
                 self.first_loss = update.loss
+
+    def report(self, figures: dict[str, float | str | None]) -> None:
+        """Take over what a training script reports; JSON has no NaN and no infinity."""
+        for name, value in figures.items():
+            self.reported[name] = None if isinstance(value, float) and not isfinite(value) else value
 
     def lost_all_bounds(self, loss: float | None) -> bool:
         """Whether this loss means divergence."""

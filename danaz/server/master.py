@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import random
+from collections.abc import Callable, Iterable, Sequence
 from math import isfinite
 from typing import Literal
 
@@ -29,11 +30,16 @@ class Master:
         self.params = params.clone()  # f32[P]
         self.ahead = ahead
         self.version = 0
-        self.workers = 1  # that take part
-        self.shared = self.zeros(rule.shared_state)
+        self._taking_part: list[Member] = []
+        self.shared = self._zeros(rule.shared_state)
         self.lr = self.max_lr = (0.0,) * len(layout.groups)  # of the last update, and the largest, per group
 
-    def zeros(self, names: tuple[str, ...]) -> dict[str, Tensor]:
+    def enter(self, member: Member) -> None:
+        """Give a new member its vectors."""
+        member.vectors = self._zeros(self.rule.worker_state)
+        self.rule.enter(member.vectors, self.params)
+
+    def _zeros(self, names: tuple[str, ...]) -> dict[str, Tensor]:
         return {name: torch.zeros(self.layout.size) for name in names}
 
     def apply(self, push: Tensor, lr: tuple[float, ...], member: Member, lag: int) -> None:
@@ -44,8 +50,20 @@ class Master:
         for group, start, stop in self.layout.slices(SLICE_FLOATS):
             own, shared = cut(vectors, start, stop), cut(self.shared, start, stop)
             self.rule.apply(self.params[start:stop], push[start:stop], own, shared, contexts[group])
-        self.version += 1
-        self.lr = lr
+        self.version, self.lr = self.version + 1, lr
+
+    def apply_round(
+        self, pushes: Sequence[tuple[Tensor, float]], lr: tuple[float, ...], members: Sequence[Member], lag: int
+    ) -> None:
+        """Apply what all ``members`` of a round pushed, each with its weight, as one update."""
+        self.max_lr = tuple(map(max, self.max_lr, lr))
+        contexts = self._contexts(members[-1], lr, lag)
+        vectors = [self._vectors(member) for member in members]
+        for group, start, stop in self.layout.slices(SLICE_FLOATS):
+            parts = [(push[start:stop], weight) for push, weight in pushes]
+            owns, shared = [cut(own, start, stop) for own in vectors], cut(self.shared, start, stop)
+            self.rule.apply_round(self.params[start:stop], parts, owns, shared, contexts[group])
+        self.version, self.lr = self.version + 1, lr
 
     def view(self, member: Member) -> Tensor:
         """The parameters ``member`` is to compute on next, f32[P].
@@ -60,10 +78,9 @@ class Master:
         return view
 
     def resum(self, members: Iterable[Member]) -> None:
-        """Sum the velocities of those who take part afresh, and count them."""
-        members = list(members)
-        self.workers = len(members)
-        taking_part = [(m, self._contexts(m, self.lr, lag=0)) for m in members]
+        """Sum the velocities of those who take part afresh."""
+        self._taking_part = list(members)
+        taking_part = [(m, self._contexts(m, self.lr, lag=0)) for m in self._taking_part]
         for group, start, stop in self.layout.slices(SLICE_FLOATS):
             workers = [(cut(m.vectors, start, stop), contexts[group]) for m, contexts in taking_part]
             self.rule.resum(cut(self.shared, start, stop), workers)
@@ -71,22 +88,28 @@ class Master:
     def _contexts(self, member: Member, lr: tuple[float, ...], lag: int) -> list[Context]:
         """The scalars of each parameter group."""
         return [
-            Context(*rates, lag, self.version, member.updates, self.workers)
+            Context(*rates, lag, self.version, member.updates, len(self._taking_part))
             for rates in zip(lr, member.lr, self.max_lr, strict=True)
         ]
 
     def _vectors(self, member: Member) -> dict[str, Tensor]:
-        if not self.rule.needs_view:
-            return member.vectors
-        assert member.view is not None, "a rule that needs views sees every one that is sent"
-        return {**member.vectors, "view": member.view}
+        """The member's vectors, with those that its rule asks for beside them."""
+        vectors = dict(member.vectors)
+        if self.rule.needs_view:
+            assert member.view is not None, "a rule that needs views sees every one that is sent"
+            vectors["view"] = member.view
+        if self.rule.gossips:
+            others = [m for m in self._taking_part if m is not member] or [member]
+            vectors["neighbour"] = random.Random(self.version).choice(others).vectors["local"]
+        return vectors
 
-    def gap(self, view: Tensor) -> float:
-        """G(θ − θ̂ᵢ) for the last view f32[P] sent to a worker (arXiv 1907.11612, section 3)."""
+    def gap(self, view: Tensor) -> float | None:
+        """G(θ − θ̂ᵢ) for the last view f32[P] sent to a worker (arXiv 1907.11612, section 3), None if not finite."""
         delta = self.params - view
         if self.ahead is not None and self._on_lookahead:
             delta.add_(self.ahead())
-        return layerwise_gap(delta, self.layout)
+        gap = layerwise_gap(delta, self.layout)
+        return gap if isfinite(gap) else None
 
     @property
     def gap_of(self) -> Literal["parameters", "lookahead"]:

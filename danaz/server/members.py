@@ -34,6 +34,7 @@ class Member:
     pending: Push | None = None  # waits for its round to fill
     updates: int = 0
     applied_request: int = 0  # of its last applied push
+    refused: tuple[int, str] = (0, "")  # its last refused push, and why
     lag: int = 0  # of its last applied push
     gap: float | None = None
     strikes: int = 0  # non-finite pushes in a row

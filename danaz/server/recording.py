@@ -51,10 +51,13 @@ def read_recording(path: Path) -> Iterator[tuple[float, bytes, list[bytearray]]]
         file.seek(LENGTH.unpack(file.read(LENGTH.size))[0], SEEK_CUR)
         while len(head := file.read(HEAD.size)) == HEAD.size:
             now, route_length, count = HEAD.unpack(head)
-            lengths = struct.unpack(f"<{count}Q", file.read(8 * count))
+            table = file.read(8 * count)
+            if len(table) < 8 * count:
+                return
+            lengths = struct.unpack(f"<{count}Q", table)
             route = file.read(route_length)
             frames = [bytearray(file.read(length)) for length in lengths]
-            if [len(frame) for frame in frames] != list(lengths):
+            if (len(route), *map(len, frames)) != (route_length, *lengths):
                 return
             yield now, route, frames
 

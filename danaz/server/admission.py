@@ -1,0 +1,83 @@
+"""What the server asks of a message before it may change anything: each function returns why not, or nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isfinite
+
+import torch
+
+from danaz.flat import Layout
+from danaz.server.leases import Leases
+from danaz.server.master import all_finite
+from danaz.server.members import Member
+from danaz.server.messages import Join, Leave, Plan, Push
+
+MAX_WORKERS = 4096
+MAX_AHEAD = 1 << 16  # batches a worker may hold
+MAX_LR = torch.finfo(torch.float32).max
+NOT_FINITE = "push is not finite"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all workers of a run agree on; the first to join brings it."""
+
+    layout: Layout
+    plan: Plan
+    momentum: float
+
+
+def why_not_join(join: Join, digest: str, job: Job | None, member: Member | None) -> str:
+    """Whether this worker, of which ``member`` is known, can take part in ``job``."""
+    if join.digest != digest:
+        return "worker and server run different configurations"
+    if not 0 <= join.worker < MAX_WORKERS:
+        return f"worker number is not within 0..{MAX_WORKERS - 1}"
+    counts = (join.layout.size, join.plan.batches_per_epoch, join.plan.epochs, join.ahead)
+    if not (-1 < join.momentum < 1 and min(counts) > 0 and join.ahead <= MAX_AHEAD):
+        return "momentum, model, plan or read-ahead out of range"
+    if join.params is not None and (join.params.numel() != join.layout.size or not all_finite(join.params)):
+        return "first parameters are not finite or of the wrong size"
+    if job is not None and job != Job(join.layout, join.plan, join.momentum):
+        return "model, data plan or momentum differ from those of the workers before"
+    if member is not None and member.incarnation > join.incarnation:
+        return "a newer incarnation of this worker has joined"
+    if member is not None and member.incarnation == join.incarnation and member.request > join.request:
+        # A late copy, which nobody waits for, or a process started anew without saying so.
+        return "this incarnation of the worker has joined and gone on"
+    return ""
+
+
+def why_stranger(incarnation: int, member: Member | None) -> str:
+    """Whether a message comes from somebody who takes part."""
+    if member is None:
+        return "worker has not joined"
+    if member.incarnation != incarnation:
+        return "another incarnation of this worker has joined"
+    if not member.alive and not member.left:
+        return "worker was silent too long and was given up"
+    return ""
+
+
+def why_not_push(push: Push, member: Member, job: Job, leases: Leases) -> str:
+    """Whether a push may be applied."""
+    held = [batch for batch in set(push.batches) if leases.holds(member.worker, batch)]
+    if len(held) < len(push.batches):
+        return "batch was not leased to this worker"
+    if push.view_version != member.sent_version or member.awaiting:
+        return "push was computed on another view than the last one sent"
+    if push.push.numel() != job.layout.size or len(push.lr) != len(job.layout.groups):
+        return "push has the wrong size"
+    rates_fit = all(0 <= lr <= MAX_LR for lr in push.lr)
+    if not (rates_fit and push.samples >= 0 and isfinite(push.loss or 0.0) and all_finite(push.push)):
+        return NOT_FINITE
+    return ""
+
+
+def why_not_leave(leave: Leave, job: Job) -> str:
+    """Whether a leaving worker's vectors fit the model."""
+    given = leave.give_back
+    if leave.buffers.numel() != job.layout.buffer_size or (given is not None and given.numel() != job.layout.size):
+        return "leaving worker's vectors have the wrong size"
+    return ""

@@ -1,0 +1,430 @@
+"""What each algorithm must do, in float64 NumPy, written from the papers' formulas and from nothing in danaz.
+
+A class is one algorithm. θ is ``theta``, γ ``gamma``, vᵢ ``v[i]``, ηᵢ ``rate[i]``; rates are arrays, one number for
+each parameter, so that parameter groups need no word. Each event returns the views that it makes the server send.
+"""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Views = dict[int, Array]
+Steps = list[tuple[Array, Array]]
+
+ORACLES: dict[str, type[Oracle]] = {}
+
+
+class Oracle:
+    """The bookkeeping that all share: who is there, what each was last sent, how many updates there were."""
+
+    barrier = False
+
+    def __init_subclass__(cls, name: str = "") -> None:
+        if name:
+            ORACLES[name] = cls
+
+    def __init__(self, theta: Array, workers: int, gamma: float, lr_correction: bool = True):
+        self.theta = np.array(theta, dtype=np.float64)
+        self.gamma = gamma
+        self.lr_correction = lr_correction
+        self.updates = 0
+        self.lr = self.zeros()  # η of the last update
+        self.max_lr = self.zeros()
+        self.present = set(range(workers))
+        self.sent: dict[int, tuple[Array, int]] = {}  # worker -> its view and the view's version
+        self.v = {i: self.zeros() for i in range(workers)}
+        self.rate = {i: self.zeros() for i in range(workers)}
+        self.t = dict.fromkeys(range(workers), 0)  # updates of each worker
+        self.set_up()
+
+    def zeros(self) -> Array:
+        return np.zeros_like(self.theta)
+
+    # ---- what an algorithm says ----------------------------------------------------------------------------------
+
+    def set_up(self) -> None:
+        pass
+
+    def corrected(self, i: int, g: Array, lag: int) -> Array:
+        return g
+
+    def apply(self, i: int, g: Array, lr: Array) -> None:
+        raise NotImplementedError
+
+    def view(self, i: int) -> Array:
+        return self.theta
+
+    def after(self, i: int) -> None:
+        pass
+
+    def final(self) -> Array:
+        """θ when all who are there have given back."""
+        return self.theta
+
+    # ---- events --------------------------------------------------------------------------------------------------
+
+    def start(self) -> Views:
+        return self.send(*self.present)
+
+    def send(self, *workers: int) -> Views:
+        for i in workers:
+            self.sent[i] = self.view(i).copy(), self.updates
+        return {i: self.sent[i][0] for i in workers}
+
+    def push(self, i: int, steps: Steps, samples: int) -> Views:
+        lr = steps[-1][1]
+        self.max_lr = np.maximum(self.max_lr, lr)
+        self.take(i, steps)
+        self.updates += 1
+        self.t[i] += 1
+        self.lr = self.rate[i] = lr
+        return self.send(i)
+
+    def take(self, i: int, steps: Steps) -> None:
+        """One gradient; rules that let workers step on their own take more."""
+        [(g, lr)] = steps
+        self.apply(i, self.corrected(i, g, self.updates - self.sent[i][1]), lr)
+        self.after(i)
+
+    def lost(self, i: int) -> Views:
+        self.present.discard(i)
+        return {}
+
+    def back(self, i: int) -> Views:
+        """The same process, after it was given up."""
+        self.present.add(i)
+        return self.send(i)
+
+    def fresh(self, i: int) -> Views:
+        """A new process in its place."""
+        self.present.add(i)
+        self.v[i], self.rate[i], self.t[i] = self.zeros(), self.zeros(), 0
+        return self.send(i)
+
+    def left(self, i: int) -> Views:
+        self.present.discard(i)
+        return {}
+
+
+# ---- the DANA paper ----------------------------------------------------------------------------------------------
+
+
+class Asgd(Oracle, name="asgd"):
+    def apply(self, i: int, g: Array, lr: Array) -> None:
+        self.theta = self.theta - lr * g
+
+    def take(self, i: int, steps: Steps) -> None:
+        for step in steps:
+            super().take(i, [step])
+
+
+class NagAsgd(Oracle, name="nag-asgd"):
+    def set_up(self) -> None:
+        self.velocity = self.zeros()
+
+    def apply(self, i: int, g: Array, lr: Array) -> None:
+        self.velocity = self.gamma * self.velocity + g
+        self.theta = self.theta - lr * self.velocity
+
+    def view(self, i: int) -> Array:
+        return self.theta - self.lr * self.gamma * self.velocity
+
+
+class Baseline(NagAsgd, name="baseline"):
+    pass
+
+
+class MultiAsgd(Oracle, name="multi-asgd"):
+    def apply(self, i: int, g: Array, lr: Array) -> None:
+        self.v[i] = self.gamma * self.v[i] + g
+        self.theta = self.theta - lr * self.v[i]
+
+    def view(self, i: int) -> Array:
+        return self.theta - self.gamma * self.rate[i] * self.v[i]
+
+
+class DanaZero(MultiAsgd, name="dana-zero"):
+    def view(self, i: int) -> Array:
+        return self.theta - self.gamma * sum((self.rate[j] * self.v[j] for j in self.present), self.zeros())
+
+
+class Dana(Oracle, name="dana"):
+    """``theta`` is Θ here."""
+
+    def take(self, i: int, steps: Steps) -> None:
+        for g, lr in steps:
+            before = self.v[i]
+            self.v[i] = self.gamma * before + g
+            self.theta = self.theta - lr * (self.gamma * self.v[i] + g)
+            if self.lr_correction:
+                self.theta = self.theta + self.gamma * (self.rate[i] - lr) * before
+            self.rate[i] = lr
+
+    def left(self, i: int) -> Views:
+        self.theta = self.theta + self.gamma * self.rate[i] * self.v[i]
+        return super().left(i)
+
+    def final(self) -> Array:
+        return self.theta + self.gamma * sum((self.rate[j] * self.v[j] for j in self.present), self.zeros())
+
+
+class Rounds(Oracle):
+    """A round waits for everyone who is there; what they pushed is averaged over the samples.
+
+    Who comes while others wait already enters at the next round.
+    """
+
+    barrier = True
+
+    def set_up(self) -> None:
+        self.waiting: dict[int, tuple[Array, int]] = {}
+        self.joining: set[int] = set()
+
+    def push(self, i: int, steps: Steps, samples: int) -> Views:
+        self.waiting[i] = self.pushed(i, steps), samples
+        self.next_lr = steps[-1][1]
+        return self.close_round()
+
+    def pushed(self, i: int, steps: Steps) -> Array:
+        [(g, _)] = steps
+        return g
+
+    def lost(self, i: int) -> Views:
+        super().lost(i)
+        self.waiting.pop(i, None)
+        self.joining.discard(i)
+        return self.close_round()
+
+    left = lost
+
+    def back(self, i: int) -> Views:
+        self.waiting.pop(i, None)
+        self.present.add(i)
+        self.joining.add(i)
+        return self.close_round()
+
+    def fresh(self, i: int) -> Views:
+        self.v[i] = self.zeros()
+        return self.back(i)
+
+    def close_round(self) -> Views:
+        if not self.waiting:
+            joining, self.joining = self.joining, set()
+            return self.send(*joining)
+        if set(self.waiting) != self.present - self.joining:
+            return {}
+        self.apply_round()
+        self.waiting.clear()
+        self.joining.clear()
+        self.updates += 1
+        self.lr = self.next_lr
+        return self.send(*self.present)
+
+    def apply_round(self) -> None:
+        samples = sum(n for _, n in self.waiting.values())
+        mean = sum((pushed * n for pushed, n in self.waiting.values()), self.zeros()) / samples
+        self.apply(max(self.waiting), mean, self.next_lr)
+
+
+class Ssgd(Rounds, NagAsgd, name="ssgd"):
+    def set_up(self) -> None:
+        Rounds.set_up(self)
+        NagAsgd.set_up(self)
+
+
+# ---- the Gap-Aware paper -----------------------------------------------------------------------------------------
+
+
+class Sa(NagAsgd, name="sa"):
+    def corrected(self, i: int, g: Array, lag: int) -> Array:
+        return g / max(1, lag)
+
+
+class DanaSa(DanaZero, name="dana-sa"):
+    corrected = Sa.corrected
+
+
+class GapAware(Oracle):
+    def set_up(self) -> None:
+        super().set_up()
+        self.r = self.zeros()
+
+    def corrected(self, i: int, g: Array, lag: int) -> Array:
+        if self.updates == 0:
+            return g
+        average_step = self.max_lr * (np.sqrt(self.r / (1 - 0.999**self.updates)) + 1e-8)
+        return g / (1 + np.abs(self.theta - self.sent[i][0]) / average_step)
+
+    def after(self, i: int) -> None:
+        self.r = 0.999 * self.r + 0.001 * self.applied_velocity(i) ** 2
+
+    def applied_velocity(self, i: int) -> Array:
+        raise NotImplementedError
+
+
+class Ga(GapAware, NagAsgd, name="ga"):
+    def applied_velocity(self, i: int) -> Array:
+        return self.velocity
+
+
+class DanaGa(GapAware, DanaZero, name="dana-ga"):
+    def applied_velocity(self, i: int) -> Array:
+        return self.v[i]
+
+
+# ---- compared with -----------------------------------------------------------------------------------------------
+
+
+class DcAsgd(Asgd, name="dc-asgd"):
+    strength = 0.04
+
+    def corrected(self, i: int, g: Array, lag: int) -> Array:
+        return g + self.strength * g * g * (self.theta - self.sent[i][0])
+
+
+class DcAsgdAdaptive(Asgd, name="dc-asgd-adaptive"):
+    def set_up(self) -> None:
+        self.m = self.zeros()
+
+    def corrected(self, i: int, g: Array, lag: int) -> Array:
+        self.m = 0.95 * self.m + 0.05 * g**2
+        return g + 2 / np.sqrt(self.m + 1e-7) * g * g * (self.theta - self.sent[i][0])
+
+
+class DanaDc(DanaZero, name="dana-dc"):
+    strength = 2.0
+    corrected = DcAsgd.corrected
+
+
+class DanaNadam(Oracle, name="dana-nadam"):
+    """``v[i]`` is mᵢ."""
+
+    def set_up(self) -> None:
+        self.n = self.zeros()
+
+    def apply(self, i: int, g: Array, lr: Array) -> None:
+        self.v[i] = self.gamma * self.v[i] + (1 - self.gamma) * g
+        self.n = 0.999 * self.n + 0.001 * g**2
+        mean = self.v[i] / (1 - self.gamma ** (self.t[i] + 1))
+        self.theta = self.theta - lr * mean / (np.sqrt(self.n / (1 - 0.999 ** (self.updates + 1))) + 1e-8)
+
+    def view(self, i: int) -> Array:
+        if not self.updates:
+            return self.theta
+        means = (self.v[j] / (1 - self.gamma ** self.t[j]) for j in self.present if self.t[j])
+        scale = np.sqrt(self.n / (1 - 0.999**self.updates)) + 1e-8
+        return self.theta - self.lr * self.gamma * sum(means, self.zeros()) / scale
+
+
+class LocalNesterov:
+    """Nesterov steps on the worker, from the view on: v ← γv + g; x ← x − η(γv + g)."""
+
+    def walked(self: Oracle, i: int, steps: Steps, v: Array) -> tuple[Array, Array]:  # type: ignore[misc]
+        x = self.sent[i][0]
+        for g, lr in steps:
+            v = self.gamma * v + g
+            x = x - lr * (self.gamma * v + g)
+        return x, v
+
+
+class Easgd(Oracle, name="easgd"):
+    """``local[i]`` is xᵢ, ``theta`` the centre x̃."""
+
+    def set_up(self) -> None:
+        self.local = dict.fromkeys(self.present, self.theta)
+
+    def take(self, i: int, steps: Steps) -> None:
+        x = self.walk(i, steps)
+        e = 0.9 / len(self.present) * (x - self.theta)
+        self.local[i] = x - e
+        self.theta = self.theta + e
+
+    def walk(self, i: int, steps: Steps) -> Array:
+        return self.sent[i][0] - sum((lr * g for g, lr in steps), self.zeros())
+
+    def view(self, i: int) -> Array:
+        return self.local[i]
+
+    def fresh(self, i: int) -> Views:
+        self.local[i] = self.theta
+        return super().fresh(i)
+
+
+class Eamsgd(LocalNesterov, Easgd, name="eamsgd"):
+    def walk(self, i: int, steps: Steps) -> Array:
+        x, self.v[i] = self.walked(i, steps, self.v[i])
+        return x
+
+
+class ModelAveraging(LocalNesterov, Rounds, name="model-averaging"):
+    def set_up(self) -> None:
+        super().set_up()
+        self.tentative: dict[int, Array] = {}
+
+    def pushed(self, i: int, steps: Steps) -> Array:
+        x, self.tentative[i] = self.walked(i, steps, self.v[i])
+        return x
+
+    def apply(self, i: int, mean: Array, lr: Array) -> None:
+        self.v |= {j: self.tentative[j] for j in self.waiting}
+        self.theta = mean
+
+
+class Bmuf(ModelAveraging, name="bmuf"):
+    def set_up(self) -> None:
+        super().set_up()
+        self.step = self.zeros()  # Δ
+
+    @property
+    def beta(self) -> float:
+        return 1 - 1 / len(self.present)
+
+    def apply(self, i: int, mean: Array, lr: Array) -> None:
+        """B is what was sent to i: as workers come and go, β does, and each may have another B."""
+        self.step = self.beta * self.step + mean - self.sent[i][0]
+        self.theta = self.theta + self.step
+
+    def view(self, i: int) -> Array:
+        return self.theta + self.beta * self.step
+
+
+# ---- without a server: θ is the mean of all xᵢ, and nobody comes or goes -------------------------------------------
+
+
+class AdPsgd(Oracle, name="ad-psgd"):
+    """``local[i]`` is xᵢ."""
+
+    def set_up(self) -> None:
+        self.local = dict.fromkeys(self.present, self.theta)
+
+    def apply(self, i: int, g: Array, lr: Array) -> None:
+        j = random.Random(self.updates).choice(sorted(self.present - {i}) or [i])  # the draw is no part of the formula
+        mean = (self.local[i] + self.local[j]) / 2
+        self.local[j] = mean
+        self.local[i] = mean - lr * g
+
+    def view(self, i: int) -> Array:
+        return self.local[i]
+
+    def final(self) -> Array:
+        return np.mean(list(self.local.values()), axis=0)
+
+
+class DPsgd(Rounds, name="d-psgd"):
+    def set_up(self) -> None:
+        super().set_up()
+        self.local = dict.fromkeys(self.present, self.theta)
+
+    def apply_round(self) -> None:
+        before, n = self.local, len(self.local)
+        ring = {i: {(i - 1) % n, i, (i + 1) % n} for i in range(n)}
+        self.local = {
+            i: sum(before[j] for j in ring[i]) / len(ring[i]) - self.next_lr * self.waiting[i][0] for i in range(n)
+        }
+
+    view = AdPsgd.view
+    final = AdPsgd.final
