@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
-from danaz.compare.cli import compare
+from danaz.compare.cli import compare, tune
 from danaz.horovod_install.cli import app as horovod_app
+from danaz.launch_cli import doctor, launch
 from danaz.simulate.cli import simulate, speedup
-
-if TYPE_CHECKING:
-    from danaz.config import Config
-    from danaz.launching import Cluster
-    from danaz.settings import Settings
 
 # Each command imports what it needs when it runs: torch takes seconds, and --help should not.
 
@@ -27,26 +24,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(horovod_app, name="horovod")
+app.command()(launch)
+app.command()(doctor)
 app.command()(simulate)
 app.command()(speedup)
 app.command()(compare)
-
-ConfigFile = Annotated[
-    Path, typer.Argument(help="YAML of an experiment, such as configs/digits.yaml", metavar="CONFIG")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the config, e.g. `--set lr=0.05`. Repeatable."),
-]
-AlgorithmName = Annotated[str | None, typer.Option("--algorithm", "-a", help="Update rule: dana, nag-asgd, ssgd, …")]
-OutFolder = Annotated[Path | None, typer.Option("--out", help="Run folder. Default: runs/<time>-<name>")]
-HostsOption = Annotated[str, typer.Option("--hosts", "-H", help="Machines and their slots, e.g. `a:4,b:4`")]
-WorkersPerHost = Annotated[
-    int, typer.Option("--workers-per-host", min=1, help="Split each host's slots into so many workers")
-]
-CollectiveOption = Annotated[
-    str, typer.Option("--collective", help="Inside a worker: `horovod`, `torch` (torch.distributed), or `auto`")
-]
+app.command()(tune)
 
 
 def main() -> None:
@@ -67,88 +50,32 @@ def fail(error: object, code: int = 2) -> NoReturn:
 
 
 @app.command()
-def launch(
-    ctx: typer.Context,
-    config: Annotated[
-        Path | None,
-        typer.Argument(help="YAML of an experiment; or put a script of your own behind `--`", metavar="[CONFIG]"),
-    ] = None,
-    hosts: HostsOption = "localhost",
-    workers_per_host: WorkersPerHost = 1,
-    algorithm: AlgorithmName = None,
-    overrides: Overrides = None,
-    out: OutFolder = None,
-    collective: CollectiveOption = "auto",
-    warmup_epochs: Annotated[
-        float | None, typer.Option(min=0, help="Epochs over which lr rises from lr/N (default 5; for scripts)")
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(min=0, help="Seed of sample order (for scripts; configs have their own)")
-    ] = None,
-    record: Annotated[bool, typer.Option("--record", help="Keep every message for `danaz replay`")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print every process and its environment; start none")
-    ] = False,
-) -> None:
-    """Train on real processes: Horovod inside each worker, a ZeroMQ server between them.
-
-    Each host is one worker (its slots are the ranks that share every batch); `--workers-per-host` splits it.
-
-    Examples:
-
-        danaz launch configs/digits.yaml --hosts localhost:4 --workers-per-host 2
-
-        danaz launch configs/digits.yaml --hosts localhost:4 --algorithm ssgd
-
-        danaz launch --hosts localhost:2 --algorithm dana -- python examples/train.py
-    """
-    from danaz.launching import execute, prepare_config, prepare_script
-
-    command: list[str] = ctx.obj
-    if (config is None) == (not command):
-        fail("give either a CONFIG or, behind --, a command such as: -- python train.py")
-    try:
-        cluster = _cluster(hosts, workers_per_host, collective)
-        if config is not None:
-            if warmup_epochs is not None or seed is not None:
-                fail("a config sets these itself: use --set lr_schedule.warmup_epochs=… and --set seed=…")
-            ready = prepare_config(_load(config, overrides, algorithm=algorithm), cluster, out, record)
-        else:
-            if overrides:
-                fail("--set changes a config, and a script has none; pass its own arguments behind --")
-            ready = prepare_script(command, _script_settings(algorithm, warmup_epochs, seed), cluster, out, record)
-    except (ValueError, RuntimeError) as error:
-        fail(error)
-    if dry_run:
-        typer.echo(ready.plan.describe())
-        return
-    typer.echo(f"run folder: {ready.run}")
-    outcome, summary = execute(ready)
-    if outcome.failure is not None:
-        typer.secho(f"\n{outcome.failure}", err=True, fg="red")
-    if summary is not None:
-        _show_summary(summary, ready.run)
-    raise typer.Exit(outcome.exit_code)
-
-
-@app.command()
-def work(config: ConfigFile) -> None:
-    """Train a config as one rank of a worker. `danaz launch` starts this; the environment tells it its place."""
-    from danaz.config import load_config
+def work() -> None:
+    """Train as one rank of a worker. `danaz launch` starts this; the environment tells it its place and its config."""
+    from danaz.config import Config
     from danaz.training import train
 
-    train(load_config(config))
+    if "DANAZ_CONFIG" not in os.environ:
+        fail("danaz work is started by `danaz launch CONFIG`, which sets DANAZ_CONFIG; it is not set")
+    train(Config.model_validate_json(os.environ["DANAZ_CONFIG"]))
 
 
 @app.command()
 def serve(
-    run: Annotated[Path, typer.Option(help="Run folder to write")],
-    bind: Annotated[str, typer.Option(help="Address to listen on")] = "tcp://127.0.0.1:0",
-    record: Annotated[bool, typer.Option("--record", help="Keep every message in <run>/recording.bin")] = False,
+    run: Annotated[Path, typer.Option(help="Run folder to write", envvar="DANAZ_RUN")],
+    bind: Annotated[str, typer.Option(help="Address to listen on")] = "tcp://127.0.0.1:*",
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen beyond this machine, unencrypted, and believe whoever connects")
+    ] = False,
+    record: Annotated[bool, typer.Option("--record", help="Keep every message in recording.bin")] = False,
 ) -> None:
     """Serve one run. `danaz launch` starts this; its settings come in DANAZ_SETTINGS."""
     from danaz.server.socket import bind_router
+    from launcher.machine import is_loopback
 
+    scheme, _, where = bind.partition("://")
+    if scheme == "tcp" and not is_loopback(where.rpartition(":")[0].strip("[]")) and not insecure:
+        fail(f"{bind} is open to the network, unencrypted; if you trust every machine there, say --insecure")
     socket, address = bind_router(bind)
     typer.echo(f"DANAZ_SERVER={address}")
     sys.stdout.flush()  # workers start now, while the imports below take their seconds
@@ -185,36 +112,3 @@ def algorithms() -> None:
     from danaz.report.tables import print_algorithms
 
     print_algorithms()
-
-
-def _load(path: Path, overrides: list[str] | None, **options: object) -> Config:
-    from danaz.config import load_config
-
-    chosen = [f"{key}={value}" for key, value in options.items() if value is not None]
-    return load_config(path, [*(overrides or ()), *chosen])
-
-
-def _cluster(hosts: str, workers_per_host: int, collective: str) -> Cluster:
-    from danaz.launching import Cluster
-    from danaz.worker.group import choose_collective
-    from launcher.hosts import parse_hosts
-
-    chosen, why = choose_collective(collective)
-    typer.echo(why)
-    return Cluster(parse_hosts(hosts), workers_per_host, chosen)
-
-
-def _script_settings(algorithm: str | None, warmup_epochs: float | None, seed: int | None) -> Settings:
-    from danaz.settings import Settings
-
-    return Settings(
-        algorithm=algorithm or "dana",
-        warmup_epochs=5.0 if warmup_epochs is None else warmup_epochs,
-        seed=seed or 0,
-    )
-
-
-def _show_summary(summary: dict[str, object], run: Path) -> None:
-    from danaz.report.tables import print_summary
-
-    print_summary(summary, run)

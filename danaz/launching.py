@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
-import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from danaz.config import Config
+from danaz.reach import Reach, find_machines
 from danaz.run_folder import new_run_folder, read_summary, write_settings
 from danaz.settings import Settings
 from launcher.hosts import Host
 from launcher.logs import Echo
-from launcher.machine import local_machines
-from launcher.plan import Plan, Service, plan
+from launcher.machine import Machine, is_loopback
+from launcher.plan import PYTHON, Plan, Service, plan, slots_of
 from launcher.run import Outcome, run
-
-SERVER_ADDRESS = "tcp://127.0.0.1:0"
 
 
 class LaunchError(ValueError):
@@ -32,6 +31,8 @@ class Cluster:
     hosts: Sequence[Host]
     workers_per_host: int = 1
     collective: str = "horovod"
+    reach: Reach = field(default_factory=Reach)
+    machines: Mapping[str, Machine] = field(default_factory=dict)  # what `find_out` learnt of them, by name
 
     @property
     def workers(self) -> int:
@@ -40,7 +41,7 @@ class Cluster:
     @property
     def ranks_per_worker(self) -> int:
         """Of the largest worker."""
-        slots = max(host.slots or 1 for host in self.hosts)
+        slots = max(slots_of(host, self.machines) for host in self.hosts)
         return -(-slots // self.workers_per_host)
 
 
@@ -50,36 +51,38 @@ class Launch:
 
     run: Path
     plan: Plan
+    reach: Reach
+    notes: Sequence[str] = ()  # what the user should be told
 
 
 def prepare_config(config: Config, cluster: Cluster, out: Path | None, record: bool = False) -> Launch:
     """Make the run folder of a config, and the plan whose ranks train it."""
     config = config.model_copy(update={"workers": cluster.workers})
-    settings = Settings.of(
-        config, schedule="live", collective=cluster.collective, ranks_per_worker=cluster.ranks_per_worker
-    )
+    settings = Settings.of(config, schedule="live", collective=cluster.collective)
     check_workers(settings)
+    cluster, notes = find_out(cluster, settings)
+    settings = replace(settings, ranks_per_worker=cluster.ranks_per_worker)
     run_folder = new_run_folder(out, f"{config.name}-{config.algorithm}")
-    write_settings(run_folder, config.model_dump(mode="json"))
-    command = [sys.executable, "-m", "danaz", "work", str((run_folder / "config.yaml").resolve())]
-    return Launch(run_folder, make_plan(command, settings, cluster, run_folder, record))
+    values = config.model_dump(mode="json")
+    write_settings(run_folder, values)
+    # A machine of the run need not see this folder.
+    env = {"DANAZ_CONFIG": json.dumps(values)}
+    command = [PYTHON, "-m", "danaz", "work"]
+    return Launch(run_folder, make_plan(command, settings, cluster, run_folder, record, env), cluster.reach, notes)
 
 
 def prepare_script(
     command: Sequence[str], settings: Settings, cluster: Cluster, out: Path | None, record: bool = False
 ) -> Launch:
     """Make the run folder of a user's own script, and the plan whose ranks run it."""
-    settings = replace(
-        settings,
-        workers=cluster.workers,
-        collective=cluster.collective,
-        ranks_per_worker=cluster.ranks_per_worker,
-    )
+    settings = replace(settings, workers=cluster.workers, collective=cluster.collective)
     check_workers(settings)
+    cluster, notes = find_out(cluster, settings)
+    settings = replace(settings, ranks_per_worker=cluster.ranks_per_worker)
     name = next((Path(word).stem for word in command if word.endswith(".py")), Path(command[0]).name)
     run_folder = new_run_folder(out, f"{name}-{settings.algorithm}")
     write_settings(run_folder, {**asdict(settings), "command": list(command)})
-    return Launch(run_folder, make_plan(command, settings, cluster, run_folder, record))
+    return Launch(run_folder, make_plan(command, settings, cluster, run_folder, record), cluster.reach, notes)
 
 
 def check_workers(settings: Settings) -> None:
@@ -94,28 +97,76 @@ def check_workers(settings: Settings) -> None:
         )
 
 
-def make_plan(command: Sequence[str], settings: Settings, cluster: Cluster, run_folder: Path, record: bool) -> Plan:
-    """One Horovod world over everything for an all-reduce algorithm; else a server, and a world for each worker."""
+def is_all_reduce(settings: Settings) -> bool:
+    """Whether one Horovod world over all machines does everything, without a server."""
     from danaz.rules import find_algorithm
 
-    all_reduce = find_algorithm(settings.algorithm).rule().all_reduce
-    env = {**os.environ, "DANAZ_SETTINGS": settings.to_json()}
-    if all_reduce:
-        env["DANAZ_RUN"] = str(run_folder.resolve())
-    server = [sys.executable, "-m", "danaz", "serve", "--bind", SERVER_ADDRESS, "--run", str(run_folder.resolve())]
+    return find_algorithm(settings.algorithm).rule().all_reduce
+
+
+def find_out(cluster: Cluster, settings: Settings) -> tuple[Cluster, list[str]]:
+    """The cluster with what must be known of its machines, and what the user should be told.
+
+    Raises ReachError for a machine that cannot take part, LaunchError if others could take over the server.
+    """
+    reach, needs_server = cluster.reach, not is_all_reduce(settings)
+    hub = reach.server if needs_server else cluster.hosts[0]
+    machines, notes = find_machines(cluster.hosts, reach, hub=hub, collective=cluster.collective)
+    cluster = replace(cluster, machines=machines)
+    address = server_address(cluster)
+    if needs_server and not is_loopback(address):
+        if not reach.insecure:
+            raise LaunchError(
+                f"the server would listen on {address}, unencrypted, and believe whoever connects: he could read and "
+                "change the model; on a network where you trust every machine, say --insecure"
+            )
+        notes.append(f"INSECURE: the server listens on {address}, unencrypted, and believes whoever connects")
+    return cluster, notes
+
+
+def server_address(cluster: Cluster) -> str:
+    """Where the server is for all machines of the cluster."""
+    return cluster.machines.get(cluster.reach.server.name, Machine()).address or "127.0.0.1"
+
+
+def make_plan(
+    command: Sequence[str],
+    settings: Settings,
+    cluster: Cluster,
+    run_folder: Path,
+    record: bool,
+    env: Mapping[str, str] | None = None,
+) -> Plan:
+    """One Horovod world over everything for an all-reduce algorithm; else a server, and a world for each worker."""
+    all_reduce, reach = is_all_reduce(settings), cluster.reach
+    travels = {**reach.env, "DANAZ_SETTINGS": settings.to_json(), **(env or {})}
+    writer = cluster.hosts[0] if all_reduce else reach.server
+    if reach.is_direct(writer):
+        travels["DANAZ_RUN"] = str(run_folder.resolve())
+    returns = None if reach.is_direct(writer) else "DANAZ_RUN"
     return plan(
         cluster.hosts,
         command,
         one_world=all_reduce,
-        env=env,
-        cwd=os.getcwd(),
+        env=travels,
+        cwd=reach.cwd,
         workers_per_host=cluster.workers_per_host,
-        services=[] if all_reduce else [Service("server", server + ["--record"] * record, announces="DANAZ_SERVER")],
-        machines=local_machines(cluster.hosts),
+        services=[] if all_reduce else [_server(cluster, record, returns)],
+        first_rank_returns=returns if all_reduce else None,
+        machines=cluster.machines,
     )
 
 
+def _server(cluster: Cluster, record: bool, returns: str | None) -> Service:
+    reach, address = cluster.reach, server_address(cluster)
+    command = [PYTHON, "-m", "danaz", "serve", "--bind", f"tcp://{address}:{reach.server_port or '*'}"]
+    command += ["--insecure"] * (not is_loopback(address)) + ["--record"] * record
+    cwd = os.getcwd() if reach.is_direct(reach.server) else reach.cwd
+    return Service("server", command, announces="DANAZ_SERVER", returns=returns, host=reach.server, cwd=cwd)
+
+
 def execute(launch: Launch, echo: Echo | None = None) -> tuple[Outcome, dict[str, Any] | None]:
-    """Run to the end; returns how it ended and, if it ended well, its summary."""
-    outcome = run(launch.plan, launch.run, echo=echo)
-    return outcome, read_summary(launch.run) if outcome.exit_code == 0 else None
+    """Run to the end; returns how it ended and, if it ended well and something was trained, its summary."""
+    outcome = run(launch.plan, launch.run, echo=echo, agent_command=launch.reach.agent_command)
+    trained = (launch.run / "summary.json").exists()
+    return outcome, read_summary(launch.run) if outcome.exit_code == 0 and trained else None

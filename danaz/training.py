@@ -53,13 +53,11 @@ def train(config: Config) -> None:
 
 def make_sgd(model: nn.Module, config: Config) -> torch.optim.SGD:
     """The optimizer that a config describes, as a user would tune it on one worker."""
-    return torch.optim.SGD(
-        model.parameters(),
-        lr=config.lr,
-        momentum=config.momentum,
-        nesterov=config.momentum > 0,
-        weight_decay=config.weight_decay,
-    )
+    sgd = torch.optim.SGD(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    for group in sgd.param_groups:
+        # Set here because torch's constructor refuses the negative momentum that asynchrony can ask for.
+        group.update(momentum=config.momentum, nesterov=True)
+    return sgd
 
 
 def place(model: nn.Module, config: Config, device: torch.device) -> nn.Module:

@@ -2,15 +2,19 @@
 
 It is told everything as JSON lines on stdin, so that no secret stands on a command line, and answers on stdout:
 
-    {"do": "hello", "grace_s": 5}                          {"is": "hello", "pid", "cores", "gpus", …}
+    {"do": "hello", "grace_s": 5, "silence_s": 90}         {"is": "hello", "pid", "cores", "gpus", …}
     {"do": "world", "world": 0, "address": "127.0.0.1"}    {"is": "world", "world", "rendezvous_port", "master_port"}
-    {"do": "start", "name", "argv", "env", "cwd"}          {"is": "started", "name", "pid"}
-                                                           {"is": "output", "name", "stream", "text"}
-    {"do": "signal", "name", "signal": 15}                 {"is": "exit", "name", "status", "error"}
+    {"do": "start", "name", "argv", "env", "cwd", …}       {"is": "started", "name", "pid"}
+    {"do": "ping"}                                         {"is": "output", "name", "stream", "text"}
+    {"do": "signal", "name", "signal": 15}                 {"is": "file", "path", "data", "last"}
+                                                           {"is": "exit", "name", "status", "error"}
     {"do": "stop", "grace_s": 5}                           {"is": "stopping", "why"}
 
-It ends its whole process tree (SIGTERM, a grace period, SIGKILL) when told to stop, when it is signalled, and as soon
-as stdin closes, which is how the death of the launcher or of the ssh connection looks from here. Nothing leaves the
+A process gets the agent's own environment (on another machine, that of a login there) and over it what its order says.
+
+It ends its whole process tree (SIGTERM, a grace period, SIGKILL) when told to stop, when it is signalled, as soon as
+stdin closes, which is how the death of the launcher or of the ssh connection looks from here, and when for `silence_s`
+nothing came, not even a ping, which is how a network that is gone looks. Nothing leaves the
 tree: each process has its own session, a double-forked grandchild falls back to the agent, and if the agent itself is
 killed, a guardian, its parent, ends what is left. If the guardian is killed, the kernel tells the agent. Stdout closes
 only when all have ended.
@@ -18,33 +22,42 @@ only when all have ended.
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
 
 from launcher.channel import READ_BYTES, Channel, Message, bytes_to_text, wait_ready
-from launcher.machine import this_machine
+from launcher.machine import source_address, this_machine
+from launcher.plan import PYTHON
 from launcher.processes import adopt_orphans, descendants, die_with_parent, reap, send_signal
 from launcher.rendezvous import Rendezvous
 from launcher.signals import ENDING_SIGNALS, NotedSignals, noted_signals
 
 GRACE_S = 5.0  # between SIGTERM and SIGKILL, unless told otherwise
 KILL_S = 10.0  # SIGKILL works at once, except on a process that hangs in the kernel (a dead NFS mount, a GPU driver)
+FILE_PIECE_BYTES = 1 << 20
 MAX_PENDING_BYTES = 1 << 22  # output the launcher has not taken yet; from here on the ranks' own pipes fill up
 
 
 class Child:
     """A process we started, and the pipes its output comes through."""
 
-    def __init__(self, name: str, popen: subprocess.Popen[bytes]) -> None:
+    def __init__(self, name: str, popen: subprocess.Popen[bytes], folder: Path | None) -> None:
         assert popen.stdout is not None
         assert popen.stderr is not None
         self.name, self.popen = name, popen
+        self.folder = folder  # what it leaves there goes to the launcher
         self.pipes = {popen.stdout.fileno(): "stdout", popen.stderr.fileno(): "stderr"}
         for fd in self.pipes:
             os.set_blocking(fd, False)
@@ -67,16 +80,17 @@ class Agent:
         self.kill_at_s = math.inf
         self.rendezvous: list[Rendezvous] = []
         self.reserved_ports: list[socket.socket] = []
+        self.returning: deque[Iterator[Message]] = deque()  # files of processes that have ended, and their exits
+        self.silence_s = math.inf
+        self.heard_s = time.monotonic()
 
-    def run(self) -> int:
-        while True:
+    def run(self) -> None:
+        while self.stop_reason is None or not self._tree_has_ended() or self._still_returns():
             self._wait()
-            if self.stop_reason is not None and self._tree_has_ended():
-                break
         self._say_last_words()
-        return 0 if not descendants() else 1
 
     def _wait(self) -> None:
+        self._return_files()
         overfull = self.channel.pending_bytes > MAX_PENDING_BYTES
         outputs = {} if overfull else {fd: child for child in self.children.values() for fd in child.pipes}
         orders = [] if self.channel.closed else [self.channel.read_fd]
@@ -90,18 +104,21 @@ class Agent:
             self._forward(outputs[fd], fd)
         self._report_exits()
         if self.channel.read_fd in readable:
+            self.heard_s = time.monotonic()
             for order in self.channel.receive():
                 self._obey(order)
         if self.channel.closed or self.channel.broken:
             self._stop("the launcher is gone", self.grace_s)
+        if time.monotonic() >= self.heard_s + self.silence_s:
+            self._stop(f"nothing was heard of the launcher for {self.silence_s:g} s", self.grace_s)
         for signum in self.signals.take():
             if signum != signal.SIGCHLD:
                 self._stop(f"it got {signum.name}", self.grace_s)
 
     def _timeout_s(self) -> float:
-        if self.stop_reason is None:
-            return math.inf
         now = time.monotonic()
+        if self.stop_reason is None:
+            return max(0.0, self.heard_s + self.silence_s - now)
         return self.kill_at_s - now if now < self.kill_at_s else self.kill_at_s + KILL_S - now
 
     # Orders
@@ -110,7 +127,10 @@ class Agent:
         match order["do"]:
             case "hello":
                 self.grace_s = order["grace_s"]
-                self.channel.send({"is": "hello", "pid": os.getpid(), **dataclasses.asdict(this_machine())})
+                self.silence_s = order["silence_s"] or math.inf
+                self.channel.send(hello())
+            case "ping":
+                pass  # that it came is all it says
             case "world":
                 self._open_world(order["world"], order["address"])
             case "start":
@@ -132,13 +152,14 @@ class Agent:
         self.channel.send({"is": "world", "world": world, **ports})
 
     def _start(self, order: Message) -> None:
-        name = order["name"]
         if self.stop_reason is not None:
             return
+        name = order["name"]
+        folder = Path(tempfile.mkdtemp(prefix="danaz-")) if order["returns"] else None
         try:
             popen = subprocess.Popen(
-                order["argv"],
-                env=order["env"],
+                [sys.executable if word == PYTHON else word for word in order["argv"]],
+                env=environment(order, folder),
                 cwd=order["cwd"],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -153,7 +174,7 @@ class Agent:
             status = 127 if isinstance(error, FileNotFoundError) else 126
             self.channel.send({"is": "exit", "name": name, "status": status, "error": f"cannot start: {error}"})
             return
-        self.children[popen.pid] = Child(name, popen)
+        self.children[popen.pid] = Child(name, popen, folder)
         self.channel.send({"is": "started", "name": name, "pid": popen.pid})
 
     # Reports
@@ -181,7 +202,23 @@ class Agent:
         for child, status in ended:
             del self.children[child.popen.pid]
             child.close(status)
-            self.channel.send({"is": "exit", "name": child.name, "status": status, "error": None})
+            exit = {"is": "exit", "name": child.name, "status": status, "error": None}
+            if child.folder is None:
+                self.channel.send(exit)
+            else:
+                self.returning.append(files_and_exit(child.folder, exit))
+
+    def _return_files(self) -> None:
+        """As much as the launcher takes: a model may be large."""
+        while self.returning and self.channel.pending_bytes <= MAX_PENDING_BYTES:
+            message = next(self.returning[0], None)
+            if message is None:
+                self.returning.popleft()
+            else:
+                self.channel.send(message)
+
+    def _still_returns(self) -> bool:
+        return bool(self.returning) and not self.channel.broken and not self.channel.closed
 
     # The end
 
@@ -206,6 +243,38 @@ class Agent:
         while self.channel.pending_bytes and not self.channel.broken and time.monotonic() < deadline:
             wait_ready([], [self.channel.write_fd], deadline - time.monotonic())
             self.channel.flush()
+
+
+def hello() -> Message:
+    """What the launcher should know of this machine, and of the way from it to here."""
+    machine = dataclasses.asdict(this_machine())
+    # "client port server port", as sshd sets it
+    client, _, server, _ = os.environ.get("SSH_CONNECTION", "   ").split(" ")
+    launcher_address = client or os.environ.get("SLURM_LAUNCH_NODE_IPADDR")
+    address = server or source_address(launcher_address)
+    return {"is": "hello", "pid": os.getpid(), **machine, "launcher_address": launcher_address, "address": address}
+
+
+def environment(order: Message, folder: Path | None) -> dict[str, str]:
+    """This machine's own, with `python` being the Python that danaz is installed in, and over it the order's."""
+    path = os.pathsep.join((os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)))
+    returns = {} if folder is None else {order["returns"]: str(folder)}
+    return {**order["defaults"], **os.environ, "PATH": path, **order["env"], **returns}
+
+
+def files_and_exit(folder: Path, exit: Message) -> Iterator[Message]:
+    """The files in a folder piece by piece, which goes away with the last one, and then the exit."""
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        with path.open("rb") as file:
+            data = file.read(FILE_PIECE_BYTES)
+            while True:
+                following = file.read(FILE_PIECE_BYTES)
+                yield {"is": "file", "path": path.name, "data": base64.b64encode(data).decode(), "last": not following}
+                if not following:
+                    break
+                data = following
+    shutil.rmtree(folder)
+    yield exit
 
 
 def reserve_port() -> socket.socket:
@@ -248,7 +317,8 @@ def main() -> int:
     channel = Channel(read_fd=0, write_fd=os.dup(1))
     os.dup2(2, 1)  # nothing else may write between our messages
     with noted_signals(signal.SIGCHLD, *ENDING_SIGNALS) as signals:
-        return Agent(channel, signals).run()
+        Agent(channel, signals).run()
+    return 0
 
 
 if __name__ == "__main__":

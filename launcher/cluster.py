@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,11 +10,15 @@ from dataclasses import dataclass
 from launcher.channel import ChannelError, Message, text_to_bytes, wait_ready
 from launcher.hosts import Host
 from launcher.logs import Logs
+from launcher.machine import is_this_machine
 from launcher.plan import Process, World
 from launcher.signals import NotedSignals
 from launcher.transport import AgentLink
 
 __all__ = ["Cluster", "Exit", "LostAgent"]
+
+PING_S = 15.0  # an agent on another machine hears from us at least so often…
+SILENCE_S = 90.0  # …and ends its tree when it has heard nothing for so long
 
 
 @dataclass(frozen=True)
@@ -43,22 +48,33 @@ class Cluster:
         self.announced: dict[str, str] = {}
         self.ports: dict[int, dict[str, str]] = {}  # world -> environment variables that name its ports
         self.exits: dict[str, Exit] = {}  # by process name
-        self.lost: LostAgent | None = None
+        self.lost: LostAgent | None = None  # the first
         self._stopping = False
+        self._next_ping_s = time.monotonic() + PING_S
 
     def connect(self, host: Host, command: Sequence[str], grace_s: float) -> None:
         """Start an agent. Raises TransportError."""
         link = self.links[host.name] = AgentLink(host, command)
-        link.channel.send({"do": "hello", "grace_s": grace_s})
+        # On this machine the pipe tells all, and Ctrl-Z must not end the run.
+        silence_s = None if is_this_machine(host.name) else SILENCE_S
+        link.channel.send({"do": "hello", "grace_s": grace_s, "silence_s": silence_s})
 
     def open_world(self, world: World) -> None:
         order = {"do": "world", "world": world.index, "address": world.address}
         self.links[world.host.name].channel.send(order)
 
     def start(self, process: Process, env: Mapping[str, str], cwd: str) -> None:
-        """Start a process with exactly this environment. Raises OSError when its logs cannot be made."""
+        """Start a process with `env` on top of its machine's own environment. Raises OSError for want of logs."""
         self.logs.open(process)
-        order = {"do": "start", "name": process.name, "argv": process.argv, "env": dict(env), "cwd": cwd}
+        order = {
+            "do": "start",
+            "name": process.name,
+            "argv": process.argv,
+            "env": dict(env),
+            "defaults": dict(process.defaults),
+            "returns": process.returns,
+            "cwd": process.cwd or cwd,
+        }
         self.links[process.host.name].channel.send(order)
 
     def stop(self, grace_s: float) -> None:
@@ -86,7 +102,15 @@ class Cluster:
         return [process for process in self.processes.values() if process.name not in self.exits]
 
     def pump(self, timeout_s: float) -> None:
-        """Wait for something to happen, and take note of all that did. Raises OSError when logs cannot be written."""
+        """Wait for something to happen, and take note of all that did. Raises OSError when logs cannot be written.
+
+        It may return early, and is to be called again and again: it also tells the agents that we are alive.
+        """
+        now_s = time.monotonic()
+        if now_s >= self._next_ping_s:
+            self._ping()
+            self._next_ping_s = now_s + PING_S
+        timeout_s = min(timeout_s, self._next_ping_s - now_s)
         links = self.open_links()
         answers = {link.channel.read_fd: link for link in links}
         complaints = {link.stderr_fd: link for link in links if not link.stderr_closed}
@@ -102,6 +126,11 @@ class Cluster:
         for fd in readable & answers.keys():
             self._hear(answers[fd])
 
+    def _ping(self) -> None:
+        for link in self.open_links():
+            if not link.channel.pending_bytes:  # where the last one has not left yet, another would not help
+                link.channel.send({"do": "ping"})
+
     def _hear(self, link: AgentLink) -> None:
         try:
             for message in link.channel.receive():
@@ -114,7 +143,7 @@ class Cluster:
     def _note(self, link: AgentLink, message: Message) -> None:
         match message["is"]:
             case "hello":
-                link.said_hello = True
+                link.hello = message
             case "world":
                 self.ports[message["world"]] = {
                     "HOROVOD_GLOO_RENDEZVOUS_PORT": str(message["rendezvous_port"]),
@@ -122,11 +151,20 @@ class Cluster:
                 }
             case "output":
                 self._take_output(self.processes[message["name"]], message["stream"], text_to_bytes(message["text"]))
+            case "file":
+                self._keep_file(message)
             case "exit":
                 self.logs.close(self.processes[message["name"]])
                 self.exits[message["name"]] = Exit(message["status"], message["error"], time.monotonic())
             case "stopping":
                 self._lose(link, f"stopped: {message['why']}")
+
+    def _keep_file(self, message: Message) -> None:
+        """Raises ChannelError for what no agent of ours would send, and OSError when it cannot be written."""
+        try:
+            self.logs.keep_file(message["path"], base64.b64decode(message["data"], validate=True), message["last"])
+        except ValueError as error:
+            raise ChannelError(str(error)) from error
 
     def _take_output(self, process: Process, stream: str, data: bytes) -> None:
         lines = self.logs.write(process, stream, data)
@@ -138,5 +176,7 @@ class Cluster:
                 self.announced.setdefault(name, value.strip())
 
     def _lose(self, link: AgentLink, reason: str) -> None:
-        if not self._stopping and self.lost is None:
-            self.lost = LostAgent(link, reason)
+        if self._stopping or link.lost is not None:
+            return
+        link.lost = reason
+        self.lost = self.lost or LostAgent(link, reason)

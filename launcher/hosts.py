@@ -38,6 +38,7 @@ class Host:
     user: str | None = None
     ssh_port: int | None = None
     max_slots: int | None = None
+    devices: tuple[int, ...] | None = None  # which of its slots are used (--include, --exclude); None: the first ones
 
     def __str__(self) -> str:
         words = [f"{self.user}@" if self.user else "", f"[{self.name}]" if ":" in self.name else self.name]

@@ -4,6 +4,7 @@ terminal line by line, each with its process in front: `[host:rank] `."""
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections import deque
@@ -17,6 +18,7 @@ __all__ = ["Echo", "Logs", "Terminal", "quiet"]
 
 Echo = Callable[[Process, str, str], None]  # process, "stdout" or "stderr", one line without its end
 
+RETURNED_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 MAX_LINE_BYTES = 8192  # a longer line is shown in pieces
 TAIL_LINES = 40
 COLOURS = (36, 33, 35, 32, 34, 31)  # cyan, yellow, magenta, green, blue, red
@@ -62,6 +64,7 @@ class Logs:
         self.echo = echo
         self._splitters: dict[tuple[str, str], LineSplitter] = {}
         self._tails: dict[tuple[str, str], deque[Line]] = {}
+        self._incomplete: set[str] = set()  # returned files of which a piece has come
 
     def folder(self, process: Process) -> Path:
         return self.run_folder / process.log_folder
@@ -80,6 +83,21 @@ class Logs:
         with (self.folder(process) / stream).open("ab") as file:
             file.write(data)
         return self._show(process, stream, self._splitters[process.name, stream].feed(data))
+
+    def keep_file(self, name: str, data: bytes, last: bool) -> None:
+        """Keep a piece of a file that a process returned; with the last piece it appears in the run folder.
+
+        Raises OSError, and ValueError for a name that would lead out of that folder.
+        """
+        if not RETURNED_NAME.fullmatch(name):
+            raise ValueError(f"a process returned a file of the name {name!r}")
+        part = self.run_folder / f".{name}.part"
+        with part.open("ab" if name in self._incomplete else "wb") as file:
+            file.write(data)
+        self._incomplete.add(name)
+        if last:
+            part.replace(self.run_folder / name)
+            self._incomplete.remove(name)
 
     def close(self, process: Process) -> None:
         """The process has ended: show lines without an end."""

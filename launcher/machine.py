@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import array
+import fcntl
 import ipaddress
 import os
 import re
 import socket
-from collections.abc import Iterable
-from dataclasses import dataclass
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from launcher.hosts import Host
 
-__all__ = ["Machine", "is_loopback", "is_this_machine", "local_machines", "this_machine"]
+__all__ = ["Machine", "is_loopback", "is_this_machine", "local_machines", "source_address", "this_machine"]
+
+# <linux/sockios.h>, and struct ifreq of <net/if.h> on 64-bit Linux
+SIOCGIFCONF = 0x8912
+IFREQ = struct.Struct("16s2xH4s16x")  # name, then a sockaddr_in: family (skipped with the padding), port, address
 
 
 @dataclass(frozen=True)
@@ -22,11 +29,12 @@ class Machine:
     gpus: int = 0
     address: str | None = None  # where other machines reach it; None: its host name
     interface: str | None = None  # the network interface of that address, for gloo
+    interfaces: Mapping[str, str] = field(default_factory=dict)  # each of its IPv4 addresses -> network interface
 
 
 def this_machine() -> Machine:
     """The cores this process may use and the GPUs it may see, asked without CUDA (which a launcher must not start)."""
-    return Machine(cores=len(os.sched_getaffinity(0)), gpus=_count_gpus())
+    return Machine(cores=len(os.sched_getaffinity(0)), gpus=_count_gpus(), interfaces=_interfaces())
 
 
 def local_machines(hosts: Iterable[Host]) -> dict[str, Machine]:
@@ -42,6 +50,32 @@ def _count_gpus() -> int:
         valid = [bool(device) and not device.startswith("-") for device in devices]
         return valid.index(False) if False in valid else len(valid)
     return sum(re.fullmatch("nvidia[0-9]+", name) is not None for name in os.listdir("/dev"))
+
+
+def _interfaces() -> dict[str, str]:
+    """Every IPv4 address of this machine and its network interface: gloo, and Horovod's rendezvous, speak no IPv6."""
+    buffer = array.array("B", bytes(IFREQ.size * 1024))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        request = struct.pack("iL", len(buffer), buffer.buffer_info()[0])
+        used_bytes: int = struct.unpack("iL", fcntl.ioctl(any_socket, SIOCGIFCONF, request))[0]
+    found = IFREQ.iter_unpack(buffer.tobytes()[:used_bytes])
+    # "eth0:1" is an alias of eth0, which is the name that gloo looks for
+    return {
+        socket.inet_ntoa(address): os.fsdecode(name.rstrip(b"\0")).partition(":")[0] for name, _port, address in found
+    }
+
+
+def source_address(destination: str | None) -> str | None:
+    """This machine's IPv4 address on the route to another, without a packet sent; None where there is no route."""
+    if destination is None:
+        return None
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((destination, 9))  # the discard port: connecting a UDP socket sends nothing
+        except OSError:
+            return None
+        address: str = probe.getsockname()[0]
+        return address
 
 
 def is_loopback(name: str) -> bool:

@@ -15,9 +15,10 @@ from typing import NamedTuple
 from launcher.hosts import Host
 from launcher.machine import Machine, is_loopback
 
-__all__ = ["LAUNCHING_MACHINE", "Plan", "PlanError", "Process", "Service", "World", "plan"]
+__all__ = ["LAUNCHING_MACHINE", "PYTHON", "Plan", "PlanError", "Process", "Service", "World", "plan", "slots_of"]
 
 LAUNCHING_MACHINE = Host("localhost")
+PYTHON = "{python}"  # as the first word of a command: the Python that runs the agent there
 
 
 class PlanError(ValueError):
@@ -29,14 +30,17 @@ class Service:
     """A process that runs beside the ranks, started before them.
 
     When `announces` is a name, such as DANAZ_SERVER, its stdout must hold a line `DANAZ_SERVER=value`; every rank finds
-    that value in its environment.
+    that value in its environment. When `returns` is a name, such as DANAZ_RUN, its environment holds under that name a
+    fresh folder on its machine, and the files it leaves there are brought into the run folder.
     """
 
     name: str
     command: Sequence[str]
     announces: str | None = None
+    returns: str | None = None
     env: Mapping[str, str] = field(default_factory=dict)
     host: Host = LAUNCHING_MACHINE
+    cwd: str | None = None  # None: that of the plan
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class World:
 
 @dataclass(frozen=True)
 class Process:
-    """One process to start. `env` is what the plan adds to the environment that all share (`Plan.env`)."""
+    """One process to start, in the environment of its machine's agent, plus `Plan.env`, plus `env`."""
 
     name: str  # "rank.3", or a service's name: unique in the run
     host: Host
@@ -60,6 +64,9 @@ class Process:
     rank: int | None = None  # on the whole cluster; None: a service
     world: int | None = None
     announces: str | None = None
+    returns: str | None = None
+    cwd: str | None = None
+    defaults: Mapping[str, str] = field(default_factory=dict)  # what its machine may set otherwise
 
     @property
     def label(self) -> str:
@@ -91,7 +98,7 @@ class Plan:
     def describe(self) -> str:
         """The plan for a reader (`--dry-run`): every process, its command, and the variables the plan adds."""
         worlds = "one Horovod world over all" if len(self.worlds) == 1 else "a Horovod world per worker"
-        ranks = [{**rank.env, **self._found_later(rank)} for rank in self.ranks]
+        ranks = [{**rank.defaults, **rank.env, **self._found_later(rank)} for rank in self.ranks]
         common = {name: value for name, value in ranks[0].items() if all(env.get(name) == value for env in ranks)}
         lines = [f"{_count(self.workers, 'worker')}, {_count(len(self.ranks), 'rank')}, {worlds}", f"in {self.cwd}"]
         lines += ["every rank gets", *_indented(common)]
@@ -129,12 +136,13 @@ def plan(
     cwd: str,
     workers_per_host: int = 1,
     services: Sequence[Service] = (),
+    first_rank_returns: str | None = None,
     machines: Mapping[str, Machine] | None = None,
 ) -> Plan:
     """Lay one rank into every slot of every host.
 
-    `env` is the environment that every process shares, `machines` what is known of each host by its name (cores, GPUs,
-    address). Raises PlanError.
+    `env` is what travels to every process, `machines` what is known of each host by its name (cores, GPUs, address),
+    `first_rank_returns` as `Service.returns`, for rank 0. Raises PlanError.
     """
     if not command:
         raise PlanError("there is no command to run; write it after --, for example: -- python train.py")
@@ -150,7 +158,6 @@ def plan(
         by_world.setdefault(0 if one_world else seat.worker, []).append(seat)
     worlds = tuple(_world(index, members, known) for index, members in by_world.items())
     workers = seats[-1].worker + 1
-    shared = {"PYTHONUNBUFFERED": "1", **env}
     ranks: list[Process] = []
     for world in worlds:
         for rank, seat in enumerate(by_world[world.index]):
@@ -158,14 +165,30 @@ def plan(
                 **_worker_env(seat, workers),
                 **_world_env(rank, by_world[world.index], world),
                 **_gloo_env(seat, world, known),
-                **_thread_env(seat, shared, known),
             }
             number = len(ranks)
             ranks.append(
-                Process(f"rank.{number}", seat.host, tuple(command), names_and_values, rank=number, world=world.index)
+                Process(
+                    f"rank.{number}",
+                    seat.host,
+                    tuple(command),
+                    names_and_values,
+                    rank=number,
+                    world=world.index,
+                    returns=first_rank_returns if number == 0 else None,
+                    defaults=_defaults(seat, known),
+                )
             )
     beside = tuple(_service_process(service, workers) for service in services)
-    return Plan(beside, tuple(ranks), worlds, workers, cwd, shared)
+    return Plan(beside, tuple(ranks), worlds, workers, cwd, dict(env))
+
+
+def slots_of(host: Host, machines: Mapping[str, Machine]) -> int:
+    """How many ranks a host gets: what was written, else its GPUs, else 1."""
+    if host.slots is not None:
+        return host.slots
+    slots = max(1, machines.get(host.name, Machine()).gpus)
+    return slots if host.max_slots is None else min(slots, host.max_slots)
 
 
 def _seats(hosts: Sequence[Host], workers_per_host: int, machines: Mapping[str, Machine]) -> list[_Seat]:
@@ -173,7 +196,7 @@ def _seats(hosts: Sequence[Host], workers_per_host: int, machines: Mapping[str, 
         raise PlanError(f"workers per host is {workers_per_host}; expected at least 1")
     seats: list[_Seat] = []
     for number, host in enumerate(hosts):
-        slots = host.slots or _default_slots(host, machines)
+        slots = slots_of(host, machines)
         if workers_per_host > slots:
             raise PlanError(
                 f"{host.name} has {_count(slots, 'slot')}, too few for {workers_per_host} workers of one rank or more; "
@@ -185,11 +208,6 @@ def _seats(hosts: Sequence[Host], workers_per_host: int, machines: Mapping[str, 
             within = slot // (small + 1) if slot < larger * (small + 1) else (slot - larger) // small
             seats.append(_Seat(host, number * workers_per_host + within, slot, slots))
     return seats
-
-
-def _default_slots(host: Host, machines: Mapping[str, Machine]) -> int:
-    slots = max(1, machines.get(host.name, Machine()).gpus)
-    return slots if host.max_slots is None else min(slots, host.max_slots)
 
 
 def _world(index: int, members: Sequence[_Seat], machines: Mapping[str, Machine]) -> World:
@@ -208,7 +226,7 @@ def _worker_env(seat: _Seat, workers: int) -> dict[str, str]:
     return {
         "DANAZ_WORKER": str(seat.worker),
         "DANAZ_WORKERS": str(workers),
-        "DANAZ_LOCAL_DEVICE": str(seat.slot),
+        "DANAZ_LOCAL_DEVICE": str(seat.host.devices[seat.slot] if seat.host.devices else seat.slot),
     }
 
 
@@ -237,29 +255,39 @@ def _world_env(rank: int, members: Sequence[_Seat], world: World) -> dict[str, s
 
 
 def _gloo_env(seat: _Seat, world: World, machines: Mapping[str, Machine]) -> dict[str, str]:
-    interface = "lo" if is_loopback(world.address) else machines.get(seat.host.name, Machine()).interface
+    """Which way to the others. Without an interface, gloo would resolve the host's name, often to 127.0.1.1."""
+    across = not is_loopback(world.address)
+    interface = machines.get(seat.host.name, Machine()).interface if across else "lo"
     return {
         "HOROVOD_HOSTNAME": seat.host.name,
         "HOROVOD_CONTROLLER": "gloo",
         "HOROVOD_CPU_OPERATIONS": "gloo",
         "HOROVOD_GLOO_RENDEZVOUS_ADDR": world.address,
-        **({"HOROVOD_GLOO_IFACE": interface} if interface else {}),
+        **({"HOROVOD_GLOO_IFACE": interface, "GLOO_SOCKET_IFNAME": interface} if interface else {}),
+        **({"NCCL_SOCKET_IFNAME": interface} if interface and across else {}),
     }
 
 
-def _thread_env(seat: _Seat, env: Mapping[str, str], machines: Mapping[str, Machine]) -> dict[str, str]:
-    """A fair share of the cores. torch would start a thread per core in every rank."""
-    if "OMP_NUM_THREADS" in env:
-        return {}
+def _defaults(seat: _Seat, machines: Mapping[str, Machine]) -> dict[str, str]:
+    """A fair share of the cores (torch would start a thread per core in every rank), and output as it is written."""
     cores = machines.get(seat.host.name, Machine()).cores
-    return {"OMP_NUM_THREADS": str(max(1, cores // seat.slots))}
+    return {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(max(1, cores // seat.slots))}
 
 
 def _service_process(service: Service, workers: int) -> Process:
     if not service.command:
         raise PlanError(f"the service {service.name} has no command")
     env = {"DANAZ_WORKERS": str(workers), **service.env}
-    return Process(service.name, service.host, tuple(service.command), env, announces=service.announces)
+    return Process(
+        service.name,
+        service.host,
+        tuple(service.command),
+        env,
+        announces=service.announces,
+        returns=service.returns,
+        cwd=service.cwd,
+        defaults={"PYTHONUNBUFFERED": "1"},
+    )
 
 
 def _indented(env: Mapping[str, str]) -> list[str]:

@@ -13,6 +13,7 @@ from launcher.cluster import Cluster
 from launcher.logs import Echo, Logs, Terminal
 from launcher.plan import Plan, Process
 from launcher.signals import ENDING_SIGNALS, NotedSignals, noted_signals
+from launcher.ssh import cure
 from launcher.transport import AgentCommand, AgentLink, TransportError, local_agent_command
 
 __all__ = ["Failure", "Outcome", "run"]
@@ -243,7 +244,9 @@ class _Run:
 
 def _agent_failure(link: AgentLink, what: str) -> Failure:
     name = link.host.name
-    return Failure(name, None, f"the agent on {name} {what}", 1, tuple(link.last_words))
+    advice = None if link.said_hello else cure(link)
+    reason = f"the agent on {name} {what}" + (f": {advice}" if advice else "")
+    return Failure(name, None, reason, 1, tuple(link.last_words))
 
 
 def _describe(status: int) -> str:

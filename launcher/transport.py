@@ -1,7 +1,7 @@
 """How the launcher reaches a machine: a command whose stdin and stdout are those of an agent there.
 
-Here it is a process of this machine. `ssh host …` fits into the same place: whatever `agent_command` returns is
-started, and everything the agent needs to know is sent through its stdin.
+Here it is a process of this machine, in `ssh` one of another: whatever an `AgentCommand` returns is started, and
+everything the agent needs to know is sent through its stdin.
 """
 
 from __future__ import annotations
@@ -9,17 +9,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from launcher.channel import READ_BYTES, Channel
+from launcher.channel import READ_BYTES, Channel, Message, wait_ready
 from launcher.hosts import Host
 from launcher.machine import is_this_machine
 
 __all__ = ["AgentCommand", "AgentLink", "TransportError", "local_agent_command"]
 
 AgentCommand = Callable[[Host], Sequence[str]]
+LAST_WORDS_S = 2.0  # between the end of an agent's stdout and that of its stderr
 PACKAGE_PARENT = Path(__file__).resolve().parent.parent
 
 
@@ -38,8 +40,9 @@ class AgentLink:
     """One agent, seen from the launcher."""
 
     def __init__(self, host: Host, command: Sequence[str]) -> None:
-        self.host = host
-        self.said_hello = False
+        self.host, self.command = host, command
+        self.hello: Message | None = None  # its first answer: what it is and what it sees
+        self.lost: str | None = None  # why it can no longer be spoken to, though nobody asked it to end
         self.last_words: deque[str] = deque(maxlen=20)  # of its stderr, where ssh complains too
         try:
             # Its own session: Ctrl-C at the terminal is for the launcher alone, which then ends the run in order.
@@ -63,6 +66,10 @@ class AgentLink:
         self.stderr_closed = False
 
     @property
+    def said_hello(self) -> bool:
+        return self.hello is not None
+
+    @property
     def closed(self) -> bool:
         """The agent is gone, and with it every process it started."""
         return self.channel.closed
@@ -72,6 +79,13 @@ class AgentLink:
         data = os.read(self.stderr_fd, READ_BYTES)
         self.stderr_closed = not data
         self.last_words.extend(data.decode(errors="backslashreplace").splitlines())
+
+    def read_last_words(self) -> str:
+        """All that it, or ssh, complained of, once it has ended."""
+        deadline = time.monotonic() + LAST_WORDS_S
+        while not self.stderr_closed and wait_ready([self.stderr_fd], [], deadline - time.monotonic())[0]:
+            self.read_stderr()
+        return "\n".join(self.last_words)
 
     def close(self, timeout_s: float) -> int:
         """Close the pipes, which ends an agent that is still there, and wait for it. Returns its exit status."""

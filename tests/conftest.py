@@ -1,9 +1,11 @@
 """What the tests of all floors share."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from namespaces import Namespaces, missing, namespaces
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +15,15 @@ def cifar10_dir() -> Path:
     if not (folder / "cifar-10-batches-py").is_dir():
         pytest.skip(f"no CIFAR-10 in {folder}; DANAZ_CIFAR10 names the folder that holds cifar-10-batches-py")
     return folder
+
+
+@pytest.fixture(scope="session")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Namespaces]:
+    """A launching machine and the machines a and b, joined by ssh; skipped where there can be none, but not in CI."""
+    reason = missing()
+    if reason is not None and os.environ.get("CI") == "true":
+        pytest.fail(f"continuous integration must test clusters, but {reason}")
+    if reason is not None:
+        pytest.skip(reason)
+    with namespaces(tmp_path_factory.mktemp("network"), ["a", "b"]) as made:
+        yield made

@@ -90,6 +90,10 @@ class Oracle:
         self.apply(i, self.corrected(i, g, self.updates - self.sent[i][1]), lr)
         self.after(i)
 
+    def pulled(self, i: int) -> Views:
+        """A worker asks for a fresh view instead of pushing."""
+        return self.send(i)
+
     def lost(self, i: int) -> Views:
         self.present.discard(i)
         return {}

@@ -40,11 +40,13 @@ signal.signal(signal.SIGTERM, lambda *_: note("terminated"))
 signal.signal(signal.SIGINT, lambda *_: note("interrupted"))
 print("DANAZ_SERVER=tcp://127.0.0.1:5555", flush=True)
 name = os.environ.get("NAME") or "rank." + os.environ.get("RANK", "bystander")
-if os.fork() == 0:
-    if os.fork() == 0:
-        os.setsid()
-        if os.fork() != 0: os._exit(0)
+def pause():
     while True: signal.pause()
+if os.fork() == 0:
+    os.setsid()
+    os._exit(0) if os.fork() else pause()
+os.wait()
+os.fork() or pause()
 with open(name + ".new", "w") as file: file.write(str(os.getpid()))
 os.rename(name + ".new", name + ".ready")
 while os.environ.get("FLOOD"):
@@ -141,7 +143,7 @@ def bystander(tmp_path: Path) -> Iterator[str]:
     token = f"TOKEN={uuid.uuid4()}"
     env = {**os.environ, "MARK": token}
     process = subprocess.Popen([sys.executable, "-c", STUBBORN], cwd=tmp_path, env=env, stdout=subprocess.DEVNULL)
-    until(lambda: len(alive(token)) == 3 and (tmp_path / "rank.bystander.ready").exists(), "the bystander is ready")
+    until((tmp_path / "rank.bystander.ready").exists, "the bystander is ready")
     yield token
     end_all(token)
     process.wait(DEADLINE_S)
@@ -167,7 +169,7 @@ def test_nothing_is_left_and_nobody_else_touched(
     launched = launch()
     launched.wait_until_ready()
     # the launcher; the guardian and the agent; the server and two ranks with a child and a daemon each
-    until(lambda: len(alive(launched.token)) == 1 + 2 + 3 * 3, "all are there")
+    assert len(alive(launched.token)) == 1 + 2 + 3 * 3
     os.kill(launched.pid(victim), signal.SIGKILL)
     if message is not None:
         outcome = launched.outcome()
@@ -225,7 +227,6 @@ def test_two_runs_do_not_disturb_each_other(launch: Callable[..., Launched]) -> 
     first, second = launch("first"), launch("second")
     first.wait_until_ready()
     second.wait_until_ready()
-    until(lambda: len(alive(second.token)) == 12, "all are there")
     before = alive(second.token)
     os.kill(first.pid("rank.0"), signal.SIGKILL)
     assert first.outcome()["exit_code"] == 137

@@ -122,3 +122,14 @@ def test_a_reader_that_has_gone_stops_nothing() -> None:
     terminal(RANK, "stderr", "heard")
     assert err.getvalue() == "[a:3] heard\n"
     file.close()
+
+
+def test_a_returned_file_appears_when_it_is_whole(tmp_path: Path) -> None:
+    (tmp_path / ".x.part").write_bytes(b"left by a run that was killed")
+    logs = Logs(tmp_path, quiet)
+    for _ in range(2):
+        logs.keep_file("x", b"one ", last=False)
+        logs.keep_file("x", b"two", last=True)
+        assert (tmp_path / "x").read_bytes() == b"one two"
+    logs.keep_file("x", b"three", last=False)
+    assert (tmp_path / "x").read_bytes() == b"one two"

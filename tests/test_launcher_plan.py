@@ -48,7 +48,8 @@ def test_one_world_over_unequal_hosts() -> None:
     assert column(laid, "HOROVOD_LOCAL_SIZE") == column(laid, "LOCAL_WORLD_SIZE") == ["2", "2", "3", "3", "3"]
     assert column(laid, "HOROVOD_CROSS_RANK") == ["0", "0", "1", "1", "0"]
     assert column(laid, "HOROVOD_CROSS_SIZE") == ["2", "2", "2", "2", "1"]
-    assert column(laid, "HOROVOD_GLOO_IFACE") == ["eth0", "eth0", "ens5", "ens5", "ens5"]
+    for name in ("HOROVOD_GLOO_IFACE", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        assert column(laid, name) == ["eth0", "eth0", "ens5", "ens5", "ens5"]
     assert column(laid, "MASTER_ADDR") == column(laid, "HOROVOD_GLOO_RENDEZVOUS_ADDR") == ["10.0.0.1"] * 5
     assert column(laid, "DANAZ_WORKER") == ["0", "0", "1", "1", "1"]
 
@@ -74,13 +75,25 @@ def test_slots_left_out_are_the_gpus_there_else_one() -> None:
 
 @pytest.mark.parametrize(("cores", "threads"), [(16, "4"), (6, "1"), (2, "1")])
 def test_cores_are_shared_among_the_ranks(cores: int, threads: str) -> None:
-    assert column(lay("a:4", machines={"a": Machine(cores=cores)}), "OMP_NUM_THREADS") == [threads] * 4
+    laid = lay("a:4", machines={"a": Machine(cores=cores)})
+    assert [rank.defaults["OMP_NUM_THREADS"] for rank in laid.ranks] == [threads] * 4
 
 
 def test_the_users_own_environment_is_kept() -> None:
     laid = lay("a:1", env={"OMP_NUM_THREADS": "3", "PYTHONUNBUFFERED": "", "CUDA_VISIBLE_DEVICES": "1"})
     assert laid.env == {"OMP_NUM_THREADS": "3", "PYTHONUNBUFFERED": "", "CUDA_VISIBLE_DEVICES": "1"}
-    assert laid.ranks[0].env.keys() & {"OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"} == set()
+    assert laid.ranks[0].env.keys() & laid.env.keys() == set()
+
+
+def test_chosen_slots_are_the_devices() -> None:
+    laid = plan([Host("a", 2, devices=(1, 3))], ["train"], one_world=False, env={}, cwd="/")
+    assert column(laid, "DANAZ_LOCAL_DEVICE") == ["1", "3"]
+    assert column(laid, "HOROVOD_LOCAL_RANK") == ["0", "1"]
+
+
+def test_the_first_rank_may_return_files() -> None:
+    laid = plan(parse_hosts("a:2"), ["train"], one_world=True, env={}, cwd="/", first_rank_returns="FOLDER")
+    assert [rank.returns for rank in laid.ranks] == ["FOLDER", None]
 
 
 def test_services_come_first_and_tell_their_address() -> None:

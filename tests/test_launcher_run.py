@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,11 +14,12 @@ from pathlib import Path
 import pytest
 
 from launcher import run as run_module
+from launcher.channel import wait_ready
 from launcher.hosts import Host, parse_hosts
-from launcher.logs import Terminal, quiet
-from launcher.plan import Service, plan
+from launcher.logs import Logs, Terminal, quiet
+from launcher.plan import PYTHON, Service, plan
 from launcher.run import Outcome, run
-from launcher.transport import local_agent_command
+from launcher.transport import AgentLink, local_agent_command
 
 
 def play(
@@ -233,12 +235,83 @@ def test_an_agent_that_does_not_come_up(tmp_path: Path, script: str, message: st
     assert str(outcome.failure).startswith(f"the agent on localhost {message}")
 
 
-def test_the_environment_of_the_agent_is_not_that_of_the_ranks(tmp_path: Path) -> None:
-    def command(host: Host) -> list[str]:
-        return ["env", "AGENTS_OWN=1", *local_agent_command(host)]
+def test_a_rank_gets_its_machines_environment_and_over_it_what_travels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"THERE": "1", "BOTH": "1", "OMP_NUM_THREADS": "7"}.items():
+        monkeypatch.setenv(name, value)
+    command = ["sh", "-c", "echo $THERE $BOTH $OMP_NUM_THREADS $PYTHONUNBUFFERED; command -v python3"]
+    laid = plan(parse_hosts("localhost:1"), command, one_world=True, env={"BOTH": "2"}, cwd="/")
+    assert run(laid, tmp_path, echo=quiet) == Outcome(0)
+    # `python` is the one that danaz is installed in.
+    assert written(tmp_path, "rank.0") == f"1 2 7 1\n{Path(sys.executable).parent}/python3\n"
 
-    assert play(tmp_path, ["sh", "-c", "echo [$AGENTS_OWN]"], agent_command=command) == Outcome(0)
-    assert written(tmp_path, "rank.0") == "[]\n"
+
+def test_python_is_that_of_the_agent(tmp_path: Path) -> None:
+    command = [PYTHON, "-c", "import sys; print(sys.executable)"]
+    assert play(tmp_path, command, hosts="localhost:1") == Outcome(0)
+    assert written(tmp_path, "rank.0") == f"{sys.executable}\n"
+
+
+RETURNING = """
+import os, pathlib
+folder = pathlib.Path(os.environ["FOLDER"])
+(folder / "empty").touch()
+(folder / "large").write_bytes(bytes(range(256)) * 20_000)
+print(folder)
+"""
+
+
+def test_what_a_process_returns_is_in_the_run_folder(tmp_path: Path) -> None:
+    service = Service("server", python(ANNOUNCE + RETURNING), announces="DANAZ_SERVER", returns="FOLDER")
+    assert play(tmp_path, ["true"], services=[service]) == Outcome(0)
+    assert (tmp_path / "empty").read_bytes() == b""
+    assert (tmp_path / "large").read_bytes() == bytes(range(256)) * 20_000
+    folder = Path(written(tmp_path, "server").splitlines()[-1])
+    assert folder.name.startswith("danaz-")
+    assert not folder.exists()
+
+
+def test_a_file_is_returned_by_a_process_that_is_asked_to_end(tmp_path: Path) -> None:
+    code = """
+import os, signal, sys
+def end(*_):
+    open(os.environ["FOLDER"] + "/last", "w").write("words"); os._exit(0)
+signal.signal(signal.SIGTERM, end)
+print("DANAZ_SERVER=x", flush=True)
+signal.pause()
+"""
+    service = Service("server", python(code), announces="DANAZ_SERVER", returns="FOLDER")
+    assert play(tmp_path, ["false"], services=[service]).exit_code == 1
+    assert (tmp_path / "last").read_text() == "words"
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "", ".", "..", ".hidden", "a/b"])
+def test_no_returned_file_leads_out_of_the_run_folder(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="a process returned a file of the name"):
+        Logs(tmp_path, quiet).keep_file(name, b"x", last=True)
+    assert list(tmp_path.rglob("*")) == []
+
+
+def test_an_agent_that_hears_nothing_ends_its_tree(tmp_path: Path) -> None:
+    link = AgentLink(Host("localhost"), local_agent_command(Host("localhost")))
+    said: list[dict[str, object]] = []
+
+    def hear(kind: str) -> dict[str, object]:
+        deadline = time.monotonic() + 20
+        while not (found := [message for message in said if message["is"] == kind]):
+            assert time.monotonic() < deadline
+            wait_ready([link.channel.read_fd], [], 1.0)
+            said.extend(link.channel.receive())
+        return found[0]
+
+    start = {"do": "start", "name": "rank.0", "argv": ["sleep", "60"], "cwd": "/", "env": {}, "defaults": {}}
+    link.channel.send({"do": "hello", "grace_s": 1.0, "silence_s": 0.5})
+    link.channel.send({**start, "returns": None})
+    pid = hear("started")["pid"]
+    assert hear("stopping")["why"] == "nothing was heard of the launcher for 0.5 s"
+    assert link.close(20) == 0
+    assert not Path(f"/proc/{pid}").exists()
 
 
 def test_a_run_folder_that_cannot_be_written(tmp_path: Path) -> None:

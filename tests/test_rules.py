@@ -45,7 +45,7 @@ def runs(*what: str, most_workers: int = 5) -> st.SearchStrategy[Run]:
     """Random runs whose events are mostly pushes, and otherwise ``what``."""
 
     def with_workers(workers: int) -> st.SearchStrategy[Run]:
-        kinds = st.sampled_from(["push"] * 8 + list(what))
+        kinds = st.sampled_from(["push"] * 8 + ["pull"] + list(what))
         events = st.lists(st.tuples(kinds, st.integers(0, workers - 1)), min_size=1, max_size=30)
         return st.builds(
             Run,
@@ -110,6 +110,11 @@ class Pair:
         assert np.array_equal(given.numpy(), grads), "the worker's gradient is its own"
         self.having.discard(worker)
         self.agree(self.oracle.push(worker, [(g.astype(np.float64), lr) for g in grads], samples))
+
+    def pull(self, worker: int) -> None:
+        if worker in self.cluster.views:
+            self.cluster.pull(worker)
+            self.agree(self.oracle.pulled(worker))
 
     def lose(self, worker: int) -> None:
         if worker in self.oracle.present and len(self.oracle.present) > 1:

@@ -766,6 +766,14 @@ class TestTheEnd:
             cluster.push(0, GRADIENT, 0.1)
         assert sorted(update.batch for update in cluster.updates) == [0, 1, 2, 3]
 
+    def test_the_look_ahead_forgets_who_left(self):
+        cluster = Cluster("dana-zero", 2, torch.zeros(SIZE))
+        for worker in (0, 1):
+            cluster.push(worker, torch.full((SIZE,), 1.0 + worker), 0.1)
+        cluster.leave(1)
+        cluster.pull(0)
+        assert torch.allclose(cluster.views[0], cluster.server.master.params - 0.9 * 0.1 * 1.0)
+
     def test_finished_when_all_said_goodbye(self):
         cluster = self.run_out("asgd")
         for worker in range(3):

@@ -66,6 +66,11 @@ class Cell:
             how = f"{config.workers}-{config.schedule}" if config.workers > 1 else "1"
         return re.sub(r"[^A-Za-z0-9._-]+", "-", f"{config.algorithm}-{how}-seed{config.seed}")
 
+    @property
+    def variant(self) -> str:
+        """What else tells it apart, for people."""
+        return ""
+
     def facts(self) -> dict[str, Any]:
         """What summary.json will say of it, known before it runs."""
         return {

@@ -1,7 +1,8 @@
-"""The `danaz compare` command."""
+"""The `danaz compare` and `danaz tune` commands."""
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -85,6 +86,64 @@ def compare(
     except (ComparisonError, OSError) as error:
         _fail(error)
     raise typer.Exit(_report(ending))
+
+
+def tune(
+    config: Annotated[Path, typer.Argument(help="YAML of an experiment, e.g. configs/digits.yaml", metavar="CONFIG")],
+    algorithm: Annotated[str, typer.Option("--algorithm", "-a", help="What to tune")] = "nag-asgd",
+    workers: Annotated[int | None, typer.Option("--workers", "-n", help="Number of simulated workers")] = None,
+    lr: Annotated[str, typer.Option(help="Learning rates, separated by commas")] = "0.01,0.02,0.05,0.1,0.2",
+    momentum: Annotated[
+        str, typer.Option(help="Momenta, separated by commas; they may be negative")
+    ] = "-0.6,-0.3,0,0.3,0.6,0.9",
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the config. Repeatable.")
+    ] = None,
+    jobs: Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="Runs at a time. Default: one a core")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder. Default: runs/tune-NAME-ALGORITHM-N")] = None,
+) -> None:
+    """Search learning rate and momentum for an algorithm: what DANA spares its users.
+
+    Simulations run in parallel and finished ones are kept: after Ctrl-C the same command goes on. Ends with a heat map.
+
+    Examples:
+
+        danaz tune configs/digits.yaml --algorithm nag-asgd --workers 8
+
+        danaz tune configs/digits.yaml -a asgd -n 16 --lr 0.05,0.1,0.2 --momentum 0
+    """
+    from danaz.compare.tune import tune as run_grid
+    from danaz.config import load_config
+    from danaz.launching import check_workers
+    from danaz.report.heat_map import print_tuning, write_tuning
+    from danaz.settings import Settings
+
+    try:
+        chosen = [f"algorithm={algorithm}"] + ([] if workers is None else [f"workers={workers}"])
+        base = load_config(config, [*(overrides or ()), *chosen])
+        check_workers(Settings.of(base, schedule=base.schedule, collective="none"))
+        lrs, momenta = _floats(lr, "--lr"), _floats(momentum, "--momentum")
+        for rate, inertia in product(lrs, momenta):
+            load_config(config, [*(overrides or ()), *chosen, f"lr={rate}", f"momentum={inertia}"])
+        folder = out or Path("runs", f"tune-{base.name}-{base.algorithm}-{base.workers}")
+        tuning = run_grid(base, lrs, momenta, folder, jobs)
+    except (ValueError, OSError) as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        typer.echo("interrupted: the same command goes on with what is left", err=True)
+        raise typer.Exit(130) from None
+    print_tuning(tuning)
+    if tuning.summaries:
+        for file in write_tuning(tuning, folder):
+            typer.echo(f"  {file}")
+    raise typer.Exit(1 if tuning.failures else 0)
+
+
+def _floats(text: str, option: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{option} {text}: expected numbers separated by commas, e.g. 0.05,0.1") from error
 
 
 def _comparison(

@@ -49,7 +49,7 @@ def make_display(cells: int) -> AbstractContextManager[Display]:
 
 def describe(cell: Cell) -> str:
     setting = Result.of(cell.facts(), Path()).setting
-    return f"{cell.config.algorithm}, {setting.label}, seed {cell.config.seed}"
+    return f"{cell.config.algorithm}, {cell.variant}{setting.label}, seed {cell.config.seed}"
 
 
 def outcome(cell: Cell, summary: Mapping[str, Any]) -> str:

@@ -1,0 +1,31 @@
+"""What a machine finds out about its way to the hub: `python -m launcher.probe`, started there by `survey`.
+
+The hub is the machine that all others connect to, that of the server or of rank 0.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+
+__all__ = ["HUB", "way_to_hub"]
+
+HUB = "LAUNCHER_HUB"  # address:port, where something listens
+TIMEOUT_S = 5.0
+
+
+def way_to_hub() -> dict[str, str | None]:
+    """`address`: our own on the route to the hub; `unreachable`: why we cannot connect to it, None if we can."""
+    address, _, port = os.environ[HUB].rpartition(":")
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.settimeout(TIMEOUT_S)
+        try:
+            probe.connect((address, int(port)))
+        except OSError as error:
+            return {"address": None, "unreachable": str(error)}
+        return {"address": probe.getsockname()[0], "unreachable": None}
+
+
+if __name__ == "__main__":
+    print(json.dumps(way_to_hub()))

@@ -1,0 +1,153 @@
+"""What ssh is told, which hosts are chosen, and what machines are asked, without ssh itself."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from launcher.hosts import Host, HostsError, parse_hosts
+from launcher.machine import this_machine
+from launcher.plan import LAUNCHING_MACHINE, PYTHON
+from launcher.selection import select_hosts
+from launcher.ssh import Ssh
+from launcher.survey import ANY_HOST, survey
+from launcher.transport import local_agent_command
+
+AGENT = "cd / && exec /there/python -m launcher.agent"
+
+
+def told(ssh: Ssh, host: Host) -> list[str]:
+    """The command without the options that are always the same."""
+    words = list(ssh(host))
+    assert words.pop(0) == "ssh"
+    while words[0] == "-o":
+        assert "StrictHostKeyChecking" not in words[1]
+        del words[:2]
+    return words
+
+
+def test_what_ssh_is_told() -> None:
+    ssh = Ssh(2222, Path("/id"), python="/there/python")
+    assert told(ssh, Host("b")) == ["-p", "2222", "-i", "/id", "--", "b", AGENT]
+    assert told(ssh, Host("b", user="u", ssh_port=23)) == ["-p", "23", "-i", "/id", "--", "u@b", AGENT]
+    assert told(Ssh(python="/two words"), Host("fe80::1")) == [
+        *("--", "fe80::1", "cd / && exec '/two words' -m launcher.agent")
+    ]
+
+
+def test_this_machine_needs_no_ssh() -> None:
+    for host in (Host("localhost"), Host("127.0.0.1"), Host(os.uname().nodename)):
+        assert Ssh()(host) == local_agent_command(host)
+        assert Ssh(always=True)(host)[0] == "ssh"
+    assert Ssh()(Host("localhost", user="somebody-else"))[0] == "ssh"
+    assert Ssh()(Host("localhost", ssh_port=2222))[0] == "ssh"
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "chosen"),
+    [
+        (None, None, [("a", 4, None), ("b", 2, None), ("c", None, None)]),
+        ("b", None, [("b", 2, None)]),
+        ("a:2,0@c", None, [("a", 2, (0, 2)), ("c", None, None)]),
+        ("c:1", None, [("c", 1, (1,))]),
+        (None, "b", [("a", 4, None), ("c", None, None)]),
+        (None, "a:0@b:0,1@c", [("a", 3, (1, 2, 3))]),
+    ],
+)
+def test_some_hosts_and_slots(include: str | None, exclude: str | None, chosen: list[object]) -> None:
+    hosts = select_hosts(parse_hosts("a:4,b:2,c"), include, exclude)
+    assert [(host.name, host.slots, host.devices) for host in hosts] == chosen
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "message"),
+    [
+        ("a", "b", "--include and --exclude cannot be given together"),
+        ("d", None, "--include: 'd' is none of the hosts: a, b, c"),
+        ("a@a:1", None, "--include names a twice"),
+        ("a:4", None, "--include: a has 4 slots, 0 to 3; not 4"),
+        ("a:", None, "'a:' should be host:slot,slot"),
+        ("a:x", None, "'a:x' should be host:slot,slot"),
+        ("a:1,1", None, "'a:1,1' names a slot twice"),
+        (None, "c:0", "needs to know how many slots c has; write c:N"),
+        (None, "a@b@c", "--exclude a@b@c leaves no host"),
+        ("", None, "--include: '' is none of the hosts"),
+    ],
+)
+def test_what_cannot_be_chosen(include: str | None, exclude: str | None, message: str) -> None:
+    with pytest.raises(HostsError) as error:
+        select_hosts(parse_hosts("a:4,b:2,c"), include, exclude)
+    assert message in str(error.value)
+
+
+def test_every_address_of_this_machine_has_its_interface() -> None:
+    interfaces = this_machine().interfaces
+    assert interfaces["127.0.0.1"] == "lo"
+    assert set(interfaces.values()) <= set(os.listdir("/sys/class/net"))
+
+
+HOSTS = parse_hosts("localhost,127.0.0.1")
+
+
+def test_hosts_of_this_machine_meet_on_loopback() -> None:
+    findings = survey(HOSTS, local_agent_command, hub=LAUNCHING_MACHINE, cwd="/")
+    assert [finding.problem for finding in findings.values()] == [None, None]
+    assert {(found.machine.address, found.machine.interface) for found in findings.values()} == {("127.0.0.1", "lo")}
+    assert findings["localhost"].machine.cores == this_machine().cores
+
+
+def test_an_interface_by_name() -> None:
+    findings = survey(HOSTS, local_agent_command, hub=HOSTS[0], cwd="/", interfaces={ANY_HOST: "lo"})
+    assert [finding.machine.interface for finding in findings.values()] == ["lo", "lo"]
+    findings = survey(HOSTS, local_agent_command, hub=HOSTS[0], cwd="/", interfaces={"127.0.0.1": "eth99"})
+    assert findings["localhost"].problem is None
+    assert "127.0.0.1: it has no network interface eth99 with an IPv4 address; it has lo (127.0.0.1)" in str(
+        findings["127.0.0.1"].problem
+    )
+
+
+def test_a_probe_may_say_more_and_travels_with_variables(tmp_path: Path) -> None:
+    code = "import json, os; print(json.dumps({'address': '127.0.0.1', 'unreachable': None, 'is': os.environ['KEY']}))"
+    probe = [PYTHON, "-c", code]
+    findings = survey(HOSTS, local_agent_command, hub=HOSTS[0], cwd=str(tmp_path), probe=probe, env={"KEY": "value"})
+    assert [finding.report["is"] for finding in findings.values()] == ["value", "value"]
+
+
+@pytest.mark.parametrize(
+    ("code", "problem"),
+    [
+        ("raise SystemExit('not today')", "localhost: not today; is danaz whole there?"),
+        ("pass", "localhost: it said nothing; is danaz whole there?"),
+        (
+            "import json; print(json.dumps({'address': None, 'unreachable': 'no route'}))",
+            "localhost: cannot connect to this machine at 127.0.0.1: no route; let its firewall",
+        ),
+        ("import time; time.sleep(60)", "localhost: it did not say within 2 s what it is"),
+    ],
+)
+def test_a_machine_that_cannot_take_part(code: str, problem: str) -> None:
+    host = HOSTS[0]
+    findings = survey([host], local_agent_command, hub=host, cwd="/", probe=[PYTHON, "-c", code], timeout_s=2.0)
+    assert str(findings["localhost"].problem).startswith(problem)
+
+
+def test_an_agent_that_does_not_come_up() -> None:
+    def command(host: Host) -> Sequence[str]:
+        return ["sh", "-c", "echo no way >&2"] if host.name == "127.0.0.1" else local_agent_command(host)
+
+    findings = survey(HOSTS, command, hub=HOSTS[0], cwd="/")
+    assert findings["localhost"].problem is None
+    assert findings["127.0.0.1"].problem == "127.0.0.1: no way"
+    findings = survey(HOSTS, command, hub=HOSTS[1], cwd="/")
+    assert findings["localhost"].problem == "localhost: not looked at, because of 127.0.0.1"
+
+
+def test_a_survey_is_given_up_by_ctrl_c(tmp_path: Path) -> None:
+    code = f"import os, signal, time; os.kill({os.getpid()}, signal.SIGINT); time.sleep(60)"
+    with pytest.raises(KeyboardInterrupt):
+        survey([HOSTS[0]], local_agent_command, hub=HOSTS[0], cwd="/", probe=[PYTHON, "-c", code])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

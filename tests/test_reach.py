@@ -1,0 +1,194 @@
+"""What travels to other machines, and which of them may take part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from danaz.doctor import check_up, show
+from danaz.launching import Cluster, LaunchError, find_out, make_plan
+from danaz.probe import versions
+from danaz.reach import Reach, ReachError, parse_environment, parse_interfaces
+from danaz.settings import Settings
+from launcher.hosts import Host, parse_hosts
+from launcher.machine import Machine
+from launcher.survey import ANY_HOST, Finding
+
+HERE = versions()
+HOSTS = parse_hosts("a:2,b")
+
+
+def finding(address: str = "10.0.0.2", problem: str | None = None, **report: Any) -> Finding:
+    all_is_well = {"versions": HERE, "unreachable": None, "horovod_problem": None}
+    return Finding(Machine(4, 0, address, "eth0", {address: "eth0"}), {**all_is_well, **report}, problem)
+
+
+class Surveyed(Reach):
+    """A cluster that needs no machines: what they would say is given."""
+
+    findings: dict[str, Finding]
+
+    def survey(self, hosts: object, hub: Host) -> dict[str, Finding]:
+        return self.findings
+
+
+def reach(findings: dict[str, Finding], **options: Any) -> Reach:
+    made = Surveyed(**options)
+    object.__setattr__(made, "findings", findings)
+    return made
+
+
+def test_variables_and_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HERE", "from here")
+    file = tmp_path / "env"
+    file.write_text("# comment\n\nA=1\nexport B=two words # and all\nC=x=y\r\nEMPTY=\n")
+    assert parse_environment(["HERE", "A=2", "NEW="], file) == {
+        "A": "2",
+        "B": "two words # and all",
+        "C": "x=y",
+        "EMPTY": "",
+        "HERE": "from here",
+        "NEW": "",
+    }
+
+
+@pytest.mark.parametrize(
+    ("variables", "lines", "message"),
+    [
+        (["NOWHERE_SET"], None, "-x NOWHERE_SET: it is not set here; write -x NOWHERE_SET=VALUE"),
+        (["=1"], None, "-x '=1': expected NAME or NAME=VALUE"),
+        (["A B=1"], None, "-x 'A B=1': expected NAME"),
+        ([], "A=1\nB\n", "line 2: expected NAME=VALUE"),
+        ([], "A-B=1\n", "line 1: expected NAME=VALUE"),
+    ],
+)
+def test_variables_that_cannot_be_meant(tmp_path: Path, variables: list[str], lines: str | None, message: str) -> None:
+    file = None
+    if lines is not None:
+        file = tmp_path / "env"
+        file.write_text(lines)
+    with pytest.raises(ReachError) as error:
+        parse_environment(variables, file)
+    assert message in str(error.value)
+
+
+def test_a_missing_env_file(tmp_path: Path) -> None:
+    with pytest.raises(ReachError, match="cannot be read"):
+        parse_environment([], tmp_path / "none")
+
+
+def test_interfaces() -> None:
+    assert parse_interfaces(["eth0", "b=ens5", "localhost=lo"], HOSTS) == {
+        ANY_HOST: "eth0",
+        "b": "ens5",
+        "localhost": "lo",
+    }
+    for wrong in ("c=eth0", "a=", ""):
+        with pytest.raises(ReachError, match=r"expected NIC or HOST=NIC with one of a, b, localhost"):
+            parse_interfaces([wrong], HOSTS)
+
+
+def cluster(findings: dict[str, Finding], **options: Any) -> Cluster:
+    return Cluster(HOSTS, collective="horovod", reach=reach(findings, cwd="/there", **options))
+
+
+WELL = {"a": finding(), "b": finding("10.0.0.3"), "localhost": finding("10.0.0.1")}
+DANA, SSGD = Settings("dana", workers=2), Settings("ssgd", workers=2)
+
+
+def test_a_server_beyond_this_machine_is_to_be_wanted() -> None:
+    with pytest.raises(LaunchError, match=r"would listen on 10\.0\.0\.1, unencrypted.* say --insecure"):
+        find_out(cluster(WELL), DANA)
+    found, notes = find_out(cluster(WELL, insecure=True), DANA)
+    assert notes == ["INSECURE: the server listens on 10.0.0.1, unencrypted, and believes whoever connects"]
+    plan = make_plan(["train"], DANA, found, Path("/run"), record=False)
+    [server] = plan.services
+    assert server.argv[-3:] == ("--bind", "tcp://10.0.0.1:*", "--insecure")
+    assert (server.host.name, server.returns, plan.env["DANAZ_RUN"]) == ("localhost", None, "/run")
+    assert (plan.cwd, server.cwd) == ("/there", str(Path.cwd()))
+
+
+def test_what_is_written_elsewhere_is_returned() -> None:
+    found, notes = find_out(cluster(WELL), SSGD)
+    assert notes == []
+    plan = make_plan(["train"], SSGD, found, Path("/run"), record=False)
+    assert [rank.returns for rank in plan.ranks] == ["DANAZ_RUN", None, None]
+    assert "DANAZ_RUN" not in plan.env
+    assert plan.worlds[0].address == "10.0.0.2"
+    there = cluster(WELL, insecure=True, server=HOSTS[1], server_port=5555)
+    [server] = make_plan(["train"], DANA, find_out(there, DANA)[0], Path("/run"), record=True).services
+    assert server.argv[-4:] == ("--bind", "tcp://10.0.0.3:5555", "--insecure", "--record")
+    assert (server.host.name, server.returns, server.cwd) == ("b", "DANAZ_RUN", "/there")
+
+
+def test_nothing_of_this_environment_travels_but_what_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "secret")
+    found, _ = find_out(cluster(WELL, env={"GIVEN": "1"}), SSGD)
+    assert make_plan(["train"], SSGD, found, Path("/run"), record=False).env.keys() == {"GIVEN", "DANAZ_SETTINGS"}
+
+
+def test_slots_are_the_gpus_there_for_all_who_count_them() -> None:
+    findings = {**WELL, "b": Finding(Machine(gpus=8, address="10.0.0.3"), WELL["b"].report)}
+    found, _ = find_out(cluster(findings), SSGD)
+    assert found.ranks_per_worker == 8
+    assert len(make_plan(["train"], SSGD, found, Path("/run"), record=False).ranks) == 10
+
+
+@pytest.mark.parametrize(
+    ("there", "message"),
+    [
+        ({"danaz": "0.0.1"}, f"b: danaz 0.0.1 there, {HERE['danaz']} here; install the same there"),
+        ({"torch": None}, f"b: torch is not installed there; pip install torch=={HERE['torch']}"),
+        (
+            {"horovod": None},
+            "b: Horovod is not installed there; run `danaz horovod install` there, or use --collective",
+        ),
+    ],
+)
+def test_a_machine_that_lacks_something_is_named(there: dict[str, str | None], message: str) -> None:
+    with pytest.raises(ReachError) as error:
+        find_out(cluster({**WELL, "b": finding(versions={**HERE, **there})}), SSGD)
+    assert str(error.value).startswith(message)
+
+
+def test_all_that_cannot_be_reached_are_named_at_once() -> None:
+    findings = {**WELL, "a": Finding(problem="a: one thing"), "b": Finding(problem="b: another")}
+    with pytest.raises(ReachError, match=r"^a: one thing\nb: another$"):
+        find_out(cluster(findings), SSGD)
+
+
+def test_differences_that_do_no_harm_are_told() -> None:
+    findings = {**WELL, "b": finding(versions={**HERE, "torch": "2.13.0"})}
+    assert find_out(cluster(findings), SSGD)[1] == [f"b: torch 2.13.0 there, {HERE['torch']} here"]
+
+
+@pytest.mark.parametrize(
+    ("report", "problem"),
+    [
+        ({}, None),
+        ({"versions": {**HERE, "torch": "2.13.0"}}, f"b: torch 2.13.0 there, {HERE['torch']} here; install the same"),
+        ({"horovod_problem": "Horovod was built for torch 1"}, "b: Horovod was built for torch 1"),
+        ({"free_disk_bytes": 5e8}, "b: 0.5 GB are free on the disk of its working directory"),
+    ],
+)
+def test_what_the_doctor_minds(report: dict[str, Any], problem: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    measured = {"round_trip_ms": 0.1, "bandwidth_mb_s": 100.0, "clock_ahead_s": 0.0, "free_disk_bytes": 5e10}
+    checkup = check_up(HOSTS[1], finding(**{**measured, **report}), "horovod")
+    assert list(checkup.problems) == ([problem] if problem else [])
+    assert show([checkup]) == (1 if problem else 0)
+    said = capsys.readouterr().out
+    assert (f"✗ {problem}" if problem else "All hosts can take part.") in said
+
+
+def test_what_the_doctor_mentions() -> None:
+    report = {"versions": {**HERE, "python": "3.10.0"}, "clock_ahead_s": -3.0}
+    found = Finding(Machine(gpus=2), finding(**report).report)
+    checkup = check_up(Host("b", 4), found, "horovod")
+    assert checkup.problems == []
+    assert checkup.warnings == [
+        f"b: Python 3.10.0 there, {HERE['python']} here",
+        "b: its clock is 3.000 s behind; times in logs will not agree",
+        "b: 4 slots for 2 GPUs; several ranks will share one",
+    ]
