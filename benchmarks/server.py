@@ -4,8 +4,8 @@
     python benchmarks/server.py --megabytes 1.1 --workers 1 --repetitions 3
 
 One exchange: a worker process pushes P floats over TCP loopback, the server applies them and sends P floats back.
-Repetitions of all peers alternate; the figures are medians. GB/s counts both ways. Server CPU is user and system time per
-exchange. Writes results.csv and a bar chart into --out.
+Repetitions of all peers alternate; the figures are medians. GB/s counts both ways. CPU is user and system time for one
+exchange. It writes results.csv and a bar chart into --out.
 """
 
 from __future__ import annotations

@@ -164,7 +164,7 @@ def launch(
 
         danaz launch configs/digits.yaml --hostfile hosts --algorithm ssgd
 
-        danaz launch --hosts localhost:2 --algorithm dana -- python examples/train.py
+        danaz launch --hosts localhost:2 --algorithm dana -- python examples/train_digits.py
     """
     from danaz.launching import LaunchError, prepare_config, prepare_script
     from danaz.reach import parse_environment
@@ -245,6 +245,8 @@ def _play(ready: Launch) -> int:
         typer.secho(f"\n{outcome.failure}", err=True, fg="red")
     if summary is not None:
         print_summary(summary, ready.run)
+    elif outcome.exit_code == 0:
+        typer.secho("nothing was trained: the command never iterated over danaz.shard(…)", err=True, fg="yellow")
     return outcome.exit_code
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from danaz.config import Config
 from danaz.reach import Reach, find_machines
-from danaz.run_folder import new_run_folder, read_summary, write_settings
+from danaz.run_folder import free_run_folder, read_summary, write_settings
 from danaz.settings import Settings
 from launcher.hosts import Host
 from launcher.logs import Echo
@@ -47,49 +47,52 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Launch:
-    """A run that is ready to start."""
+    """A run that is ready to start. Nothing has been written yet."""
 
     run: Path
+    settings: Mapping[str, Any]  # of config.yaml
     plan: Plan
     reach: Reach
     notes: Sequence[str] = ()  # what the user should be told
 
 
 def prepare_config(config: Config, cluster: Cluster, out: Path | None, record: bool = False) -> Launch:
-    """Make the run folder of a config, and the plan whose ranks train it."""
+    """Choose the run folder of a config, and make the plan whose ranks train it."""
     config = config.model_copy(update={"workers": cluster.workers})
     settings = Settings.of(config, schedule="live", collective=cluster.collective)
     check_workers(settings)
     cluster, notes = find_out(cluster, settings)
     settings = replace(settings, ranks_per_worker=cluster.ranks_per_worker)
-    run_folder = new_run_folder(out, f"{config.name}-{config.algorithm}")
+    run_folder = free_run_folder(out, f"{config.name}-{config.algorithm}")
     values = config.model_dump(mode="json")
-    write_settings(run_folder, values)
     # A machine of the run need not see this folder.
     env = {"DANAZ_CONFIG": json.dumps(values)}
     command = [PYTHON, "-m", "danaz", "work"]
-    return Launch(run_folder, make_plan(command, settings, cluster, run_folder, record, env), cluster.reach, notes)
+    todo = make_plan(command, settings, cluster, run_folder, record, env)
+    return Launch(run_folder, values, todo, cluster.reach, notes)
 
 
 def prepare_script(
     command: Sequence[str], settings: Settings, cluster: Cluster, out: Path | None, record: bool = False
 ) -> Launch:
-    """Make the run folder of a user's own script, and the plan whose ranks run it."""
+    """Choose the run folder of a user's own script, and make the plan whose ranks run it."""
     settings = replace(settings, workers=cluster.workers, collective=cluster.collective)
     check_workers(settings)
     cluster, notes = find_out(cluster, settings)
     settings = replace(settings, ranks_per_worker=cluster.ranks_per_worker)
     name = next((Path(word).stem for word in command if word.endswith(".py")), Path(command[0]).name)
-    run_folder = new_run_folder(out, f"{name}-{settings.algorithm}")
-    write_settings(run_folder, {**asdict(settings), "command": list(command)})
-    return Launch(run_folder, make_plan(command, settings, cluster, run_folder, record), cluster.reach, notes)
+    run_folder = free_run_folder(out, f"{name}-{settings.algorithm}")
+    todo = make_plan(command, settings, cluster, run_folder, record)
+    return Launch(run_folder, {**asdict(settings), "command": list(command)}, todo, cluster.reach, notes)
 
 
 def check_workers(settings: Settings) -> None:
-    """Raises LaunchError if the algorithm cannot train on so many workers, UnknownAlgorithmError if there is none."""
-    from danaz.rules import find_algorithm
-
-    limit = find_algorithm(settings.algorithm).rule().max_workers
+    """Raises LaunchError if the algorithm cannot train on so many workers or not live, UnknownAlgorithmError if there
+    is none, UnsupportedPeriodError."""
+    rule = settings.for_server().rule(momentum=0.9)
+    if settings.schedule == "live" and not rule.live:
+        raise LaunchError(f"{settings.algorithm} has no server, and runs in the simulator only: danaz simulate …")
+    limit = rule.max_workers
     if limit is not None and settings.workers > limit:
         raise LaunchError(
             f"{settings.algorithm} trains on {limit} worker, {settings.workers} were asked for; "
@@ -167,6 +170,8 @@ def _server(cluster: Cluster, record: bool, returns: str | None) -> Service:
 
 def execute(launch: Launch, echo: Echo | None = None) -> tuple[Outcome, dict[str, Any] | None]:
     """Run to the end; returns how it ended and, if it ended well and something was trained, its summary."""
+    launch.run.mkdir(parents=True, exist_ok=True)
+    write_settings(launch.run, launch.settings)
     outcome = run(launch.plan, launch.run, echo=echo, agent_command=launch.reach.agent_command)
     trained = (launch.run / "summary.json").exists()
     return outcome, read_summary(launch.run) if outcome.exit_code == 0 and trained else None

@@ -28,13 +28,19 @@ class RunFolderError(ValueError):
 
 
 def new_run_folder(out: Path | None, name: str) -> Path:
-    """Make the folder of a new run: ``out``, or runs/TIME-NAME. Raises RunFolderError if a run is in it already."""
+    """Make the folder of a new run. Raises as free_run_folder does."""
+    folder = free_run_folder(out, name)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def free_run_folder(out: Path | None, name: str) -> Path:
+    """Where a new run may go: ``out``, or runs/TIME-NAME. Raises RunFolderError if a run is in it already."""
     if out is None:
         stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}"
         out = next(p for n in range(1000) if not (p := Path("runs", stem + (f"-{n}" if n else ""))).exists())
     if (out / "updates.jsonl").exists() or (out / "summary.json").exists():
         raise RunFolderError(f"{out} already holds a run; give another --out, or move it away")
-    out.mkdir(parents=True, exist_ok=True)
     return out
 
 
