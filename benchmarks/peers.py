@@ -37,10 +37,10 @@ def danaz(algorithm: str, gap: bool = False) -> Peer:
         from danaz.server.core import ServerCore
         from danaz.server.router import Router
         from danaz.server.settings import ServerSettings
-        from danaz.server.socket import bind_router
+        from danaz.server.socket import BoundRouter
 
-        bound, address = bind_router("tcp://127.0.0.1:0")
-        ready(address)
+        bound = BoundRouter("tcp://127.0.0.1:0")
+        ready(bound.address)
         core = ServerCore(ServerSettings(algorithm, workers, gap_every=int(gap)))
         Router(bound).serve(core, None, lambda: False)
 

@@ -65,25 +65,31 @@ def serve(
     run: Annotated[Path, typer.Option(help="Run folder to write", envvar="DANAZ_RUN")],
     bind: Annotated[str, typer.Option(help="Address to listen on")] = "tcp://127.0.0.1:*",
     insecure: Annotated[
-        bool, typer.Option("--insecure", help="Listen beyond this machine, unencrypted, and believe whoever connects")
+        bool, typer.Option("--insecure", help="Listen beyond this machine without keys: believe whoever connects")
     ] = False,
     record: Annotated[bool, typer.Option("--record", help="Keep every message in recording.bin")] = False,
 ) -> None:
     """Serve one run. `danaz launch` starts this; its settings come in DANAZ_SETTINGS."""
-    from danaz.server.socket import bind_router
+    from danaz.keys import take_server_keys
+    from danaz.server.socket import BoundRouter
     from launcher.machine import is_loopback
 
     scheme, _, where = bind.partition("://")
-    if scheme == "tcp" and not is_loopback(where.rpartition(":")[0].strip("[]")) and not insecure:
-        fail(f"{bind} is open to the network, unencrypted; if you trust every machine there, say --insecure")
-    socket, address = bind_router(bind)
-    typer.echo(f"DANAZ_SERVER={address}")
+    keys = take_server_keys()
+    is_open = scheme == "tcp" and not is_loopback(where.rpartition(":")[0].strip("[]"))
+    if is_open and keys is None and not insecure:
+        fail(
+            f"{bind} is open to the network, and there are no keys; `danaz launch` makes them. If you trust every "
+            "machine there, say --insecure"
+        )
+    bound = BoundRouter(bind, keys)
+    typer.echo(f"DANAZ_SERVER={bound.address}")
     sys.stdout.flush()  # workers start now, while the imports below take their seconds
     from danaz.serve import serve as serve_run
     from danaz.settings import from_environment
 
     settings, _ = from_environment()
-    serve_run(socket, settings, run, record)
+    serve_run(bound, settings, run, record)
 
 
 @app.command()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from danaz.config import Config
+from danaz.keys import ServerKeys, make_keys, to_json
 from danaz.reach import Reach, find_machines
 from danaz.run_folder import free_run_folder, read_summary, write_settings
 from danaz.settings import Settings
@@ -110,19 +111,14 @@ def is_all_reduce(settings: Settings) -> bool:
 def find_out(cluster: Cluster, settings: Settings) -> tuple[Cluster, list[str]]:
     """The cluster with what must be known of its machines, and what the user should be told.
 
-    Raises ReachError for a machine that cannot take part, LaunchError if others could take over the server.
+    Raises ReachError for a machine that cannot take part.
     """
     reach, needs_server = cluster.reach, not is_all_reduce(settings)
     hub = reach.server if needs_server else cluster.hosts[0]
     machines, notes = find_machines(cluster.hosts, reach, hub=hub, collective=cluster.collective)
     cluster = replace(cluster, machines=machines)
     address = server_address(cluster)
-    if needs_server and not is_loopback(address):
-        if not reach.insecure:
-            raise LaunchError(
-                f"the server would listen on {address}, unencrypted, and believe whoever connects: he could read and "
-                "change the model; on a network where you trust every machine, say --insecure"
-            )
+    if needs_server and reach.insecure and not is_loopback(address):
         notes.append(f"INSECURE: the server listens on {address}, unencrypted, and believes whoever connects")
     return cluster, notes
 
@@ -147,6 +143,8 @@ def make_plan(
     if reach.is_direct(writer):
         travels["DANAZ_RUN"] = str(run_folder.resolve())
     returns = None if reach.is_direct(writer) else "DANAZ_RUN"
+    guarded = not all_reduce and not is_loopback(server_address(cluster)) and not reach.insecure
+    server_keys, worker_keys = make_keys(cluster.workers) if guarded else (None, [])
     return plan(
         cluster.hosts,
         command,
@@ -154,18 +152,27 @@ def make_plan(
         env=travels,
         cwd=reach.cwd,
         workers_per_host=cluster.workers_per_host,
-        services=[] if all_reduce else [_server(cluster, record, returns)],
+        services=[] if all_reduce else [_server(cluster, record, returns, server_keys)],
         first_rank_returns=returns if all_reduce else None,
+        secrets=[to_json(keys) for keys in worker_keys],
         machines=cluster.machines,
     )
 
 
-def _server(cluster: Cluster, record: bool, returns: str | None) -> Service:
+def _server(cluster: Cluster, record: bool, returns: str | None, keys: ServerKeys | None) -> Service:
     reach, address = cluster.reach, server_address(cluster)
     command = [PYTHON, "-m", "danaz", "serve", "--bind", f"tcp://{address}:{reach.server_port or '*'}"]
-    command += ["--insecure"] * (not is_loopback(address)) + ["--record"] * record
+    command += ["--insecure"] * reach.insecure + ["--record"] * record
     cwd = os.getcwd() if reach.is_direct(reach.server) else reach.cwd
-    return Service("server", command, announces="DANAZ_SERVER", returns=returns, host=reach.server, cwd=cwd)
+    return Service(
+        "server",
+        command,
+        announces="DANAZ_SERVER",
+        returns=returns,
+        host=reach.server,
+        cwd=cwd,
+        secret=None if keys is None else to_json(keys),
+    )
 
 
 def execute(launch: Launch, echo: Echo | None = None) -> tuple[Outcome, dict[str, Any] | None]:

@@ -6,15 +6,14 @@ import signal
 from pathlib import Path
 from types import FrameType
 
-import zmq
-
+from danaz.server.socket import BoundRouter
 from danaz.settings import Settings
 
 RECORDING = "recording.bin"
 
 
-def serve(socket: zmq.Socket[bytes], settings: Settings, run: Path, record: bool) -> None:
-    """Serve one run on a bound ROUTER socket, write its folder, and return when it is over or on SIGTERM."""
+def serve(bound: BoundRouter, settings: Settings, run: Path, record: bool) -> None:
+    """Serve one run on a bound ROUTER, write its folder, and return when it is over or on SIGTERM."""
     from danaz.run_folder import RunFolder
     from danaz.server.core import ServerCore
     from danaz.server.recording import Recorder
@@ -31,11 +30,11 @@ def serve(socket: zmq.Socket[bytes], settings: Settings, run: Path, record: bool
     folder = RunFolder(run, settings.facts())
     core = ServerCore(settings.for_server(), on_update=folder.record)
     recorder = Recorder(run / RECORDING, settings.to_json()) if record else None
-    Router(socket).serve(core, recorder, lambda: stopping)
+    Router(bound).serve(core, recorder, lambda: stopping)
     if recorder:
         recorder.close()
     folder.finish(core)
-    socket.close()
+    bound.close()
 
 
 def replay_run(run: Path) -> tuple[int, bool]:

@@ -111,7 +111,7 @@ class Session:
 
     def _link(self, role: Role) -> Link:
         if self.place.server is not None:
-            return DealerLink(self.place.server, Heartbeat(role.worker, role.incarnation))
+            return DealerLink(self.place.server, Heartbeat(role.worker, role.incarnation), keys=self.place.keys)
         settings = self.settings.for_server(workers=1)
         if self.place.run is None or self.group.rank != 0:
             return LocalLink(ServerCore(settings))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import MutableMapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from danaz.config import Config
+from danaz.keys import WorkerKeys, take_worker_keys
 from danaz.server.settings import ServerSettings
 
 
@@ -88,9 +89,10 @@ class Place:
     incarnation: int = 1
     server: str | None = None  # tcp://host:port; None: train by all-reduce, or alone
     run: Path | None = None  # the run folder, for the process that writes it
+    keys: WorkerKeys | None = None  # for a server that admits its run's workers alone
 
 
-def from_environment(environment: Mapping[str, str] = os.environ) -> tuple[Settings, Place]:
+def from_environment(environment: MutableMapping[str, str] = os.environ) -> tuple[Settings, Place]:
     """Read the launcher's variables; without them, one process trains alone."""
     settings = Settings.from_json(environment["DANAZ_SETTINGS"]) if "DANAZ_SETTINGS" in environment else Settings()
     run = environment.get("DANAZ_RUN")
@@ -100,5 +102,6 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> tuple[Setti
         incarnation=int(environment.get("DANAZ_INCARNATION", 1)),
         server=environment.get("DANAZ_SERVER"),
         run=Path(run) if run else None,
+        keys=take_worker_keys(environment),
     )
     return settings, place

@@ -156,10 +156,12 @@ class Agent:
             return
         name = order["name"]
         folder = Path(tempfile.mkdtemp(prefix="danaz-")) if order["returns"] else None
+        secret = keep_in_memory(order["secret"])
         try:
             popen = subprocess.Popen(
                 [sys.executable if word == PYTHON else word for word in order["argv"]],
-                env=environment(order, folder),
+                env=environment(order, folder, secret),
+                pass_fds=secret,
                 cwd=order["cwd"],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -174,6 +176,9 @@ class Agent:
             status = 127 if isinstance(error, FileNotFoundError) else 126
             self.channel.send({"is": "exit", "name": name, "status": status, "error": f"cannot start: {error}"})
             return
+        finally:
+            for fd in secret:
+                os.close(fd)
         self.children[popen.pid] = Child(name, popen, folder)
         self.channel.send({"is": "started", "name": name, "pid": popen.pid})
 
@@ -255,11 +260,22 @@ def hello() -> Message:
     return {"is": "hello", "pid": os.getpid(), **machine, "launcher_address": launcher_address, "address": address}
 
 
-def environment(order: Message, folder: Path | None) -> dict[str, str]:
+def keep_in_memory(secret: str | None) -> tuple[int, ...]:
+    """The descriptor of a file without a name that holds `secret`; none if there is none."""
+    if secret is None:
+        return ()
+    fd = os.memfd_create("secret")
+    os.write(fd, secret.encode())
+    os.lseek(fd, 0, os.SEEK_SET)
+    return (fd,)
+
+
+def environment(order: Message, folder: Path | None, secret: tuple[int, ...]) -> dict[str, str]:
     """This machine's own, with `python` being the Python that danaz is installed in, and over it the order's."""
     path = os.pathsep.join((os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)))
     returns = {} if folder is None else {order["returns"]: str(folder)}
-    return {**order["defaults"], **os.environ, "PATH": path, **order["env"], **returns}
+    secrets = {"DANAZ_SECRET_FD": str(secret[0])} if secret else {}
+    return {**order["defaults"], **os.environ, "PATH": path, **order["env"], **returns, **secrets}
 
 
 def files_and_exit(folder: Path, exit: Message) -> Iterator[Message]:

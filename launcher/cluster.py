@@ -73,6 +73,7 @@ class Cluster:
             "env": dict(env),
             "defaults": dict(process.defaults),
             "returns": process.returns,
+            "secret": process.secret,
             "cwd": process.cwd or cwd,
         }
         self.links[process.host.name].channel.send(order)

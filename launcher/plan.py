@@ -31,7 +31,8 @@ class Service:
 
     When `announces` is a name, such as DANAZ_SERVER, its stdout must hold a line `DANAZ_SERVER=value`; every rank finds
     that value in its environment. When `returns` is a name, such as DANAZ_RUN, its environment holds under that name a
-    fresh folder on its machine, and the files it leaves there are brought into the run folder.
+    fresh folder on its machine, and the files it leaves there are brought into the run folder. `secret` is what it
+    can read from the file descriptor that DANAZ_SECRET_FD names: it travels, and stays in memory.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Service:
     env: Mapping[str, str] = field(default_factory=dict)
     host: Host = LAUNCHING_MACHINE
     cwd: str | None = None  # None: that of the plan
+    secret: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Process:
     returns: str | None = None
     cwd: str | None = None
     defaults: Mapping[str, str] = field(default_factory=dict)  # what its machine may set otherwise
+    secret: str | None = field(default=None, repr=False)
 
     @property
     def label(self) -> str:
@@ -137,12 +140,14 @@ def plan(
     workers_per_host: int = 1,
     services: Sequence[Service] = (),
     first_rank_returns: str | None = None,
+    secrets: Sequence[str] = (),
     machines: Mapping[str, Machine] | None = None,
 ) -> Plan:
     """Lay one rank into every slot of every host.
 
     `env` is what travels to every process, `machines` what is known of each host by its name (cores, GPUs, address),
-    `first_rank_returns` as `Service.returns`, for rank 0. Raises PlanError.
+    `first_rank_returns` as `Service.returns`, for rank 0; `secrets` as `Service.secret`, one for the first rank of each
+    world. Raises PlanError.
     """
     if not command:
         raise PlanError("there is no command to run; write it after --, for example: -- python train.py")
@@ -177,6 +182,7 @@ def plan(
                     world=world.index,
                     returns=first_rank_returns if number == 0 else None,
                     defaults=_defaults(seat, known),
+                    secret=secrets[world.index] if secrets and rank == 0 else None,
                 )
             )
     beside = tuple(_service_process(service, workers) for service in services)
@@ -287,6 +293,7 @@ def _service_process(service: Service, workers: int) -> Process:
         returns=service.returns,
         cwd=service.cwd,
         defaults={"PYTHONUNBUFFERED": "1"},
+        secret=service.secret,
     )
 
 

@@ -43,7 +43,7 @@ from danaz.server.core import ServerCore
 from danaz.server.figures import Update
 from danaz.server.router import Router
 from danaz.server.settings import ServerSettings
-from danaz.server.socket import bind_router
+from danaz.server.socket import BoundRouter
 from danaz.session import Session
 from danaz.settings import Place, Settings
 
@@ -182,11 +182,12 @@ class Cluster:
 
     def __post_init__(self) -> None:
         self.core = ServerCore(self.settings, on_update=self.updates.append)
-        self.socket, self.address = bind_router("tcp://127.0.0.1:*")
+        self.bound = BoundRouter("tcp://127.0.0.1:*")
+        self.address = self.bound.address
         self.threads = [threading.Thread(target=self._guarded, args=(self._serve,))]
 
     def _serve(self) -> None:
-        Router(self.socket).serve(self.core, None, lambda: self.stopping)
+        Router(self.bound).serve(self.core, None, lambda: self.stopping)
 
     def worker(self, number: int, story: Callable[[Session, int], None]) -> None:
         """Add a worker; ``story`` is what its script does."""
@@ -219,7 +220,7 @@ class Cluster:
             self.threads[0].join(self.end_s)
         self.stopping = self.threads[0].is_alive()
         self.threads[0].join(DEADLINE_S)
-        self.socket.close(linger=0)
+        self.bound.close(linger_ms=0)
         assert not hanging, "a worker hangs"
         assert not self.stopping, "the server does not end"
         assert not self.errors
@@ -367,7 +368,7 @@ def test_another_loader_in_the_midst_of_a_run_is_refused() -> None:
 
 
 def test_the_server_socket_is_a_router() -> None:
-    socket, address = bind_router("tcp://127.0.0.1:*")
-    assert socket.type == zmq.ROUTER
-    assert address.startswith("tcp://127.0.0.1:")
-    socket.close(linger=0)
+    bound = BoundRouter("tcp://127.0.0.1:*")
+    assert bound.socket.type == zmq.ROUTER
+    assert bound.address.startswith("tcp://127.0.0.1:")
+    bound.close(linger_ms=0)

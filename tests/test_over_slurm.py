@@ -51,7 +51,7 @@ def test_dana_trains_on_the_nodes_of_the_job(
     salloc: Callable[..., subprocess.Popen[str]], network: Namespaces, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    job = salloc("launch", "configs/digits.yaml", "--set", "epochs=3", "--insecure", "--out", str(folder))
+    job = salloc("launch", "configs/digits.yaml", "--set", "epochs=3", "--out", str(folder))
     output, _ = job.communicate(timeout=TRAINING_S)
     assert job.returncode == 0, output
     summary = json.loads((folder / "summary.json").read_text())

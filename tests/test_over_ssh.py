@@ -83,7 +83,7 @@ def train(network: Namespaces, folder: Path, *arguments: str) -> dict[str, Any]:
 
 def test_dana_trains_over_two_machines(network: Namespaces, hostfile: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    summary = train(network, folder, "--hostfile", str(hostfile), "--insecure")
+    summary = train(network, folder, "--hostfile", str(hostfile))
     assert (summary["workers"], summary["ranks_per_worker"], summary["collective"]) == (2, 2, "horovod")
     assert summary["test_error_percent"] < 6
     updates = [json.loads(line) for line in (folder / "updates.jsonl").read_text().splitlines()]
@@ -317,11 +317,3 @@ def test_the_doctor_finds_all_well(network: Namespaces) -> None:
     assert "10.77.0.2 (eth2)" in " ".join(rows["a"])
     assert "10.77.0.3 (eth3)" in " ".join(rows["b"])
     assert rows["All"] == ["All", "hosts", "can", "take", "part."]
-
-
-def test_a_server_open_to_the_network_is_to_be_wanted(network: Namespaces) -> None:
-    process = network.danaz("launch", "configs/digits.yaml", "--hosts", "a,b", "--dry-run")
-    output = ended(process, TRAINING_S)
-    assert process.returncode == 2
-    assert "the server would listen on 10.77.0.1, unencrypted" in output
-    assert "--insecure" in output

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from danaz.doctor import check_up, show
-from danaz.launching import Cluster, LaunchError, find_out, make_plan
+from danaz.launching import Cluster, find_out, make_plan
 from danaz.probe import versions
 from danaz.reach import Reach, ReachError, parse_environment, parse_interfaces
 from danaz.settings import Settings
@@ -98,9 +99,28 @@ WELL = {"a": finding(), "b": finding("10.0.0.3"), "localhost": finding("10.0.0.1
 DANA, SSGD = Settings("dana", workers=2), Settings("ssgd", workers=2)
 
 
-def test_a_server_beyond_this_machine_is_to_be_wanted() -> None:
-    with pytest.raises(LaunchError, match=r"would listen on 10\.0\.0\.1, unencrypted.* say --insecure"):
-        find_out(cluster(WELL), DANA)
+def test_a_server_beyond_this_machine_admits_the_keys_of_this_run_alone() -> None:
+    found, notes = find_out(cluster(WELL), DANA)
+    assert notes == []
+    plan = make_plan(["train"], DANA, found, Path("/run"), record=False)
+    [server] = plan.services
+    assert server.argv[-2:] == ("--bind", "tcp://10.0.0.1:*")
+    keys = [json.loads(rank.secret) for rank in plan.ranks if rank.secret]
+    assert server.secret is not None
+    assert json.loads(server.secret)["workers"] == [key["public"] for key in keys]
+    assert len({key["secret"] for key in keys}) == 2
+    for secret in (json.loads(server.secret)["secret"], *(key["secret"] for key in keys)):
+        assert secret not in plan.describe()
+        assert secret not in repr(plan)
+
+
+def test_on_this_machine_alone_there_are_no_keys() -> None:
+    here = Cluster(parse_hosts("localhost:2"), workers_per_host=2)
+    plan = make_plan(["train"], DANA, find_out(here, DANA)[0], Path("/run"), record=False)
+    assert [process.secret for process in (*plan.services, *plan.ranks)] == [None] * 3
+
+
+def test_a_server_that_believes_everyone_is_to_be_wanted() -> None:
     found, notes = find_out(cluster(WELL, insecure=True), DANA)
     assert notes == ["INSECURE: the server listens on 10.0.0.1, unencrypted, and believes whoever connects"]
     plan = make_plan(["train"], DANA, found, Path("/run"), record=False)

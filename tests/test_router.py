@@ -14,6 +14,7 @@ import zmq
 from cluster import DIGEST, layout_of
 from torch import Tensor
 
+from danaz.keys import ServerKeys, WorkerKeys, make_keys
 from danaz.server import router as router_module
 from danaz.server import socket as socket_module
 from danaz.server.core import Replies, ServerCore
@@ -21,7 +22,7 @@ from danaz.server.messages import Final, Heartbeat, Noted, Parameters, Plan, Pul
 from danaz.server.recording import Recorder, replay
 from danaz.server.router import Router
 from danaz.server.settings import ServerSettings
-from danaz.server.socket import bind_router
+from danaz.server.socket import BoundRouter
 from danaz.server.wire import MAGIC, decode, encode
 from danaz.worker import link as link_module
 from danaz.worker.core import Role, WorkerCore
@@ -59,20 +60,22 @@ def settings_for(workers: int, algorithm: str = "dana") -> ServerSettings:
 
 
 @contextmanager
-def serving(core: ServerCore, recording: Path | None = None) -> Iterator[tuple[str, threading.Thread]]:
+def serving(
+    core: ServerCore, recording: Path | None = None, keys: ServerKeys | None = None
+) -> Iterator[tuple[str, threading.Thread]]:
     """A server in a thread; it ends when the run has finished, or with the block."""
     stop = threading.Event()
-    socket, address = bind_router(ANYWHERE)
+    bound = BoundRouter(ANYWHERE, keys)
     recorder = Recorder(recording, "") if recording else None
-    thread = threading.Thread(target=Router(socket).serve, args=(core, recorder, stop.is_set))
+    thread = threading.Thread(target=Router(bound).serve, args=(core, recorder, stop.is_set))
     thread.start()
     try:
-        yield address, thread
+        yield bound.address, thread
     finally:
         stop.set()
         thread.join(PATIENCE_S)
         assert not thread.is_alive()
-        socket.close(linger=0)
+        bound.close(linger_ms=0)
         if recorder:
             recorder.close()
 
@@ -80,15 +83,16 @@ def serving(core: ServerCore, recording: Path | None = None) -> Iterator[tuple[s
 class LiveWorker(threading.Thread):
     """Trains ½‖θ − 1‖² over a real socket, from the join to the last word."""
 
-    def __init__(self, address: str, number: int, settings: ServerSettings, plan: Plan):
+    def __init__(self, address: str, number: int, settings: ServerSettings, plan: Plan, keys: WorkerKeys | None = None):
         super().__init__()
+        self.keys = keys
         self.settings, self.address = settings, address
         self.role = Role(number, 1, DIGEST, 0.9, layout_of(SIZE, buffers=1), plan)
         self.final: Final | None = None
         self.error: BaseException | None = None
 
     def run(self) -> None:
-        link = DealerLink(self.address, Heartbeat(self.role.worker, 1), give_up_s=PATIENCE_S)
+        link = DealerLink(self.address, Heartbeat(self.role.worker, 1), give_up_s=PATIENCE_S, keys=self.keys)
         try:
             self.train(link)
         except (ServerLostError, AssertionError) as error:
@@ -361,3 +365,49 @@ class TestLocalLink:
         role = Role(0, 1, DIGEST, 0.9, layout_of(3), Plan(1, 1))
         with pytest.raises(ServerLostError, match="never come"):
             link.exchange(WorkerCore(role, settings_for(2).rule(0.9).worker_rule).join(torch.ones(3)))
+
+
+class TestKeys:
+    """CURVE: this run's workers get through, each as itself; nobody else gets anything."""
+
+    def test_workers_with_their_keys_train(self) -> None:
+        server_keys, worker_keys = make_keys(2)
+        settings, plan = settings_for(2), Plan(6, 1)
+        core = ServerCore(settings)
+        with serving(core, keys=server_keys) as (address, thread):
+            workers = [LiveWorker(address, n, settings, plan, keys) for n, keys in enumerate(worker_keys)]
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join(PATIENCE_S)
+                assert worker.error is None
+            thread.join(PATIENCE_S)
+        assert core.figures.updates == 6
+
+    def test_a_worker_cannot_speak_as_another(self) -> None:
+        server_keys, (_, of_one) = make_keys(2)
+        core = ServerCore(settings_for(2))
+        with serving(core, keys=server_keys) as (address, _):
+            link = DealerLink(address, Heartbeat(0, 1), give_up_s=PATIENCE_S, keys=of_one)
+            reply = link.exchange(Pull(0, 1, 1))
+            link.close()
+        assert isinstance(reply, Refusal)
+        assert reply.reason == "worker number is not the one of this key"
+        assert core.figures.refusals == {"worker number is not the one of this key": 1}
+
+    @pytest.mark.parametrize("whose", ["nobody's", "another run's", "the right ones for another server"])
+    def test_strangers_get_nothing(self, whose: str) -> None:
+        server_keys, [right] = make_keys(1)
+        _, [foreign] = make_keys(1)
+        keys = {
+            "nobody's": None,
+            "another run's": WorkerKeys(foreign.public, foreign.secret, right.server),
+            "the right ones for another server": WorkerKeys(right.public, right.secret, foreign.server),
+        }[whose]
+        core = ServerCore(settings_for(1))
+        with serving(core, keys=server_keys) as (address, _):
+            link = DealerLink(address, Heartbeat(0, 1), give_up_s=1.0, keys=keys)
+            with pytest.raises(ServerLostError, match="did not answer"):
+                link.exchange(Pull(0, 1, 1))
+            link.close()
+        assert core.figures.refusals == {}  # it never reached the core

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import ceil
 
 import zmq
@@ -11,16 +11,18 @@ import zmq
 from danaz.server.core import Replies, ServerCore
 from danaz.server.messages import Refusal, Request
 from danaz.server.recording import Recorder
-from danaz.server.wire import WireError, decode, encode
+from danaz.server.socket import BoundRouter
+from danaz.server.wire import Frame, WireError, decode, encode
 
 TICK_S = 0.25
 
 
 class Router:
-    """Serves a core on a bound ROUTER socket (see danaz.server.socket)."""
+    """Serves a core on a bound ROUTER."""
 
-    def __init__(self, socket: zmq.Socket[bytes]):
-        self._socket = socket
+    def __init__(self, bound: BoundRouter):
+        self._socket = bound.socket
+        self._worker_of_key = bound.worker_of_key
 
     def serve(self, core: ServerCore, recorder: Recorder | None, stop: Callable[[], bool]) -> None:
         """Feed ``core`` until it has finished or ``stop()``."""
@@ -43,15 +45,24 @@ class Router:
         buffers = [frame.buffer for frame in frames]
         now = time.monotonic()
         try:
-            message = decode(buffers, Request)
+            message = self._read(route, buffers)
         except WireError as error:
-            reason = f"unreadable: {error}"
-            core.refuse(reason)
-            self._send([(route.bytes, Refusal(0, reason, rejoin=False))])
+            core.refuse(str(error))
+            self._send([(route.bytes, Refusal(0, str(error), rejoin=False))])
             return
         if recorder:
             recorder.event(now, route.bytes, buffers)
         self._send(core.handle(route.bytes, message, now))
+
+    def _read(self, route: zmq.Frame, buffers: Sequence[Frame]) -> Request:
+        """The message, if it can be read and its sender is who he says. Raises WireError."""
+        try:
+            message: Request = decode(buffers, Request)
+        except WireError as error:
+            raise WireError(f"unreadable: {error}") from error
+        if self._worker_of_key is not None and self._worker_of_key.get(str(route.get("User-Id"))) != message.worker:
+            raise WireError("worker number is not the one of this key")
+        return message
 
     def _send(self, replies: Replies) -> None:
         for route, reply in replies:

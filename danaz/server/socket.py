@@ -3,22 +3,59 @@
 from __future__ import annotations
 
 import zmq
+from zmq.auth.thread import ThreadAuthenticator
+
+from danaz.keys import ServerKeys
 
 LINGER_MS = 5000  # for the last replies to leave when the server ends
 MAX_MESSAGE_BYTES = 8 << 30
+HANDSHAKE_MS = 10_000  # a peer that does not finish it is dropped
 
 
-def bind_router(address: str) -> tuple[zmq.Socket[bytes], str]:
-    """A ROUTER bound to ``address`` such as tcp://127.0.0.1:0, and the address with its port.
+class Admitted:
+    """Asked by ZeroMQ for each connection: only this run's workers get through."""
 
-    A peer that sends a larger frame than MAX_MESSAGE_BYTES is disconnected before the frame is read. Raises
-    zmq.ZMQError if the address cannot be bound.
-    """
-    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
-    socket.setsockopt(zmq.LINGER, LINGER_MS)
-    socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
-    socket.setsockopt(zmq.SNDHWM, 0)  # one reply a request: the workers bound it
-    socket.bind(address)
-    endpoint = socket.getsockopt(zmq.LAST_ENDPOINT)
-    assert isinstance(endpoint, bytes)
-    return socket, endpoint.decode()
+    def __init__(self, keys: ServerKeys):
+        self._workers = {key.encode() for key in keys.workers}
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        return key in self._workers
+
+
+class BoundRouter:
+    """A ROUTER bound to an address."""
+
+    def __init__(self, address: str, keys: ServerKeys | None = None):
+        """Bind to ``address`` such as tcp://127.0.0.1:*; with ``keys``, encrypted and for this run's workers alone.
+
+        A peer that sends a larger frame than MAX_MESSAGE_BYTES is disconnected before the frame is read. Raises
+        zmq.ZMQError if the address cannot be bound.
+        """
+        self._context = zmq.Context()
+        self._authenticator: ThreadAuthenticator | None = None
+        self.worker_of_key = None if keys is None else {key: number for number, key in enumerate(keys.workers)}
+        self.socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
+        self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        self.socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+        self.socket.setsockopt(zmq.SNDHWM, 0)  # one reply a request: the workers bound it
+        if keys is not None:
+            self._guard(keys)
+        self.socket.bind(address)
+        endpoint = self.socket.getsockopt(zmq.LAST_ENDPOINT)
+        assert isinstance(endpoint, bytes)
+        self.address = endpoint.decode()
+
+    def _guard(self, keys: ServerKeys) -> None:
+        self._authenticator = ThreadAuthenticator(self._context)
+        self._authenticator.configure_curve_callback(domain="*", credentials_provider=Admitted(keys))
+        self._authenticator.start()
+        self.socket.setsockopt(zmq.CURVE_SERVER, 1)
+        self.socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret.encode())
+        self.socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public.encode())
+
+    def close(self, linger_ms: int = LINGER_MS) -> None:
+        """Free all; replies that are still on their way have ``linger_ms`` to leave."""
+        self.socket.close(linger_ms)
+        if self._authenticator is not None:
+            self._authenticator.stop()
+        self._context.term()

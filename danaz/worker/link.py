@@ -10,6 +10,7 @@ from typing import Protocol
 
 import zmq
 
+from danaz.keys import WorkerKeys
 from danaz.server.core import ServerCore
 from danaz.server.messages import Heartbeat, Reply
 from danaz.server.wire import WireError, decode, encode
@@ -43,9 +44,12 @@ class DealerLink:
     While the worker computes, a thread with a socket of its own says that it is alive.
     """
 
-    def __init__(self, address: str, heartbeat: Heartbeat, give_up_s: float = GIVE_UP_S):
+    def __init__(
+        self, address: str, heartbeat: Heartbeat, give_up_s: float = GIVE_UP_S, keys: WorkerKeys | None = None
+    ):
         self._context = zmq.Context()
-        self._socket = _dealer(self._context, address)
+        self._keys = keys
+        self._socket = self._dealer(address)
         self._address = address
         self._seed = heartbeat.worker
         self._give_up_s = give_up_s
@@ -63,7 +67,8 @@ class DealerLink:
             if reply is not None:
                 return reply
         raise ServerLostError(
-            f"the server at {self._address} did not answer for {self._give_up_s:.0f} s; is it still running there?"
+            f"the server at {self._address} did not answer for {self._give_up_s:.0f} s; is it still running there"
+            + (", and is this worker's key one of its run's?" if self._keys else "?")
         )
 
     def _await_answer(self, request: Request, until: float) -> Reply | None:
@@ -79,24 +84,27 @@ class DealerLink:
         return None
 
     def _beat(self, heartbeat: Heartbeat) -> None:
-        socket = _dealer(self._context, self._address)
+        socket = self._dealer(self._address)
         while not self._closing.wait(HEARTBEAT_S):
             socket.send_multipart(encode(heartbeat))
         socket.close(linger=0)
+
+    def _dealer(self, address: str) -> zmq.Socket[bytes]:
+        socket = self._context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_FIRST_MS)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_LONGEST_MS)
+        if self._keys is not None:
+            socket.setsockopt(zmq.CURVE_SERVERKEY, self._keys.server.encode())
+            socket.setsockopt(zmq.CURVE_PUBLICKEY, self._keys.public.encode())
+            socket.setsockopt(zmq.CURVE_SECRETKEY, self._keys.secret.encode())
+        socket.connect(address)
+        return socket
 
     def close(self) -> None:
         self._closing.set()
         self._thread.join()
         self._socket.close(linger=0)
         self._context.term()
-
-
-def _dealer(context: zmq.Context[zmq.Socket[bytes]], address: str) -> zmq.Socket[bytes]:
-    socket = context.socket(zmq.DEALER)
-    socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_FIRST_MS)
-    socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_LONGEST_MS)
-    socket.connect(address)
-    return socket
 
 
 class LocalLink:
