@@ -148,14 +148,21 @@ class FlatModel:
             _spans([sum(p.numel() for p in group) for group in groups]),
         )
         device = self.trained[0].device
-        self.params = torch.empty(self.layout.size, device=device)  # f32[P]
+        self.params = torch.empty(0, device=device)  # f32[P]
         self.grads = torch.zeros(self.layout.size, device=device)  # f32[P]
         self.decayed = torch.empty(self.layout.size, device=device)  # f32[P], for the gradient with its weight decay
         self.grad_views = [entry.of(self.grads) for entry in self.layout.parameters]
+        self.make_room(0)
+
+    def make_room(self, floats: int) -> Tensor:
+        """Move the parameters into a longer vector f32[P + floats], which is returned: they are its beginning."""
+        whole = torch.empty(self.layout.size + floats, device=self.params.device)
+        self.params = whole[: self.layout.size]
         for p, entry in zip(self.trained, self.layout.parameters, strict=True):
             view = entry.of(self.params)
             view.copy_(p.data)
             p.data = view
+        return whole
 
     def gather_gradients(self, indices: range) -> None:
         """Bring the gradients of these parameters into the flat vector, wherever autograd or the user put them.

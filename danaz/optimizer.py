@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -106,13 +107,24 @@ class GradientExchange:
         while len(self._handles) < len(self._buckets):
             self._begin_next()
         loss_share, rates = (loss or 0.0) * self.weight, lr if self.group.rank == 0 else [0.0] * len(lr)
-        scalars = torch.tensor([loss_share, float(loss is not None), *rates], dtype=torch.float64)
+        # float32 like the gradients, so that Horovod can sum both in one go.
+        scalars = torch.tensor([loss_share, float(loss is not None), *(part for r in rates for part in _parts(r))])
         self._handles.append(self.group.sum_async(scalars, "scalars"))
         for handle in self._handles:
             self.group.wait(handle)
         self._reset()
-        mean_loss, has_loss, *rates = scalars.tolist()
-        return mean_loss if has_loss else None, rates
+        mean_loss, has_loss, *parts = scalars.tolist()
+        return mean_loss if has_loss else None, [sum(parts[i : i + 3]) for i in range(0, len(parts), 3)]
+
+
+def _parts(value: float) -> list[float]:
+    """Three float32 that add up to the float64 ``value``: 3 x 24 bits hold its 53."""
+    parts = []
+    for _ in range(3):
+        part = float(np.float32(value))
+        parts.append(part)
+        value -= part
+    return parts
 
 
 def _buckets(flat: FlatModel) -> list[range]:

@@ -21,6 +21,8 @@ from danaz.worker.core import LocalStep, Request, WorkerCore
 from danaz.worker.group import Group
 from danaz.worker.link import Link
 
+NEWS = 6  # figures in front of the batch numbers
+
 
 class RefusedError(RuntimeError):
     """The server will not have this worker."""
@@ -92,7 +94,12 @@ class Worker:
         self._core = core
         self._link = link
         self._replicated = replicated or group.size == 1
-        self._news = torch.zeros(8 + ahead, dtype=torch.float64)
+        # What all ranks must hear travels behind the view, so that one broadcast brings both.
+        news_floats = 2 * (NEWS + ahead)  # two to an f64
+        self._whole = flat.make_room(0 if self._replicated else news_floats + flat.layout.size % 2)
+        self._news = torch.zeros(NEWS + ahead, dtype=torch.float64)
+        if not self._replicated:
+            self._news = self._whole[-news_floats:].view(torch.float64)
         self._since = perf_counter()
 
     def join(self, bring_params: bool) -> None:
@@ -167,7 +174,7 @@ class Worker:
             self._pack(reply)
             self.flat.params.copy_(reply.view)
         if not self._replicated:
-            self.group.broadcast(news=self._news, view=self.flat.params)
+            self.group.broadcast(view_and_news=self._whole)
         self._unpack()
 
     def _exchange(self, make: Callable[[WorkerCore], Request]) -> Reply:
@@ -191,7 +198,8 @@ class Worker:
         gap = nan if reply.gap is None else reply.gap
         head = [reply.version, reply.epoch, reply.lag, gap, reply.done, len(reply.leases)]
         news = torch.tensor([*head, *reply.leases], dtype=torch.float64)
-        self._news[: len(news)] = news
+        assert len(head) == NEWS
+        self._news[: len(news)].copy_(news)
 
     def _unpack(self) -> None:
         version, epoch, lag, gap, done, count, *leases = self._news.tolist()
