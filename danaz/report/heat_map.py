@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from danaz.compare.tune import Tuning
-from danaz.report.style import RC
+from danaz.report.style import RC, as_files
 from danaz.run_folder import write_atomically
 
 LABELS = {"test_error_percent": "test error (%)", "final_train_loss": "final training loss"}
@@ -84,10 +84,6 @@ def _as_figures(tuning: Tuning) -> dict[str, bytes]:
         workers = f"{tuning.config.workers} workers"
         ax.set(xlabel="learning rate", ylabel="momentum", title=f"{tuning.config.algorithm}, {workers}")
         figure.colorbar(image, label=LABELS[tuning.measure])
-        contents = {}
-        for kind in ("png", "svg"):
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=kind)
-            contents[f"tune.{kind}"] = buffer.getvalue()
+        contents = as_files(figure, "tune")
         pyplot.close(figure)
     return contents

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from danaz.report.style import COLOURS, MARKERS, RC
+from danaz.report.style import COLOURS, MARKERS, RC, as_files
 from danaz.run_folder import write_atomically
 from danaz.simulate.speedup import Speedup
 
@@ -76,10 +76,6 @@ def _as_figures(panels: Sequence[Speedup]) -> dict[str, bytes]:
             ax.set(title=_title(panel).capitalize(), xlabel="workers")
         axes[0].set_ylabel("speed-up over one worker")
         axes[0].legend(loc="upper left")
-        contents = {}
-        for kind in ("png", "svg"):
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=kind)
-            contents[f"speedup.{kind}"] = buffer.getvalue()
+        contents = as_files(figure, "speedup")
         pyplot.close(figure)
     return contents

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -109,3 +110,13 @@ def scale_by_range(axes: Axes, which: Literal["x", "y"], figures: Iterable[float
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
+
+
+def as_files(figure: Any, stem: str) -> dict[str, bytes]:
+    """A matplotlib figure as stem.png and stem.svg: name -> content."""
+    contents = {}
+    for kind in ("png", "svg"):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=kind)
+        contents[f"{stem}.{kind}"] = buffer.getvalue()
+    return contents
