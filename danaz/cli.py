@@ -51,7 +51,12 @@ def fail(error: object, code: int = 2) -> NoReturn:
 
 @app.command()
 def work() -> None:
-    """Train as one rank of a worker. `danaz launch` starts this; the environment tells it its place and its config."""
+    """Train as one rank of a worker. `danaz launch` starts this; the environment tells it its place and its config.
+
+    Example, to see the whole command and environment of every rank:
+
+        danaz launch configs/digits.yaml --hosts localhost:2 --workers-per-host 2 --dry-run
+    """
     from danaz.config import Config
     from danaz.training import train
 
@@ -69,7 +74,12 @@ def serve(
     ] = False,
     record: Annotated[bool, typer.Option("--record", help="Keep every message in recording.bin")] = False,
 ) -> None:
-    """Serve one run. `danaz launch` starts this; its settings come in DANAZ_SETTINGS."""
+    """Serve one run. `danaz launch` starts this; its settings come in DANAZ_SETTINGS, its keys from the launcher.
+
+    Example, to see the whole command and environment:
+
+        danaz launch configs/digits.yaml --hosts localhost:2 --workers-per-host 2 --dry-run
+    """
     from danaz.keys import take_server_keys
     from danaz.server.socket import BoundRouter
     from launcher.machine import is_loopback
@@ -114,7 +124,12 @@ def replay(run: Annotated[Path, typer.Argument(help="Folder of a run that was la
 
 @app.command()
 def algorithms() -> None:
-    """List the update rules, what they keep, and where they come from."""
+    """List the update rules, what they keep, and where they come from.
+
+    Example:
+
+        danaz algorithms
+    """
     from danaz.report.tables import print_algorithms
 
     print_algorithms()

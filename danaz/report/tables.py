@@ -155,10 +155,14 @@ def print_algorithms() -> None:
     """Every rule with what it declares."""
     from danaz.rules import ALGORITHMS
 
-    table = Table("algorithm", "what it does", "pushes", "per worker", "shared", "paper")
+    table = Table("algorithm", "what it does", "pushes", "per worker", "shared", "adds", "paper")
     for name, algorithm in ALGORITHMS.items():
         rule = algorithm.rule()
         on_worker = [f"{vector} (on the worker)" for vector in rule.worker_rule.worker_state]
         kept = ", ".join([*rule.worker_state, *on_worker]) or "–"
-        table.add_row(name, algorithm.summary, rule.pushes, kept, ", ".join(rule.shared_state) or "–", algorithm.paper)
+        shared = ", ".join(rule.shared_state) or "–"
+        # What users have tuned for one worker, and need not choose anew, is nothing added.
+        options = {k: v for k, v in algorithm.hyperparameters.items() if k not in ("momentum", "lr_correction")}
+        adds = ", ".join(f"{k} {v}" for k, v in options.items() if (k, v) != ("sync_period", 1)) or "–"
+        table.add_row(name, algorithm.summary, rule.pushes, kept, shared, adds, algorithm.paper)
     Console().print(table)
