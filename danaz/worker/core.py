@@ -135,7 +135,7 @@ class WorkerCore:
         elif self._steps:
             assert params is not None
             assert self._view is not None
-            out.add_(params).sub_(self._view)  # x_K − x_0, the sum of all displacements
+            out.add_(params).sub_(self._view.to(out.device))  # x_K − x_0, the sum of all displacements
         steps, who = [*self._steps, LocalStep(batch, tuple(lr), samples, loss)], self.role
         losses = [step.loss for step in steps if step.loss is not None]
         push = Push(
