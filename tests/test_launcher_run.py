@@ -307,7 +307,7 @@ def test_an_agent_that_hears_nothing_ends_its_tree(tmp_path: Path) -> None:
 
     start = {"do": "start", "name": "rank.0", "argv": ["sleep", "60"], "cwd": "/", "env": {}, "defaults": {}}
     link.channel.send({"do": "hello", "grace_s": 1.0, "silence_s": 0.5})
-    link.channel.send({**start, "returns": None})
+    link.channel.send({**start, "returns": None, "secret": None})
     pid = hear("started")["pid"]
     assert hear("stopping")["why"] == "nothing was heard of the launcher for 0.5 s"
     assert link.close(20) == 0
