@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cluster import TIMEOUT_S, Cluster, layout_of
+from cluster import DIGEST, TIMEOUT_S, Cluster, layout_of
 from stimuli import GRADIENT, INF, JOIN, NAN, SIZE, answer, arithmetic_of, make_core, parameters, push_on, started
 
 from danaz.server.admission import MAX_WORKERS
+from danaz.server.core import ServerCore
 from danaz.server.messages import (
     Final,
     Heartbeat,
@@ -21,6 +22,8 @@ from danaz.server.messages import (
     Push,
     Refusal,
 )
+from danaz.server.settings import ServerSettings
+from danaz.worker.core import Role, WorkerCore
 
 
 class TestJoining:
@@ -383,3 +386,22 @@ class TestTheEnd:
         assert isinstance(cluster.say(0, cluster.workers[0].report(figures)), Noted)
         summary = cluster.server.summary()
         assert [summary[name] for name in figures] == [1.5, "θ", None], "JSON has no infinity"
+
+
+def test_who_comes_back_is_told_what_of_his_was_applied():
+    core = ServerCore(ServerSettings("dana", workers=1, digest=DIGEST, worker_timeout_s=10))
+    role = Role(0, 1, DIGEST, 0.9, layout_of(2), Plan(9, 1))
+    worker = WorkerCore(role, core.settings.rule(0.9).worker_rule)
+    [(_, first)] = core.handle(b"a", worker.join(torch.zeros(2)), 0.0)
+    worker.receive(first)
+    push = worker.push(torch.ones(2), (0.1,), 1, None, 0)
+    [(_, lost)] = core.handle(b"a", push, 1.0)
+    assert lost.applied
+    core.tick(20.0)
+    [(_, refusal)] = core.handle(b"a", push, 21.0)
+    assert refusal.rejoin
+    worker.receive(refusal)
+    [(_, view)] = core.handle(b"a", worker.join(), 22.0)
+    worker.receive(view)
+    assert view.last_applied == push.request
+    assert worker.vectors["velocity"].tolist() == [1.0, 1.0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cluster import DIGEST, layout_of
@@ -139,6 +141,17 @@ class TestCommitOnAcceptance:
         assert str(state(core)) == before
         after_the_nan = core.push(ones(3.0), (0.1,), 1, None, 1)
         assert torch.allclose(after_the_nan.push, ones(-0.1 * (0.9 * (0.9 + 3) + 3)))
+
+    @pytest.mark.parametrize("was_applied", [True, False])
+    def test_who_was_given_up_learns_whether_its_last_push_had_been_applied(self, was_applied):
+        core = joined()
+        core.push(ones(), (0.1,), 1, None, 0)
+        core.receive(view(2, applied=True))
+        core.push(ones(), (0.1,), 1, None, 1)  # request 3, whose answer is lost
+        core.receive(Refusal(3, "worker was silent too long and was given up", rejoin=True))
+        join = core.join()
+        core.receive(replace(view(join.request), last_applied=3 if was_applied else 2))
+        assert core.vectors["velocity"].tolist() == ones(1.9 if was_applied else 1.0).tolist()
 
     def test_other_answers_do_not_commit(self):
         core = joined()

@@ -356,6 +356,7 @@ class ServerCore:
             lag=member.lag,
             gap=member.gap,
             view=view,
+            last_applied=member.applied_request,
         )
         self._replies.append((member.route, reply))
 

@@ -122,6 +122,7 @@ class Parameters:
     lag: int
     gap: float | None
     view: Tensor  # f32[P]
+    last_applied: int = 0  # request number of this worker's newest push that was applied, however that was answered
 
 
 @dataclass(frozen=True)

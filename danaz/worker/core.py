@@ -65,6 +65,7 @@ class WorkerCore:
         self._spare = [self._zeros(device) for _ in range(1 if rule.sync_period == 1 else 2)]
         self._lr = self._current_lr = (0.0,) * len(role.layout.groups)
         self._steps: list[LocalStep] = []  # since the last push
+        self._undecided = 0  # request number of a push that the server has not spoken of yet
 
     def _zeros(self, device: torch.device | str) -> dict[str, Tensor]:
         return {name: torch.zeros(self.role.layout.size, device=device) for name in self.rule.worker_state}
@@ -150,6 +151,7 @@ class WorkerCore:
             push=out.to("cpu"),
             earlier=tuple(step.batch for step in self._steps),
         )
+        self._undecided = number
         return self._ask(push)
 
     def _displacement(self, grad: Tensor, lr: tuple[float, ...]) -> Tensor:
@@ -203,7 +205,9 @@ class WorkerCore:
             raise ProtocolError(f"worker {self.role.worker} got a {type(reply).__name__} but asked nothing")
         if isinstance(reply, Parameters):
             self._state, self.version, self._view = "joined", reply.version, reply.view
-            self._commit(isinstance(request, Push) and reply.applied)
+            # A push whose answer was lost may have been applied before this worker was given up and joined anew.
+            applied = reply.applied if isinstance(request, Push) else reply.last_applied == self._undecided != 0
+            self._commit(applied)
         elif isinstance(reply, Final):
             self._state = "left"
         elif isinstance(reply, Noted) and isinstance(request, Bye):
@@ -211,7 +215,7 @@ class WorkerCore:
 
     def _commit(self, applied: bool) -> None:
         """Keep the steps since the last push, or go back to before them."""
-        self._steps = []
+        self._steps, self._undecided = [], 0
         if self._current is self._committed:
             return
         if applied:
