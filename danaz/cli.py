@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
+from danaz.command import fail
 from danaz.compare.cli import compare, tune
 from danaz.horovod_install.cli import app as horovod_app
 from danaz.launch_cli import doctor, launch
@@ -42,11 +43,6 @@ def main() -> None:
         app(args=words, obj=command)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def fail(error: object, code: int = 2) -> NoReturn:
-    typer.secho(f"danaz: {error}", err=True, fg="red")
-    raise typer.Exit(code)
 
 
 @app.command()

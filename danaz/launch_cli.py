@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from danaz.command import fail
 
 if TYPE_CHECKING:
     from danaz.config import Config
@@ -171,7 +173,7 @@ def launch(
 
     command: list[str] = ctx.obj
     if (config is None) == (not command):
-        _fail("give either a CONFIG or, behind --, a command such as: -- python train.py")
+        fail("give either a CONFIG or, behind --, a command such as: -- python train.py")
     try:
         launcher = _launcher(launcher, hosts or hostfile)
         chosen = _hosts(hosts, hostfile, include, exclude, launcher)
@@ -188,7 +190,7 @@ def launch(
                 raise LaunchError("--set changes a config, and a script has none; pass its own arguments behind --")
             ready = prepare_script(command, _script_settings(algorithm, warmup_epochs, seed), cluster, out, record)
     except (ValueError, RuntimeError) as error:
-        _fail(error)
+        fail(error)
     for note in ready.notes:
         typer.secho(note, err=True, fg="red" if note.startswith("INSECURE") else "yellow")
     if dry_run:
@@ -231,7 +233,7 @@ def doctor(
         reach = _reach(chosen, launcher, transport, chdir, interface)
         wanted, _why = choose_collective(collective)
     except (ValueError, RuntimeError) as error:
-        _fail(error)
+        fail(error)
     raise typer.Exit(show(examine(chosen, reach, wanted)))
 
 
@@ -348,8 +350,3 @@ def _script_settings(algorithm: str | None, warmup_epochs: float | None, seed: i
         warmup_epochs=5.0 if warmup_epochs is None else warmup_epochs,
         seed=seed or 0,
     )
-
-
-def _fail(error: object) -> NoReturn:
-    typer.secho(f"danaz: {error}", err=True, fg="red")
-    raise typer.Exit(2)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from danaz.command import fail
 
 if TYPE_CHECKING:
     from danaz.compare.cells import Comparison
@@ -78,13 +80,13 @@ def compare(
     try:
         asked = _comparison(config, {k: v for k, v in grid.items() if v is not None}, live, seeds, overrides or [])
     except (ValueError, RuntimeError) as error:  # also those of config, hosts, algorithms and collective
-        _fail(error)
+        fail(error)
     folder = out or Path("runs", f"compare-{asked.name}")
     typer.echo(f"comparison folder: {folder}", err=True)
     try:
         ending = run_comparison(asked, folder, jobs, fresh)
     except (ComparisonError, OSError) as error:
-        _fail(error)
+        fail(error)
     raise typer.Exit(_report(ending))
 
 
@@ -128,7 +130,7 @@ def tune(
         folder = out or Path("runs", f"tune-{base.name}-{base.algorithm}-{base.workers}")
         tuning = run_grid(base, lrs, momenta, folder, jobs)
     except (ValueError, OSError) as error:
-        _fail(error)
+        fail(error)
     except KeyboardInterrupt:
         typer.echo("interrupted: the same command goes on with what is left", err=True)
         raise typer.Exit(130) from None
@@ -194,8 +196,3 @@ def _report(ending: Ending) -> int:
     if ending.interrupted:
         return 130
     return 1 if outcome.failed else 0
-
-
-def _fail(error: object) -> NoReturn:
-    typer.secho(f"danaz: {error}", err=True, fg="red")
-    raise typer.Exit(2)

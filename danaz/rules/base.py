@@ -71,8 +71,6 @@ class Rule:
     worker_state: tuple[str, ...] = ()  # vectors per worker, on the server
     shared_state: tuple[str, ...] = ()  # vectors the server keeps once
     worker_rule: WorkerRule = WorkerRule()
-    # The view is all there is to the server's state: after a loss, the newest view restores it.
-    view_is_state: bool = False
 
     @property
     def pushes(self) -> Pushes:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
+
+from danaz.command import fail
 
 
 def simulate(
@@ -56,7 +58,7 @@ def simulate(
         with progress_bar(f"{settings.algorithm}, {settings.workers} workers") as progress:
             summary = run_simulation(settings, run, progress)
     except (ValueError, FileNotFoundError) as error:
-        _fail(error)
+        fail(error)
     print_summary(summary, run)
 
 
@@ -90,7 +92,7 @@ def speedup(
         for file in write_speedup(panels, out):
             typer.echo(f"  {file}")
     except (ValueError, OSError) as error:
-        _fail(error)
+        fail(error)
 
 
 def _numbers(text: str) -> list[int]:
@@ -103,8 +105,3 @@ def _numbers(text: str) -> list[int]:
         except ValueError as error:
             raise ValueError(f"--workers {text}: expected numbers such as 1,4,8 or 1-64") from error
     return numbers
-
-
-def _fail(error: object) -> NoReturn:
-    typer.secho(f"danaz: {error}", err=True, fg="red")
-    raise typer.Exit(2)
