@@ -1,0 +1,21 @@
+"""A short soak: one of each fault, from a seed. `make soak` is the long one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import soak
+from namespaces import namespaces
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.timeout(900)
+def test_every_kind_of_fault_is_survived(tmp_path: Path) -> None:
+    reason = soak.missing()
+    if reason is not None:
+        pytest.skip(reason)
+    with namespaces(tmp_path / "network", list(soak.SLOTS)) as network:
+        survived = soak.soak(network, tmp_path, seed=0, faults=len(soak.FAULTS), minutes=0)
+    assert {fault.fault for fault in survived} == set(soak.FAULTS)
