@@ -31,7 +31,7 @@ from rich.table import Table
 
 SLOTS = {"a": 2, "b": 1, "c": 1}
 WORKERS = len(SLOTS)
-EPOCHS = 1500  # about a minute when nothing happens
+EPOCHS = 300  # about a minute when nothing happens
 SERVER_PORT = 7071
 RECOVERY_S = 90.0
 RUN_S = 900.0
