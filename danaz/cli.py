@@ -69,13 +69,20 @@ def serve(
         bool, typer.Option("--insecure", help="Listen beyond this machine without keys: believe whoever connects")
     ] = False,
     record: Annotated[bool, typer.Option("--record", help="Keep every message in recording.bin")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest sound checkpoint in the run folder")
+    ] = False,
 ) -> None:
     """Serve one run. `danaz launch` starts this; its settings come in DANAZ_SETTINGS, its keys from the launcher.
+
+    With --resume a run goes on whose server was killed or stopped: its workers join again by themselves.
 
     Example, to see the whole command and environment:
 
         danaz launch configs/digits.yaml --hosts localhost:2 --workers-per-host 2 --dry-run
     """
+    from zmq import ZMQError
+
     from danaz.keys import take_server_keys
     from danaz.server.socket import BoundRouter
     from launcher.machine import is_loopback
@@ -88,14 +95,23 @@ def serve(
             f"{bind} is open to the network, and there are no keys; `danaz launch` makes them. If you trust every "
             "machine there, say --insecure"
         )
-    bound = BoundRouter(bind, keys)
+    if resume and not run.is_dir():
+        fail(f"{run} is no run folder; --resume goes on with a run that was begun")
+    try:
+        bound = BoundRouter(bind, keys)
+    except ZMQError as error:
+        fail(f"cannot listen on {bind}: {error}")
     typer.echo(f"DANAZ_SERVER={bound.address}")
     sys.stdout.flush()  # workers start now, while the imports below take their seconds
     from danaz.serve import serve as serve_run
+    from danaz.server.state import ResumeError
     from danaz.settings import from_environment
 
     settings, _ = from_environment()
-    serve_run(bound, settings, run, record)
+    try:
+        serve_run(bound, settings, run, record, resume)
+    except ResumeError as error:
+        fail(error)
 
 
 @app.command()

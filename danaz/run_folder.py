@@ -1,7 +1,7 @@
 """A run on disk: config.yaml, updates.jsonl, summary.json, parameters.safetensors, logs/.
 
-A kill at any moment leaves whole JSON only: files appear under their name when complete, and lines of updates.jsonl
-are written whole.
+A kill at any moment leaves whole JSON only: files appear under their name when complete, and each line of updates.jsonl
+is written whole, before the worker hears of its update: so it is the server's journal, too.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import re
 import time
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,6 @@ from safetensors.torch import save
 
 from danaz.server.core import ServerCore
 from danaz.server.figures import Update
-
-FLUSH_S = 0.5
 
 
 class RunFolderError(ValueError):
@@ -66,9 +65,8 @@ class RunFolder:
         """``facts`` are the figures of summary.json that the server does not know, such as the seed."""
         self.path = path
         self.facts = dict(facts)
-        self._lines: list[str] = []
-        self._flushed_at = time.monotonic()
-        self._updates = os.open(path / "updates.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._journal = path / "updates.jsonl"
+        self._updates = os.open(self._journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def record(self, update: Update) -> None:
         """Add a line to updates.jsonl."""
@@ -82,23 +80,33 @@ class RunFolder:
             "loss": update.loss,
             "batch": update.batch,
         }
-        if update.round is not None:
-            line["round"] = update.round
-        self._lines.append(json.dumps(line))
-        if time.monotonic() - self._flushed_at > FLUSH_S:
-            self.flush()
-
-    def flush(self) -> None:
-        # One write of whole lines: Python's own buffer would cut them anywhere.
-        content = "".join(line + "\n" for line in self._lines).encode()
-        self._lines.clear()
-        self._flushed_at = time.monotonic()
+        line |= {"samples": update.samples, "incarnation": update.incarnation, "request": update.request}
+        # What is seldom there is left out.
+        rare = {"round": update.round, "earlier": update.earlier, "life": update.life}
+        line |= {name: value for name, value in rare.items() if value}
+        content = (json.dumps(line) + "\n").encode()
         while content:
             content = content[os.write(self._updates, content) :]
 
+    def journal(self, after: int) -> list[Update]:
+        """The updates behind version ``after``, as far as they follow each other without a hole."""
+        updates = []
+        with self._journal.open("rb") as lines:
+            for version, line in enumerate(islice(lines, after, None), after + 1):
+                update = _update_of(line)
+                if update is None or update.version != version:
+                    break
+                updates.append(update)
+        return updates
+
+    def cut(self, version: int) -> int:
+        """Let updates.jsonl end with ``version``; returns how many lines went."""
+        lines = self._journal.read_bytes().splitlines(keepends=True)
+        os.truncate(self._journal, sum(map(len, lines[:version])))
+        return max(0, len(lines) - version)
+
     def finish(self, core: ServerCore) -> dict[str, Any]:
         """Write the final parameters and summary.json; returns the summary."""
-        self.flush()
         os.close(self._updates)
         if core.started:
             named = core.job.layout.named(core.master.params, core.mean_buffers())
@@ -106,6 +114,17 @@ class RunFolder:
         summary = {**self.facts, "test_error_percent": None, **core.summary()}
         write_atomically(self.path / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
         return summary
+
+
+def _update_of(line: bytes) -> Update | None:
+    """The inverse of RunFolder.record; None if the line is none, such as one cut short by a full disk."""
+    try:
+        values = json.loads(line)
+        values["lr"] = tuple(values["lr"]) if isinstance(values["lr"], list) else (values["lr"],)
+        values["earlier"] = tuple(values.get("earlier", ()))
+        return Update(**values)
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def read_summary(folder: Path) -> dict[str, Any]:

@@ -10,14 +10,19 @@ from danaz.server.socket import BoundRouter
 from danaz.settings import Settings
 
 RECORDING = "recording.bin"
+UNTIL_RESTART = "recording.until-restart.bin"  # a replay begins at the beginning, and would end elsewhere
 
 
-def serve(bound: BoundRouter, settings: Settings, run: Path, record: bool) -> None:
-    """Serve one run on a bound ROUTER, write its folder, and return when it is over or on SIGTERM."""
-    from danaz.run_folder import RunFolder
-    from danaz.server.core import ServerCore
+def serve(bound: BoundRouter, settings: Settings, run: Path, record: bool, resume: bool = False) -> None:
+    """Serve one run on a bound ROUTER, write its folder, and return when it is over or on SIGTERM.
+
+    With ``resume``, go on from the newest sound checkpoint in the folder. Raises ResumeError.
+    """
+    from danaz.keeper import Keeper, say
+    from danaz.run_folder import RunFolder, read_summary
     from danaz.server.recording import Recorder
     from danaz.server.router import Router
+    from danaz.server.state import ResumeError
 
     stopping = False
 
@@ -27,13 +32,18 @@ def serve(bound: BoundRouter, settings: Settings, run: Path, record: bool) -> No
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    folder = RunFolder(run, settings.facts())
-    core = ServerCore(settings.for_server(), on_update=folder.record)
+    if resume and (run / "summary.json").exists() and read_summary(run)["complete"]:
+        raise ResumeError(f"the run in {run} is complete; to train anew, choose another folder")
+    keeper = Keeper(RunFolder(run, settings.facts()), settings.for_server())
+    if resume and keeper.resume() and (run / RECORDING).exists():
+        (run / RECORDING).rename(run / UNTIL_RESTART)
+        say(f"the recording ends here, as {UNTIL_RESTART}: a run that was restarted cannot be replayed")
+        record = False
     recorder = Recorder(run / RECORDING, settings.to_json()) if record else None
-    Router(bound).serve(core, recorder, lambda: stopping)
+    Router(bound).serve(keeper.core, recorder, lambda: stopping)
     if recorder:
         recorder.close()
-    folder.finish(core)
+    keeper.finish()
     bound.close()
 
 

@@ -28,6 +28,9 @@ FLOORS = {
     "danaz.server.figures": 1,
     "danaz.server.master": 1,
     "danaz.server.admission": 1,
+    "danaz.server.health": 1,
+    "danaz.server.recovery": 1,
+    "danaz.server.state": 1,
     "danaz.server.core": 1,
     "danaz.server.wire": 1,
     "danaz.worker.core": 1,
@@ -44,6 +47,7 @@ FLOORS = {
     "danaz.session": 3,
     "danaz.torch": 3,
     "danaz.training": 3,
+    "danaz.keeper": 3,
     "danaz.serve": 3,
 }
 TOP = 4

@@ -272,7 +272,6 @@ class TestRunFolder:
     def test_several_groups_and_rounds_show_in_a_line(self, tmp_path):
         folder = RunFolder(tmp_path, {})
         folder.record(Update(1, 1, 0, (0.1, 0.2), None, "lookahead", None, 4, ((0, 3), (1, 4))))
-        folder.flush()
         [line] = lines(tmp_path)
         assert (line["lr"], line["round"], line["gap"], line["loss"]) == ([0.1, 0.2], [[0, 3], [1, 4]], None, None)
 

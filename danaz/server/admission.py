@@ -11,12 +11,13 @@ from danaz.flat import Layout
 from danaz.server.leases import Leases
 from danaz.server.master import all_finite
 from danaz.server.members import Member
-from danaz.server.messages import Join, Leave, Plan, Push
+from danaz.server.messages import Heartbeat, Join, Leave, Plan, Push, Request
 
 MAX_WORKERS = 4096
 MAX_AHEAD = 1 << 16  # batches a worker may hold
 MAX_LR = torch.finfo(torch.float32).max
 NOT_FINITE = "push is not finite"
+OUTLIER = "push is far outside the cluster's size"
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class Job:
     momentum: float
 
 
-def why_not_join(join: Join, digest: str, job: Job | None, member: Member | None) -> str:
-    """Whether this worker, of which ``member`` is known, can take part in ``job``."""
+def why_not_join(join: Join, digest: str, job: Job | None, member: Member | None, needs_params: bool) -> str:
+    """Whether this worker, of which ``member`` is known, can take part in ``job``, or bring the first parameters."""
     if join.digest != digest:
         return "worker and server run different configurations"
     if not 0 <= join.worker < MAX_WORKERS:
@@ -37,7 +38,8 @@ def why_not_join(join: Join, digest: str, job: Job | None, member: Member | None
     counts = (join.layout.size, join.plan.batches_per_epoch, join.plan.epochs, join.ahead)
     if not (-1 < join.momentum < 1 and min(counts) > 0 and join.ahead <= MAX_AHEAD):
         return "momentum, model, plan or read-ahead out of range"
-    if join.params is not None and (join.params.numel() != join.layout.size or not all_finite(join.params)):
+    brought = join.params if needs_params else None
+    if brought is not None and (brought.numel() != join.layout.size or not all_finite(brought)):
         return "first parameters are not finite or of the wrong size"
     if job is not None and job != Job(join.layout, join.plan, join.momentum):
         return "model, data plan or momentum differ from those of the workers before"
@@ -45,23 +47,30 @@ def why_not_join(join: Join, digest: str, job: Job | None, member: Member | None
         return "a newer incarnation of this worker has joined"
     if member is not None and member.incarnation == join.incarnation and member.request > join.request:
         # A late copy, which nobody waits for, or a process started anew without saying so.
-        return "this incarnation of the worker has joined and gone on"
+        return (
+            "this incarnation of the worker has joined and gone on; a process that is started by hand in its place "
+            "needs a higher DANAZ_INCARNATION"
+        )
     return ""
 
 
-def why_stranger(incarnation: int, member: Member | None) -> str:
+def why_stranger(message: Request, member: Member | None) -> str:
     """Whether a message comes from somebody who takes part."""
     if member is None:
         return "worker has not joined"
-    if member.incarnation != incarnation:
+    if member.incarnation != message.incarnation:
         return "another incarnation of this worker has joined"
+    if member.awaiting == "join" and not isinstance(message, Heartbeat):
+        return "the server was restarted"
     if not member.alive and not member.left:
         return "worker was silent too long and was given up"
     return ""
 
 
-def why_not_push(push: Push, member: Member, job: Job, leases: Leases) -> str:
-    """Whether a push may be applied."""
+def why_not_push(push: Push, member: Member, job: Job, leases: Leases, life: int) -> str:
+    """Whether a push may be applied, by a server in this life."""
+    if push.life != life:
+        return "push was computed before the server was restarted"
     held = [batch for batch in set(push.batches) if leases.holds(member.worker, batch)]
     if len(held) < len(push.batches):
         return "batch was not leased to this worker"

@@ -8,14 +8,15 @@ when the last has left the parameters are final, and all get them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from danaz.server.admission import NOT_FINITE, Job, why_not_join, why_not_leave, why_not_push, why_stranger
+from danaz.server.admission import NOT_FINITE, OUTLIER, Job, why_not_join, why_not_leave, why_not_push, why_stranger
 from danaz.server.figures import DIVERGED_LOSS_RATIO, Figures, Update
+from danaz.server.health import Health, size_of
 from danaz.server.leases import Leases
 from danaz.server.master import Master, all_finite
 from danaz.server.members import Member, Route
@@ -34,7 +35,9 @@ from danaz.server.messages import (
     Report,
     Request,
 )
+from danaz.server.recovery import Recovery
 from danaz.server.settings import ServerSettings
+from danaz.server.state import CoreState, fill, take
 
 RESUM_EVERY = 1000  # updates between fresh sums of the velocities, against drift
 DIVERGED_STRIKES = 3  # non-finite pushes in a row, of every live worker
@@ -44,8 +47,9 @@ Replies = list[tuple[Route, Reply]]
 class ServerCore:
     """Who takes part, who waits for what, which batch is whose; the vectors are the master's.
 
-    ``now`` is in seconds on any monotonic clock. ``on_update`` is called for each applied update; for ``ahead`` see
-    Master.
+    ``now`` is in seconds on any monotonic clock. ``on_update`` is called for each applied update, ``on_milestone``
+    when something has come true that a restart must not undo, both before any worker is told; ``on_notice`` hears what
+    a person should know. For ``ahead`` see Master.
     """
 
     def __init__(
@@ -53,19 +57,27 @@ class ServerCore:
         settings: ServerSettings,
         on_update: Callable[[Update], None] = lambda update: None,
         ahead: Callable[[], Tensor] | None = None,
+        on_milestone: Callable[[ServerCore], None] = lambda core: None,
+        on_notice: Callable[[str], None] = lambda text: None,
     ):
         self.settings = settings
         self.on_update = on_update
+        self.on_milestone = on_milestone
+        self.on_notice = on_notice
         self.ahead = ahead
         self.members: dict[int, Member] = {}
         self.figures = Figures()
+        self.health = Health(on_notice)
+        self.life = 0  # grows with each restart
+        self.recovery: Recovery | None = None  # while a restarted server waits for the workers it knew
         self.started = False
         self.diverged = ""  # the reason, if it did
         self.final = False  # a worker has the trained model, which who comes back later cannot change
         self._job: Job | None = None
         self._leases: Leases | None = None
         self._master: Master | None = None
-        self._buffers: list[tuple[int, Tensor]] = []  # updates and buffers f32[B] of each worker that left
+        self.buffers: list[tuple[int, Tensor]] = []  # updates and buffers f32[B] of each worker that left
+        self._milestone: tuple[object, ...] = ()  # the last one
         self._replies: Replies = []
 
     @property
@@ -83,6 +95,33 @@ class ServerCore:
         assert self._master is not None, "worker 0 has not brought the first parameters yet"
         return self._master
 
+    # ---- its state on disk ---------------------------------------------------------------------------------------
+
+    def state(self) -> CoreState:
+        """A copy of everything that a server started anew must know."""
+        return take(self)
+
+    def restore(self, state: CoreState, journal: Sequence[Update], life: int, now: float) -> None:
+        """Go on from ``state``, and from what the workers remember of the updates since, which are in ``journal``.
+
+        ``life`` is larger than that of any server before. Raises ResumeError.
+        """
+        fill(self, state, now)
+        self.life, self.started = life, True
+        self.recovery = Recovery(journal, self.job.layout.size, until=now + self.settings.recovery_s)
+
+    def start_from(self, job: Job, leases: Leases, master: Master) -> None:
+        """Take over what the first workers to join usually bring."""
+        self._job, self._leases, self._master = job, leases, master
+
+    def _go_on(self, recovery: Recovery, now: float) -> None:
+        self.recovery = None
+        lost = recovery.conclude(self, now)
+        self.figures.restarts += 1
+        self.figures.lost_updates += lost
+        self._resum()
+        self.on_notice(f"server restarted: it goes on at version {self.master.version}, {lost} updates are lost")
+
     # ---- stimuli -------------------------------------------------------------------------------------------------
 
     def handle(self, route: Route, message: Request, now: float) -> Replies:
@@ -90,14 +129,15 @@ class ServerCore:
         if isinstance(message, Join):
             self._join(route, message, now)
             return self._settle(now)
-        stranger = why_stranger(message.incarnation, self.members.get(message.worker))
+        stranger = why_stranger(message, self.members.get(message.worker))
         if stranger:
             self.refuse(stranger)
             return [] if isinstance(message, Heartbeat) else [(route, Refusal(message.request, stranger, rejoin=True))]
         member = self.members[message.worker]
         member.heard_at, member.alive = now, True
         # Answers follow the newest request: a heartbeat has a socket of its own, a late copy may come from a dead one.
-        if not isinstance(message, Heartbeat) and self.started and message.request >= member.request:
+        may_speak = self.started and (self.recovery is None or member.left)
+        if not isinstance(message, Heartbeat) and message.request >= member.request and may_speak:
             repeated = message.request == member.request
             member.request, member.route = message.request, route
             self._serve(member, message, repeated, now)
@@ -118,7 +158,9 @@ class ServerCore:
     def finished(self) -> bool:
         """Every batch is completed, or everyone left before; and nobody has anything more to say."""
         members = self.members.values()
-        over = self.started and (self.leases.done or any(member.said_bye for member in members))
+        over = (
+            self.started and self.recovery is None and (self.leases.done or any(member.said_bye for member in members))
+        )
         return over and all(member.said_bye or not member.alive for member in members)
 
     def summary(self) -> dict[str, Any]:
@@ -131,13 +173,14 @@ class ServerCore:
             "epochs": self.leases.epoch if self._leases else 0.0,
             "gap_of": self.master.gap_of if self._master else None,
             "params_l2": self.master.l2 if self._master else None,
+            "sick_workers": self.health.summary(),
         }
 
     # ---- joining and leaving -------------------------------------------------------------------------------------
 
     def _join(self, route: Route, join: Join, now: float) -> None:
         member = self.members.get(join.worker)
-        reason = why_not_join(join, self.settings.digest, self._job, member)
+        reason = why_not_join(join, self.settings.digest, self._job, member, self._master is None)
         if reason:
             self.refuse(reason)
             self._replies.append((route, Refusal(join.request, reason, rejoin=False)))
@@ -154,10 +197,12 @@ class ServerCore:
             no_lr = (0.0,) * len(join.layout.groups)
             member = Member(join.worker, join.incarnation, route, join.request, join.ahead, {}, no_lr, now)
             self.members[join.worker] = member
+        if self.recovery is not None:
+            self.recovery.brought(join)
         # The same incarnation again lost our answer, or comes back after a silence: it keeps its velocity.
         answered = member.computing and member.request == join.request
         member.alive, member.route, member.heard_at, member.request = True, route, now, join.request
-        member.pending = None
+        member.pending, member.ahead = None, join.ahead
         if answered:
             self._send_view(member)
         elif not member.left:
@@ -190,7 +235,7 @@ class ServerCore:
             if leave.give_back is not None and self._sound(leave.give_back):
                 self.master.params.add_(leave.give_back)
             if self._sound(leave.buffers):
-                self._buffers.append((member.updates, leave.buffers))
+                self.buffers.append((member.updates, leave.buffers))
         self.leases.give_up(member.worker)
         self._resum()
 
@@ -225,7 +270,7 @@ class ServerCore:
         return True
 
     def _push(self, member: Member, push: Push, repeated: bool, now: float) -> None:
-        if repeated and member.applied_request == push.request:
+        if member.applied_request == push.request:
             self._send_view(member, applied=True)
             return
         if repeated and member.pending is not None:
@@ -234,7 +279,7 @@ class ServerCore:
             # Whatever has changed since: the worker may have read the first answer by now.
             self._send_view(member, refused=member.refused[1])
             return
-        reason = why_not_push(push, member, self.job, self.leases)
+        reason = why_not_push(push, member, self.job, self.leases, self.life) or self._why_sick(push)
         if reason:
             self._refuse_push(member, push, reason)
             return
@@ -248,18 +293,25 @@ class ServerCore:
     def _refuse_push(self, member: Member, push: Push, reason: str) -> None:
         self.refuse(reason)
         member.pending, member.refused = None, (push.request, reason)
-        if reason == NOT_FINITE:
+        if reason in (NOT_FINITE, OUTLIER):
             # Computed again, the batch would be as bad: it counts as used.
             for batch in push.batches:
                 self.leases.complete(member.worker, batch)
+        if reason == NOT_FINITE:
+            self.health.saw_not_finite(member.worker)
             member.strikes += 1
             if all(m.strikes >= DIVERGED_STRIKES for m in self.members.values() if m.takes_part):
                 self._diverge(f"the last {DIVERGED_STRIKES} pushes of every worker were not finite")
-        else:
+        elif reason != OUTLIER:
             for batch in push.batches:
                 if self.leases.holds(member.worker, batch):
                     self.leases.put_back(member.worker, batch)
         self._send_view(member, refused=reason)
+
+    def _why_sick(self, push: Push) -> str:
+        """Why a push that is sound in itself is refused for its size."""
+        refused, size = self.settings.refuse_outliers, size_of(push, self.master.rule, self.master.params)
+        return OUTLIER if self.health.is_outlier(push.worker, size, refused) and refused else ""
 
     def _diverge(self, reason: str) -> None:
         self.diverged = reason
@@ -289,8 +341,23 @@ class ServerCore:
         losses = [p.loss for p in parts if p.loss is not None]
         loss = sum(losses) / len(losses) if losses else None
         who = tuple((p.worker, p.batch) for p in parts) if master.rule.barrier else None
-        update = Update(master.version, last.worker, lag, last.lr, gap, master.gap_of, loss, last.batch, who)
-        self.figures.count(update, sum(p.samples for p in parts), now)
+        update = Update(
+            version=master.version,
+            worker=last.worker,
+            lag=lag,
+            lr=last.lr,
+            gap=gap,
+            gap_of=master.gap_of,
+            loss=loss,
+            batch=last.batch,
+            round=who,
+            samples=sum(p.samples for p in parts),
+            earlier=last.earlier,
+            incarnation=last.incarnation,
+            request=last.request,
+            life=self.life,
+        )
+        self.figures.count(update, now)
         self.on_update(update)
         if self.figures.lost_all_bounds(loss):
             self._diverge(f"the loss rose to {loss:.4g}, over {DIVERGED_LOSS_RATIO:.0f} times the first")
@@ -307,12 +374,23 @@ class ServerCore:
 
     def _settle(self, now: float) -> Replies:
         """Answer everyone who waits for something that has come true."""
+        if self.recovery is not None and self.recovery.over(self.members.values(), now):
+            self._go_on(self.recovery, now)
         if not self.started:
             self._start_if_ready(now)
-        if self.started:
+        if self.started and self.recovery is None:
             self._serve_waiting(now)
+            self._mark_milestone()
         replies, self._replies = self._replies, []
         return replies
+
+    def _mark_milestone(self) -> None:
+        """Workers may soon hold a first view, an end, or parameters that a leaving worker has changed for good."""
+        left_early = 0 if self.leases.done else sum(member.left for member in self.members.values())
+        milestone = (self.life, self.leases.done, self.final, left_early)
+        if milestone != self._milestone:
+            self._milestone = milestone
+            self.on_milestone(self)
 
     def _start_if_ready(self, now: float) -> None:
         live = [m for m in self.members.values() if m.alive]
@@ -357,6 +435,7 @@ class ServerCore:
             gap=member.gap,
             view=view,
             last_applied=member.applied_request,
+            life=self.life,
         )
         self._replies.append((member.route, reply))
 
@@ -369,8 +448,8 @@ class ServerCore:
 
     def mean_buffers(self) -> Tensor:
         """Batch-norm statistics averaged over the workers that have left, by their updates, f32[B]."""
-        total = sum(updates for updates, _ in self._buffers)
+        total = sum(updates for updates, _ in self.buffers)
         mean = torch.zeros(self.job.layout.buffer_size)
-        for updates, buffers in self._buffers:
-            mean.add_(buffers, alpha=updates / total if total else 1 / len(self._buffers))
+        for updates, buffers in self.buffers:
+            mean.add_(buffers, alpha=updates / total if total else 1 / len(self.buffers))
         return mean

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any, Literal
@@ -23,6 +24,11 @@ class Update:
     loss: float | None
     batch: int
     round: tuple[tuple[int, int], ...] | None = None  # (worker, batch) of all that took part
+    samples: int = 0
+    earlier: tuple[int, ...] = ()  # batches of local steps that the push told of
+    incarnation: int = 0  # of the worker, and the number of its push: what was applied is known after a restart
+    request: int = 0
+    life: int = 0  # of the server
 
 
 @dataclass
@@ -40,10 +46,12 @@ class Figures:
     reported: dict[str, float | str | None] = field(default_factory=dict)
     started_at: float | None = None
     updated_at: float | None = None
+    restarts: int = 0  # of the server
+    lost_updates: int = 0  # that a restart took back
 
-    def count(self, update: Update, samples: int, now: float) -> None:
+    def count(self, update: Update, now: float) -> None:
         self.updates += 1
-        self.samples += samples
+        self.samples += update.samples
         self.lags += update.lag
         self.updated_at = now
         if update.gap is not None:
@@ -65,8 +73,26 @@ class Figures:
             return False
         return loss > DIVERGED_LOSS_RATIO * abs(self.first_loss)
 
+    @property
+    def seconds(self) -> float:
+        """From the start to the last update; the time without a server does not count."""
+        return (self.updated_at or 0.0) - (self.started_at or 0.0)
+
+    def facts(self) -> dict[str, Any]:
+        """Everything as JSON has it. Clocks do not outlive a process, durations do."""
+        values = {**vars(self), "last_losses": list(self.last_losses.items()), "seconds": self.seconds}
+        return {name: value for name, value in values.items() if name not in ("started_at", "updated_at")}
+
+    @classmethod
+    def restored(cls, facts: Mapping[str, Any], now: float) -> Figures:
+        """The inverse of facts."""
+        values = dict(facts)
+        started_at = now - values.pop("seconds")
+        losses, refusals = dict(values.pop("last_losses")), Counter(values.pop("refusals"))
+        return cls(**values, last_losses=losses, refusals=refusals, started_at=started_at, updated_at=now)
+
     def summary(self) -> dict[str, Any]:
-        seconds = (self.updated_at or 0.0) - (self.started_at or 0.0)
+        seconds = self.seconds
         losses = self.last_losses.values()
         return {
             "updates": self.updates,
@@ -77,5 +103,7 @@ class Figures:
             "updates_per_second": self.updates / seconds if seconds > 0 else None,
             "images_per_second": self.samples / seconds if seconds > 0 else None,
             "refusals": dict(self.refusals),
+            "restarts": self.restarts,
+            "lost_updates": self.lost_updates,
             **self.reported,
         }

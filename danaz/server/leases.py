@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Mapping
 from itertools import islice
+from typing import Any
 
 from danaz.server.messages import Plan
 
@@ -43,6 +45,15 @@ class Leases:
         self._held[worker].remove(batch)
         self.completed += 1
 
+    def account(self, batch: int) -> None:
+        """``batch`` is completed, by a worker whose lease was forgotten in a restart."""
+        while self._next <= batch:
+            heapq.heappush(self._returned, self._next)
+            self._next += 1
+        self._returned.remove(batch)
+        heapq.heapify(self._returned)
+        self.completed += 1
+
     def put_back(self, worker: int, batch: int) -> None:
         """``batch`` has to be computed again, by whoever comes first."""
         self._held[worker].remove(batch)
@@ -57,6 +68,20 @@ class Leases:
         """End the run early: nothing more is leased, and what is held is no longer waited for."""
         self._closed = True
         self._held.clear()
+
+    def facts(self) -> dict[str, Any]:
+        """What is completed and what is not; who holds what does not outlive a server."""
+        held = (batch for batches in self._held.values() for batch in batches)
+        left = sorted([*self._returned, *held])
+        return {"completed": self.completed, "next": self._next, "returned": left, "closed": self._closed}
+
+    @classmethod
+    def restored(cls, plan: Plan, facts: Mapping[str, Any]) -> Leases:
+        """The inverse of facts."""
+        leases = cls(plan)
+        leases.completed, leases._next = facts["completed"], facts["next"]
+        leases._returned, leases._closed = list(facts["returned"]), facts["closed"]
+        return leases
 
     @property
     def epoch(self) -> float:

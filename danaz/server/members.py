@@ -27,8 +27,9 @@ class Member:
     alive: bool = True
     left: bool = False
     said_bye: bool = False
-    # What it is waiting for; "" while it computes on the view it was sent.
-    awaiting: Literal["", "start", "round", "batches", "end"] = "start"
+    # What it is waiting for; "" while it computes on the view it was sent. One that this server knows only from its
+    # checkpoint has yet to "join".
+    awaiting: Literal["", "join", "start", "round", "batches", "end"] = "start"
     sent_version: int = 0
     view: Tensor | None = None  # f32[P], kept for the gap and for rules that need it
     pending: Push | None = None  # waits for its round to fill

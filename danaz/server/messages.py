@@ -27,7 +27,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Join:
-    """A worker enters, or comes back as a new incarnation. Worker 0 brings the first parameters."""
+    """A worker enters, comes back as a new incarnation, or joins again because it was told to.
+
+    Worker 0 brings the first parameters; whoever joins again brings the newest view it has, which may be newer than
+    what a server that was restarted knows.
+    """
 
     worker: int
     incarnation: int  # larger each time the worker's process starts anew
@@ -38,6 +42,8 @@ class Join:
     plan: Plan
     ahead: int  # batches the worker wants to hold at a time, for its data loader to read ahead
     params: Tensor | None = None  # f32[P]
+    version: int = 0  # of params, in that life of the server
+    life: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class Push:
     batch: int  # the leased number
     push: Tensor  # f32[P], a gradient, displacement or parameters as the rule declares
     earlier: tuple[int, ...] = ()  # batches of the local steps since the last push
+    life: int = 0  # of the server that sent the view
 
     @property
     def batches(self) -> tuple[int, ...]:
@@ -123,6 +130,7 @@ class Parameters:
     gap: float | None
     view: Tensor  # f32[P]
     last_applied: int = 0  # request number of this worker's newest push that was applied, however that was answered
+    life: int = 0  # of the server: versions may repeat after a restart, (life, version) never does
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,9 @@ class ServerSettings:
     sync_period: int | None = None  # mini-batches between a worker's pushes; None: the rule's own default
     gap_every: int = 1  # measure the gap at every so many updates, 0 never
     worker_timeout_s: float = 60.0
+    recovery_s: float = 20.0  # a restarted server waits so long for the workers it knew
+    checkpoint_s: float = 30.0  # between checkpoints, 0 never
+    refuse_outliers: bool = False  # refuse pushes far outside the cluster's size, instead of reporting them
 
     def rule(self, momentum: float) -> Rule:
         """The rule of these settings. Raises UnknownAlgorithmError and UnsupportedPeriodError."""

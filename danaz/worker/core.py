@@ -56,6 +56,7 @@ class WorkerCore:
         self.role = role
         self.rule = rule
         self.version = 0  # of the view at hand
+        self.life = 0  # of the server that sent it
         self._state = "new"  # -> joined -> left -> gone
         self._request = 0
         self._outstanding: Request | None = None
@@ -92,7 +93,10 @@ class WorkerCore:
     # ---- requests ------------------------------------------------------------------------------------------------
 
     def join(self, params: Tensor | None = None) -> Join:
-        """Enter the run, or enter it again after a refusal that said so. Worker 0 brings ``params`` f32[P]."""
+        """Enter the run, or enter it again after a refusal that said so. Worker 0 brings ``params`` f32[P].
+
+        Whoever was in the run brings its last view: a server that was restarted may have none so new.
+        """
         role = self.role
         return self._ask(
             Join(
@@ -104,7 +108,9 @@ class WorkerCore:
                 role.layout,
                 role.plan,
                 role.ahead,
-                params,
+                params if self._view is None else self._view,
+                self.version,
+                self.life,
             )
         )
 
@@ -150,6 +156,7 @@ class WorkerCore:
             batch=batch,
             push=out.to("cpu"),
             earlier=tuple(step.batch for step in self._steps),
+            life=self.life,
         )
         self._undecided = number
         return self._ask(push)
@@ -205,6 +212,7 @@ class WorkerCore:
             raise ProtocolError(f"worker {self.role.worker} got a {type(reply).__name__} but asked nothing")
         if isinstance(reply, Parameters):
             self._state, self.version, self._view = "joined", reply.version, reply.view
+            self.life = reply.life
             # A push whose answer was lost may have been applied before this worker was given up and joined anew.
             applied = reply.applied if isinstance(request, Push) else reply.last_applied == self._undecided != 0
             self._commit(applied)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from danaz.flat import FlatModel
-from danaz.server.messages import Final, Join, Parameters, Push, Refusal, Reply
+from danaz.server.messages import Bye, Final, Join, Leave, Parameters, Push, Refusal, Reply, Report
 from danaz.worker.core import LocalStep, Request, WorkerCore
 from danaz.worker.group import Group
 from danaz.worker.link import Link
@@ -179,19 +179,29 @@ class Worker:
 
     def _exchange(self, make: Callable[[WorkerCore], Request]) -> Reply:
         assert self._core is not None
-        assert self._link is not None
         request = make(self._core)
-        reply = self._link.exchange(request)
-        self._core.receive(reply)
-        while isinstance(reply, Refusal):
+        reply = self._say(request)
+        while isinstance(reply, Refusal) and not isinstance(request, (Report, Bye)):
             if not reply.rejoin or isinstance(request, Join):
                 raise RefusedError(f"the server refused this worker's {type(request).__name__.lower()}: {reply.reason}")
-            # Given up while it was away: what it just pushed is lost, and it starts again from a fresh view.
-            rejoin = self._core.join()
-            reply = self._link.exchange(rejoin)
-            self._core.receive(reply)
+            # Given up while it was away, or the server was restarted: it goes on from a fresh view.
+            reply = self._say(self._core.join())
+            if isinstance(request, Leave) and isinstance(reply, Parameters):
+                if not reply.done:
+                    raise RefusedError(
+                        "the server went back to before the end of the run, which this process is behind; start it anew"
+                    )
+                request = make(self._core)
+                reply = self._say(request)
         if isinstance(request, Push) and isinstance(reply, Parameters) and not reply.applied:
             self.metrics.refused_pushes += 1
+        return reply
+
+    def _say(self, request: Request) -> Reply:
+        assert self._core is not None
+        assert self._link is not None
+        reply = self._link.exchange(request)
+        self._core.receive(reply)
         return reply
 
     def _pack(self, reply: Parameters) -> None:

@@ -1,0 +1,74 @@
+"""How a restarted server finds out where to go on: from its checkpoint, or from the newest view that a worker brings.
+
+Where a view is all that a rule's server holds, a worker's view of version n is the server's state at version n; the
+journal (updates.jsonl) says which pushes are in it. Only what nobody holds a view of is lost. Under the other rules
+the server goes back to its checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from danaz.server.figures import Update
+from danaz.server.master import all_finite
+from danaz.server.members import Member
+from danaz.server.messages import Join
+
+if TYPE_CHECKING:
+    from danaz.server.core import ServerCore
+
+
+class Recovery:
+    """From a restart until the workers that the server knew are back, or have had their time."""
+
+    def __init__(self, journal: Sequence[Update], size: int, until: float):
+        """``journal`` holds the updates since the checkpoint, ``size`` is P."""
+        self.journal = journal
+        self._life_of = {update.version: update.life for update in journal}
+        self._size = size
+        self._until = until
+        self._newest: tuple[int, Tensor] | None = None  # version and f32[P]
+
+    def brought(self, join: Join) -> None:
+        """Look at what a worker brings. A view counts if the journal has its version, made in the same life."""
+        view = join.params
+        if view is None or join.life != self._life_of.get(join.version):
+            return
+        is_newer = self._newest is None or join.version > self._newest[0]
+        if is_newer and view.numel() == self._size and all_finite(view):
+            self._newest = (join.version, view)
+
+    def over(self, members: Iterable[Member], now: float) -> bool:
+        return now >= self._until or not any(m.alive and m.awaiting == "join" for m in members)
+
+    def conclude(self, core: ServerCore, now: float) -> int:
+        """Bring ``core`` to the version to go on from; returns how many updates are lost."""
+        if self._newest is None or not core.master.rule.view_is_state:
+            return len(self.journal)
+        version, view = self._newest
+        for update in self.journal:
+            if update.version <= version:
+                account(core, update, now)
+        core.master.params.copy_(view)
+        return sum(update.version > version for update in self.journal)
+
+
+def account(core: ServerCore, update: Update, now: float) -> None:
+    """Do everything for an update but its arithmetic, which the view has in it."""
+    master, member = core.master, core.members.get(update.worker)
+    if member is None or member.incarnation < update.incarnation:
+        # It joined after the checkpoint, and is not back yet.
+        member = Member(update.worker, update.incarnation, b"", 0, 1, {}, update.lr, now, alive=False)
+        core.members[update.worker] = member
+    if member.incarnation == update.incarnation:
+        member.lr, member.lag, member.gap = update.lr, update.lag, update.gap
+        member.updates, member.applied_request = member.updates + 1, update.request
+        member.request = max(member.request, update.request)
+    for batch in (*update.earlier, update.batch):
+        core.leases.account(batch)
+    master.version, master.lr = update.version, update.lr
+    master.max_lr = tuple(map(max, master.max_lr, update.lr))
+    core.figures.count(update, now)

@@ -1,0 +1,92 @@
+"""The whole server core as plain values and tensors: what a checkpoint holds."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from danaz.flat import Layout
+from danaz.server.admission import Job
+from danaz.server.figures import Figures
+from danaz.server.leases import Leases
+from danaz.server.master import Master
+from danaz.server.members import Member
+from danaz.server.messages import Plan
+
+if TYPE_CHECKING:
+    from danaz.server.core import ServerCore
+
+# Not of one server process: its clock and routes, and what a worker that joins anew is sent afresh.
+PASSING = {"vectors", "route", "heard_at", "awaiting", "sent_version", "view", "pending", "refused"}
+LASTING = [field.name for field in fields(Member) if field.name not in PASSING]
+
+
+class ResumeError(ValueError):
+    """A run that cannot go on from what is left of it."""
+
+
+@dataclass(frozen=True)
+class CoreState:
+    """A server core at one moment."""
+
+    facts: dict[str, Any]  # as JSON has them
+    tensors: dict[str, Tensor]  # f32[P] or f32[B] each
+
+    @property
+    def version(self) -> int:
+        version: int = self.facts["master"]["version"]
+        return version
+
+
+def take(core: ServerCore) -> CoreState:
+    """Copy the state of a core that has started."""
+    master, job = core.master, core.job
+    members = sorted(core.members.values(), key=lambda member: member.worker)
+    facts = {
+        "algorithm": core.settings.algorithm,
+        "sync_period": core.settings.sync_period,
+        "job": {"layout": job.layout.to_lists(), "plan": asdict(job.plan), "momentum": job.momentum},
+        "master": {"version": master.version, "lr": list(master.lr), "max_lr": list(master.max_lr)},
+        "members": [{name: getattr(member, name) for name in LASTING} for member in members],
+        "leases": core.leases.facts(),
+        "figures": core.figures.facts(),
+        "sick_workers": core.health.summary(),
+        "diverged": core.diverged,
+        "final": core.final,
+        "buffers_of": [updates for updates, _ in core.buffers],
+    }
+    tensors = {"params": master.params}
+    tensors |= {f"shared.{name}": vector for name, vector in master.shared.items()}
+    tensors |= {f"member.{m.worker}.{name}": vector for m in members for name, vector in m.vectors.items()}
+    tensors |= {f"buffers.{number}": buffers for number, (_, buffers) in enumerate(core.buffers)}
+    return CoreState(facts, {name: tensor.clone() for name, tensor in tensors.items()})
+
+
+def fill(core: ServerCore, state: CoreState, now: float) -> None:
+    """Put a state into a core that is new. Raises ResumeError if that one has other settings."""
+    facts, tensors, settings = state.facts, state.tensors, core.settings
+    for name in ("algorithm", "sync_period"):
+        if facts[name] != (asked := getattr(settings, name)):
+            raise ResumeError(f"the checkpoint is of a run with {name} {facts[name]}, this server has {asked}")
+    job = facts["job"]
+    layout, plan = Layout.from_lists(job["layout"]), Plan(**job["plan"])
+    core.start_from(
+        Job(layout, plan, job["momentum"]),
+        Leases.restored(plan, facts["leases"]),
+        master := Master(settings.rule(job["momentum"]), layout, tensors["params"], core.ahead),
+    )
+    master.version = facts["master"]["version"]
+    master.lr, master.max_lr = tuple(facts["master"]["lr"]), tuple(facts["master"]["max_lr"])
+    for name in master.shared:
+        master.shared[name].copy_(tensors[f"shared.{name}"])
+    for values in facts["members"]:
+        vectors = {n: tensors[f"member.{values['worker']}.{n}"].clone() for n in master.rule.worker_state}
+        member = Member(**{**values, "lr": tuple(values["lr"])}, route=b"", vectors=vectors, heard_at=now)
+        member.awaiting = "join" if member.takes_part else ""
+        core.members[member.worker] = member
+    core.figures = Figures.restored(facts["figures"], now)
+    core.health.restore(facts["sick_workers"])
+    core.diverged, core.final = facts["diverged"], facts["final"]
+    core.buffers = [(updates, tensors[f"buffers.{number}"]) for number, updates in enumerate(facts["buffers_of"])]
