@@ -8,7 +8,10 @@ It is told everything as JSON lines on stdin, so that no secret stands on a comm
     {"do": "ping"}                                         {"is": "output", "name", "stream", "text"}
     {"do": "signal", "name", "signal": 15}                 {"is": "file", "path", "data", "last"}
                                                            {"is": "exit", "name", "status", "error"}
-    {"do": "stop", "grace_s": 5}                           {"is": "stopping", "why"}
+    {"do": "stop", "grace_s": 5, "keep_files": false}      {"is": "stopping", "why"}
+
+A process that `returns` leaves its files in a folder here. They are sent, and the folder goes away, when it ends well
+and at a stop; with `keep_files`, or when the agent ends unasked, they stay for a process that goes on from them.
 
 A process gets the agent's own environment (on another machine, that of a login there) and over it what its order says.
 
@@ -29,6 +32,7 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -81,6 +85,8 @@ class Agent:
         self.rendezvous: list[Rendezvous] = []
         self.reserved_ports: list[socket.socket] = []
         self.returning: deque[Iterator[Message]] = deque()  # files of processes that have ended, and their exits
+        self.kept: list[Path] = []  # folders of processes that failed, and may be started again
+        self.returns_all = False
         self.silence_s = math.inf
         self.heard_s = time.monotonic()
 
@@ -90,12 +96,12 @@ class Agent:
         self._say_last_words()
 
     def _wait(self) -> None:
-        self._return_files()
+        timeout_s = 0.0 if self._return_files() else self._timeout_s()
         overfull = self.channel.pending_bytes > MAX_PENDING_BYTES
         outputs = {} if overfull else {fd: child for child in self.children.values() for fd in child.pipes}
         orders = [] if self.channel.closed else [self.channel.read_fd]
         answers = [self.channel.write_fd] if self.channel.pending_bytes else []
-        readable, writable = wait_ready([*orders, self.signals.wakeup_fd, *outputs], answers, self._timeout_s())
+        readable, writable = wait_ready([*orders, self.signals.wakeup_fd, *outputs], answers, timeout_s)
         if writable:
             self.channel.flush()
         if self.signals.wakeup_fd in readable:
@@ -139,6 +145,8 @@ class Agent:
                 named = {pid for pid, child in self.children.items() if child.name == order["name"]}
                 send_signal(named, signal.Signals(order["signal"]))
             case "stop":
+                if not order["keep_files"]:
+                    self._return_kept()
                 self._stop("told to", order["grace_s"])
             case unknown:
                 raise ValueError(f"the launcher sent an order that this agent does not know: {unknown!r}")
@@ -154,10 +162,10 @@ class Agent:
     def _start(self, order: Message) -> None:
         if self.stop_reason is not None:
             return
-        name = order["name"]
-        folder = Path(tempfile.mkdtemp(prefix="danaz-")) if order["returns"] else None
+        name, folder = order["name"], None
         secret = keep_in_memory(order["secret"])
         try:
+            folder = own_folder(order["folder"]) if order["returns"] else None
             popen = subprocess.Popen(
                 [sys.executable if word == PYTHON else word for word in order["argv"]],
                 env=environment(order, folder, secret),
@@ -208,19 +216,29 @@ class Agent:
             del self.children[child.popen.pid]
             child.close(status)
             exit = {"is": "exit", "name": child.name, "status": status, "error": None}
-            if child.folder is None:
-                self.channel.send(exit)
-            else:
+            if child.folder is not None and (status == 0 or self.returns_all):
                 self.returning.append(files_and_exit(child.folder, exit))
+                continue
+            if child.folder is not None:
+                self.kept.append(child.folder)
+            self.channel.send(exit)
 
-    def _return_files(self) -> None:
-        """As much as the launcher takes: a model may be large."""
+    def _return_kept(self) -> None:
+        """No process will be started again."""
+        self.returns_all = True
+        self.returning.extend(files_of(folder) for folder in self.kept)
+        self.kept.clear()
+
+    def _return_files(self) -> bool:
+        """As much as the launcher takes, for a model may be large. Returns whether that was anything."""
+        had_some = bool(self.returning)
         while self.returning and self.channel.pending_bytes <= MAX_PENDING_BYTES:
             message = next(self.returning[0], None)
             if message is None:
                 self.returning.popleft()
             else:
                 self.channel.send(message)
+        return had_some and self.channel.pending_bytes <= MAX_PENDING_BYTES
 
     def _still_returns(self) -> bool:
         return bool(self.returning) and not self.channel.broken and not self.channel.closed
@@ -278,8 +296,23 @@ def environment(order: Message, folder: Path | None, secret: tuple[int, ...]) ->
     return {**order["defaults"], **os.environ, "PATH": path, **order["env"], **returns, **secrets}
 
 
+def own_folder(name: str) -> Path:
+    """The folder of this name among the temporary files, ours alone, made if it is not there. Raises OSError."""
+    path = Path(tempfile.gettempdir(), name)
+    path.mkdir(mode=0o700, exist_ok=True)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise PermissionError(f"{path} is there already, and somebody else's")
+    return path
+
+
 def files_and_exit(folder: Path, exit: Message) -> Iterator[Message]:
-    """The files in a folder piece by piece, which goes away with the last one, and then the exit."""
+    yield from files_of(folder)
+    yield exit
+
+
+def files_of(folder: Path) -> Iterator[Message]:
+    """The files in a folder piece by piece; it goes away with the last one."""
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
         with path.open("rb") as file:
             data = file.read(FILE_PIECE_BYTES)
@@ -290,7 +323,6 @@ def files_and_exit(folder: Path, exit: Message) -> Iterator[Message]:
                     break
                 data = following
     shutil.rmtree(folder)
-    yield exit
 
 
 def reserve_port() -> socket.socket:

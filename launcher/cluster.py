@@ -1,4 +1,4 @@
-"""The agents of one run, and what they have told so far: the launcher's hands and ears. `run` decides what it means."""
+"""The agents of one unit, and what they have told so far: the launcher's hands and ears. What it means, others say."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from launcher.plan import Process, World
 from launcher.signals import NotedSignals
 from launcher.transport import AgentLink
 
-__all__ = ["Cluster", "Exit", "LostAgent"]
+__all__ = ["Cluster", "Exit", "LostAgent", "pump"]
 
 PING_S = 15.0  # an agent on another machine hears from us at least so often…
 SILENCE_S = 90.0  # …and ends its tree when it has heard nothing for so long
@@ -41,16 +41,16 @@ class LostAgent:
 class Cluster:
     """Orders go out by `connect`, `open_world`, `start` and `stop`; `pump` takes in what the agents report."""
 
-    def __init__(self, processes: Iterable[Process], logs: Logs, signals: NotedSignals) -> None:
+    def __init__(self, processes: Iterable[Process], logs: Logs) -> None:
         self.processes = {process.name: process for process in processes}
-        self.logs, self.signals = logs, signals
+        self.logs = logs
         self.links: dict[str, AgentLink] = {}  # by host name
         self.announced: dict[str, str] = {}
         self.ports: dict[int, dict[str, str]] = {}  # world -> environment variables that name its ports
         self.exits: dict[str, Exit] = {}  # by process name
         self.lost: LostAgent | None = None  # the first
         self._stopping = False
-        self._next_ping_s = time.monotonic() + PING_S
+        self.next_ping_s = time.monotonic() + PING_S
 
     def connect(self, host: Host, command: Sequence[str], grace_s: float) -> None:
         """Start an agent. Raises TransportError."""
@@ -63,26 +63,32 @@ class Cluster:
         order = {"do": "world", "world": world.index, "address": world.address}
         self.links[world.host.name].channel.send(order)
 
-    def start(self, process: Process, env: Mapping[str, str], cwd: str) -> None:
-        """Start a process with `env` on top of its machine's own environment. Raises OSError for want of logs."""
+    def start(
+        self, process: Process, env: Mapping[str, str], cwd: str, argv: Sequence[str] = (), folder: str = ""
+    ) -> None:
+        """Start a process with `env` on top of its machine's own environment. Raises OSError for want of logs.
+
+        `argv` takes the place of its command; `folder` names the one on its machine where it leaves what it returns.
+        """
         self.logs.open(process)
         order = {
             "do": "start",
             "name": process.name,
-            "argv": process.argv,
+            "argv": argv or process.argv,
             "env": dict(env),
             "defaults": dict(process.defaults),
             "returns": process.returns,
+            "folder": folder,
             "secret": process.secret,
             "cwd": process.cwd or cwd,
         }
         self.links[process.host.name].channel.send(order)
 
-    def stop(self, grace_s: float) -> None:
-        """Ask all agents to end their process trees."""
+    def stop(self, grace_s: float, keep_files: bool = False) -> None:
+        """Ask all agents to end their process trees; with `keep_files`, what these would return stays for a restart."""
         self._stopping = True
         for link in self.open_links():
-            link.channel.send({"do": "stop", "grace_s": grace_s})
+            link.channel.send({"do": "stop", "grace_s": grace_s, "keep_files": keep_files})
 
     def open_links(self) -> list[AgentLink]:
         return [link for link in self.links.values() if not link.closed]
@@ -102,37 +108,16 @@ class Cluster:
     def running(self) -> list[Process]:
         return [process for process in self.processes.values() if process.name not in self.exits]
 
-    def pump(self, timeout_s: float) -> None:
-        """Wait for something to happen, and take note of all that did. Raises OSError when logs cannot be written.
-
-        It may return early, and is to be called again and again: it also tells the agents that we are alive.
-        """
-        now_s = time.monotonic()
-        if now_s >= self._next_ping_s:
-            self._ping()
-            self._next_ping_s = now_s + PING_S
-        timeout_s = min(timeout_s, self._next_ping_s - now_s)
-        links = self.open_links()
-        answers = {link.channel.read_fd: link for link in links}
-        complaints = {link.stderr_fd: link for link in links if not link.stderr_closed}
-        orders = {link.channel.write_fd: link for link in links if link.channel.pending_bytes}
-        wakeup_fd = self.signals.wakeup_fd
-        readable, writable = wait_ready([wakeup_fd, *answers, *complaints], orders, timeout_s)
-        if wakeup_fd in readable:
-            self.signals.rest()
-        for fd in writable:
-            orders[fd].channel.flush()
-        for fd in readable & complaints.keys():
-            complaints[fd].read_stderr()
-        for fd in readable & answers.keys():
-            self._hear(answers[fd])
-
-    def _ping(self) -> None:
+    def ping_if_due(self, now_s: float) -> None:
+        """Tell the agents that we are alive; those of a machine that cannot be reached would end their trees."""
+        if now_s < self.next_ping_s:
+            return
+        self.next_ping_s = now_s + PING_S
         for link in self.open_links():
             if not link.channel.pending_bytes:  # where the last one has not left yet, another would not help
                 link.channel.send({"do": "ping"})
 
-    def _hear(self, link: AgentLink) -> None:
+    def hear(self, link: AgentLink) -> None:
         try:
             for message in link.channel.receive():
                 self._note(link, message)
@@ -173,7 +158,7 @@ class Cluster:
             return
         for line in lines:
             name, equals, value = line.partition("=")
-            if equals and name == process.announces:
+            if equals and name in (process.announces, process.begins):
                 self.announced.setdefault(name, value.strip())
 
     def _lose(self, link: AgentLink, reason: str) -> None:
@@ -181,3 +166,27 @@ class Cluster:
             return
         link.lost = reason
         self.lost = self.lost or LostAgent(link, reason)
+
+
+def pump(clusters: Iterable[Cluster], signals: NotedSignals, timeout_s: float) -> None:
+    """Wait for something to happen, and take note of all that did. Raises OSError when logs cannot be written.
+
+    It may return early, and is to be called again and again: it also tells the agents that we are alive.
+    """
+    now_s = time.monotonic()
+    owners = {link: cluster for cluster in clusters for link in cluster.open_links()}
+    for cluster in set(owners.values()):
+        cluster.ping_if_due(now_s)
+        timeout_s = min(timeout_s, cluster.next_ping_s - now_s)
+    answers = {link.channel.read_fd: link for link in owners}
+    complaints = {link.stderr_fd: link for link in owners if not link.stderr_closed}
+    orders = {link.channel.write_fd: link for link in owners if link.channel.pending_bytes}
+    readable, writable = wait_ready([signals.wakeup_fd, *answers, *complaints], orders, timeout_s)
+    if signals.wakeup_fd in readable:
+        signals.rest()
+    for fd in writable:
+        orders[fd].channel.flush()
+    for fd in readable & complaints.keys():
+        complaints[fd].read_stderr()
+    for fd in readable & answers.keys():
+        owners[answers[fd]].hear(answers[fd])

@@ -15,10 +15,23 @@ from typing import NamedTuple
 from launcher.hosts import Host
 from launcher.machine import Machine, is_loopback
 
-__all__ = ["LAUNCHING_MACHINE", "PYTHON", "Plan", "PlanError", "Process", "Service", "World", "plan", "slots_of"]
+__all__ = [
+    "ANNOUNCED",
+    "LAUNCHING_MACHINE",
+    "PYTHON",
+    "Plan",
+    "PlanError",
+    "Process",
+    "Service",
+    "Unit",
+    "World",
+    "plan",
+    "slots_of",
+]
 
 LAUNCHING_MACHINE = Host("localhost")
 PYTHON = "{python}"  # as the first word of a command: the Python that runs the agent there
+ANNOUNCED = "{announced}"  # in the command of a service's restart: what it announced at first
 
 
 class PlanError(ValueError):
@@ -31,8 +44,11 @@ class Service:
 
     When `announces` is a name, such as DANAZ_SERVER, its stdout must hold a line `DANAZ_SERVER=value`; every rank finds
     that value in its environment. When `returns` is a name, such as DANAZ_RUN, its environment holds under that name a
-    fresh folder on its machine, and the files it leaves there are brought into the run folder. `secret` is what it
-    can read from the file descriptor that DANAZ_SECRET_FD names: it travels, and stays in memory.
+    folder of its own on its machine, and the files it leaves there are brought into the run folder. `secret` is what it
+    can read from the file descriptor that DANAZ_SECRET_FD names: it travels, and stays in memory. With `again`, the
+    command that goes on where it was killed, it can be started again in the midst of a run: with the same folder, and
+    ANNOUNCED in that command being what it announced. When `begins` is a name, the run has not begun before its stdout
+    holds a line `NAME=…`: until then it waits for all workers.
     """
 
     name: str
@@ -43,6 +59,8 @@ class Service:
     host: Host = LAUNCHING_MACHINE
     cwd: str | None = None  # None: that of the plan
     secret: str | None = field(default=None, repr=False)
+    again: Sequence[str] = ()
+    begins: str | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +88,8 @@ class Process:
     cwd: str | None = None
     defaults: Mapping[str, str] = field(default_factory=dict)  # what its machine may set otherwise
     secret: str | None = field(default=None, repr=False)
+    again: tuple[str, ...] = ()
+    begins: str | None = None
 
     @property
     def label(self) -> str:
@@ -83,6 +103,24 @@ class Process:
 
 
 @dataclass(frozen=True)
+class Unit:
+    """What starts, fails and is started again together: a service, or the ranks of one world."""
+
+    name: str  # "server", "worker 1": unique in the run
+    processes: tuple[Process, ...]
+    world: World | None = None  # None: a service
+
+    @property
+    def hosts(self) -> tuple[Host, ...]:
+        return tuple({process.host.name: process.host for process in self.processes}.values())
+
+    @property
+    def label(self) -> str:
+        """With its machine, if it is one."""
+        return f"{self.name} on {self.hosts[0].name}" if len(self.hosts) == 1 else self.name
+
+
+@dataclass(frozen=True)
 class Plan:
     """All processes of one run, in the order in which they start."""
 
@@ -92,6 +130,18 @@ class Plan:
     workers: int
     cwd: str
     env: Mapping[str, str] = field(repr=False)  # may hold secrets: never printed
+    run_id: str = ""  # unique on every machine: names the folders there of what is returned
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """Services first."""
+        services = [Unit(process.name, (process,)) for process in self.services]
+        return (*services, *(self._unit(world) for world in self.worlds))
+
+    def _unit(self, world: World) -> Unit:
+        ranks = tuple(rank for rank in self.ranks if rank.world == world.index)
+        workers = {rank.env["DANAZ_WORKER"] for rank in ranks}
+        return Unit(f"worker {min(workers)}" if len(workers) == 1 else "the world of all workers", ranks, world)
 
     @property
     def hosts(self) -> tuple[Host, ...]:
@@ -118,6 +168,7 @@ class Plan:
             return {}
         port = f"<free port on {self.worlds[process.world].host.name}>"
         announced = {service.announces: f"<from {service.name}>" for service in self.services if service.announces}
+        announced["DANAZ_INCARNATION"] = "<from the clock>"
         return {"HOROVOD_GLOO_RENDEZVOUS_PORT": port, "MASTER_PORT": port, **announced}
 
 
@@ -142,12 +193,14 @@ def plan(
     first_rank_returns: str | None = None,
     secrets: Sequence[str] = (),
     machines: Mapping[str, Machine] | None = None,
+    first_worker: int = 0,
+    run_id: str = "",
 ) -> Plan:
     """Lay one rank into every slot of every host.
 
     `env` is what travels to every process, `machines` what is known of each host by its name (cores, GPUs, address),
     `first_rank_returns` as `Service.returns`, for rank 0; `secrets` as `Service.secret`, one for the first rank of each
-    world. Raises PlanError.
+    world. Workers are counted from `first_worker`; `run_id` names the run on other machines. Raises PlanError.
     """
     if not command:
         raise PlanError("there is no command to run; write it after --, for example: -- python train.py")
@@ -167,7 +220,7 @@ def plan(
     for world in worlds:
         for rank, seat in enumerate(by_world[world.index]):
             names_and_values = {
-                **_worker_env(seat, workers),
+                **_worker_env(seat, first_worker, workers),
                 **_world_env(rank, by_world[world.index], world),
                 **_gloo_env(seat, world, known),
             }
@@ -186,7 +239,7 @@ def plan(
                 )
             )
     beside = tuple(_service_process(service, workers) for service in services)
-    return Plan(beside, tuple(ranks), worlds, workers, cwd, dict(env))
+    return Plan(beside, tuple(ranks), worlds, workers, cwd, dict(env), run_id)
 
 
 def slots_of(host: Host, machines: Mapping[str, Machine]) -> int:
@@ -228,9 +281,9 @@ def _within_one_machine(members: Sequence[_Seat]) -> bool:
     return len(names) == 1 or all(is_loopback(name) for name in names)
 
 
-def _worker_env(seat: _Seat, workers: int) -> dict[str, str]:
+def _worker_env(seat: _Seat, first_worker: int, workers: int) -> dict[str, str]:
     return {
-        "DANAZ_WORKER": str(seat.worker),
+        "DANAZ_WORKER": str(first_worker + seat.worker),
         "DANAZ_WORKERS": str(workers),
         "DANAZ_LOCAL_DEVICE": str(seat.host.devices[seat.slot] if seat.host.devices else seat.slot),
     }
@@ -294,6 +347,8 @@ def _service_process(service: Service, workers: int) -> Process:
         cwd=service.cwd,
         defaults={"PYTHONUNBUFFERED": "1"},
         secret=service.secret,
+        again=tuple(service.again),
+        begins=service.begins,
     )
 
 

@@ -17,13 +17,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from launcher.channel import Message
-from launcher.cluster import Cluster
+from launcher.cluster import Cluster, pump
 from launcher.hosts import Host
 from launcher.logs import Logs, quiet
 from launcher.machine import Machine, is_loopback, is_this_machine, source_address
 from launcher.plan import PYTHON, Process, World
 from launcher.probe import HUB
-from launcher.signals import ENDING_SIGNALS, noted_signals
+from launcher.signals import ENDING_SIGNALS, NotedSignals, noted_signals
 from launcher.ssh import cure
 from launcher.transport import AgentCommand, AgentLink, TransportError
 
@@ -70,8 +70,8 @@ def survey(
         for number, host in enumerate(everybody.values())
     }
     with noted_signals(*ENDING_SIGNALS) as signals, tempfile.TemporaryDirectory() as folder:
-        cluster = Cluster(probes.values(), Logs(folder, quiet), signals)
-        asked = _Survey(cluster, probes, hub, interfaces or {}, timeout_s)
+        cluster = Cluster(probes.values(), Logs(folder, quiet))
+        asked = _Survey(cluster, signals, probes, hub, interfaces or {}, timeout_s)
         try:
             asked.connect(agent_command)
             asked.choose_hub_address()
@@ -86,12 +86,14 @@ class _Survey:
     def __init__(
         self,
         cluster: Cluster,
+        signals: NotedSignals,
         probes: Mapping[str, Process],
         hub: Host,
         interfaces: Mapping[str, str],
         timeout_s: float,
     ) -> None:
-        self.cluster, self.probes, self.hub, self.interfaces = cluster, probes, hub, interfaces
+        self.cluster, self.signals = cluster, signals
+        self.probes, self.hub, self.interfaces = probes, hub, interfaces
         self.timeout_s = timeout_s
         self.problems: dict[str, str] = {}  # by name of host
         self.hub_address: str | None = None
@@ -249,6 +251,6 @@ class _Survey:
     def _wait(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + self.timeout_s
         while not condition() and time.monotonic() < deadline:
-            if self.cluster.signals.received:
+            if self.signals.received:
                 raise KeyboardInterrupt
-            self.cluster.pump(deadline - time.monotonic())
+            pump([self.cluster], self.signals, deadline - time.monotonic())

@@ -168,8 +168,8 @@ def test_nothing_is_left_and_nobody_else_touched(
 ) -> None:
     launched = launch()
     launched.wait_until_ready()
-    # the launcher; the guardian and the agent; the server and two ranks with a child and a daemon each
-    assert len(alive(launched.token)) == 1 + 2 + 3 * 3
+    # the launcher; guardian and agent of the server and of the ranks; these three with a child and a daemon each
+    assert len(alive(launched.token)) == 1 + 2 * 2 + 3 * 3
     os.kill(launched.pid(victim), signal.SIGKILL)
     if message is not None:
         outcome = launched.outcome()

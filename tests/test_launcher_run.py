@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import run as run_module
+from launcher import life as life_module
 from launcher.channel import wait_ready
 from launcher.hosts import Host, parse_hosts
 from launcher.logs import Logs, Terminal, quiet
@@ -108,7 +108,7 @@ time.sleep(60)
 
 
 def test_the_first_to_raise_is_blamed_though_it_ends_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "SETTLE_S", 30.0)
+    monkeypatch.setattr(life_module, "SETTLE_S", 30.0)
     code = """
 import os, sys, time
 raised, pid = os.environ["FOLDER"] + "/raised", os.environ["FOLDER"] + "/pid"
@@ -307,7 +307,7 @@ def test_an_agent_that_hears_nothing_ends_its_tree(tmp_path: Path) -> None:
 
     start = {"do": "start", "name": "rank.0", "argv": ["sleep", "60"], "cwd": "/", "env": {}, "defaults": {}}
     link.channel.send({"do": "hello", "grace_s": 1.0, "silence_s": 0.5})
-    link.channel.send({**start, "returns": None, "secret": None})
+    link.channel.send({**start, "returns": None, "folder": "", "secret": None})
     pid = hear("started")["pid"]
     assert hear("stopping")["why"] == "nothing was heard of the launcher for 0.5 s"
     assert link.close(20) == 0

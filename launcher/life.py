@@ -1,0 +1,177 @@
+"""One life of a unit: from the connection to its machines to the moment when nothing of it is left there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from math import inf
+from typing import NamedTuple
+
+from launcher.cluster import Cluster
+from launcher.failure import Failure, agent_failure, failure_of, process_failure, somebody_is_failing
+from launcher.logs import Logs
+from launcher.plan import ANNOUNCED, Plan, Process, Unit
+from launcher.transport import AgentCommand, TransportError
+
+__all__ = ["Life", "Surroundings", "Timeouts"]
+
+SETTLE_S = 2.0  # after a first exit: for a rank that raised before it to end too
+AGENT_END_S = 15.0  # after the grace: for SIGKILL to work, the pipes to empty and the agent to end
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    grace_s: float
+    start_s: float
+    finish_s: float
+
+
+@dataclass
+class Surroundings:
+    """What the lives of a run have in common."""
+
+    plan: Plan
+    logs: Logs
+    agent_command: AgentCommand
+    timeouts: Timeouts
+    announced: dict[str, str] = field(default_factory=dict)  # by services, for the ranks' environment
+    everybody_answered: bool = False  # before that, nothing is started anywhere
+    last_incarnation: int = 0
+
+    def next_incarnation(self) -> int:
+        """Higher than all before, those of a run that goes on after its launcher died included: it is the clock."""
+        self.last_incarnation = max(self.last_incarnation + 1, time.time_ns() // 1_000_000)
+        return self.last_incarnation
+
+
+class _Wait(NamedTuple):
+    """A life goes on when the condition holds, and fails when it does not in time."""
+
+    condition: Callable[[], bool]
+    timeout_s: float = inf
+    failure: Callable[[], Failure] | None = None
+
+
+class Life:
+    """`advance` plays its story as far as it goes; `failure` says when it cannot go on; `end` ends it, at any time."""
+
+    def __init__(self, unit: Unit, around: Surroundings, number: int) -> None:
+        """`number` counts the lives of the unit from 1."""
+        self.unit, self.around, self.number = unit, around, number
+        self.cluster = Cluster(unit.processes, around.logs)
+        self.up = False  # all its processes were started
+        self.ended = False  # all of them ended well
+        self.ending = False
+        self.next_s = inf  # when to look at it again, though nothing was heard
+        self._story = self._tell()
+        self._wait: _Wait | None = None
+        self._wait_until_s = inf
+        self._overdue: Failure | None = None
+        self._trouble_s = inf  # when the failure was first seen
+        self._end_by_s = inf
+
+    # The story
+
+    def _tell(self) -> Iterator[_Wait]:
+        unit, cluster, start_s = self.unit, self.cluster, self.around.timeouts.start_s
+        yield from self._connect()
+        yield _Wait(lambda: self.around.everybody_answered)
+        if unit.world is not None:
+            cluster.open_world(unit.world)
+            rendezvous = cluster.links[unit.world.host.name]
+            yield _Wait(lambda: bool(cluster.ports), start_s, lambda: agent_failure(rendezvous, "opened no rendezvous"))
+            plan = self.around.plan
+            awaited = {service.announces for service in plan.services if service.announces}
+            yield _Wait(lambda: awaited <= self.around.announced.keys())
+        self._start()
+        for process in unit.processes:
+            if process.announces:
+                yield _Wait(lambda: bool(cluster.announced), start_s, lambda: self._unannounced(process))  # noqa: B023
+        self.around.announced.update(cluster.announced)
+        self.up = True
+        yield _Wait(lambda: cluster.have_ended(unit.processes))
+        self.ended = True
+
+    def _connect(self) -> Iterator[_Wait]:
+        timeouts = self.around.timeouts
+        for host in self.unit.hosts:
+            try:
+                self.cluster.connect(host, self.around.agent_command(host), timeouts.grace_s)
+            except TransportError as error:
+                failure = Failure(host.name, None, str(error), 1)
+                yield _Wait(lambda: False, 0.0, lambda: failure)  # noqa: B023
+        yield _Wait(lambda: self.answered, timeouts.start_s, self._silent)
+
+    def _start(self) -> None:
+        plan, unit = self.around.plan, self.unit
+        ports = {} if unit.world is None else self.cluster.ports[unit.world.index]
+        found = {}
+        if unit.world is not None:
+            found = {**self.around.announced, **ports, "DANAZ_INCARNATION": str(self.around.next_incarnation())}
+        for process in unit.processes:
+            folder = f"danaz-{plan.run_id}-{process.name}" if process.returns else ""
+            env = {**plan.env, **process.env, **found}
+            self.cluster.start(process, env, plan.cwd, self._command(process), folder)
+
+    def _command(self, process: Process) -> tuple[str, ...]:
+        if self.number == 1 or not process.again:
+            return process.argv
+        announced = self.around.announced.get(process.announces or "", "")
+        return tuple(announced if word == ANNOUNCED else word for word in process.again)
+
+    @property
+    def answered(self) -> bool:
+        """Whether an agent is there on each of its machines."""
+        links = self.cluster.links
+        return len(links) == len(self.unit.hosts) and all(link.said_hello for link in links.values())
+
+    def _silent(self) -> Failure:
+        silent = next(link for link in self.cluster.links.values() if not link.said_hello)
+        return agent_failure(silent, f"did not answer within {self.around.timeouts.start_s:g} s")
+
+    def _unannounced(self, process: Process) -> Failure:
+        what = f"did not print {process.announces}=… within {self.around.timeouts.start_s:g} s"
+        return process_failure(self.around.logs, process, what, 1)
+
+    # What becomes of it
+
+    def advance(self, now_s: float) -> bool:
+        """Go on in the story, if what it waits for has come. Returns whether it did."""
+        if self.ended or self.ending:
+            return False
+        if self._wait is not None and not self._wait.condition():
+            if now_s >= self._wait_until_s and self._wait.failure is not None:
+                self._overdue = self._wait.failure()
+            return False
+        self._wait = next(self._story, None)
+        self._wait_until_s = self.next_s = inf if self._wait is None else now_s + self._wait.timeout_s
+        return True
+
+    def failure(self, now_s: float) -> Failure | None:
+        """Why it cannot go on: with what it began, once that is clear, for a rank that raises may end after others."""
+        failure = failure_of(self.cluster) or self._overdue
+        if failure is None or self.ending or self.ended:
+            return None
+        self._trouble_s = min(self._trouble_s, now_s)
+        self.next_s = self._trouble_s + SETTLE_S
+        return None if now_s < self.next_s and somebody_is_failing(self.cluster, now_s) else failure
+
+    # The end
+
+    def end(self, now_s: float, grace_s: float, keep_files: bool = False) -> None:
+        """End every process of it. A second call can only make it quicker."""
+        by_s = now_s + grace_s + AGENT_END_S
+        self.next_s = self._end_by_s = min(self._end_by_s, by_s)
+        self.ending = True
+        self.cluster.stop(grace_s, keep_files)
+
+    def is_gone(self, now_s: float) -> bool:
+        """Whether nothing of it is left; or the time is over, and the way to it is cut, which its agent will notice."""
+        return self.ending and (not self.cluster.busy_links() or now_s >= self._end_by_s)
+
+    def close(self, now_s: float) -> None:
+        """Leave its agents, which end by that if they have not yet."""
+        for process in self.cluster.running():
+            self.around.logs.close(process)
+        self.cluster.close(max(now_s, min(self._end_by_s, now_s + AGENT_END_S)))

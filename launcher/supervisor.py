@@ -1,0 +1,203 @@
+"""Who is started again, when, and when a run has failed: a state machine without a clock, a process or a socket.
+
+A *unit* is what fails and is started again together: the ranks of one worker, or a service. Stimuli come in with the
+time as a number, decisions go out, each with a sentence for the reader:
+
+    running ──failed──► ending ──gone──► waiting ──due──► starting ──up──► running
+       └─────ended──► done   └──gone──► lost: it may not be started again
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from math import inf
+from typing import Literal
+
+__all__ = ["Decision", "OnFailure", "Policy", "Supervisor"]
+
+OnFailure = Literal["continue", "stop", "restart"]
+LONGEST_RETRY_S = 30.0  # between two attempts to reach a machine
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What follows the failure of a worker. A service that can go on is started again under all of them but `stop`."""
+
+    on_failure: OnFailure = "stop"
+    max_restarts: int = 3  # of each unit within `window_s`
+    window_s: float = 3600.0
+    backoff_s: float = 2.0  # before the first restart; it doubles with each further one
+    longest_backoff_s: float = 60.0
+    unreachable_s: float = 600.0  # a machine that cannot be reached again for so long is given up
+    early_s: float = 60.0  # when every worker fails by itself so soon, it is the script, and no restart would help
+
+
+@dataclass(frozen=True)
+class Decision:
+    """`end` what is left of a unit, `start` it again, or `stop` the run."""
+
+    do: Literal["end", "start", "stop"]
+    unit: str
+    reason: str
+
+
+class _State(Enum):
+    STARTING = "starting"
+    RUNNING = "running"
+    ENDING = "ending"
+    WAITING = "waiting"
+    DONE = "done"
+    LOST = "lost"
+
+
+@dataclass
+class _Unit:
+    name: str
+    is_service: bool
+    restartable: bool
+    state: _State = _State.STARTING
+    first_up_s: float | None = None
+    due_s: float = inf  # when it may start again; inf: never
+    lives: int = 0  # so often it was up
+    restarts_s: list[float] = field(default_factory=list)  # when, within the window
+    attempts: int = 0  # since it was up, of which none reached its machine
+    lost_s: float = 0.0  # when it was last up
+    failed_early: bool = False  # by itself, in its first life
+
+
+class Supervisor:
+    """Knows every unit's state. To be told of all that happens, in the order in which it happens."""
+
+    def __init__(
+        self, workers: Iterable[str], services: Iterable[str], policy: Policy, unyielding: Iterable[str] = ()
+    ) -> None:
+        """`unyielding` services cannot go on where they were, so that there is no sense in a restart."""
+        self.policy = policy
+        self.over = False  # a service ended well: there is nothing left to take part in
+        self.begun = True  # False: training waits for all workers, and would wait for a lost one forever
+        units = [_Unit(name, is_service=False, restartable=policy.on_failure == "restart") for name in workers]
+        units += [_Unit(name, is_service=True, restartable=name not in {*unyielding}) for name in services]
+        self._units = {unit.name: unit for unit in units}
+
+    # Stimuli
+
+    def up(self, name: str, now_s: float) -> None:
+        """All processes of a unit were started."""
+        unit = self._units[name]
+        unit.state, unit.attempts = _State.RUNNING, 0
+        if unit.first_up_s is None:
+            unit.first_up_s = now_s
+        if unit.lives:
+            unit.restarts_s.append(now_s)
+        unit.lives += 1
+
+    def ended(self, name: str) -> None:
+        """All processes of a unit ended well."""
+        unit = self._units[name]
+        unit.state = _State.DONE
+        self.over = self.over or unit.is_service
+
+    def failed(
+        self, name: str, what: str, now_s: float, *, by_itself: bool = False, settle_s: float = 0.0
+    ) -> list[Decision]:
+        """A process of a unit failed, or the way to it was lost.
+
+        `by_itself`: it ended with an exit code of its own; `settle_s`: so long something of it may still be there.
+        """
+        unit = self._units[name]
+        was, unit.state = unit.state, _State.ENDING
+        if self.policy.on_failure == "stop" or unit.lives == 0:
+            return [Decision("stop", name, "")]
+        if was is _State.RUNNING:
+            unit.lost_s = now_s
+            early = unit.lives == 1 and now_s - (unit.first_up_s or 0.0) <= self.policy.early_s
+            unit.failed_early = by_itself and early
+        unit.due_s, then = self._what_next(unit, was, now_s, settle_s)
+        return [Decision("end", name, f"{what}; {then}"), *self._stop_if_hopeless(unit)]
+
+    def gone(self, name: str) -> None:
+        """Nothing is left of a unit's last life."""
+        unit = self._units[name]
+        unit.state = _State.WAITING if unit.due_s < inf else _State.LOST
+
+    def due(self, now_s: float) -> list[Decision]:
+        """The units that are to be started now."""
+        ready = [unit for unit in self._units.values() if unit.state is _State.WAITING and unit.due_s <= now_s]
+        for unit in ready:
+            unit.state = _State.LOST if self.over else _State.STARTING
+        return [Decision("start", unit.name, "") for unit in ready if unit.state is _State.STARTING]
+
+    # Questions
+
+    @property
+    def next_s(self) -> float:
+        """When `due` is to be asked again."""
+        waiting = [unit.due_s for unit in self._units.values() if unit.state is _State.WAITING]
+        return min(waiting, default=inf)
+
+    def have_ended(self, names: Iterable[str]) -> bool:
+        """Whether none of these runs, nor will again."""
+        return all(self._units[name].state in (_State.DONE, _State.LOST) for name in names)
+
+    def will_restart(self, name: str) -> bool:
+        """Of a unit that is ending or waits."""
+        return self._units[name].due_s < inf
+
+    def report(self) -> list[str]:
+        """What became of the units that did not simply run to their end."""
+        lines = []
+        for unit in self._units.values():
+            if unit.lives > 1:
+                times = "once" if unit.lives == 2 else f"{unit.lives - 1} times"
+                lines.append(f"{unit.name} was restarted {times}")
+            if unit.state is _State.LOST:
+                lines.append(f"{unit.name} was lost")
+        return lines
+
+    # Decisions
+
+    def _what_next(self, unit: _Unit, was: _State, now_s: float, settle_s: float) -> tuple[float, str]:
+        """When a unit may start again, and the words for it."""
+        policy = self.policy
+        others = "the run ends" if unit.is_service else "the others go on"
+        if self.over:
+            return inf, "the run is over"
+        if not unit.restartable:
+            return inf, others
+        if was is _State.STARTING:
+            return self._when_to_try_again(unit, now_s, others)
+        unit.restarts_s = [at_s for at_s in unit.restarts_s if at_s > now_s - policy.window_s]
+        count = len(unit.restarts_s)
+        if count >= policy.max_restarts:
+            window = f"{policy.window_s / 60:g} min"
+            return inf, f"no more than {policy.max_restarts} restarts are made within {window}; {others}"
+        wait_s = max(settle_s, min(policy.backoff_s * 2**count, policy.longest_backoff_s))
+        return now_s + wait_s, f"restart {count + 1} of {policy.max_restarts} in {wait_s:g} s"
+
+    def _when_to_try_again(self, unit: _Unit, now_s: float, others: str) -> tuple[float, str]:
+        unit.attempts += 1
+        wait_s = min(self.policy.backoff_s * 2**unit.attempts, LONGEST_RETRY_S)
+        if now_s + wait_s > unit.lost_s + self.policy.unreachable_s:
+            return inf, f"that for {self.policy.unreachable_s:g} s now; {others}"
+        return now_s + wait_s, f"next try in {wait_s:g} s"
+
+    def _stop_if_hopeless(self, unit: _Unit) -> Sequence[Decision]:
+        given_up = unit.due_s == inf
+        workers = [each for each in self._units.values() if not each.is_service]
+        if given_up and unit.is_service:
+            why = ""
+        elif given_up and not self.begun:
+            why = "training had not begun, and waits for all workers"
+        elif all(each.failed_early for each in workers) and not self.over:
+            why = "every worker failed by itself at once, which no restart would cure"
+        elif all(_is_lost(each) for each in workers):
+            why = "no worker is left"
+        else:
+            return []
+        return [Decision("stop", unit.name, why)]
+
+
+def _is_lost(unit: _Unit) -> bool:
+    return unit.state is _State.LOST or (unit.state is _State.ENDING and unit.due_s == inf)
