@@ -1,41 +1,57 @@
-"""Any order of anything: crashes, silences, lost and repeated messages around one core, and what always holds."""
+"""Any order of anything: crashes of workers and of the server, silences, lost and repeated messages around one core,
+and what always holds.
+"""
 
 from __future__ import annotations
 
 import copy
+import json
+import random
+from collections.abc import Callable
+from inspect import signature
+from itertools import count
 
+import pytest
 import torch
 from cluster import DIGEST, TIMEOUT_S
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from stimuli import LAYOUT, SIZE
 
 from danaz.server.core import ServerCore
 from danaz.server.messages import (
+    Bye,
     Final,
     Heartbeat,
     Join,
     Parameters,
     Plan,
+    Push,
     Refusal,
     Reply,
+    Report,
     Request,
 )
 from danaz.server.settings import ServerSettings
+from danaz.server.state import CoreState
 from danaz.worker.core import Role, WorkerCore
+
+ALGORITHMS = ["dana-zero", "dana", "asgd", "ssgd", "dana-ga"]
+PushId = tuple[int, int, int]  # worker, incarnation, request
 
 
 class ServerUnderFaults(RuleBasedStateMachine):
-    """Workers that crash, stall, lose messages both ways and repeat themselves, around one core.
+    """Workers that crash, stall, lose messages both ways and repeat themselves, around one core that is killed.
 
-    Each worker obeys the protocol. Requests may be lost, delivered again, and again late; replies may be lost.
+    Each worker obeys the protocol. Requests may be lost, delivered again, and again late; replies may be lost. A server
+    started anew has its last checkpoint and the journal of all updates, as the keeper has them.
     """
 
     WORKERS = 3
 
     @initialize(
-        algorithm=st.sampled_from(["dana-zero", "dana", "asgd", "ssgd", "dana-ga"]),
+        algorithm=st.sampled_from(ALGORITHMS),
         ahead=st.integers(1, 3),
         batches=st.integers(1, 8),
     )
@@ -45,7 +61,12 @@ class ServerUnderFaults(RuleBasedStateMachine):
         self.settings = ServerSettings(
             algorithm=algorithm, workers=2, digest=DIGEST, gap_every=1, worker_timeout_s=TIMEOUT_S
         )
-        self.core = ServerCore(self.settings, on_update=self.updates.append)
+        self.pushes: list[list[PushId]] = []  # of each update
+        self.sent_pushes: dict[PushId, Push] = {}
+        self.lost, self.lost_pushes = 0, set[PushId]()  # by the server's restarts
+        self.life = self.journal_life = 0
+        self.checkpoint: CoreState | None = None
+        self.core = self.make_core()
         self.ahead, self.now = ahead, 0.0
         self.inbox: dict[tuple[int, int], list[Reply]] = {}  # of a process: worker and incarnation
         self.sent: dict[int, list[Request]] = {worker: [] for worker in range(self.WORKERS)}
@@ -53,10 +74,39 @@ class ServerUnderFaults(RuleBasedStateMachine):
         self.workers: dict[int, WorkerCore] = {}
         self.last: dict[int, Parameters] = {}
         self.finals: list[Final] = []
-        self.applied = dict.fromkeys(range(self.WORKERS), 0)  # pushes, as its worker knows
-        self.given_up: set[int] = set()  # may have lost an answer for good
+        self.applied = {worker: set[PushId]() for worker in range(self.WORKERS)}  # as its process knows
         for worker in range(2):
             self.start(worker)
+
+    # ---- the server's process ------------------------------------------------------------------------------------
+
+    def make_core(self):
+        return ServerCore(self.settings, on_update=self.update, on_milestone=self.milestone)
+
+    def update(self, update):
+        self.updates.append(update)
+        workers = [worker for worker, _ in update.round or ((update.worker, update.batch),)]
+        members = [self.core.members[worker] for worker in workers]
+        self.pushes.append([(m.worker, m.incarnation, m.applied_request) for m in members])
+
+    def milestone(self, core):
+        if core.life != self.journal_life:
+            self.journal_life = core.life
+            version = core.master.version
+            self.lost += len(self.updates) - version
+            self.lost_pushes.update(push for pushes in self.pushes[version:] for push in pushes)
+            del self.updates[version:], self.pushes[version:]
+        self.write_checkpoint(core)
+
+    def write_checkpoint(self, core):
+        state = core.state()
+        self.checkpoint = CoreState(json.loads(json.dumps(state.facts)), state.tensors)
+
+    def restart(self):
+        self.life += 1
+        self.core = self.make_core()
+        assert self.checkpoint is not None
+        self.core.restore(self.checkpoint, self.updates[self.checkpoint.version :], self.life, self.now)
 
     # ---- workers -------------------------------------------------------------------------------------------------
 
@@ -65,13 +115,14 @@ class ServerUnderFaults(RuleBasedStateMachine):
         role = Role(worker, self.incarnation[worker], DIGEST, 0.9, LAYOUT, self.plan, self.ahead)
         self.workers[worker] = WorkerCore(role, self.settings.rule(0.9).worker_rule)
         self.last.pop(worker, None)
-        self.applied[worker] = 0
-        self.given_up.discard(worker)
+        self.applied[worker] = set()
         self.inbox[worker, role.incarnation] = []
         self.ask(worker, self.workers[worker].join(torch.ones(SIZE) if worker == 0 else None), lost=False)
 
     def ask(self, worker, request, lost):
         self.sent[worker].append(copy.deepcopy(request))
+        if isinstance(request, Push):
+            self.sent_pushes[worker, request.incarnation, request.request] = self.sent[worker][-1]
         if not lost:
             self.to_server(worker, request)
 
@@ -92,16 +143,16 @@ class ServerUnderFaults(RuleBasedStateMachine):
             reply = inbox.pop(0)
             if core._outstanding is None or reply.request != core._outstanding.request:
                 continue
-            asked = core._outstanding
+            asked, undecided = core._outstanding, core._undecided
             core.receive(reply)
             if isinstance(reply, Parameters):
                 self.last[worker] = reply
-                self.applied[worker] += reply.applied
+                if reply.applied or undecided == reply.last_applied != 0:
+                    self.applied[worker].add((worker, core.role.incarnation, undecided))
             elif isinstance(reply, Final):
                 self.finals.append(reply)
-            elif isinstance(reply, Refusal) and not isinstance(asked, Join):
+            elif isinstance(reply, Refusal) and not isinstance(asked, (Join, Report, Bye)):
                 assert reply.rejoin, reply.reason
-                self.given_up.add(worker)
                 self.ask(worker, core.join(), lost=False)
 
     def step(self, worker, grad, lr, lost):
@@ -165,6 +216,19 @@ class ServerUnderFaults(RuleBasedStateMachine):
                 self.to_server(worker, Heartbeat(worker, self.incarnation[worker]))
         self.deliver(self.core.tick(self.now))
 
+    @rule()
+    def server_writes_a_checkpoint(self):
+        if self.core.started and self.core.recovery is None:
+            self.write_checkpoint(self.core)
+
+    @precondition(lambda self: self.checkpoint is not None)
+    @rule(later=st.sampled_from([0.0, 5.0, 30.0]))
+    def server_is_killed(self, later):
+        """Between any two messages; what it sent may or may not arrive. The new one may get no message for a while."""
+        self.restart()
+        self.now += later
+        self.deliver(self.core.tick(self.now))
+
     # ---- what always holds ---------------------------------------------------------------------------------------
 
     @invariant()
@@ -201,9 +265,34 @@ class ServerUnderFaults(RuleBasedStateMachine):
         """Exactly once, seen from both ends: else dana's velocities and its server drift apart."""
         for worker, core in self.workers.items():
             member = self.core.members.get(worker)
-            answered = core._outstanding is None and core._state == "joined"
-            if member and answered and member.incarnation == core.role.incarnation and worker not in self.given_up:
-                assert self.applied[worker] == member.updates
+            answered = core._outstanding is None and core._state == "joined" and core.life == self.core.life
+            if member and answered and member.incarnation == core.role.incarnation:
+                process = worker, member.incarnation
+                journal = {push for pushes in self.pushes for push in pushes if push[:2] == process}
+                assert self.applied[worker] - self.lost_pushes == journal
+                assert member.updates == len(journal)
+
+    @invariant()
+    def the_parameters_are_the_sum_of_the_journals_pushes(self):
+        """Where the server adds up what comes; giving back adds more."""
+        core = self.core
+        if not core.started or core.recovery or not core.master.rule.view_is_state or self.somebody_left:
+            return
+        total = torch.ones(SIZE)
+        for [push_id] in self.pushes:
+            push = self.sent_pushes[push_id]
+            total += push.push * (1.0 if core.master.rule.pushes == "displacement" else -push.lr[0])
+        assert torch.allclose(core.master.params, total, atol=1e-4)
+
+    @property
+    def somebody_left(self):
+        return any(member.left for member in self.core.members.values())
+
+    @invariant()
+    def what_is_lost_is_counted(self):
+        if self.core.started and not self.core.recovery:
+            assert self.core.figures.lost_updates == self.lost
+            assert self.core.master.version == self.core.figures.updates == len(self.updates)
 
     def teardown(self):
         """From wherever it stands, the run comes to its end when faults cease."""
@@ -237,3 +326,72 @@ TestServerUnderFaults = ServerUnderFaults.TestCase
 TestServerUnderFaults.settings = settings(
     max_examples=60, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
+
+
+# ---- long runs, with faults often enough to meet each other ----------------------------------------------------------
+
+FAULTS = {
+    ServerUnderFaults.repeats: 4,
+    ServerUnderFaults.old_message_comes_again: 4,
+    ServerUnderFaults.replies_are_lost: 8,
+    ServerUnderFaults.breaks_down_numerically: 1,
+    ServerUnderFaults.crashes_and_starts_anew: 1,
+    ServerUnderFaults.time_passes: 1,
+    ServerUnderFaults.server_writes_a_checkpoint: 1,
+    ServerUnderFaults.server_is_killed: 3,
+}
+ALWAYS = [
+    ServerUnderFaults.versions_have_no_holes,
+    ServerUnderFaults.no_batch_is_done_twice,
+    ServerUnderFaults.no_batch_is_in_two_hands,
+    ServerUnderFaults.the_look_ahead_is_the_sum_of_those_who_are_there,
+    ServerUnderFaults.all_is_finite,
+    ServerUnderFaults.worker_and_server_count_the_same_pushes,
+    ServerUnderFaults.the_parameters_are_the_sum_of_the_journals_pushes,
+    ServerUnderFaults.what_is_lost_is_counted,
+]
+WORK_PER_FAULT = 2
+FAULTS_EACH = 4000  # of each algorithm
+
+
+def rehearse(algorithm: str, seed: int) -> int:
+    """One run to its end in virtual time; returns the number of faults it survived. A failure names its seed."""
+    chance = random.Random(f"{algorithm} {seed}")
+    machine = ServerUnderFaults()
+    machine.begin(algorithm=algorithm, ahead=chance.randint(1, 3), batches=chance.randint(20, 80))
+    faults = 0
+    while not machine.core.finished and faults < 300:
+        for _ in range(chance.randint(0, 2 * WORK_PER_FAULT)):
+            act(machine, ServerUnderFaults.works, chance)
+        [fault] = chance.choices(list(FAULTS), list(FAULTS.values()))
+        faults += act(machine, fault, chance)
+    machine.teardown()
+    return faults
+
+
+def act(machine: ServerUnderFaults, what: Callable[..., None], chance: random.Random) -> bool:
+    """Let one thing happen, with arguments by chance; returns whether it could."""
+    arguments = {
+        "worker": chance.randrange(machine.WORKERS),
+        "grad": chance.choice([float("nan"), float("inf")] if "numerically" in what.__name__ else [1.0, -0.5, 2.0]),
+        "lr": chance.choice([0.1, 0.05]),
+        "lost": chance.random() < 0.1,
+        "age": chance.randint(0, 9),
+        "silent": {worker for worker in range(machine.WORKERS) if chance.random() < 0.3},
+        "later": chance.choice([0.0, 5.0, 30.0]),
+    }
+    if what is ServerUnderFaults.server_is_killed and machine.checkpoint is None:
+        return False
+    what(machine, **{name: arguments[name] for name in signature(what).parameters if name in arguments})
+    for holds in ALWAYS:
+        holds(machine)
+    return True
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_thousands_of_faults_in_long_runs(algorithm):
+    faults = 0
+    for seed in count():
+        faults += rehearse(algorithm, seed)
+        if faults >= FAULTS_EACH:
+            return
