@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from danaz.server.socket import BoundRouter
 from danaz.settings import Settings
 
+if TYPE_CHECKING:
+    from danaz.server.figures import Update
+
 RECORDING = "recording.bin"
 
 
-def serve(bound: BoundRouter, settings: Settings, run: Path, record: bool) -> None:
+def serve(bound: BoundRouter, settings: Settings, run: Path, record: bool, resume: bool = False) -> None:
     """Serve one run on a bound ROUTER, write its folder, and return when it is over or on SIGTERM."""
     from danaz.run_folder import RunFolder
     from danaz.server.core import ServerCore
@@ -28,13 +33,27 @@ def serve(bound: BoundRouter, settings: Settings, run: Path, record: bool) -> No
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     folder = RunFolder(run, settings.facts())
-    core = ServerCore(settings.for_server(), on_update=folder.record)
+    core = ServerCore(settings.for_server(), on_update=announcing(folder.record))
     recorder = Recorder(run / RECORDING, settings.to_json()) if record else None
     Router(bound).serve(core, recorder, lambda: stopping)
     if recorder:
         recorder.close()
     folder.finish(core)
     bound.close()
+
+
+def announcing(record: Callable[[Update], None]) -> Callable[[Update], None]:
+    """``record``, and with the first update the word to the launcher that training waits for nobody any more."""
+    announced = False
+
+    def note(update: Update) -> None:
+        nonlocal announced
+        if not announced:
+            announced = True
+            print("DANAZ_TRAINS=1", flush=True)
+        record(update)
+
+    return note
 
 
 def replay_run(run: Path) -> tuple[int, bool]:

@@ -29,6 +29,8 @@ class Settings:
     collective: str = "none"  # horovod or torch; none: a process alone
     ranks_per_worker: int = 1
     schedule: str = "live"
+    checkpoint_s: float = 30.0  # between the server's checkpoints, 0 never
+    refuse_outliers: bool = False  # pushes far outside the cluster's size
 
     @classmethod
     def of(cls, config: Config, *, schedule: str, collective: str, ranks_per_worker: int = 1) -> Settings:
