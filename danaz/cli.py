@@ -46,18 +46,37 @@ def main() -> None:
 
 
 @app.command()
-def work() -> None:
-    """Train as one rank of a worker. `danaz launch` starts this; the environment tells it its place and its config.
+def work(
+    join: Annotated[
+        str | None, typer.Option("--join", metavar="HOST:PORT", help="Take part in the run of the server there")
+    ] = None,
+    key: Annotated[
+        Path | None, typer.Option("--key", metavar="FILE", help="An invitation to it, as `danaz launch --invite` made")
+    ] = None,
+    slots: Annotated[int | None, typer.Option("--slots", min=1, help="Ranks here. Default: the GPUs, else 1")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for logs. Default: runs/TIME-join")] = None,
+) -> None:
+    """Add this machine to a running job as one more worker. It leaves with the end of the run, or by Ctrl-C.
 
-    Example, to see the whole command and environment of every rank:
+    (Without --join, train as one rank of a worker: `danaz launch` starts that, and the environment tells its place.)
 
-        danaz launch configs/digits.yaml --hosts localhost:2 --workers-per-host 2 --dry-run
+    Example, on the launching machine and on another one:
+
+        danaz launch configs/digits.yaml --hosts a,b --invite 1 --server-port 5555 --out runs/a
+
+        danaz work --join launching-machine:5555 --key worker-2.json --slots 4
     """
+    if join is not None or key is not None:
+        if join is None or key is None:
+            fail("--join HOST:PORT and --key FILE belong together")
+        from danaz.joining import join_run
+
+        raise typer.Exit(join_run(join, key, slots, out))
     from danaz.config import Config
     from danaz.training import train
 
     if "DANAZ_CONFIG" not in os.environ:
-        fail("danaz work is started by `danaz launch CONFIG`, which sets DANAZ_CONFIG; it is not set")
+        fail("danaz work is started by `danaz launch CONFIG`, which sets DANAZ_CONFIG; or say --join HOST:PORT")
     train(Config.model_validate_json(os.environ["DANAZ_CONFIG"]))
 
 

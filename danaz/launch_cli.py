@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,15 +10,11 @@ import typer
 from danaz.command import fail
 
 if TYPE_CHECKING:
-    from danaz.config import Config
-    from danaz.launching import Cluster, Launch
-    from danaz.reach import Reach
-    from danaz.settings import Settings
-    from launcher.hosts import Host
-    from launcher.slurm import Srun
-    from launcher.ssh import Ssh
+    from danaz.launching import Launch
+    from launcher.run import Outcome
 
-RUN, MACHINES, REMOTE = "Run", "Machines", "Other machines, by ssh"
+RUN, SURVIVE, MACHINES, REMOTE = "Run", "When things fail", "Machines", "Other machines, by ssh"
+FOLDER, CHECKPOINTS = "invitations", "checkpoints"  # within a run folder
 
 CollectiveOption = Annotated[
     str,
@@ -108,6 +102,49 @@ def launch(
     out: Annotated[
         Path | None, typer.Option("--out", help="Run folder. Default: runs/TIME-NAME", rich_help_panel=RUN)
     ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            "--resume",
+            metavar="RUN",
+            rich_help_panel=SURVIVE,
+            help="Go on with the run in this folder, on the same machines unless others are named",
+        ),
+    ] = None,
+    on_worker_failure: Annotated[
+        str | None,
+        typer.Option(
+            "--on-worker-failure",
+            rich_help_panel=SURVIVE,
+            help="`restart` the worker (default), `continue` without it, or `stop` the run (always so under ssgd)",
+        ),
+    ] = None,
+    max_restarts: Annotated[
+        int,
+        typer.Option("--max-restarts", min=0, rich_help_panel=SURVIVE, help="Of each worker and the server, an hour"),
+    ] = 3,
+    checkpoint_seconds: Annotated[
+        float,
+        typer.Option("--checkpoint-seconds", min=0, rich_help_panel=SURVIVE, help="Between checkpoints; 0: none"),
+    ] = 30.0,
+    refuse_outliers: Annotated[
+        bool,
+        typer.Option(
+            "--refuse-outliers",
+            rich_help_panel=SURVIVE,
+            help="Refuse steps far outside the cluster's size, which are otherwise reported",
+        ),
+    ] = False,
+    invite: Annotated[
+        int,
+        typer.Option(
+            "--invite",
+            min=0,
+            metavar="K",
+            rich_help_panel=SURVIVE,
+            help="Write K invitations for workers that join later by `danaz work --join`",
+        ),
+    ] = 0,
     collective: CollectiveOption = "auto",
     warmup_epochs: Annotated[
         float | None,
@@ -167,30 +204,19 @@ def launch(
         danaz launch configs/digits.yaml --hostfile hosts --algorithm ssgd
 
         danaz launch --hosts localhost:2 --algorithm dana -- python examples/train_digits.py
+
+        danaz launch --resume runs/20260101-120000-digits-dana
     """
-    from danaz.launching import LaunchError, prepare_config, prepare_script
-    from danaz.reach import parse_environment
+    from danaz.launch_options import prepare
 
     command: list[str] = ctx.obj
-    if (config is None) == (not command):
-        fail("give either a CONFIG or, behind --, a command such as: -- python train.py")
+    sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
+    named = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
     try:
-        launcher = _launcher(launcher, hosts or hostfile)
-        chosen = _hosts(hosts, hostfile, include, exclude, launcher)
-        transport = _transport(launcher, ssh_port, ssh_identity, remote_python)
-        reach = _reach(chosen, launcher, transport, chdir, interface, parse_environment(variables or (), env_file))
-        reach = _with_server(reach, chosen, server_host, server_port, insecure)
-        cluster = _cluster(chosen, workers_per_host, collective, reach)
-        if config is not None:
-            if warmup_epochs is not None or seed is not None:
-                raise LaunchError("a config sets these itself: use --set lr_schedule.warmup_epochs=… and --set seed=…")
-            ready = prepare_config(_load(config, overrides, algorithm), cluster, out, record)
-        else:
-            if overrides:
-                raise LaunchError("--set changes a config, and a script has none; pass its own arguments behind --")
-            ready = prepare_script(command, _script_settings(algorithm, warmup_epochs, seed), cluster, out, record)
+        ready, why = prepare(ctx.params, named, command)
     except (ValueError, RuntimeError) as error:
         fail(error)
+    typer.echo(why)
     for note in ready.notes:
         typer.secho(note, err=True, fg="red" if note.startswith("INSECURE") else "yellow")
     if dry_run:
@@ -200,6 +226,7 @@ def launch(
 
 
 def doctor(
+    ctx: typer.Context,
     hosts: HostsOption = None,
     hostfile: HostfileOption = None,
     include: IncludeOption = None,
@@ -224,14 +251,14 @@ def doctor(
         danaz doctor --hostfile hosts --ssh-identity ~/.ssh/cluster
     """
     from danaz.doctor import examine, show
+    from danaz.launch_options import LaunchOptions
     from danaz.worker.group import choose_collective
 
     try:
-        launcher = _launcher(launcher, hosts or hostfile)
-        chosen = _hosts(hosts, hostfile, include, exclude, launcher)
-        transport = _transport(launcher, ssh_port, ssh_identity, remote_python)
-        reach = _reach(chosen, launcher, transport, chdir, interface)
+        options = LaunchOptions(**ctx.params)
+        chosen = options.find_hosts()
         wanted, _why = choose_collective(collective)
+        reach = options.reach(chosen)
     except (ValueError, RuntimeError) as error:
         fail(error)
     raise typer.Exit(show(examine(chosen, reach, wanted)))
@@ -242,111 +269,27 @@ def _play(ready: Launch) -> int:
     from danaz.report.tables import print_summary
 
     typer.echo(f"run folder: {ready.run}")
-    outcome, summary = execute(ready)
-    if outcome.failure is not None:
-        typer.secho(f"\n{outcome.failure}", err=True, fg="red")
+    for invitation in ready.invitations:
+        typer.echo(f"invitation: {ready.run / FOLDER / invitation.file_name}")
+    outcome, summary = execute(ready, tell=tell)
+    show_outcome(outcome)
     if summary is not None:
         print_summary(summary, ready.run)
     elif outcome.exit_code == 0:
         typer.secho("nothing was trained: the command never iterated over danaz.shard(…)", err=True, fg="yellow")
+    elif (ready.run / CHECKPOINTS).is_dir():
+        typer.echo(f"to go on from its last checkpoint: danaz launch --resume {ready.run}", err=True)
     return outcome.exit_code
 
 
-def _load(path: Path, overrides: list[str] | None, algorithm: str | None) -> Config:
-    from danaz.config import load_config
-
-    return load_config(path, [*(overrides or ()), *([f"algorithm={algorithm}"] if algorithm else [])])
-
-
-def _hosts(
-    hosts: str | None, hostfile: Path | None, include: str | None, exclude: str | None, launcher: str | None
-) -> tuple[Host, ...]:
-    """Those that were named, else those of the Slurm allocation, else this machine."""
-    from launcher.hosts import HostsError, parse_hostfile, parse_hosts
-    from launcher.selection import select_hosts
-    from launcher.slurm import hosts_of_allocation
-
-    if hosts is not None and hostfile is not None:
-        raise HostsError("--hosts and --hostfile cannot be given together; write all machines in one of them")
-    if hosts is not None:
-        every = parse_hosts(hosts)
-    elif hostfile is not None:
-        every = parse_hostfile(hostfile)
-    else:
-        every = hosts_of_allocation() if launcher == "slurm" else parse_hosts("localhost")
-    return select_hosts(every, include, exclude)
+def tell(sentence: str) -> None:
+    """One event of a run, on the terminal."""
+    typer.secho(f"danaz: {sentence}", err=True, fg="yellow")
 
 
-def _launcher(wanted: str | None, named: object) -> str | None:
-    """In a Slurm allocation its machines are meant, unless others were named."""
-    from danaz.reach import ReachError
-    from launcher.slurm import is_in_allocation
-
-    if wanted not in (None, "ssh", "slurm", "local"):
-        raise ReachError(f"--launcher {wanted!r} is not known; expected ssh, slurm or local")
-    return "slurm" if wanted is None and not named and is_in_allocation() else wanted
-
-
-def _transport(launcher: str | None, port: int | None, identity: Path | None, python: str | None) -> Ssh | Srun:
-    from launcher.slurm import Srun
-    from launcher.ssh import Ssh
-
-    if launcher == "slurm":
-        return Srun(python or sys.executable)
-    # Agents do not start in this directory.
-    identity = None if identity is None else identity.resolve()
-    return Ssh(port, identity, python or sys.executable, always=launcher == "ssh")
-
-
-def _reach(
-    hosts: tuple[Host, ...],
-    launcher: str | None,
-    transport: Ssh | Srun,
-    chdir: str | None,
-    interface: list[str] | None,
-    env: Mapping[str, str] | None = None,
-) -> Reach:
-    from danaz.reach import Reach, parse_interfaces
-
-    return Reach(
-        transport=transport,
-        only_here=launcher == "local",
-        cwd=chdir or str(Path.cwd()),
-        env=env or {},
-        interfaces=parse_interfaces(interface or (), hosts),
-    )
-
-
-def _with_server(reach: Reach, hosts: tuple[Host, ...], name: str | None, port: int, insecure: bool) -> Reach:
-    """The server runs on one of the hosts, with its user and ssh port, or on any other machine."""
-    from dataclasses import replace
-
-    from danaz.reach import ReachError
-    from launcher.hosts import parse_hosts
-
-    server = reach.server
-    if name is not None:
-        [server, *more] = parse_hosts(name)
-        if more or server.slots is not None:
-            raise ReachError(f"--server-host {name}: expected one host, without slots")
-        server = next((host for host in hosts if host.name == server.name), server)
-    return replace(reach, server=server, server_port=port, insecure=insecure)
-
-
-def _cluster(hosts: tuple[Host, ...], workers_per_host: int, collective: str, reach: Reach) -> Cluster:
-    from danaz.launching import Cluster
-    from danaz.worker.group import choose_collective
-
-    chosen, why = choose_collective(collective)
-    typer.echo(why)
-    return Cluster(hosts, workers_per_host, chosen, reach)
-
-
-def _script_settings(algorithm: str | None, warmup_epochs: float | None, seed: int | None) -> Settings:
-    from danaz.settings import Settings
-
-    return Settings(
-        algorithm=algorithm or "dana",
-        warmup_epochs=5.0 if warmup_epochs is None else warmup_epochs,
-        seed=seed or 0,
-    )
+def show_outcome(outcome: Outcome) -> None:
+    """What a run survived, and what it did not."""
+    for event in outcome.events:
+        tell(event)
+    if outcome.failure is not None:
+        typer.secho(f"\n{outcome.failure}", err=True, fg="red")

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from danaz.config import Config
+from danaz.invitation import Errand, Invitation, write_invitations
 from danaz.keys import ServerKeys, make_keys, to_json
 from danaz.reach import Reach, find_machines
+from danaz.resuming import write_options
 from danaz.run_folder import free_run_folder, read_summary, write_settings
 from danaz.settings import Settings
 from launcher.hosts import Host
 from launcher.logs import Echo
-from launcher.machine import Machine, is_loopback
-from launcher.plan import PYTHON, Plan, Service, plan, slots_of
-from launcher.run import Outcome, run
+from launcher.machine import Machine, in_url, is_loopback
+from launcher.plan import ANNOUNCED, PYTHON, Plan, Service, plan, slots_of
+from launcher.run import Outcome, Tell, run
+from launcher.supervisor import OnFailure, Policy
+
+BEGINS = "DANAZ_TRAINS"  # the server prints it with the first update
 
 
 class LaunchError(ValueError):
@@ -47,6 +54,35 @@ class Cluster:
 
 
 @dataclass(frozen=True)
+class Manner:
+    """How a run is kept going, and what is kept of it."""
+
+    record: bool = False
+    checkpoint_s: float = 30.0
+    refuse_outliers: bool = False
+    on_worker_failure: OnFailure | None = None  # None: restart, where a worker can come back
+    max_restarts: int = 3
+    invite: int = 0  # workers that may join later
+    resumes: bool = False  # it goes on with what is in its folder
+
+    def policy(self, settings: Settings) -> Policy:
+        """What follows a failure. Raises LaunchError for what an algorithm cannot do."""
+        wanted = self.on_worker_failure
+        if not is_all_reduce(settings):
+            return Policy(wanted or "restart", max_restarts=self.max_restarts)
+        if wanted in ("restart", "continue"):
+            raise LaunchError(
+                f"--on-worker-failure {wanted}: under {settings.algorithm} all machines are one Horovod world, in "
+                "which any failure ends the run; use an asynchronous algorithm, such as dana, or "
+                "--on-worker-failure stop"
+            )
+        if self.invite or self.resumes:
+            what = "nobody can join later" if self.invite else "nothing is kept to go on from"
+            raise LaunchError(f"under {settings.algorithm}, which has no server, {what}; use an asynchronous algorithm")
+        return Policy("stop")
+
+
+@dataclass(frozen=True)
 class Launch:
     """A run that is ready to start. Nothing has been written yet."""
 
@@ -54,37 +90,55 @@ class Launch:
     settings: Mapping[str, Any]  # of config.yaml
     plan: Plan
     reach: Reach
+    policy: Policy = field(default_factory=Policy)
     notes: Sequence[str] = ()  # what the user should be told
+    invitations: Sequence[Invitation] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)  # of launch.yaml
 
 
-def prepare_config(config: Config, cluster: Cluster, out: Path | None, record: bool = False) -> Launch:
+def prepare_config(config: Config, cluster: Cluster, out: Path | None, manner: Manner | None = None) -> Launch:
     """Choose the run folder of a config, and make the plan whose ranks train it."""
-    config = config.model_copy(update={"workers": cluster.workers})
+    manner = manner or Manner()
+    if not manner.resumes:  # else it goes on as what it began, with however many machines
+        config = config.model_copy(update={"workers": cluster.workers})
     settings = Settings.of(config, schedule="live", collective=cluster.collective)
-    check_workers(settings)
-    cluster, notes = find_out(cluster, settings)
-    settings = replace(settings, ranks_per_worker=cluster.ranks_per_worker)
-    run_folder = free_run_folder(out, f"{config.name}-{config.algorithm}")
     values = config.model_dump(mode="json")
     # A machine of the run need not see this folder.
     env = {"DANAZ_CONFIG": json.dumps(values)}
     command = [PYTHON, "-m", "danaz", "work"]
-    todo = make_plan(command, settings, cluster, run_folder, record, env)
-    return Launch(run_folder, values, todo, cluster.reach, notes)
+    folder = _folder(out, f"{config.name}-{config.algorithm}", manner)
+    return _prepare(Errand(command, env), settings, cluster, folder, manner, values)
 
 
 def prepare_script(
-    command: Sequence[str], settings: Settings, cluster: Cluster, out: Path | None, record: bool = False
+    command: Sequence[str], settings: Settings, cluster: Cluster, out: Path | None, manner: Manner | None = None
 ) -> Launch:
     """Choose the run folder of a user's own script, and make the plan whose ranks run it."""
-    settings = replace(settings, workers=cluster.workers, collective=cluster.collective)
+    manner = manner or Manner()
+    if not manner.resumes:
+        settings = replace(settings, workers=cluster.workers)
+    settings = replace(settings, collective=cluster.collective)
+    name = next((Path(word).stem for word in command if word.endswith(".py")), Path(command[0]).name)
+    folder = _folder(out, f"{name}-{settings.algorithm}", manner)
+    return _prepare(Errand(command), settings, cluster, folder, manner, {"command": list(command)})
+
+
+def _folder(out: Path | None, name: str, manner: Manner) -> Path:
+    return out if out is not None and manner.resumes else free_run_folder(out, name)
+
+
+def _prepare(
+    errand: Errand, settings: Settings, cluster: Cluster, run: Path, manner: Manner, values: Mapping[str, Any]
+) -> Launch:
+    settings = replace(settings, checkpoint_s=manner.checkpoint_s, refuse_outliers=manner.refuse_outliers)
     check_workers(settings)
+    policy = manner.policy(settings)
     cluster, notes = find_out(cluster, settings)
     settings = replace(settings, ranks_per_worker=cluster.ranks_per_worker)
-    name = next((Path(word).stem for word in command if word.endswith(".py")), Path(command[0]).name)
-    run_folder = free_run_folder(out, f"{name}-{settings.algorithm}")
-    todo = make_plan(command, settings, cluster, run_folder, record)
-    return Launch(run_folder, {**asdict(settings), "command": list(command)}, todo, cluster.reach, notes)
+    plan, invitations = make_plan(errand, settings, cluster, run, manner)
+    if "command" in values:
+        values = {**asdict(settings), **values}
+    return Launch(run, values, plan, cluster.reach, policy, notes, invitations)
 
 
 def check_workers(settings: Settings) -> None:
@@ -129,56 +183,75 @@ def server_address(cluster: Cluster) -> str:
 
 
 def make_plan(
-    command: Sequence[str],
-    settings: Settings,
-    cluster: Cluster,
-    run_folder: Path,
-    record: bool,
-    env: Mapping[str, str] | None = None,
-) -> Plan:
-    """One Horovod world over everything for an all-reduce algorithm; else a server, and a world for each worker."""
+    errand: Errand, settings: Settings, cluster: Cluster, run_folder: Path, manner: Manner
+) -> tuple[Plan, list[Invitation]]:
+    """One Horovod world over everything for an all-reduce algorithm; else a server, and a world for each worker.
+
+    And what workers need that join later.
+    """
     all_reduce, reach = is_all_reduce(settings), cluster.reach
-    travels = {**reach.env, "DANAZ_SETTINGS": settings.to_json(), **(env or {})}
+    travels = {**reach.env, "DANAZ_SETTINGS": settings.to_json(), **errand.env}
     writer = cluster.hosts[0] if all_reduce else reach.server
-    if reach.is_direct(writer):
-        travels["DANAZ_RUN"] = str(run_folder.resolve())
+    run_env = {"DANAZ_RUN": str(run_folder.resolve())} if reach.is_direct(writer) else {}
     returns = None if reach.is_direct(writer) else "DANAZ_RUN"
     guarded = not all_reduce and not is_loopback(server_address(cluster)) and not reach.insecure
-    server_keys, worker_keys = make_keys(cluster.workers) if guarded else (None, [])
-    return plan(
+    server_keys, worker_keys = make_keys(cluster.workers + manner.invite) if guarded else (None, [])
+    laid = plan(
         cluster.hosts,
-        command,
+        errand.command,
         one_world=all_reduce,
-        env=travels,
+        env={**travels, **run_env},
         cwd=reach.cwd,
         workers_per_host=cluster.workers_per_host,
-        services=[] if all_reduce else [_server(cluster, record, returns, server_keys)],
+        services=[] if all_reduce else [_server(cluster, manner, returns, server_keys)],
         first_rank_returns=returns if all_reduce else None,
-        secrets=[to_json(keys) for keys in worker_keys],
+        secrets=[to_json(keys) for keys in worker_keys[: cluster.workers]],
         machines=cluster.machines,
+        run_id=_run_id(run_folder),
     )
+    guests = range(cluster.workers, cluster.workers + manner.invite)
+    keys = [worker_keys[number] if guarded else None for number in guests]
+    errand = replace(errand, env=travels)
+    return laid, [Invitation(number, errand, key) for number, key in zip(guests, keys, strict=True)]
 
 
-def _server(cluster: Cluster, record: bool, returns: str | None, keys: ServerKeys | None) -> Service:
-    reach, address = cluster.reach, server_address(cluster)
-    command = [PYTHON, "-m", "danaz", "serve", "--bind", f"tcp://{address}:{reach.server_port or '*'}"]
-    command += ["--insecure"] * reach.insecure + ["--record"] * record
+def _run_id(run_folder: Path) -> str:
+    """The same whenever the run is resumed: what its server left on another machine is found by it."""
+    place = f"{socket.gethostname()}:{run_folder.resolve()}"
+    return hashlib.sha256(place.encode()).hexdigest()[:16]
+
+
+def _server(cluster: Cluster, manner: Manner, returns: str | None, keys: ServerKeys | None) -> Service:
+    reach = cluster.reach
+    serve, options = [PYTHON, "-m", "danaz", "serve", "--bind"], [*["--insecure"] * reach.insecure]
+    options += ["--record"] * manner.record
+    bind = f"tcp://{in_url(server_address(cluster))}:{reach.server_port or '*'}"
     cwd = os.getcwd() if reach.is_direct(reach.server) else reach.cwd
     return Service(
         "server",
-        command,
+        [*serve, bind, *options, *["--resume"] * manner.resumes],
         announces="DANAZ_SERVER",
         returns=returns,
         host=reach.server,
         cwd=cwd,
         secret=None if keys is None else to_json(keys),
+        again=[*serve, ANNOUNCED, *options, "--resume"],
+        begins=BEGINS,
     )
 
 
-def execute(launch: Launch, echo: Echo | None = None) -> tuple[Outcome, dict[str, Any] | None]:
+def execute(
+    launch: Launch, echo: Echo | None = None, tell: Tell | None = None
+) -> tuple[Outcome, dict[str, Any] | None]:
     """Run to the end; returns how it ended and, if it ended well and something was trained, its summary."""
     launch.run.mkdir(parents=True, exist_ok=True)
-    write_settings(launch.run, launch.settings)
-    outcome = run(launch.plan, launch.run, echo=echo, agent_command=launch.reach.agent_command)
+    if not (launch.run / "config.yaml").exists():
+        write_settings(launch.run, launch.settings)
+    if launch.options:
+        write_options(launch.run, launch.options)
+    write_invitations(launch.run, launch.invitations)
+    (launch.run / "summary.json").unlink(missing_ok=True)  # of the part before a resume
+    agent_command = launch.reach.agent_command
+    outcome = run(launch.plan, launch.run, policy=launch.policy, echo=echo, tell=tell, agent_command=agent_command)
     trained = (launch.run / "summary.json").exists()
     return outcome, read_summary(launch.run) if outcome.exit_code == 0 and trained else None

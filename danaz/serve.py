@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from danaz.server.socket import BoundRouter
 from danaz.settings import Settings
+
+if TYPE_CHECKING:
+    from danaz.server.figures import Update
 
 RECORDING = "recording.bin"
 UNTIL_RESTART = "recording.until-restart.bin"  # a replay begins at the beginning, and would end elsewhere
@@ -35,6 +40,7 @@ def serve(bound: BoundRouter, settings: Settings, run: Path, record: bool, resum
     if resume and (run / "summary.json").exists() and read_summary(run)["complete"]:
         raise ResumeError(f"the run in {run} is complete; to train anew, choose another folder")
     keeper = Keeper(RunFolder(run, settings.facts()), settings.for_server())
+    keeper.core.on_update = announcing(keeper.core.on_update)
     if resume and keeper.resume() and (run / RECORDING).exists():
         (run / RECORDING).rename(run / UNTIL_RESTART)
         say(f"the recording ends here, as {UNTIL_RESTART}: a run that was restarted cannot be replayed")
@@ -45,6 +51,20 @@ def serve(bound: BoundRouter, settings: Settings, run: Path, record: bool, resum
         recorder.close()
     keeper.finish()
     bound.close()
+
+
+def announcing(record: Callable[[Update], None]) -> Callable[[Update], None]:
+    """``record``, and with the first update the word to the launcher that training waits for nobody any more."""
+    announced = False
+
+    def note(update: Update) -> None:
+        nonlocal announced
+        if not announced:
+            announced = True
+            print("DANAZ_TRAINS=1", flush=True)
+        record(update)
+
+    return note
 
 
 def replay_run(run: Path) -> tuple[int, bool]:

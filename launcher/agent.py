@@ -312,13 +312,18 @@ def files_and_exit(folder: Path, exit: Message) -> Iterator[Message]:
 
 
 def files_of(folder: Path) -> Iterator[Message]:
-    """The files in a folder piece by piece; it goes away with the last one."""
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+    """The files in a folder and in those within it, piece by piece; it goes away with the last one."""
+    for path in sorted(path for path in (*folder.glob("*"), *folder.glob("*/*")) if path.is_file()):
         with path.open("rb") as file:
             data = file.read(FILE_PIECE_BYTES)
             while True:
                 following = file.read(FILE_PIECE_BYTES)
-                yield {"is": "file", "path": path.name, "data": base64.b64encode(data).decode(), "last": not following}
+                yield {
+                    "is": "file",
+                    "path": str(path.relative_to(folder)),
+                    "data": base64.b64encode(data).decode(),
+                    "last": not following,
+                }
                 if not following:
                     break
                 data = following

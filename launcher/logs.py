@@ -18,7 +18,8 @@ __all__ = ["Echo", "Logs", "Terminal", "quiet"]
 
 Echo = Callable[[Process, str, str], None]  # process, "stdout" or "stderr", one line without its end
 
-RETURNED_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+NAME = "[A-Za-z0-9_][A-Za-z0-9._-]*"
+RETURNED_NAME = re.compile(f"(?:{NAME}/)?{NAME}")
 MAX_LINE_BYTES = 8192  # a longer line is shown in pieces
 TAIL_LINES = 40
 COLOURS = (36, 33, 35, 32, 34, 31)  # cyan, yellow, magenta, green, blue, red
@@ -91,12 +92,14 @@ class Logs:
         """
         if not RETURNED_NAME.fullmatch(name):
             raise ValueError(f"a process returned a file of the name {name!r}")
-        part = self.run_folder / f".{name}.part"
+        path = self.run_folder / name
+        path.parent.mkdir(exist_ok=True)
+        part = path.with_name(f".{path.name}.part")
         with part.open("ab" if name in self._incomplete else "wb") as file:
             file.write(data)
         self._incomplete.add(name)
         if last:
-            part.replace(self.run_folder / name)
+            part.replace(path)
             self._incomplete.remove(name)
 
     def close(self, process: Process) -> None:

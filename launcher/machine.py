@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from launcher.hosts import Host
 
-__all__ = ["Machine", "is_loopback", "is_this_machine", "local_machines", "source_address", "this_machine"]
+__all__ = ["Machine", "in_url", "is_loopback", "is_this_machine", "local_machines", "source_address", "this_machine"]
 
 # <linux/sockios.h>, and struct ifreq of <net/if.h> on 64-bit Linux
 SIOCGIFCONF = 0x8912
@@ -84,6 +84,11 @@ def is_loopback(name: str) -> bool:
         return ipaddress.ip_address(name).is_loopback
     except ValueError:
         return name.lower() == "localhost"
+
+
+def in_url(address: str) -> str:
+    """As it stands in front of a port: an IPv6 address in brackets."""
+    return f"[{address}]" if ":" in address else address
 
 
 def is_this_machine(name: str) -> bool:

@@ -286,7 +286,7 @@ signal.pause()
     assert (tmp_path / "last").read_text() == "words"
 
 
-@pytest.mark.parametrize("name", ["../x", "/x", "", ".", "..", ".hidden", "a/b"])
+@pytest.mark.parametrize("name", ["../x", "/x", "", ".", "..", ".hidden", "a/b/c", "a/..", "a/.hidden", "a/"])
 def test_no_returned_file_leads_out_of_the_run_folder(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="a process returned a file of the name"):
         Logs(tmp_path, quiet).keep_file(name, b"x", last=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from danaz.compare.cells import Cell
 from danaz.compare.display import Display
 from danaz.compare.folder import ComparisonFolder
-from danaz.launching import execute, prepare_config
+from danaz.launching import Manner, execute, prepare_config
 from launcher.logs import quiet
 
 
@@ -27,7 +27,9 @@ def _run(cell: Cell, folder: ComparisonFolder, display: Display) -> str | None:
     assert cell.cluster is not None
     run = folder.begin(cell)
     try:
-        outcome, summary = execute(prepare_config(cell.config, cell.cluster, run), echo=quiet)
+        # Times are compared, and a restart would count against one of them.
+        ready = prepare_config(cell.config, cell.cluster, run, Manner(on_worker_failure="stop"))
+        outcome, summary = execute(ready, echo=quiet)
     except (ValueError, RuntimeError) as error:  # such hosts or such an algorithm cannot be launched
         return str(error)
     if outcome.signum is not None:

@@ -1,0 +1,32 @@
+"""This machine as one more worker of a run that is under way."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import typer
+
+from danaz.command import fail
+from danaz.invitation import plan_to_join, read_invitation
+from danaz.launch_cli import show_outcome, tell
+from danaz.run_folder import free_run_folder
+from launcher.run import run
+from launcher.supervisor import Policy
+
+
+def join_run(server: str, key: Path, slots: int | None, out: Path | None) -> int:
+    """Work for the server at ``server``, HOST:PORT, until its run is over; returns an exit code."""
+    try:
+        invitation = read_invitation(key)
+        plan = plan_to_join(invitation, server, slots, os.getcwd())
+        folder = free_run_folder(out, "join")
+    except ValueError as error:
+        fail(error)
+    settings = json.loads(plan.env["DANAZ_SETTINGS"])
+    typer.echo(f"worker {invitation.worker} of a run of {settings['algorithm']}; its logs are in {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    outcome = run(plan, folder, policy=Policy("restart"), tell=tell)
+    show_outcome(outcome)
+    return outcome.exit_code

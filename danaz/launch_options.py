@@ -1,0 +1,179 @@
+"""The options of `danaz launch` as one value, and the run that they ask for."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, cast
+
+from danaz.config import Config, load_config
+from danaz.launching import Cluster, Launch, LaunchError, Manner, prepare_config, prepare_script
+from danaz.reach import Reach, ReachError, parse_environment, parse_interfaces
+from danaz.resuming import FIXED, check_variables, merge_options, read_options, read_settings
+from danaz.settings import Settings
+from danaz.worker.group import choose_collective
+from launcher.hosts import Host, HostsError, parse_hostfile, parse_hosts
+from launcher.selection import select_hosts
+from launcher.slurm import Srun, hosts_of_allocation, is_in_allocation
+from launcher.ssh import Ssh
+from launcher.supervisor import OnFailure
+
+NOT_KEPT = {*FIXED, "resume", "dry_run", "variables", "env_file"}
+ON_FAILURE = ("continue", "stop", "restart")
+
+
+@dataclass(frozen=True)
+class LaunchOptions:
+    """By the names of `danaz launch`'s parameters; None where nothing was said."""
+
+    config: Path | None = None
+    algorithm: str | None = None
+    overrides: Sequence[str] | None = None
+    out: Path | None = None
+    resume: Path | None = None
+    collective: str = "auto"
+    warmup_epochs: float | None = None
+    seed: int | None = None
+    record: bool = False
+    dry_run: bool = False
+    on_worker_failure: str | None = None
+    max_restarts: int = 3
+    checkpoint_seconds: float = 30.0
+    refuse_outliers: bool = False
+    invite: int = 0
+    hosts: str | None = None
+    hostfile: Path | None = None
+    include: str | None = None
+    exclude: str | None = None
+    workers_per_host: int = 1
+    server_host: str | None = None
+    server_port: int = 0
+    interface: Sequence[str] | None = None
+    insecure: bool = False
+    launcher: str | None = None
+    ssh_port: int | None = None
+    ssh_identity: Path | None = None
+    remote_python: str | None = None
+    chdir: str | None = None
+    variables: Sequence[str] | None = None
+    env_file: Path | None = None
+
+    @property
+    def manner(self) -> Manner:
+        if self.on_worker_failure not in (None, *ON_FAILURE):
+            raise LaunchError(f"--on-worker-failure {self.on_worker_failure}: expected {', '.join(ON_FAILURE)}")
+        return Manner(
+            self.record,
+            self.checkpoint_seconds,
+            self.refuse_outliers,
+            cast("OnFailure | None", self.on_worker_failure),
+            self.max_restarts,
+            self.invite,
+            resumes=self.resume is not None,
+        )
+
+    def find_hosts(self) -> tuple[Host, ...]:
+        """Those that were named, else those of the Slurm allocation, else this machine. Raises HostsError."""
+        if self.hosts is not None and self.hostfile is not None:
+            raise HostsError("--hosts and --hostfile cannot be given together; write all machines in one of them")
+        if self.hosts is not None:
+            every = parse_hosts(self.hosts)
+        elif self.hostfile is not None:
+            every = parse_hostfile(self.hostfile)
+        else:
+            every = hosts_of_allocation() if self._uses_slurm else parse_hosts("localhost")
+        return select_hosts(every, self.include, self.exclude)
+
+    @property
+    def _uses_slurm(self) -> bool:
+        """In a Slurm allocation its machines are meant, unless others were named."""
+        if self.launcher is None:
+            return not (self.hosts or self.hostfile) and is_in_allocation()
+        return self.launcher == "slurm"
+
+    def reach(self, hosts: Sequence[Host]) -> Reach:
+        """How the machines are reached. Raises ReachError."""
+        if self.launcher not in (None, "ssh", "slurm", "local"):
+            raise ReachError(f"--launcher {self.launcher!r} is not known; expected ssh, slurm or local")
+        python = self.remote_python or sys.executable
+        # Agents do not start in this directory.
+        identity = None if self.ssh_identity is None else self.ssh_identity.resolve()
+        return Reach(
+            transport=Srun(python)
+            if self._uses_slurm
+            else Ssh(self.ssh_port, identity, python, always=self.launcher == "ssh"),
+            only_here=self.launcher == "local",
+            cwd=self.chdir or str(Path.cwd()),
+            env=parse_environment(self.variables or (), self.env_file),
+            interfaces=parse_interfaces(self.interface or (), hosts),
+            server=self._server(hosts),
+            server_port=self.server_port,
+            insecure=self.insecure,
+        )
+
+    def _server(self, hosts: Sequence[Host]) -> Host:
+        """One of the hosts, with its user and ssh port, or any other machine."""
+        if self.server_host is None:
+            return Reach().server
+        [server, *more] = parse_hosts(self.server_host)
+        if more or server.slots is not None:
+            raise ReachError(f"--server-host {self.server_host}: expected one host, without slots")
+        return next((host for host in hosts if host.name == server.name), server)
+
+    def kept(self, environment: Collection[str]) -> dict[str, Any]:
+        """What RUN/launch.yaml holds: all that can be asked for again, and of the environment the names alone."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in NOT_KEPT}
+        for name in ("hostfile", "ssh_identity"):
+            values[name] = None if values[name] is None else str(Path(values[name]).resolve())
+        return {**values, "chdir": self.chdir or str(Path.cwd()), "variables": sorted(environment)}
+
+
+def prepare(params: Mapping[str, Any], named: Collection[str], command: Sequence[str]) -> tuple[Launch, str]:
+    """The run that the options ask for, ready to start, and which collective was chosen, and why.
+
+    ``named`` are the options that stand on the command line. Raises ValueError or RuntimeError with what is wrong.
+    """
+    options = LaunchOptions(**params)
+    if options.resume is not None:
+        return _prepare_resumed(options, named, command)
+    if (options.config is None) == (not command):
+        raise LaunchError("give either a CONFIG or, behind --, a command such as: -- python train.py")
+    if options.config is not None:
+        if options.warmup_epochs is not None or options.seed is not None:
+            raise LaunchError("a config sets these itself: use --set lr_schedule.warmup_epochs=… and --set seed=…")
+        changes = [f"algorithm={options.algorithm}"] if options.algorithm else []
+        config = load_config(options.config, [*(options.overrides or ()), *changes])
+        return _ready(options, config, [])
+    if options.overrides:
+        raise LaunchError("--set changes a config, and a script has none; pass its own arguments behind --")
+    warmup_epochs = 5.0 if options.warmup_epochs is None else options.warmup_epochs
+    settings = Settings(options.algorithm or "dana", warmup_epochs=warmup_epochs, seed=options.seed or 0)
+    return _ready(options, settings, command)
+
+
+def _prepare_resumed(options: LaunchOptions, named: Collection[str], command: Sequence[str]) -> tuple[Launch, str]:
+    run = options.resume
+    assert run is not None
+    if command:
+        raise LaunchError("--resume goes on with what the run began; leave out the command behind --")
+    given = {field.name: getattr(options, field.name) for field in fields(options)}
+    merged = merge_options(run, given, [name for name in named if name != "resume"])
+    merged |= {name: given[name] for name in ("variables", "env_file")}
+    check_variables(read_options(run)["variables"], parse_environment(options.variables or (), options.env_file))
+    paths = {name: merged[name] and Path(merged[name]) for name in ("hostfile", "ssh_identity")}
+    task, kept_command = read_settings(run)
+    return _ready(LaunchOptions(**{**merged, **paths, "resume": run, "out": run}), task, kept_command or [])
+
+
+def _ready(options: LaunchOptions, task: Config | Settings, command: Sequence[str]) -> tuple[Launch, str]:
+    hosts = options.find_hosts()
+    reach = options.reach(hosts)
+    collective, why = choose_collective(options.collective)
+    cluster = Cluster(hosts, options.workers_per_host, collective, reach)
+    if isinstance(task, Config):
+        ready = prepare_config(task, cluster, options.out, options.manner)
+    else:
+        ready = prepare_script(command, task, cluster, options.out, options.manner)
+    return replace(ready, options=options.kept(reach.env)), why

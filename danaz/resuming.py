@@ -1,0 +1,80 @@
+"""What `danaz launch --resume RUN` needs beside RUN/config.yaml: how the run was launched, in RUN/launch.yaml."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from danaz.config import Config, load_config
+from danaz.run_folder import read_summary, write_atomically
+from danaz.settings import Settings
+
+OPTIONS = "launch.yaml"
+WHERE = {"hosts", "hostfile", "include", "exclude"}  # only together do they say which machines
+FIXED = {  # what a run trains, it trains to its end
+    "config": "the CONFIG",
+    "overrides": "--set",
+    "algorithm": "--algorithm",
+    "warmup_epochs": "--warmup-epochs",
+    "seed": "--seed",
+    "out": "--out",
+}
+
+
+class ResumeError(ValueError):
+    """A run that cannot go on, and why."""
+
+
+def write_options(run: Path, options: Mapping[str, Any]) -> None:
+    """Keep how a run was launched."""
+    write_atomically(run / OPTIONS, yaml.safe_dump(dict(options), sort_keys=False).encode())
+
+
+def read_options(run: Path) -> dict[str, Any]:
+    """How a run was launched. Raises ResumeError if it cannot go on."""
+    if not (run / OPTIONS).exists() or not (run / "config.yaml").exists():
+        raise ResumeError(f"--resume {run}: there is no run of `danaz launch` (no {OPTIONS} and config.yaml)")
+    if (run / "summary.json").exists() and read_summary(run).get("complete"):
+        raise ResumeError(f"--resume {run}: this run is complete; its figures are in {run / 'summary.json'}")
+    options = yaml.safe_load((run / OPTIONS).read_text())
+    if not isinstance(options, dict):
+        raise ResumeError(f"--resume {run}: {run / OPTIONS} holds no options")
+    return options
+
+
+def merge_options(run: Path, given: Mapping[str, Any], named: Collection[str]) -> dict[str, Any]:
+    """``given`` options where the command line ``named`` them, else those the run was launched with.
+
+    Raises ResumeError.
+    """
+    refused = [words for name, words in FIXED.items() if name in named]
+    if refused:
+        raise ResumeError(f"--resume goes on with what the run began; leave out {', '.join(refused)}")
+    kept = read_options(run)
+    if WHERE & set(named):
+        kept = {name: value for name, value in kept.items() if name not in WHERE}
+    return {**given, **kept, **{name: given[name] for name in named}}
+
+
+def check_variables(kept: Sequence[str], found: Collection[str]) -> None:
+    """The values of `-x` are not kept, for they may be secrets. Raises ResumeError for one that is missing."""
+    missing = [name for name in kept if name not in found]
+    if missing:
+        again = " ".join(f"-x {name}" for name in missing)
+        raise ResumeError(f"the run was launched with variables whose values are not kept; give them again: {again}")
+
+
+def read_settings(run: Path) -> tuple[Config, None] | tuple[Settings, list[str]]:
+    """The config of a run, or the settings and the command of a script's. Raises ResumeError, ConfigError."""
+    values = yaml.safe_load((run / "config.yaml").read_text())
+    if not isinstance(values, dict) or "command" not in values:
+        return load_config(run / "config.yaml"), None
+    command = values.pop("command")
+    try:
+        return Settings.from_json(json.dumps(values)), command
+    except (TypeError, ValueError) as error:
+        raise ResumeError(f"--resume {run}: {run / 'config.yaml'} cannot be used: {error}") from None

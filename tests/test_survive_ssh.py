@@ -1,0 +1,252 @@
+"""Runs over several machines whose processes, connections and cables are cut: who goes on, and who comes back."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from namespaces import Namespaces
+
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(240)]
+
+DEADLINE_S = 60.0
+TRAINING_S = 200.0
+
+# Plays a plan over ssh without any training, in a process of its own: a server here, a worker on each host.
+LAUNCHER = """
+import json, sys
+from launcher import cluster, ssh
+from launcher.hosts import parse_hosts
+from launcher.logs import quiet
+from launcher.plan import ANNOUNCED, Service, plan
+from launcher.run import run
+from launcher.supervisor import Policy
+
+folder, policy, silence_s, server_host, *command = sys.argv[1:]
+silence_s = float(silence_s)
+if silence_s:
+    cluster.SILENCE_S, cluster.PING_S = silence_s, silence_s / 6
+    ssh.OPTIONS |= {"ServerAliveInterval": str(round(silence_s / 6)), "ConnectTimeout": str(round(silence_s / 2))}
+serve = 'echo DANAZ_SERVER=tcp://there:4711; echo "$0" >> $KEPT/lives; exec sleep 2000'
+server = Service("server", ["sh", "-c", serve, "first"], announces="DANAZ_SERVER", again=["sh", "-c", serve, ANNOUNCED],
+                 host=parse_hosts(server_host)[0], returns="KEPT")
+laid = plan(parse_hosts("a:1,b:1"), command, one_world=False, services=[server], env={}, cwd="/")
+told = open(folder + "/told", "w", buffering=1)
+outcome = run(laid, folder, echo=quiet, tell=lambda sentence: print(sentence, file=told), agent_command=ssh.Ssh(),
+              grace_s=1.0, finish_timeout_s=1.0, policy=Policy(**json.loads(policy)))
+print(json.dumps([outcome.exit_code, str(outcome.failure), outcome.events]))
+"""
+
+# A rank with a daemon of a session of its own.
+RANK = "(setsid sleep 1001 &); exec sleep 1000"
+QUICK = {"on_failure": "restart", "backoff_s": 0.1}
+
+
+def until(condition: Callable[[], object], what: str, deadline_s: float = DEADLINE_S) -> None:
+    deadline = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {deadline_s:g} s: {what}"
+        time.sleep(0.02)
+
+
+class Playing:
+    """A run under way, with a rank and its daemon on each machine."""
+
+    def __init__(
+        self, network: Namespaces, folder: Path, silence_s: float = 0.0, server: str = "localhost", **policy: object
+    ) -> None:
+        self.network, self.folder = network, folder
+        folder.mkdir()
+        arguments = [str(folder), json.dumps({**QUICK, **policy}), str(silence_s), server, "sh", "-c", RANK]
+        self.launcher = network.popen([sys.executable, "-c", LAUNCHER, *arguments])
+        sleeps = [(name, seconds) for name in ("a", "b") for seconds in (1000, 1001)]
+        until(lambda: all(self.find(*sleep) for sleep in sleeps), "the ranks and their daemons are there")
+
+    def find(self, name: str, seconds: int) -> list[int]:
+        """The processes that sleep so long: 1000 is a rank, 1001 its daemon, 2000 the server."""
+        return [pid for pid, line in self.network.processes(name).items() if line == f"sleep {seconds}"]
+
+    @property
+    def told(self) -> list[str]:
+        return (self.folder / "told").read_text().splitlines()
+
+    def wait_for_second_life(self, before: dict[int, str]) -> None:
+        """b has a rank and a daemon again, both new, and nothing of its first life."""
+        until(lambda: self.told and self.told[-1] == "worker 1 on b: started again", "b is back")
+        until(lambda: self.find("b", 1000) and self.find("b", 1001), "with its daemon")
+        assert not self.network.processes("b").keys() & before.keys()
+        assert [len(self.find("b", seconds)) for seconds in (1000, 1001)] == [1, 1]
+
+    def outcome(self) -> tuple[int, str, list[str]]:
+        output, _ = self.launcher.communicate(timeout=DEADLINE_S)
+        exit_code, failure, events = json.loads(output)
+        return exit_code, failure, events
+
+    def interrupt(self) -> list[str]:
+        """Ctrl-C; returns what was survived."""
+        self.launcher.send_signal(signal.SIGINT)
+        exit_code, _, events = self.outcome()
+        assert exit_code == 130
+        return events
+
+
+@pytest.fixture
+def play(network: Namespaces, tmp_path: Path) -> Iterator[Callable[..., Playing]]:
+    playing: list[Playing] = []
+
+    def start(**options: object) -> Playing:
+        playing.append(Playing(network, tmp_path / "run", **options))  # type: ignore[arg-type]
+        return playing[-1]
+
+    yield start
+    network.link("b", "up")
+    for each in playing:
+        each.launcher.kill()
+        each.launcher.communicate()
+    until(lambda: not network.processes("a") and not network.processes("b"), "everything has ended with its launcher")
+
+
+def kill_ssh(network: Namespaces, name: str) -> None:
+    lines = network.processes("launching").items()
+    for pid in [pid for pid, line in lines if line.startswith("ssh ") and f" -- {name} " in line]:
+        os.kill(pid, signal.SIGKILL)
+
+
+def kill_tree(network: Namespaces, name: str) -> None:
+    for pid in network.processes(name):
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("what", ["a rank", "the tree", "its ssh"])
+def test_a_worker_comes_back_and_the_other_goes_on(
+    play: Callable[..., Playing], network: Namespaces, what: str
+) -> None:
+    playing = play()
+    a, b = network.processes("a"), network.processes("b")
+    match what:
+        case "a rank":
+            os.kill(playing.find("b", 1000)[0], signal.SIGKILL)
+        case "the tree":
+            kill_tree(network, "b")
+        case "its ssh":
+            kill_ssh(network, "b")
+    playing.wait_for_second_life(b)
+    reason = "rank 1 was killed by SIGKILL" if what == "a rank" else "the agent ended although nobody asked it to"
+    assert playing.told[0].startswith(f"worker 1 on b: {reason}")
+    assert "; restart 1 of 3 in " in playing.told[0]
+    assert network.processes("a") == a
+    assert playing.interrupt() == ["worker 1 was restarted once"]
+
+
+def test_a_worker_is_left_behind(play: Callable[..., Playing], network: Namespaces) -> None:
+    playing = play(on_failure="continue")
+    a = network.processes("a")
+    kill_ssh(network, "b")
+    until(lambda: not network.processes("b"), "the tree ends with its connection")
+    until(lambda: playing.told, "it is told")
+    assert playing.told[0].endswith("; the others go on")
+    assert network.processes("a") == a
+    assert playing.interrupt() == ["worker 1 was lost"]
+
+
+def test_a_network_away_for_half_a_minute_ends_nothing(play: Callable[..., Playing], network: Namespaces) -> None:
+    """With the times that hold in earnest."""
+    playing = play()
+    before = network.processes("a"), network.processes("b")
+    network.link("b", "down")
+    time.sleep(30.0)  # away for a while: what is tested is the time itself
+    network.link("b", "up")
+    # The next sign of life passes both ways: the far end still takes orders.
+    os.kill(playing.find("b", 1000)[0], signal.SIGKILL)
+    until(lambda: playing.told, "what happens on b is heard again")
+    assert playing.told[0].startswith("worker 1 on b: rank 1 was killed by SIGKILL; restart 1 of 3")
+    assert before[0] == network.processes("a")
+    playing.wait_for_second_life(before[1])
+
+
+def test_a_network_away_for_long_ends_a_worker_which_comes_back_with_it(
+    play: Callable[..., Playing], network: Namespaces
+) -> None:
+    playing = play(silence_s=6.0)
+    a, b = network.processes("a"), network.processes("b")
+    network.link("b", "down")
+    until(lambda: not network.processes("b"), "the tree on b ends, for nothing is heard of the launcher")
+    until(lambda: any("; next try in" in sentence for sentence in playing.told), "b cannot be reached")
+    network.link("b", "up")
+    playing.wait_for_second_life(b)
+    assert network.processes("a") == a
+    assert playing.interrupt() == ["worker 1 was restarted once"]
+
+
+def test_a_machine_that_never_comes_back_is_given_up(play: Callable[..., Playing], network: Namespaces) -> None:
+    playing = play(unreachable_s=3.0)
+    a = network.processes("a")
+    config = network.ssh_config()
+    before = config.read_text()
+    config.write_text("Host b\n Port 2\n" + before)
+    try:
+        kill_ssh(network, "b")
+        until(
+            lambda: any(said.endswith("; that for 3 s now; the others go on") for said in playing.told), "it gives up"
+        )
+    finally:
+        config.write_text(before)
+    assert any("Connection refused" in sentence for sentence in playing.told)
+    assert network.processes("a") == a
+    assert playing.interrupt() == ["worker 1 was lost"]
+
+
+def test_ctrl_c_while_a_machine_is_away(play: Callable[..., Playing], network: Namespaces) -> None:
+    playing = play(silence_s=6.0)
+    network.link("b", "down")
+    until(lambda: any("; next try in" in sentence for sentence in playing.told), "b cannot be reached")
+    playing.interrupt()
+    assert not network.processes("a")
+
+
+@pytest.mark.parametrize(("what", "where"), [("the server", "localhost"), ("the server", "a"), ("its ssh", "a")])
+def test_the_server_comes_back_with_its_files(
+    play: Callable[..., Playing], network: Namespaces, where: str, what: str
+) -> None:
+    playing = play(server=where)
+    [server] = playing.find("launching" if where == "localhost" else where, 2000)
+    b = network.processes("b")
+    if what == "the server":
+        os.kill(server, signal.SIGKILL)
+    else:
+        kill_ssh(network, "a")
+    until(lambda: f"server on {where}: started again" in playing.told, "the server is back")
+    assert network.processes("b") == b
+    playing.interrupt()
+    assert (playing.folder / "lives").read_text() == "first\ntcp://there:4711\n"
+
+
+def test_training_goes_on_though_a_rank_is_killed(network: Namespaces, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    arguments = ["configs/digits.yaml", "--set", "epochs=25", "--hosts", "a:2,b:1", "--out", str(folder)]
+    process = network.danaz("launch", *arguments, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    def updates() -> list[dict[str, object]]:
+        path = folder / "updates.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    until(lambda: len(updates()) > 20, "it trains", TRAINING_S)
+    [rank] = [pid for pid, line in network.processes("b").items() if line.endswith("danaz work")]
+    os.kill(rank, signal.SIGKILL)
+    try:
+        output, _ = process.communicate(timeout=TRAINING_S)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+        pytest.fail(process.communicate()[0])
+    assert process.returncode == 0, output
+    assert "worker 1 on b: rank 2 was killed by SIGKILL; restart 1 of 3 in 2 s" in output
+    versions = [update["version"] for update in updates()]
+    assert versions == list(range(1, len(versions) + 1))
+    assert json.loads((folder / "summary.json").read_text())["test_error_percent"] < 6
