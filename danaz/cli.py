@@ -99,6 +99,7 @@ def serve(
         danaz launch configs/digits.yaml --hosts localhost:2 --workers-per-host 2 --dry-run
     """
     from danaz.keys import take_server_keys
+    from danaz.run_lock import RunLockedError, lock_run
     from danaz.server.socket import BoundRouter
     from launcher.machine import is_loopback
 
@@ -113,11 +114,16 @@ def serve(
     bound = BoundRouter(bind, keys)
     typer.echo(f"DANAZ_SERVER={bound.address}")
     sys.stdout.flush()  # workers start now, while the imports below take their seconds
+    try:
+        lock = lock_run(run)
+    except RunLockedError as error:
+        fail(error)
     from danaz.serve import serve as serve_run
     from danaz.settings import from_environment
 
     settings, _ = from_environment()
     serve_run(bound, settings, run, record, resume)
+    lock.close()
 
 
 @app.command()

@@ -33,7 +33,8 @@ def serve(bound: BoundRouter, settings: Settings, run: Path, record: bool, resum
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     folder = RunFolder(run, settings.facts())
-    core = ServerCore(settings.for_server(), on_update=announcing(folder.record))
+    core = ServerCore(settings.for_server(), on_update=folder.record)
+    core.on_update = announcing(core.on_update)
     recorder = Recorder(run / RECORDING, settings.to_json()) if record else None
     Router(bound).serve(core, recorder, lambda: stopping)
     if recorder:
