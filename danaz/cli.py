@@ -103,6 +103,7 @@ def serve(
     from zmq import ZMQError
 
     from danaz.keys import take_server_keys
+    from danaz.run_lock import RunLockedError, lock_run
     from danaz.server.socket import BoundRouter
     from launcher.machine import is_loopback
 
@@ -122,6 +123,10 @@ def serve(
         fail(f"cannot listen on {bind}: {error}")
     typer.echo(f"DANAZ_SERVER={bound.address}")
     sys.stdout.flush()  # workers start now, while the imports below take their seconds
+    try:
+        lock = lock_run(run)
+    except RunLockedError as error:
+        fail(error)
     from danaz.serve import serve as serve_run
     from danaz.server.state import ResumeError
     from danaz.settings import from_environment
@@ -131,6 +136,7 @@ def serve(
         serve_run(bound, settings, run, record, resume)
     except ResumeError as error:
         fail(error)
+    lock.close()
 
 
 @app.command()

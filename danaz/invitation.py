@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from launcher.plan import Plan, plan
 
 FORMAT = "danaz invitation 1"
 FOLDER = "invitations"
+CONNECT_S = 10.0
 
 
 class InvitationError(ValueError):
@@ -86,19 +88,31 @@ def read_invitation(path: Path) -> Invitation:
         raise InvitationError(f"--key {path} is damaged ({error!r}); copy it again") from None
 
 
-def plan_to_join(invitation: Invitation, server: str, slots: int | None, cwd: str) -> Plan:
-    """The ranks of one more worker on this machine, for the server at ``server``, HOST:PORT. Raises InvitationError."""
+def find_server(server: str) -> str:
+    """The address, tcp://ADDRESS:PORT, of a server at HOST:PORT that can be reached. Raises InvitationError."""
     host, colon, port = server.rpartition(":")
     if not (host and colon and port.isdigit() and 0 < int(port) < 65536):
         raise InvitationError(f"--join {server!r}: expected HOST:PORT, as `DANAZ_SERVER=tcp://HOST:PORT` shows it")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), CONNECT_S) as link:
+            address: str = link.getpeername()[0]
+    except OSError as error:
+        raise InvitationError(
+            f"--join {server}: no server can be reached there ({error}); is the run going on, and does a firewall let "
+            "TCP through?"
+        ) from None
+    return f"tcp://{in_url(address)}:{port}"
+
+
+def plan_to_join(invitation: Invitation, server: str, slots: int | None, cwd: str) -> Plan:
+    """The ranks of one more worker on this machine, for the server at ``server``, tcp://ADDRESS:PORT."""
     [here] = parse_hosts("localhost")
     here = replace(here, slots=slots)
-    address = f"tcp://{in_url(host.strip('[]'))}:{port}"
     return plan(
         [here],
         invitation.errand.command,
         one_world=False,
-        env={**invitation.errand.env, "DANAZ_SERVER": address},
+        env={**invitation.errand.env, "DANAZ_SERVER": server},
         cwd=cwd,
         secrets=[] if invitation.keys is None else [to_json(invitation.keys)],
         machines=local_machines([here]),

@@ -9,7 +9,7 @@ from pathlib import Path
 import typer
 
 from danaz.command import fail
-from danaz.invitation import plan_to_join, read_invitation
+from danaz.invitation import find_server, plan_to_join, read_invitation
 from danaz.launch_cli import show_outcome, tell
 from danaz.run_folder import free_run_folder
 from launcher.run import run
@@ -20,7 +20,7 @@ def join_run(server: str, key: Path, slots: int | None, out: Path | None) -> int
     """Work for the server at ``server``, HOST:PORT, until its run is over; returns an exit code."""
     try:
         invitation = read_invitation(key)
-        plan = plan_to_join(invitation, server, slots, os.getcwd())
+        plan = plan_to_join(invitation, find_server(server), slots, os.getcwd())
         folder = free_run_folder(out, "join")
     except ValueError as error:
         fail(error)
