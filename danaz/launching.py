@@ -172,6 +172,11 @@ def find_out(cluster: Cluster, settings: Settings) -> tuple[Cluster, list[str]]:
     machines, notes = find_machines(cluster.hosts, reach, hub=hub, collective=cluster.collective)
     cluster = replace(cluster, machines=machines)
     address = server_address(cluster)
+    if not needs_server and ":" in (machines.get(hub.name, Machine()).address or ""):
+        raise LaunchError(
+            f"{settings.algorithm} needs IPv4 between the machines, for Horovod speaks nothing else; name hosts by "
+            "IPv4 addresses, or a network interface with one by --interface"
+        )
     if needs_server and reach.insecure and not is_loopback(address):
         notes.append(f"INSECURE: the server listens on {address}, unencrypted, and believes whoever connects")
     return cluster, notes
