@@ -245,10 +245,8 @@ def _server(cluster: Cluster, manner: Manner, returns: str | None, keys: ServerK
     )
 
 
-def execute(
-    launch: Launch, echo: Echo | None = None, tell: Tell | None = None
-) -> tuple[Outcome, dict[str, Any] | None]:
-    """Run to the end; returns how it ended and, if it ended well and something was trained, its summary."""
+def write_folder(launch: Launch) -> None:
+    """What stands in the run folder before anything is started."""
     launch.run.mkdir(parents=True, exist_ok=True)
     if not (launch.run / "config.yaml").exists():
         write_settings(launch.run, launch.settings)
@@ -256,6 +254,13 @@ def execute(
         write_options(launch.run, launch.options)
     write_invitations(launch.run, launch.invitations)
     (launch.run / "summary.json").unlink(missing_ok=True)  # of the part before a resume
+
+
+def execute(
+    launch: Launch, echo: Echo | None = None, tell: Tell | None = None
+) -> tuple[Outcome, dict[str, Any] | None]:
+    """Run to the end; returns how it ended and, if it ended well and something was trained, its summary."""
+    write_folder(launch)
     agent_command = launch.reach.agent_command
     outcome = run(launch.plan, launch.run, policy=launch.policy, echo=echo, tell=tell, agent_command=agent_command)
     trained = (launch.run / "summary.json").exists()
