@@ -95,6 +95,11 @@ class Launch:
     invitations: Sequence[Invitation] = ()
     options: Mapping[str, Any] = field(default_factory=dict)  # of launch.yaml
 
+    @property
+    def serves_here(self) -> bool:
+        """Whether the server writes the run folder itself."""
+        return all(self.reach.is_direct(service.host) for service in self.plan.services)
+
 
 def prepare_config(config: Config, cluster: Cluster, out: Path | None, manner: Manner | None = None) -> Launch:
     """Choose the run folder of a config, and make the plan whose ranks train it."""

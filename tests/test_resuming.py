@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 from danaz.cli import app
 from danaz.launch_options import prepare
 from danaz.launching import Launch, write_folder
+from danaz.resuming import ResumeError, check_checkpoints
 
 CONFIG = str(Path(__file__).parents[1] / "configs" / "quadratic.yaml")
 SECRET = "a value that is nobody's business"
@@ -109,3 +110,28 @@ def test_what_is_complete(begun: Path) -> None:
     said = launch("--resume", str(begun), "-x", "TOKEN=again")
     assert said.exit_code == 2
     assert "this run is complete" in said.output
+
+
+@pytest.mark.parametrize(
+    ("earlier", "now", "here", "has_them", "message"),
+    [
+        (None, None, True, True, None),
+        (None, None, True, False, None),  # it died before the first: training begins afresh
+        ("b", "b", False, False, None),
+        ("b", "localhost", True, True, None),
+        ("b", "b", False, True, "are on this machine; let its server run here: --server-host localhost"),
+        (None, "b", False, True, "are on this machine"),
+        ("b", "c", False, False, "ran on b, and its checkpoints are there; leave it there: --server-host b"),
+        ("b", None, True, False, "ran on b, and its checkpoints are there"),
+    ],
+)
+def test_the_server_must_find_its_checkpoints(
+    tmp_path: Path, earlier: str | None, now: str | None, here: bool, has_them: bool, message: str | None
+) -> None:
+    if has_them:
+        (tmp_path / "checkpoints").mkdir()
+    if message is None:
+        check_checkpoints(tmp_path, earlier, now, here)
+    else:
+        with pytest.raises(ResumeError, match=message):
+            check_checkpoints(tmp_path, earlier, now, here)
