@@ -115,7 +115,7 @@ def serve(
     typer.echo(f"DANAZ_SERVER={bound.address}")
     sys.stdout.flush()  # workers start now, while the imports below take their seconds
     try:
-        lock = lock_run(run)
+        lock_run(run)
     except RunLockedError as error:
         fail(error)
     from danaz.serve import serve as serve_run
@@ -123,7 +123,6 @@ def serve(
 
     settings, _ = from_environment()
     serve_run(bound, settings, run, record, resume)
-    lock.close()
 
 
 @app.command()
