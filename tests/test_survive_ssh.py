@@ -265,7 +265,7 @@ def test_a_machine_joins_with_a_key_and_none_without(network: Namespaces, tmp_pa
     until(lambda: workers() == {0} or run.poll() is not None, "it trains", TRAINING_S)
     key = folder / "invitations" / "worker-1.json"
     forged = tmp_path / "forged.json"
-    forged.write_text(json.dumps({**json.loads(key.read_text()), "keys": None}))
+    forged.write_text(json.dumps({**json.loads(key.read_text()), "worker": 7, "keys": None}))
     forged.chmod(0o600)
     join = [sys.executable, "-m", "danaz", "work", "--join", "launching:5555", "--slots", "1"]
     stranger = network.popen([*join, "--key", str(forged), "--out", str(tmp_path / "stranger")], on="a", env=env)
