@@ -169,6 +169,7 @@ def test_a_network_away_for_half_a_minute_ends_nothing(play: Callable[..., Playi
     assert playing.told[0].startswith("worker 1 on b: rank 1 was killed by SIGKILL; restart 1 of 3")
     assert before[0] == network.processes("a")
     playing.wait_for_second_life(before[1])
+    assert playing.interrupt() == ["worker 1 was restarted once"]
 
 
 def test_a_network_away_for_long_ends_a_worker_which_comes_back_with_it(
