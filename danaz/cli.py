@@ -124,7 +124,7 @@ def serve(
     typer.echo(f"DANAZ_SERVER={bound.address}")
     sys.stdout.flush()  # workers start now, while the imports below take their seconds
     try:
-        lock = lock_run(run)
+        lock_run(run)
     except RunLockedError as error:
         fail(error)
     from danaz.serve import serve as serve_run
@@ -136,7 +136,6 @@ def serve(
         serve_run(bound, settings, run, record, resume)
     except ResumeError as error:
         fail(error)
-    lock.close()
 
 
 @app.command()

@@ -11,7 +11,7 @@ from typing import Any, cast
 from danaz.config import Config, load_config
 from danaz.launching import Cluster, Launch, LaunchError, Manner, prepare_config, prepare_script
 from danaz.reach import Reach, ReachError, parse_environment, parse_interfaces
-from danaz.resuming import FIXED, check_variables, merge_options, read_options, read_settings
+from danaz.resuming import FIXED, check_checkpoints, check_variables, merge_options, read_options, read_settings
 from danaz.settings import Settings
 from danaz.worker.group import choose_collective
 from launcher.hosts import Host, HostsError, parse_hostfile, parse_hosts
@@ -164,7 +164,9 @@ def _prepare_resumed(options: LaunchOptions, named: Collection[str], command: Se
     check_variables(read_options(run)["variables"], parse_environment(options.variables or (), options.env_file))
     paths = {name: merged[name] and Path(merged[name]) for name in ("hostfile", "ssh_identity")}
     task, kept_command = read_settings(run)
-    return _ready(LaunchOptions(**{**merged, **paths, "resume": run, "out": run}), task, kept_command or [])
+    ready, why = _ready(LaunchOptions(**{**merged, **paths, "resume": run, "out": run}), task, kept_command or [])
+    check_checkpoints(run, read_options(run)["server_host"], merged["server_host"], ready.serves_here)
+    return ready, why
 
 
 def _ready(options: LaunchOptions, task: Config | Settings, command: Sequence[str]) -> tuple[Launch, str]:

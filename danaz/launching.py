@@ -95,6 +95,11 @@ class Launch:
     invitations: Sequence[Invitation] = ()
     options: Mapping[str, Any] = field(default_factory=dict)  # of launch.yaml
 
+    @property
+    def serves_here(self) -> bool:
+        """Whether the server writes the run folder itself."""
+        return all(self.reach.is_direct(service.host) for service in self.plan.services)
+
 
 def prepare_config(config: Config, cluster: Cluster, out: Path | None, manner: Manner | None = None) -> Launch:
     """Choose the run folder of a config, and make the plan whose ranks train it."""
@@ -172,6 +177,11 @@ def find_out(cluster: Cluster, settings: Settings) -> tuple[Cluster, list[str]]:
     machines, notes = find_machines(cluster.hosts, reach, hub=hub, collective=cluster.collective)
     cluster = replace(cluster, machines=machines)
     address = server_address(cluster)
+    if not needs_server and ":" in (machines.get(hub.name, Machine()).address or ""):
+        raise LaunchError(
+            f"{settings.algorithm} needs IPv4 between the machines, for Horovod speaks nothing else; name hosts by "
+            "IPv4 addresses, or a network interface with one by --interface"
+        )
     if needs_server and reach.insecure and not is_loopback(address):
         notes.append(f"INSECURE: the server listens on {address}, unencrypted, and believes whoever connects")
     return cluster, notes
@@ -240,10 +250,8 @@ def _server(cluster: Cluster, manner: Manner, returns: str | None, keys: ServerK
     )
 
 
-def execute(
-    launch: Launch, echo: Echo | None = None, tell: Tell | None = None
-) -> tuple[Outcome, dict[str, Any] | None]:
-    """Run to the end; returns how it ended and, if it ended well and something was trained, its summary."""
+def write_folder(launch: Launch) -> None:
+    """What stands in the run folder before anything is started."""
     launch.run.mkdir(parents=True, exist_ok=True)
     if not (launch.run / "config.yaml").exists():
         write_settings(launch.run, launch.settings)
@@ -251,6 +259,13 @@ def execute(
         write_options(launch.run, launch.options)
     write_invitations(launch.run, launch.invitations)
     (launch.run / "summary.json").unlink(missing_ok=True)  # of the part before a resume
+
+
+def execute(
+    launch: Launch, echo: Echo | None = None, tell: Tell | None = None
+) -> tuple[Outcome, dict[str, Any] | None]:
+    """Run to the end; returns how it ended and, if it ended well and something was trained, its summary."""
+    write_folder(launch)
     agent_command = launch.reach.agent_command
     outcome = run(launch.plan, launch.run, policy=launch.policy, echo=echo, tell=tell, agent_command=agent_command)
     trained = (launch.run / "summary.json").exists()

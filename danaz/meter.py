@@ -16,7 +16,8 @@ class Meter:
     """Listens on `address` (at `port`) inside a `with` block, and serves one host after the other."""
 
     def __init__(self, address: str) -> None:
-        self._listener = socket.create_server((address, 0), backlog=1024)
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self._listener = socket.create_server((address, 0), family=family, backlog=1024)
         self.port: int = self._listener.getsockname()[1]
         self._thread = threading.Thread(target=self._serve, daemon=True)
 

@@ -14,6 +14,7 @@ from danaz.run_folder import read_summary, write_atomically
 from danaz.settings import Settings
 
 OPTIONS = "launch.yaml"
+CHECKPOINTS = "checkpoints"
 WHERE = {"hosts", "hostfile", "include", "exclude"}  # only together do they say which machines
 FIXED = {  # what a run trains, it trains to its end
     "config": "the CONFIG",
@@ -66,6 +67,22 @@ def check_variables(kept: Sequence[str], found: Collection[str]) -> None:
     if missing:
         again = " ".join(f"-x {name}" for name in missing)
         raise ResumeError(f"the run was launched with variables whose values are not kept; give them again: {again}")
+
+
+def check_checkpoints(run: Path, earlier: str | None, now: str | None, here: bool) -> None:
+    """They are where the server was killed, or here if it ended in order. Raises ResumeError if it would not find them.
+
+    ``earlier`` and ``now`` are the machines of the server as they were named; ``here``: now it is this one.
+    """
+    if not here and (run / CHECKPOINTS).is_dir():
+        raise ResumeError(
+            f"the checkpoints of {run} are on this machine; let its server run here: --server-host localhost"
+        )
+    if (earlier or "localhost") != (now or "localhost") and not (here and (run / CHECKPOINTS).is_dir()):
+        raise ResumeError(
+            f"the server of {run} ran on {earlier or 'this machine'}, and its checkpoints are there; leave it there: "
+            f"--server-host {earlier or 'localhost'}"
+        )
 
 
 def read_settings(run: Path) -> tuple[Config, None] | tuple[Settings, list[str]]:

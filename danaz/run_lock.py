@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import time
 from pathlib import Path
-from typing import BinaryIO
 
 LOCK = ".server.lock"
 WAIT_S = 20.0  # the server of a launcher that was killed may take its grace to end
@@ -16,22 +16,20 @@ class RunLockedError(RuntimeError):
     """Another server is at work."""
 
 
-def lock_run(run: Path, wait_s: float = WAIT_S) -> BinaryIO:
-    """Wait until no other server writes ``run``, and keep others away as long as the returned file is open.
+def lock_run(run: Path, wait_s: float = WAIT_S) -> int:
+    """Wait until no other server writes ``run``, and keep others away until this process ends, however it ends.
 
-    The kernel closes it with the process, however that ends. Raises RunLockedError.
+    Returns the descriptor that holds the lock. Raises RunLockedError.
     """
-    file = (run / LOCK).open("ab")
+    fd = os.open(run / LOCK, os.O_WRONLY | os.O_CREAT, 0o644)
     deadline = time.monotonic() + wait_s
     while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() >= deadline:
-                file.close()
-                raise RunLockedError(
-                    f"another server writes {run}; end that run first, or choose another folder"
-                ) from None
+                os.close(fd)
+                raise RunLockedError(f"another server writes {run}; end that run, or choose another folder") from None
             time.sleep(POLL_S)
         else:
-            return file
+            return fd

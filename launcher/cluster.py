@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ class Cluster:
         self.ports: dict[int, dict[str, str]] = {}  # world -> environment variables that name its ports
         self.exits: dict[str, Exit] = {}  # by process name
         self.lost: LostAgent | None = None  # the first
+        self.file_came_s = -math.inf  # when the last piece of a returned file came
         self._stopping = False
         self.next_ping_s = time.monotonic() + PING_S
 
@@ -138,6 +140,7 @@ class Cluster:
             case "output":
                 self._take_output(self.processes[message["name"]], message["stream"], text_to_bytes(message["text"]))
             case "file":
+                self.file_came_s = time.monotonic()
                 self._keep_file(message)
             case "exit":
                 self.logs.close(self.processes[message["name"]])

@@ -167,8 +167,13 @@ class Life:
         self.cluster.stop(grace_s, keep_files)
 
     def is_gone(self, now_s: float) -> bool:
-        """Whether nothing of it is left; or the time is over, and the way to it is cut, which its agent will notice."""
-        return self.ending and (not self.cluster.busy_links() or now_s >= self._end_by_s)
+        """Whether nothing of it is left; or the time is over, and the way to it is cut, which its agent will notice.
+
+        The time is not over as long as returned files come: a model may be large.
+        """
+        if self.ending:
+            self.next_s = max(self._end_by_s, self.cluster.file_came_s + AGENT_END_S)
+        return self.ending and (not self.cluster.busy_links() or now_s >= self.next_s)
 
     def close(self, now_s: float) -> None:
         """Leave its agents, which end by that if they have not yet."""

@@ -11,6 +11,7 @@ import socket
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from launcher.hosts import Host
 
@@ -29,12 +30,14 @@ class Machine:
     gpus: int = 0
     address: str | None = None  # where other machines reach it; None: its host name
     interface: str | None = None  # the network interface of that address, for gloo
-    interfaces: Mapping[str, str] = field(default_factory=dict)  # each of its IPv4 addresses -> network interface
+    interfaces: Mapping[str, str] = field(default_factory=dict)  # each of its addresses, IPv4 first -> interface
 
 
 def this_machine() -> Machine:
     """The cores this process may use and the GPUs it may see, asked without CUDA (which a launcher must not start)."""
-    return Machine(cores=len(os.sched_getaffinity(0)), gpus=_count_gpus(), interfaces=_interfaces())
+    return Machine(
+        cores=len(os.sched_getaffinity(0)), gpus=_count_gpus(), interfaces={**_interfaces(), **_ipv6_interfaces()}
+    )
 
 
 def local_machines(hosts: Iterable[Host]) -> dict[str, Machine]:
@@ -53,7 +56,7 @@ def _count_gpus() -> int:
 
 
 def _interfaces() -> dict[str, str]:
-    """Every IPv4 address of this machine and its network interface: gloo, and Horovod's rendezvous, speak no IPv6."""
+    """Every IPv4 address of this machine and its network interface."""
     buffer = array.array("B", bytes(IFREQ.size * 1024))
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         request = struct.pack("iL", len(buffer), buffer.buffer_info()[0])
@@ -65,11 +68,26 @@ def _interfaces() -> dict[str, str]:
     }
 
 
+def _ipv6_interfaces() -> dict[str, str]:
+    """Every IPv6 address and its network interface, but for those that mean something on one link only (fe80::…)."""
+    try:
+        lines = Path("/proc/net/if_inet6").read_text().splitlines()
+    except FileNotFoundError:  # a kernel without
+        return {}
+    # address in hex, index, prefix length, scope, flags, interface
+    found = ((ipaddress.IPv6Address(bytes.fromhex(line.split()[0])), line.split()[5]) for line in lines)
+    return {str(address): interface for address, interface in found if not address.is_link_local}
+
+
 def source_address(destination: str | None) -> str | None:
-    """This machine's IPv4 address on the route to another, without a packet sent; None where there is no route."""
+    """This machine's address on the route to another, without a packet sent; None where there is no route.
+
+    IPv4, unless an IPv6 address is given.
+    """
     if destination is None:
         return None
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    family = socket.AF_INET6 if ":" in destination else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((destination, 9))  # the discard port: connecting a UDP socket sends nothing
         except OSError:

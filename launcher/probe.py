@@ -18,13 +18,11 @@ TIMEOUT_S = 5.0
 def way_to_hub() -> dict[str, str | None]:
     """`address`: our own on the route to the hub; `unreachable`: why we cannot connect to it, None if we can."""
     address, _, port = os.environ[HUB].rpartition(":")
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.settimeout(TIMEOUT_S)
-        try:
-            probe.connect((address, int(port)))
-        except OSError as error:
-            return {"address": None, "unreachable": str(error)}
-        return {"address": probe.getsockname()[0], "unreachable": None}
+    try:
+        with socket.create_connection((address, int(port)), TIMEOUT_S) as probe:
+            return {"address": probe.getsockname()[0], "unreachable": None}
+    except OSError as error:
+        return {"address": None, "unreachable": str(error)}
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ One store serves one world, so ranks of other worlds and runs never meet here.
 from __future__ import annotations
 
 import re
+import socket
 import socketserver
 import threading
 from http import HTTPStatus
@@ -33,6 +34,7 @@ class Rendezvous(socketserver.ThreadingMixIn, HTTPServer):
     request_queue_size = 1024  # all ranks connect at the same moment
 
     def __init__(self, address: str = "127.0.0.1") -> None:
+        self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
         super().__init__((address, 0), _Handler)
         self.lock = threading.Lock()
         self.values: dict[str, bytes] = {}

@@ -169,7 +169,12 @@ class _Run:
         settle_s = self.around.timeouts.grace_s + 1 if failure.process is None else 0.0
         self.failures.append((name, failure))
         decisions = self.supervisor.failed(
-            name, failure.sentence, now_s, by_itself=failure.by_itself, settle_s=settle_s
+            name,
+            failure.sentence,
+            now_s,
+            by_itself=failure.by_itself,
+            reached=failure.process is not None,
+            settle_s=settle_s,
         )
         for decision in decisions:
             self._carry_out(decision, life, now_s)

@@ -100,11 +100,19 @@ class Supervisor:
         self.over = self.over or unit.is_service
 
     def failed(
-        self, name: str, what: str, now_s: float, *, by_itself: bool = False, settle_s: float = 0.0
+        self,
+        name: str,
+        what: str,
+        now_s: float,
+        *,
+        by_itself: bool = False,
+        reached: bool = True,
+        settle_s: float = 0.0,
     ) -> list[Decision]:
         """A process of a unit failed, or the way to it was lost.
 
-        `by_itself`: it ended with an exit code of its own; `settle_s`: so long something of it may still be there.
+        `by_itself`: it ended with an exit code of its own; `reached`: its machine was; `settle_s`: so long something of
+        it may still be there.
         """
         unit = self._units[name]
         was, unit.state = unit.state, _State.ENDING
@@ -114,7 +122,10 @@ class Supervisor:
             unit.lost_s = now_s
             early = unit.lives == 1 and now_s - (unit.first_up_s or 0.0) <= self.policy.early_s
             unit.failed_early = by_itself and early
-        unit.due_s, then = self._what_next(unit, was, now_s, settle_s)
+        elif reached:
+            unit.restarts_s.append(now_s)  # that failed
+        unreachable = was is _State.STARTING and not reached
+        unit.due_s, then = self._what_next(unit, unreachable, now_s, settle_s)
         return [Decision("end", name, f"{what}; {then}"), *self._stop_if_hopeless(unit)]
 
     def gone(self, name: str) -> None:
@@ -158,7 +169,7 @@ class Supervisor:
 
     # Decisions
 
-    def _what_next(self, unit: _Unit, was: _State, now_s: float, settle_s: float) -> tuple[float, str]:
+    def _what_next(self, unit: _Unit, unreachable: bool, now_s: float, settle_s: float) -> tuple[float, str]:
         """When a unit may start again, and the words for it."""
         policy = self.policy
         others = "the run ends" if unit.is_service else "the others go on"
@@ -166,7 +177,7 @@ class Supervisor:
             return inf, "the run is over"
         if not unit.restartable:
             return inf, others
-        if was is _State.STARTING:
+        if unreachable:
             return self._when_to_try_again(unit, now_s, others)
         unit.restarts_s = [at_s for at_s in unit.restarts_s if at_s > now_s - policy.window_s]
         count = len(unit.restarts_s)

@@ -127,7 +127,7 @@ class _Survey:
         if self.hub_address is None:
             self.problems.setdefault(
                 name,
-                f"{name}: no IPv4 address of it is known to be reached by the others; name its network interface with "
+                f"{name}: no address of it is known to be reached by the others; name its network interface with "
                 f"--interface {name}=NAME; it has {self._describe_interfaces(name)}",
             )
 
@@ -167,18 +167,22 @@ class _Survey:
 
     def _launching_address(self, others: Sequence[str]) -> str | None:
         """Where this machine is for the others: what they see us come from or, behind a jump host, our way to them."""
-        own = self._machine(self.hub.name).interfaces
+        own, found = self._machine(self.hub.name).interfaces, list[str]()
         for name in others:
             seen = self._hello(name)
-            for address in (seen["launcher_address"], source_address(seen["address"]), source_address(name)):
-                if address in own and not is_loopback(str(address)):
-                    return str(address)
-        return None
+            ways: tuple[str | None, ...] = (
+                seen["launcher_address"],
+                source_address(seen["address"]),
+                source_address(name),
+            )
+            found += [way for way in ways if way is not None and way in own and not is_loopback(way)]
+        return _ipv4_first(found)
 
     def _reached_at(self, name: str) -> str | None:
-        """Where a machine is for the others: where it was reached from here."""
-        address = self._hello(name)["address"]
-        return address if address in self._machine(name).interfaces else None
+        """Where a machine is for the others: where it was reached from here, or that interface's IPv4 address."""
+        own, reached = self._machine(name).interfaces, self._hello(name)["address"]
+        same_way = [address for address, interface in own.items() if interface == own.get(reached)]
+        return _ipv4_first([reached, *same_way]) if reached in own else None
 
     def _hello(self, name: str) -> Message:
         return self.cluster.links[name].hello or {}
@@ -191,7 +195,7 @@ class _Survey:
         found = [address for address, interface in self._machine(name).interfaces.items() if interface == wanted]
         if not found:
             self.problems[name] = (
-                f"{name}: it has no network interface {wanted} with an IPv4 address; it has "
+                f"{name}: it has no network interface {wanted} with an address; it has "
                 f"{self._describe_interfaces(name)}; name the one to use with --interface {name}=NAME"
             )
         return found[0] if found else None
@@ -254,3 +258,8 @@ class _Survey:
             if self.signals.received:
                 raise KeyboardInterrupt
             pump([self.cluster], self.signals, deadline - time.monotonic())
+
+
+def _ipv4_first(addresses: Sequence[str]) -> str | None:
+    """The first one, but of IPv4 if there is any: Horovod and gloo speak nothing else."""
+    return min(addresses, key=lambda address: ":" in address, default=None)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SSHD = "/usr/sbin/sshd"
-NETWORK = "10.77.0"
+NETWORK, NETWORK_6 = "10.77.0", "fd77:"
 LAUNCHING = "launching"
 DEADLINE_S = 20.0
 
@@ -27,6 +27,7 @@ PRIVILEGE_SEPARATION = Path("/run/sshd")
 
 SSHD_CONFIG = """
 ListenAddress {address}
+ListenAddress [{address_6}]
 HostKey {folder}/host_key
 AuthorizedKeysFile {folder}/authorized_keys
 PermitRootLogin prohibit-password
@@ -69,6 +70,10 @@ class Node:
     @property
     def address(self) -> str:
         return f"{NETWORK}.{self.number}"
+
+    @property
+    def address_6(self) -> str:
+        return f"{NETWORK_6}:{self.number}"
 
 
 @dataclass
@@ -113,9 +118,10 @@ class Namespaces:
         _ip("-n", self.nodes[LAUNCHING].namespace, "link", "set", f"to-{name}", state)
 
     def learn_host_keys(self) -> None:
-        """Make the launching machine know every node, by its name and no other."""
+        """Make the launching machine know every node, by its name and its IPv6 address."""
         keys = [(node.name, node.folder / "host_key.pub") for node in self.nodes.values() if node.sshd]
-        lines = [f"{name} {' '.join(path.read_text().split()[:2])}\n" for name, path in keys]
+        names = {node.name: f"{node.name},{node.address_6}" for node in self.nodes.values()}
+        lines = [f"{names[name]} {' '.join(path.read_text().split()[:2])}\n" for name, path in keys]
         self.known_hosts().write_text("".join(lines))
 
 
@@ -178,6 +184,8 @@ def _add_namespace(made: Namespaces, node: Node) -> Node:
 
 def _bring_up(node: Node) -> None:
     _ip("-n", node.namespace, "address", "add", f"{node.address}/24", "dev", node.nic)
+    # Without duplicate address detection, the address can be used at once.
+    _ip("-n", node.namespace, "address", "add", f"{node.address_6}/64", "dev", node.nic, "nodad")
     _ip("-n", node.namespace, "link", "set", node.nic, "up")
 
 
@@ -197,7 +205,7 @@ def _start_sshd(made: Namespaces, node: Node) -> None:
     _make_key(node.folder / "host_key")
     shutil.copy(made.folder / "id.pub", node.folder / "authorized_keys")
     config = node.folder / "sshd_config"
-    config.write_text(SSHD_CONFIG.format(address=node.address, folder=node.folder))
+    config.write_text(SSHD_CONFIG.format(address=node.address, address_6=node.address_6, folder=node.folder))
     start = f"hostname {node.hostname} && exec {SSHD} -D -e -f {config}"
     command = ["ip", "netns", "exec", node.namespace, "unshare", "--uts", "sh", "-c", start]
     # Nothing of this environment shall reach a login there but by danaz.

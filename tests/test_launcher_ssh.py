@@ -105,7 +105,7 @@ def test_an_interface_by_name() -> None:
     assert [finding.machine.interface for finding in findings.values()] == ["lo", "lo"]
     findings = survey(HOSTS, local_agent_command, hub=HOSTS[0], cwd="/", interfaces={"127.0.0.1": "eth99"})
     assert findings["localhost"].problem is None
-    assert "127.0.0.1: it has no network interface eth99 with an IPv4 address; it has lo (127.0.0.1)" in str(
+    assert "127.0.0.1: it has no network interface eth99 with an address; it has lo (127.0.0.1)" in str(
         findings["127.0.0.1"].problem
     )
 

@@ -50,6 +50,7 @@ SUMMARY = {
 }
 UPDATE = {"version", "worker", "lag", "lr", "gap", "gap_of", "loss", "batch"}
 TWO_WORKERS = ("--hosts", "localhost:2", "--workers-per-host", "2")
+ENDLESS = (str(CONFIGS / "quadratic.yaml"), *TWO_WORKERS, "--set", "epochs=100000")
 
 # ---- the run folder -------------------------------------------------------------------------------------------------
 
@@ -345,9 +346,7 @@ def begin(tmp_path: Path) -> Iterator[Callable[[str], live.Running]]:
     runs: list[live.Running] = []
 
     def start(name: str) -> live.Running:
-        runs.append(
-            live.Running(tmp_path / name, str(CONFIGS / "quadratic.yaml"), *TWO_WORKERS, "--set", "epochs=100000")
-        )
+        runs.append(live.Running(tmp_path / name, *ENDLESS, "--on-worker-failure", "stop"))
         return runs[-1]
 
     yield start
@@ -355,7 +354,7 @@ def begin(tmp_path: Path) -> Iterator[Callable[[str], live.Running]]:
         run.end()
 
 
-def test_whoever_is_killed_the_whole_run_ends_and_no_other(begin: Callable[[str], live.Running]) -> None:
+def test_with_stop_whoever_is_killed_the_whole_run_ends_and_no_other(begin: Callable[[str], live.Running]) -> None:
     runs = {who: begin(who) for who in ("rank", "server", "launcher")}
     for who, run in runs.items():
         live.until(lambda run=run: run.trains or run.launcher.poll() is not None, f"the run for the {who} trains")

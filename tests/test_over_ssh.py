@@ -92,6 +92,24 @@ def test_dana_trains_over_two_machines(network: Namespaces, hostfile: Path, tmp_
     assert {path.parent.name for path in folder.glob("logs/*/rank.*")} == {"a", "b"}
 
 
+def test_dana_trains_over_ipv6(network: Namespaces, tmp_path: Path) -> None:
+    """The launching machine is seen by IPv6, so that there its server listens."""
+    folder = tmp_path / "run"
+    summary = train(network, folder, "--hosts", "[fd77::2]:2,[fd77::3]:1")
+    assert summary["workers"] == 2
+    assert (folder / "logs/localhost/server/stdout").read_text().startswith("DANAZ_SERVER=tcp://[fd77::1]:")
+    assert {path.parent.name for path in folder.glob("logs/*/rank.*")} == {"fd77::2", "fd77::3"}
+
+
+def test_ssgd_meets_by_ipv4_though_hosts_are_named_by_ipv6(network: Namespaces) -> None:
+    process = network.danaz(
+        "launch", "configs/digits.yaml", "--hosts", "[fd77::2]:1,[fd77::3]:1", "-a", "ssgd", "--dry-run"
+    )
+    output = ended(process, TRAINING_S)
+    assert process.returncode == 0, output
+    assert "HOROVOD_GLOO_RENDEZVOUS_ADDR=10.77.0.2" in output
+
+
 def test_ssgd_is_one_world_though_host_names_resolve_to_loopback(
     network: Namespaces, hostfile: Path, tmp_path: Path
 ) -> None:

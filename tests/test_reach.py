@@ -257,3 +257,12 @@ def test_what_follows_a_failure_unless_said_otherwise() -> None:
     assert Manner().policy(SSGD).on_failure == "stop"
     assert Manner().policy(DANA).on_failure == "restart"
     assert Manner(on_worker_failure="stop").policy(DANA).on_failure == "stop"
+
+
+def test_horovod_speaks_no_ipv6() -> None:
+    only_6 = {"a": finding("fd77::2"), "b": finding("fd77::3"), "localhost": finding("fd77::1")}
+    with pytest.raises(LaunchError, match="ssgd needs IPv4 between the machines"):
+        find_out(cluster(only_6), SSGD)
+    found, _ = find_out(cluster(only_6), DANA)
+    [server] = make_plan(TRAIN, DANA, found, Path("/run"), Manner())[0].services
+    assert server.argv[-1] == "tcp://[fd77::1]:*"

@@ -26,9 +26,9 @@ def done(decisions: list[Decision]) -> list[str]:
     return [decision.do for decision in decisions]
 
 
-def fail(supervisor: Supervisor, name: str, now_s: float) -> str:
+def fail(supervisor: Supervisor, name: str, now_s: float, **how: bool) -> str:
     """A unit fails and is gone; the sentence about it."""
-    [decision] = supervisor.failed(name, DIED, now_s)
+    [decision] = supervisor.failed(name, DIED, now_s, **how)  # type: ignore[arg-type]
     assert (decision.do, decision.unit) == ("end", name)
     assert supervisor.due(inf) == [], "something of it is still there"
     supervisor.gone(name)
@@ -89,7 +89,7 @@ def test_a_machine_that_cannot_be_reached_uses_up_no_restarts() -> None:
     now_s, waits = supervisor.next_s, []
     for _ in range(4):
         assert done(supervisor.due(now_s)) == ["start"]
-        assert "; next try in " in fail(supervisor, "worker 1", now_s)
+        assert "; next try in " in fail(supervisor, "worker 1", now_s, reached=False)
         waits.append(supervisor.next_s - now_s)
         now_s = supervisor.next_s
     assert waits == [4.0, 8.0, 16.0, 30.0]
@@ -97,11 +97,21 @@ def test_a_machine_that_cannot_be_reached_uses_up_no_restarts() -> None:
     assert "restart 2 of 3 in 4 s" in fail(supervisor, "worker 1", now_s + 1)
 
 
+def test_a_start_that_fails_uses_up_a_restart() -> None:
+    supervisor = running()
+    fail(supervisor, "server", 10.0)
+    for number in (2, 3):
+        supervisor.due(supervisor.next_s)
+        assert f"restart {number} of 3" in fail(supervisor, "server", 20.0)
+    supervisor.due(supervisor.next_s)
+    assert done(supervisor.failed("server", DIED, 30.0)) == ["end", "stop"]
+
+
 def test_a_machine_that_cannot_be_reached_for_long_is_given_up() -> None:
     supervisor = running()
     fail(supervisor, "worker 1", 10.0)
     supervisor.due(supervisor.next_s)
-    [decision] = supervisor.failed("worker 1", "Connection refused", 107.0)
+    [decision] = supervisor.failed("worker 1", "Connection refused", 107.0, reached=False)
     assert decision.reason == "Connection refused; that for 100 s now; the others go on"
     supervisor.gone("worker 1")
     assert supervisor.have_ended(["worker 1"])
@@ -190,10 +200,10 @@ class Anything(RuleBasedStateMachine):
         self.stopped = False
 
     @precondition(lambda self: not self.stopped)
-    @rule(name=st.sampled_from(["worker 0", "worker 1", "server"]), by_itself=st.booleans())
-    def fail(self, name: str, by_itself: bool) -> None:
+    @rule(name=st.sampled_from(["worker 0", "worker 1", "server"]), by_itself=st.booleans(), reached=st.booleans())
+    def fail(self, name: str, by_itself: bool, reached: bool) -> None:
         if self.there[name] in ("up", "starting"):
-            decisions = self.supervisor.failed(name, DIED, self.now_s, by_itself=by_itself)
+            decisions = self.supervisor.failed(name, DIED, self.now_s, by_itself=by_itself, reached=reached)
             assert done(decisions) in (["end"], ["end", "stop"])
             self.stopped = "stop" in done(decisions)
             self.there[name] = "ending"

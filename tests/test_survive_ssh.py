@@ -169,6 +169,7 @@ def test_a_network_away_for_half_a_minute_ends_nothing(play: Callable[..., Playi
     assert playing.told[0].startswith("worker 1 on b: rank 1 was killed by SIGKILL; restart 1 of 3")
     assert before[0] == network.processes("a")
     playing.wait_for_second_life(before[1])
+    assert playing.interrupt() == ["worker 1 was restarted once"]
 
 
 def test_a_network_away_for_long_ends_a_worker_which_comes_back_with_it(
@@ -250,3 +251,38 @@ def test_training_goes_on_though_a_rank_is_killed(network: Namespaces, tmp_path:
     versions = [update["version"] for update in updates()]
     assert versions == list(range(1, len(versions) + 1))
     assert json.loads((folder / "summary.json").read_text())["test_error_percent"] < 6
+
+
+def test_a_machine_joins_with_a_key_and_none_without(network: Namespaces, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    arguments = ["configs/quadratic.yaml", "--set", "epochs=100000", "--hosts", "a", "--invite", "1"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = network.danaz("launch", *arguments, "--server-port", "5555", "--out", str(folder), env=env)
+
+    def workers() -> set[int]:
+        path = folder / "updates.jsonl"
+        return {json.loads(line)["worker"] for line in path.read_text().splitlines()} if path.exists() else set()
+
+    until(lambda: workers() == {0} or run.poll() is not None, "it trains", TRAINING_S)
+    key = folder / "invitations" / "worker-1.json"
+    forged = tmp_path / "forged.json"
+    forged.write_text(json.dumps({**json.loads(key.read_text()), "worker": 7, "keys": None}))
+    forged.chmod(0o600)
+    join = [sys.executable, "-m", "danaz", "work", "--join", "launching:5555", "--slots", "1"]
+    stranger = network.popen([*join, "--key", str(forged), "--out", str(tmp_path / "stranger")], on="a", env=env)
+    joined = network.popen([*join, "--key", str(key), "--out", str(tmp_path / "joined")], on="b", env=env)
+    try:
+        until(lambda: workers() == {0, 1} or joined.poll() is not None, "b takes part", TRAINING_S)
+        until(lambda: (tmp_path / "stranger/logs/localhost/rank.0").exists(), "the stranger asks in vain", TRAINING_S)
+        for process in (joined, stranger):
+            process.send_signal(signal.SIGTERM)
+        assert [process.wait(DEADLINE_S) for process in (joined, stranger)] == [143, 143], joined.communicate()[0]
+        assert not network.processes("b")
+        assert run.poll() is None
+        run.send_signal(signal.SIGINT)
+        assert run.wait(DEADLINE_S) == 130
+    finally:
+        for process in (joined, stranger, run):
+            process.kill()
+            process.communicate()
+    assert workers() == {0, 1}

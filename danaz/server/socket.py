@@ -37,6 +37,7 @@ class BoundRouter:
         self.socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         self.socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+        self.socket.setsockopt(zmq.IPV6, "[" in address)
         self.socket.setsockopt(zmq.SNDHWM, 0)  # one reply a request: the workers bound it
         if keys is not None:
             self._guard(keys)

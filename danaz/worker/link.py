@@ -93,6 +93,7 @@ class DealerLink:
         socket = self._context.socket(zmq.DEALER)
         socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_FIRST_MS)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_LONGEST_MS)
+        socket.setsockopt(zmq.IPV6, "[" in address)
         if self._keys is not None:
             socket.setsockopt(zmq.CURVE_SERVERKEY, self._keys.server.encode())
             socket.setsockopt(zmq.CURVE_PUBLICKEY, self._keys.public.encode())
