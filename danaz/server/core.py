@@ -159,7 +159,7 @@ class ServerCore:
         """Every batch is completed, or everyone left before; and nobody has anything more to say."""
         members = self.members.values()
         over = (
-            self.started and self.recovery is None and (self.leases.done or any(member.said_bye for member in members))
+            self.started and (self.leases.done or any(member.said_bye for member in members))
         )
         return over and all(member.said_bye or not member.alive for member in members)
 
@@ -386,8 +386,9 @@ class ServerCore:
 
     def _mark_milestone(self) -> None:
         """Workers may soon hold a first view, an end, or parameters that a leaving worker has changed for good."""
-        left_early = 0 if self.leases.done else sum(member.left for member in self.members.values())
-        milestone = (self.life, self.leases.done, self.final, left_early)
+        waiting_for_all = self.leases.done and not self.final
+        left = 0 if waiting_for_all else sum(member.left for member in self.members.values())
+        milestone = (self.life, self.leases.done, self.final, left)
         if milestone != self._milestone:
             self._milestone = milestone
             self.on_milestone(self)
