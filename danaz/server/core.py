@@ -158,9 +158,7 @@ class ServerCore:
     def finished(self) -> bool:
         """Every batch is completed, or everyone left before; and nobody has anything more to say."""
         members = self.members.values()
-        over = (
-            self.started and (self.leases.done or any(member.said_bye for member in members))
-        )
+        over = self.started and (self.leases.done or any(member.said_bye for member in members))
         return over and all(member.said_bye or not member.alive for member in members)
 
     def summary(self) -> dict[str, Any]:
