@@ -386,7 +386,7 @@ class ServerCore:
         """Workers may soon hold a first view, an end, or parameters that a leaving worker has changed for good."""
         waiting_for_all = self.leases.done and not self.final
         left = 0 if waiting_for_all else sum(member.left for member in self.members.values())
-        milestone = (self.life, self.leases.done, self.final, left)
+        milestone = (self.life, self.leases.done, left)
         if milestone != self._milestone:
             self._milestone = milestone
             self.on_milestone(self)
