@@ -366,7 +366,7 @@ ALWAYS = [
     ServerUnderFaults.what_is_lost_is_counted,
 ]
 WORK_PER_FAULT = 2
-FAULTS_EACH = 4000  # of each algorithm
+FAULTS_EACH = 2500  # of each algorithm
 
 
 def rehearse(algorithm: str, seed: int) -> int:
