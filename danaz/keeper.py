@@ -31,6 +31,7 @@ class Keeper:
         self._due_at = time.monotonic() + self._every_s
         self._journal_life = 0  # that the end of the journal is of
         self._thread = Thread()
+        self._state: CoreState | None = None  # the last one that was written
 
     def resume(self) -> bool:
         """Go on from the newest sound checkpoint; returns whether there is one. Raises ResumeError."""
@@ -72,7 +73,8 @@ class Keeper:
 
     def _begin_to_write(self) -> None:
         self._number += 1
-        self._thread = Thread(target=self._write, args=(self._number, self.core.state()), name="danaz-checkpoint")
+        self._state = self.core.state(reuse=self._state)
+        self._thread = Thread(target=self._write, args=(self._number, self._state), name="danaz-checkpoint")
         self._thread.start()
         self._due_at = time.monotonic() + self._every_s
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from danaz.server.admission import NOT_FINITE, OUTLIER, Job, why_not_join, why_not_leave, why_not_push, why_stranger
@@ -19,7 +18,7 @@ from danaz.server.figures import DIVERGED_LOSS_RATIO, Figures, Update
 from danaz.server.health import Health, size_of
 from danaz.server.leases import Leases
 from danaz.server.master import Master, all_finite
-from danaz.server.members import Member, Route
+from danaz.server.members import Member, Route, mean_by_updates
 from danaz.server.messages import (
     Bye,
     Final,
@@ -38,6 +37,7 @@ from danaz.server.messages import (
 from danaz.server.recovery import Recovery
 from danaz.server.settings import ServerSettings
 from danaz.server.state import CoreState, fill, take
+from danaz.server.updating import update_by
 
 RESUM_EVERY = 1000  # updates between fresh sums of the velocities, against drift
 DIVERGED_STRIKES = 3  # non-finite pushes in a row, of every live worker
@@ -97,9 +97,9 @@ class ServerCore:
 
     # ---- its state on disk ---------------------------------------------------------------------------------------
 
-    def state(self) -> CoreState:
-        """A copy of everything that a server started anew must know."""
-        return take(self)
+    def state(self, reuse: CoreState | None = None) -> CoreState:
+        """A copy of everything that a server started anew must know; in the memory of ``reuse`` it is made faster."""
+        return take(self, reuse)
 
     def restore(self, state: CoreState, journal: Sequence[Update], life: int, now: float) -> None:
         """Go on from ``state``, and from what the workers remember of the updates since, which are in ``journal``.
@@ -113,14 +113,6 @@ class ServerCore:
     def start_from(self, job: Job, leases: Leases, master: Master) -> None:
         """Take over what the first workers to join usually bring."""
         self._job, self._leases, self._master = job, leases, master
-
-    def _go_on(self, recovery: Recovery, now: float) -> None:
-        self.recovery = None
-        lost = recovery.conclude(self, now)
-        self.figures.restarts += 1
-        self.figures.lost_updates += lost
-        self._resum()
-        self.on_notice(f"server restarted: it goes on at version {self.master.version}, {lost} updates are lost")
 
     # ---- stimuli -------------------------------------------------------------------------------------------------
 
@@ -158,9 +150,7 @@ class ServerCore:
     def finished(self) -> bool:
         """Every batch is completed, or everyone left before; and nobody has anything more to say."""
         members = self.members.values()
-        over = (
-            self.started and self.recovery is None and (self.leases.done or any(member.said_bye for member in members))
-        )
+        over = self.started and (self.leases.done or any(member.said_bye for member in members))
         return over and all(member.said_bye or not member.alive for member in members)
 
     def summary(self) -> dict[str, Any]:
@@ -320,47 +310,14 @@ class ServerCore:
     # ---- updating ------------------------------------------------------------------------------------------------
 
     def _update(self, parts: tuple[Push, ...], now: float) -> None:
-        """Apply one update made of ``parts``, the push of one worker or those of a whole round."""
-        master, every, last = self.master, self.settings.gap_every, parts[-1]
-        members = [self.members[p.worker] for p in parts]
-        member = members[-1]
-        lag = master.version - min(self.members[p.worker].sent_version for p in parts)
-        measured = every and master.version % every == 0 and member.view is not None
-        gap = master.gap(member.view) if measured and member.view is not None else None
-        if master.rule.barrier:
-            samples = max(1, sum(p.samples for p in parts))
-            master.apply_round([(p.push, p.samples / samples) for p in parts], last.lr, members, lag)
-        else:
-            master.apply(last.push, last.lr, member, lag)
-        for m, p in zip(members, parts, strict=True):
-            m.lr, m.updates, m.applied_request, m.lag, m.gap = last.lr, m.updates + 1, p.request, lag, gap
-            for batch in p.batches:
-                self.leases.complete(p.worker, batch)
-        if master.version % RESUM_EVERY == 0:
+        """Make one update of the push of one worker, or of those of a whole round."""
+        update = update_by(self, parts)
+        if self.master.version % RESUM_EVERY == 0:
             self._resum()
-        losses = [p.loss for p in parts if p.loss is not None]
-        loss = sum(losses) / len(losses) if losses else None
-        who = tuple((p.worker, p.batch) for p in parts) if master.rule.barrier else None
-        update = Update(
-            version=master.version,
-            worker=last.worker,
-            lag=lag,
-            lr=last.lr,
-            gap=gap,
-            gap_of=master.gap_of,
-            loss=loss,
-            batch=last.batch,
-            round=who,
-            samples=sum(p.samples for p in parts),
-            earlier=last.earlier,
-            incarnation=last.incarnation,
-            request=last.request,
-            life=self.life,
-        )
         self.figures.count(update, now)
         self.on_update(update)
-        if self.figures.lost_all_bounds(loss):
-            self._diverge(f"the loss rose to {loss:.4g}, over {DIVERGED_LOSS_RATIO:.0f} times the first")
+        if self.figures.lost_all_bounds(update.loss):
+            self._diverge(f"the loss rose to {update.loss:.4g}, over {DIVERGED_LOSS_RATIO:.0f} times the first")
 
     def _update_by_round(self, now: float) -> None:
         """Make one update of what the live workers pushed, weighted by their samples."""
@@ -375,7 +332,9 @@ class ServerCore:
     def _settle(self, now: float) -> Replies:
         """Answer everyone who waits for something that has come true."""
         if self.recovery is not None and self.recovery.over(self.members.values(), now):
-            self._go_on(self.recovery, now)
+            self.recovery.conclude(self, now)
+            self.recovery = None
+            self._resum()
         if not self.started:
             self._start_if_ready(now)
         if self.started and self.recovery is None:
@@ -386,8 +345,9 @@ class ServerCore:
 
     def _mark_milestone(self) -> None:
         """Workers may soon hold a first view, an end, or parameters that a leaving worker has changed for good."""
-        left_early = 0 if self.leases.done else sum(member.left for member in self.members.values())
-        milestone = (self.life, self.leases.done, self.final, left_early)
+        waiting_for_all = self.leases.done and not self.final
+        left = 0 if waiting_for_all else sum(member.left for member in self.members.values())
+        milestone = (self.life, self.leases.done, left)
         if milestone != self._milestone:
             self._milestone = milestone
             self.on_milestone(self)
@@ -448,8 +408,4 @@ class ServerCore:
 
     def mean_buffers(self) -> Tensor:
         """Batch-norm statistics averaged over the workers that have left, by their updates, f32[B]."""
-        total = sum(updates for updates, _ in self.buffers)
-        mean = torch.zeros(self.job.layout.buffer_size)
-        for updates, buffers in self.buffers:
-            mean.add_(buffers, alpha=updates / total if total else 1 / len(self.buffers))
-        return mean
+        return mean_by_updates(self.buffers, self.job.layout.buffer_size)

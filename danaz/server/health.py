@@ -18,7 +18,7 @@ from danaz.rules import Rule
 from danaz.server.messages import Push
 
 OUTLIER_RATIO = 100.0  # between a step and the others' median step: no honest batch differs by so much
-RECENT_PUSHES = 16  # of each worker, that its size is judged by
+RECENT_PUSHES = 32  # of each worker, that its size is judged by
 ENOUGH_PUSHES = 20  # of the others, before anyone is judged
 
 

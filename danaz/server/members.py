@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from danaz.server.messages import Push
@@ -47,3 +49,12 @@ class Member:
     @property
     def computing(self) -> bool:
         return self.takes_part and not self.awaiting
+
+
+def mean_by_updates(buffers: Sequence[tuple[int, Tensor]], size: int) -> Tensor:
+    """The mean of what workers left behind, f32[size] each, weighted by their updates."""
+    total = sum(updates for updates, _ in buffers)
+    mean = torch.zeros(size)
+    for updates, vector in buffers:
+        mean.add_(vector, alpha=updates / total if total else 1 / len(buffers))
+    return mean

@@ -44,16 +44,19 @@ class Recovery:
     def over(self, members: Iterable[Member], now: float) -> bool:
         return now >= self._until or not any(m.alive and m.awaiting == "join" for m in members)
 
-    def conclude(self, core: ServerCore, now: float) -> int:
-        """Bring ``core`` to the version to go on from; returns how many updates are lost."""
-        if self._newest is None or not core.master.rule.view_is_state:
-            return len(self.journal)
-        version, view = self._newest
-        for update in self.journal:
-            if update.version <= version:
-                account(core, update, now)
-        core.master.params.copy_(view)
-        return sum(update.version > version for update in self.journal)
+    def conclude(self, core: ServerCore, now: float) -> None:
+        """Bring ``core`` to the version to go on from."""
+        if self._newest is not None and core.master.rule.view_is_state:
+            version, view = self._newest
+            for update in self.journal:
+                if update.version <= version:
+                    account(core, update, now)
+            core.master.params.copy_(view)
+        at = core.master.version
+        lost = sum(update.version > at for update in self.journal)
+        core.figures.restarts += 1
+        core.figures.lost_updates += lost
+        core.on_notice(f"server restarted: it goes on at version {at}, {lost} updates are lost")
 
 
 def account(core: ServerCore, update: Update, now: float) -> None:

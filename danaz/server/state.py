@@ -40,8 +40,8 @@ class CoreState:
         return version
 
 
-def take(core: ServerCore) -> CoreState:
-    """Copy the state of a core that has started."""
+def take(core: ServerCore, reuse: CoreState | None = None) -> CoreState:
+    """Copy the state of a core that has started, into the memory of a state that nobody needs any more."""
     master, job = core.master, core.job
     members = sorted(core.members.values(), key=lambda member: member.worker)
     facts = {
@@ -61,7 +61,9 @@ def take(core: ServerCore) -> CoreState:
     tensors |= {f"shared.{name}": vector for name, vector in master.shared.items()}
     tensors |= {f"member.{m.worker}.{name}": vector for m in members for name, vector in m.vectors.items()}
     tensors |= {f"buffers.{number}": buffers for number, (_, buffers) in enumerate(core.buffers)}
-    return CoreState(facts, {name: tensor.clone() for name, tensor in tensors.items()})
+    memory = {} if reuse is None else reuse.tensors
+    copies = {n: memory[n].copy_(t) if n in memory else t.clone() for n, t in tensors.items()}
+    return CoreState(facts, copies)
 
 
 def fill(core: ServerCore, state: CoreState, now: float) -> None:

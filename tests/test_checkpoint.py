@@ -1,0 +1,185 @@
+"""Checkpoints on disk, and the journal beside them: whatever is cut or altered is recognised."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from cluster import Cluster
+from safetensors.torch import load_file
+
+from danaz.keeper import Keeper
+from danaz.run_folder import RunFolder
+from danaz.server.checkpoint import FOLDER, newest_number, read_newest, write_checkpoint
+from danaz.server.figures import Update
+from danaz.server.settings import ServerSettings
+from danaz.server.state import CoreState, ResumeError
+
+SIZE = 5
+
+
+def state_of(version: int, algorithm: str = "dana-zero") -> CoreState:
+    """Of a server after so many updates, by two workers in turn; one has left."""
+    cluster = Cluster(algorithm, 3, torch.ones(SIZE), groups=(2, 3), buffers=2)
+    cluster.leave(2, torch.tensor([3.0, 4.0]))
+    for number in range(version):
+        cluster.push(number % 2, torch.randn(SIZE, generator=torch.Generator().manual_seed(number)), (0.1, 0.2))
+    return cluster.server.state()
+
+
+def same(one: CoreState, other: CoreState) -> bool:
+    equal = all(torch.equal(one.tensors[name], tensor) for name, tensor in other.tensors.items())
+    return one.facts == json.loads(json.dumps(other.facts)) and one.tensors.keys() == other.tensors.keys() and equal
+
+
+def newest(folder: Path) -> CoreState:
+    found = read_newest(folder)
+    assert found is not None
+    return found[0]
+
+
+class TestCheckpoints:
+    @pytest.mark.parametrize("algorithm", ["dana", "dana-zero", "dana-ga", "easgd", "asgd"])
+    def test_a_state_comes_back(self, algorithm, tmp_path):
+        state = state_of(7, algorithm) if algorithm != "easgd" else state_of(0, algorithm)
+        write_checkpoint(tmp_path, 1, state)
+        assert same(newest(tmp_path), state)
+
+    def test_a_copy_does_not_move_with_the_run(self):
+        cluster = Cluster("dana-zero", 1, torch.ones(SIZE))
+        state = cluster.server.state()
+        cluster.push(0, torch.ones(SIZE), 0.1)
+        assert torch.equal(state.tensors["params"], torch.ones(SIZE))
+        assert torch.equal(state.tensors["member.0.velocity"], torch.zeros(SIZE))
+
+    def test_the_tensors_are_plain_safetensors(self, tmp_path):
+        write_checkpoint(tmp_path, 3, state_of(4))
+        assert {"params", "shared.sum", "member.0.velocity"} <= load_file(tmp_path / "000003.safetensors").keys()
+
+    def test_two_are_kept(self, tmp_path):
+        for number in range(1, 6):
+            write_checkpoint(tmp_path, number, state_of(number))
+        assert sorted(path.name for path in tmp_path.iterdir()) == [
+            f"{number:06d}.{kind}" for number in (4, 5) for kind in ("json", "safetensors")
+        ]
+        assert newest(tmp_path).version == 5
+
+    def test_none_is_no_fault(self, tmp_path):
+        assert read_newest(tmp_path / "none") is None
+
+    def test_one_that_was_not_finished_is_none_but_its_number_is_taken(self, tmp_path):
+        write_checkpoint(tmp_path, 1, state_of(1))
+        (tmp_path / "000001.json").unlink()
+        assert read_newest(tmp_path) is None
+        assert newest_number(tmp_path) == 1
+
+    @pytest.mark.parametrize("kind", ["json", "safetensors"])
+    def test_any_cut_or_flipped_bit_is_seen_and_the_one_before_is_taken(self, kind, tmp_path):
+        for number in (1, 2):
+            write_checkpoint(tmp_path, number, state_of(number))
+        path, chance = tmp_path / f"000002.{kind}", random.Random(1)
+        whole = path.read_bytes()
+        for _ in range(200):
+            damaged, at = bytearray(whole), chance.randrange(len(whole))
+            damaged[at] ^= 1 << chance.randrange(8)
+            for content in (whole[:at], damaged):
+                path.write_bytes(content)
+                state, why = read_newest(tmp_path)
+                assert state.version == 1
+                assert "checkpoint 2 is damaged" in why[0]
+        path.write_bytes(whole)
+        assert newest(tmp_path).version == 2
+
+    def test_a_missing_file_is_seen(self, tmp_path):
+        write_checkpoint(tmp_path, 1, state_of(1))
+        (tmp_path / "000001.safetensors").unlink()
+        with pytest.raises(ResumeError, match=r"checkpoint 1 is damaged.*missing"):
+            read_newest(tmp_path)
+
+    def test_if_none_is_sound_nothing_is_made_up(self, tmp_path):
+        for number in (1, 2):
+            write_checkpoint(tmp_path, number, state_of(number))
+            (tmp_path / f"{number:06d}.json").write_text("[]")
+        with pytest.raises(ResumeError, match=r"no checkpoint in .* is sound"):
+            read_newest(tmp_path)
+
+
+UPDATES = [
+    Update(1, 0, 0, (0.1,), 0.5, "lookahead", 1.5, 0, samples=4, incarnation=1, request=2),
+    Update(
+        2, 1, 1, (0.1, 0.2), None, "lookahead", None, 3, samples=8, earlier=(1, 2), incarnation=7, request=5, life=3
+    ),
+    Update(3, 1, 1, (0.1,), None, "lookahead", None, 4, samples=8, incarnation=7, request=6, life=3),
+]
+
+
+class TestJournal:
+    def folder(self, path: Path) -> RunFolder:
+        folder = RunFolder(path, {})
+        for update in UPDATES:
+            folder.record(update)
+        return folder
+
+    def test_updates_come_back(self, tmp_path):
+        folder = self.folder(tmp_path)
+        assert folder.journal(after=0) == UPDATES
+        assert folder.journal(after=2) == UPDATES[2:]
+        assert folder.journal(after=3) == []
+
+    def test_each_is_on_its_way_to_the_disk_before_its_worker_hears(self, tmp_path):
+        """In the kernel's hands, where no SIGKILL reaches."""
+        folder = RunFolder(tmp_path, {})
+        for number, update in enumerate(UPDATES, 1):
+            folder.record(update)
+            assert len((tmp_path / "updates.jsonl").read_bytes().splitlines()) == number
+
+    def test_a_cut_leaves_whole_lines_and_writing_goes_on_behind_it(self, tmp_path):
+        folder = self.folder(tmp_path)
+        assert folder.cut(1) == 2
+        folder.record(UPDATES[1])
+        assert folder.journal(after=0) == UPDATES[:2]
+
+    def test_it_ends_before_a_torn_line(self, tmp_path):
+        folder = self.folder(tmp_path)
+        path = tmp_path / "updates.jsonl"
+        path.write_bytes(path.read_bytes()[:-9])
+        assert folder.journal(after=0) == UPDATES[:2]
+        folder.cut(2)
+        assert path.read_bytes().endswith(b"}\n")
+
+    def test_it_ends_before_a_hole(self, tmp_path):
+        folder = RunFolder(tmp_path, {})
+        for update in (UPDATES[0], UPDATES[2]):
+            folder.record(update)
+        assert folder.journal(after=0) == UPDATES[:1]
+
+
+class TestKeeper:
+    def test_another_algorithm_cannot_go_on(self, tmp_path):
+        write_checkpoint(tmp_path / FOLDER, 1, state_of(1))
+        keeper = Keeper(RunFolder(tmp_path, {}), ServerSettings("asgd", workers=2))
+        with pytest.raises(ResumeError, match="algorithm dana-zero, this server has asgd"):
+            keeper.resume()
+
+    def test_without_a_checkpoint_it_begins_afresh_and_says_so(self, tmp_path, capsys):
+        folder = TestJournal().folder(tmp_path)
+        keeper = Keeper(folder, ServerSettings("dana-zero", workers=2))
+        assert not keeper.resume()
+        assert "begins afresh" in capsys.readouterr().err
+        assert folder.journal(after=0) == []
+        assert keeper.core.figures.lost_updates == 3
+
+    def test_a_full_disk_ends_no_run(self, tmp_path, capsys, monkeypatch):
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("danaz.keeper.write_checkpoint", full)
+        write_checkpoint(tmp_path / FOLDER, 1, state_of(1))
+        keeper = Keeper(RunFolder(tmp_path, {}), ServerSettings("dana-zero", workers=2))
+        keeper.resume()
+        keeper.core.tick(1e12)  # nobody comes
+        assert "could not be written" in capsys.readouterr().err
+        assert keeper.core.master.version == 1
