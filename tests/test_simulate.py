@@ -97,6 +97,7 @@ RUNS = [
     ("dana-zero", 8, ()),
     ("dana", 8, ()),
     ("ssgd", 8, ()),
+    ("ssgd-lars", 8, ()),
     ("sa", 8, ("lr=0.01",)),
     ("dana-sa", 8, ()),
     ("dana-ga", 8, ()),
@@ -112,7 +113,7 @@ class TestReplay:
         summary = quadratic(tmp_path, algorithm, workers, *overrides)
         self.same_end(summary, replayed(tmp_path, algorithm, workers))
         expected = 0.05 if not overrides else float(overrides[0].removeprefix("lr="))
-        assert {line["lr"] for line in lines(tmp_path)} == {expected * (workers if algorithm == "ssgd" else 1)}
+        assert {line["lr"] for line in lines(tmp_path)} == {expected * (workers if algorithm.startswith("ssgd") else 1)}
         assert not summary["diverged"]
 
     @pytest.mark.parametrize(("algorithm", "workers", "overrides"), RUNS, ids=[run[0] for run in RUNS])
@@ -147,7 +148,7 @@ class TestReplay:
         step = 0.5 ** sum(line["batch"] // PER_EPOCH >= milestone for milestone in (1, 2.5))
         progress = min(1.0, batches_before / PER_EPOCH / 1.5)
         warm_up = 1.0 if workers == 1 else 1 / workers + (1 - 1 / workers) * progress
-        return base * step * warm_up * (workers if algorithm == "ssgd" else 1)
+        return base * step * warm_up * (workers if algorithm.startswith("ssgd") else 1)
 
     def test_dana_and_dana_zero_walk_the_same_way(self, tmp_path):
         ends = [quadratic(tmp_path / name, name, 8, SCHEDULE) for name in ("dana", "dana-zero")]

@@ -59,7 +59,8 @@ class Master:
         self.max_lr = tuple(map(max, self.max_lr, lr))
         contexts = self._contexts(members[-1], lr, lag)
         vectors = [self._vectors(member) for member in members]
-        for group, start, stop in self.layout.slices(SLICE_FLOATS):
+        slices = self.layout.layers() if self.rule.per_layer else self.layout.slices(SLICE_FLOATS)
+        for group, start, stop in slices:
             parts = [(push[start:stop], weight) for push, weight in pushes]
             owns, shared = [cut(own, start, stop) for own in vectors], cut(self.shared, start, stop)
             self.rule.apply_round(self.params[start:stop], parts, owns, shared, contexts[group])
@@ -88,8 +89,8 @@ class Master:
     def _contexts(self, member: Member, lr: tuple[float, ...], lag: int) -> list[Context]:
         """The scalars of each parameter group."""
         return [
-            Context(*rates, lag, self.version, member.updates, len(self._taking_part))
-            for rates in zip(lr, member.lr, self.max_lr, strict=True)
+            Context(*rates, lag, self.version, member.updates, len(self._taking_part), group)
+            for group, rates in enumerate(zip(lr, member.lr, self.max_lr, strict=True))
         ]
 
     def _vectors(self, member: Member) -> dict[str, Tensor]:

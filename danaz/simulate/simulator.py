@@ -15,7 +15,7 @@ from torch import Tensor
 from danaz.config import Config
 from danaz.data import Batching
 from danaz.flat import FlatModel
-from danaz.optimizer import check_supported, decayed_gradient, effective_lr
+from danaz.optimizer import check_supported, decayed_gradient, effective_lr, weight_decays
 from danaz.run_folder import RunFolder
 from danaz.server.core import Replies, ServerCore
 from danaz.server.messages import Final, Parameters
@@ -62,8 +62,9 @@ class Simulation:
         self.settings = Settings.of(config, schedule=config.schedule, collective="none")
         self.folder = RunFolder(run, self.settings.facts())
         self._ahead = torch.zeros(self.flat.layout.size)  # γ Σⱼ ηⱼvⱼ, where velocities live on workers
-        self.server = ServerCore(self.settings.for_server(), on_update=self._record, ahead=lambda: self._ahead)
-        self.rule = self.settings.for_server().rule(check_supported(self.optimizer))
+        for_server = self.settings.for_server(weight_decay=weight_decays(self.optimizer.param_groups))
+        self.server = ServerCore(for_server, on_update=self._record, ahead=lambda: self._ahead)
+        self.rule = for_server.rule(check_supported(self.optimizer))
         self.workers = [self._make_worker(number) for number in range(config.workers)]
         self._order = make_schedule(config.schedule, config.workers, config.seed)
         self._last_loss: float | None = None
