@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -163,7 +163,7 @@ def print_algorithms() -> None:
     for name, algorithm in ALGORITHMS.items():
         rule = algorithm.rule()
         options = {k: v for k, v in algorithm.hyperparameters.items() if k not in FROM_THE_OPTIMIZER}
-        facts = {
+        facts: dict[str, Sequence[str]] = {
             "pushes": [rule.pushes],
             "in rounds": ["all workers wait for each other"] if rule.barrier else [],
             "server keeps": rule.shared_state,
