@@ -6,7 +6,8 @@
 
 Both take their batches from the same data set in the same way, on the same device, in the same memory format and
 precision; on a GPU, the plain loop launches its kernels one by one. All are built once and take turns, a few updates
-each, so that a machine whose speed drifts slows all alike; the figure is the median of the ratios within a turn.
+each, so that a machine whose speed drifts slows all alike; the figure is the median of the ratios within a turn. On a
+CPU, times are the processor's: they do not count what other processes take of it.
 """
 
 from __future__ import annotations
@@ -55,16 +56,15 @@ def plain_loop(config: Config) -> Advance:
 
 def simulation(config: Config, run: Path) -> Advance:
     """Makes so many simulated updates."""
-    run.mkdir()
     made = Simulation(config, run)
     made.start()
     return made.advance
 
 
-def seconds(advance: Advance, updates: int) -> float:
-    began = time.perf_counter()
+def seconds(advance: Advance, updates: int, clock: Callable[[], float]) -> float:
+    began = clock()
     advance(updates)
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def main() -> None:
@@ -78,7 +78,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     base = ["threads=null", "workers=8", "epochs=1000", *options.overrides]
     print(f"{options.config} {' '.join(options.overrides)}: {options.threads} threads, {options.turns} turns of")
-    print(f"{options.updates} updates, on {choose_device(load_config(options.config, base))}")
+    device = choose_device(load_config(options.config, base))
+    print(f"{options.updates} updates, on {device}")
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
     with tempfile.TemporaryDirectory() as folder:
         plain = plain_loop(load_config(options.config, [*base, "algorithm=baseline", "workers=1"]))
         simulated = {
@@ -91,7 +93,10 @@ def main() -> None:
         for advance in (plain, *simulated.values()):
             advance(WARM_UP)
         turns = [
-            (seconds(plain, options.updates), [seconds(each, options.updates) for each in simulated.values()])
+            (
+                seconds(plain, options.updates, clock),
+                [seconds(each, options.updates, clock) for each in simulated.values()],
+            )
             for _ in range(options.turns)
         ]
     plain_ms = 1000 * statistics.median(before for before, _ in turns) / options.updates

@@ -46,22 +46,20 @@ def simulate(
     from danaz.launching import check_workers
     from danaz.progress import progress_bar
     from danaz.report.tables import print_summary
-    from danaz.run_folder import new_run_folder, write_settings
+    from danaz.run_folder import free_run_folder, write_settings
     from danaz.settings import Settings
-    from danaz.training import choose_device
+    from danaz.simulate.simulator import Simulation
 
     options = {"algorithm": algorithm, "workers": workers, "schedule": schedule, "device": device}
     chosen = [f"{key}={value}" for key, value in options.items() if value is not None]
     try:
         settings = load_config(config, [*(overrides or ()), *chosen])
         check_workers(Settings.of(settings, schedule=settings.schedule, collective="none"))
-        choose_device(settings)  # before anything is written
-        run = new_run_folder(out, f"{settings.name}-{settings.algorithm}-{settings.workers}")
+        run = free_run_folder(out, f"{settings.name}-{settings.algorithm}-{settings.workers}")
+        simulation = Simulation(settings, run)
         write_settings(run, settings.model_dump(mode="json"))
-        from danaz.simulate.simulator import simulate as run_simulation
-
         with progress_bar(f"{settings.algorithm}, {settings.workers} workers") as progress:
-            summary = run_simulation(settings, run, progress)
+            summary = simulation.run(progress)
     except (ValueError, FileNotFoundError) as error:
         fail(error)
     print_summary(summary, run)

@@ -50,6 +50,8 @@ class Simulation:
     """One simulated run of ``config`` (its algorithm, workers and schedule). Everything follows from the seed.
 
     On a GPU everything is there: the model, data that is held in memory, the server's and all workers' vectors.
+
+    Raises ConfigError and ScheduleError for what cannot be run; the folder ``run`` is made when nothing is wrong.
     """
 
     def __init__(self, config: Config, run: Path):
@@ -65,13 +67,14 @@ class Simulation:
         samples = len(self.workload.train)  # type: ignore[arg-type]
         self.batching = Batching(samples, config.batch_size, seed=config.seed)
         self.settings = Settings.of(config, schedule=config.schedule, collective="none")
-        self.folder = RunFolder(run, self.settings.facts())
         self._ahead = torch.zeros_like(self.flat.params)  # γ Σⱼ ηⱼvⱼ, where velocities live on workers
         for_server = self.settings.for_server(weight_decay=weight_decays(self.optimizer.param_groups))
         self.server = ServerCore(for_server, on_update=self._record, ahead=lambda: self._ahead)
         self.rule = for_server.rule(check_supported(self.optimizer))
         self.workers = [self._make_worker(number) for number in range(config.workers)]
         self._order = make_schedule(config.schedule, config.workers, config.seed)
+        run.mkdir(parents=True, exist_ok=True)
+        self.folder = RunFolder(run, self.settings.facts())
         self._last_loss: float | None = None
         torch.manual_seed(config.seed)  # for augmentation
 
