@@ -34,6 +34,7 @@ FLOORS = {
     "danaz.server": 2,
     "danaz.worker": 2,
     "danaz.simulate": 2,
+    "danaz.simulate.batches": 3,
     "danaz.simulate.step": 3,
     "danaz.simulate.simulator": 3,
     "danaz.simulate.cli": 4,

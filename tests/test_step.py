@@ -1,4 +1,7 @@
-"""The simulator's step as a graph: the bookkeeping around a capture on any machine, the capture itself on a GPU."""
+"""The simulator's step as a graph: the bookkeeping around a capture on any machine, the capture itself on a GPU.
+
+And what it steps on: batches by number, read in place or ahead.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,10 @@ import torch
 from torch import Tensor
 
 from danaz.config import load_config
+from danaz.data import Batching
 from danaz.flat import FlatModel
 from danaz.simulate import simulator
+from danaz.simulate.batches import Batches
 from danaz.simulate.step import WARM_UP, EagerStep, GraphedStep, Work, make_step
 from danaz.training import place
 from danaz.workloads import build
@@ -45,7 +50,6 @@ class FakeGraphs:
 
 
 def simulate(run: Path, *changes: str) -> dict[str, Any]:
-    run.mkdir()
     config = load_config(DIGITS, ["workers=4", "epochs=2", "threads=1", "augment=true", "gap=off", *changes])
     return simulator.simulate(config, run)
 
@@ -117,3 +121,34 @@ def test_on_a_gpu_the_graph_gives_the_eager_gradients():
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
         torch.testing.assert_close(eager.flat.grads, other.flat.grads, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(eager.flat.buffers(), other.flat.buffers(), rtol=1e-4, atol=1e-5)
+
+
+class Slow:
+    """A data set that reads sample by sample, as one of files does."""
+
+    def __len__(self) -> int:
+        return 22
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.full((3,), float(index)), index
+
+
+def test_batches_read_ahead_are_those_fetched_in_place():
+    """In any order, each once."""
+    batching = Batching(22, 5, seed=4)
+    ahead, in_place = Batches(Slow(), batching, epochs=2, processes=2), Batches(Slow(), batching, epochs=2, processes=0)
+    for number in (2, 0, 1, 4, 3, 9, 5, 8, 7, 6):
+        (x, y), (same_x, same_y) = ahead.take(number), in_place.take(number)
+        assert y.tolist() == batching.indices(number).tolist()
+        assert torch.equal(x, same_x)
+        assert torch.equal(y, same_y)
+
+
+def test_a_run_that_reads_ahead_is_the_same_run(tmp_path):
+    files = []
+    for processes in (0, 1):
+        run = tmp_path / str(processes)
+        changes = ["algorithm=easgd", "workers=3", "epochs=1", "threads=1", f"num_workers={processes}"]
+        simulator.simulate(load_config(DIGITS.with_name("quadratic.yaml"), changes), run)
+        files.append((run / "updates.jsonl").read_bytes())
+    assert files[0] == files[1] != b""

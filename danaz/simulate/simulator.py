@@ -20,11 +20,12 @@ from danaz.run_folder import RunFolder
 from danaz.server.core import Replies, ServerCore
 from danaz.server.messages import Final, Parameters
 from danaz.settings import Settings
+from danaz.simulate.batches import Batches
 from danaz.simulate.schedules import make_schedule
 from danaz.simulate.step import EagerStep, make_step
 from danaz.training import choose_device, final_figures, make_sgd, place
 from danaz.worker.core import LocalStep, Request, Role, WorkerCore
-from danaz.workloads import build, collate
+from danaz.workloads import build
 
 Progress = Callable[[float, float | None], None]  # (share of the run that is done, last loss)
 
@@ -66,6 +67,7 @@ class Simulation:
         self.step = make_step(EagerStep(self.model, self.flat, self.workload, config, self.device))
         samples = len(self.workload.train)  # type: ignore[arg-type]
         self.batching = Batching(samples, config.batch_size, seed=config.seed)
+        self.batches = Batches(self.workload.train, self.batching, config.epochs, config.num_workers)
         self.settings = Settings.of(config, schedule=config.schedule, collective="none")
         self._ahead = torch.zeros_like(self.flat.params)  # γ Σⱼ ηⱼvⱼ, where velocities live on workers
         for_server = self.settings.for_server(weight_decay=weight_decays(self.optimizer.param_groups))
@@ -147,15 +149,9 @@ class Simulation:
 
     def _gradient(self, batch: int) -> tuple[Tensor, int, float]:
         """The gradient f32[P] of ``batch``, weight decay included, the number of its samples, and its loss."""
-        x, y = self._fetch(self.batching.indices(batch).tolist())
+        x, y = self.batches.take(batch)
         loss = self.step(x.to(self.device), y.to(self.device))
         return decayed_gradient(self.flat, self.optimizer.param_groups), len(y), loss.item()
-
-    def _fetch(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        data: Any = self.workload.train
-        batch = data.__getitems__(indices) if hasattr(data, "__getitems__") else [data[i] for i in indices]
-        x, y = collate(batch)
-        return x, y
 
     def _say(self, worker: SimulatedWorker, request: Request) -> None:
         """Bring a request to the server, and whatever it sets free to the workers."""
