@@ -158,7 +158,7 @@ def print_algorithms() -> None:
     """Every rule with what it declares; what a rule's line does not mention, it does not have."""
     from danaz.rules import ALGORITHMS
 
-    table = Table(show_header=False, box=None, padding=(0, 1, 1, 1))
+    table = Table(show_header=False, box=None, padding=(0, 2, 1, 0))
     table.add_column(no_wrap=True, style="bold")
     for name, algorithm in ALGORITHMS.items():
         rule = algorithm.rule()
