@@ -1,10 +1,13 @@
 """What a simulated update costs, beside the same mini-batch step of a plain PyTorch loop with torch.optim.SGD.
 
     python benchmarks/simulator.py configs/digits.yaml
-    python benchmarks/simulator.py configs/cifar10-resnet20.yaml --set data_dir=… --updates 20 --threads 2
+    python benchmarks/simulator.py configs/cifar10-resnet20.yaml --set data_dir=… --updates 6
+    python benchmarks/simulator.py configs/cifar10-resnet20.yaml --set data_dir=… --set precision=bf16 --set device=cuda
 
-Both take their batches from the same data set in the same way. Repetitions alternate, so that a machine whose speed
-drifts slows both; the figure is the median of the ratios of neighbours.
+Both take their batches from the same data set in the same way, on the same device, in the same memory format and
+precision; on a GPU, the plain loop launches its kernels one by one. All are built once and take turns, a few updates
+each, so that a machine whose speed drifts slows all alike; the figure is the median of the ratios within a turn. On a
+CPU, times are the processor's: they do not count what other processes take of it.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,60 +24,88 @@ import torch
 from danaz.config import Config, load_config
 from danaz.data import Batching
 from danaz.simulate.simulator import Simulation
-from danaz.training import batch_loss, make_sgd, place
+from danaz.training import batch_loss, choose_device, make_sgd, place
 from danaz.workloads import build
 
+WARM_UP = 5  # updates before the clock starts
+MEASURED = (("dana", "off"), ("dana", "on"), ("dana-zero", "off"), ("dana-ga", "off"))  # algorithm, gap
 
-def plain_seconds(config: Config, updates: int) -> float:
-    """Time of ``updates`` steps of a plain loop."""
-    workload = build(config)
-    device = torch.device("cpu")
+Advance = Callable[[int], None]
+
+
+def plain_loop(config: Config) -> Advance:
+    """Makes so many steps of a plain loop."""
+    device = choose_device(config)
+    workload = build(config).with_data_on(device)
     model = place(workload.model, config, device).train()
     optimizer = make_sgd(model, config)
     batching = Batching(len(workload.train), config.batch_size, seed=config.seed)
-    began = time.perf_counter()
-    for batch in range(updates):
-        x, y = workload.train.__getitems__(batching.indices(batch).tolist())
-        optimizer.zero_grad()
-        loss = batch_loss(model, workload, x, y, config, device)
-        loss.backward()
-        optimizer.step()
-        loss.item()  # as whoever prints or records the loss does
-    return time.perf_counter() - began
+    batches = iter(range(10**9))
+
+    def advance(updates: int) -> None:
+        for _ in range(updates):
+            x, y = workload.train.__getitems__(batching.indices(next(batches)).tolist())
+            optimizer.zero_grad()
+            loss = batch_loss(model, workload, x, y, config, device)
+            loss.backward()
+            optimizer.step()
+            loss.item()  # as whoever prints or records the loss does
+
+    return advance
 
 
-def simulated_seconds(config: Config, updates: int) -> float:
-    """Time of ``updates`` simulated updates, the start of the workers not counted."""
-    with tempfile.TemporaryDirectory() as folder:
-        simulation = Simulation(config, Path(folder))
-        simulation.start()
-        began = time.perf_counter()
-        simulation.advance(updates)
-        return time.perf_counter() - began
+def simulation(config: Config, run: Path) -> Advance:
+    """Makes so many simulated updates."""
+    made = Simulation(config, run)
+    made.start()
+    return made.advance
+
+
+def seconds(advance: Advance, updates: int, clock: Callable[[], float]) -> float:
+    began = clock()
+    advance(updates)
+    return clock() - began
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--updates", type=int, default=400)
-    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--updates", type=int, default=100, help="of each in a turn")
+    parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    base = ["threads=null", *options.overrides]
-    print(f"{options.config}, {options.threads} threads, {options.updates} updates, {options.repetitions} repetitions")
-    for algorithm, gap in (("dana", "off"), ("dana", "on"), ("dana-zero", "off"), ("dana-ga", "off")):
-        config = load_config(options.config, [*base, f"algorithm={algorithm}", "workers=8", f"gap={gap}"])
-        ratios, plain, simulated = [], [], []
-        for _ in range(options.repetitions):
-            plain.append(plain_seconds(config, options.updates))
-            simulated.append(simulated_seconds(config, options.updates))
-            ratios.append(simulated[-1] / plain[-1])
-        per_update = [1000 * statistics.median(times) / options.updates for times in (plain, simulated)]
+    base = ["threads=null", "workers=8", "epochs=1000", *options.overrides]
+    print(f"{options.config} {' '.join(options.overrides)}: {options.threads} threads, {options.turns} turns of")
+    device = choose_device(load_config(options.config, base))
+    print(f"{options.updates} updates, on {device}")
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    with tempfile.TemporaryDirectory() as folder:
+        plain = plain_loop(load_config(options.config, [*base, "algorithm=baseline", "workers=1"]))
+        simulated = {
+            (algorithm, gap): simulation(
+                load_config(options.config, [*base, f"algorithm={algorithm}", f"gap={gap}"]),
+                Path(folder, f"{algorithm}-{gap}"),
+            )
+            for algorithm, gap in MEASURED
+        }
+        for advance in (plain, *simulated.values()):
+            advance(WARM_UP)
+        turns = [
+            (
+                seconds(plain, options.updates, clock),
+                [seconds(each, options.updates, clock) for each in simulated.values()],
+            )
+            for _ in range(options.turns)
+        ]
+    plain_ms = 1000 * statistics.median(before for before, _ in turns) / options.updates
+    for number, (algorithm, gap) in enumerate(MEASURED):
+        ms = 1000 * statistics.median(times[number] for _, times in turns) / options.updates
+        ratios = sorted(times[number] / before for before, times in turns)
         print(
-            f"{algorithm:10} gap {gap:3}  plain {per_update[0]:7.3f} ms  simulated {per_update[1]:7.3f} ms  "
-            f"ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+            f"{algorithm:10} gap {gap:3}  plain {plain_ms:7.3f} ms  simulated {ms:7.3f} ms  "
+            f"ratio {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
         )
 
 

@@ -136,8 +136,13 @@ class Config(_Checked):
         json_schema_extra=LOCAL,
     )
 
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: mixed precision by autocast")
+    precision: Literal["fp32", "tf32", "bf16"] = Field(
+        "fp32", description="tf32: shorter factors in matrix products on a GPU; bf16: mixed precision by autocast"
+    )
     channels_last: bool = Field(False, description="keep images and convolutions in channels-last memory format")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="cpu or cuda; auto: a GPU if torch sees one", json_schema_extra=LOCAL
+    )
     num_workers: Int = Field(
         0, ge=0, description="loading processes of each rank's DataLoader", json_schema_extra=LOCAL
     )

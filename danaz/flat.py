@@ -62,6 +62,13 @@ class Layout:
             for at in range(start, stop, longest):
                 yield group, at, min(at + longest, stop)
 
+    def layers(self) -> Iterator[tuple[int, int, int]]:
+        """(group, start, stop) of each parameter tensor."""
+        for group, (start, stop) in enumerate(self.groups):
+            for entry in self.parameters:
+                if start <= entry.start < stop:
+                    yield group, entry.start, entry.stop
+
     def named(self, params: Tensor, buffers: Tensor) -> dict[str, Tensor]:
         """Name -> contiguous tensor, as a state dict holds them."""
         tensors = [(e.name, e.of(params)) for e in self.parameters] + [(e.name, e.of(buffers)) for e in self.buffers]

@@ -197,13 +197,19 @@ class DistributedOptimizer(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
 
 
+def weight_decays(param_groups: Sequence[dict[str, Any]]) -> tuple[float, ...]:
+    """β of each parameter group."""
+    return tuple(float(group["weight_decay"]) for group in param_groups)
+
+
 @torch.no_grad()
 def decayed_gradient(flat: FlatModel, param_groups: Sequence[dict[str, Any]]) -> Tensor:
     """g + wθ̂ f32[P], group by group; the flat gradient itself stays as it is, for loops that accumulate gradients."""
-    if not any(group["weight_decay"] for group in param_groups):
+    decays = weight_decays(param_groups)
+    if not any(decays):
         return flat.grads
-    for group, (start, stop) in zip(param_groups, flat.layout.groups, strict=True):
-        decay, out = float(group["weight_decay"]), flat.decayed[start:stop]
+    for decay, (start, stop) in zip(decays, flat.layout.groups, strict=True):
+        out = flat.decayed[start:stop]
         torch.add(flat.grads[start:stop], flat.params[start:stop], alpha=decay, out=out)
     return flat.decayed
 

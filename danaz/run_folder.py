@@ -26,13 +26,6 @@ class RunFolderError(ValueError):
     """A run folder that cannot be used."""
 
 
-def new_run_folder(out: Path | None, name: str) -> Path:
-    """Make the folder of a new run. Raises as free_run_folder does."""
-    folder = free_run_folder(out, name)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def free_run_folder(out: Path | None, name: str) -> Path:
     """Where a new run may go: ``out``, or runs/TIME-NAME. Raises RunFolderError if a run is in it already."""
     if out is None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from danaz.data import Batching, LeaseSampler, Portion, Share, batching_of, read_ahead, rebuild
-from danaz.optimizer import DistributedOptimizer, effective_lr
+from danaz.optimizer import DistributedOptimizer, effective_lr, weight_decays
 from danaz.run_folder import RunFolder
 from danaz.server.core import ServerCore
 from danaz.server.messages import Heartbeat
@@ -112,7 +112,7 @@ class Session:
     def _link(self, role: Role) -> Link:
         if self.place.server is not None:
             return DealerLink(self.place.server, Heartbeat(role.worker, role.incarnation), keys=self.place.keys)
-        settings = self.settings.for_server(workers=1)
+        settings = self.settings.for_server(workers=1, weight_decay=weight_decays(self.optimizer.param_groups))
         if self.place.run is None or self.group.rank != 0:
             return LocalLink(ServerCore(settings))
         folder = RunFolder(self.place.run, self.settings.facts())

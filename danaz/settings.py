@@ -54,13 +54,17 @@ class Settings:
         names = ("algorithm", "workers", "ranks_per_worker", "schedule", "seed", "collective")
         return {name: getattr(self, name) for name in names}
 
-    def for_server(self, workers: int | None = None) -> ServerSettings:
-        """What a server core needs of them; it starts when ``workers`` (default: all) have joined."""
+    def for_server(self, workers: int | None = None, weight_decay: tuple[float, ...] = ()) -> ServerSettings:
+        """What a server core needs of them; it starts when ``workers`` (default: all) have joined.
+
+        ``weight_decay``, one a parameter group, is known where the server is in the optimizer's own process.
+        """
         return ServerSettings(
             algorithm=self.algorithm,
             workers=self.workers if workers is None else workers,
             digest=self.digest,
             lr_correction=self.lr_correction,
+            weight_decay=weight_decay,
             sync_period=self.sync_period,
             gap_every=self.gap_every,
             checkpoint_s=self.checkpoint_s,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import danaz.torch as danaz
-from danaz.config import Config
+from danaz.config import Config, ConfigError
 from danaz.workloads import Workload, build, collate
 
 EVALUATION_BATCH = 500
@@ -24,7 +24,7 @@ def train(config: Config) -> None:
     danaz.init(digest=config.digest())
     if config.threads:
         torch.set_num_threads(config.threads)
-    workload, device = build(config), danaz.device()
+    workload, device = build(config), choose_device(config, danaz.device())
     model = place(workload.model, config, device)
     torch.manual_seed(config.seed * 1000 + danaz.worker_id() * 100 + danaz.rank())  # for augmentation
     optimizer = danaz.DistributedOptimizer(make_sgd(model, config), model)
@@ -60,8 +60,27 @@ def make_sgd(model: nn.Module, config: Config) -> torch.optim.SGD:
     return sgd
 
 
+def choose_device(config: Config, gpu: torch.device | None = None) -> torch.device:
+    """Where a config trains: on ``gpu`` (default: the current one) unless there is none or the config says cpu.
+
+    Raises:
+        ConfigError: the config wants a GPU that torch does not see.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "device = cuda, but torch sees no GPU here: check nvidia-smi and torch.version.cuda, or use device=cpu"
+        )
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return gpu or torch.device("cuda")
+
+
 def place(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
-    """The model on its device, in the memory format asked for."""
+    """The model on its device, in the memory format asked for; on a GPU, with the matrix products asked for."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
+        torch.backends.cudnn.allow_tf32 = config.precision == "tf32"  # torch's own default lets convolutions do it
+        torch.backends.cudnn.benchmark = True  # all batches but the last of an epoch have one shape
     model = model.to(device)
     return model.to(memory_format=torch.channels_last) if config.channels_last else model
 

@@ -40,6 +40,7 @@ class Cluster:
         plan: Plan = ENDLESS,
         ahead: int = 1,
         sync_period: int | None = None,
+        weight_decay: tuple[float, ...] = (),
         gap_every: int = 0,
         buffers: int = 0,
     ):
@@ -51,6 +52,7 @@ class Cluster:
             digest=DIGEST,
             lr_correction=lr_correction,
             sync_period=sync_period,
+            weight_decay=weight_decay,
             gap_every=gap_every,
             worker_timeout_s=TIMEOUT_S,
         )

@@ -1,7 +1,8 @@
 """What each algorithm must do, in float64 NumPy, written from the papers' formulas and from nothing in danaz.
 
 A class is one algorithm. θ is ``theta``, γ ``gamma``, vᵢ ``v[i]``, ηᵢ ``rate[i]``; rates are arrays, one number for
-each parameter, so that parameter groups need no word. Each event returns the views that it makes the server send.
+each parameter, so that parameter groups need no word; so is the weight decay. Each event returns the views that it
+makes the server send.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ class Oracle:
     """The bookkeeping that all share: who is there, what each was last sent, how many updates there were."""
 
     barrier = False
+    weight_decay: Array | float = 0.0  # β; βw is in the gradients already
+    layers: tuple[slice, ...] = (slice(None),)
 
     def __init_subclass__(cls, name: str = "") -> None:
         if name:
@@ -236,6 +239,23 @@ class Ssgd(Rounds, NagAsgd, name="ssgd"):
     def set_up(self) -> None:
         Rounds.set_up(self)
         NagAsgd.set_up(self)
+
+
+class SsgdLars(Rounds, name="ssgd-lars"):
+    def set_up(self) -> None:
+        super().set_up()
+        self.velocity = self.zeros()
+
+    def apply(self, i: int, mean: Array, lr: Array) -> None:
+        """``mean`` is g + βw."""
+        decay = self.weight_decay * self.theta
+        rates = self.zeros()
+        for layer in self.layers:
+            norm_w, norm_g = np.linalg.norm(self.theta[layer]), np.linalg.norm((mean - decay)[layer])
+            ratio = 0.001 * norm_w / (norm_g + np.linalg.norm(decay[layer])) if norm_w > 0 else 1
+            rates[layer] = lr[layer] * ratio
+        self.velocity = self.gamma * self.velocity + rates * mean
+        self.theta = self.theta - self.velocity
 
 
 # ---- the Gap-Aware paper -----------------------------------------------------------------------------------------

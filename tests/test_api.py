@@ -274,4 +274,4 @@ def test_algorithms_are_listed(command: Callable[..., tuple[int, str]]) -> None:
     code, said = command("algorithms")
     assert code == 0
     for name in ("baseline", "asgd", "nag-asgd", "multi-asgd", "dana-zero", "dana", "ssgd"):
-        assert f" {name} " in said
+        assert f" {name} " in f" {said} "

@@ -80,6 +80,7 @@ class TestOverrides:
             "gap": "every:5",
             "precision": "bf16",
             "channels_last": True,
+            "device": "cpu",
             "num_workers": 2,
             "threads": 2,
         }

@@ -38,6 +38,8 @@ FLOORS = {
     "danaz.server": 2,
     "danaz.worker": 2,
     "danaz.simulate": 2,
+    "danaz.simulate.batches": 3,
+    "danaz.simulate.step": 3,
     "danaz.simulate.simulator": 3,
     "danaz.simulate.cli": 4,
     "danaz.data": 2,

@@ -14,6 +14,8 @@ from danaz.report.comparison import write_report
 from danaz.report.curves import make_curves, read_curves
 from danaz.report.matrix import matrices
 from danaz.report.paper import DANA, GAP_AWARE, papers_of
+from danaz.report.plot_data import collect
+from danaz.report.plot_final import draw_by_time
 from danaz.report.results import Result, Setting, group, read_outcome
 from danaz.report.style import looks
 from danaz.report.tables import comparison_rows, duration, print_comparison
@@ -237,8 +239,31 @@ def test_one_number_of_workers_is_drawn_by_cell(made):
     a_grid(made, numbers=(8,))
     made.add("ssgd", 4, 2.0, schedule="live")
     names = [file.name for file in write_report(made.read())]
-    assert "error-by-cell.png" in names
+    assert {"error-by-cell.png", "error-by-time.png"} <= set(names)
     assert "error-by-workers.png" not in names
+
+
+def test_error_against_wall_time_is_of_live_runs_alone(made):
+    """A panel for each setting, a point for each algorithm: seconds across, error up."""
+    a_grid(made)
+    assert draw_by_time(collect(made.read())) is None
+    made.add("ssgd", 4, 2.0, schedule="live", wall_seconds=30.0)
+    made.add("dana", 4, 3.0, schedule="live", wall_seconds=10.0)
+    made.add("dana", 2, None, schedule="live", wall_seconds=5.0)
+    figure = draw_by_time(collect(made.read()))
+    points = {
+        (axes.get_title(), container.get_label()): tuple(float(v) for v in container.lines[0].get_xydata()[0])
+        for axes in figure.axes
+        for container in axes.containers
+    }
+    panel = "live: 4 workers × 1 rank"
+    assert points == {(panel, "ssgd"): (30.0, 2.0), (panel, "dana"): (10.0, 3.0)}
+
+
+def test_others_take_the_colours_of_favourites_that_are_there_last():
+    seen = looks(["dana", *(f"algorithm-{number}" for number in range(6))])
+    colours = [look.color for look in seen.values()]
+    assert colours.index(colours[0], 1) == 6
 
 
 def test_a_comparison_of_which_nothing_but_divergence_is_known_has_a_report(made):

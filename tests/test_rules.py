@@ -20,7 +20,8 @@ from torch import Tensor
 from danaz.rules import ALGORITHMS, Context, find_algorithm
 from danaz.server import master
 
-GROUPS = (4, 3)
+GROUPS = (4, 3)  # a layer each
+WEIGHT_DECAY = (0.1, 0.0)
 SIZE = sum(GROUPS)
 every_algorithm = pytest.mark.parametrize("name", sorted(ALGORITHMS))
 
@@ -79,8 +80,10 @@ class Pair:
             momentum=run.momentum,
             lr_correction=run.lr_correction,
             sync_period=run.sync_period if "sync_period" in algorithm.hyperparameters else None,
+            weight_decay=WEIGHT_DECAY,
         )
         self.oracle: Oracle = ORACLES[name](first, workers, run.momentum, run.lr_correction)
+        self.oracle.weight_decay, self.oracle.layers = per_parameter(WEIGHT_DECAY), (slice(0, 4), slice(4, 7))
         self.having: set[int] = set()  # workers that have a view to compute on
         self.agree(self.oracle.start())
 
@@ -169,7 +172,7 @@ class TestEveryAlgorithm:
         algorithm = ALGORITHMS[name]
         assert algorithm.summary.endswith(".")
         assert algorithm.paper
-        assert all(isinstance(default, (int, float, bool)) for default in algorithm.hyperparameters.values())
+        assert all(isinstance(default, (int, float, bool, tuple)) for default in algorithm.hyperparameters.values())
 
     @given(run=runs())
     @settings(max_examples=30, deadline=None)
@@ -183,15 +186,6 @@ class TestEveryAlgorithm:
         """Bit for bit, so that sharding and chunking change no rule."""
         whole, sliced = final_state(name, run, master.SLICE_FLOATS), final_state(name, run, cut)
         assert all(torch.equal(whole[key], sliced[key]) for key in whole)
-
-    @pytest.mark.parametrize("cuts", [(1, 1003), (7, 64), (1000, 1001)])
-    def test_long_slices_are_the_whole(self, name, cuts):
-        """Lengths at which a vectorised loop has a rest to do by itself."""
-        whole = one_update_in_slices(name, [0, 1003])
-        assert whole
-        for sliced in ([0, *cuts, 1003], [*range(0, 1003, 17), 1003]):
-            again = one_update_in_slices(name, sliced)
-            assert all(torch.equal(whole[key], again[key]) for key in whole)
 
     @given(run=runs())
     @settings(max_examples=15, deadline=None)
@@ -208,6 +202,17 @@ class TestEveryAlgorithm:
                 cluster.push(0, [torch.full((SIZE,), value)] * cluster.sync_period, 0.1)
             states.append([cluster.views[0], cluster.server.master.params, *cluster.workers[0].vectors.values()])
         assert all(torch.equal(poisoned, clean) for poisoned, clean in zip(*states, strict=True))
+
+
+@pytest.mark.parametrize("name", sorted(name for name, each in ALGORITHMS.items() if not each.rule().per_layer))
+@pytest.mark.parametrize("cuts", [(1, 1003), (7, 64), (1000, 1001)])
+def test_long_slices_are_the_whole(name, cuts):
+    """Lengths at which a vectorised loop has a rest to do by itself. A rule that works per layer is never so cut."""
+    whole = one_update_in_slices(name, [0, 1003])
+    assert whole
+    for sliced in ([0, *cuts, 1003], [*range(0, 1003, 17), 1003]):
+        again = one_update_in_slices(name, sliced)
+        assert all(torch.equal(whole[key], again[key]) for key in whole)
 
 
 # What has no server is simulated, with all its workers.

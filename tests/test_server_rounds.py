@@ -132,6 +132,12 @@ class TestDivergence:
         assert reply.done
         assert cluster.server.summary()["diverged_because"] == cluster.server.diverged
 
+    def test_a_first_loss_of_zero_is_no_measure(self):
+        cluster = Cluster("asgd", 2, torch.ones(SIZE))
+        for loss in (0.0, 1e-6, 5.0):
+            cluster.push(0, GRADIENT, 0.1, loss=loss)
+        assert not cluster.server.diverged
+
     @pytest.mark.parametrize("algorithm", ["dana", "ssgd"])
     def test_a_diverged_run_ends_for_all(self, algorithm):
         """A result, not a crash: what is under way is not waited for, and everyone leaves with the parameters."""

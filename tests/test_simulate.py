@@ -18,9 +18,11 @@ import pytest
 import torch
 from oracle import ORACLES, Array
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from danaz.cli import app
 from danaz.config import Config, load_config
-from danaz.run_folder import RunFolder, RunFolderError, new_run_folder, read_summary, write_atomically
+from danaz.run_folder import RunFolder, RunFolderError, free_run_folder, read_summary, write_atomically
 from danaz.server.figures import Update
 from danaz.simulate.simulator import simulate
 
@@ -97,6 +99,7 @@ RUNS = [
     ("dana-zero", 8, ()),
     ("dana", 8, ()),
     ("ssgd", 8, ()),
+    ("ssgd-lars", 8, ()),
     ("sa", 8, ("lr=0.01",)),
     ("dana-sa", 8, ()),
     ("dana-ga", 8, ()),
@@ -112,7 +115,7 @@ class TestReplay:
         summary = quadratic(tmp_path, algorithm, workers, *overrides)
         self.same_end(summary, replayed(tmp_path, algorithm, workers))
         expected = 0.05 if not overrides else float(overrides[0].removeprefix("lr="))
-        assert {line["lr"] for line in lines(tmp_path)} == {expected * (workers if algorithm == "ssgd" else 1)}
+        assert {line["lr"] for line in lines(tmp_path)} == {expected * (workers if algorithm.startswith("ssgd") else 1)}
         assert not summary["diverged"]
 
     @pytest.mark.parametrize(("algorithm", "workers", "overrides"), RUNS, ids=[run[0] for run in RUNS])
@@ -147,7 +150,7 @@ class TestReplay:
         step = 0.5 ** sum(line["batch"] // PER_EPOCH >= milestone for milestone in (1, 2.5))
         progress = min(1.0, batches_before / PER_EPOCH / 1.5)
         warm_up = 1.0 if workers == 1 else 1 / workers + (1 - 1 / workers) * progress
-        return base * step * warm_up * (workers if algorithm == "ssgd" else 1)
+        return base * step * warm_up * (workers if algorithm.startswith("ssgd") else 1)
 
     def test_dana_and_dana_zero_walk_the_same_way(self, tmp_path):
         ends = [quadratic(tmp_path / name, name, 8, SCHEDULE) for name in ("dana", "dana-zero")]
@@ -263,6 +266,43 @@ def test_dana_holds_where_nag_asgd_breaks(tmp_path):
     assert errors["nag-asgd"] > errors["baseline"] + 10
 
 
+# ---- what cannot be run ----------------------------------------------------------------------------------------------
+
+
+class TestNothingIsHalfWritten:
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            (["-a", "dnaa"], "Did you mean 'dana'"),
+            (["-n", "0"], "workers = 0 should be greater than or equal to 1"),
+            (["--set", "momentum=1"], "momentum = 1 should be less than 1"),
+            (["--set", "momentum=-1"], "momentum = -1 should be greater than -1"),
+            (["--schedule", "constant:1,2"], "one speed above 0 for each of 8 workers"),
+            (
+                ["--schedule", "trace:{tmp}/trace.jsonl"],
+                "is of 9 workers and 1 updates; it does not fit a run of 8 workers",
+            ),
+            (["--schedule", "trace:{tmp}/none"], "cannot read"),
+            (["--set", "workload=cifar10-small", "--set", "data_dir={tmp}"], "Download it with"),
+        ],
+    )
+    def test_the_reason_is_given(self, tmp_path, words, said):
+        (tmp_path / "trace.jsonl").write_text('{"worker": 8}\n')
+        words = [word.format(tmp=tmp_path) for word in words]
+        command = ["simulate", str(CONFIGS / "digits.yaml"), *words, "--out", str(tmp_path / "run")]
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 2
+        assert said in result.stderr
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="here is the GPU that is asked for")
+    def test_a_gpu_that_is_not_there(self, tmp_path):
+        command = ["simulate", str(CONFIGS / "digits.yaml"), "--device", "cuda", "--out", str(tmp_path / "run")]
+        result = CliRunner().invoke(app, command)
+        assert (result.exit_code, (tmp_path / "run").exists()) == (2, False)
+        assert "torch sees no GPU here" in result.stderr
+
+
 # ---- the run folder ----------------------------------------------------------------------------------------------
 
 UPDATE = Update(1, 0, 2, (0.1,), 0.5, "parameters", 1.5, 7)
@@ -278,13 +318,16 @@ class TestRunFolder:
     def test_a_folder_with_a_run_in_it_is_not_written_over(self, tmp_path):
         (tmp_path / "updates.jsonl").write_text("")
         with pytest.raises(RunFolderError, match="already holds a run"):
-            new_run_folder(tmp_path, "x")
+            free_run_folder(tmp_path, "x")
 
     def test_names_are_made_up_and_never_twice(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        folders = {new_run_folder(None, "digits dana/8") for _ in range(3)}
+        folders = set()
+        for _ in range(3):
+            folders.add(folder := free_run_folder(None, "digits dana/8"))
+            folder.mkdir(parents=True)
         assert len(folders) == 3
-        assert all(folder.is_dir() and folder.parent == Path("runs") for folder in folders)
+        assert all(folder.parent == Path("runs") for folder in folders)
         assert all("digits-dana-8" in folder.name for folder in folders)
 
     def test_a_file_is_whole_or_as_before(self, tmp_path, monkeypatch):

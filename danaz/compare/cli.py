@@ -35,6 +35,9 @@ def compare(
     jobs: Annotated[
         int | None, typer.Option("--jobs", "-j", min=1, help="Simulations at a time. Default: one a core")
     ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="`cpu`, `cuda` or `auto`: a GPU if there is one. Default: the config's, `auto`")
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the config. Repeatable.")
     ] = None,
@@ -68,6 +71,7 @@ def compare(
     """
     from danaz.compare.cells import ComparisonError
     from danaz.compare.run import run_comparison
+    from danaz.training import choose_device
 
     grid = {
         "algorithms": algorithms,
@@ -78,7 +82,9 @@ def compare(
         "collective": collective,
     }
     try:
-        asked = _comparison(config, {k: v for k, v in grid.items() if v is not None}, live, seeds, overrides or [])
+        changes = [*(overrides or []), *([] if device is None else [f"device={device}"])]
+        asked = _comparison(config, {k: v for k, v in grid.items() if v is not None}, live, seeds, changes)
+        choose_device(asked.config)
     except (ValueError, RuntimeError) as error:  # also those of config, hosts, algorithms and collective
         fail(error)
     folder = out or Path("runs", f"compare-{asked.name}")

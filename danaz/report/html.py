@@ -22,8 +22,8 @@ p { margin: 0 0 .6rem; max-width: 50rem; }
 section { background: #fff; border: 1px solid #e2e5e9; border-radius: 10px; padding: 1.25rem 1.5rem; margin: 1.4rem 0;
   overflow-x: auto; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
-th { font-weight: 600; color: #4a545e; border-bottom: 2px solid #d5dae0; white-space: nowrap; }
-th, td { padding: .38rem .8rem; text-align: right; }
+th { font-weight: 600; color: #4a545e; border-bottom: 2px solid #d5dae0; vertical-align: bottom; line-height: 1.3; }
+th, td { padding: .38rem .7rem; text-align: right; }
 td { border-bottom: 1px solid #eceff2; white-space: nowrap; }
 th.text, td.text { text-align: left; }
 tbody tr:hover { background: #f3f7fb; }

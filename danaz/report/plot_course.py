@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from danaz.report.curves import Curves
 from danaz.report.plot_data import Data, by_setting
-from danaz.report.style import BASELINE, PANELS_A_ROW, legend_below, make_panels
+from danaz.report.style import BASELINE, PANELS_A_ROW, legend_below, logarithmic, make_panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,7 +46,7 @@ def _over_epochs(data: Data, pick: Pick, label: str) -> Figure | None:
             axes.plot(epochs, values, label=each.algorithm, markevery=every, **data.looks[each.algorithm].line)
         if not setting.is_live:
             _baseline(axes, data, pick)
-        axes.set_yscale("log")
+        logarithmic(axes, "y")
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.xaxis.set_tick_params(labelbottom=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from danaz.report.plot_data import Data, by_kind, by_setting
-from danaz.report.results import TEST_ERROR, Group
+from danaz.report.results import TEST_ERROR, Group, Spread
 from danaz.report.style import BASELINE, legend_below, make_panels, scale_by_range
 
 if TYPE_CHECKING:
@@ -130,3 +130,37 @@ def _speeds(axes: Axes, data: Data, rows: Sequence[Group | str]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("images/s (live)")
+
+
+def draw_by_time(data: Data) -> Figure | None:
+    """A panel for each setting of live runs: how good, and after how long."""
+    live = {setting: groups for setting, groups in by_setting(data.groups).items() if setting.is_live}
+    figures = [
+        [
+            (each, wall, error)
+            for each in groups
+            if (wall := each.spread("wall_seconds")) and (error := _error(data, each))
+        ]
+        for groups in live.values()
+    ]
+    if not any(figures):
+        return None
+    figure, panels = make_panels(len(live), inches=(4.8, 3.4), share=True)
+    for axes, setting, points in zip(panels, live, figures, strict=True):
+        for each, wall, error in points:
+            look = data.looks[each.algorithm]
+            whiskers: dict[str, Any] = {"xerr": wall.std, "yerr": error.std, "capsize": 3, "linestyle": "none"}
+            point: dict[str, Any] = {"color": look.color, "marker": look.marker, "markersize": 8.0}
+            axes.errorbar(wall.mean, error.mean, label=each.algorithm, **point, **whiskers)
+        axes.set_title(setting.title)
+        axes.set_xlabel("wall time of training (s)")
+        axes.margins(x=0.15, y=0.15)
+    panels[0].set_ylabel(data.measure.label)
+    scale_by_range(panels[0], "x", [wall.mean for points in figures for _, wall, _ in points])
+    scale_by_range(panels[0], "y", [error.mean for points in figures for _, _, error in points])
+    legend_below(figure, panels)
+    return figure
+
+
+def _error(data: Data, each: Group) -> Spread | None:
+    return each.spread(data.measure.key)

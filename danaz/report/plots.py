@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from danaz.report.plot_course import draw_gap, draw_lags, draw_loss
 from danaz.report.plot_data import Data, collect
-from danaz.report.plot_final import draw_by_cell, draw_by_workers
+from danaz.report.plot_final import draw_by_cell, draw_by_time, draw_by_workers
 from danaz.report.results import Outcome
 from danaz.report.style import RC
 
@@ -37,6 +37,12 @@ CHARTS = (
         "How good, and how fast",
         "Mean over seeds; the whisker is one standard deviation. Dashed: one worker.",
         draw_by_cell,
+    ),
+    Plan(
+        "error-by-time",
+        "How good, and after how long",
+        "Live runs of all epochs: the mean over seeds, whiskers of one standard deviation. The lower left is best.",
+        draw_by_time,
     ),
     Plan(
         "loss-by-epoch",

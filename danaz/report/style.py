@@ -29,6 +29,7 @@ RC: dict[Any, Any] = {
     "grid.linewidth": 0.8,
     "legend.frameon": False,
     "legend.fontsize": 9.5,
+    "legend.handlelength": 3.2,  # long enough to show dashes on both sides of a marker
     "lines.linewidth": 1.7,
     "lines.markersize": 5.5,
     "savefig.dpi": 150,
@@ -39,6 +40,7 @@ PANEL_INCHES = (4.3, 3.0)
 PANELS_A_ROW = 3
 LEAST_WIDTH_INCHES = 6.4
 LEGEND_ENTRY_INCHES = 1.6
+MANY_DECADES = 300.0  # times the smallest figure
 LOGARITHMIC_FROM = 8.0  # times the smallest figure
 
 
@@ -56,17 +58,20 @@ class Look(NamedTuple):
 
 
 def looks(algorithms: Iterable[str]) -> dict[str, Look]:
-    """A look for each, no two alike."""
-    names = list(dict.fromkeys(algorithms))
-    ordered = [*FAVOURITES, *(name for name in names if name not in FAVOURITES)]
+    """A look for each, no two alike; the others take the colours of favourites that are there last."""
+    names, colours = list(dict.fromkeys(algorithms)), len(COLOURS)
+    favourites = {name: number for number, name in enumerate(FAVOURITES) if name in names}
+    others = [name for name in names if name not in FAVOURITES]
+    rest = range(len(FAVOURITES), len(FAVOURITES) + colours * (1 + len(others) // colours))
+    rest_in_order = sorted(rest, key=lambda n: (n // colours, n % colours in favourites.values()))
+    numbers = favourites | dict(zip(others, rest_in_order, strict=False))
     return {
         name: Look(
-            COLOURS[number % len(COLOURS)],
-            MARKERS[number % len(MARKERS)],
-            DASHES[number // len(COLOURS) % len(DASHES)],
+            COLOURS[numbers[name] % colours],
+            MARKERS[numbers[name] % len(MARKERS)],
+            DASHES[numbers[name] // colours % len(DASHES)],
         )
-        for number, name in enumerate(ordered)
-        if name in names
+        for name in names
     }
 
 
@@ -99,15 +104,21 @@ def legend_below(figure: Figure, panels: Sequence[Axes]) -> None:
 
 def scale_by_range(axes: Axes, which: Literal["x", "y"], figures: Iterable[float]) -> None:
     """From zero; or logarithmic, where the largest figure is many times the smallest."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     known = list(figures)
     if not known or min(known) <= 0 or max(known) < LOGARITHMIC_FROM * min(known):
         axes.set(**{f"{which}lim": (0, None)})
         return
+    logarithmic(axes, which)
+
+
+def logarithmic(axes: Axes, which: Literal["x", "y"]) -> None:
+    """A logarithmic scale whose labels are plain numbers: at 1, 2 and 5 of each decade, or of many decades at 1."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     axes.set(**{f"{which}scale": "log"})
     axis = axes.xaxis if which == "x" else axes.yaxis
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < MANY_DECADES * low else (1,)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -151,18 +151,26 @@ def print_comparison(outcome: Outcome) -> None:
         console.print(f"  its logs: {failed.folder / 'logs'}", soft_wrap=True)
 
 
+FROM_THE_OPTIMIZER = ("momentum", "lr_correction", "weight_decay")  # users have tuned these for one worker
+
+
 def print_algorithms() -> None:
-    """Every rule with what it declares."""
+    """Every rule with what it declares; what a rule's line does not mention, it does not have."""
     from danaz.rules import ALGORITHMS
 
-    table = Table("algorithm", "what it does", "pushes", "per worker", "shared", "adds", "paper")
+    table = Table(show_header=False, box=None, padding=(0, 2, 1, 0))
+    table.add_column(no_wrap=True, style="bold")
     for name, algorithm in ALGORITHMS.items():
         rule = algorithm.rule()
-        on_worker = [f"{vector} (on the worker)" for vector in rule.worker_rule.worker_state]
-        kept = ", ".join([*rule.worker_state, *on_worker]) or "–"
-        shared = ", ".join(rule.shared_state) or "–"
-        # What users have tuned for one worker, and need not choose anew, is nothing added.
-        options = {k: v for k, v in algorithm.hyperparameters.items() if k not in ("momentum", "lr_correction")}
-        adds = ", ".join(f"{k} {v}" for k, v in options.items() if (k, v) != ("sync_period", 1)) or "–"
-        table.add_row(name, algorithm.summary, rule.pushes, kept, shared, adds, algorithm.paper)
+        options = {k: v for k, v in algorithm.hyperparameters.items() if k not in FROM_THE_OPTIMIZER}
+        facts: dict[str, Sequence[str]] = {
+            "pushes": [rule.pushes],
+            "in rounds": ["all workers wait for each other"] if rule.barrier else [],
+            "server keeps": rule.shared_state,
+            "server keeps for each worker": (*rule.worker_state, *["view"] * rule.needs_view),
+            "each worker keeps": rule.worker_rule.worker_state,
+            "adds": [f"{k} {v}" for k, v in options.items() if (k, v) != ("sync_period", 1)],
+        }
+        told = "; ".join(f"{title}: {', '.join(values)}" for title, values in facts.items() if values)
+        table.add_row(name, f"{algorithm.summary}\n[dim]{told}\n{algorithm.paper}[/]")
     Console().print(table)

@@ -8,6 +8,7 @@ from danaz.rules import (
     delay_compensated,
     elastic,
     gap_aware,
+    lars,
     nadam,
     staleness_aware,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "elastic",
     "find_algorithm",
     "gap_aware",
+    "lars",
     "nadam",
     "scale_gradient",
     "staleness_aware",

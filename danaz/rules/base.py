@@ -1,7 +1,8 @@
 """What an update rule is.
 
 A rule is elementwise: it sees slices of flat f32 vectors and a few scalars, so the same object serves a whole
-model, a shard in its own process, or a chunk that is still in cache. It holds hyper-parameters and nothing else;
+model, a shard in its own process, or a chunk that is still in cache. (One with a barrier may ask for whole layers
+instead: ``per_layer``.) It holds hyper-parameters and nothing else;
 the vectors it declares in ``shared_state`` and ``worker_state`` are kept for it by the server (zero at the start)
 and handed in, sliced alike; so is, as ``own["view"]``, what the server last sent to the worker, where ``needs_view``.
 """
@@ -33,6 +34,7 @@ class Context:
     version: int  # updates applied before this one
     own_updates: int  # of those, this worker's
     workers: int = 1  # N, those that take part now
+    group: int = 0  # number of the parameter group that this slice belongs to
 
 
 class WorkerRule:
@@ -64,6 +66,7 @@ class Rule:
     barrier: bool = False  # the round waits for every live worker, their pushes are averaged
     all_reduce: bool = False  # live, one Horovod world over all hosts takes the server's place
     scales_lr: bool = False  # η is multiplied by the number of workers (linear scaling)
+    per_layer: bool = False  # with a barrier: each slice of apply_round is one layer, for rules that need its norm
     gossips: bool = False  # own["neighbour"] is another worker's "local", drawn at random
     live: bool = True  # whether it can be launched; what has no server is for the simulator
     needs_view: bool = False  # own["view"] is what the server last sent to this worker, as it decoded it

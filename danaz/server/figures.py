@@ -68,8 +68,8 @@ class Figures:
             self.reported[name] = None if isinstance(value, float) and not isfinite(value) else value
 
     def lost_all_bounds(self, loss: float | None) -> bool:
-        """Whether this loss means divergence."""
-        if loss is None or self.first_loss is None:
+        """Whether this loss means divergence. A first loss of zero is no measure: then none does."""
+        if loss is None or not self.first_loss:
             return False
         return loss > DIVERGED_LOSS_RATIO * abs(self.first_loss)
 

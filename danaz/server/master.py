@@ -40,7 +40,7 @@ class Master:
         self.rule.enter(member.vectors, self.params)
 
     def _zeros(self, names: tuple[str, ...]) -> dict[str, Tensor]:
-        return {name: torch.zeros(self.layout.size) for name in names}
+        return {name: torch.zeros_like(self.params) for name in names}
 
     def apply(self, push: Tensor, lr: tuple[float, ...], member: Member, lag: int) -> None:
         """Apply one update at the rates ``lr`` (one a group), in place. ``push`` f32[P] may be overwritten."""
@@ -59,7 +59,8 @@ class Master:
         self.max_lr = tuple(map(max, self.max_lr, lr))
         contexts = self._contexts(members[-1], lr, lag)
         vectors = [self._vectors(member) for member in members]
-        for group, start, stop in self.layout.slices(SLICE_FLOATS):
+        slices = self.layout.layers() if self.rule.per_layer else self.layout.slices(SLICE_FLOATS)
+        for group, start, stop in slices:
             parts = [(push[start:stop], weight) for push, weight in pushes]
             owns, shared = [cut(own, start, stop) for own in vectors], cut(self.shared, start, stop)
             self.rule.apply_round(self.params[start:stop], parts, owns, shared, contexts[group])
@@ -70,7 +71,7 @@ class Master:
 
         A fresh buffer each time: the transport may still be sending the last one.
         """
-        view = torch.empty(self.layout.size)
+        view = torch.empty_like(self.params)
         contexts = self._contexts(member, self.lr, lag=0)
         for group, start, stop in self.layout.slices(SLICE_FLOATS):
             own, shared = cut(member.vectors, start, stop), cut(self.shared, start, stop)
@@ -88,8 +89,8 @@ class Master:
     def _contexts(self, member: Member, lr: tuple[float, ...], lag: int) -> list[Context]:
         """The scalars of each parameter group."""
         return [
-            Context(*rates, lag, self.version, member.updates, len(self._taking_part))
-            for rates in zip(lr, member.lr, self.max_lr, strict=True)
+            Context(*rates, lag, self.version, member.updates, len(self._taking_part), group)
+            for group, rates in enumerate(zip(lr, member.lr, self.max_lr, strict=True))
         ]
 
     def _vectors(self, member: Member) -> dict[str, Tensor]:
@@ -131,7 +132,7 @@ def layerwise_gap(delta: Tensor, layout: Layout) -> float:
     """G(Δ) = Σ over layers ψ of ‖Δψ‖₂ / √(size of ψ), for Δ f32[P]."""
     layers = [e for e in layout.parameters if e.size]
     norms = torch.stack(torch._foreach_norm([delta[e.start : e.stop] for e in layers]))
-    return float((norms / torch.tensor([e.size for e in layers]).sqrt()).sum())
+    return float((norms / torch.tensor([e.size for e in layers], device=delta.device).sqrt()).sum())
 
 
 def all_finite(tensor: Tensor) -> bool:

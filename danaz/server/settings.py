@@ -15,6 +15,7 @@ class ServerSettings:
     workers: int  # training starts when so many have joined
     digest: str = ""  # of the configuration that the workers must run too
     lr_correction: bool = True
+    weight_decay: tuple[float, ...] = ()  # of each parameter group, for rules that must tell it from the gradient
     sync_period: int | None = None  # mini-batches between a worker's pushes; None: the rule's own default
     gap_every: int = 1  # measure the gap at every so many updates, 0 never
     worker_timeout_s: float = 60.0
@@ -25,5 +26,8 @@ class ServerSettings:
     def rule(self, momentum: float) -> Rule:
         """The rule of these settings. Raises UnknownAlgorithmError and UnsupportedPeriodError."""
         return find_algorithm(self.algorithm).rule(
-            momentum=momentum, lr_correction=self.lr_correction, sync_period=self.sync_period
+            momentum=momentum,
+            lr_correction=self.lr_correction,
+            weight_decay=self.weight_decay,
+            sync_period=self.sync_period,
         )

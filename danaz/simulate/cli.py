@@ -24,6 +24,9 @@ def simulate(
             help="Order of pushes: block-random, round-robin, gamma, gamma-heterogeneous, constant:1,2,…, trace:RUN"
         ),
     ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="`cpu`, `cuda` or `auto`: a GPU if there is one. Default: the config's, `auto`")
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the config. Repeatable.")
     ] = None,
@@ -43,20 +46,20 @@ def simulate(
     from danaz.launching import check_workers
     from danaz.progress import progress_bar
     from danaz.report.tables import print_summary
-    from danaz.run_folder import new_run_folder, write_settings
+    from danaz.run_folder import free_run_folder, write_settings
     from danaz.settings import Settings
+    from danaz.simulate.simulator import Simulation
 
-    options = {"algorithm": algorithm, "workers": workers, "schedule": schedule}
+    options = {"algorithm": algorithm, "workers": workers, "schedule": schedule, "device": device}
     chosen = [f"{key}={value}" for key, value in options.items() if value is not None]
     try:
         settings = load_config(config, [*(overrides or ()), *chosen])
         check_workers(Settings.of(settings, schedule=settings.schedule, collective="none"))
-        run = new_run_folder(out, f"{settings.name}-{settings.algorithm}-{settings.workers}")
+        run = free_run_folder(out, f"{settings.name}-{settings.algorithm}-{settings.workers}")
+        simulation = Simulation(settings, run)
         write_settings(run, settings.model_dump(mode="json"))
-        from danaz.simulate.simulator import simulate as run_simulation
-
         with progress_bar(f"{settings.algorithm}, {settings.workers} workers") as progress:
-            summary = run_simulation(settings, run, progress)
+            summary = simulation.run(progress)
     except (ValueError, FileNotFoundError) as error:
         fail(error)
     print_summary(summary, run)

@@ -15,15 +15,17 @@ from torch import Tensor
 from danaz.config import Config
 from danaz.data import Batching
 from danaz.flat import FlatModel
-from danaz.optimizer import check_supported, decayed_gradient, effective_lr
+from danaz.optimizer import check_supported, decayed_gradient, effective_lr, weight_decays
 from danaz.run_folder import RunFolder
 from danaz.server.core import Replies, ServerCore
 from danaz.server.messages import Final, Parameters
 from danaz.settings import Settings
+from danaz.simulate.batches import Batches
 from danaz.simulate.schedules import make_schedule
-from danaz.training import batch_loss, final_figures, make_sgd, place
+from danaz.simulate.step import EagerStep, make_step
+from danaz.training import choose_device, final_figures, make_sgd, place
 from danaz.worker.core import LocalStep, Request, Role, WorkerCore
-from danaz.workloads import build, collate
+from danaz.workloads import build
 
 Progress = Callable[[float, float | None], None]  # (share of the run that is done, last loss)
 
@@ -46,26 +48,35 @@ class SimulatedWorker:
 
 
 class Simulation:
-    """One simulated run of ``config`` (its algorithm, workers and schedule). Everything follows from the seed."""
+    """One simulated run of ``config`` (its algorithm, workers and schedule). Everything follows from the seed.
 
-    def __init__(self, config: Config, run: Path, device: torch.device | str = "cpu"):
+    On a GPU everything is there: the model, data that is held in memory, the server's and all workers' vectors.
+
+    Raises ConfigError and ScheduleError for what cannot be run; the folder ``run`` is made when nothing is wrong.
+    """
+
+    def __init__(self, config: Config, run: Path):
         if config.threads:
             torch.set_num_threads(config.threads)
         self.config = config
-        self.device = torch.device(device)
-        self.workload = build(config)
+        self.device = choose_device(config)
+        self.workload = build(config).with_data_on(self.device)
         self.model = place(self.workload.model, config, self.device)
         self.optimizer = make_sgd(self.model, config)
         self.flat = FlatModel(self.model, [group["params"] for group in self.optimizer.param_groups])
+        self.step = make_step(EagerStep(self.model, self.flat, self.workload, config, self.device))
         samples = len(self.workload.train)  # type: ignore[arg-type]
         self.batching = Batching(samples, config.batch_size, seed=config.seed)
+        self.batches = Batches(self.workload.train, self.batching, config.epochs, config.num_workers)
         self.settings = Settings.of(config, schedule=config.schedule, collective="none")
-        self.folder = RunFolder(run, self.settings.facts())
-        self._ahead = torch.zeros(self.flat.layout.size)  # γ Σⱼ ηⱼvⱼ, where velocities live on workers
-        self.server = ServerCore(self.settings.for_server(), on_update=self._record, ahead=lambda: self._ahead)
-        self.rule = self.settings.for_server().rule(check_supported(self.optimizer))
+        self._ahead = torch.zeros_like(self.flat.params)  # γ Σⱼ ηⱼvⱼ, where velocities live on workers
+        for_server = self.settings.for_server(weight_decay=weight_decays(self.optimizer.param_groups))
+        self.server = ServerCore(for_server, on_update=self._record, ahead=lambda: self._ahead)
+        self.rule = for_server.rule(check_supported(self.optimizer))
         self.workers = [self._make_worker(number) for number in range(config.workers)]
         self._order = make_schedule(config.schedule, config.workers, config.seed)
+        run.mkdir(parents=True, exist_ok=True)
+        self.folder = RunFolder(run, self.settings.facts())
         self._last_loss: float | None = None
         torch.manual_seed(config.seed)  # for augmentation
 
@@ -79,7 +90,7 @@ class Simulation:
             plan=self.batching.plan(self.config.epochs),
             ahead=self.rule.worker_rule.sync_period,
         )
-        return SimulatedWorker(WorkerCore(role, self.rule.worker_rule))
+        return SimulatedWorker(WorkerCore(role, self.rule.worker_rule, self.device, outbox=self.device))
 
     def _record(self, update: Any) -> None:
         self._last_loss = update.loss
@@ -138,18 +149,9 @@ class Simulation:
 
     def _gradient(self, batch: int) -> tuple[Tensor, int, float]:
         """The gradient f32[P] of ``batch``, weight decay included, the number of its samples, and its loss."""
-        x, y = self._fetch(self.batching.indices(batch).tolist())
-        self.model.zero_grad()
-        loss = batch_loss(self.model, self.workload, x, y, self.config, self.device)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.flat.gather_gradients(range(len(self.flat.trained)))
+        x, y = self.batches.take(batch)
+        loss = self.step(x.to(self.device), y.to(self.device))
         return decayed_gradient(self.flat, self.optimizer.param_groups), len(y), loss.item()
-
-    def _fetch(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        data: Any = self.workload.train
-        batch = data.__getitems__(indices) if hasattr(data, "__getitems__") else [data[i] for i in indices]
-        x, y = collate(batch)
-        return x, y
 
     def _say(self, worker: SimulatedWorker, request: Request) -> None:
         """Bring a request to the server, and whatever it sets free to the workers."""

@@ -52,9 +52,17 @@ class WorkerCore:
     may be made. The rule's vectors move only when the server says that the push was applied.
     """
 
-    def __init__(self, role: Role, rule: WorkerRule, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        role: Role,
+        rule: WorkerRule,
+        device: torch.device | str = "cpu",
+        outbox: torch.device | str = "cpu",
+    ):
+        """Its vectors are on ``device``; what it sends is brought to ``outbox``, where a server or a wire takes it."""
         self.role = role
         self.rule = rule
+        self.outbox = outbox
         self.version = 0  # of the view at hand
         self.life = 0  # of the server that sent it
         self._state = "new"  # -> joined -> left -> gone
@@ -88,7 +96,7 @@ class WorkerCore:
         given = torch.empty_like(next(iter(self._committed.values())))
         for group, (start, stop) in enumerate(self.role.layout.groups):
             self.rule.give_back(given[start:stop], _cut(self._committed, start, stop), self._lr[group])
-        return given.to("cpu")
+        return given.to(self.outbox)
 
     # ---- requests ------------------------------------------------------------------------------------------------
 
@@ -154,7 +162,7 @@ class WorkerCore:
             samples=sum(step.samples for step in steps),
             loss=sum(losses) / len(losses) if losses else None,
             batch=batch,
-            push=out.to("cpu"),
+            push=out.to(self.outbox),
             earlier=tuple(step.batch for step in self._steps),
             life=self.life,
         )

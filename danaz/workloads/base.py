@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
@@ -25,6 +26,14 @@ class Workload:
     test: Dataset[Any] | None
     loss: Callable[[Any, Any], Tensor]
     classes: int | None = None
+
+    def with_data_on(self, device: torch.device) -> Workload:
+        """The same with data sets on ``device`` that can be there: those that have a method ``to``."""
+
+        def there(data: Any) -> Any:
+            return data.to(device) if hasattr(data, "to") else data
+
+        return replace(self, train=there(self.train), test=there(self.test))
 
 
 Builder = Callable[[Config], Workload]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils.data import Dataset
 class Augmentation:
     """Crops at random from a border of ``padding`` black pixels, and mirrors every other image, if ``flip``.
 
-    The randomness is that of torch's global generator.
+    The randomness is that of torch's global generator for the images' device.
     """
 
     padding: int
@@ -25,10 +26,10 @@ class Augmentation:
         batch, _, height, width = images.shape
         padded = F.pad(images, [self.padding] * 4)
         windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # [B, C, 2p + 1, 2p + 1, H, W], no copy
-        down, right = torch.randint(2 * self.padding + 1, (2, batch))
-        images = windows[torch.arange(batch), :, down, right]
+        down, right = torch.randint(2 * self.padding + 1, (2, batch), device=images.device)
+        images = windows[torch.arange(batch, device=images.device), :, down, right]
         if self.flip:
-            mirrored = torch.rand(batch) < 0.5
+            mirrored = torch.rand(batch, device=images.device) < 0.5
             images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
         return images
 
@@ -62,12 +63,19 @@ class ImageTensors(Dataset[tuple[Tensor, Tensor]]):
         self._scale = 1 / (white * deviation)
         self._shift = -torch.tensor(mean).view(-1, 1, 1) / deviation
 
+    def to(self, device: torch.device) -> ImageTensors:
+        """The same images on ``device``, where they are then augmented and normalised too."""
+        moved = copy(self)
+        for name in ("images", "labels", "_scale", "_shift"):
+            setattr(moved, name, getattr(self, name).to(device))
+        return moved
+
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """f32[B, C, H, W], i64[B]."""
-        chosen = torch.as_tensor(indices)
+        chosen = torch.as_tensor(indices, device=self.images.device)
         images = self.images[chosen]
         if self.augmentation is not None:
             images = self.augmentation(images)

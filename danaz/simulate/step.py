@@ -1,0 +1,94 @@
+"""The simulator's mini-batch step, forwards and backwards: launched kernel by kernel, or on a GPU as one CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from danaz.config import Config
+from danaz.flat import FlatModel
+from danaz.training import batch_loss
+from danaz.workloads import Workload
+
+WARM_UP = 3  # steps before a capture, in which libraries choose and load their kernels
+
+Work = Callable[[], Tensor]
+
+
+class EagerStep:
+    """The gradient of a batch into ``flat.grads`` f32[P], its mean loss f32[] as the result."""
+
+    def __init__(self, model: nn.Module, flat: FlatModel, workload: Workload, config: Config, device: torch.device):
+        self.model = model
+        self.flat = flat
+        self.workload = workload
+        self.config = config
+        self.device = device
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        self.model.zero_grad()
+        loss = batch_loss(self.model, self.workload, x, y, self.config, self.device)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.flat.gather_gradients(range(len(self.flat.trained)))
+        return loss.detach()
+
+
+class GraphedStep:
+    """The same, captured once and replayed: one launch instead of some hundred, from buffers that stay where they are.
+
+    A graph knows one shape. The shorter last batch of an epoch is stepped eagerly, and so are the first few batches,
+    which warm up on a stream of their own as torch.cuda.graph asks for. Every batch is stepped exactly once, so that
+    batch-norm statistics are those of an eager run.
+    """
+
+    def __init__(self, eager: EagerStep, capture: Callable[[Work], Work], apart: Callable[[Work], Tensor]):
+        self.eager = eager
+        self._capture = capture
+        self._apart = apart
+        self._warm_up = WARM_UP
+        self._replay: Work | None = None
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        if len(x) < self.eager.config.batch_size:
+            return self.eager(x, y)
+        if self._warm_up:
+            self._warm_up -= 1
+            return self._apart(lambda: self.eager(x, y))
+        if self._replay is None:
+            images = self.eager.config.channels_last and x.dim() == 4
+            self._x = x.clone(memory_format=torch.channels_last if images else torch.contiguous_format)
+            self._y = y.clone()
+            self._replay = self._capture(lambda: self.eager(self._x, self._y))
+        self._x.copy_(x)
+        self._y.copy_(y)
+        return self._replay()
+
+
+def cuda_graph(work: Work) -> Work:
+    """Capture ``work``, which is not carried out by that; the result replays it and gives the same tensor each time."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = work()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def on_a_stream_apart(work: Work) -> Tensor:
+    """Do ``work`` on a stream of its own; the current one goes on behind it."""
+    current, apart = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    apart.wait_stream(current)
+    with torch.cuda.stream(apart):
+        result = work()
+    current.wait_stream(apart)
+    return result
+
+
+def make_step(eager: EagerStep) -> EagerStep | GraphedStep:
+    """The fastest form of ``eager`` on its device."""
+    return GraphedStep(eager, cuda_graph, on_a_stream_apart) if eager.device.type == "cuda" else eager
