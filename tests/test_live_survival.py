@@ -72,7 +72,6 @@ def test_a_worker_joins_a_run_and_leaves_it(begin: Callable[..., live.Running], 
 
 
 def test_a_run_goes_on_when_all_of_it_was_killed(begin: Callable[..., live.Running]) -> None:
-    pytest.importorskip("danaz.keeper", reason="a server without checkpoints")
     run = begin("--checkpoint-seconds", "0.5", epochs=60)
     live.until(lambda: (run.folder / "checkpoints").is_dir() and len(live.read_updates(run.folder)) > 300, "enough")
     os.kill(run.launcher.pid, signal.SIGKILL)
