@@ -8,7 +8,7 @@ finds them.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, isfinite
 from typing import Any, Protocol
@@ -266,6 +266,11 @@ class Encoded:
 Spans = Sequence[tuple[int, int]]  # (start, stop) of each chunk
 
 
+def travelling_bytes(vector: Tensor, encoded: Encoded | None) -> int:
+    """What ``vector`` f32[P] takes on the wire."""
+    return 4 * vector.numel() if encoded is None else encoded.nbytes
+
+
 def pass_through(codec: Codec, vector: Tensor, spans: Spans) -> Encoded:
     """Encode ``vector`` f32[P]; it becomes what the receiver decodes."""
     chunks = []
@@ -283,15 +288,19 @@ class Compressor:
     2014; Stich et al., NeurIPS 2018). What is kept moves on when the push was applied, and not when it was refused.
     """
 
-    def __init__(self, codec: Codec, spans: Iterable[tuple[int, int]], size: int):
+    def __init__(self, codec: Codec, spans: Spans, first_epoch: float = 0.0):
         self.codec = codec
-        self._spans = list(spans)
+        self.first_epoch = first_epoch  # of the cluster, in which pushes are compressed
+        self._spans = spans
+        size = spans[-1][1] if spans else 0
         self.residual = torch.zeros(size)  # f32[P], after the last applied push
         self._next = torch.zeros(size)  # and if the push that is under way is applied
         self._under_way = False
 
-    def compress(self, push: Tensor) -> Encoded:
-        """Encode ``push`` f32[P] with what is kept; it becomes what the receiver decodes."""
+    def compress(self, push: Tensor, epoch: float) -> Encoded | None:
+        """Encode ``push`` f32[P] with what is kept; it becomes what the receiver decodes. None before its time."""
+        if epoch < self.first_epoch:
+            return None
         chunks = []
         for start, stop in self._spans:
             sent, kept = push[start:stop], self._next[start:stop]

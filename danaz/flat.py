@@ -62,6 +62,10 @@ class Layout:
             for at in range(start, stop, longest):
                 yield group, at, min(at + longest, stop)
 
+    def spans(self, longest: int) -> list[tuple[int, int]]:
+        """(start, stop) of the slices."""
+        return [(start, stop) for _, start, stop in self.slices(longest)]
+
     def named(self, params: Tensor, buffers: Tensor) -> dict[str, Tensor]:
         """Name -> contiguous tensor, as a state dict holds them."""
         tensors = [(e.name, e.of(params)) for e in self.parameters] + [(e.name, e.of(buffers)) for e in self.buffers]

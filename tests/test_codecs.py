@@ -290,7 +290,7 @@ class TestErrorFeedback:
     SPANS = ((0, 700), (700, 711), (711, 1300))
 
     def compressor(self, name: str) -> Compressor:
-        return Compressor(push_codec(name), self.SPANS, 1300)
+        return Compressor(push_codec(name), self.SPANS)
 
     @pytest.mark.parametrize("name", LOSSY)
     def test_what_was_sent_and_what_is_kept_is_all(self, name):
@@ -298,7 +298,7 @@ class TestErrorFeedback:
         for seed in range(30):
             push = drawn(1300, seed=5 * seed + 2)
             total += push.numpy()
-            compressor.compress(push)
+            compressor.compress(push, 0.0)
             sent += push.numpy()
             compressor.settle(applied=True)
         np.testing.assert_allclose(sent + compressor.residual.numpy(), total, atol=1e-3)
@@ -308,7 +308,7 @@ class TestErrorFeedback:
     def test_the_push_becomes_what_is_decoded(self, name):
         compressor, push = self.compressor(name), drawn(1300)
         before = push.clone()
-        encoded = compressor.compress(push)
+        encoded = compressor.compress(push, 0.0)
         decoded = torch.empty(1300)
         for (start, stop), data in zip(self.SPANS, encoded.chunks, strict=True):
             push_codec(encoded.codec).decode(data, decoded[start:stop])
@@ -321,10 +321,10 @@ class TestErrorFeedback:
         one, other = self.compressor(name), self.compressor(name)
         for seed in range(9):
             if seed % 3 == 1:
-                one.compress(torch.full((1300,), math.nan) if seed == 4 else drawn(1300, seed + 100))
+                one.compress(torch.full((1300,), math.nan) if seed == 4 else drawn(1300, seed + 100), 0.0)
                 one.settle(applied=False)
             a, b = drawn(1300, seed), drawn(1300, seed)
-            assert one.compress(a) == other.compress(b)
+            assert one.compress(a, 0.0) == other.compress(b, 0.0)
             assert torch.equal(a, b)
             one.settle(applied=True)
             other.settle(applied=True)

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from danaz.codecs import Encoded
 from danaz.flat import Layout
 from danaz.server import wire
 from danaz.server.messages import Heartbeat, Join, Message, Noted, Parameters, Plan, Pull, Push, Refusal, Reply, Request
@@ -53,6 +54,7 @@ PLAIN = {
     type(None): st.none(),
     Tensor: TENSORS,
     Layout: layouts(),
+    Encoded: st.none(),  # no field of its own: the bytes of another
     Plan: st.builds(Plan, st.integers(0, 2**40), st.integers(0, 2**40)),
 }
 

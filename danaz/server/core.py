@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from danaz.codecs import CHUNK_FLOATS, pass_through, travelling_bytes, view_codec
 from danaz.server.admission import NOT_FINITE, Job, why_not_join, why_not_leave, why_not_push, why_stranger
 from danaz.server.figures import DIVERGED_LOSS_RATIO, Figures, Update
 from danaz.server.leases import Leases
@@ -291,6 +292,7 @@ class ServerCore:
         who = tuple((p.worker, p.batch) for p in parts) if master.rule.barrier else None
         update = Update(master.version, last.worker, lag, last.lr, gap, master.gap_of, loss, last.batch, who)
         self.figures.count(update, sum(p.samples for p in parts), now)
+        self.figures.push_bytes += sum(travelling_bytes(p.push, p.encoded) for p in parts)
         self.on_update(update)
         if self.figures.lost_all_bounds(loss):
             self._diverge(f"the loss rose to {loss:.4g}, over {DIVERGED_LOSS_RATIO:.0f} times the first")
@@ -341,7 +343,10 @@ class ServerCore:
 
     def _send_view(self, member: Member, *, applied: bool = False, refused: str = "") -> None:
         """Send the newest view; from now on the worker computes on it."""
-        view = self.master.view(member)
+        view, encoded = self.master.view(member), None
+        if self.settings.wire_view != "fp32":
+            encoded = pass_through(view_codec(self.settings.wire_view), view, self.job.layout.spans(CHUNK_FLOATS))
+        self.figures.view_bytes += travelling_bytes(view, encoded)
         member.awaiting, member.sent_version = "", self.master.version
         if self.settings.gap_every or self.master.rule.needs_view:
             member.view = view
@@ -357,6 +362,7 @@ class ServerCore:
             gap=member.gap,
             view=view,
             last_applied=member.applied_request,
+            encoded=encoded,
         )
         self._replies.append((member.route, reply))
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from danaz.codecs import Encoded
 from danaz.flat import Layout
 
 
@@ -54,6 +55,7 @@ class Push:
     batch: int  # the leased number
     push: Tensor  # f32[P], a gradient, displacement or parameters as the rule declares
     earlier: tuple[int, ...] = ()  # batches of the local steps since the last push
+    encoded: Encoded | None = None  # how ``push`` travels, which is what comes out again; None: as it is
 
     @property
     def batches(self) -> tuple[int, ...]:
@@ -123,6 +125,7 @@ class Parameters:
     gap: float | None
     view: Tensor  # f32[P]
     last_applied: int = 0  # request number of this worker's newest push that was applied, however that was answered
+    encoded: Encoded | None = None  # how ``view`` travels, which is what comes out again; None: as it is
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ class ServerSettings:
     digest: str = ""  # of the configuration that the workers must run too
     lr_correction: bool = True
     sync_period: int | None = None  # mini-batches between a worker's pushes; None: the rule's own default
+    wire_view: str = "fp32"  # codec of the views
     gap_every: int = 1  # measure the gap at every so many updates, 0 never
     worker_timeout_s: float = 60.0
 

@@ -18,6 +18,7 @@ import msgpack
 import torch
 from torch import Tensor
 
+from danaz.codecs import Encoded
 from danaz.flat import Layout
 from danaz.server import messages
 
@@ -178,5 +179,6 @@ _FITTERS: dict[Any, Callable[..., Any]] = {
     dict: _dict,
     types.UnionType: _union,
     messages.Plan: _plan,
+    Encoded: _exactly(Encoded),  # never comes in a header
     Layout: Layout.from_lists,
 }

@@ -79,7 +79,8 @@ class Simulation:
             plan=self.batching.plan(self.config.epochs),
             ahead=self.rule.worker_rule.sync_period,
         )
-        return SimulatedWorker(WorkerCore(role, self.rule.worker_rule))
+        compressor = self.settings.compressor(self.flat.layout)
+        return SimulatedWorker(WorkerCore(role, self.rule.worker_rule, compressor=compressor))
 
     def _record(self, update: Any) -> None:
         self._last_loss = update.loss

@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from danaz.codecs import Compressor
 from danaz.flat import Layout
 from danaz.rules import Context, WorkerRule
 from danaz.server.messages import Bye, Final, Join, Leave, Noted, Parameters, Plan, Pull, Push, Refusal, Reply, Report
@@ -52,10 +53,18 @@ class WorkerCore:
     may be made. The rule's vectors move only when the server says that the push was applied.
     """
 
-    def __init__(self, role: Role, rule: WorkerRule, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        role: Role,
+        rule: WorkerRule,
+        device: torch.device | str = "cpu",
+        compressor: Compressor | None = None,
+    ):
         self.role = role
         self.rule = rule
         self.version = 0  # of the view at hand
+        self.epoch = 0.0  # of the whole cluster, as it last heard
+        self.compressor = compressor  # of pushes
         self._state = "new"  # -> joined -> left -> gone
         self._request = 0
         self._outstanding: Request | None = None
@@ -139,6 +148,8 @@ class WorkerCore:
             out.add_(params).sub_(self._view.to(out.device))  # x_K − x_0, the sum of all displacements
         steps, who = [*self._steps, LocalStep(batch, tuple(lr), samples, loss)], self.role
         losses = [step.loss for step in steps if step.loss is not None]
+        sent = out.to("cpu")
+        encoded = self.compressor.compress(sent, self.epoch) if self.compressor else None
         push = Push(
             worker=who.worker,
             incarnation=who.incarnation,
@@ -148,8 +159,9 @@ class WorkerCore:
             samples=sum(step.samples for step in steps),
             loss=sum(losses) / len(losses) if losses else None,
             batch=batch,
-            push=out.to("cpu"),
+            push=sent,
             earlier=tuple(step.batch for step in self._steps),
+            encoded=encoded,
         )
         self._undecided = number
         return self._ask(push)
@@ -204,7 +216,7 @@ class WorkerCore:
         if request is None:
             raise ProtocolError(f"worker {self.role.worker} got a {type(reply).__name__} but asked nothing")
         if isinstance(reply, Parameters):
-            self._state, self.version, self._view = "joined", reply.version, reply.view
+            self._state, self.version, self._view, self.epoch = "joined", reply.version, reply.view, reply.epoch
             # A push whose answer was lost may have been applied before this worker was given up and joined anew.
             applied = reply.applied if isinstance(request, Push) else reply.last_applied == self._undecided != 0
             self._commit(applied)
@@ -216,6 +228,8 @@ class WorkerCore:
     def _commit(self, applied: bool) -> None:
         """Keep the steps since the last push, or go back to before them."""
         self._steps, self._undecided = [], 0
+        if self.compressor:
+            self.compressor.settle(applied)
         if self._current is self._committed:
             return
         if applied:
