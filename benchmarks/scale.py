@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -37,7 +37,8 @@ CONTEXT = multiprocessing.get_context("fork")
 START_S = 120.0
 SETTLE_S = 1.0  # from the first batch to the window: until workers are out of step
 DRAWS = 1000  # batch times of a worker, again from the start when they are used up
-COLUMNS = "{workers:>7} {batches_per_second:>9} {speedup:>8} {synchronous:>12} {server_busy:>12} {exchange_ms:>9}"
+FIGURES = ("batches_per_second", "speedup", "synchronous", "server_busy", "workers_busy", "exchange_ms")
+LINE = "{workers:>8}" + "".join(f" {{{name}:>{len(name)}}}" for name in FIGURES)
 
 
 class Window(NamedTuple):
@@ -45,7 +46,8 @@ class Window(NamedTuple):
 
     batches_per_second: float
     exchange_ms: float  # median
-    server_busy: float  # CPU time of the server's process over wall time, its io threads included
+    server_busy: float  # CPU time of the server's process over wall time, all its threads
+    workers_busy: float  # and of those of the workers
 
 
 def window(peer: Peer, workers: int, options: argparse.Namespace) -> Window:
@@ -69,9 +71,9 @@ def window(peer: Peer, workers: int, options: argparse.Namespace) -> Window:
         begin = time.monotonic() + SETTLE_S
         for pipe in pipes:
             pipe.send(begin)
-        busy = _busy_share(psutil.Process(server.pid), begin, options.seconds)
+        shares = _busy_shares([[server], holders], begin, options.seconds)
         waits = [wait for pipe in pipes for wait in _get(pipe)]
-        return Window(len(waits) / options.seconds, 1000 * statistics.median(waits), busy)
+        return Window(len(waits) / options.seconds, 1000 * statistics.median(waits), *shares)
     finally:
         for child in (server, *holders):
             child.kill()
@@ -84,12 +86,18 @@ def _get(pipe: Connection) -> object:
     return pipe.recv()
 
 
-def _busy_share(process: psutil.Process, begin: float, seconds: float) -> float:
+def _busy_shares(groups: Sequence[Sequence[Any]], begin: float, seconds: float) -> list[float]:
+    """CPU time of each group of processes over the time of the window."""
     time.sleep(max(0.0, begin - time.monotonic()))
-    before, began = process.cpu_times(), time.monotonic()
+    began, before = time.monotonic(), [_cpu_s(group) for group in groups]
     time.sleep(seconds)
-    after = process.cpu_times()
-    return (after.user + after.system - before.user - before.system) / (time.monotonic() - began)
+    took_s = time.monotonic() - began
+    return [(_cpu_s(group) - cpu_s) / took_s for group, cpu_s in zip(groups, before, strict=True)]
+
+
+def _cpu_s(processes: Sequence[Any]) -> float:
+    times = [psutil.Process(process.pid).cpu_times() for process in processes]
+    return sum(t.user + t.system for t in times)
 
 
 def _serve(peer: Peer, tell: Connection, floats: int, workers: int) -> None:
@@ -150,7 +158,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, float]]:
             windows[n].append(window(peer, n, options))
     rates = {n: statistics.median(w.batches_per_second for w in found) for n, found in windows.items()}
     one = rates[1]
-    print(COLUMNS.format(**{name: name for name in ("workers", *COLUMNS_OF)}))
+    print(LINE.format(workers="workers", **{name: name for name in FIGURES}))
     rows = []
     for n, together in zip(options.workers, synchronous, strict=True):
         row = {
@@ -159,14 +167,12 @@ def measure(options: argparse.Namespace) -> list[dict[str, float]]:
             "speedup": round(rates[n] / one, 2),
             "synchronous": round(float(together), 2),
             "server_busy": round(statistics.median(w.server_busy for w in windows[n]), 3),
+            "workers_busy": round(statistics.median(w.workers_busy for w in windows[n]), 3),
             "exchange_ms": round(statistics.median(w.exchange_ms for w in windows[n]), 2),
         }
-        print(COLUMNS.format(**row))
+        print(LINE.format(**row))
         rows.append(row)
     return rows
-
-
-COLUMNS_OF = ("batches_per_second", "speedup", "synchronous", "server_busy", "exchange_ms")
 
 
 def draw(rows: list[dict[str, float]], algorithm: str) -> dict[str, bytes]:
