@@ -6,11 +6,15 @@ answers: so a repeated request is recognised, and so is a late reply.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from danaz.flat import Layout
+
+LOCAL = {"local": True}  # a field that does not travel
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Push:
     batch: int  # the leased number
     push: Tensor  # f32[P], a gradient, displacement or parameters as the rule declares
     earlier: tuple[int, ...] = ()  # batches of the local steps since the last push
+    square: float | None = field(default=None, metadata=LOCAL)  # ‖push‖², if it was summed while the push arrived
 
     @property
     def batches(self) -> tuple[int, ...]:
@@ -150,6 +155,31 @@ class Refusal:
     request: int
     reason: str
     rejoin: bool  # whether joining anew is the cure
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """Parameters whose view is worked out while it is sent: each slice counts until the next one is asked for."""
+
+    header: Parameters  # its view is announced: it has a size and no values
+    slices: Iterator[Tensor]  # f32[n] each, as flat.chunks cuts a vector
+
+    def whole(self) -> Parameters:
+        view = torch.empty(self.header.view.numel())
+        start = 0
+        for piece in self.slices:
+            view[start : start + piece.numel()] = piece
+            start += piece.numel()
+        return replace(self.header, view=view)
+
+
+def announced(size: int) -> Tensor:
+    """A vector f32[size] that is known by its size alone, and takes no memory."""
+    return torch.zeros(1).expand(size)
+
+
+def is_announced(vector: Tensor) -> bool:
+    return vector.numel() > 1 and vector.stride() == (0,)
 
 
 Request = Join | Push | Pull | Heartbeat | Leave | Report | Bye
