@@ -16,7 +16,8 @@ from collections.abc import Callable
 
 import torch
 
-from danaz.codecs import CHUNK_FLOATS, Compressor, push_codec
+from danaz.codecs import Compressor, push_codec
+from danaz.flat import SLICE_FLOATS
 
 
 def seconds(act: Callable[[], object]) -> float:
@@ -28,7 +29,7 @@ def seconds(act: Callable[[], object]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("codecs", nargs="*", default=["bf16", "fp16", "onebit", "topk:0.01", "topk:0.1"])
-    parser.add_argument("--floats", type=int, default=CHUNK_FLOATS)
+    parser.add_argument("--floats", type=int, default=SLICE_FLOATS)
     parser.add_argument("--repetitions", type=int, default=50)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -31,7 +31,7 @@ class Peer:
 
 
 def danaz(algorithm: str, gap: bool = False) -> Peer:
-    """The real server loop and worker core; the gradient is always the same vector."""
+    """The real server loop and link; the push is at hand, as it is for every peer, and always the same."""
 
     def serve(ready: Ready, floats: int, workers: int) -> None:
         from danaz.server.core import ServerCore
@@ -46,25 +46,24 @@ def danaz(algorithm: str, gap: bool = False) -> Peer:
 
     def connect(address: str, floats: int, worker: int, workers: int) -> Exchange:
         from danaz.flat import Layout
-        from danaz.server.messages import Heartbeat, Plan
-        from danaz.server.settings import ServerSettings
-        from danaz.worker.core import Role, WorkerCore
+        from danaz.server.messages import Heartbeat, Join, Parameters, Plan, Push
         from danaz.worker.link import DealerLink
 
-        layout = Layout.from_lists([[["w", [floats], [1]]], [], [floats]])
-        rule = ServerSettings(algorithm, workers).rule(momentum=0.9)
-        core = WorkerCore(Role(worker, 1, "", 0.9, layout, Plan(1 << 40, 1)), rule.worker_rule)
+        layout, plan = Layout.from_lists([[["w", [floats], [1]]], [], [floats]]), Plan(1 << 40, 1)
         link = DealerLink(address, Heartbeat(worker, 1))
         grad = torch.full((floats,), 1e-6)
-        reply = link.exchange(core.join(torch.zeros(floats) if worker == 0 else None))
-        core.receive(reply)
-        leases = list(reply.leases)
+        params = torch.zeros(floats) if worker == 0 else None
+        last = link.exchange(Join(worker, 1, 1, "", 0.9, layout, plan, 1, params))
+        request = 1
 
         def exchange() -> object:
-            reply = link.exchange(core.push(grad, (1e-6,), 1, None, leases[0]))
-            core.receive(reply)
-            leases[:] = reply.leases
-            return reply.view
+            nonlocal last, request
+            assert isinstance(last, Parameters), last
+            request += 1
+            last = link.exchange(
+                Push(worker, 1, request, last.version, (1e-6,), 1, None, last.leases[0], grad),
+            )
+            return last
 
         return exchange
 

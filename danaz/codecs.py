@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CHUNK_FLOATS = 1 << 18  # 1 MB: what is encoded in one piece stays in cache
 Data = bytes | bytearray | memoryview
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -66,7 +65,7 @@ class Fp32:
 
     def decode(self, data: Data, out: Tensor) -> None:
         _expect_bytes(self, data, out)
-        out.copy_(_tensor_of(data, np.float32))
+        np.copyto(out.numpy(), np.frombuffer(data, np.float32))
 
 
 class Half:
@@ -214,8 +213,9 @@ class TopK:
 
 # ---- by name -------------------------------------------------------------------------------------------------------
 
+FP32 = Fp32()
 VIEW_CODECS: dict[str, Codec] = {
-    codec.name: codec for codec in (Fp32(), Half("bf16", torch.bfloat16), Half("fp16", torch.float16))
+    codec.name: codec for codec in (FP32, Half("bf16", torch.bfloat16), Half("fp16", torch.float16))
 }
 PUSH_CODECS: dict[str, Codec] = {**VIEW_CODECS, OneBit.name: OneBit()}
 
@@ -256,11 +256,8 @@ class Encoded:
     """A vector as it travels, chunk by chunk."""
 
     codec: str
-    chunks: tuple[Data, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(map(len, self.chunks))
+    nbytes: int
+    chunks: tuple[Data, ...] = ()  # none where they have been decoded
 
 
 Spans = Sequence[tuple[int, int]]  # (start, stop) of each chunk
@@ -269,16 +266,6 @@ Spans = Sequence[tuple[int, int]]  # (start, stop) of each chunk
 def travelling_bytes(vector: Tensor, encoded: Encoded | None) -> int:
     """What ``vector`` f32[P] takes on the wire."""
     return 4 * vector.numel() if encoded is None else encoded.nbytes
-
-
-def pass_through(codec: Codec, vector: Tensor, spans: Spans) -> Encoded:
-    """Encode ``vector`` f32[P]; it becomes what the receiver decodes."""
-    chunks = []
-    for start, stop in spans:
-        data = codec.encode(vector[start:stop])
-        codec.decode(data, vector[start:stop])
-        chunks.append(data)
-    return Encoded(codec.name, tuple(chunks))
 
 
 class Compressor:
@@ -310,7 +297,7 @@ class Compressor:
             kept.sub_(sent)
             chunks.append(data)
         self._under_way = True
-        return Encoded(self.codec.name, tuple(chunks))
+        return Encoded(self.codec.name, sum(map(len, chunks)), tuple(chunks))
 
     def settle(self, applied: bool) -> None:
         """The push that was under way, if one was, has been applied or not."""

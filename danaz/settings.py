@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from danaz.codecs import CHUNK_FLOATS, Compressor, push_codec
+from danaz.codecs import Compressor, push_codec
 from danaz.config import Config
-from danaz.flat import Layout
+from danaz.flat import Layout, chunks
 from danaz.keys import WorkerKeys, take_worker_keys
 from danaz.server.settings import ServerSettings
 
@@ -76,7 +76,7 @@ class Settings:
         """What a worker compresses its pushes with, None if it does not."""
         if self.wire == "fp32":
             return None
-        return Compressor(push_codec(self.wire), layout.spans(CHUNK_FLOATS), self.wire_warmup_epochs)
+        return Compressor(push_codec(self.wire), list(chunks(layout.size)), self.wire_warmup_epochs)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -21,7 +21,6 @@ from danaz.codecs import (
     OneBit,
     TopK,
     UnknownCodecError,
-    pass_through,
     push_codec,
     view_codec,
 )
@@ -330,10 +329,3 @@ class TestErrorFeedback:
             other.settle(applied=True)
             one.settle(applied=True)  # an answer to something else than a push
             assert torch.equal(one.residual, other.residual)
-
-    def test_whole_vectors_without_feedback(self):
-        vector = drawn(1300)
-        expected = vector.to(torch.bfloat16).float()
-        encoded = pass_through(view_codec("bf16"), vector, self.SPANS)
-        assert torch.equal(vector, expected)
-        assert (encoded.codec, encoded.nbytes) == ("bf16", 2600)

@@ -10,12 +10,16 @@ from danaz.rules.base import Context, Pushes, Rule, Vectors, WorkerRule, algorit
 class Asgd(Rule):
     """θ ← θ − ηg; the worker gets θ."""
 
+    view_is_state = True
+
     def apply(self, params: Tensor, push: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
         params.sub_(push, alpha=ctx.lr)
 
 
 class Displace(Rule):
     """Θ ← Θ + what the worker worked out, its rates included; the worker gets Θ."""
+
+    view_is_state = True
 
     def __init__(self, worker_rule: WorkerRule):
         self.worker_rule = worker_rule

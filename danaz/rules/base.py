@@ -67,6 +67,7 @@ class Rule:
     gossips: bool = False  # own["neighbour"] is another worker's "local", drawn at random
     live: bool = True  # whether it can be launched; what has no server is for the simulator
     needs_view: bool = False  # own["view"] is what the server last sent to this worker, as it decoded it
+    view_is_state: bool = False  # a view is all that the server holds, so a restarted one may go on from a worker's
     max_workers: int | None = None
     worker_state: tuple[str, ...] = ()  # vectors per worker, on the server
     shared_state: tuple[str, ...] = ()  # vectors the server keeps once

@@ -10,6 +10,8 @@ from danaz.keys import ServerKeys
 LINGER_MS = 5000  # for the last replies to leave when the server ends
 MAX_MESSAGE_BYTES = 8 << 30
 HANDSHAKE_MS = 10_000  # a peer that does not finish it is dropped
+AHEAD_MESSAGES = 16  # that ZeroMQ receives from each peer before they are asked for: 4 MB of a push
+SILENCE_S = 60  # that a connection may leave what it was sent unacknowledged, before it is cut
 
 
 class Admitted:
@@ -37,7 +39,11 @@ class BoundRouter:
         self.socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         self.socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
-        self.socket.setsockopt(zmq.SNDHWM, 0)  # one reply a request: the workers bound it
+        self.socket.setsockopt(zmq.RCVHWM, AHEAD_MESSAGES)
+        self.socket.setsockopt(zmq.SNDHWM, 0)  # the router bounds it: two replies a peer
+        self.socket.setsockopt(zmq.TCP_MAXRT, 1000 * SILENCE_S)
+        self.socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+        self.socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, SILENCE_S)
         if keys is not None:
             self._guard(keys)
         self.socket.bind(address)
