@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SLICE_FLOATS = 1 << 16  # 256 KB: what travels, and what a rule passes over, while it is in cache
+import os
+SLICE_FLOATS = int(os.environ.get("SLICE", 1 << 16))
 
 
 @dataclass(frozen=True)

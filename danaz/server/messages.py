@@ -164,6 +164,10 @@ class Streamed:
     header: Parameters  # its view is announced: it has a size and no values
     slices: Iterator[Tensor]  # f32[n] each, as flat.chunks cuts a vector
 
+    @property
+    def request(self) -> int:
+        return self.header.request
+
     def whole(self) -> Parameters:
         view = torch.empty(self.header.view.numel())
         start = 0
