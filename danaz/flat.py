@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SLICE_FLOATS = 1 << 16  # 256 KB: what travels, and what a rule passes over, while it is in cache
+SLICE_FLOATS = 1 << 18  # 1 MB: what travels, and what a rule passes over, while it is in cache
 
 
 @dataclass(frozen=True)

@@ -167,6 +167,10 @@ class Streamed:
     slices: Iterator[Tensor]  # f32[n] each, as flat.chunks cuts a vector and as the worker decodes it
     codec: Codec = FP32  # it travels in
 
+    @property
+    def request(self) -> int:
+        return self.header.request
+
     def whole(self) -> Parameters:
         view = torch.empty(self.header.view.numel())
         start = 0

@@ -27,7 +27,7 @@ class Router:
         self._socket = bound.socket
         self._worker_of_key = bound.worker_of_key
         self._rooms: dict[int, Tensor] = {}  # worker -> f32[P], where its pushes are received
-        self._leaving: dict[bytes, zmq.MessageTracker] = {}  # route -> the beginning of the last large reply
+        self._leaving: dict[bytes, tuple[int, zmq.MessageTracker]] = {}  # route -> request, beginning of its answer
 
     def serve(self, core: ServerCore, recorder: Recorder | None, stop: Callable[[], bool]) -> None:
         """Feed ``core`` until it has finished or ``stop()``."""
@@ -102,20 +102,22 @@ class Router:
             assert isinstance(route, bytes)
             if not isinstance(reply, (Streamed, Final)):
                 self._socket.send_multipart([route, *encode(reply)])
-            elif self._may_leave(route):
+            elif self._may_leave(route, reply.request):
                 self._send_large(route, reply)
 
-    def _may_leave(self, route: bytes) -> bool:
-        """Whoever repeats a request and reads no answer has two of them waiting for it, and gets no third."""
-        last = self._leaving.get(route)
-        return last is None or last.done
+    def _may_leave(self, route: bytes, request: int) -> bool:
+        """Whoever repeats a request while the answer still waits to be read gets no second one.
+
+        A new request says that the answers before it were read.
+        """
+        self._leaving = {each: entry for each, entry in self._leaving.items() if not entry[1].done}
+        return route not in self._leaving or self._leaving[route][0] != request
 
     def _send_large(self, route: bytes, reply: Streamed | Final) -> None:
         pieces = split(reply)
         magic, header, *vectors = next(pieces)
         tracked = zmq.Frame(header, copy=False, track=True, copy_threshold=0)
-        self._leaving = {r: tracker for r, tracker in self._leaving.items() if not tracker.done}
-        self._leaving[route] = tracked.tracker
+        self._leaving[route] = (reply.request, tracked.tracker)
         self._socket.send_multipart([route, magic, tracked, *vectors])
         for head, data in pieces:
             # Copied, for the next slice is worked out in the same memory; and a copy of what is in cache is cheap.

@@ -6,11 +6,12 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
 from danaz.keys import ServerKeys
+from danaz.server.memory import keep_freed_memory
 
 LINGER_MS = 5000  # for the last replies to leave when the server ends
 MAX_MESSAGE_BYTES = 8 << 30
 HANDSHAKE_MS = 10_000  # a peer that does not finish it is dropped
-AHEAD_MESSAGES = 16  # that ZeroMQ receives from each peer before they are asked for: 4 MB of a push
+AHEAD_MESSAGES = 4  # that ZeroMQ receives from each peer before they are asked for: 4 MB of a push
 SILENCE_S = 60  # that a connection may leave what it was sent unacknowledged, before it is cut
 
 
@@ -33,6 +34,7 @@ class BoundRouter:
         A peer that sends a larger frame than MAX_MESSAGE_BYTES is disconnected before the frame is read. Raises
         zmq.ZMQError if the address cannot be bound.
         """
+        keep_freed_memory()
         self._context = zmq.Context()
         self._authenticator: ThreadAuthenticator | None = None
         self.worker_of_key = None if keys is None else {key: number for number, key in enumerate(keys.workers)}

@@ -169,8 +169,9 @@ class WorkerCore:
     def _displacement(self, grad: Tensor, lr: tuple[float, ...]) -> Tensor:
         """What the rule makes of one gradient, f32[P]; its vectors move on tentatively."""
         out, new = torch.empty_like(grad), self._spare.pop()
-        for group, (start, stop) in enumerate(self.role.layout.groups):
-            context = Context(lr[group], self._current_lr[group], 0.0, 0, self.version, 0)
+        contexts = [Context(*rates, 0.0, 0, self.version, 0) for rates in zip(lr, self._current_lr, strict=True)]
+        for group, start, stop in self.role.layout.slices():
+            context = contexts[group]
             old = _cut(self._current, start, stop)
             self.rule.push(out[start:stop], grad[start:stop], old, _cut(new, start, stop), context)
         if self._current is not self._committed:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from danaz.keys import WorkerKeys
 from danaz.server.core import ServerCore
+from danaz.server.memory import keep_freed_memory
 from danaz.server.messages import Heartbeat, Parameters, Reply
 from danaz.server.wire import Inbox, StrayChunkError, WireError, encode, split
 from danaz.worker.core import Backoff, Request, answers
@@ -24,7 +25,7 @@ RETRY_LONGEST_S = 30.0
 RECONNECT_FIRST_MS = 100  # ZeroMQ doubles it up to the longest, and adds jitter of its own
 RECONNECT_LONGEST_MS = 5000
 GIVE_UP_S = 600.0
-AHEAD_MESSAGES = 16  # that ZeroMQ receives before they are asked for: 4 MB of a view
+AHEAD_MESSAGES = 4  # that ZeroMQ receives before they are asked for: 4 MB of a view
 
 
 class ServerLostError(ConnectionError):
@@ -50,6 +51,7 @@ class DealerLink:
     def __init__(
         self, address: str, heartbeat: Heartbeat, give_up_s: float = GIVE_UP_S, keys: WorkerKeys | None = None
     ):
+        keep_freed_memory()
         self._context = zmq.Context()
         self._keys = keys
         self._socket = self._dealer(address)
