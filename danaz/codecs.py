@@ -66,7 +66,7 @@ class Fp32:
 
     def decode(self, data: Data, out: Tensor) -> None:
         _expect_bytes(self, data, out)
-        out.copy_(_tensor_of(data, np.float32))
+        np.copyto(out.numpy(), np.frombuffer(data, np.float32))
 
 
 class Half:
@@ -214,8 +214,9 @@ class TopK:
 
 # ---- by name -------------------------------------------------------------------------------------------------------
 
+FP32 = Fp32()
 VIEW_CODECS: dict[str, Codec] = {
-    codec.name: codec for codec in (Fp32(), Half("bf16", torch.bfloat16), Half("fp16", torch.float16))
+    codec.name: codec for codec in (FP32, Half("bf16", torch.bfloat16), Half("fp16", torch.float16))
 }
 PUSH_CODECS: dict[str, Codec] = {**VIEW_CODECS, OneBit.name: OneBit()}
 
@@ -256,11 +257,8 @@ class Encoded:
     """A vector as it travels, chunk by chunk."""
 
     codec: str
-    chunks: tuple[Data, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(map(len, self.chunks))
+    nbytes: int
+    chunks: tuple[Data, ...] = ()  # none where they have been decoded
 
 
 Spans = Sequence[tuple[int, int]]  # (start, stop) of each chunk
@@ -278,7 +276,7 @@ def pass_through(codec: Codec, vector: Tensor, spans: Spans) -> Encoded:
         data = codec.encode(vector[start:stop])
         codec.decode(data, vector[start:stop])
         chunks.append(data)
-    return Encoded(codec.name, tuple(chunks))
+    return Encoded(codec.name, sum(map(len, chunks)), tuple(chunks))
 
 
 class Compressor:
@@ -310,7 +308,7 @@ class Compressor:
             kept.sub_(sent)
             chunks.append(data)
         self._under_way = True
-        return Encoded(self.codec.name, tuple(chunks))
+        return Encoded(self.codec.name, sum(map(len, chunks)), tuple(chunks))
 
     def settle(self, applied: bool) -> None:
         """The push that was under way, if one was, has been applied or not."""
