@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from typer.testing import CliRunner
 
+from danaz.cli import app
 from danaz.config import load_config
 from danaz.launching import LaunchError, check_workers
 from danaz.server.messages import Parameters, Push
@@ -138,3 +141,21 @@ class TestRefused:
 
     def test_fp32_is_for_everyone(self):
         check_workers(settings_of("algorithm=easgd", "wire=fp32", "wire_view=fp32"))
+
+
+class TestCommand:
+    def test_options_of_simulate(self, tmp_path):
+        run = tmp_path / "run"
+        options = "--wire onebit --wire-view bf16 --sync-period 2 -n 2 --set epochs=1 --set threads=1"
+        result = CliRunner().invoke(app, ["simulate", str(QUADRATIC), *options.split(), "--out", str(run)])
+        assert result.exit_code == 0, result.output
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        assert (config["wire"], config["wire_view"], config["sync_period"]) == ("onebit", "bf16", 2)
+        assert len((run / "updates.jsonl").read_text().splitlines()) == 50
+
+    def test_what_cannot_be(self, tmp_path):
+        options = ["-a", "easgd", "--wire", "onebit", "--out", str(tmp_path / "run")]
+        result = CliRunner().invoke(app, ["simulate", str(QUADRATIC), *options])
+        assert result.exit_code != 0
+        assert "its workers push parameters" in " ".join(result.output.split())
+        assert not (tmp_path / "run").exists()
