@@ -6,11 +6,15 @@ ended; ``connect(address, floats, worker, workers)`` returns a function that mak
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import secrets
 import socket
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +29,13 @@ class Peer:
     name: str
     serve: Callable[[Ready, int, int], None]
     connect: Callable[[str, int, int, int], Exchange]
+    needs: str = ""  # a package of the extra `bench`
+
+    @property
+    def missing(self) -> str:
+        """Why it cannot be measured here, if it cannot."""
+        there = not self.needs or importlib.util.find_spec(self.needs)
+        return "" if there else f"{self.name} is left out: {self.needs} is not installed (pip install 'danaz[bench]')"
 
 
 # ---- danaz -----------------------------------------------------------------------------------------------------------
@@ -177,7 +188,8 @@ def _apply(grad: torch.Tensor) -> torch.Tensor:
 def _init_rpc(address: str, name: str, rank: int, workers: int) -> None:
     from torch.distributed import rpc
 
-    options = rpc.TensorPipeRpcBackendOptions(init_method=address)
+    # Over TCP as everyone else; left to itself, TensorPipe takes shared memory between processes of one machine.
+    options = rpc.TensorPipeRpcBackendOptions(init_method=address, _transports=["uv"], _channels=["basic"])
     rpc.init_rpc(name, rank=rank, world_size=workers + 1, rpc_backend_options=options)
 
 
@@ -196,6 +208,43 @@ def _connect_rpc(address: str, floats: int, worker: int, workers: int) -> Exchan
     return lambda: rpc.rpc_sync("server", _apply, args=(grad,))
 
 
+# ---- Ray: an actor that applies θ ← θ − ηg; arrays travel through its shared-memory store --------------------------
+
+
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # the children inherit it
+
+
+def _serve_ray(ready: Ready, floats: int, workers: int) -> None:
+    import ray
+
+    here: dict[str, Any] = {"_node_ip_address": "127.0.0.1", "include_dashboard": False, "log_to_driver": False}
+    context = ray.init(num_cpus=workers + 1, logging_level="error", **here)
+
+    @ray.remote(num_cpus=0)
+    class Server:
+        def __init__(self) -> None:
+            self.params = np.zeros(floats, np.float32)
+
+        def update(self, grad: np.ndarray) -> np.ndarray:
+            self.params -= 1e-6 * grad
+            return self.params
+
+    server = Server.options(name="server", namespace="bench").remote()
+    ray.get(server.update.remote(np.zeros(floats, np.float32)))
+    ready(context.address_info["address"])
+    threading.Event().wait()
+
+
+def _connect_ray(address: str, floats: int, worker: int, workers: int) -> Exchange:
+    import ray
+
+    there: dict[str, Any] = {"_node_ip_address": "127.0.0.1", "log_to_driver": False}
+    ray.init(address=address, namespace="bench", logging_level="error", **there)
+    server = ray.get_actor("server")
+    grad = np.full(floats, 1e-6, np.float32)
+    return lambda: ray.get(server.update.remote(grad))
+
+
 PEERS = [
     danaz("asgd"),
     danaz("dana"),
@@ -206,6 +255,7 @@ PEERS = [
     Peer("TCP ping-pong", _serve_tcp, _connect_tcp),
     Peer("gloo send/recv", _serve_gloo, _connect_gloo),
     Peer("torch RPC", _serve_rpc, _connect_rpc),
+    Peer("Ray actor", _serve_ray, _connect_ray, needs="ray"),
 ]
 
 
