@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import secrets
 import socket
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
 
 import numpy as np
 import torch
 import zmq
+
+from danaz.keys import ServerKeys, WorkerKeys, make_keys
 
 Exchange = Callable[[], object]
 Ready = Callable[[str], None]
@@ -41,7 +42,15 @@ class Peer:
 # ---- danaz -----------------------------------------------------------------------------------------------------------
 
 
-def danaz(algorithm: str, gap: bool = False) -> Peer:
+MOST_WORKERS = 64
+
+
+@cache
+def _keys() -> tuple[ServerKeys, list[WorkerKeys]]:
+    return make_keys(MOST_WORKERS)
+
+
+def danaz(algorithm: str, gap: bool = False, encrypted: bool = False) -> Peer:
     """The real server loop and link; the push is at hand, as it is for every peer, and always the same."""
 
     def serve(ready: Ready, floats: int, workers: int) -> None:
@@ -50,7 +59,7 @@ def danaz(algorithm: str, gap: bool = False) -> Peer:
         from danaz.server.settings import ServerSettings
         from danaz.server.socket import BoundRouter
 
-        bound = BoundRouter("tcp://127.0.0.1:0")
+        bound = BoundRouter("tcp://127.0.0.1:0", _keys()[0] if encrypted else None)
         ready(bound.address)
         core = ServerCore(ServerSettings(algorithm, workers, gap_every=int(gap)))
         Router(bound).serve(core, None, lambda: False)
@@ -61,7 +70,7 @@ def danaz(algorithm: str, gap: bool = False) -> Peer:
         from danaz.worker.link import DealerLink
 
         layout, plan = Layout.from_lists([[["w", [floats], [1]]], [], [floats]]), Plan(1 << 40, 1)
-        link = DealerLink(address, Heartbeat(worker, 1))
+        link = DealerLink(address, Heartbeat(worker, 1), keys=_keys()[1][worker] if encrypted else None)
         grad = torch.full((floats,), 1e-6)
         params = torch.zeros(floats) if worker == 0 else None
         last = link.exchange(Join(worker, 1, 1, "", 0.9, layout, plan, 1, params))
@@ -78,7 +87,10 @@ def danaz(algorithm: str, gap: bool = False) -> Peer:
 
         return exchange
 
-    return Peer(f"danaz {algorithm}" + (" gap on" if gap else ""), serve, connect)
+    if encrypted:
+        _keys()  # before any process is forked
+    name = " ".join(["danaz", algorithm, *["gap on"] * gap, *["encrypted"] * encrypted])
+    return Peer(name, serve, connect)
 
 
 # ---- the same bytes without arithmetic -------------------------------------------------------------------------------
@@ -211,14 +223,13 @@ def _connect_rpc(address: str, floats: int, worker: int, workers: int) -> Exchan
 # ---- Ray: an actor that applies θ ← θ − ηg; arrays travel through its shared-memory store --------------------------
 
 
-os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # the children inherit it
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # processes that join a cluster of Ray's here have no token file
 
 
 def _serve_ray(ready: Ready, floats: int, workers: int) -> None:
     import ray
 
-    here: dict[str, Any] = {"_node_ip_address": "127.0.0.1", "include_dashboard": False, "log_to_driver": False}
-    context = ray.init(num_cpus=workers + 1, logging_level="error", **here)
+    context = ray.init(num_cpus=workers + 1, include_dashboard=False, log_to_driver=False, logging_level="error")
 
     @ray.remote(num_cpus=0)
     class Server:
@@ -238,8 +249,7 @@ def _serve_ray(ready: Ready, floats: int, workers: int) -> None:
 def _connect_ray(address: str, floats: int, worker: int, workers: int) -> Exchange:
     import ray
 
-    there: dict[str, Any] = {"_node_ip_address": "127.0.0.1", "log_to_driver": False}
-    ray.init(address=address, namespace="bench", logging_level="error", **there)
+    ray.init(address=address, namespace="bench", log_to_driver=False, logging_level="error")
     server = ray.get_actor("server")
     grad = np.full(floats, 1e-6, np.float32)
     return lambda: ray.get(server.update.remote(grad))
@@ -251,6 +261,7 @@ PEERS = [
     danaz("dana-zero"),
     danaz("dana-ga"),
     danaz("dana", gap=True),
+    danaz("dana", encrypted=True),
     Peer("ROUTER echo", _serve_echo, _connect_echo),
     Peer("TCP ping-pong", _serve_tcp, _connect_tcp),
     Peer("gloo send/recv", _serve_gloo, _connect_gloo),
