@@ -37,7 +37,7 @@ format: $(PACKAGES) ## Rewrite the sources in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench-server: setup ## Measure the server beside its peers (20 minutes; leave the machine alone meanwhile)
+bench-server: setup ## Measure the server beside its peers (40 minutes; leave the machine alone meanwhile)
 	$(BIN)/python benchmarks/server.py
 
 bench-simulator: setup ## Measure a simulated update against a plain PyTorch loop (1 minute)

@@ -114,11 +114,20 @@ def serving(
 class LiveWorker(threading.Thread):
     """Trains ½‖θ − 1‖² over a real socket, from the join to the last word."""
 
-    def __init__(self, address: str, number: int, settings: ServerSettings, plan: Plan, keys: WorkerKeys | None = None):
+    def __init__(
+        self,
+        address: str,
+        number: int,
+        settings: ServerSettings,
+        plan: Plan,
+        keys: WorkerKeys | None = None,
+        size: int = SIZE,
+    ):
         super().__init__()
+        self.size = size
         self.keys = keys
         self.settings, self.address = settings, address
-        self.role = Role(number, 1, DIGEST, 0.9, layout_of(SIZE, buffers=1), plan)
+        self.role = Role(number, 1, DIGEST, 0.9, layout_of(size, buffers=1), plan)
         self.final: Final | None = None
         self.error: BaseException | None = None
 
@@ -139,7 +148,7 @@ class LiveWorker(threading.Thread):
             core.receive(reply)
             return reply
 
-        reply = ask(core.join(torch.zeros(SIZE) if self.role.worker == 0 else None))
+        reply = ask(core.join(torch.zeros(self.size) if self.role.worker == 0 else None))
         while True:
             assert isinstance(reply, Parameters), reply
             if reply.done:
