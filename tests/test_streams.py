@@ -20,6 +20,7 @@ from torch import Tensor
 from danaz.flat import SLICE_FLOATS, Layout
 from danaz.server import wire
 from danaz.server.core import ServerCore, Streams
+from danaz.server.master import Master
 from danaz.server.members import Member
 from danaz.server.messages import (
     Final,
@@ -508,3 +509,14 @@ def test_a_view_stays_until_the_answer_after_the_next():
         assert (second.view == 1).all()
         assert third.view.data_ptr() == first.view.data_ptr(), "no new memory for each"
         link.close()
+
+
+def test_the_gap_of_layers_that_cross_slices():
+    sizes = [5, SLICE_FLOATS, 0, SLICE_FLOATS - 7, 2, 1000]
+    layers = [[f"layer{number}", [size], [1]] for number, size in enumerate(sizes)]
+    layout = Layout.from_lists([layers, [], [sum(sizes)]])
+    params, view = torch.randn(2, sum(sizes), generator=torch.Generator().manual_seed(3))
+    master = Master(settings_for(1).rule(0.9), layout, params)
+    deltas = (params.double() - view.double()).split(sizes)
+    expected = sum(float(delta.norm()) / size**0.5 for delta, size in zip(deltas, sizes, strict=True) if size)
+    assert master.gap(view) == pytest.approx(expected, rel=1e-6)

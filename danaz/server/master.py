@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from danaz.codecs import FP32, Codec
-from danaz.flat import SLICE_FLOATS, Layout, chunks
+from danaz.flat import SLICE_FLOATS, Entry, Layout, chunks
 from danaz.rules import Context, Rule
 from danaz.server.members import Member
 from danaz.server.messages import is_announced
@@ -46,7 +46,10 @@ class Master:
         self.version = 0
         self._taking_part: list[Member] = []
         self.shared = self._zeros(rule.shared_state)
-        self._slice = torch.empty(min(SLICE_FLOATS, layout.size))  # of a view
+        self._slice = torch.empty(min(SLICE_FLOATS, layout.size))  # scratch
+        self._layers = [entry for entry in layout.parameters if entry.size]
+        self._roots = torch.tensor([entry.size for entry in self._layers], dtype=torch.float64).sqrt()
+        self._layers_of_slice = [(*span, *_cut_layers(self._layers, *span)) for span in chunks(layout.size)]
         self.lr = self.max_lr = (0.0,) * len(layout.groups)  # of the last update, and the largest, per group
 
     @property
@@ -156,11 +159,19 @@ class Master:
         return vectors
 
     def gap(self, view: Tensor) -> float | None:
-        """G(θ − θ̂ᵢ) for the last view f32[P] sent to a worker (arXiv 1907.11612, section 3), None if not finite."""
-        delta = self.params - view
-        if self.ahead is not None and self._on_lookahead:
-            delta.add_(self.ahead())
-        gap = layerwise_gap(delta, self.layout)
+        """G(θ − θ̂ᵢ) for the last view f32[P] sent to a worker (arXiv 1907.11612, section 3), None if not finite.
+
+        G(Δ) = Σ over layers ψ of ‖Δψ‖₂ / √(size of ψ).
+        """
+        params, ahead = self.params, self.ahead() if self.ahead is not None and self._on_lookahead else None
+        squares = torch.zeros(len(self._layers), dtype=torch.float64)
+        for start, stop, first, spans in self._layers_of_slice:
+            delta = torch.sub(params[start:stop], view[start:stop], out=self._slice[: stop - start])
+            if ahead is not None:
+                delta.add_(ahead[start:stop])
+            norms = torch._foreach_norm([delta[at:end] for at, end in spans])
+            squares[first : first + len(spans)] += torch.stack(norms).double().square()
+        gap = float((squares.sqrt() / self._roots).sum())
         return gap if isfinite(gap) else None
 
     @property
@@ -179,11 +190,11 @@ class Master:
         return norm if isfinite(norm) else None
 
 
-def layerwise_gap(delta: Tensor, layout: Layout) -> float:
-    """G(Δ) = Σ over layers ψ of ‖Δψ‖₂ / √(size of ψ), for Δ f32[P]."""
-    layers = [e for e in layout.parameters if e.size]
-    norms = torch.stack(torch._foreach_norm([delta[e.start : e.stop] for e in layers]))
-    return float((norms / torch.tensor([e.size for e in layers]).sqrt()).sum())
+def _cut_layers(layers: Sequence[Entry], start: int, stop: int) -> tuple[int, list[tuple[int, int]]]:
+    """The first of ``layers`` in the slice from ``start`` to ``stop``, and where in it each layer of it lies."""
+    within = [number for number, entry in enumerate(layers) if entry.start < stop and entry.stop > start]
+    spans = [(max(layers[n].start, start) - start, min(layers[n].stop, stop) - start) for n in within]
+    return within[0], spans
 
 
 def all_finite(tensor: Tensor) -> bool:
