@@ -12,7 +12,7 @@ RECIPE   := $(wildcard danaz/horovod_install/recipe.py danaz/horovod_install/too
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast lint format bench-server bench-simulator clean
+.PHONY: help setup demo test test-fast lint format bench-server bench-simulator bench-scale clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,11 +37,14 @@ format: $(PACKAGES) ## Rewrite the sources in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench-server: setup ## Measure the server beside its peers (20 minutes; leave the machine alone meanwhile)
+bench-server: setup ## Measure the server beside its peers (40 minutes; leave the machine alone meanwhile)
 	$(BIN)/python benchmarks/server.py
 
 bench-simulator: setup ## Measure a simulated update against a plain PyTorch loop (1 minute)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/simulator.py configs/digits.yaml
+
+bench-scale: setup ## Measure how many workers one server carries (2 minutes; leave the machine alone meanwhile)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/scale.py
 
 clean: ## Remove .venv, runs and caches; wheels kept in ~/.cache/danaz stay
 	rm -rf $(VENV) runs build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

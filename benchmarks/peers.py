@@ -6,15 +6,20 @@ ended; ``connect(address, floats, worker, workers)`` returns a function that mak
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import socket
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
 import zmq
+
+from danaz.keys import ServerKeys, WorkerKeys, make_keys
 
 Exchange = Callable[[], object]
 Ready = Callable[[str], None]
@@ -25,13 +30,28 @@ class Peer:
     name: str
     serve: Callable[[Ready, int, int], None]
     connect: Callable[[str, int, int, int], Exchange]
+    needs: str = ""  # a package of the extra `bench`
+
+    @property
+    def missing(self) -> str:
+        """Why it cannot be measured here, if it cannot."""
+        there = not self.needs or importlib.util.find_spec(self.needs)
+        return "" if there else f"{self.name} is left out: {self.needs} is not installed (pip install 'danaz[bench]')"
 
 
 # ---- danaz -----------------------------------------------------------------------------------------------------------
 
 
-def danaz(algorithm: str, gap: bool = False) -> Peer:
-    """The real server loop and worker core; the gradient is always the same vector."""
+MOST_WORKERS = 64
+
+
+@cache
+def _keys() -> tuple[ServerKeys, list[WorkerKeys]]:
+    return make_keys(MOST_WORKERS)
+
+
+def danaz(algorithm: str, gap: bool = False, encrypted: bool = False) -> Peer:
+    """The real server loop and link; the push is at hand, as it is for every peer, and always the same."""
 
     def serve(ready: Ready, floats: int, workers: int) -> None:
         from danaz.server.core import ServerCore
@@ -39,36 +59,38 @@ def danaz(algorithm: str, gap: bool = False) -> Peer:
         from danaz.server.settings import ServerSettings
         from danaz.server.socket import BoundRouter
 
-        bound = BoundRouter("tcp://127.0.0.1:0")
+        bound = BoundRouter("tcp://127.0.0.1:0", _keys()[0] if encrypted else None)
         ready(bound.address)
         core = ServerCore(ServerSettings(algorithm, workers, gap_every=int(gap)))
         Router(bound).serve(core, None, lambda: False)
 
     def connect(address: str, floats: int, worker: int, workers: int) -> Exchange:
         from danaz.flat import Layout
-        from danaz.server.messages import Heartbeat, Plan
-        from danaz.server.settings import ServerSettings
-        from danaz.worker.core import Role, WorkerCore
+        from danaz.server.messages import Heartbeat, Join, Parameters, Plan, Push
         from danaz.worker.link import DealerLink
 
-        layout = Layout.from_lists([[["w", [floats], [1]]], [], [floats]])
-        rule = ServerSettings(algorithm, workers).rule(momentum=0.9)
-        core = WorkerCore(Role(worker, 1, "", 0.9, layout, Plan(1 << 40, 1)), rule.worker_rule)
-        link = DealerLink(address, Heartbeat(worker, 1))
+        layout, plan = Layout.from_lists([[["w", [floats], [1]]], [], [floats]]), Plan(1 << 40, 1)
+        link = DealerLink(address, Heartbeat(worker, 1), keys=_keys()[1][worker] if encrypted else None)
         grad = torch.full((floats,), 1e-6)
-        reply = link.exchange(core.join(torch.zeros(floats) if worker == 0 else None))
-        core.receive(reply)
-        leases = list(reply.leases)
+        params = torch.zeros(floats) if worker == 0 else None
+        last = link.exchange(Join(worker, 1, 1, "", 0.9, layout, plan, 1, params))
+        request = 1
 
         def exchange() -> object:
-            reply = link.exchange(core.push(grad, (1e-6,), 1, None, leases[0]))
-            core.receive(reply)
-            leases[:] = reply.leases
-            return reply.view
+            nonlocal last, request
+            assert isinstance(last, Parameters), last
+            request += 1
+            last = link.exchange(
+                Push(worker, 1, request, last.version, (1e-6,), 1, None, last.leases[0], grad),
+            )
+            return last
 
         return exchange
 
-    return Peer(f"danaz {algorithm}" + (" gap on" if gap else ""), serve, connect)
+    if encrypted:
+        _keys()  # before any process is forked
+    name = " ".join(["danaz", algorithm, *["gap on"] * gap, *["encrypted"] * encrypted])
+    return Peer(name, serve, connect)
 
 
 # ---- the same bytes without arithmetic -------------------------------------------------------------------------------
@@ -178,7 +200,8 @@ def _apply(grad: torch.Tensor) -> torch.Tensor:
 def _init_rpc(address: str, name: str, rank: int, workers: int) -> None:
     from torch.distributed import rpc
 
-    options = rpc.TensorPipeRpcBackendOptions(init_method=address)
+    # Over TCP as everyone else; left to itself, TensorPipe takes shared memory between processes of one machine.
+    options = rpc.TensorPipeRpcBackendOptions(init_method=address, _transports=["uv"], _channels=["basic"])
     rpc.init_rpc(name, rank=rank, world_size=workers + 1, rpc_backend_options=options)
 
 
@@ -197,16 +220,53 @@ def _connect_rpc(address: str, floats: int, worker: int, workers: int) -> Exchan
     return lambda: rpc.rpc_sync("server", _apply, args=(grad,))
 
 
+# ---- Ray: an actor that applies θ ← θ − ηg; arrays travel through its shared-memory store --------------------------
+
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # processes that join a cluster of Ray's here have no token file
+
+
+def _serve_ray(ready: Ready, floats: int, workers: int) -> None:
+    import ray
+
+    context = ray.init(num_cpus=workers + 1, include_dashboard=False, log_to_driver=False, logging_level="error")
+
+    @ray.remote(num_cpus=0)
+    class Server:
+        def __init__(self) -> None:
+            self.params = np.zeros(floats, np.float32)
+
+        def update(self, grad: np.ndarray) -> np.ndarray:
+            self.params -= 1e-6 * grad
+            return self.params
+
+    server = Server.options(name="server", namespace="bench").remote()
+    ray.get(server.update.remote(np.zeros(floats, np.float32)))
+    ready(context.address_info["address"])
+    threading.Event().wait()
+
+
+def _connect_ray(address: str, floats: int, worker: int, workers: int) -> Exchange:
+    import ray
+
+    ray.init(address=address, namespace="bench", log_to_driver=False, logging_level="error")
+    server = ray.get_actor("server")
+    grad = np.full(floats, 1e-6, np.float32)
+    return lambda: ray.get(server.update.remote(grad))
+
+
 PEERS = [
     danaz("asgd"),
     danaz("dana"),
     danaz("dana-zero"),
     danaz("dana-ga"),
     danaz("dana", gap=True),
+    danaz("dana", encrypted=True),
     Peer("ROUTER echo", _serve_echo, _connect_echo),
     Peer("TCP ping-pong", _serve_tcp, _connect_tcp),
     Peer("gloo send/recv", _serve_gloo, _connect_gloo),
     Peer("torch RPC", _serve_rpc, _connect_rpc),
+    Peer("Ray actor", _serve_ray, _connect_ray, needs="ray"),
 ]
 
 

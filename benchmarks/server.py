@@ -1,6 +1,6 @@
 """Update exchanges per second of danaz' server, beside its peers and the bare transports, in one run.
 
-    python benchmarks/server.py                                    # 1.1, 11 and 102 MB; 1, 2 and 4 workers
+    python benchmarks/server.py                                    # 1.1, 11 and 102 MB; 1, 2, 4 and 8 workers
     python benchmarks/server.py --megabytes 1.1 --workers 1 --repetitions 3
 
 One exchange: a worker process pushes P floats over TCP loopback, the server applies them and sends P floats back.
@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -58,21 +58,29 @@ def measure(peer: Peer, floats: int, workers: int, seconds: float) -> Measured:
             client.start()
         for pipe, _ in pipes:
             _get(pipe)
-        process = psutil.Process(server.pid)
-        before = process.cpu_times()
+        cpu_before_s, _ = _usage(server.pid)
         for pipe, _ in pipes:
             pipe.send("go")
-        rate = sum(_get(pipe) for pipe, _ in pipes)
-        after, resident = process.cpu_times(), process.memory_info().rss
-        cpu_s = (after.user - before.user) + (after.system - before.system)
-        return Measured(rate, cpu_s / max(1.0, rate * seconds), resident)
+        rate = sum(float(_get(pipe)) for pipe, _ in pipes)
+        cpu_s, resident = _usage(server.pid)
+        return Measured(rate, (cpu_s - cpu_before_s) / max(1.0, rate * seconds), resident)
     finally:
-        for child in (*multiprocessing.active_children(),):
-            child.kill()
+        family = psutil.Process().children(recursive=True)  # some peers' servers are several processes
+        for each in family:
+            each.kill()
+        for child in multiprocessing.active_children():
             child.join()
 
 
-def _get(pipe: Connection) -> object:
+def _usage(pid: int | None) -> tuple[float, int]:
+    """CPU seconds and resident bytes of a process and all below it."""
+    server = psutil.Process(pid)
+    family = [server, *server.children(recursive=True)]
+    times = [process.cpu_times() for process in family]
+    return sum(t.user + t.system for t in times), sum(process.memory_info().rss for process in family)
+
+
+def _get(pipe: Connection) -> Any:
     if not pipe.poll(START_S):
         raise TimeoutError("a server or worker did not answer")
     return pipe.recv()
@@ -94,6 +102,9 @@ def _work(peer: Peer, address: str, floats: int, worker: int, workers: int, seco
 
 def rows(options: argparse.Namespace) -> Iterator[dict[str, object]]:
     peers = [peer for peer in PEERS if not options.only or peer.name in options.only]
+    for missing in filter(None, (peer.missing for peer in peers)):
+        print(missing)
+    peers = [peer for peer in peers if not peer.missing]
     for megabytes in options.megabytes:
         floats = int(megabytes * 1e6 / 4)
         for workers in options.workers:
@@ -139,7 +150,7 @@ def draw(table: list[dict[str, object]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, nargs="+", default=[1.1, 11, 102])
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.5)
     parser.add_argument("--only", nargs="+", help="names of peers")

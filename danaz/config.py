@@ -66,6 +66,18 @@ def _schedule(value: str) -> str:
     return value
 
 
+def _push_codec(name: str) -> str:
+    from danaz.codecs import push_codec  # with torch, which a config alone does not need
+
+    return push_codec(name).name
+
+
+def _view_codec(name: str) -> str:
+    from danaz.codecs import view_codec
+
+    return view_codec(name).name
+
+
 Int = Annotated[int, BeforeValidator(_number)]
 Float = Annotated[float, BeforeValidator(_number)]
 
@@ -125,6 +137,13 @@ class Config(_Checked):
     sync_period: Int | None = Field(
         None, ge=1, description="mini-batches between a worker's pushes; default: the algorithm's own"
     )
+    wire: Annotated[str, AfterValidator(_push_codec)] = Field(
+        "fp32", description="how pushes travel: fp32, bf16, fp16, onebit or topk:SHARE, with error feedback"
+    )
+    wire_view: Annotated[str, AfterValidator(_view_codec)] = Field(
+        "fp32", description="how views travel: fp32, bf16 or fp16"
+    )
+    wire_warmup_epochs: Float = Field(0.0, ge=0, description="epochs of the cluster before pushes are compressed")
     algorithm: str = Field("dana", description="update rule, e.g. dana; or ssgd for synchronous training")
     workers: Int = Field(1, ge=1, description="machines that train asynchronously, each one worker")
     schedule: Annotated[str, AfterValidator(_schedule)] = Field(

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+SLICE_FLOATS = 1 << 18  # 1 MB: what travels, and what a rule passes over, while it is in cache
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -56,11 +58,13 @@ class Layout:
     def buffer_size(self) -> int:
         return self.buffers[-1].stop if self.buffers else 0
 
-    def slices(self, longest: int) -> Iterator[tuple[int, int, int]]:
-        """(group, start, stop) that tile the vector: no slice is longer than ``longest`` or crosses a group."""
+    def slices(self, longest: int = SLICE_FLOATS) -> Iterator[tuple[int, int, int]]:
+        """(group, start, stop) that tile the vector: no slice crosses a group or a multiple of ``longest``."""
         for group, (start, stop) in enumerate(self.groups):
-            for at in range(start, stop, longest):
-                yield group, at, min(at + longest, stop)
+            while start < stop:
+                end = min(start - start % longest + longest, stop)
+                yield group, start, end
+                start = end
 
     def layers(self) -> Iterator[tuple[int, int, int]]:
         """(group, start, stop) of each parameter tensor."""
@@ -90,6 +94,11 @@ class Layout:
         if (layout.groups[-1][1] if layout.groups else 0) != layout.size:
             raise ValueError("not a layer table: its groups do not add up to its parameters")
         return layout
+
+
+def chunks(size: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the chunks that a vector f32[size] travels in."""
+    return ((start, min(start + SLICE_FLOATS, size)) for start in range(0, size, SLICE_FLOATS))
 
 
 def _spans(sizes: Sequence[int]) -> tuple[tuple[int, int], ...]:

@@ -16,6 +16,7 @@ from danaz.invitation import Errand, Invitation, write_invitations
 from danaz.keys import ServerKeys, make_keys, to_json
 from danaz.reach import Reach, find_machines
 from danaz.resuming import write_options
+from danaz.rules import Rule
 from danaz.run_folder import free_run_folder, read_summary, write_settings
 from danaz.settings import Settings
 from launcher.hosts import Host
@@ -152,11 +153,29 @@ def check_workers(settings: Settings) -> None:
     rule = settings.for_server().rule(momentum=0.9)
     if settings.schedule == "live" and not rule.live:
         raise LaunchError(f"{settings.algorithm} has no server, and runs in the simulator only: danaz simulate …")
+    _check_wire(settings, rule)
     limit = rule.max_workers
     if limit is not None and settings.workers > limit:
         raise LaunchError(
             f"{settings.algorithm} trains on {limit} worker, {settings.workers} were asked for; "
             "use --hosts localhost:1, or another --algorithm"
+        )
+
+
+def _check_wire(settings: Settings, rule: Rule) -> None:
+    """Raises LaunchError if vectors of this rule cannot be sent in the codecs that were asked for."""
+    codecs = {"wire": settings.wire, "wire_view": settings.wire_view}
+    asked = " and ".join(f"{key} {name}" for key, name in codecs.items() if name != "fp32")
+    if asked and rule.pushes == "parameters":
+        raise LaunchError(
+            f"{settings.algorithm} cannot train with {asked}: its workers push parameters, and the model itself would "
+            "be rounded each time, and not a step of it. Use fp32, or an algorithm that pushes gradients or "
+            "displacements, such as dana"
+        )
+    if asked and rule.all_reduce and settings.schedule == "live":
+        raise LaunchError(
+            f"{settings.algorithm} has no use for {asked}: live, its workers average by all-reduce, and "
+            "nothing is sent to a server. Use fp32, or an algorithm with a server, such as dana"
         )
 
 

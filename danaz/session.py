@@ -94,7 +94,8 @@ class Session:
                 plan=batching.plan(self.epochs),
                 ahead=ahead,
             )
-            core = WorkerCore(role, rule.worker_rule, optimizer.flat.params.device)
+            compressor = self.settings.compressor(role.layout)
+            core = WorkerCore(role, rule.worker_rule, optimizer.flat.params.device, compressor=compressor)
             link = self._link(role)
         self._batching = batching
         self._share = self._share_of_batch()

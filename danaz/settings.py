@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from danaz.codecs import Compressor, push_codec
 from danaz.config import Config
+from danaz.flat import Layout, chunks
 from danaz.keys import WorkerKeys, take_worker_keys
 from danaz.server.settings import ServerSettings
 
@@ -24,6 +26,9 @@ class Settings:
     warmup_epochs: float = 0.0
     lr_correction: bool = True
     sync_period: int | None = None
+    wire: str = "fp32"  # codec of pushes
+    wire_view: str = "fp32"  # and of views
+    wire_warmup_epochs: float = 0.0  # of the cluster, in which pushes travel as they are
     gap_every: int = 1
     digest: str = ""  # of the configuration: server and workers must agree
     collective: str = "none"  # horovod or torch; none: a process alone
@@ -42,6 +47,9 @@ class Settings:
             warmup_epochs=config.lr_schedule.warmup_epochs,
             lr_correction=config.lr_correction,
             sync_period=config.sync_period,
+            wire=config.wire,
+            wire_view=config.wire_view,
+            wire_warmup_epochs=config.wire_warmup_epochs,
             gap_every=gap_every(config.gap),
             digest=config.digest(),
             collective=collective,
@@ -66,10 +74,17 @@ class Settings:
             lr_correction=self.lr_correction,
             weight_decay=weight_decay,
             sync_period=self.sync_period,
+            wire_view=self.wire_view,
             gap_every=self.gap_every,
             checkpoint_s=self.checkpoint_s,
             refuse_outliers=self.refuse_outliers,
         )
+
+    def compressor(self, layout: Layout) -> Compressor | None:
+        """What a worker compresses its pushes with, None if it does not."""
+        if self.wire == "fp32":
+            return None
+        return Compressor(push_codec(self.wire), list(chunks(layout.size)), self.wire_warmup_epochs)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

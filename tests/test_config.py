@@ -77,6 +77,9 @@ class TestOverrides:
             "workers": 12,
             "schedule": "round-robin",
             "sync_period": 2,
+            "wire": "topk:0.25",
+            "wire_view": "bf16",
+            "wire_warmup_epochs": 1.5,
             "gap": "every:5",
             "precision": "bf16",
             "channels_last": True,
@@ -123,6 +126,18 @@ class TestErrors:
             f"{path}, --set lr_schedule.milestone=[1]: unknown key 'lr_schedule.milestone' (= [1]); "
             "did you mean 'milestones'? Known keys: factor, milestones, warmup_epochs"
         )
+
+    @pytest.mark.parametrize(
+        ("override", "why"),
+        [
+            ("wire=1bit", "no codec '1bit' for pushes; there are fp32, bf16, fp16, onebit and topk:SHARE"),
+            ("wire=topk:2", "behind topk: comes the share that is kept, above 0 and below 1: topk:0.01"),
+            ("wire_view=onebit", "no codec 'onebit' for views; there are fp32, bf16, fp16"),
+            ("wire_warmup_epochs=-1", "greater than or equal to 0"),
+        ],
+    )
+    def test_codec(self, path: Path, override: str, why: str) -> None:
+        assert why in error_of(path, override)
 
     def test_unknown_choice_suggests_the_nearest(self, path: Path) -> None:
         assert error_of(path, "schedule=roundrobin") == (

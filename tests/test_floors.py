@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     "danaz.rules": 0,
     "danaz.flat": 0,
+    "danaz.codecs": 0,
     "danaz.schedule": 0,
     "danaz.config": 0,
     "danaz.keys": 2,
@@ -148,7 +149,7 @@ def test_nobody_imports_a_higher_floor():
     )
 
 
-@pytest.mark.parametrize("package", ["danaz.rules", "danaz.flat"])
+@pytest.mark.parametrize("package", ["danaz.rules", "danaz.flat", "danaz.codecs"])
 def test_the_ground_floor_knows_nothing_but_itself(package):
     """torch and arithmetic; rules do not even know the flat vector."""
     none_of(

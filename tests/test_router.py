@@ -6,6 +6,7 @@ import pickle
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,20 @@ from torch import Tensor
 from danaz.keys import ServerKeys, WorkerKeys, make_keys
 from danaz.server import router as router_module
 from danaz.server import socket as socket_module
-from danaz.server.core import Replies, ServerCore
-from danaz.server.messages import Final, Heartbeat, Noted, Parameters, Plan, Pull, Push, Refusal, Reply, Request
+from danaz.server.core import Replies, ServerCore, Streams
+from danaz.server.messages import (
+    Final,
+    Heartbeat,
+    Noted,
+    Parameters,
+    Plan,
+    Pull,
+    Push,
+    Refusal,
+    Reply,
+    Request,
+    Streamed,
+)
 from danaz.server.recording import Recorder, replay
 from danaz.server.router import Router
 from danaz.server.settings import ServerSettings
@@ -40,15 +53,33 @@ class Listening(ServerCore):
         super().__init__(settings)
         self.said: list[list[tuple[object, list[bytes]]]] = []
 
-    def handle(self, route, message, now) -> Replies:
-        return self._kept(super().handle(route, message, now))
+    def stream(self, route, message, now) -> Streams:
+        return self._kept(super().stream(route, message, now))
 
-    def tick(self, now) -> Replies:
-        return self._kept(super().tick(now))
+    def stream_tick(self, now) -> Streams:
+        return self._kept(super().stream_tick(now))
 
-    def _kept(self, replies: Replies) -> Replies:
-        self.said.append(as_bytes(replies))
-        return replies
+    def _kept(self, replies: Streams) -> Streams:
+        """A Streamed is heard as it is sent."""
+        said: list[tuple[object, list[bytes]]] = []
+        self.said.append(said)
+        heard: Streams = []
+        for route, reply in replies:
+            said.append((route, []))
+            if isinstance(reply, Streamed):
+                reply = replace(reply, slices=self._overheard(reply, said[-1][1]))
+            else:
+                said[-1][1].extend(bytes(frame) for frame in encode(reply))
+            heard.append((route, reply))
+        return heard
+
+    def _overheard(self, reply: Streamed, frames: list[bytes]) -> Iterator[Tensor]:
+        pieces = []
+        for piece in reply.slices:
+            pieces.append(piece.clone())
+            yield piece
+        view = torch.cat(pieces)
+        frames.extend(bytes(frame) for frame in encode(replace(reply.header, view=view)))
 
 
 def as_bytes(replies: Replies) -> list[tuple[object, list[bytes]]]:
@@ -83,11 +114,20 @@ def serving(
 class LiveWorker(threading.Thread):
     """Trains ½‖θ − 1‖² over a real socket, from the join to the last word."""
 
-    def __init__(self, address: str, number: int, settings: ServerSettings, plan: Plan, keys: WorkerKeys | None = None):
+    def __init__(
+        self,
+        address: str,
+        number: int,
+        settings: ServerSettings,
+        plan: Plan,
+        keys: WorkerKeys | None = None,
+        size: int = SIZE,
+    ):
         super().__init__()
+        self.size = size
         self.keys = keys
         self.settings, self.address = settings, address
-        self.role = Role(number, 1, DIGEST, 0.9, layout_of(SIZE, buffers=1), plan)
+        self.role = Role(number, 1, DIGEST, 0.9, layout_of(size, buffers=1), plan)
         self.final: Final | None = None
         self.error: BaseException | None = None
 
@@ -108,7 +148,7 @@ class LiveWorker(threading.Thread):
             core.receive(reply)
             return reply
 
-        reply = ask(core.join(torch.zeros(SIZE) if self.role.worker == 0 else None))
+        reply = ask(core.join(torch.zeros(self.size) if self.role.worker == 0 else None))
         while True:
             assert isinstance(reply, Parameters), reply
             if reply.done:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import isfinite
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from danaz.codecs import Compressor, push_codec
 from danaz.rules import find_algorithm
 from danaz.server.messages import Bye, Final, Join, Noted, Parameters, Plan, Pull, Refusal
 from danaz.worker.core import Backoff, LocalStep, ProtocolError, Role, WorkerCore, answers
@@ -178,6 +180,71 @@ class TestCommitOnAcceptance:
         push = joined("asgd").push(grad, (0.1,), 1, None, 0)
         grad.fill_(9)
         assert push.push.tolist() == [1, 1, 1]
+
+
+class TestCompressedPushes:
+    """onebit: the mean of what is positive and of what is not."""
+
+    def joined(self, algorithm: str = "asgd", first_epoch: float = 0.0, **hyperparameters: object) -> WorkerCore:
+        rule = find_algorithm(algorithm).rule(**hyperparameters).worker_rule
+        core = WorkerCore(ROLE, rule, compressor=Compressor(push_codec("onebit"), [(0, SIZE)], first_epoch))
+        core.receive(view(core.join().request))
+        return core
+
+    def pushed(self, core: WorkerCore, *grad: float) -> list[float]:
+        return core.push(torch.tensor(grad), (0.1,), 1, None, 0).push.tolist()
+
+    def test_the_server_gets_what_it_would_decode(self):
+        push = self.joined().push(torch.tensor([1.0, 3.0, -1.0]), (0.1,), 1, None, 0)
+        assert push.push.tolist() == [2, 2, -1]
+        assert push.encoded is not None
+        decoded = torch.empty(SIZE)
+        push_codec(push.encoded.codec).decode(push.encoded.chunks[0], decoded)
+        assert decoded.tolist() == [2, 2, -1]
+
+    def test_what_is_lost_goes_with_the_next_push(self):
+        core = self.joined()
+        self.pushed(core, 1.0, 3.0, -1.0)  # lost: -1, 1, 0
+        core.receive(view(2, applied=True))
+        assert self.pushed(core, 2.0, 2.0, -1.0) == [2, 2, -1]  # of 1, 3, -1
+
+    @pytest.mark.parametrize("reply", [view(2, refused="push is not finite"), Refusal(2, "given up", rejoin=True)])
+    def test_but_not_what_a_refused_one_lost(self, reply):
+        core = self.joined()
+        self.pushed(core, 1.0, 3.0, -1.0)
+        core.receive(reply)
+        if isinstance(reply, Refusal):
+            core.receive(view(core.join().request))
+        assert self.pushed(core, 2.0, 4.0, -1.0) == [3, 3, -1]
+
+    def test_who_was_given_up_keeps_it_if_the_push_had_been_applied(self):
+        core = self.joined()
+        self.pushed(core, 1.0, 3.0, -1.0)
+        core.receive(Refusal(2, "worker was silent too long and was given up", rejoin=True))
+        core.receive(replace(view(core.join().request), last_applied=2))
+        assert self.pushed(core, 2.0, 4.0, -1.0) == [3, 3, -1]  # of 1, 5, -1
+        core.receive(view(4, applied=True))
+        assert self.pushed(core, 3.0, 1.0, -1.0) == [2, 2, -1]  # of 1, 3, -1
+
+    def test_not_in_the_first_epochs(self):
+        core = self.joined(first_epoch=1.5)
+        push = core.push(torch.tensor([1.0, 3.0, -1.0]), (0.1,), 1, None, 0)
+        assert (push.push.tolist(), push.encoded) == ([1, 3, -1], None)
+        core.receive(replace(view(2, applied=True), epoch=1.5))
+        assert self.pushed(core, 1.0, 3.0, -1.0) == [2, 2, -1]
+
+    def test_local_steps_are_compressed_as_one(self):
+        core, params = self.joined("asgd", sync_period=2), torch.zeros(SIZE)
+        core.local_step(LocalStep(0, (1.0,), 1, None), params, torch.tensor([1.0, 1.0, 1.0]))
+        push = core.push(torch.tensor([1.0, 3.0, -2.0]), (1.0,), 1, None, 1, params)
+        assert push.push.tolist() == [-3, -3, 1]
+
+    def test_what_is_not_finite_arrives_as_such(self):
+        """For the server to refuse and to count."""
+        core = self.joined()
+        assert any(not isfinite(value) for value in self.pushed(core, 1.0, float("nan"), 2.0))
+        core.receive(view(2, refused="push is not finite"))
+        assert self.pushed(core, 1.0, 3.0, -1.0) == [2, 2, -1]
 
 
 class TestLocalSteps:

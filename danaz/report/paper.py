@@ -73,6 +73,9 @@ GAP_AWARE = Paper(
     },
 )
 
+# DANA paper: ResNet-20 on V100s, one server.
+MEASURED_SPEEDUP: Mapping[int, float] = {24: 16.0}  # number of workers -> speed-up over one
+
 
 def papers_of(config: Mapping[str, Any]) -> list[Paper]:
     """The papers whose experiment this config is."""

@@ -79,9 +79,14 @@ def why_not_push(push: Push, member: Member, job: Job, leases: Leases, life: int
     if push.push.numel() != job.layout.size or len(push.lr) != len(job.layout.groups):
         return "push has the wrong size"
     rates_fit = all(0 <= lr <= MAX_LR for lr in push.lr)
-    if not (rates_fit and push.samples >= 0 and isfinite(push.loss or 0.0) and all_finite(push.push)):
+    if not (rates_fit and push.samples >= 0 and isfinite(push.loss or 0.0) and is_finite(push)):
         return NOT_FINITE
     return ""
+
+
+def is_finite(push: Push) -> bool:
+    """Whether no element is NaN or infinite. A square that is finite says so; one that is not may have overflowed."""
+    return (push.square is not None and isfinite(push.square)) or all_finite(push.push)
 
 
 def why_not_leave(leave: Leave, job: Job) -> str:

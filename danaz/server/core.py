@@ -9,10 +9,12 @@ when the last has left the parameters are final, and all get them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from danaz.codecs import travelling_bytes, view_codec
 from danaz.server.admission import NOT_FINITE, OUTLIER, Job, why_not_join, why_not_leave, why_not_push, why_stranger
 from danaz.server.figures import DIVERGED_LOSS_RATIO, Figures, Update
 from danaz.server.health import Health, size_of
@@ -33,6 +35,8 @@ from danaz.server.messages import (
     Reply,
     Report,
     Request,
+    Streamed,
+    announced,
 )
 from danaz.server.recovery import Recovery
 from danaz.server.settings import ServerSettings
@@ -42,6 +46,7 @@ from danaz.server.updating import update_by
 RESUM_EVERY = 1000  # updates between fresh sums of the velocities, against drift
 DIVERGED_STRIKES = 3  # non-finite pushes in a row, of every live worker
 Replies = list[tuple[Route, Reply]]
+Streams = list[tuple[Route, Reply | Streamed]]
 
 
 class ServerCore:
@@ -78,7 +83,7 @@ class ServerCore:
         self._master: Master | None = None
         self.buffers: list[tuple[int, Tensor]] = []  # updates and buffers f32[B] of each worker that left
         self._milestone: tuple[object, ...] = ()  # the last one
-        self._replies: Replies = []
+        self._replies: Streams = []
 
     @property
     def job(self) -> Job:
@@ -118,6 +123,17 @@ class ServerCore:
 
     def handle(self, route: Route, message: Request, now: float) -> Replies:
         """Take one message; returns the replies it sets free, each with the route it goes to."""
+        return whole(self.stream(route, message, now))
+
+    def tick(self, now: float) -> Replies:
+        """Let time pass: workers that were silent too long are lost."""
+        return whole(self.stream_tick(now))
+
+    def stream(self, route: Route, message: Request, now: float) -> Streams:
+        """As ``handle``, but views are worked out while they are sent.
+
+        Until a Streamed is used up, or given up, ``message`` must stay as it is and nothing else be asked of the core.
+        """
         if isinstance(message, Join):
             self._join(route, message, now)
             return self._settle(now)
@@ -135,12 +151,25 @@ class ServerCore:
             self._serve(member, message, repeated, now)
         return self._settle(now)
 
-    def tick(self, now: float) -> Replies:
-        """Let time pass: workers that were silent too long are lost."""
+    def stream_tick(self, now: float) -> Streams:
+        """As ``tick``, but views are worked out while they are sent."""
         for member in self.members.values():
             if member.alive and not member.said_bye and now - member.heard_at > self.settings.worker_timeout_s:
                 self._lose(member)
         return self._settle(now)
+
+    def takes(self, message: Request) -> bool:
+        """Whether the vectors that ``message`` announces are worth receiving: if not, it will be refused unseen."""
+        member = self.members.get(message.worker)
+        if isinstance(message, Join):
+            brings = 0 if message.params is None else message.params.numel()
+            fits = brings in (0, message.layout.size)
+            return fits and not why_not_join(message, self.settings.digest, self._job, member, self._master is None)
+        if why_stranger(message, member):
+            return False
+        if isinstance(message, Push):
+            return message.push.numel() == self.job.layout.size
+        return not isinstance(message, Leave) or not why_not_leave(message, self.job)
 
     def refuse(self, reason: str) -> None:
         """Count a message that is not served, also one that could not even be read."""
@@ -180,7 +209,7 @@ class ServerCore:
             self._leases = Leases(join.plan)
         if self._master is None and join.params is not None:
             rule = self.settings.rule(join.momentum)
-            self._master = Master(rule, join.layout, join.params, self.ahead)
+            self._master = Master(rule, join.layout, join.params, self.ahead, view_codec(self.settings.wire_view))
         if member is None or member.incarnation < join.incarnation:
             if member is not None:
                 self._lose(member)
@@ -275,7 +304,8 @@ class ServerCore:
             return
         member.strikes = 0
         if self.master.rule.barrier:
-            member.pending, member.awaiting = push, "round"
+            # The transport uses its buffer again.
+            member.pending, member.awaiting = replace(push, push=push.push.clone()), "round"
         else:
             self._update((push,), now)
             self._send_view(member, applied=True)
@@ -315,6 +345,7 @@ class ServerCore:
         if self.master.version % RESUM_EVERY == 0:
             self._resum()
         self.figures.count(update, now)
+        self.figures.push_bytes += sum(travelling_bytes(p.push, p.encoded) for p in parts)
         self.on_update(update)
         if self.figures.lost_all_bounds(update.loss):
             self._diverge(f"the loss rose to {update.loss:.4g}, over {DIVERGED_LOSS_RATIO:.0f} times the first")
@@ -329,7 +360,7 @@ class ServerCore:
 
     # ---- answering -----------------------------------------------------------------------------------------------
 
-    def _settle(self, now: float) -> Replies:
+    def _settle(self, now: float) -> Streams:
         """Answer everyone who waits for something that has come true."""
         if self.recovery is not None and self.recovery.over(self.members.values(), now):
             self.recovery.conclude(self, now)
@@ -379,10 +410,9 @@ class ServerCore:
 
     def _send_view(self, member: Member, *, applied: bool = False, refused: str = "") -> None:
         """Send the newest view; from now on the worker computes on it."""
-        view = self.master.view(member)
+        view = self.master.view(member, keep=bool(self.settings.gap_every) or self.master.rule.needs_view)
+        self.figures.view_bytes += self.master.view_codec.encoded_bytes(self.job.layout.size)
         member.awaiting, member.sent_version = "", self.master.version
-        if self.settings.gap_every or self.master.rule.needs_view:
-            member.view = view
         reply = Parameters(
             request=member.request,
             version=self.master.version,
@@ -393,11 +423,11 @@ class ServerCore:
             epoch=self.leases.epoch,
             lag=member.lag,
             gap=member.gap,
-            view=view,
+            view=announced(self.job.layout.size),
             last_applied=member.applied_request,
             life=self.life,
         )
-        self._replies.append((member.route, reply))
+        self._replies.append((member.route, Streamed(reply, view, self.master.view_codec)))
 
     def _send_final(self, members: list[Member]) -> None:
         for member in members:
@@ -409,3 +439,8 @@ class ServerCore:
     def mean_buffers(self) -> Tensor:
         """Batch-norm statistics averaged over the workers that have left, by their updates, f32[B]."""
         return mean_by_updates(self.buffers, self.job.layout.buffer_size)
+
+
+def whole(replies: Streams) -> Replies:
+    """The same replies with each view in one piece."""
+    return [(route, reply.whole() if isinstance(reply, Streamed) else reply) for route, reply in replies]

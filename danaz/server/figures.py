@@ -38,6 +38,8 @@ class Figures:
     updates: int = 0
     samples: int = 0
     lags: int = 0
+    push_bytes: int = 0  # of the vectors alone, as they travel
+    view_bytes: int = 0
     gaps: float = 0.0
     gaps_measured: int = 0
     first_loss: float | None = None
@@ -97,6 +99,8 @@ class Figures:
         return {
             "updates": self.updates,
             "final_train_loss": sum(losses) / len(losses) if losses else None,
+            "push_bytes_per_update": self.push_bytes / self.updates if self.updates else None,
+            "view_bytes_per_update": self.view_bytes / self.updates if self.updates else None,
             "mean_lag": self.lags / self.updates if self.updates else None,
             "mean_gap": self.gaps / self.gaps_measured if self.gaps_measured else None,
             "wall_seconds": seconds,

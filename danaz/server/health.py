@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
+from math import sqrt
 from statistics import median_low
 from typing import Any
 
@@ -66,8 +67,11 @@ class Health:
 
 def size_of(push: Push, rule: Rule, params: Tensor) -> float:
     """‖push‖₂ as that of a gradient: a displacement without its rate, parameters by how far they are from ours."""
-    if rule.pushes == "gradient":
-        return float(torch.linalg.vector_norm(push.push))
-    step = push.push if rule.pushes == "displacement" else push.push - params
-    lr = max(push.lr)
-    return float(torch.linalg.vector_norm(step)) / lr if lr > 0 else 0.0
+    if rule.pushes == "parameters":
+        norm = float(torch.linalg.vector_norm(push.push - params))
+    elif push.square is not None:
+        norm = sqrt(push.square)
+    else:
+        norm = float(torch.linalg.vector_norm(push.push))
+    lr = 1.0 if rule.pushes == "gradient" else max(push.lr)
+    return norm / lr if lr > 0 else 0.0

@@ -3,36 +3,60 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import isfinite
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from danaz.flat import Layout
+from danaz.codecs import FP32, Codec
+from danaz.flat import SLICE_FLOATS, Entry, Layout, chunks
 from danaz.rules import Context, Rule
 from danaz.server.members import Member
-
-SLICE_FLOATS = 1 << 18  # 1 MB: the vectors of one slice stay in cache while a rule passes over them
+from danaz.server.messages import is_announced
 
 
 class Master:
     """All vectors of a server and its version. Knows nothing of messages, batches or time.
 
+    An update is applied slice by slice as its result is asked for, so that the first slices of the next view are
+    on their way while the last ones are worked out. Whoever asks for ``params`` gets them with every update applied;
+    ask for them before looking at ``shared`` or at a member's vectors.
+
     ``ahead`` gives γ Σⱼ ηⱼvⱼ f32[P] where the velocities live on workers but are at hand (the simulator): then the
     gap of DANA is measured in θ, as everyone else's.
     """
 
-    def __init__(self, rule: Rule, layout: Layout, params: Tensor, ahead: Callable[[], Tensor] | None = None):
+    def __init__(
+        self,
+        rule: Rule,
+        layout: Layout,
+        params: Tensor,
+        ahead: Callable[[], Tensor] | None = None,
+        view_codec: Codec = FP32,
+    ):
         self.rule = rule
         self.layout = layout
-        self.params = params.clone()  # f32[P]
+        self._params = params.clone()  # f32[P], up to _applied of version, behind that of the version before
+        self._applied = layout.size
+        self._applying: Iterator[int] = iter(())  # applies a slice, and says where it ends
         self.ahead = ahead
+        self.view_codec = view_codec
         self.version = 0
         self._taking_part: list[Member] = []
         self.shared = self._zeros(rule.shared_state)
+        self._slice = self._params.new_empty(min(SLICE_FLOATS, layout.size))  # scratch
+        self._layers = [entry for entry in layout.parameters if entry.size]
+        self._roots = torch.tensor([entry.size for entry in self._layers], dtype=torch.float64).sqrt()
+        self._layers_of_slice = [(*span, *_cut_layers(self._layers, *span)) for span in chunks(layout.size)]
         self.lr = self.max_lr = (0.0,) * len(layout.groups)  # of the last update, and the largest, per group
+
+    @property
+    def params(self) -> Tensor:
+        """The parameters, f32[P]."""
+        self._apply_up_to(self.layout.size)
+        return self._params
 
     def enter(self, member: Member) -> None:
         """Give a new member its vectors."""
@@ -40,49 +64,82 @@ class Master:
         self.rule.enter(member.vectors, self.params)
 
     def _zeros(self, names: tuple[str, ...]) -> dict[str, Tensor]:
-        return {name: torch.zeros_like(self.params) for name in names}
+        return {name: torch.zeros_like(self._params) for name in names}
 
     def apply(self, push: Tensor, lr: tuple[float, ...], member: Member, lag: int) -> None:
-        """Apply one update at the rates ``lr`` (one a group), in place. ``push`` f32[P] may be overwritten."""
+        """Apply one update at the rates ``lr`` (one a group), in place.
+
+        ``push`` f32[P] may be overwritten, and must stay until the parameters or the next view were asked for.
+        """
+        self._apply_up_to(self.layout.size)
         self.max_lr = tuple(map(max, self.max_lr, lr))
-        contexts = self._contexts(member, lr, lag)
-        vectors = self._vectors(member)
-        for group, start, stop in self.layout.slices(SLICE_FLOATS):
-            own, shared = cut(vectors, start, stop), cut(self.shared, start, stop)
-            self.rule.apply(self.params[start:stop], push[start:stop], own, shared, contexts[group])
+        self._applying = self._apply(push, self._contexts(member, lr, lag), self._vectors(member))
+        self._applied = 0
         self.version, self.lr = self.version + 1, lr
+
+    def _apply(self, push: Tensor, contexts: list[Context], vectors: dict[str, Tensor]) -> Iterator[int]:
+        for group, start, stop in self.layout.slices():
+            own, shared = cut(vectors, start, stop), cut(self.shared, start, stop)
+            self.rule.apply(self._params[start:stop], push[start:stop], own, shared, contexts[group])
+            yield stop
+
+    def _apply_up_to(self, stop: int) -> None:
+        while self._applied < stop:
+            self._applied = next(self._applying)
 
     def apply_round(
         self, pushes: Sequence[tuple[Tensor, float]], lr: tuple[float, ...], members: Sequence[Member], lag: int
     ) -> None:
         """Apply what all ``members`` of a round pushed, each with its weight, as one update."""
+        self._apply_up_to(self.layout.size)
         self.max_lr = tuple(map(max, self.max_lr, lr))
         contexts = self._contexts(members[-1], lr, lag)
         vectors = [self._vectors(member) for member in members]
-        slices = self.layout.layers() if self.rule.per_layer else self.layout.slices(SLICE_FLOATS)
+        slices = self.layout.layers() if self.rule.per_layer else self.layout.slices()
         for group, start, stop in slices:
             parts = [(push[start:stop], weight) for push, weight in pushes]
             owns, shared = [cut(own, start, stop) for own in vectors], cut(self.shared, start, stop)
-            self.rule.apply_round(self.params[start:stop], parts, owns, shared, contexts[group])
+            self.rule.apply_round(self._params[start:stop], parts, owns, shared, contexts[group])
         self.version, self.lr = self.version + 1, lr
 
-    def view(self, member: Member) -> Tensor:
-        """The parameters ``member`` is to compute on next, f32[P].
+    def view(self, member: Member, keep: bool) -> Iterator[Tensor]:
+        """The parameters ``member`` is to compute on next, slice by slice: f32[n] each, as flat.chunks cuts f32[P].
 
-        A fresh buffer each time: the transport may still be sending the last one.
+        A slice counts until the next one is asked for. With ``keep``, the view becomes ``member.view``. Raises
+        RuntimeError if another update came in between: a view is of one version.
         """
-        view = torch.empty_like(self.params)
-        contexts = self._contexts(member, self.lr, lag=0)
-        for group, start, stop in self.layout.slices(SLICE_FLOATS):
-            own, shared = cut(member.vectors, start, stop), cut(self.shared, start, stop)
-            self.rule.view(view[start:stop], self.params[start:stop], own, shared, contexts[group])
-        return view
+        if keep and member.view is None:
+            member.view = torch.empty_like(self._params)
+        return self._view(self.version, self._contexts(member, self.lr, lag=0), member, keep)
+
+    def _view(self, version: int, contexts: list[Context], member: Member, keep: bool) -> Iterator[Tensor]:
+        slices = self.layout.slices()
+        for start, stop in chunks(self.layout.size):
+            if self.version != version:
+                raise RuntimeError(f"a view of version {version} was asked for when the master was at {self.version}")
+            self._apply_up_to(stop)
+            if self.rule.view_is_state and not keep and self.view_codec is FP32:
+                yield self._params[start:stop]
+                continue
+            out = member.view[start:stop] if keep and member.view is not None else self._slice[: stop - start]
+            at = start
+            while at < stop:
+                group, at, end = next(slices)
+                own, shared = cut(member.vectors, at, end), cut(self.shared, at, end)
+                self.rule.view(out[at - start : end - start], self._params[at:end], own, shared, contexts[group])
+                at = end
+            if self.view_codec is not FP32:
+                seen = out.cpu()  # by the worker
+                self.view_codec.decode(self.view_codec.encode(seen), seen)
+                out.copy_(seen)
+            yield out
 
     def resum(self, members: Iterable[Member]) -> None:
         """Sum the velocities of those who take part afresh."""
+        self._apply_up_to(self.layout.size)
         self._taking_part = list(members)
         taking_part = [(m, self._contexts(m, self.lr, lag=0)) for m in self._taking_part]
-        for group, start, stop in self.layout.slices(SLICE_FLOATS):
+        for group, start, stop in self.layout.slices():
             workers = [(cut(m.vectors, start, stop), contexts[group]) for m, contexts in taking_part]
             self.rule.resum(cut(self.shared, start, stop), workers)
 
@@ -105,11 +162,19 @@ class Master:
         return vectors
 
     def gap(self, view: Tensor) -> float | None:
-        """G(θ − θ̂ᵢ) for the last view f32[P] sent to a worker (arXiv 1907.11612, section 3), None if not finite."""
-        delta = self.params - view
-        if self.ahead is not None and self._on_lookahead:
-            delta.add_(self.ahead())
-        gap = layerwise_gap(delta, self.layout)
+        """G(θ − θ̂ᵢ) for the last view f32[P] sent to a worker (arXiv 1907.11612, section 3), None if not finite.
+
+        G(Δ) = Σ over layers ψ of ‖Δψ‖₂ / √(size of ψ).
+        """
+        params, ahead = self.params, self.ahead() if self.ahead is not None and self._on_lookahead else None
+        squares = torch.zeros(len(self._layers), dtype=torch.float64)
+        for start, stop, first, spans in self._layers_of_slice:
+            delta = torch.sub(params[start:stop], view[start:stop], out=self._slice[: stop - start])
+            if ahead is not None:
+                delta.add_(ahead[start:stop])
+            norms = torch._foreach_norm([delta[at:end] for at, end in spans])
+            squares[first : first + len(spans)] += torch.stack(norms).double().square().cpu()
+        gap = float((squares.sqrt() / self._roots).sum())
         return gap if isfinite(gap) else None
 
     @property
@@ -128,16 +193,16 @@ class Master:
         return norm if isfinite(norm) else None
 
 
-def layerwise_gap(delta: Tensor, layout: Layout) -> float:
-    """G(Δ) = Σ over layers ψ of ‖Δψ‖₂ / √(size of ψ), for Δ f32[P]."""
-    layers = [e for e in layout.parameters if e.size]
-    norms = torch.stack(torch._foreach_norm([delta[e.start : e.stop] for e in layers]))
-    return float((norms / torch.tensor([e.size for e in layers], device=delta.device).sqrt()).sum())
+def _cut_layers(layers: Sequence[Entry], start: int, stop: int) -> tuple[int, list[tuple[int, int]]]:
+    """The first of ``layers`` in the slice from ``start`` to ``stop``, and where in it each layer of it lies."""
+    within = [number for number, entry in enumerate(layers) if entry.start < stop and entry.stop > start]
+    spans = [(max(layers[n].start, start) - start, min(layers[n].stop, stop) - start) for n in within]
+    return within[0], spans
 
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether no element is NaN or infinite, in one pass without a temporary."""
-    if tensor.numel() == 0:
+    if tensor.numel() == 0 or is_announced(tensor):
         return True
     low, high = torch.aminmax(tensor)
     return isfinite(low.item()) and isfinite(high.item())

@@ -6,11 +6,16 @@ answers: so a repeated request is recognised, and so is a late reply.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
+from danaz.codecs import FP32, Codec, Encoded
 from danaz.flat import Layout
+
+LOCAL = {"local": True}  # a field that does not travel
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,8 @@ class Push:
     push: Tensor  # f32[P], a gradient, displacement or parameters as the rule declares
     earlier: tuple[int, ...] = ()  # batches of the local steps since the last push
     life: int = 0  # of the server that sent the view
+    square: float | None = field(default=None, metadata=LOCAL)  # ‖push‖², if it was summed while the push arrived
+    encoded: Encoded | None = field(default=None, metadata=LOCAL)  # how ``push`` travels; None: as it is
 
     @property
     def batches(self) -> tuple[int, ...]:
@@ -158,6 +165,36 @@ class Refusal:
     request: int
     reason: str
     rejoin: bool  # whether joining anew is the cure
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """Parameters whose view is worked out while it is sent: each slice counts until the next one is asked for."""
+
+    header: Parameters  # its view is announced: it has a size and no values
+    slices: Iterator[Tensor]  # f32[n] each, as flat.chunks cuts a vector and as the worker decodes it
+    codec: Codec = FP32  # it travels in
+
+    @property
+    def request(self) -> int:
+        return self.header.request
+
+    def whole(self) -> Parameters:
+        size, start = self.header.view.numel(), 0
+        for piece in self.slices:
+            view = piece.new_empty(size) if start == 0 else view
+            view[start : start + piece.numel()] = piece
+            start += piece.numel()
+        return replace(self.header, view=view)
+
+
+def announced(size: int) -> Tensor:
+    """A vector f32[size] that is known by its size alone, and takes no memory."""
+    return torch.zeros(1).expand(size)
+
+
+def is_announced(vector: Tensor) -> bool:
+    return vector.numel() > 1 and vector.stride() == (0,)
 
 
 Request = Join | Push | Pull | Heartbeat | Leave | Report | Bye

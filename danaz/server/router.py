@@ -6,15 +6,18 @@ import time
 from collections.abc import Callable, Sequence
 from math import ceil
 
+import torch
 import zmq
+from torch import Tensor
 
-from danaz.server.core import Replies, ServerCore
-from danaz.server.messages import Refusal, Request
+from danaz.server.core import ServerCore, Streams
+from danaz.server.messages import Final, Push, Refusal, Request, Streamed
 from danaz.server.recording import Recorder
 from danaz.server.socket import BoundRouter
-from danaz.server.wire import Frame, WireError, decode, encode
+from danaz.server.wire import Frame, Inbox, StrayChunkError, WireError, encode, split
 
 TICK_S = 0.25
+Peer = tuple[bytes, str]  # a connection, and the key it was made with
 
 
 class Router:
@@ -23,48 +26,99 @@ class Router:
     def __init__(self, bound: BoundRouter):
         self._socket = bound.socket
         self._worker_of_key = bound.worker_of_key
+        self._rooms: dict[int, Tensor] = {}  # worker -> f32[P], where its pushes are received
+        self._leaving: dict[bytes, tuple[int, zmq.MessageTracker]] = {}  # route -> request, beginning of its answer
 
     def serve(self, core: ServerCore, recorder: Recorder | None, stop: Callable[[], bool]) -> None:
         """Feed ``core`` until it has finished or ``stop()``."""
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
+        inbox = Inbox(Request, self._takes(core), self._room)
         next_tick = time.monotonic() + TICK_S
         while not (core.finished or stop()):
             wait_s = max(0.0, next_tick - time.monotonic())
             if poller.poll(ceil(wait_s * 1000)):
-                self._receive(core, recorder)
+                self._receive(core, inbox, recorder)
             now = time.monotonic()
             if now >= next_tick:
                 next_tick = now + TICK_S
                 if recorder:
                     recorder.event(now)
-                self._send(core.tick(now))
+                self._send(core.stream_tick(now))
 
-    def _receive(self, core: ServerCore, recorder: Recorder | None) -> None:
+    # ---- hearing -------------------------------------------------------------------------------------------------
+
+    def _receive(self, core: ServerCore, inbox: Inbox, recorder: Recorder | None) -> None:
         route, *frames = self._socket.recv_multipart(copy=False)
-        buffers = [frame.buffer for frame in frames]
         now = time.monotonic()
         try:
-            message = self._read(route, buffers)
+            message = self._read(inbox, route, [frame.buffer for frame in frames])
+        except StrayChunkError as error:
+            core.refuse(str(error))  # no answer: its sender may be well, and about to say all of it again
+            return
         except WireError as error:
             core.refuse(str(error))
             self._send([(route.bytes, Refusal(0, str(error), rejoin=False))])
             return
+        if message is None:
+            return
         if recorder:
-            recorder.event(now, route.bytes, buffers)
-        self._send(core.handle(route.bytes, message, now))
+            recorder.event(now, route.bytes, encode(message))
+        self._send(core.stream(route.bytes, message, now))
 
-    def _read(self, route: zmq.Frame, buffers: Sequence[Frame]) -> Request:
-        """The message, if it can be read and its sender is who he says. Raises WireError."""
+    def _read(self, inbox: Inbox, route: zmq.Frame, buffers: Sequence[Frame]) -> Request | None:
+        """The message that is whole now, if it can be read and its sender is who he says. Raises WireError."""
+        peer = (route.bytes, "" if self._worker_of_key is None else str(route.get("User-Id")))
         try:
-            message: Request = decode(buffers, Request)
+            message: Request | None = inbox.take(peer, buffers)
+        except StrayChunkError:
+            raise
         except WireError as error:
             raise WireError(f"unreadable: {error}") from error
-        if self._worker_of_key is not None and self._worker_of_key.get(str(route.get("User-Id"))) != message.worker:
+        if message is not None and not self._is_himself(peer, message):
             raise WireError("worker number is not the one of this key")
         return message
 
-    def _send(self, replies: Replies) -> None:
+    def _is_himself(self, peer: Peer, message: Request) -> bool:
+        return self._worker_of_key is None or self._worker_of_key.get(peer[1]) == message.worker
+
+    def _takes(self, core: ServerCore) -> Callable[[Peer, Request], bool]:
+        return lambda peer, message: self._is_himself(peer, message) and core.takes(message)
+
+    def _room(self, inbox: Inbox, message: Request, size: int) -> Tensor:
+        """Memory for a vector that is about to arrive. That of a worker's pushes is used again and again."""
+        inbox.forget(lambda other: other.worker == message.worker)
+        if not isinstance(message, Push):
+            return torch.empty(size)
+        room = self._rooms.get(message.worker)
+        if room is None or room.numel() != size:
+            room = self._rooms[message.worker] = torch.empty(size)
+        return room
+
+    # ---- speaking ------------------------------------------------------------------------------------------------
+
+    def _send(self, replies: Streams) -> None:
         for route, reply in replies:
             assert isinstance(route, bytes)
-            self._socket.send_multipart([route, *encode(reply)], copy=False)
+            if not isinstance(reply, (Streamed, Final)):
+                self._socket.send_multipart([route, *encode(reply)])
+            elif self._may_leave(route, reply.request):
+                self._send_large(route, reply)
+
+    def _may_leave(self, route: bytes, request: int) -> bool:
+        """Whoever repeats a request while the answer still waits to be read gets no second one.
+
+        A new request says that the answers before it were read.
+        """
+        self._leaving = {each: entry for each, entry in self._leaving.items() if not entry[1].done}
+        return route not in self._leaving or self._leaving[route][0] != request
+
+    def _send_large(self, route: bytes, reply: Streamed | Final) -> None:
+        pieces = split(reply)
+        magic, header, *vectors = next(pieces)
+        tracked = zmq.Frame(header, copy=False, track=True, copy_threshold=0)
+        self._leaving[route] = (reply.request, tracked.tracker)
+        self._socket.send_multipart([route, magic, tracked, *vectors])
+        for head, data in pieces:
+            # Copied, for the next slice is worked out in the same memory; and a copy of what is in cache is cheap.
+            self._socket.send_multipart([route, head, data])

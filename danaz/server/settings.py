@@ -17,6 +17,7 @@ class ServerSettings:
     lr_correction: bool = True
     weight_decay: tuple[float, ...] = ()  # of each parameter group, for rules that must tell it from the gradient
     sync_period: int | None = None  # mini-batches between a worker's pushes; None: the rule's own default
+    wire_view: str = "fp32"  # codec of the views
     gap_every: int = 1  # measure the gap at every so many updates, 0 never
     worker_timeout_s: float = 60.0
     recovery_s: float = 20.0  # a restarted server waits so long for the workers it knew

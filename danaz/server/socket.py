@@ -6,10 +6,13 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
 from danaz.keys import ServerKeys
+from danaz.server.memory import keep_freed_memory
 
 LINGER_MS = 5000  # for the last replies to leave when the server ends
 MAX_MESSAGE_BYTES = 8 << 30
 HANDSHAKE_MS = 10_000  # a peer that does not finish it is dropped
+AHEAD_MESSAGES = 4  # that ZeroMQ receives from each peer before they are asked for: 4 MB of a push
+SILENCE_S = 60  # that a connection may leave what it was sent unacknowledged, before it is cut
 
 
 class Admitted:
@@ -31,6 +34,7 @@ class BoundRouter:
         A peer that sends a larger frame than MAX_MESSAGE_BYTES is disconnected before the frame is read. Raises
         zmq.ZMQError if the address cannot be bound.
         """
+        keep_freed_memory()
         self._context = zmq.Context()
         self._authenticator: ThreadAuthenticator | None = None
         self.worker_of_key = None if keys is None else {key: number for number, key in enumerate(keys.workers)}
@@ -38,7 +42,11 @@ class BoundRouter:
         self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         self.socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
         self.socket.setsockopt(zmq.IPV6, "[" in address)
-        self.socket.setsockopt(zmq.SNDHWM, 0)  # one reply a request: the workers bound it
+        self.socket.setsockopt(zmq.RCVHWM, AHEAD_MESSAGES)
+        self.socket.setsockopt(zmq.SNDHWM, 0)  # the router bounds it: two replies a peer
+        self.socket.setsockopt(zmq.TCP_MAXRT, 1000 * SILENCE_S)
+        self.socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+        self.socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, SILENCE_S)
         if keys is not None:
             self._guard(keys)
         self.socket.bind(address)

@@ -1,15 +1,20 @@
-"""Messages as frames: [magic and version | msgpack header | one raw little-endian f32 frame per tensor].
+"""Messages as frames: [magic and version | msgpack header | one frame per vector, in the codec that the header names].
+
+A message with a vector longer than a slice travels as several: the first two frames, which announce the vectors' sizes,
+and then each slice of each vector as [magic, request, number of the chunk | bytes]. So the other side receives, checks
+and applies the first slices while the last are on their way, and nobody allocates a message of 100 MB.
 
 Decoding trusts nothing: sizes are checked before anything is allocated, and each field against the type its message
-declares. Whatever does not fit raises WireError; nothing else ever comes out of decode().
+declares. Whatever does not fit raises WireError; nothing else ever comes out of this module.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import struct
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from typing import Any
@@ -18,10 +23,14 @@ import msgpack
 import torch
 from torch import Tensor
 
-from danaz.flat import Layout
+from danaz.codecs import FP32, Codec, CodecError, Encoded, UnknownCodecError, push_codec
+from danaz.flat import SLICE_FLOATS, Layout, chunks
 from danaz.server import messages
+from danaz.server.messages import Streamed, announced, is_announced
 
-MAGIC = b"DANAZ\x01"
+MAGIC = b"DANAZ\x02"
+CHUNK = struct.Struct("<8sQI")  # magic, request, number of the chunk within its message
+CHUNK_MAGIC = b"DANAZ\x02+\0"
 MAX_HEADER_BYTES = 4 << 20  # a layer table of some ten thousand layers
 MAX_TENSOR_BYTES = 64 << 30
 
@@ -38,23 +47,63 @@ MESSAGES: dict[str, type] = {
 
 
 def encode(message: messages.Message) -> list[Frame]:
-    """Frames of a message. Tensor frames share the tensors' memory, which must not change until they are sent."""
-    tensors: list[Frame] = []
+    """Frames of a whole message. Vectors share the tensors' memory, which must not change until they are sent.
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            tensors.append(_bytes_of(value))
-            return None
-        if isinstance(value, Layout):
-            return value.to_lists()
-        if isinstance(value, messages.Plan):
-            return [value.batches_per_epoch, value.epochs]
-        return value
+    Vectors that are announced stay so.
+    """
+    vectors = _vectors(message)
+    frames = [] if any(map(is_announced, vectors.values())) else [_bytes_of(vector) for vector in vectors.values()]
+    return [*_head(message, vectors), *frames]
 
-    fields = [(f.name, getattr(message, f.name)) for f in dataclasses.fields(message)]
-    header = {name: plain(value) for name, value in fields}
-    present = [name for name, value in fields if isinstance(value, Tensor)]
-    return [MAGIC, msgpack.packb([type(message).__name__, header, present]), *tensors]
+
+def split(message: messages.Message | Streamed) -> Iterator[list[Frame]]:
+    """The messages that ``message`` travels as, frames each; a Streamed is worked out on the way."""
+    header: messages.Message = message.header if isinstance(message, Streamed) else message
+    announces = _vectors(header)
+    codec, pieces = _encoded(message, announces)
+    if max((vector.numel() for vector in announces.values()), default=0) <= SLICE_FLOATS:
+        yield [*_head(header, announces, codec), *pieces]
+        return
+    assert not isinstance(header, messages.Heartbeat), "it has no vectors"
+    yield _head(header, announces, codec)
+    for number, piece in enumerate(pieces):
+        yield [CHUNK.pack(CHUNK_MAGIC, header.request, number), piece]
+
+
+def _encoded(message: messages.Message | Streamed, vectors: dict[str, Tensor]) -> tuple[str, Iterator[Frame]]:
+    """The codec of a message's vectors, and their slices in it."""
+    if isinstance(message, Streamed):
+        return message.codec.name, map(message.codec.encode, message.slices)
+    if isinstance(message, messages.Push) and message.encoded is not None:
+        return message.encoded.codec, iter(message.encoded.chunks)
+    return FP32.name, (_bytes_of(piece) for vector in vectors.values() for piece in _slices(vector))
+
+
+def _slices(vector: Tensor) -> Iterator[Tensor]:
+    return (vector[start:stop] for start, stop in chunks(vector.numel())) if vector.numel() else iter((vector,))
+
+
+def _vectors(message: messages.Message) -> dict[str, Tensor]:
+    kind: type = type(message)
+    fields = ((name, getattr(message, name)) for name in _hints(kind))
+    return {name: value for name, value in fields if isinstance(value, Tensor)}
+
+
+def _head(message: messages.Message, vectors: dict[str, Tensor], codec: str = FP32.name) -> list[Frame]:
+    kind: type = type(message)
+    header = {name: _plain(getattr(message, name)) for name in _hints(kind)}
+    present = [[name, vector.numel(), codec] for name, vector in vectors.items()]
+    return [MAGIC, msgpack.packb([kind.__name__, header, present])]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return None
+    if isinstance(value, Layout):
+        return value.to_lists()
+    if isinstance(value, messages.Plan):
+        return [value.batches_per_epoch, value.epochs]
+    return value
 
 
 def _bytes_of(tensor: Tensor) -> Frame:
@@ -64,10 +113,15 @@ def _bytes_of(tensor: Tensor) -> Frame:
 
 
 def decode(frames: Sequence[Frame], expect: type | types.UnionType = messages.Message) -> Any:
-    """The message in ``frames``, one of ``expect``. Its tensors use the frames' memory where that is writable.
+    """The message in ``frames``, one of ``expect``. Its vectors use the frames' memory where that is writable.
 
-    Raises WireError.
+    Vectors that are to follow in chunks are announced: they have a size, and take no memory. Raises WireError.
     """
+    return _decode(frames, expect)[0]
+
+
+def _decode(frames: Sequence[Frame], expect: type | types.UnionType) -> tuple[Any, dict[str, Codec]]:
+    """The message, and the codec of each of its vectors."""
     if len(frames) < 2 or bytes(frames[0][:16]) != MAGIC:
         raise WireError("not a message of this version of danaz")
     kind, header, present = _unpack(frames[1])
@@ -76,14 +130,45 @@ def decode(frames: Sequence[Frame], expect: type | types.UnionType = messages.Me
     message_type = MESSAGES.get(kind)
     if message_type is None or not issubclass(message_type, expect):
         raise WireError("unknown or unexpected kind of message")
-    if len(present) != len(frames) - 2:
+    sizes, codecs = _announcements(present)
+    if len(frames) == 2:
+        if sizes and max(sizes.values()) <= SLICE_FLOATS:
+            raise WireError("number of tensor frames differs from the header")
+        return _build(message_type, header, {name: announced(size) for name, size in sizes.items()}), codecs
+    if len(sizes) != len(frames) - 2:
         raise WireError("number of tensor frames differs from the header")
-    tensors = {}
-    for name, frame in zip(present, frames[2:], strict=True):
-        if not isinstance(name, str):
+    data = dict(zip(sizes, frames[2:], strict=True))
+    message = _build(message_type, header, {name: _tensor(data[name], sizes[name], codecs[name]) for name in sizes})
+    return _tell(message, codecs, sum(map(len, data.values()))), codecs
+
+
+def _tell(message: Any, codecs: dict[str, Codec], nbytes: int) -> Any:
+    """The message, which says how its push travelled."""
+    codec = codecs.get("push", FP32)
+    if codec is FP32 or not isinstance(message, messages.Push):
+        return message
+    return dataclasses.replace(message, encoded=Encoded(codec.name, nbytes))
+
+
+def _announcements(present: list[Any]) -> tuple[dict[str, int], dict[str, Codec]]:
+    """Name -> floats, and name -> codec, of each vector that a header announces."""
+    sizes: dict[str, int] = {}
+    codecs: dict[str, Codec] = {}
+    for entry in present:
+        if type(entry) is not list or len(entry) != 3:
             raise WireError("malformed header")
-        tensors[name] = _tensor(frame)
-    return _build(message_type, header, tensors)
+        name, size, codec = entry
+        if type(name) is not str or name in sizes or type(size) is not int or size < 0:
+            raise WireError("malformed header")
+        if size > MAX_TENSOR_BYTES // 4:
+            raise WireError("tensor is too large")
+        if type(codec) is not str:
+            raise WireError("malformed header")
+        try:
+            sizes[name], codecs[name] = size, push_codec(codec)
+        except UnknownCodecError as error:
+            raise WireError("unknown codec") from error
+    return sizes, codecs
 
 
 def _unpack(frame: Frame) -> tuple[Any, Any, Any]:
@@ -97,13 +182,26 @@ def _unpack(frame: Frame) -> tuple[Any, Any, Any]:
     return kind, header, present
 
 
-def _tensor(frame: Frame) -> Tensor:
-    if len(frame) % 4 or len(frame) > MAX_TENSOR_BYTES:
-        raise WireError("tensor frame is too large or no whole number of floats")
-    if not len(frame):
+def _tensor(frame: Frame, size: int, codec: Codec) -> Tensor:
+    if codec is not FP32:
+        return _decompressed(frame, size, codec)
+    if len(frame) != 4 * size:
+        raise WireError("tensor frame has another size than announced")
+    if not size:
         return torch.empty(0)
     view = memoryview(frame)
     return torch.frombuffer(bytearray(view) if view.readonly else view, dtype=torch.float32)
+
+
+def _decompressed(frame: Frame, size: int, codec: Codec) -> Tensor:
+    if size > SLICE_FLOATS:
+        raise WireError("vector should come in chunks")
+    out = torch.empty(size)
+    try:
+        codec.decode(frame, out)
+    except CodecError as error:
+        raise WireError("vector is not in its codec") from error
+    return out
 
 
 def _build(message_type: type, header: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
@@ -122,7 +220,9 @@ def _build(message_type: type, header: dict[str, Any], tensors: dict[str, Tensor
 
 @cache
 def _hints(message_type: type) -> dict[str, Any]:
-    return typing.get_type_hints(message_type)
+    """Name -> type of each field that travels."""
+    hints = typing.get_type_hints(message_type)
+    return {f.name: hints[f.name] for f in dataclasses.fields(message_type) if not f.metadata.get("local")}
 
 
 def _fit(value: Any, hint: Any) -> Any:
@@ -180,3 +280,89 @@ _FITTERS: dict[Any, Callable[..., Any]] = {
     messages.Plan: _plan,
     Layout: Layout.from_lists,
 }
+
+
+# ---- messages in chunks ----------------------------------------------------------------------------------------------
+
+
+class StrayChunkError(WireError):
+    """A chunk of no message under way, such as the rest of one whose sender connected anew."""
+
+
+Room = Callable[["Inbox", Any, int], Tensor]
+
+
+class Assembly:
+    """A message whose vectors arrive in chunks, in order."""
+
+    def __init__(self, message: messages.Message, codecs: dict[str, Codec], room: Callable[[int], Tensor]):
+        """``room(n)`` f32[n] gives the memory to receive a vector into."""
+        self.message = message
+        self._codecs = codecs
+        self._vectors = {name: room(vector.numel()) for name, vector in _vectors(message).items()}
+        self._slices = [(codecs[name], piece) for name, vector in self._vectors.items() for piece in _slices(vector)]
+        self._next = 0
+        self._bytes = 0
+        self._square = 0.0
+
+    def take(self, request: int, number: int, data: Frame) -> messages.Message | None:
+        """Take the next chunk; returns the message when it is whole. Raises WireError."""
+        assert not isinstance(self.message, messages.Heartbeat), "it has no vectors"
+        if request != self.message.request or number != self._next:
+            raise StrayChunkError("chunk of no message under way")
+        codec, piece = self._slices[number]
+        try:
+            codec.decode(data, piece)
+        except CodecError as error:
+            raise WireError("chunk has another size than announced, or is not in its codec") from error
+        self._bytes += len(data)
+        if piece.numel():
+            self._square += torch.dot(piece, piece).item()  # while it is in cache
+        self._next += 1
+        return self._whole() if self._next == len(self._slices) else None
+
+    def _whole(self) -> messages.Message:
+        found: dict[str, Any] = dict(self._vectors)
+        if isinstance(self.message, messages.Push):
+            found["square"] = self._square
+        message: messages.Message = _tell(dataclasses.replace(self.message, **found), self._codecs, self._bytes)
+        return message
+
+
+class Inbox:
+    """Messages of many peers, put together from what arrives. One message of each peer is under way at most."""
+
+    def __init__(self, expect: types.UnionType, takes: Callable[[Any, Any], bool], room: Room):
+        """``takes(peer, message)`` says whether the vectors that a message announces are worth receiving; if not, it
+        stays as it is. ``room(inbox, message, n)`` f32[n] is the memory to receive one into.
+        """
+        self._expect, self._takes, self._room = expect, takes, room
+        self._under_way: dict[Hashable, Assembly] = {}
+
+    def take(self, peer: Hashable, frames: Sequence[Frame]) -> Any:
+        """The message that ``frames`` are or complete; None while more is to come. Raises WireError."""
+        if frames and len(frames[0]) == CHUNK.size:
+            return self._take_chunk(peer, frames)
+        message, codecs = _decode(frames, self._expect)
+        self._under_way.pop(peer, None)
+        if not any(map(is_announced, _vectors(message).values())) or not self._takes(peer, message):
+            return message
+        self._under_way[peer] = Assembly(message, codecs, lambda size: self._room(self, message, size))
+        return None
+
+    def _take_chunk(self, peer: Hashable, frames: Sequence[Frame]) -> Any:
+        magic, request, number = CHUNK.unpack(frames[0])
+        if magic != CHUNK_MAGIC or len(frames) != 2:
+            raise WireError("not a chunk of this version of danaz")
+        assembly = self._under_way.pop(peer, None)
+        if assembly is None:
+            raise StrayChunkError("chunk of no message under way")
+        whole = assembly.take(request, number, frames[1])
+        if whole is None:
+            self._under_way[peer] = assembly
+        return whole
+
+    def forget(self, belongs: Callable[[Any], bool]) -> None:
+        """Give up the messages under way that ``belongs`` is true of."""
+        for peer in [peer for peer, assembly in self._under_way.items() if belongs(assembly.message)]:
+            del self._under_way[peer]

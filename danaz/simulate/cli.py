@@ -27,6 +27,14 @@ def simulate(
     device: Annotated[
         str | None, typer.Option(help="`cpu`, `cuda` or `auto`: a GPU if there is one. Default: the config's, `auto`")
     ] = None,
+    sync_period: Annotated[
+        int | None, typer.Option("--sync-period", min=1, metavar="K", help="Push the sum of K local steps")
+    ] = None,
+    wire: Annotated[
+        str | None,
+        typer.Option("--wire", help="Send pushes as fp32, bf16, fp16, onebit or topk:SHARE, with error feedback"),
+    ] = None,
+    wire_view: Annotated[str | None, typer.Option("--wire-view", help="Send views as fp32, bf16 or fp16")] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the config. Repeatable.")
     ] = None,
@@ -41,6 +49,8 @@ def simulate(
         danaz simulate configs/quadratic.yaml -a nag-asgd -n 4 --schedule round-robin --set lr=0.02
 
         danaz simulate configs/digits.yaml -n 4 --schedule trace:runs/a    # the order of a real run
+
+        danaz simulate configs/digits.yaml -n 4 --wire onebit --set wire_warmup_epochs=2
     """
     from danaz.config import load_config
     from danaz.launching import check_workers
@@ -50,7 +60,15 @@ def simulate(
     from danaz.settings import Settings
     from danaz.simulate.simulator import Simulation
 
-    options = {"algorithm": algorithm, "workers": workers, "schedule": schedule, "device": device}
+    options = {
+        "algorithm": algorithm,
+        "workers": workers,
+        "schedule": schedule,
+        "device": device,
+        "sync_period": sync_period,
+        "wire": wire,
+        "wire_view": wire_view,
+    }
     chosen = [f"{key}={value}" for key, value in options.items() if value is not None]
     try:
         settings = load_config(config, [*(overrides or ()), *chosen])

@@ -90,7 +90,9 @@ class Simulation:
             plan=self.batching.plan(self.config.epochs),
             ahead=self.rule.worker_rule.sync_period,
         )
-        return SimulatedWorker(WorkerCore(role, self.rule.worker_rule, self.device, outbox=self.device))
+        compressor = self.settings.compressor(self.flat.layout)
+        core = WorkerCore(role, self.rule.worker_rule, self.device, outbox=self.device, compressor=compressor)
+        return SimulatedWorker(core)
 
     def _record(self, update: Any) -> None:
         self._last_loss = update.loss

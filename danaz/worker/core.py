@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from danaz.codecs import Compressor
 from danaz.flat import Layout
 from danaz.rules import Context, WorkerRule
 from danaz.server.messages import Bye, Final, Join, Leave, Noted, Parameters, Plan, Pull, Push, Refusal, Reply, Report
@@ -58,6 +59,7 @@ class WorkerCore:
         rule: WorkerRule,
         device: torch.device | str = "cpu",
         outbox: torch.device | str = "cpu",
+        compressor: Compressor | None = None,
     ):
         """Its vectors are on ``device``; what it sends is brought to ``outbox``, where a server or a wire takes it."""
         self.role = role
@@ -65,6 +67,8 @@ class WorkerCore:
         self.outbox = outbox
         self.version = 0  # of the view at hand
         self.life = 0  # of the server that sent it
+        self.epoch = 0.0  # of the whole cluster, as it last heard
+        self.compressor = compressor  # of pushes
         self._state = "new"  # -> joined -> left -> gone
         self._request = 0
         self._outstanding: Request | None = None
@@ -153,6 +157,10 @@ class WorkerCore:
             out.add_(params).sub_(self._view.to(out.device))  # x_K − x_0, the sum of all displacements
         steps, who = [*self._steps, LocalStep(batch, tuple(lr), samples, loss)], self.role
         losses = [step.loss for step in steps if step.loss is not None]
+        encoded = None
+        if self.compressor is not None:
+            out = out.to("cpu")
+            encoded = self.compressor.compress(out, self.epoch)
         push = Push(
             worker=who.worker,
             incarnation=who.incarnation,
@@ -165,6 +173,7 @@ class WorkerCore:
             push=out.to(self.outbox),
             earlier=tuple(step.batch for step in self._steps),
             life=self.life,
+            encoded=encoded,
         )
         self._undecided = number
         return self._ask(push)
@@ -172,8 +181,9 @@ class WorkerCore:
     def _displacement(self, grad: Tensor, lr: tuple[float, ...]) -> Tensor:
         """What the rule makes of one gradient, f32[P]; its vectors move on tentatively."""
         out, new = torch.empty_like(grad), self._spare.pop()
-        for group, (start, stop) in enumerate(self.role.layout.groups):
-            context = Context(lr[group], self._current_lr[group], 0.0, 0, self.version, 0)
+        contexts = [Context(*rates, 0.0, 0, self.version, 0) for rates in zip(lr, self._current_lr, strict=True)]
+        for group, start, stop in self.role.layout.slices():
+            context = contexts[group]
             old = _cut(self._current, start, stop)
             self.rule.push(out[start:stop], grad[start:stop], old, _cut(new, start, stop), context)
         if self._current is not self._committed:
@@ -219,7 +229,7 @@ class WorkerCore:
         if request is None:
             raise ProtocolError(f"worker {self.role.worker} got a {type(reply).__name__} but asked nothing")
         if isinstance(reply, Parameters):
-            self._state, self.version, self._view = "joined", reply.version, reply.view
+            self._state, self.version, self._view, self.epoch = "joined", reply.version, reply.view, reply.epoch
             self.life = reply.life
             # A push whose answer was lost may have been applied before this worker was given up and joined anew.
             applied = reply.applied if isinstance(request, Push) else reply.last_applied == self._undecided != 0
@@ -232,6 +242,8 @@ class WorkerCore:
     def _commit(self, applied: bool) -> None:
         """Keep the steps since the last push, or go back to before them."""
         self._steps, self._undecided = [], 0
+        if self.compressor:
+            self.compressor.settle(applied)
         if self._current is self._committed:
             return
         if applied:

@@ -8,12 +8,15 @@ from collections.abc import Callable
 from math import ceil
 from typing import Protocol
 
+import torch
 import zmq
+from torch import Tensor
 
 from danaz.keys import WorkerKeys
 from danaz.server.core import ServerCore
-from danaz.server.messages import Heartbeat, Reply
-from danaz.server.wire import WireError, decode, encode
+from danaz.server.memory import keep_freed_memory
+from danaz.server.messages import Heartbeat, Parameters, Reply
+from danaz.server.wire import Inbox, StrayChunkError, WireError, encode, split
 from danaz.worker.core import Backoff, Request, answers
 
 HEARTBEAT_S = 5.0
@@ -22,6 +25,7 @@ RETRY_LONGEST_S = 30.0
 RECONNECT_FIRST_MS = 100  # ZeroMQ doubles it up to the longest, and adds jitter of its own
 RECONNECT_LONGEST_MS = 5000
 GIVE_UP_S = 600.0
+AHEAD_MESSAGES = 4  # that ZeroMQ receives before they are asked for: 4 MB of a view
 
 
 class ServerLostError(ConnectionError):
@@ -47,41 +51,60 @@ class DealerLink:
     def __init__(
         self, address: str, heartbeat: Heartbeat, give_up_s: float = GIVE_UP_S, keys: WorkerKeys | None = None
     ):
+        keep_freed_memory()
         self._context = zmq.Context()
         self._keys = keys
         self._socket = self._dealer(address)
         self._address = address
         self._seed = heartbeat.worker
         self._give_up_s = give_up_s
+        self._rooms = [torch.empty(0), torch.empty(0)]  # f32[P] each: the view at hand, and where the next arrives
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._beat, args=(heartbeat,), daemon=True, name="danaz-heartbeat")
         self._thread.start()
 
     def exchange(self, request: Request) -> Reply:
-        frames = encode(request)
+        """As Link has it. The view of the answer stays as it is until the answer after the next one."""
+        inbox = Inbox(Reply, lambda _, reply: answers(reply, request), self._room)
         backoff = Backoff(RETRY_FIRST_S, RETRY_LONGEST_S, self._seed)
         give_up_at = time.monotonic() + self._give_up_s
-        while (now := time.monotonic()) < give_up_at:
-            self._socket.send_multipart(frames, copy=False)
-            reply = self._await_answer(request, until=min(now + backoff.wait_s(), give_up_at))
+        while time.monotonic() < give_up_at:
+            for frames in split(request):
+                self._socket.send_multipart(frames, copy=False)
+            reply = self._await_answer(request, inbox, backoff.wait_s(), give_up_at)
             if reply is not None:
+                if isinstance(reply, Parameters):
+                    self._rooms.reverse()
                 return reply
         raise ServerLostError(
             f"the server at {self._address} did not answer for {self._give_up_s:.0f} s; is it still running there"
             + (", and is this worker's key one of its run's?" if self._keys else "?")
         )
 
-    def _await_answer(self, request: Request, until: float) -> Reply | None:
+    def _await_answer(self, request: Request, inbox: Inbox, patience_s: float, give_up_at: float) -> Reply | None:
+        """The answer; None if nothing of it came for ``patience_s``."""
+        until = min(time.monotonic() + patience_s, give_up_at)
         while (left_s := until - time.monotonic()) > 0:
             if self._socket.poll(ceil(left_s * 1000)):
                 frames = self._socket.recv_multipart(copy=False)
                 try:
-                    reply: Reply = decode([frame.buffer for frame in frames], Reply)
+                    reply: Reply | None = inbox.take("", [frame.buffer for frame in frames])
+                except StrayChunkError:
+                    continue  # of an answer to an earlier copy of this request, or to an earlier request
                 except WireError as error:
                     raise ServerLostError(f"what answers at {self._address} is no danaz server: {error}") from error
-                if answers(reply, request):
+                if reply is None:
+                    until = min(time.monotonic() + patience_s, give_up_at)
+                elif answers(reply, request):
                     return reply
         return None
+
+    def _room(self, inbox: Inbox, message: Reply, size: int) -> Tensor:
+        if not isinstance(message, Parameters):
+            return torch.empty(size)
+        if self._rooms[1].numel() != size:
+            self._rooms[1] = torch.empty(size)
+        return self._rooms[1]
 
     def _beat(self, heartbeat: Heartbeat) -> None:
         socket = self._dealer(self._address)
@@ -91,6 +114,7 @@ class DealerLink:
 
     def _dealer(self, address: str) -> zmq.Socket[bytes]:
         socket = self._context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.RCVHWM, AHEAD_MESSAGES)
         socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_FIRST_MS)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_LONGEST_MS)
         socket.setsockopt(zmq.IPV6, "[" in address)

@@ -1,0 +1,230 @@
+"""How many workers one server carries: N workers with real sockets and payloads whose computing is a timed wait.
+
+    python benchmarks/scale.py                                   # 1 to 64 workers, ResNet-20's 0.27 M floats
+    python benchmarks/scale.py --workers 1 24 --seconds 20 --algorithm dana-zero
+
+Each worker is a thread with a socket of its own, a few processes hold them all, and a process of its own is the
+server. A batch takes a time drawn from the gamma model of machines (mean 100 ms, variation 0.1), in which the worker
+sleeps; then it pushes, and waits for the next view. Counted are the batches of all workers within a window of time,
+against those of one worker. Beside it, what waiting for the slowest of N costs synchronous training, with an all-reduce
+that takes no time. It writes scale.csv, scale.png and scale.svg into --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import multiprocessing
+import statistics
+import threading
+import time
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import psutil
+import torch
+from peers import Exchange, Peer, danaz
+
+from danaz.report.paper import MEASURED_SPEEDUP
+from danaz.report.style import COLOURS, MARKERS, RC, as_files
+from danaz.simulate.execution_time import gamma_times
+from danaz.simulate.speedup import speedup
+
+CONTEXT = multiprocessing.get_context("fork")
+START_S = 120.0
+SETTLE_S = 1.0  # from the first batch to the window: until workers are out of step
+DRAWS = 1000  # batch times of a worker, again from the start when they are used up
+FIGURES = ("batches_per_second", "speedup", "synchronous", "server_busy", "workers_busy", "exchange_ms")
+LINE = "{workers:>8}" + "".join(f" {{{name}:>{len(name)}}}" for name in FIGURES)
+
+
+class Window(NamedTuple):
+    """What a number of workers did in a window of time."""
+
+    batches_per_second: float
+    exchange_ms: float  # median
+    server_busy: float  # CPU time of the server's process over wall time, all its threads
+    workers_busy: float  # and of those of the workers
+
+
+def window(peer: Peer, workers: int, options: argparse.Namespace) -> Window:
+    """Start a server and its workers, and count."""
+    told, tell = CONTEXT.Pipe(duplex=False)
+    server = CONTEXT.Process(target=_serve, args=(peer, tell, options.floats, workers), daemon=True)
+    server.start()
+    holders = []
+    try:
+        address = _get(told)
+        pipes = []
+        for first in range(min(workers, options.processes)):
+            numbers = range(first, workers, options.processes)
+            here, there = CONTEXT.Pipe()
+            arguments = (peer, address, numbers, workers, options, there)
+            holders.append(CONTEXT.Process(target=_hold, args=arguments, daemon=True))
+            holders[-1].start()
+            pipes.append(here)
+        for pipe in pipes:
+            _get(pipe)
+        begin = time.monotonic() + SETTLE_S
+        for pipe in pipes:
+            pipe.send(begin)
+        shares = _busy_shares([[server], holders], begin, options.seconds)
+        waits = [wait for pipe in pipes for wait in _get(pipe)]
+        return Window(len(waits) / options.seconds, 1000 * statistics.median(waits), *shares)
+    finally:
+        for child in (server, *holders):
+            child.kill()
+            child.join()
+
+
+def _get(pipe: Connection) -> object:
+    if not pipe.poll(START_S):
+        raise TimeoutError("a server or worker did not answer")
+    return pipe.recv()
+
+
+def _busy_shares(groups: Sequence[Sequence[Any]], begin: float, seconds: float) -> list[float]:
+    """CPU time of each group of processes over the time of the window."""
+    time.sleep(max(0.0, begin - time.monotonic()))
+    began, before = time.monotonic(), [_cpu_s(group) for group in groups]
+    time.sleep(seconds)
+    took_s = time.monotonic() - began
+    return [(_cpu_s(group) - cpu_s) / took_s for group, cpu_s in zip(groups, before, strict=True)]
+
+
+def _cpu_s(processes: Sequence[Any]) -> float:
+    times = [psutil.Process(process.pid).cpu_times() for process in processes]
+    return sum(t.user + t.system for t in times)
+
+
+def _serve(peer: Peer, tell: Connection, floats: int, workers: int) -> None:
+    torch.set_num_threads(1)
+    peer.serve(tell.send, floats, workers)
+
+
+def _hold(
+    peer: Peer, address: str, numbers: range, workers: int, options: argparse.Namespace, pipe: Connection
+) -> None:
+    """Some of the workers, each in a thread; says how long each exchange within the window took, in seconds."""
+    torch.set_num_threads(1)
+    waits: list[float] = []
+    joined, go, begin = threading.Barrier(len(numbers) + 1), threading.Barrier(len(numbers) + 1), [0.0]
+
+    def work(number: int) -> None:
+        exchange = peer.connect(address, options.floats, number, workers)
+        times_s = gamma_times(np.random.default_rng([options.seed, number]), options.mean_s, (DRAWS,)).tolist()
+        joined.wait()
+        go.wait()
+        waits.extend(_batches(exchange, times_s, begin[0], begin[0] + options.seconds))
+
+    threads = [threading.Thread(target=work, args=(number,), daemon=True) for number in numbers]
+    for thread in threads:
+        thread.start()
+    joined.wait()
+    pipe.send("joined")
+    begin[0] = pipe.recv()
+    go.wait()
+    for thread in threads:
+        thread.join()
+    pipe.send(waits)
+    threading.Event().wait()  # the parent ends it
+
+
+def _batches(exchange: Exchange, times_s: Sequence[float], begin: float, end: float) -> list[float]:
+    """Compute and exchange until the window is over; the seconds of each exchange that ended within it."""
+    waits, number = [], 0
+    while True:
+        time.sleep(times_s[number % DRAWS])
+        began = time.monotonic()
+        exchange()
+        now = time.monotonic()
+        if now >= end:
+            return waits
+        if now >= begin:
+            waits.append(now - began)
+        number += 1
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, float]]:
+    """A row for each number of workers, medians over the repetitions."""
+    peer = danaz(options.algorithm, gap=options.gap)
+    synchronous = speedup(options.workers, heterogeneous=False, repetitions=3, iterations=20_000).synchronous
+    windows: dict[int, list[Window]] = {n: [] for n in options.workers}
+    for _ in range(options.repetitions):
+        for n in options.workers:
+            windows[n].append(window(peer, n, options))
+    rates = {n: statistics.median(w.batches_per_second for w in found) for n, found in windows.items()}
+    one = rates[1]
+    print(LINE.format(workers="workers", **{name: name for name in FIGURES}))
+    rows = []
+    for n, together in zip(options.workers, synchronous, strict=True):
+        row = {
+            "workers": n,
+            "batches_per_second": round(rates[n], 1),
+            "speedup": round(rates[n] / one, 2),
+            "synchronous": round(float(together), 2),
+            "server_busy": round(statistics.median(w.server_busy for w in windows[n]), 3),
+            "workers_busy": round(statistics.median(w.workers_busy for w in windows[n]), 3),
+            "exchange_ms": round(statistics.median(w.exchange_ms for w in windows[n]), 2),
+        }
+        print(LINE.format(**row))
+        rows.append(row)
+    return rows
+
+
+def draw(rows: list[dict[str, float]], algorithm: str) -> dict[str, bytes]:
+    """Speed-up beside the ideal, synchronous training and the paper's measurement; below it, how busy the server is."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    workers = [row["workers"] for row in rows]
+    with pyplot.rc_context(RC):
+        figure, (ax, below) = pyplot.subplots(
+            2, 1, figsize=(6.4, 6), sharex=True, height_ratios=[3, 1], layout="constrained"
+        )
+        ax.plot([1, workers[-1]], [1, workers[-1]], color="#bbbbbb", linestyle="--", label="one batch each, no waiting")
+        labels = {"speedup": f"danaz {algorithm}, one server", "synchronous": "SSGD, slowest of N"}
+        for look, (key, label) in enumerate(labels.items()):
+            ax.plot(workers, [row[key] for row in rows], color=COLOURS[look], marker=MARKERS[look], label=label)
+        ax.plot(*zip(*MEASURED_SPEEDUP.items(), strict=True), "k*", markersize=11, label="DANA paper, measured")
+        ax.set_ylabel("speed-up over one worker")
+        ax.legend(loc="upper left")
+        below.plot(workers, [100 * row["server_busy"] for row in rows], color=COLOURS[0], marker=MARKERS[0])
+        below.set(xlabel="workers", ylabel="server busy, %", ylim=(0, None))
+        contents = as_files(figure, "scale")
+        pyplot.close(figure)
+    return contents
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8, 16, 24, 32, 48, 64])
+    parser.add_argument("--floats", type=int, default=272_474, help="of the model; default: ResNet-20")
+    parser.add_argument("--mean-s", type=float, default=0.1, help="of a batch")
+    parser.add_argument("--algorithm", default="dana")
+    parser.add_argument("--gap", action="store_true", help="measure the gap of each update")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each window")
+    parser.add_argument("--repetitions", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=4, help="that hold the workers")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/bench-scale"))
+    options = parser.parse_args()
+    options.workers = sorted({1, *options.workers})
+    rows = measure(options)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with (options.out / "scale.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    for name, content in draw(rows, options.algorithm).items():
+        (options.out / name).write_bytes(content)
+    print(f"scale.csv, scale.png and scale.svg are in {options.out}")
+
+
+if __name__ == "__main__":
+    main()
