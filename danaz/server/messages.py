@@ -180,11 +180,13 @@ class Streamed:
         return self.header.request
 
     def whole(self) -> Parameters:
-        size, start = self.header.view.numel(), 0
+        view: Tensor | None = None
+        start = 0
         for piece in self.slices:
-            view = piece.new_empty(size) if start == 0 else view
+            view = piece.new_empty(self.header.view.numel()) if view is None else view
             view[start : start + piece.numel()] = piece
             start += piece.numel()
+        assert view is not None
         return replace(self.header, view=view)
 
 
