@@ -31,9 +31,9 @@ from rich.table import Table
 
 SLOTS = {"a": 2, "b": 1, "c": 1}
 WORKERS = len(SLOTS)
-EPOCHS = 300  # about a minute when nothing happens
+EPOCHS = 400  # about a minute when nothing happens
 SERVER_PORT = 7071
-RECOVERY_S = 90.0
+RECOVERY_S = 120.0
 RUN_S = 900.0
 QUIET_S = 1.0  # between a recovery and the next fault, at least
 CUT_S = (2.0, 15.0)  # the longest is longer than a request's first repetition
@@ -126,16 +126,20 @@ class Run:
         """Versions without a hole; the processes that belong to the run, and no others; a server that does not grow."""
         versions = [update["version"] for update in self.updates()]
         self.require(versions == list(range(1, len(versions) + 1)), "versions in updates.jsonl have a hole")
-        if self.over:
-            return
         for host, slots in SLOTS.items():
-            self.require(len(self.ranks(host)) == slots, f"{host} runs {self.network.processes(host)}")
-        servers = self.servers()
-        self.require(len(servers) == 1, f"{len(servers)} servers run")
-        with suppress(psutil.NoSuchProcess):  # the run may just have ended
-            self.server_bytes.append(psutil.Process(servers[0]).memory_info().rss)
+            self.await_processes(lambda host=host: self.ranks(host), slots, f"ranks on {host}")
+        self.await_processes(self.servers, 1, "server")
+        with suppress(psutil.NoSuchProcess, IndexError):  # the run may just have ended
+            self.server_bytes.append(psutil.Process(self.servers()[0]).memory_info().rss)
         growth = max(self.server_bytes, default=0) - min(self.server_bytes, default=0)
         self.require(growth < FLAT_BYTES, f"the server grew by {growth / 1e6:.0f} MB")
+
+    def await_processes(self, find: Callable[[], list[int]], count: int, what: str) -> None:
+        """Wait until so many are there and no more; or until the run is over, whose ranks end before it."""
+        deadline = time.monotonic() + RECOVERY_S
+        while not self.over and len(find()) != count:
+            self.require(time.monotonic() < deadline, f"{len(find())} {what} instead of {count}")
+            time.sleep(0.1)
 
     def finish(self) -> float:
         """Wait for the end; the test error in percent."""
