@@ -12,7 +12,7 @@ RECIPE   := $(wildcard danaz/horovod_install/recipe.py danaz/horovod_install/too
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast lint format bench-server bench-simulator bench-scale clean
+.PHONY: help setup demo test test-fast lint format soak bench-server bench-simulator bench-scale clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ test: setup ## Run all tests
 
 test-fast: setup ## Run the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow"
+
+soak: setup ## Train for 10 minutes while ranks, machines, links and the server fail (needs root; Linux)
+	$(BIN)/python tests/soak.py --minutes 10 --faults 50
 
 lint: $(PACKAGES) ## Check style and types
 	$(BIN)/ruff check .

@@ -4,7 +4,7 @@
 
 Three machines (network namespaces with an sshd each, so this needs root) train digits through `danaz launch` and lose
 ranks, machines, links and the server. After each fault the run must recover: every worker has made an update since,
-versions have no hole, nobody is left over or missing. At the end accuracy must be that of an undisturbed run.
+versions have no hole, the server's sum of velocities is their sum, nobody is left over or missing. At the end accuracy must be that of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -25,9 +25,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import torch
 from namespaces import LAUNCHING, Namespaces, missing, namespaces
 from rich.console import Console
 from rich.table import Table
+
+from danaz.server.checkpoint import FOLDER, read_newest
+from danaz.server.state import ResumeError
 
 SLOTS = {"a": 2, "b": 1, "c": 1}
 WORKERS = len(SLOTS)
@@ -40,6 +44,7 @@ CUT_S = (2.0, 15.0)  # the longest is longer than a request's first repetition
 SLOW_S = 4.0
 SLOW_LINK = ("tbf", "rate", "2mbit", "burst", "16kbit", "latency", "400ms")
 FLAT_BYTES = 64 << 20  # a server may grow so much: its allocator and its table of figures
+SUM_TOLERANCE = 1e-4  # float32 rounding between two fresh sums
 NOISE_PERCENT = 2.0  # of test error, between two undisturbed runs that only differ in the order of updates
 
 
@@ -74,7 +79,9 @@ class Run:
             stdout=self.log,
             stderr=subprocess.STDOUT,
         )
+        self.algorithm = algorithm
         self.server_bytes: list[int] = []
+        self.sums_checked = 0
 
     @property
     def over(self) -> bool:
@@ -126,6 +133,7 @@ class Run:
         """Versions without a hole; the processes that belong to the run, and no others; a server that does not grow."""
         versions = [update["version"] for update in self.updates()]
         self.require(versions == list(range(1, len(versions) + 1)), "versions in updates.jsonl have a hole")
+        self.check_sum()
         for host, slots in SLOTS.items():
             self.await_processes(lambda host=host: self.ranks(host), slots, f"ranks on {host}")
         self.await_processes(self.servers, 1, "server")
@@ -133,6 +141,22 @@ class Run:
             self.server_bytes.append(psutil.Process(self.servers()[0]).memory_info().rss)
         growth = max(self.server_bytes, default=0) - min(self.server_bytes, default=0)
         self.require(growth < FLAT_BYTES, f"the server grew by {growth / 1e6:.0f} MB")
+
+    def check_sum(self) -> None:
+        """In the newest checkpoint, R = Σ ηⱼvⱼ over the workers that take part, where the rule keeps R."""
+        try:
+            found = read_newest(self.folder / FOLDER)
+        except (ResumeError, FileNotFoundError):  # both files are just being replaced
+            return
+        if found is None or "shared.sum" not in found[0].tensors:
+            return
+        members, tensors = found[0].facts["members"], found[0].tensors
+        taking_part = [member for member in members if member["alive"] and not member["left"]]
+        velocities = [member["lr"][0] * tensors[f"member.{member['worker']}.velocity"] for member in taking_part]
+        total = sum(velocities, torch.zeros_like(tensors["shared.sum"]))
+        off = float((total - tensors["shared.sum"]).abs().max())
+        self.require(off < SUM_TOLERANCE, f"the sum of the velocities is off by {off}")
+        self.sums_checked += 1
 
     def await_processes(self, find: Callable[[], list[int]], count: int, what: str) -> None:
         """Wait until so many are there and no more; or until the run is over, whose ranks end before it."""
@@ -150,6 +174,7 @@ class Run:
         for host in (*SLOTS, LAUNCHING):
             left = self.network.processes(host)
             self.require(not left, f"left over on {host}: {left}")
+        self.require(self.sums_checked > 0 or self.algorithm != "dana-zero", "no sum of velocities was ever seen")
         summary = json.loads((self.folder / "summary.json").read_text())
         self.require(summary["complete"] is True, f"not complete: {summary}")
         return float(summary["test_error_percent"])
