@@ -4,7 +4,8 @@
 
 Three machines (network namespaces with an sshd each, so this needs root) train digits through `danaz launch` and lose
 ranks, machines, links and the server. After each fault the run must recover: every worker has made an update since,
-versions have no hole, the server's sum of velocities is their sum, nobody is left over or missing. At the end accuracy must be that of an undisturbed run.
+versions have no hole, the server's sum of velocities is their sum, nobody is left over or missing. At the end accuracy
+must be that of an undisturbed run.
 """
 
 from __future__ import annotations
