@@ -58,11 +58,11 @@ class Layout:
     def buffer_size(self) -> int:
         return self.buffers[-1].stop if self.buffers else 0
 
-    def slices(self, longest: int = SLICE_FLOATS) -> Iterator[tuple[int, int, int]]:
-        """(group, start, stop) that tile the vector: no slice crosses a group or a multiple of ``longest``."""
+    def slices(self) -> Iterator[tuple[int, int, int]]:
+        """(group, start, stop) that tile the vector: no slice crosses a group or a multiple of SLICE_FLOATS."""
         for group, (start, stop) in enumerate(self.groups):
             while start < stop:
-                end = min(start - start % longest + longest, stop)
+                end = min(start - start % SLICE_FLOATS + SLICE_FLOATS, stop)
                 yield group, start, end
                 start = end
 

@@ -17,8 +17,8 @@ from oracle import Array, Oracle, Views
 from oracle_local import ORACLES
 from torch import Tensor
 
+from danaz import flat
 from danaz.rules import ALGORITHMS, Context, find_algorithm
-from danaz.server import master
 
 GROUPS = (4, 3)  # a layer each
 WEIGHT_DECAY = (0.1, 0.0)
@@ -184,7 +184,7 @@ class TestEveryAlgorithm:
     @settings(max_examples=15, deadline=None)
     def test_slices_are_the_whole(self, name, run, cut):
         """Bit for bit, so that sharding and chunking change no rule."""
-        whole, sliced = final_state(name, run, master.SLICE_FLOATS), final_state(name, run, cut)
+        whole, sliced = final_state(name, run, flat.SLICE_FLOATS), final_state(name, run, cut)
         assert all(torch.equal(whole[key], sliced[key]) for key in whole)
 
     @given(run=runs())
@@ -239,7 +239,7 @@ def test_without_a_server_the_model_is_the_mean_of_all_workers(name, run):
 
 def final_state(name: str, run: Run, slice_floats: int) -> dict[str, Tensor]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(master, "SLICE_FLOATS", slice_floats)
+        patch.setattr(flat, "SLICE_FLOATS", slice_floats)
         pair = Pair(name, run)
         pair.live_through_it()
     server = pair.cluster.server

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from danaz.codecs import FP32, Codec
-from danaz.flat import SLICE_FLOATS, Entry, Layout, chunks
+from danaz.flat import Entry, Layout, chunks
 from danaz.rules import Context, Rule
 from danaz.server.members import Member
 from danaz.server.messages import is_announced
@@ -46,7 +46,7 @@ class Master:
         self.version = 0
         self._taking_part: list[Member] = []
         self.shared = self._zeros(rule.shared_state)
-        self._slice = self._params.new_empty(min(SLICE_FLOATS, layout.size))  # scratch
+        self._slice = torch.empty_like(self._params[slice(*next(chunks(layout.size)))])  # scratch
         self._layers = [entry for entry in layout.parameters if entry.size]
         self._roots = torch.tensor([entry.size for entry in self._layers], dtype=torch.float64).sqrt()
         self._layers_of_slice = [(*span, *_cut_layers(self._layers, *span)) for span in chunks(layout.size)]
