@@ -128,9 +128,10 @@ def test_a_server_that_is_stopped_loses_nothing(tmp_path: Path, clusters: list[C
 
 @pytest.mark.parametrize("harm", ["torn", "flipped"])
 def test_a_damaged_checkpoint_is_passed_over(harm: str, tmp_path: Path, clusters: list[Cluster]) -> None:
-    clusters.append(cluster := Cluster(tmp_path / "run", "dana-zero"))
-    cluster.kill_server_behind(100)
-    *_, newest = sorted((cluster.folder / FOLDER).glob("*.safetensors"))
+    clusters.append(cluster := Cluster(tmp_path / "run", "dana-zero", checkpoint_s=0.05))
+    live.until(lambda: len([*(cluster.folder / FOLDER).glob("*.json")]) >= 2, "a checkpoint before the newest")
+    cluster.kill_server_behind(1)
+    *_, newest = sorted(path.with_suffix(".safetensors") for path in (cluster.folder / FOLDER).glob("*.json"))
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
     newest.write_bytes(content[:-100] if harm == "torn" else content)

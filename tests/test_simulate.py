@@ -168,9 +168,8 @@ class TestRecords:
         records = lines(tmp_path)
         assert [line["version"] for line in records] == list(range(1, 401))
         assert sorted(line["batch"] for line in records) == list(range(400))
-        assert all(
-            list(line) == ["version", "worker", "lag", "lr", "gap", "gap_of", "loss", "batch"] for line in records
-        )
+        figures = ["version", "worker", "lag", "lr", "gap", "gap_of", "loss", "batch"]
+        assert all(list(line) == [*figures, "samples", "incarnation", "request"] for line in records)
 
     def test_round_robin_has_lag_n_minus_1(self, tmp_path):
         summary = quadratic(tmp_path, "asgd", 4, "schedule=round-robin", "epochs=1")
