@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -20,6 +21,7 @@ SSHD = "/usr/sbin/sshd"
 NETWORK, NETWORK_6 = "10.77.0", "fd77:"
 LAUNCHING = "launching"
 DEADLINE_S = 20.0
+_numbers = itertools.count()  # of the networks that this process makes
 
 # ip netns exec shows /etc/netns/<namespace>/x as /etc/x, so that no file of this machine is touched.
 NETNS_FOLDER = Path("/etc/netns")
@@ -129,7 +131,7 @@ class Namespaces:
 def namespaces(folder: Path, names: Sequence[str]) -> Iterator[Namespaces]:
     """The launching machine and one of each name, until the end of the block, when all that runs there is killed."""
     made = Namespaces(folder)
-    prefix = f"danaz{os.getpid()}"
+    prefix = f"danaz{os.getpid()}.{next(_numbers)}"
     keep_separation = PRIVILEGE_SEPARATION.exists()
     PRIVILEGE_SEPARATION.mkdir(mode=0o755, exist_ok=True)
     try:
