@@ -17,6 +17,7 @@ import typing
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
+from math import ceil
 from typing import Any
 
 import msgpack
@@ -68,6 +69,14 @@ def split(message: messages.Message | Streamed) -> Iterator[list[Frame]]:
     yield _head(header, announces, codec)
     for number, piece in enumerate(pieces):
         yield [CHUNK.pack(CHUNK_MAGIC, header.request, number), piece]
+
+
+def messages_of(message: messages.Message | Streamed) -> int:
+    """How many messages ``split`` makes of it."""
+    sizes = [
+        vector.numel() for vector in _vectors(message.header if isinstance(message, Streamed) else message).values()
+    ]
+    return 1 if max(sizes, default=0) <= SLICE_FLOATS else 1 + sum(max(1, ceil(size / SLICE_FLOATS)) for size in sizes)
 
 
 def _encoded(message: messages.Message | Streamed, vectors: dict[str, Tensor]) -> tuple[str, Iterator[Frame]]:
