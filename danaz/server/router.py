@@ -135,7 +135,7 @@ class Router:
             self._socket.setsockopt(zmq.SNDHWM, ANSWERS_WAITING * messages)
 
     def _post(self, frames: Sequence[Frame | zmq.Frame]) -> bool:
-        """Send a message, unless its receiver is gone, or leaves too many unread: whatever it asks is then not answered.
+        """Send a message, unless its receiver is gone, or leaves too many unread: then it gets no answer.
 
         A worker that is well reads an answer before it asks again; what says so in its next request may be a lie.
         """
