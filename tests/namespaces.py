@@ -144,10 +144,10 @@ def namespaces(folder: Path, names: Sequence[str]) -> Iterator[Namespaces]:
     finally:
         for node in made.nodes.values():
             _remove(node)
-        with contextlib.suppress(OSError):  # others' namespaces may be there, with daemons that need it
+        if not keep_separation:
+            PRIVILEGE_SEPARATION.rmdir()
+        with contextlib.suppress(OSError):  # others' namespaces may be there
             NETNS_FOLDER.rmdir()
-            if not keep_separation:
-                PRIVILEGE_SEPARATION.rmdir()
 
 
 def _ip(*arguments: str) -> None:
