@@ -19,7 +19,6 @@ from danaz.rules.dana import DanaZero
 PAPER = "Barkai et al., ICLR 2020, arXiv 1909.10802"
 DECAY = 0.999  # ρ
 EPSILON = 1e-8
-ONE = torch.ones(())
 
 
 class DivideByGap(Transform):
@@ -37,7 +36,7 @@ class DivideByGap(Transform):
         root = sqrt(1 - DECAY**ctx.version)
         step = shared["velocity_square"].sqrt().add_(EPSILON * root)  # C √(1 − ρᵗ) / η_max: as few passes as can be
         gap = params.sub(own["view"]).abs_()
-        grad.div_(torch.addcdiv(ONE, gap, step, value=root / ctx.max_lr, out=gap))
+        grad.div_(torch.addcdiv(grad.new_ones(()), gap, step, value=root / ctx.max_lr, out=gap))
 
     def after(self, velocity: Callable[[], Tensor], shared: Vectors, ctx: Context) -> None:
         v = velocity()
