@@ -15,6 +15,7 @@ import zmq
 from cluster import DIGEST, layout_of
 from torch import Tensor
 
+from danaz.flat import SLICE_FLOATS
 from danaz.keys import ServerKeys, WorkerKeys, make_keys
 from danaz.server import router as router_module
 from danaz.server import socket as socket_module
@@ -36,7 +37,7 @@ from danaz.server.recording import Recorder, replay
 from danaz.server.router import Router
 from danaz.server.settings import ServerSettings
 from danaz.server.socket import BoundRouter
-from danaz.server.wire import MAGIC, decode, encode
+from danaz.server.wire import CHUNK, MAGIC, decode, encode
 from danaz.worker import link as link_module
 from danaz.worker.core import Role, WorkerCore
 from danaz.worker.link import DealerLink, LocalLink, ServerLostError
@@ -288,10 +289,13 @@ def test_a_recorded_live_run_replays_to_the_bit(tmp_path, monkeypatch, algorithm
 
 
 @contextmanager
-def silent_server() -> Iterator[tuple[zmq.Socket[bytes], str]]:
-    """A ROUTER that the test answers for."""
+def silent_server(slow: bool = False) -> Iterator[tuple[zmq.Socket[bytes], str]]:
+    """A ROUTER that the test answers for; a ``slow`` one takes little before the test has read it."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     socket = context.socket(zmq.ROUTER)
+    if slow:
+        socket.setsockopt(zmq.RCVHWM, 1)
+        socket.setsockopt(zmq.RCVBUF, 1 << 16)
     port = socket.bind_to_random_port("tcp://127.0.0.1")
     try:
         yield socket, f"tcp://127.0.0.1:{port}"
@@ -300,19 +304,39 @@ def silent_server() -> Iterator[tuple[zmq.Socket[bytes], str]]:
         context.term()
 
 
-class Asking(threading.Thread):
-    """One exchange, in a thread of its own."""
+class Clock:
+    """In place of the module ``time``: it stands, unless the test moves it."""
 
-    def __init__(self, address: str, request: Request, give_up_s: float = PATIENCE_S):
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.looked = threading.Event()
+
+    def monotonic(self) -> float:
+        self.looked.set()
+        return self.now_s
+
+    def pass_s(self, seconds: float) -> None:
+        """Returns when somebody has looked at the new time, and again after having thought about it."""
+        self.now_s += seconds
+        for _ in range(3):
+            self.looked.clear()
+            assert self.looked.wait(PATIENCE_S)
+
+
+class Asking(threading.Thread):
+    """A few exchanges, in a thread of its own."""
+
+    def __init__(self, address: str, *requests: Request, give_up_s: float = PATIENCE_S):
         super().__init__()
-        self.address, self.request, self.give_up_s = address, request, give_up_s
+        self.address, self.requests, self.give_up_s = address, requests, give_up_s
         self.reply: Reply | None = None
         self.error: ServerLostError | None = None
 
     def run(self) -> None:
         link = DealerLink(self.address, Heartbeat(0, 1), self.give_up_s)
         try:
-            self.reply = link.exchange(self.request)
+            for request in self.requests:
+                self.reply = link.exchange(request)
         except ServerLostError as error:
             self.error = error
         finally:
@@ -332,6 +356,28 @@ class TestDealerLink:
             socket.send_multipart([copies[0][0], *encode(Noted(2))])
             asking.join(PATIENCE_S)
         assert asking.reply == Noted(2)
+
+    def test_what_is_still_leaving_is_not_said_again(self, monkeypatch):
+        """A reader so slow that a push takes many times the wait before a repetition gets one copy."""
+        clock = Clock()
+        monkeypatch.setattr(link_module, "time", clock)
+        monkeypatch.setattr(link_module, "RETRY_FIRST_S", 0.05)
+        monkeypatch.setattr(link_module, "LEAVING_S", 0.005)
+        push = Push(0, 1, 2, 0, (0.1,), 1, None, 0, torch.ones(20 * SLICE_FLOATS + 5))  # more than TCP takes unread
+        with silent_server(slow=True) as (socket, address):
+            asking = Asking(address, push, Pull(0, 1, 3))
+            asking.start()
+            route, *heard = socket.recv_multipart()
+            assert decode(heard).push.numel() == push.push.numel()
+            for number in range(21):
+                if number < 8:  # 12 MB are still to come
+                    clock.pass_s(1.0)
+                assert CHUNK.unpack(socket.recv_multipart()[1])[2] == number
+            socket.send_multipart([route, *encode(Noted(2))])
+            assert decode(socket.recv_multipart()[1:]) == Pull(0, 1, 3), "and not the push again"
+            socket.send_multipart([route, *encode(Noted(3))])
+            asking.join(PATIENCE_S)
+        assert asking.reply == Noted(3)
 
     def test_late_answers_are_dropped(self):
         with silent_server() as (socket, address):

@@ -468,6 +468,56 @@ def test_who_never_reads_is_not_answered_for_ever():
     assert core.views <= 3
 
 
+def test_who_asks_for_more_and_never_reads_is_not_answered_for_ever():
+    """A new request claims that the answers before it were read; what the connection holds says that they were not."""
+    size = 40 * SLICE_FLOATS
+    core = Counting(settings_for(1))
+    with serving(core) as (address, _):
+        with stranger(address) as deaf:
+            deaf.setsockopt(zmq.RCVHWM, 1)
+            send(deaf, travelling(join_of(0, torch.zeros(size), size)))
+            wait_for(lambda: core.views == 1)
+            for request in range(2, 40):
+                send(deaf, travelling(Pull(0, 1, request)))
+            wait_for(lambda: core.asked == 39)
+            with stranger(address) as well:
+                well.send_multipart(encode(Pull(5, 1, 1)))
+                assert isinstance(received(well), Refusal)
+            held = core.views
+            answers = [decode(deaf.recv_multipart(), Parameters)]
+            for _ in range(40):
+                deaf.recv_multipart()
+            assert answers[0].view.numel() == size, "what was sent before is whole"
+        assert held < 10
+
+
+def test_a_long_answer_arrives_whole():
+    """More messages than a connection holds before anyone has joined."""
+    size = 40 * SLICE_FLOATS
+    core = ServerCore(settings_for(1))
+    with serving(core) as (address, _):
+        link = DealerLink(address, Heartbeat(0, 1), give_up_s=PATIENCE_S)
+        reply = link.exchange(join_of(0, torch.arange(float(size)), size))
+        for request in range(2, 8):
+            assert isinstance(reply, Parameters)
+            assert torch.equal(reply.view, torch.arange(float(size)))
+            reply = link.exchange(Pull(0, 1, request))
+        link.close()
+
+
+def test_small_answers_that_nobody_reads_are_bounded_too():
+    settings = settings_for(1)
+    core = ServerCore(settings)
+    with serving(core) as (address, _), stranger(address) as deaf:
+        deaf.setsockopt(zmq.RCVHWM, 1)
+        for _ in range(200):
+            deaf.send_multipart([b"?" * 10])
+        wait_for(lambda: sum(core.figures.refusals.values()) == 200)
+        worker = LiveWorker(address, 0, settings, Plan(5, 1))
+        worker.start()
+        until_done(worker)
+
+
 def test_garbage_in_chunks_disturbs_nobody():
     core = ServerCore(settings_for(2))
     header, *chunks = travelling(push_of(torch.full((SIZE,), 100.0), worker=1, lr=(0.1,)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 from danaz.rules.asgd import Displace
@@ -27,12 +28,12 @@ class DanaZero(Rule):
     def apply(self, params: Tensor, push: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
         velocity = own["velocity"]
         shared["sum"].sub_(velocity, alpha=ctx.own_lr)
-        velocity.mul_(self.momentum).add_(push)
+        torch.add(push, velocity, alpha=self.momentum, out=velocity)
         shared["sum"].add_(velocity, alpha=ctx.lr)
         params.sub_(velocity, alpha=ctx.lr)
 
     def view(self, out: Tensor, params: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
-        out.copy_(params).sub_(shared["sum"], alpha=self.momentum)
+        torch.sub(params, shared["sum"], alpha=self.momentum, out=out)
 
     def resum(self, shared: Vectors, workers: Iterable[tuple[Vectors, Context]]) -> None:
         shared["sum"].zero_()

@@ -6,7 +6,9 @@ Barkai, Hakimi, Schuster: Gap-Aware Mitigation of Gradient Staleness, ICLR 2020,
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import sqrt
 
+import torch
 from torch import Tensor
 
 from danaz.rules.asgd import NagAsgd
@@ -31,9 +33,10 @@ class DivideByGap(Transform):
     def before(self, grad: Tensor, params: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
         if ctx.version == 0 or ctx.max_lr == 0:
             return
-        step = shared["velocity_square"].div(1 - DECAY**ctx.version).sqrt_().add_(EPSILON).mul_(ctx.max_lr)  # C
-        penalty = params.sub(own["view"]).abs_().div_(step).add_(1)
-        grad.div_(penalty)
+        root = sqrt(1 - DECAY**ctx.version)
+        step = shared["velocity_square"].sqrt().add_(EPSILON * root)  # C √(1 − ρᵗ) / η_max: as few passes as can be
+        gap = params.sub(own["view"]).abs_()
+        grad.div_(torch.addcdiv(grad.new_ones(()), gap, step, value=root / ctx.max_lr, out=gap))
 
     def after(self, velocity: Callable[[], Tensor], shared: Vectors, ctx: Context) -> None:
         v = velocity()

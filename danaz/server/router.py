@@ -13,10 +13,11 @@ from torch import Tensor
 from danaz.server.core import ServerCore, Streams
 from danaz.server.messages import Final, Push, Refusal, Request, Streamed
 from danaz.server.recording import Recorder
-from danaz.server.socket import BoundRouter
-from danaz.server.wire import Frame, Inbox, StrayChunkError, WireError, encode, split
+from danaz.server.socket import ANSWERS_MESSAGES, BoundRouter
+from danaz.server.wire import Frame, Inbox, StrayChunkError, WireError, encode, messages_of, split
 
 TICK_S = 0.25
+ANSWERS_WAITING = 4  # that a connection may leave unread: ZeroMQ tells of what was read only half as many at a time
 Peer = tuple[bytes, str]  # a connection, and the key it was made with
 
 
@@ -28,6 +29,7 @@ class Router:
         self._worker_of_key = bound.worker_of_key
         self._rooms: dict[int, Tensor] = {}  # worker -> f32[P], where its pushes are received
         self._leaving: dict[bytes, tuple[int, zmq.MessageTracker]] = {}  # route -> request, beginning of its answer
+        self._longest_answer = ANSWERS_MESSAGES // ANSWERS_WAITING  # in messages
 
     def serve(self, core: ServerCore, recorder: Recorder | None, stop: Callable[[], bool]) -> None:
         """Feed ``core`` until it has finished or ``stop()``."""
@@ -101,7 +103,7 @@ class Router:
         for route, reply in replies:
             assert isinstance(route, bytes)
             if not isinstance(reply, (Streamed, Final)):
-                self._socket.send_multipart([route, *encode(reply)])
+                self._post([route, *encode(reply)])
             elif self._may_leave(route, reply.request):
                 self._send_large(route, reply)
 
@@ -114,11 +116,33 @@ class Router:
         return route not in self._leaving or self._leaving[route][0] != request
 
     def _send_large(self, route: bytes, reply: Streamed | Final) -> None:
+        self._make_way(messages_of(reply))
         pieces = split(reply)
         magic, header, *vectors = next(pieces)
         tracked = zmq.Frame(header, copy=False, track=True, copy_threshold=0)
+        if not self._post([route, magic, tracked, *vectors]):
+            return
         self._leaving[route] = (reply.request, tracked.tracker)
-        self._socket.send_multipart([route, magic, tracked, *vectors])
         for head, data in pieces:
             # Copied, for the next slice is worked out in the same memory; and a copy of what is in cache is cheap.
-            self._socket.send_multipart([route, head, data])
+            if not self._post([route, head, data]):
+                return
+
+    def _make_way(self, messages: int) -> None:
+        """Let each connection hold as many answers as it may leave unread, each of so many messages."""
+        if messages > self._longest_answer:
+            self._longest_answer = messages
+            self._socket.setsockopt(zmq.SNDHWM, ANSWERS_WAITING * messages)
+
+    def _post(self, frames: Sequence[Frame | zmq.Frame]) -> bool:
+        """Send a message, unless its receiver is gone, or leaves too many unread: then it gets no answer.
+
+        A worker that is well reads an answer before it asks again; what says so in its next request may be a lie.
+        """
+        try:
+            self._socket.send_multipart(frames, zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
+                raise
+            return False
+        return True

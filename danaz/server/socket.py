@@ -12,6 +12,7 @@ LINGER_MS = 5000  # for the last replies to leave when the server ends
 MAX_MESSAGE_BYTES = 8 << 30
 HANDSHAKE_MS = 10_000  # a peer that does not finish it is dropped
 AHEAD_MESSAGES = 4  # that ZeroMQ receives from each peer before they are asked for: 4 MB of a push
+ANSWERS_MESSAGES = 16  # that wait to be read by one peer; the router raises it for answers of many messages
 SILENCE_S = 60  # that a connection may leave what it was sent unacknowledged, before it is cut
 
 
@@ -43,7 +44,8 @@ class BoundRouter:
         self.socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
         self.socket.setsockopt(zmq.IPV6, "[" in address)
         self.socket.setsockopt(zmq.RCVHWM, AHEAD_MESSAGES)
-        self.socket.setsockopt(zmq.SNDHWM, 0)  # the router bounds it: two replies a peer
+        self.socket.setsockopt(zmq.SNDHWM, ANSWERS_MESSAGES)
+        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # and say so when one more does not fit
         self.socket.setsockopt(zmq.TCP_MAXRT, 1000 * SILENCE_S)
         self.socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
         self.socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, SILENCE_S)

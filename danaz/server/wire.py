@@ -17,6 +17,7 @@ import typing
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
+from math import ceil
 from typing import Any
 
 import msgpack
@@ -68,6 +69,14 @@ def split(message: messages.Message | Streamed) -> Iterator[list[Frame]]:
     yield _head(header, announces, codec)
     for number, piece in enumerate(pieces):
         yield [CHUNK.pack(CHUNK_MAGIC, header.request, number), piece]
+
+
+def messages_of(message: messages.Message | Streamed) -> int:
+    """How many messages ``split`` makes of it."""
+    sizes = [
+        vector.numel() for vector in _vectors(message.header if isinstance(message, Streamed) else message).values()
+    ]
+    return 1 if max(sizes, default=0) <= SLICE_FLOATS else 1 + sum(max(1, ceil(size / SLICE_FLOATS)) for size in sizes)
 
 
 def _encoded(message: messages.Message | Streamed, vectors: dict[str, Tensor]) -> tuple[str, Iterator[Frame]]:
@@ -329,6 +338,13 @@ class Assembly:
         return message
 
 
+def _summed(message: Any) -> Any:
+    """The message; a push with the sum of its squares, in one pass instead of one for each who asks."""
+    if not isinstance(message, messages.Push) or not message.push.numel():
+        return message
+    return dataclasses.replace(message, square=torch.dot(message.push, message.push).item())
+
+
 class Inbox:
     """Messages of many peers, put together from what arrives. One message of each peer is under way at most."""
 
@@ -345,7 +361,9 @@ class Inbox:
             return self._take_chunk(peer, frames)
         message, codecs = _decode(frames, self._expect)
         self._under_way.pop(peer, None)
-        if not any(map(is_announced, _vectors(message).values())) or not self._takes(peer, message):
+        if not any(map(is_announced, _vectors(message).values())):
+            return _summed(message)
+        if not self._takes(peer, message):
             return message
         self._under_way[peer] = Assembly(message, codecs, lambda size: self._room(self, message, size))
         return None

@@ -25,6 +25,7 @@ RETRY_LONGEST_S = 30.0
 RECONNECT_FIRST_MS = 100  # ZeroMQ doubles it up to the longest, and adds jitter of its own
 RECONNECT_LONGEST_MS = 5000
 GIVE_UP_S = 600.0
+LEAVING_S = 0.25  # between looks at whether a request has left
 AHEAD_MESSAGES = 4  # that ZeroMQ receives before they are asked for: 4 MB of a view
 
 
@@ -69,9 +70,8 @@ class DealerLink:
         backoff = Backoff(RETRY_FIRST_S, RETRY_LONGEST_S, self._seed)
         give_up_at = time.monotonic() + self._give_up_s
         while time.monotonic() < give_up_at:
-            for frames in split(request):
-                self._socket.send_multipart(frames, copy=False)
-            reply = self._await_answer(request, inbox, backoff.wait_s(), give_up_at)
+            leaving = self._send(request)
+            reply = self._await_answer(request, leaving, inbox, backoff.wait_s(), give_up_at)
             if reply is not None:
                 if isinstance(reply, Parameters):
                     self._rooms.reverse()
@@ -81,11 +81,31 @@ class DealerLink:
             + (", and is this worker's key one of its run's?" if self._keys else "?")
         )
 
-    def _await_answer(self, request: Request, inbox: Inbox, patience_s: float, give_up_at: float) -> Reply | None:
-        """The answer; None if nothing of it came for ``patience_s``."""
-        until = min(time.monotonic() + patience_s, give_up_at)
-        while (left_s := until - time.monotonic()) > 0:
-            if self._socket.poll(ceil(left_s * 1000)):
+    def _send(self, request: Request) -> zmq.MessageTracker:
+        """Hand a request to ZeroMQ; what is returned says when the last of it has left for the network."""
+        *messages, last = split(request)
+        for frames in messages:
+            self._socket.send_multipart(frames, copy=False)
+        *frames, end = last
+        tracked = zmq.Frame(end, copy=False, track=True, copy_threshold=0)
+        self._socket.send_multipart([*frames, tracked], copy=False)
+        assert isinstance(tracked.tracker, zmq.MessageTracker)
+        return tracked.tracker
+
+    def _await_answer(
+        self, request: Request, leaving: zmq.MessageTracker, inbox: Inbox, patience_s: float, give_up_at: float
+    ) -> Reply | None:
+        """The answer; None if nothing of it came for ``patience_s`` after the request had left.
+
+        Over a slow link that takes long, and to repeat what is still leaving would make it longer.
+        """
+        until = time.monotonic() + patience_s
+        while (now := time.monotonic()) < give_up_at:
+            if not leaving.done:
+                until = now + patience_s
+            if (left_s := min(until, give_up_at) - now) <= 0:
+                break
+            if self._socket.poll(ceil(1000 * (left_s if leaving.done else min(left_s, LEAVING_S)))):
                 frames = self._socket.recv_multipart(copy=False)
                 try:
                     reply: Reply | None = inbox.take("", [frame.buffer for frame in frames])
@@ -94,7 +114,7 @@ class DealerLink:
                 except WireError as error:
                     raise ServerLostError(f"what answers at {self._address} is no danaz server: {error}") from error
                 if reply is None:
-                    until = min(time.monotonic() + patience_s, give_up_at)
+                    until = time.monotonic() + patience_s
                 elif answers(reply, request):
                     return reply
         return None
