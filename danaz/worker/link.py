@@ -73,7 +73,7 @@ class DealerLink:
                 self._socket.send_multipart(frames, copy=False)
             reply = self._await_answer(request, inbox, backoff.wait_s(), give_up_at)
             if reply is not None:
-                if isinstance(reply, Parameters):
+                if isinstance(reply, Parameters) and reply.view.numel():
                     self._rooms.reverse()
                 return reply
         raise ServerLostError(
