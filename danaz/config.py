@@ -137,6 +137,9 @@ class Config(_Checked):
     sync_period: Int | None = Field(
         None, ge=1, description="mini-batches between a worker's pushes; default: the algorithm's own"
     )
+    pipeline: bool = Field(
+        False, description="compute the next batch on the view at hand while the last one is pushed: a lag one higher"
+    )
     wire: Annotated[str, AfterValidator(_push_codec)] = Field(
         "fp32", description="how pushes travel: fp32, bf16, fp16, onebit or topk:SHARE, with error feedback"
     )
@@ -145,6 +148,9 @@ class Config(_Checked):
     )
     wire_warmup_epochs: Float = Field(0.0, ge=0, description="epochs of the cluster before pushes are compressed")
     algorithm: str = Field("dana", description="update rule, e.g. dana; or ssgd for synchronous training")
+    hyperparameters: dict[str, bool | int | float | str] = Field(
+        default_factory=dict, description="of the algorithm alone, by the names that `danaz algorithms` lists"
+    )
     workers: Int = Field(1, ge=1, description="machines that train asynchronously, each one worker")
     schedule: Annotated[str, AfterValidator(_schedule)] = Field(
         "block-random", description="order of the workers in a simulation"

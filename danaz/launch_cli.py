@@ -13,7 +13,13 @@ if TYPE_CHECKING:
     from danaz.launching import Launch
     from launcher.run import Outcome
 
-RUN, SURVIVE, MACHINES, REMOTE = "Run", "When things fail", "Machines", "Other machines, by ssh"
+RUN, EXCHANGE, SURVIVE, MACHINES, REMOTE = (
+    "Run",
+    "Exchange with the server",
+    "When things fail",
+    "Machines",
+    "Other machines, by ssh",
+)
 FOLDER, CHECKPOINTS = "invitations", "checkpoints"  # within a run folder
 
 CollectiveOption = Annotated[
@@ -89,6 +95,27 @@ def launch(
     ] = None,
     algorithm: Annotated[
         str | None, typer.Option("--algorithm", "-a", help="Update rule: dana, nag-asgd, ssgd, …", rich_help_panel=RUN)
+    ] = None,
+    sync_period: Annotated[
+        int | None,
+        typer.Option(
+            "--sync-period", min=1, metavar="K", rich_help_panel=EXCHANGE, help="Push the sum of K local steps"
+        ),
+    ] = None,
+    wire: Annotated[
+        str | None,
+        typer.Option("--wire", rich_help_panel=EXCHANGE, help="Send pushes as fp32, bf16, fp16, onebit or topk:SHARE"),
+    ] = None,
+    wire_view: Annotated[
+        str | None, typer.Option("--wire-view", rich_help_panel=EXCHANGE, help="Send views as fp32, bf16 or fp16")
+    ] = None,
+    pipeline: Annotated[
+        bool | None,
+        typer.Option(
+            "--pipeline/--no-pipeline",
+            rich_help_panel=EXCHANGE,
+            help="Compute the next batch while the last one is pushed: a lag one higher",
+        ),
     ] = None,
     overrides: Annotated[
         list[str] | None,

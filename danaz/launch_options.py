@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -21,6 +22,7 @@ from launcher.ssh import Ssh
 from launcher.supervisor import OnFailure
 
 NOT_KEPT = {*FIXED, "resume", "dry_run", "variables", "env_file"}
+TRAINING = ("algorithm", "sync_period", "wire", "wire_view", "pipeline")
 ON_FAILURE = ("continue", "stop", "restart")
 
 
@@ -30,6 +32,10 @@ class LaunchOptions:
 
     config: Path | None = None
     algorithm: str | None = None
+    sync_period: int | None = None
+    wire: str | None = None
+    wire_view: str | None = None
+    pipeline: bool | None = None
     overrides: Sequence[str] | None = None
     out: Path | None = None
     resume: Path | None = None
@@ -59,6 +65,12 @@ class LaunchOptions:
     chdir: str | None = None
     variables: Sequence[str] | None = None
     env_file: Path | None = None
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """What was said of how the cluster trains, by the keys of a config, whose script or config that ever is."""
+        values = {name: getattr(self, name) for name in TRAINING}
+        return {name: value for name, value in values.items() if value is not None}
 
     @property
     def manner(self) -> Manner:
@@ -143,13 +155,14 @@ def prepare(params: Mapping[str, Any], named: Collection[str], command: Sequence
     if options.config is not None:
         if options.warmup_epochs is not None or options.seed is not None:
             raise LaunchError("a config sets these itself: use --set lr_schedule.warmup_epochs=… and --set seed=…")
-        changes = [f"algorithm={options.algorithm}"] if options.algorithm else []
+        changes = [f"{key}={json.dumps(value)}" for key, value in options.training.items()]
         config = load_config(options.config, [*(options.overrides or ()), *changes])
         return _ready(options, config, [])
     if options.overrides:
         raise LaunchError("--set changes a config, and a script has none; pass its own arguments behind --")
     warmup_epochs = 5.0 if options.warmup_epochs is None else options.warmup_epochs
-    settings = Settings(options.algorithm or "dana", warmup_epochs=warmup_epochs, seed=options.seed or 0)
+    training = {"algorithm": "dana", **options.training}
+    settings = Settings(**training, warmup_epochs=warmup_epochs, seed=options.seed or 0)
     return _ready(options, settings, command)
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from danaz.codecs import push_codec, view_codec
 from danaz.config import Config
 from danaz.invitation import Errand, Invitation, write_invitations
 from danaz.keys import ServerKeys, make_keys, to_json
@@ -154,6 +155,7 @@ def check_workers(settings: Settings) -> None:
     if settings.schedule == "live" and not rule.live:
         raise LaunchError(f"{settings.algorithm} has no server, and runs in the simulator only: danaz simulate …")
     _check_wire(settings, rule)
+    _check_pipeline(settings, rule)
     limit = rule.max_workers
     if limit is not None and settings.workers > limit:
         raise LaunchError(
@@ -163,7 +165,8 @@ def check_workers(settings: Settings) -> None:
 
 
 def _check_wire(settings: Settings, rule: Rule) -> None:
-    """Raises LaunchError if vectors of this rule cannot be sent in the codecs that were asked for."""
+    """Raises LaunchError if vectors of this rule cannot be sent in the codecs asked for, UnknownCodecError."""
+    push_codec(settings.wire), view_codec(settings.wire_view)
     codecs = {"wire": settings.wire, "wire_view": settings.wire_view}
     asked = " and ".join(f"{key} {name}" for key, name in codecs.items() if name != "fp32")
     if asked and rule.pushes == "parameters":
@@ -176,6 +179,21 @@ def _check_wire(settings: Settings, rule: Rule) -> None:
         raise LaunchError(
             f"{settings.algorithm} has no use for {asked}: live, its workers average by all-reduce, and "
             "nothing is sent to a server. Use fp32, or an algorithm with a server, such as dana"
+        )
+
+
+def _check_pipeline(settings: Settings, rule: Rule) -> None:
+    """Raises LaunchError if this rule's exchange cannot be hidden behind the next batch."""
+    reasons = {
+        "its workers wait for each other at every update": rule.barrier or rule.all_reduce,
+        "its workers push parameters, which must hold the step before": rule.pushes == "parameters",
+        "a worker that steps alone between pushes moves what is being exchanged": rule.worker_rule.sync_period > 1,
+    }
+    reason = next((reason for reason, holds in reasons.items() if holds), None)
+    if settings.pipeline and reason:
+        raise LaunchError(
+            f"{settings.algorithm} cannot train with pipeline: {reason}. Leave pipeline out, or use an algorithm such "
+            "as dana with sync_period 1"
         )
 
 

@@ -81,6 +81,8 @@ class Session:
         optimizer, ahead = self.optimizer, read_ahead(loader)
         rule = self.settings.for_server().rule(optimizer.momentum)
         ahead += rule.worker_rule.sync_period - 1
+        pipelined = self.settings.pipeline and self.place.server is not None
+        ahead += pipelined  # the batch that is computed while the last one is pushed
         batching = batching_of(loader, self._machines_per_batch, self.settings.seed)
         everyone_alike = self.place.server is None
         core, link = None, None
@@ -100,7 +102,7 @@ class Session:
         self._batching = batching
         self._share = self._share_of_batch()
         self._scales_lr = rule.scales_lr
-        self._worker = Worker(self.group, optimizer.flat, ahead, core, link, everyone_alike)
+        self._worker = Worker(self.group, optimizer.flat, ahead, core, link, everyone_alike, pipelined)
         self._worker.sync_period = rule.worker_rule.sync_period
         self.group.broadcast(first_params=optimizer.flat.params)
         self._worker.join(bring_params=everyone_alike or self.place.worker == 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import MutableMapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ class Settings:
     warmup_epochs: float = 0.0
     lr_correction: bool = True
     sync_period: int | None = None
+    pipeline: bool = False  # compute the next batch while the last one is pushed
+    hyperparameters: dict[str, Any] = field(default_factory=dict)  # the algorithm's own
     wire: str = "fp32"  # codec of pushes
     wire_view: str = "fp32"  # and of views
     wire_warmup_epochs: float = 0.0  # of the cluster, in which pushes travel as they are
@@ -47,6 +49,8 @@ class Settings:
             warmup_epochs=config.lr_schedule.warmup_epochs,
             lr_correction=config.lr_correction,
             sync_period=config.sync_period,
+            pipeline=config.pipeline,
+            hyperparameters=config.hyperparameters,
             wire=config.wire,
             wire_view=config.wire_view,
             wire_warmup_epochs=config.wire_warmup_epochs,
@@ -74,6 +78,7 @@ class Settings:
             lr_correction=self.lr_correction,
             weight_decay=weight_decay,
             sync_period=self.sync_period,
+            hyperparameters=self.hyperparameters,
             wire_view=self.wire_view,
             gap_every=self.gap_every,
             checkpoint_s=self.checkpoint_s,

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
+from math import inf
 from typing import Any, Literal
 
 import torch
@@ -149,8 +150,29 @@ class Algorithm:
             )
         return self.build(**given)
 
+    def check(self, hyperparameters: Mapping[str, Any]) -> None:
+        """Raises HyperparameterError for a name that this algorithm lacks or a value of another kind."""
+        own = {name: default for name, default in self.hyperparameters.items() if name not in FROM_SETTINGS}
+        for name, value in hyperparameters.items():
+            if name in FROM_SETTINGS:
+                raise HyperparameterError(f"{name} is a setting of the run itself, and not of its hyperparameters")
+            if name not in own:
+                there_are = f"it has {', '.join(own)}" if own else "it has none of its own"
+                raise HyperparameterError(f"{self.name} has no hyper-parameter {name!r}; {there_are}")
+            kind, default = type(own[name]), own[name]
+            fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
+            if not fits or (isinstance(value, bool) and kind is not bool) or value in (inf, -inf) or value != value:
+                raise HyperparameterError(
+                    f"{self.name}: {name} = {value!r}, expected a finite {kind.__name__}, as its default {default!r} is"
+                )
+
 
 ALGORITHMS: dict[str, Algorithm] = {}
+FROM_SETTINGS = ("momentum", "lr_correction", "weight_decay", "sync_period")  # they have keys of their own
+
+
+class HyperparameterError(ValueError):
+    """An algorithm has no such hyper-parameter, or not with such a value."""
 
 
 class UnsupportedPeriodError(ValueError):

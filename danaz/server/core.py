@@ -267,7 +267,10 @@ class ServerCore:
         elif isinstance(message, Push):
             self._push(member, message, repeated, now)
         elif isinstance(message, Pull):
-            member.awaiting = "batches"
+            if message.ahead:
+                self._send_view(member, ahead=True)
+            else:
+                member.awaiting = "batches"
         elif isinstance(message, Leave):
             reason = why_not_leave(message, self.job)
             if reason:
@@ -290,13 +293,13 @@ class ServerCore:
 
     def _push(self, member: Member, push: Push, repeated: bool, now: float) -> None:
         if member.applied_request == push.request:
-            self._send_view(member, applied=True)
+            self._answer_push(member, push, applied=True)
             return
         if repeated and member.pending is not None:
             return  # it already waits for its round
         if repeated and member.refused[0] == push.request:
             # Whatever has changed since: the worker may have read the first answer by now.
-            self._send_view(member, refused=member.refused[1])
+            self._answer_push(member, push, refused=member.refused[1])
             return
         reason = why_not_push(push, member, self.job, self.leases, self.life) or self._why_sick(push)
         if reason:
@@ -308,7 +311,17 @@ class ServerCore:
             member.pending, member.awaiting = replace(push, push=push.push.clone()), "round"
         else:
             self._update((push,), now)
-            self._send_view(member, applied=True)
+            member.turn()
+            self._answer_push(member, push, applied=True)
+
+    def _answer_push(self, member: Member, push: Push, *, applied: bool = False, refused: str = "") -> None:
+        """With the next view, or without where that was fetched already."""
+        if push.wants_view:
+            self._send_view(member, applied=applied, refused=refused)
+            return
+        self.master.settle()  # no view is asked for, and the transport uses the push's memory again
+        reply = self._parameters(member, self.master.version, applied, refused, size=0)
+        self._replies.append((member.route, reply))
 
     def _refuse_push(self, member: Member, push: Push, reason: str) -> None:
         self.refuse(reason)
@@ -326,7 +339,8 @@ class ServerCore:
             for batch in push.batches:
                 if self.leases.holds(member.worker, batch):
                     self.leases.put_back(member.worker, batch)
-        self._send_view(member, refused=reason)
+        member.turn()
+        self._answer_push(member, push, refused=reason)
 
     def _why_sick(self, push: Push) -> str:
         """Why a push that is sound in itself is refused for its size."""
@@ -408,14 +422,19 @@ class ServerCore:
     def _has_news(self, member: Member) -> bool:
         return self.leases.done or bool(self.leases.top_up(member.worker, member.ahead))
 
-    def _send_view(self, member: Member, *, applied: bool = False, refused: str = "") -> None:
-        """Send the newest view; from now on the worker computes on it."""
-        view = self.master.view(member, keep=bool(self.settings.gap_every) or self.master.rule.needs_view)
+    def _send_view(self, member: Member, *, applied: bool = False, refused: str = "", ahead: bool = False) -> None:
+        """Send the newest view; the worker computes on it from now on, or from its next push on."""
+        view = self.master.view(member, bool(self.settings.gap_every) or self.master.rule.needs_view, ahead)
         self.figures.view_bytes += self.master.view_codec.encoded_bytes(self.job.layout.size)
-        member.awaiting, member.sent_version = "", self.master.version
-        reply = Parameters(
+        member.awaiting = ""
+        member.sees(self.master.version, ahead)
+        reply = self._parameters(member, self.master.version, applied, refused, self.job.layout.size)
+        self._replies.append((member.route, Streamed(reply, view, self.master.view_codec)))
+
+    def _parameters(self, member: Member, version: int, applied: bool, refused: str, size: int) -> Parameters:
+        return Parameters(
             request=member.request,
-            version=self.master.version,
+            version=version,
             applied=applied,
             refused=refused,
             leases=self.leases.top_up(member.worker, member.ahead),
@@ -423,11 +442,10 @@ class ServerCore:
             epoch=self.leases.epoch,
             lag=member.lag,
             gap=member.gap,
-            view=announced(self.job.layout.size),
+            view=announced(size),
             last_applied=member.applied_request,
             life=self.life,
         )
-        self._replies.append((member.route, Streamed(reply, view, self.master.view_codec)))
 
     def _send_final(self, members: list[Member]) -> None:
         for member in members:

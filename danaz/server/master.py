@@ -87,6 +87,10 @@ class Master:
         while self._applied < stop:
             self._applied = next(self._applying)
 
+    def settle(self) -> None:
+        """Finish the last update: its push is needed no longer."""
+        self._apply_up_to(self.layout.size)
+
     def apply_round(
         self, pushes: Sequence[tuple[Tensor, float]], lr: tuple[float, ...], members: Sequence[Member], lag: int
     ) -> None:
@@ -102,26 +106,32 @@ class Master:
             self.rule.apply_round(self._params[start:stop], parts, owns, shared, contexts[group])
         self.version, self.lr = self.version + 1, lr
 
-    def view(self, member: Member, keep: bool) -> Iterator[Tensor]:
+    def view(self, member: Member, keep: bool, ahead: bool = False) -> Iterator[Tensor]:
         """The parameters ``member`` is to compute on next, slice by slice: f32[n] each, as flat.chunks cuts f32[P].
 
-        A slice counts until the next one is asked for. With ``keep``, the view becomes ``member.view``. Raises
+        A slice counts until the next one is asked for. With ``keep``, the view becomes ``member.view``, or
+        ``member.ahead_view`` if it is sent ``ahead`` of its time. Raises
         RuntimeError if another update came in between: a view is of one version.
         """
-        if keep and member.view is None:
-            member.view = torch.empty_like(self._params)
-        return self._view(self.version, self._contexts(member, self.lr, lag=0), member, keep)
+        kept = None
+        if keep and ahead:
+            kept = member.ahead_view = (
+                torch.empty_like(self._params) if member.ahead_view is None else member.ahead_view
+            )
+        elif keep:
+            kept = member.view = torch.empty_like(self._params) if member.view is None else member.view
+        return self._view(self.version, self._contexts(member, self.lr, lag=0), member, kept)
 
-    def _view(self, version: int, contexts: list[Context], member: Member, keep: bool) -> Iterator[Tensor]:
+    def _view(self, version: int, contexts: list[Context], member: Member, kept: Tensor | None) -> Iterator[Tensor]:
         slices = self.layout.slices()
         for start, stop in chunks(self.layout.size):
             if self.version != version:
                 raise RuntimeError(f"a view of version {version} was asked for when the master was at {self.version}")
             self._apply_up_to(stop)
-            if self.rule.view_is_state and not keep and self.view_codec is FP32:
+            if self.rule.view_is_state and kept is None and self.view_codec is FP32:
                 yield self._params[start:stop]
                 continue
-            out = member.view[start:stop] if keep and member.view is not None else self._slice[: stop - start]
+            out = self._slice[: stop - start] if kept is None else kept[start:stop]
             at = start
             while at < stop:
                 group, at, end = next(slices)

@@ -34,6 +34,9 @@ class Member:
     awaiting: Literal["", "join", "start", "round", "batches", "end"] = "start"
     sent_version: int = 0
     view: Tensor | None = None  # f32[P], kept for the gap and for rules that need it
+    # In a pipeline, it has also been sent the view after that one.
+    ahead_version: int | None = None
+    ahead_view: Tensor | None = None  # f32[P]
     pending: Push | None = None  # waits for its round to fill
     updates: int = 0
     applied_request: int = 0  # of its last applied push
@@ -41,6 +44,19 @@ class Member:
     lag: int = 0  # of its last applied push
     gap: float | None = None
     strikes: int = 0  # non-finite pushes in a row
+
+    def sees(self, version: int, ahead: bool) -> None:
+        """It is sent the view of ``version``: to compute on, or after the one that it computes on now."""
+        if ahead:
+            self.ahead_version = version
+        else:
+            self.sent_version, self.ahead_version = version, None
+
+    def turn(self) -> None:
+        """It has pushed what it made of its view; if it was sent the one after that, it computes on that one now."""
+        if self.ahead_version is not None:
+            self.sent_version, self.ahead_version = self.ahead_version, None
+            self.view, self.ahead_view = self.ahead_view, self.view
 
     @property
     def takes_part(self) -> bool:

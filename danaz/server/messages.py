@@ -66,6 +66,7 @@ class Push:
     push: Tensor  # f32[P], a gradient, displacement or parameters as the rule declares
     earlier: tuple[int, ...] = ()  # batches of the local steps since the last push
     life: int = 0  # of the server that sent the view
+    wants_view: bool = True  # False: in a pipeline, the next view was fetched already
     square: float | None = field(default=None, metadata=LOCAL)  # ‖push‖², if it was summed while the push arrived
     encoded: Encoded | None = field(default=None, metadata=LOCAL)  # how ``push`` travels; None: as it is
 
@@ -77,11 +78,12 @@ class Push:
 
 @dataclass(frozen=True)
 class Pull:
-    """A worker that holds no batch asks for one, with a fresh view."""
+    """A worker that holds no batch asks for one, with a fresh view; or, in a pipeline, for the view after the next."""
 
     worker: int
     incarnation: int
     request: int
+    ahead: bool = False  # it still computes on the view before, and will push what comes of it
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ class Parameters:
     epoch: float  # epochs of the whole cluster so far
     lag: int
     gap: float | None
-    view: Tensor  # f32[P]
+    view: Tensor  # f32[P]; f32[0] for a push that wants none
     last_applied: int = 0  # request number of this worker's newest push that was applied, however that was answered
     life: int = 0  # of the server: versions may repeat after a restart, (life, version) never does
 

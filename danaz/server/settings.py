@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from danaz.rules import Rule, find_algorithm
 
@@ -17,6 +19,7 @@ class ServerSettings:
     lr_correction: bool = True
     weight_decay: tuple[float, ...] = ()  # of each parameter group, for rules that must tell it from the gradient
     sync_period: int | None = None  # mini-batches between a worker's pushes; None: the rule's own default
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)  # the algorithm's own
     wire_view: str = "fp32"  # codec of the views
     gap_every: int = 1  # measure the gap at every so many updates, 0 never
     worker_timeout_s: float = 60.0
@@ -25,8 +28,11 @@ class ServerSettings:
     refuse_outliers: bool = False  # refuse pushes far outside the cluster's size, instead of reporting them
 
     def rule(self, momentum: float) -> Rule:
-        """The rule of these settings. Raises UnknownAlgorithmError and UnsupportedPeriodError."""
-        return find_algorithm(self.algorithm).rule(
+        """The rule of these settings. Raises UnknownAlgorithmError, UnsupportedPeriodError and HyperparameterError."""
+        algorithm = find_algorithm(self.algorithm)
+        algorithm.check(self.hyperparameters)
+        return algorithm.rule(
+            **self.hyperparameters,
             momentum=momentum,
             lr_correction=self.lr_correction,
             weight_decay=self.weight_decay,

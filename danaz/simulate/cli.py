@@ -30,6 +30,10 @@ def simulate(
     sync_period: Annotated[
         int | None, typer.Option("--sync-period", min=1, metavar="K", help="Push the sum of K local steps")
     ] = None,
+    pipeline: Annotated[
+        bool | None,
+        typer.Option("--pipeline/--no-pipeline", help="Compute a batch while the last one is pushed: a lag one higher"),
+    ] = None,
     wire: Annotated[
         str | None,
         typer.Option("--wire", help="Send pushes as fp32, bf16, fp16, onebit or topk:SHARE, with error feedback"),
@@ -66,6 +70,7 @@ def simulate(
         "schedule": schedule,
         "device": device,
         "sync_period": sync_period,
+        "pipeline": pipeline,
         "wire": wire,
         "wire_view": wire_view,
     }

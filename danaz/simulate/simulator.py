@@ -18,7 +18,7 @@ from danaz.flat import FlatModel
 from danaz.optimizer import check_supported, decayed_gradient, effective_lr, weight_decays
 from danaz.run_folder import RunFolder
 from danaz.server.core import Replies, ServerCore
-from danaz.server.messages import Final, Parameters
+from danaz.server.messages import Final, Parameters, Pull
 from danaz.settings import Settings
 from danaz.simulate.batches import Batches
 from danaz.simulate.schedules import make_schedule
@@ -37,13 +37,20 @@ class SimulatedWorker:
         self.core = core
         self.batches: deque[int] = deque()
         self.view: Tensor | None = None  # f32[P]; None while it waits for an answer
+        self.fetched: Tensor | None = None  # f32[P], in a pipeline: to compute on after the next push
         self.epoch = 0.0  # of the cluster, as it last heard
         self.done = False
 
     def receive(self, reply: Any) -> None:
         self.core.receive(reply)
         if isinstance(reply, Parameters):
-            self.view, self.epoch, self.done = reply.view, reply.epoch, reply.done
+            self.epoch, self.done = reply.epoch, reply.done
+            if self.core.fetched is not None:
+                self.fetched = self.core.fetched.params
+            elif reply.view.numel():
+                self.view, self.fetched = reply.view, None
+            else:
+                self.view, self.fetched = self.fetched, None
             self.batches = deque(reply.leases)
 
 
@@ -77,6 +84,7 @@ class Simulation:
         self._order = make_schedule(config.schedule, config.workers, config.seed)
         run.mkdir(parents=True, exist_ok=True)
         self.folder = RunFolder(run, self.settings.facts())
+        self.fetches_late = True  # in a pipeline; False, to measure what the naive form costs
         self._last_loss: float | None = None
         torch.manual_seed(config.seed)  # for augmentation
 
@@ -122,12 +130,22 @@ class Simulation:
     def _turn(self, worker: SimulatedWorker) -> None:
         if worker.view is None or worker.done:
             return
-        if worker.batches:
+        if worker.batches and self.config.pipeline:
+            self._turn_in_pipeline(worker)
+        elif worker.batches:
             self._say(worker, self._push(worker))
         else:
             self._say(worker, worker.core.pull())
 
-    def _push(self, worker: SimulatedWorker) -> Request:
+    def _turn_in_pipeline(self, worker: SimulatedWorker) -> None:
+        """The view for the next batch arrives as this one ends; fetched early, it was behind the push before."""
+        if worker.fetched is None:
+            self._say(worker, worker.core.pull(ahead=True))
+        self._say(worker, self._push(worker, wants_view=False))
+        if not self.fetches_late and worker.batches:
+            self._say(worker, worker.core.pull(ahead=True))
+
+    def _push(self, worker: SimulatedWorker, wants_view: bool = True) -> Request:
         """Compute on the worker's view; after local steps with the batches before it, push the last one's."""
         assert worker.view is not None
         self.flat.params.copy_(worker.view)
@@ -137,7 +155,7 @@ class Simulation:
             step = LocalStep(batch, tuple(self._lr(worker, batch)), samples, loss)
             worker.core.local_step(step, self.flat.params, grad)
         grad, samples, loss = self._gradient(last)
-        return worker.core.push(grad, self._lr(worker, last), samples, loss, last, self.flat.params)
+        return worker.core.push(grad, self._lr(worker, last), samples, loss, last, self.flat.params, wants_view)
 
     def _lr(self, worker: SimulatedWorker, batch: int) -> list[float]:
         config = self.config
@@ -157,7 +175,8 @@ class Simulation:
 
     def _say(self, worker: SimulatedWorker, request: Request) -> None:
         """Bring a request to the server, and whatever it sets free to the workers."""
-        worker.view = None
+        if not (isinstance(request, Pull) and request.ahead):
+            worker.view = None
         measures_ahead = self.rule.worker_rule.worker_state and self.settings.gap_every
         before = worker.core.given_back() if measures_ahead else None
         self._deliver(self.server.handle(worker.core.role.worker, request, time.perf_counter()))

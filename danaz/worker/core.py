@@ -37,6 +37,15 @@ class Role:
 
 
 @dataclass(frozen=True)
+class View:
+    """What the server sent to compute on."""
+
+    version: int
+    life: int  # of the server that sent it
+    params: Tensor  # f32[P]
+
+
+@dataclass(frozen=True)
 class LocalStep:
     """A mini-batch that moved the worker alone."""
 
@@ -51,6 +60,9 @@ class WorkerCore:
 
     A request method returns the message to send; the reply to it goes to ``receive``. In between, no other request
     may be made. The rule's vectors move only when the server says that the push was applied.
+
+    In a pipeline the view after the next is fetched ahead, while a batch is computed on the view at hand: ``pull``
+    with ``ahead``, then ``push`` without ``wants_view``, which puts the fetched one in the place of the one at hand.
     """
 
     def __init__(
@@ -65,14 +77,14 @@ class WorkerCore:
         self.role = role
         self.rule = rule
         self.outbox = outbox
-        self.version = 0  # of the view at hand
-        self.life = 0  # of the server that sent it
         self.epoch = 0.0  # of the whole cluster, as it last heard
         self.compressor = compressor  # of pushes
         self._state = "new"  # -> joined -> left -> gone
         self._request = 0
         self._outstanding: Request | None = None
-        self._view: Tensor | None = None  # f32[P], as last received
+        self._view: View | None = None  # at hand
+        self.fetched: View | None = None  # ahead, while a batch is computed on the one at hand
+        self._ahead = False  # whether a view that comes now is for after the one at hand
         self._committed = self._zeros(device)  # the rule's vectors after the last applied push
         self._current = self._committed  # and after the local steps since
         self._spare = [self._zeros(device) for _ in range(1 if rule.sync_period == 1 else 2)]
@@ -109,7 +121,7 @@ class WorkerCore:
 
         Whoever was in the run brings its last view: a server that was restarted may have none so new.
         """
-        role = self.role
+        role, newest = self.role, self.fetched or self._view
         return self._ask(
             Join(
                 role.worker,
@@ -120,9 +132,9 @@ class WorkerCore:
                 role.layout,
                 role.plan,
                 role.ahead,
-                params if self._view is None else self._view,
-                self.version,
-                self.life,
+                params if newest is None else newest.params,
+                0 if newest is None else newest.version,
+                0 if newest is None else newest.life,
             )
         )
 
@@ -141,20 +153,22 @@ class WorkerCore:
         loss: float | None,
         batch: int,
         params: Tensor | None = None,
+        wants_view: bool = True,
     ) -> Push:
         """Push what the rule makes of the gradient f32[P] of ``batch``, computed on the last view received.
 
         After local steps, the push tells of all of them: ``params`` f32[P] are where these have led.
         """
         number = self._next("push", "joined")
+        assert self._view is not None
+        assert wants_view or self.fetched is not None, "without a view, nothing can be computed next"
         out = self._displacement(grad, tuple(lr))
         if self.rule.pushes == "parameters":
             assert params is not None
             out.add_(params)
         elif self._steps:
             assert params is not None
-            assert self._view is not None
-            out.add_(params).sub_(self._view.to(out.device))  # x_K − x_0, the sum of all displacements
+            out.add_(params).sub_(self._view.params.to(out.device))  # x_K − x_0, the sum of all displacements
         steps, who = [*self._steps, LocalStep(batch, tuple(lr), samples, loss)], self.role
         losses = [step.loss for step in steps if step.loss is not None]
         encoded = None
@@ -165,17 +179,20 @@ class WorkerCore:
             worker=who.worker,
             incarnation=who.incarnation,
             request=number,
-            view_version=self.version,
+            view_version=self._view.version,
             lr=tuple(lr),
             samples=sum(step.samples for step in steps),
             loss=sum(losses) / len(losses) if losses else None,
             batch=batch,
             push=out.to(self.outbox),
             earlier=tuple(step.batch for step in self._steps),
-            life=self.life,
+            life=self._view.life,
+            wants_view=wants_view,
             encoded=encoded,
         )
-        self._undecided = number
+        self._undecided, self._ahead = number, not wants_view
+        if not wants_view:
+            self._view, self.fetched = self.fetched, None
         return self._ask(push)
 
     def _displacement(self, grad: Tensor, lr: tuple[float, ...]) -> Tensor:
@@ -191,9 +208,11 @@ class WorkerCore:
         self._current, self._current_lr = new, lr
         return out
 
-    def pull(self) -> Pull:
-        """Ask for batches when none are left at hand."""
-        return self._ask(Pull(self.role.worker, self.role.incarnation, self._next("pull", "joined")))
+    def pull(self, ahead: bool = False) -> Pull:
+        """Ask for batches when none are left at hand; or ``ahead`` for the view to compute on after the next push."""
+        number = self._next("pull", "joined")
+        self._ahead = ahead
+        return self._ask(Pull(self.role.worker, self.role.incarnation, number, ahead))
 
     def leave(self, buffers: Tensor) -> Leave:
         """Leave in good order, with the batch-norm statistics f32[B]."""
@@ -229,8 +248,9 @@ class WorkerCore:
         if request is None:
             raise ProtocolError(f"worker {self.role.worker} got a {type(reply).__name__} but asked nothing")
         if isinstance(reply, Parameters):
-            self._state, self.version, self._view, self.epoch = "joined", reply.version, reply.view, reply.epoch
-            self.life = reply.life
+            self._state, self.epoch = "joined", reply.epoch
+            if reply.view.numel():
+                self._keep(View(reply.version, reply.life, reply.view))
             # A push whose answer was lost may have been applied before this worker was given up and joined anew.
             applied = reply.applied if isinstance(request, Push) else reply.last_applied == self._undecided != 0
             self._commit(applied)
@@ -238,6 +258,17 @@ class WorkerCore:
             self._state = "left"
         elif isinstance(reply, Noted) and isinstance(request, Bye):
             self._state = "gone"
+
+    @property
+    def version(self) -> int:
+        """Of the view at hand."""
+        return 0 if self._view is None else self._view.version
+
+    def _keep(self, view: View) -> None:
+        if self._ahead:
+            self.fetched = view
+        else:
+            self._view, self.fetched = view, None
 
     def _commit(self, applied: bool) -> None:
         """Keep the steps since the last push, or go back to before them."""

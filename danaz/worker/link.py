@@ -73,7 +73,7 @@ class DealerLink:
             leaving = self._send(request)
             reply = self._await_answer(request, leaving, inbox, backoff.wait_s(), give_up_at)
             if reply is not None:
-                if isinstance(reply, Parameters):
+                if isinstance(reply, Parameters) and reply.view.numel():
                     self._rooms.reverse()
                 return reply
         raise ServerLostError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isnan, nan
 from time import perf_counter
 
@@ -20,6 +20,7 @@ from danaz.server.messages import Bye, Final, Join, Leave, Parameters, Push, Ref
 from danaz.worker.core import LocalStep, Request, WorkerCore
 from danaz.worker.group import Group
 from danaz.worker.link import Link
+from danaz.worker.pipeline import Pipeline
 
 NEWS = 6  # figures in front of the batch numbers
 
@@ -83,6 +84,7 @@ class Worker:
         core: WorkerCore | None,
         link: Link | None,
         replicated: bool = False,
+        pipelined: bool = False,
     ):
         self.group = group
         self.flat = flat
@@ -93,6 +95,7 @@ class Worker:
         self._local_steps = 0  # since the last push
         self._core = core
         self._link = link
+        self.pipeline = Pipeline(self._exchange) if pipelined and core is not None else None
         self._replicated = replicated or group.size == 1
         # What all ranks must hear travels behind the view, so that one broadcast brings both.
         news_floats = 2 * (NEWS + ahead)  # two to an f64
@@ -119,9 +122,27 @@ class Worker:
             self._step_locally(LocalStep(batch, tuple(lr), samples, loss), grad)
         else:
             self._local_steps = 0
-            self._ask(lambda core: core.push(grad, lr, samples, loss, batch, self.flat.params))
+            if self._core is not None:
+                params = self.flat.params
+                self._take(
+                    self._pushed(lambda core, wants: core.push(grad, lr, samples, loss, batch, params, wants), batch)
+                )
+            self._share()
         self._since = perf_counter()
         self.metrics.exchanging_s += self._since - began
+
+    def _pushed(self, make: Callable[[WorkerCore, bool], Push], batch: int) -> Parameters:
+        """Push ``batch``; the view to go on with is the answer's or, in a pipeline, the one fetched ahead."""
+        assert self._core is not None
+        fetched = self._pipeline_end()
+        others = () if fetched is None else tuple(other for other in fetched.leases if other != batch)
+        if self.pipeline is None or fetched is None or fetched.done or not others:
+            return self._view_from(lambda core: make(core, True))
+        self.pipeline.begin(make(self._core, False))
+        return replace(fetched, leases=others)
+
+    def _pipeline_end(self) -> Parameters | None:
+        return None if self.pipeline is None else self.pipeline.end()
 
     def _step_locally(self, step: LocalStep, grad: Tensor) -> None:
         if self._core is not None:
@@ -131,10 +152,12 @@ class Worker:
 
     def pull(self) -> None:
         """Wait until there are batches for this worker, or none for anyone."""
+        self._pipeline_end()
         self._ask(lambda core: core.pull())
 
     def leave(self) -> None:
         """Give back and put the trained model, θ with the mean batch-norm buffers, into every rank's model."""
+        self._pipeline_end()
         buffers = self.flat.buffers()
         if self.group.size > 1:
             handle = self.group.sum_async(buffers, "buffers")
@@ -158,6 +181,8 @@ class Worker:
 
     def close(self, in_good_order: bool) -> None:
         """Say good-bye, unless the process ends before its worker has left."""
+        if self.pipeline is not None:
+            self.pipeline.close()
         if self._core is not None and self._link is not None:
             if in_good_order:
                 self._exchange(lambda core: core.bye())
@@ -168,14 +193,27 @@ class Worker:
     def _ask(self, request: Callable[[WorkerCore], Request]) -> None:
         """One exchange that ends with a new view in every rank's model."""
         if self._core is not None:
-            reply = self._exchange(request)
-            if not isinstance(reply, Parameters):
-                raise RefusedError(f"the server answered with {type(reply).__name__} where a view was due")
-            self._pack(reply)
-            self.flat.params.copy_(reply.view)
+            self._take(self._view_from(request))
+        self._share()
+
+    def _view_from(self, request: Callable[[WorkerCore], Request]) -> Parameters:
+        reply = self._exchange(request)
+        if not isinstance(reply, Parameters):
+            raise RefusedError(f"the server answered with {type(reply).__name__} where a view was due")
+        return reply
+
+    def _take(self, reply: Parameters) -> None:
+        """Put a view and its news where all ranks get them from."""
+        self._pack(reply)
+        self.flat.params.copy_(reply.view)
+
+    def _share(self) -> None:
+        """All ranks go on with rank 0's view; what comes after it is fetched while they compute."""
         if not self._replicated:
             self.group.broadcast(view_and_news=self._whole)
         self._unpack()
+        if self.pipeline is not None and not self.pipeline.busy and self.batches.any and not self.done:
+            self.pipeline.begin(None)
 
     def _exchange(self, make: Callable[[WorkerCore], Request]) -> Reply:
         assert self._core is not None

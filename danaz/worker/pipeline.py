@@ -1,0 +1,104 @@
+"""The exchange with the server beside the training loop: a push, and then the view after the next, fetched late."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from time import monotonic
+
+from danaz.server.messages import Parameters, Push, Reply
+from danaz.worker.core import Request, WorkerCore
+
+Exchange = Callable[[Callable[[WorkerCore], Request]], Reply]
+MARGIN = 2.0  # deviations of computing and of fetching by which a view is fetched earlier
+
+
+class Estimate:
+    """A running mean and mean deviation, as TCP estimates a round trip (RFC 6298)."""
+
+    def __init__(self) -> None:
+        self.mean = self.deviation = 0.0
+        self._is_first = True
+
+    def saw(self, value: float) -> None:
+        if self._is_first:
+            self.mean, self.deviation, self._is_first = value, value / 2, False
+            return
+        self.deviation += (abs(value - self.mean) - self.deviation) / 4
+        self.mean += (value - self.mean) / 8
+
+
+class Pipeline:
+    """At most one exchange under way; the link and the worker core are its own from ``begin`` to ``end``.
+
+    The view is fetched so late that it arrives as the batch ends, by what computing and fetching took before. One that
+    comes late is waited for, and one that comes early is a little older than it could be: neither is wrong.
+    """
+
+    def __init__(self, exchange: Exchange, late: bool = True):
+        """Not ``late``: the view is fetched at once behind the push, to measure what that costs."""
+        self._exchange = exchange
+        self._late = late
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="danaz-pipeline")
+        self._under_way: Future[Parameters] | None = None
+        self._batch_ended = threading.Event()
+        self._began = 0.0
+        self._computing, self._fetching = Estimate(), Estimate()
+        self.exchanging_s = 0.0  # in exchanges, whoever waited for them or not
+        self.waiting_s = 0.0  # of that, in which the training loop stood still
+
+    @property
+    def busy(self) -> bool:
+        return self._under_way is not None
+
+    def begin(self, push: Push | None) -> None:
+        """Send ``push``, if there is one, and fetch a view ahead."""
+        assert self._under_way is None
+        self._batch_ended.clear()
+        self._began = monotonic()
+        due = self._began + self._patience_s if self._late else self._began
+        self._under_way = self._thread.submit(self._push_and_fetch, push, due)
+
+    @property
+    def _patience_s(self) -> float:
+        computing, fetching = self._computing, self._fetching
+        return computing.mean - fetching.mean - MARGIN * (computing.deviation + fetching.deviation)
+
+    def end(self) -> Parameters | None:
+        """The batch has ended: wait for the view that was fetched meanwhile. None if nothing was under way.
+
+        Raises what the exchange raised.
+        """
+        if self._under_way is None:
+            return None
+        batch_ended_at = monotonic()
+        self._computing.saw(batch_ended_at - self._began)
+        self._batch_ended.set()
+        under_way, self._under_way = self._under_way, None
+        fetched = under_way.result()
+        self.waiting_s += monotonic() - batch_ended_at
+        return fetched
+
+    def close(self) -> None:
+        """Return when nothing is under way."""
+        self._batch_ended.set()
+        self._thread.shutdown()
+
+    def _push_and_fetch(self, push: Push | None, due: float) -> Parameters:
+        if push is not None:
+            reply = self._timed(lambda core: push)
+            if reply.view.numel():
+                return reply  # this worker had to join anew, and a view came with that
+        self._batch_ended.wait(max(0.0, due - monotonic()))
+        began = monotonic()
+        fetched = self._timed(lambda core: core.pull(ahead=True))
+        self._fetching.saw(monotonic() - began)
+        return fetched
+
+    def _timed(self, request: Callable[[WorkerCore], Request]) -> Parameters:
+        began = monotonic()
+        reply = self._exchange(request)
+        self.exchanging_s += monotonic() - began
+        assert isinstance(reply, Parameters), "a push or pull is answered so, or refused"
+        return reply
