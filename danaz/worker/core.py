@@ -67,6 +67,7 @@ class WorkerCore:
         self.outbox = outbox
         self.version = 0  # of the view at hand
         self.life = 0  # of the server that sent it
+        self.done = False  # no batches are left for anyone
         self.epoch = 0.0  # of the whole cluster, as it last heard
         self.compressor = compressor  # of pushes
         self._state = "new"  # -> joined -> left -> gone
@@ -198,7 +199,7 @@ class WorkerCore:
     def leave(self, buffers: Tensor) -> Leave:
         """Leave in good order, with the batch-norm statistics f32[B]."""
         number = self._next("leave", "joined")
-        return self._ask(Leave(self.role.worker, self.role.incarnation, number, self.given_back(), buffers))
+        return self._ask(Leave(self.role.worker, self.role.incarnation, number, self.given_back(), buffers, self.done))
 
     def report(self, figures: dict[str, float | str | None]) -> Report:
         """Send figures for summary.json."""
@@ -230,22 +231,27 @@ class WorkerCore:
             raise ProtocolError(f"worker {self.role.worker} got a {type(reply).__name__} but asked nothing")
         if isinstance(reply, Parameters):
             self._state, self.version, self._view, self.epoch = "joined", reply.version, reply.view, reply.epoch
-            self.life = reply.life
+            self.life, self.done = reply.life, reply.done
             # A push whose answer was lost may have been applied before this worker was given up and joined anew.
             applied = reply.applied if isinstance(request, Push) else reply.last_applied == self._undecided != 0
-            self._commit(applied)
+            parts = [part for part in reply.parts if (part[2] == self._undecided != 0) != applied]
+            self._commit(applied, [(start, stop) for start, stop, _ in parts])
         elif isinstance(reply, Final):
             self._state = "left"
         elif isinstance(reply, Noted) and isinstance(request, Bye):
             self._state = "gone"
 
-    def _commit(self, applied: bool) -> None:
-        """Keep the steps since the last push, or go back to before them."""
+    def _commit(self, applied: bool, otherwise: Sequence[tuple[int, int]] = ()) -> None:
+        """Keep the steps since the last push, or go back to before them; in some slices, do ``otherwise``."""
         self._steps, self._undecided = [], 0
         if self.compressor:
             self.compressor.settle(applied)
         if self._current is self._committed:
             return
+        for start, stop in otherwise:
+            kept, dropped = (self._current, self._committed) if applied else (self._committed, self._current)
+            for name, vector in kept.items():
+                vector[start:stop] = dropped[name][start:stop]
         if applied:
             self._spare.append(self._committed)
             self._committed, self._lr = self._current, self._current_lr
