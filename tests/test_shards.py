@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from live import Running, launch, until
+from live import Running, launch, read_updates, until
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -295,5 +295,20 @@ def test_the_death_of_a_shard_ends_the_run(tmp_path: Path, name: str) -> None:
         assert f"{name} on localhost" in output
         assert "killed" in output.lower()
         until(lambda: not run.processes, "everything has ended")
+    finally:
+        run.end()
+
+
+def test_a_worker_that_was_killed_comes_back_to_every_shard(tmp_path: Path) -> None:
+    run = Running(tmp_path / "run", *SHARDED, "--set", "epochs=150")
+    try:
+        until(lambda: run.trains, "training begins")
+        os.kill(run.pid("rank"), signal.SIGKILL)
+        output, _ = run.launcher.communicate(timeout=150)
+        assert run.launcher.returncode == 0, output
+        ended = read_updates(run.folder)
+        assert sorted(update["batch"] for update in ended) == list(range(150 * 45))
+        assert len({update["incarnation"] for update in ended if update["worker"] == 1}) == 2
+        assert (run.folder / "parameters.safetensors").exists()
     finally:
         run.end()
