@@ -50,7 +50,7 @@ def _keys() -> tuple[ServerKeys, list[WorkerKeys]]:
     return make_keys(MOST_WORKERS)
 
 
-def danaz(algorithm: str, gap: bool = False, encrypted: bool = False) -> Peer:
+def danaz(algorithm: str, gap: bool = False, encrypted: bool = False, shards: int = 1) -> Peer:
     """The real server loop and link; the push is at hand, as it is for every peer, and always the same."""
 
     def serve(ready: Ready, floats: int, workers: int) -> None:
@@ -59,18 +59,24 @@ def danaz(algorithm: str, gap: bool = False, encrypted: bool = False) -> Peer:
         from danaz.server.settings import ServerSettings
         from danaz.server.socket import BoundRouter
 
-        bound = BoundRouter("tcp://127.0.0.1:0", _keys()[0] if encrypted else None)
-        ready(bound.address)
-        core = ServerCore(ServerSettings(algorithm, workers, gap_every=int(gap)))
-        Router(bound).serve(core, None, lambda: False)
+        def serve_slice(shard: int, tell: Ready) -> None:
+            bound = BoundRouter("tcp://127.0.0.1:0", _keys()[0] if encrypted else None)
+            tell(bound.address)
+            core = ServerCore(ServerSettings(algorithm, workers, gap_every=int(gap), shard=shard, shards=shards))
+            Router(bound).serve(core, None, lambda: False)
+
+        others = [_fork(lambda tell, shard=shard: serve_slice(shard, tell)) for shard in range(1, shards)]
+        serve_slice(0, lambda address: ready(" ".join([address, *others])))
 
     def connect(address: str, floats: int, worker: int, workers: int) -> Exchange:
         from danaz.flat import Layout
         from danaz.server.messages import Heartbeat, Join, Parameters, Plan, Push
         from danaz.worker.link import DealerLink
+        from danaz.worker.sharded import connect as connect_all
 
         layout, plan = Layout.from_lists([[["w", [floats], [1]]], [], [floats]]), Plan(1 << 40, 1)
-        link = DealerLink(address, Heartbeat(worker, 1), keys=_keys()[1][worker] if encrypted else None)
+        heartbeat, keys = Heartbeat(worker, 1), _keys()[1][worker] if encrypted else None
+        link = connect_all(address.split(), layout, lambda each: DealerLink(each, heartbeat, keys=keys))
         grad = torch.full((floats,), 1e-6)
         params = torch.zeros(floats) if worker == 0 else None
         last = link.exchange(Join(worker, 1, 1, "", 0.9, layout, plan, 1, params))
@@ -89,8 +95,20 @@ def danaz(algorithm: str, gap: bool = False, encrypted: bool = False) -> Peer:
 
     if encrypted:
         _keys()  # before any process is forked
-    name = " ".join(["danaz", algorithm, *["gap on"] * gap, *["encrypted"] * encrypted])
+    many = [f"{shards} shards"] if shards > 1 else []
+    name = " ".join(["danaz", algorithm, *["gap on"] * gap, *["encrypted"] * encrypted, *many])
     return Peer(name, serve, connect)
+
+
+def _fork(serve: Callable[[Ready], None]) -> str:
+    """Serve in a process of its own, which this one's end takes along; returns the address."""
+    read, write = os.pipe()
+    if os.fork() == 0:
+        with os.fdopen(write, "w", buffering=1) as pipe:
+            serve(lambda address: print(address, file=pipe))
+        os._exit(0)
+    with os.fdopen(read) as pipe:
+        return pipe.readline().strip()
 
 
 # ---- the same bytes without arithmetic -------------------------------------------------------------------------------

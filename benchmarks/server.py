@@ -2,6 +2,7 @@
 
     python benchmarks/server.py                                    # 1.1, 11 and 102 MB; 1, 2, 4 and 8 workers
     python benchmarks/server.py --megabytes 1.1 --workers 1 --repetitions 3
+    python benchmarks/server.py --shards 1 2 --only 'danaz dana'   # beside two servers with a slice each
 
 One exchange: a worker process pushes P floats over TCP loopback, the server applies them and sends P floats back.
 Repetitions of all peers alternate; the figures are medians. GB/s counts both ways. CPU is user and system time for one
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 
 import psutil
 import torch
-from peers import PEERS, Peer, exchanges_per_second
+from peers import PEERS, Peer, danaz, exchanges_per_second
 
 # Children inherit the imports; the parent has computed nothing, so no thread of torch's is lost in the fork.
 CONTEXT = multiprocessing.get_context("fork")
@@ -101,7 +102,8 @@ def _work(peer: Peer, address: str, floats: int, worker: int, workers: int, seco
 
 
 def rows(options: argparse.Namespace) -> Iterator[dict[str, object]]:
-    peers = [peer for peer in PEERS if not options.only or peer.name in options.only]
+    sharded = [danaz(name, shards=shards) for name in options.sharded for shards in options.shards if shards > 1]
+    peers = [peer for peer in PEERS if not options.only or peer.name in options.only] + sharded
     for missing in filter(None, (peer.missing for peer in peers)):
         print(missing)
     peers = [peer for peer in peers if not peer.missing]
@@ -154,6 +156,10 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.5)
     parser.add_argument("--only", nargs="+", help="names of peers")
+    parser.add_argument(
+        "--shards", type=int, nargs="+", default=[1], help="servers with a slice each, 1 is always there"
+    )
+    parser.add_argument("--sharded", nargs="+", default=["dana"], help="algorithms to measure with --shards")
     parser.add_argument("--out", type=Path, default=Path("runs/bench-server"))
     options = parser.parse_args()
     print(f"{os.cpu_count()} cores, {options.repetitions} repetitions of {options.seconds} s")

@@ -91,6 +91,9 @@ def serve(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest sound checkpoint in the run folder")
     ] = False,
+    shard: Annotated[
+        int, typer.Option("--shard", min=0, help="Which slice of the vector, of as many as DANAZ_SETTINGS says")
+    ] = 0,
 ) -> None:
     """Serve one run. `danaz launch` starts this; its settings come in DANAZ_SETTINGS, its keys from the launcher.
 
@@ -121,8 +124,14 @@ def serve(
         bound = BoundRouter(bind, keys)
     except ZMQError as error:
         fail(f"cannot listen on {bind}: {error}")
-    typer.echo(f"DANAZ_SERVER={bound.address}")
+    typer.echo(f"{'DANAZ_SERVER' if shard == 0 else f'DANAZ_SERVER_{shard}'}={bound.address}")
     sys.stdout.flush()  # workers start now, while the imports below take their seconds
+    if shard:
+        from danaz.serve import serve_slice
+        from danaz.settings import Settings
+
+        serve_slice(bound, Settings.from_json(os.environ["DANAZ_SETTINGS"]), shard)
+        return
     try:
         lock_run(run)
     except RunLockedError as error:

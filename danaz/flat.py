@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import prod
 from operator import index as whole
 from typing import Any
@@ -73,6 +73,20 @@ class Layout:
                 if start <= entry.start < stop:
                     yield group, entry.start, entry.stop
 
+    def cut(self, start: int, stop: int) -> Layout:
+        """The table of the slice f32[stop - start], without buffers: of a tensor that is cut, the flat part.
+
+        All groups stay, some of them perhaps empty.
+        """
+        inside = [e for e in self.parameters if e.start < stop and e.stop > start]
+        parts = [(e, max(e.start, start), min(e.stop, stop)) for e in inside]
+        rows = [
+            (e.name, e.shape, e.stride) if last - first == e.size else (e.name, (last - first,), (1,))
+            for e, first, last in parts
+        ]
+        sizes = [max(0, min(end, stop) - max(begin, start)) for begin, end in self.groups]
+        return Layout(_place(rows), (), _spans(sizes))
+
     def named(self, params: Tensor, buffers: Tensor) -> dict[str, Tensor]:
         """Name -> contiguous tensor, as a state dict holds them."""
         tensors = [(e.name, e.of(params)) for e in self.parameters] + [(e.name, e.of(buffers)) for e in self.buffers]
@@ -99,6 +113,21 @@ class Layout:
 def chunks(size: int) -> Iterator[tuple[int, int]]:
     """(start, stop) of the chunks that a vector f32[size] travels in."""
     return ((start, min(start + SLICE_FLOATS, size)) for start in range(0, size, SLICE_FLOATS))
+
+
+ALIGNED_FLOATS = 16  # a line of cache
+
+
+def shard_spans(size: int, shards: int) -> list[tuple[int, int]]:
+    """(start, stop) of the slice of f32[size] that each of ``shards`` servers holds.
+
+    Raises ValueError if one is empty.
+    """
+    cuts = [0, *(number * size // shards // ALIGNED_FLOATS * ALIGNED_FLOATS for number in range(1, shards)), size]
+    spans = list(pairwise(cuts))
+    if any(start >= stop for start, stop in spans):
+        raise ValueError(f"a model of {size} parameters is too small for {shards} shards of whole lines of cache")
+    return spans
 
 
 def _spans(sizes: Sequence[int]) -> tuple[tuple[int, int], ...]:

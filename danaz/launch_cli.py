@@ -205,6 +205,16 @@ def launch(
         int,
         typer.Option("--server-port", min=0, max=65535, rich_help_panel=MACHINES, help="Of the server. 0: a free one"),
     ] = 0,
+    server_shards: Annotated[
+        int,
+        typer.Option(
+            "--server-shards",
+            min=1,
+            metavar="S",
+            rich_help_panel=MACHINES,
+            help="Server processes, each with a slice of the parameters (no gap, no checkpoints)",
+        ),
+    ] = 1,
     interface: InterfaceOption = None,
     insecure: Annotated[
         bool,

@@ -56,6 +56,7 @@ class LaunchOptions:
     workers_per_host: int = 1
     server_host: str | None = None
     server_port: int = 0
+    server_shards: int = 1
     interface: Sequence[str] | None = None
     insecure: bool = False
     launcher: str | None = None
@@ -84,6 +85,7 @@ class LaunchOptions:
             self.max_restarts,
             self.invite,
             resumes=self.resume is not None,
+            server_shards=self.server_shards,
         )
 
     def find_hosts(self) -> tuple[Host, ...]:
@@ -162,7 +164,8 @@ def prepare(params: Mapping[str, Any], named: Collection[str], command: Sequence
         raise LaunchError("--set changes a config, and a script has none; pass its own arguments behind --")
     warmup_epochs = 5.0 if options.warmup_epochs is None else options.warmup_epochs
     training = {"algorithm": "dana", **options.training}
-    settings = Settings(**training, warmup_epochs=warmup_epochs, seed=options.seed or 0)
+    gap_every = 1 if options.server_shards == 1 else 0  # no shard can measure it
+    settings = Settings(**training, warmup_epochs=warmup_epochs, seed=options.seed or 0, gap_every=gap_every)
     return _ready(options, settings, command)
 
 

@@ -19,7 +19,7 @@ from danaz.reach import Reach, find_machines
 from danaz.resuming import write_options
 from danaz.rules import Rule
 from danaz.run_folder import free_run_folder, read_summary, write_settings
-from danaz.settings import Settings
+from danaz.settings import Settings, server_variable
 from launcher.hosts import Host
 from launcher.logs import Echo
 from launcher.machine import Machine, in_url, is_loopback
@@ -66,6 +66,7 @@ class Manner:
     max_restarts: int = 3
     invite: int = 0  # workers that may join later
     resumes: bool = False  # it goes on with what is in its folder
+    server_shards: int = 1
 
     def policy(self, settings: Settings) -> Policy:
         """What follows a failure. Raises LaunchError for what an algorithm cannot do."""
@@ -137,10 +138,18 @@ def _folder(out: Path | None, name: str, manner: Manner) -> Path:
 def _prepare(
     errand: Errand, settings: Settings, cluster: Cluster, run: Path, manner: Manner, values: Mapping[str, Any]
 ) -> Launch:
-    settings = replace(settings, checkpoint_s=manner.checkpoint_s, refuse_outliers=manner.refuse_outliers)
+    settings = replace(
+        settings,
+        checkpoint_s=manner.checkpoint_s if manner.server_shards == 1 else 0.0,
+        refuse_outliers=manner.refuse_outliers,
+        server_shards=manner.server_shards,
+    )
     check_workers(settings)
+    check_shards(settings, manner)
     policy = manner.policy(settings)
     cluster, notes = find_out(cluster, settings)
+    if settings.server_shards > 1:
+        notes.append("with several shards there are no checkpoints: the death of one of them ends the run for good")
     settings = replace(settings, ranks_per_worker=cluster.ranks_per_worker)
     plan, invitations = make_plan(errand, settings, cluster, run, manner)
     if "command" in values:
@@ -197,6 +206,33 @@ def _check_pipeline(settings: Settings, rule: Rule) -> None:
         )
 
 
+def check_shards(settings: Settings, manner: Manner) -> None:
+    """Raises LaunchError for what cannot be cut into slices with a server each."""
+    if manner.server_shards == 1:
+        return
+    rule, shards = settings.for_server().rule(momentum=0.9), f"--server-shards {manner.server_shards}"
+    if rule.all_reduce:
+        raise LaunchError(f"{shards}: {settings.algorithm} has no server; use an asynchronous algorithm, such as dana")
+    if rule.barrier or rule.per_layer or rule.gossips:
+        raise LaunchError(
+            f"{shards}: {settings.algorithm} cannot be cut into slices, for its rounds, layers or neighbours must be "
+            "the same in all of them; use an elementwise asynchronous algorithm, such as dana"
+        )
+    unfit = {
+        "the gap is a sum over whole layers, which no shard sees; turn it off: --set gap=off": settings.gap_every,
+        "what is kept of error feedback is cut otherwise than slices are; use wire fp32": settings.wire != "fp32",
+        "a recording is of one server; leave out --record": manner.record,
+        "a push would be an outlier in one slice and not in another; leave out --refuse-outliers": (
+            manner.refuse_outliers
+        ),
+        "a view that is fetched ahead comes from one server; leave out pipeline": settings.pipeline,
+        "an invitation names one server; leave out --invite": manner.invite,
+        "nothing is kept of such a run to go on from; leave out --resume": manner.resumes,
+    }
+    for reason in [reason for reason, asked in unfit.items() if asked]:
+        raise LaunchError(f"{shards}: {reason}")
+
+
 def is_all_reduce(settings: Settings) -> bool:
     """Whether one Horovod world over all machines does everything, without a server."""
     from danaz.rules import find_algorithm
@@ -250,7 +286,7 @@ def make_plan(
         env={**travels, **run_env},
         cwd=reach.cwd,
         workers_per_host=cluster.workers_per_host,
-        services=[] if all_reduce else [_server(cluster, manner, returns, server_keys)],
+        services=[] if all_reduce else _servers(cluster, manner, returns, server_keys),
         first_rank_returns=returns if all_reduce else None,
         secrets=[to_json(keys) for keys in worker_keys[: cluster.workers]],
         machines=cluster.machines,
@@ -285,6 +321,29 @@ def _server(cluster: Cluster, manner: Manner, returns: str | None, keys: ServerK
         again=[*serve, ANNOUNCED, *options, "--resume"],
         begins=BEGINS,
     )
+
+
+def _servers(cluster: Cluster, manner: Manner, returns: str | None, keys: ServerKeys | None) -> list[Service]:
+    """The server; or shard 0, which is one, and a service for each other slice."""
+    server = _server(cluster, manner, returns, keys)
+    if manner.server_shards == 1:
+        return [server]
+    bind = f"tcp://{in_url(server_address(cluster))}:*"
+    command = [PYTHON, "-m", "danaz", "serve", "--bind", bind, *["--insecure"] * cluster.reach.insecure]
+    # None can go on where it was killed: its slice is gone.
+    others = [
+        replace(
+            server,
+            name=f"server.{shard}",
+            command=[*command, "--shard", str(shard), "--run", "."],
+            announces=server_variable(shard),
+            returns=None,
+            again=(),
+            begins=None,
+        )
+        for shard in range(1, manner.server_shards)
+    ]
+    return [replace(server, again=()), *others]
 
 
 def write_folder(launch: Launch) -> None:

@@ -53,6 +53,26 @@ def serve(bound: BoundRouter, settings: Settings, run: Path, record: bool, resum
     bound.close()
 
 
+def serve_slice(bound: BoundRouter, settings: Settings, shard: int) -> None:
+    """Serve a slice of the vector on a bound ROUTER; return when the workers have left or on SIGTERM.
+
+    It writes nothing: workers bring what it held to shard 0.
+    """
+    from danaz.server.core import ServerCore
+    from danaz.server.router import Router
+
+    stopping = False
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        nonlocal stopping
+        stopping = True
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    Router(bound).serve(ServerCore(settings.for_server(shard=shard)), None, lambda: stopping)
+    bound.close()
+
+
 def announcing(record: Callable[[Update], None]) -> Callable[[Update], None]:
     """``record``, and with the first update the word to the launcher that training waits for nobody any more."""
     announced = False

@@ -21,6 +21,7 @@ from danaz.settings import Place, Settings
 from danaz.worker.core import Role, WorkerCore
 from danaz.worker.group import Group, make_group
 from danaz.worker.link import DealerLink, Link, LocalLink
+from danaz.worker.sharded import connect
 from danaz.worker.worker import Worker
 
 
@@ -114,7 +115,9 @@ class Session:
 
     def _link(self, role: Role) -> Link:
         if self.place.server is not None:
-            return DealerLink(self.place.server, Heartbeat(role.worker, role.incarnation), keys=self.place.keys)
+            heartbeat, keys = Heartbeat(role.worker, role.incarnation), self.place.keys
+            addresses = [self.place.server, *self.place.followers]
+            return connect(addresses, role.layout, lambda address: DealerLink(address, heartbeat, keys=keys))
         settings = self.settings.for_server(workers=1, weight_decay=weight_decays(self.optimizer.param_groups))
         if self.place.run is None or self.group.rank != 0:
             return LocalLink(ServerCore(settings))

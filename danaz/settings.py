@@ -37,6 +37,7 @@ class Settings:
     ranks_per_worker: int = 1
     schedule: str = "live"
     checkpoint_s: float = 30.0  # between the server's checkpoints, 0 never
+    server_shards: int = 1  # server processes, each with a slice of the vector
     refuse_outliers: bool = False  # pushes far outside the cluster's size
 
     @classmethod
@@ -66,7 +67,9 @@ class Settings:
         names = ("algorithm", "workers", "ranks_per_worker", "schedule", "seed", "collective")
         return {name: getattr(self, name) for name in names}
 
-    def for_server(self, workers: int | None = None, weight_decay: tuple[float, ...] = ()) -> ServerSettings:
+    def for_server(
+        self, workers: int | None = None, weight_decay: tuple[float, ...] = (), shard: int = 0
+    ) -> ServerSettings:
         """What a server core needs of them; it starts when ``workers`` (default: all) have joined.
 
         ``weight_decay``, one a parameter group, is known where the server is in the optimizer's own process.
@@ -82,6 +85,8 @@ class Settings:
             wire_view=self.wire_view,
             gap_every=self.gap_every,
             checkpoint_s=self.checkpoint_s,
+            shard=shard,
+            shards=self.server_shards,
             refuse_outliers=self.refuse_outliers,
         )
 
@@ -116,19 +121,27 @@ class Place:
     device: int = 0  # index of this rank among the ranks of all workers on its machine
     incarnation: int = 1
     server: str | None = None  # tcp://host:port; None: train by all-reduce, or alone
+    followers: tuple[str, ...] = ()  # the other shards' addresses, in order
     run: Path | None = None  # the run folder, for the process that writes it
     keys: WorkerKeys | None = None  # for a server that admits its run's workers alone
+
+
+def server_variable(shard: int) -> str:
+    """The variable that holds a shard's address."""
+    return f"DANAZ_SERVER_{shard}" if shard else "DANAZ_SERVER"
 
 
 def from_environment(environment: MutableMapping[str, str] = os.environ) -> tuple[Settings, Place]:
     """Read the launcher's variables; without them, one process trains alone."""
     settings = Settings.from_json(environment["DANAZ_SETTINGS"]) if "DANAZ_SETTINGS" in environment else Settings()
-    run = environment.get("DANAZ_RUN")
+    run, server = environment.get("DANAZ_RUN"), environment.get("DANAZ_SERVER")
+    others = range(1, settings.server_shards) if server else range(0)
     place = Place(
         worker=int(environment.get("DANAZ_WORKER", 0)),
         device=int(environment.get("DANAZ_LOCAL_DEVICE", 0)),
         incarnation=int(environment.get("DANAZ_INCARNATION", 1)),
-        server=environment.get("DANAZ_SERVER"),
+        server=server,
+        followers=tuple(environment[server_variable(shard)] for shard in others),
         run=Path(run) if run else None,
         keys=take_worker_keys(environment),
     )

@@ -33,6 +33,7 @@ FLOORS = {
     "danaz.server.recovery": 1,
     "danaz.server.state": 1,
     "danaz.server.updating": 1,
+    "danaz.server.whole": 1,
     "danaz.server.core": 1,
     "danaz.server.wire": 1,
     "danaz.worker.core": 1,

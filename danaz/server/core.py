@@ -18,7 +18,7 @@ from danaz.codecs import travelling_bytes, view_codec
 from danaz.server.admission import NOT_FINITE, OUTLIER, Job, why_not_join, why_not_leave, why_not_push, why_stranger
 from danaz.server.figures import DIVERGED_LOSS_RATIO, Figures, Update
 from danaz.server.health import Health, size_of
-from danaz.server.leases import Leases
+from danaz.server.leases import LeasedElsewhere, Leases
 from danaz.server.master import Master, all_finite
 from danaz.server.members import Member, Route, mean_by_updates
 from danaz.server.messages import (
@@ -42,6 +42,7 @@ from danaz.server.recovery import Recovery
 from danaz.server.settings import ServerSettings
 from danaz.server.state import CoreState, fill, take
 from danaz.server.updating import update_by
+from danaz.server.whole import WholeModel, own_part
 
 RESUM_EVERY = 1000  # updates between fresh sums of the velocities, against drift
 DIVERGED_STRIKES = 3  # non-finite pushes in a row, of every live worker
@@ -78,6 +79,7 @@ class ServerCore:
         self.started = False
         self.diverged = ""  # the reason, if it did
         self.final = False  # a worker has the trained model, which who comes back later cannot change
+        self.whole = WholeModel()
         self._job: Job | None = None
         self._leases: Leases | None = None
         self._master: Master | None = None
@@ -118,6 +120,7 @@ class ServerCore:
     def start_from(self, job: Job, leases: Leases, master: Master) -> None:
         """Take over what the first workers to join usually bring."""
         self._job, self._leases, self._master = job, leases, master
+        self.whole.layout = job.layout
 
     # ---- stimuli -------------------------------------------------------------------------------------------------
 
@@ -162,6 +165,7 @@ class ServerCore:
         """Whether the vectors that ``message`` announces are worth receiving: if not, it will be refused unseen."""
         member = self.members.get(message.worker)
         if isinstance(message, Join):
+            message = own_part(message, self.settings)
             brings = 0 if message.params is None else message.params.numel()
             fits = brings in (0, message.layout.size)
             return fits and not why_not_join(message, self.settings.digest, self._job, member, self._master is None)
@@ -198,7 +202,8 @@ class ServerCore:
     # ---- joining and leaving -------------------------------------------------------------------------------------
 
     def _join(self, route: Route, join: Join, now: float) -> None:
-        member = self.members.get(join.worker)
+        member, whole = self.members.get(join.worker), join.layout
+        join = own_part(join, self.settings)
         reason = why_not_join(join, self.settings.digest, self._job, member, self._master is None)
         if reason:
             self.refuse(reason)
@@ -206,7 +211,8 @@ class ServerCore:
             return
         if self._job is None:
             self._job = Job(join.layout, join.plan, join.momentum)
-            self._leases = Leases(join.plan)
+            self._leases = LeasedElsewhere(join.plan) if self.settings.shard else Leases(join.plan)
+            self.whole.layout = whole
         if self._master is None and join.params is not None:
             rule = self.settings.rule(join.momentum)
             self._master = Master(rule, join.layout, join.params, self.ahead, view_codec(self.settings.wire_view))
@@ -256,6 +262,8 @@ class ServerCore:
             if self._sound(leave.buffers):
                 self.buffers.append((member.updates, leave.buffers))
         self.leases.give_up(member.worker)
+        if self.settings.shard and leave.done:
+            self.leases.close()
         self._resum()
 
     # ---- serving -------------------------------------------------------------------------------------------------
@@ -281,7 +289,9 @@ class ServerCore:
         else:
             if isinstance(message, Report):
                 self.figures.report(message.figures)
-            member.said_bye = member.said_bye or isinstance(message, Bye)
+            if isinstance(message, Bye):
+                member.said_bye = True
+                self.whole.hear(message)
             self._replies.append((member.route, Noted(message.request)))
 
     def _sound(self, vector: Tensor) -> bool:
@@ -420,7 +430,7 @@ class ServerCore:
             self._send_final([m for m in live if m.awaiting == "end"])
 
     def _has_news(self, member: Member) -> bool:
-        return self.leases.done or bool(self.leases.top_up(member.worker, member.ahead))
+        return self.leases.has_news(member.worker, member.ahead)
 
     def _send_view(self, member: Member, *, applied: bool = False, refused: str = "", ahead: bool = False) -> None:
         """Send the newest view; the worker computes on it from now on, or from its next push on."""

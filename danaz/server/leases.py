@@ -37,6 +37,10 @@ class Leases:
         self._next += 1
         return self._next - 1
 
+    def has_news(self, worker: int, ahead: int) -> bool:
+        """Whether a worker that asks for batches is to be answered now."""
+        return self.done or bool(self.top_up(worker, ahead))
+
     def holds(self, worker: int, batch: int) -> bool:
         return batch in self._held.get(worker, ())
 
@@ -91,3 +95,26 @@ class Leases:
     @property
     def done(self) -> bool:
         return self._closed or self.completed == self.plan.batches
+
+
+class LeasedElsewhere(Leases):
+    """Of a shard that leases nothing: shard 0 vouches for every batch, and workers say when none are left."""
+
+    def top_up(self, worker: int, ahead: int) -> tuple[int, ...]:
+        return ()
+
+    def has_news(self, worker: int, ahead: int) -> bool:
+        return True
+
+    def holds(self, worker: int, batch: int) -> bool:
+        return True
+
+    def complete(self, worker: int, batch: int) -> None:
+        self.completed += 1
+
+    def put_back(self, worker: int, batch: int) -> None:
+        """Shard 0 does."""
+
+    @property
+    def done(self) -> bool:
+        return self._closed

@@ -103,6 +103,7 @@ class Leave:
     request: int
     give_back: Tensor | None  # f32[P], to be added to the server's parameters
     buffers: Tensor  # f32[B], batch-norm statistics
+    done: bool = False  # it heard that no batches are left: a shard that leases none waits for the others, too
 
 
 @dataclass(frozen=True)
@@ -117,11 +118,13 @@ class Report:
 
 @dataclass(frozen=True)
 class Bye:
-    """A worker that left has nothing more to report."""
+    """A worker that left has nothing more to report. To shard 0 it brings the end of θ, which others held."""
 
     worker: int
     incarnation: int
     request: int
+    version: int = 0  # of shard 0, at which it got θ
+    rest: Tensor | None = None  # f32[P - slice of shard 0]
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,7 @@ class Parameters:
     view: Tensor  # f32[P]; f32[0] for a push that wants none
     last_applied: int = 0  # request number of this worker's newest push that was applied, however that was answered
     life: int = 0  # of the server: versions may repeat after a restart, (life, version) never does
+    parts: tuple[tuple[int, int, int], ...] = field(default=(), metadata=LOCAL)  # (start, stop, last_applied) of shards
 
 
 @dataclass(frozen=True)

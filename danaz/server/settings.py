@@ -25,6 +25,8 @@ class ServerSettings:
     worker_timeout_s: float = 60.0
     recovery_s: float = 20.0  # a restarted server waits so long for the workers it knew
     checkpoint_s: float = 30.0  # between checkpoints, 0 never
+    shard: int = 0  # this server's slice of the vector; shard 0 leads: it leases, journals and knows the version
+    shards: int = 1
     refuse_outliers: bool = False  # refuse pushes far outside the cluster's size, instead of reporting them
 
     def rule(self, momentum: float) -> Rule:

@@ -77,6 +77,7 @@ class WorkerCore:
         self.role = role
         self.rule = rule
         self.outbox = outbox
+        self.done = False  # no batches are left for anyone
         self.epoch = 0.0  # of the whole cluster, as it last heard
         self.compressor = compressor  # of pushes
         self._state = "new"  # -> joined -> left -> gone
@@ -217,7 +218,7 @@ class WorkerCore:
     def leave(self, buffers: Tensor) -> Leave:
         """Leave in good order, with the batch-norm statistics f32[B]."""
         number = self._next("leave", "joined")
-        return self._ask(Leave(self.role.worker, self.role.incarnation, number, self.given_back(), buffers))
+        return self._ask(Leave(self.role.worker, self.role.incarnation, number, self.given_back(), buffers, self.done))
 
     def report(self, figures: dict[str, float | str | None]) -> Report:
         """Send figures for summary.json."""
@@ -248,12 +249,13 @@ class WorkerCore:
         if request is None:
             raise ProtocolError(f"worker {self.role.worker} got a {type(reply).__name__} but asked nothing")
         if isinstance(reply, Parameters):
-            self._state, self.epoch = "joined", reply.epoch
+            self._state, self.epoch, self.done = "joined", reply.epoch, reply.done
             if reply.view.numel():
                 self._keep(View(reply.version, reply.life, reply.view))
             # A push whose answer was lost may have been applied before this worker was given up and joined anew.
             applied = reply.applied if isinstance(request, Push) else reply.last_applied == self._undecided != 0
-            self._commit(applied)
+            parts = [part for part in reply.parts if (part[2] == self._undecided != 0) != applied]
+            self._commit(applied, [(start, stop) for start, stop, _ in parts])
         elif isinstance(reply, Final):
             self._state = "left"
         elif isinstance(reply, Noted) and isinstance(request, Bye):
@@ -270,13 +272,17 @@ class WorkerCore:
         else:
             self._view, self.fetched = view, None
 
-    def _commit(self, applied: bool) -> None:
-        """Keep the steps since the last push, or go back to before them."""
+    def _commit(self, applied: bool, otherwise: Sequence[tuple[int, int]] = ()) -> None:
+        """Keep the steps since the last push, or go back to before them; in some slices, do ``otherwise``."""
         self._steps, self._undecided = [], 0
         if self.compressor:
             self.compressor.settle(applied)
         if self._current is self._committed:
             return
+        for start, stop in otherwise:
+            kept, dropped = (self._current, self._committed) if applied else (self._committed, self._current)
+            for name, vector in kept.items():
+                vector[start:stop] = dropped[name][start:stop]
         if applied:
             self._spare.append(self._committed)
             self._committed, self._lr = self._current, self._current_lr

@@ -126,6 +126,10 @@ class DealerLink:
             self._rooms[1] = torch.empty(size)
         return self._rooms[1]
 
+    def receive_into(self, room: Tensor) -> None:
+        """Let the next view, if it is long, arrive in ``room`` f32[P]."""
+        self._rooms[1] = room
+
     def _beat(self, heartbeat: Heartbeat) -> None:
         socket = self._dealer(self._address)
         while not self._closing.wait(HEARTBEAT_S):

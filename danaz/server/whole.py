@@ -1,0 +1,53 @@
+"""The whole model of a run with several shards: what shard 0 must know of it, and the part that is a shard's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from danaz.flat import Layout, shard_spans
+from danaz.server.master import all_finite
+from danaz.server.messages import Bye, Join, is_announced
+from danaz.server.settings import ServerSettings
+
+
+@dataclass
+class WholeModel:
+    """The table of all parameters, and θ of the other shards as the last worker to leave brought it."""
+
+    layout: Layout | None = None
+    rest: Tensor | None = None  # f32[P - slice of shard 0]
+    version: int = -1  # of shard 0, with rest
+
+    def hear(self, bye: Bye) -> None:
+        if bye.rest is not None and not is_announced(bye.rest) and all_finite(bye.rest) and bye.version >= self.version:
+            self.rest, self.version = bye.rest, bye.version
+
+    def params(self, own: Tensor) -> Tensor | None:
+        """θ f32[P], ``own`` f32[n] being its beginning; None if nobody brought the rest."""
+        assert self.layout is not None
+        missing = self.layout.size - own.numel()
+        if not missing:
+            return own
+        if self.rest is None or self.rest.numel() != missing:
+            return None
+        return torch.cat([own, self.rest])
+
+
+def own_part(join: Join, settings: ServerSettings) -> Join:
+    """``join`` with the layer table of this shard's slice. Its parameters are those of the slice already.
+
+    A model that is too small for so many shards has an empty table, which no server takes.
+    """
+    if settings.shards == 1:
+        return join
+    try:
+        start, stop = shard_spans(join.layout.size, settings.shards)[settings.shard]
+    except ValueError:
+        start, stop = 0, 0
+    layout = join.layout.cut(start, stop)
+    if settings.shard == 0:
+        layout = replace(layout, buffers=join.layout.buffers)
+    return replace(join, layout=layout)

@@ -1,0 +1,143 @@
+"""Several servers as one: each holds a slice of the vector, and all are asked at once.
+
+Shard 0 is the server: its leases, version and refusals are the run's. The others know their slice and who takes part.
+Consistency is per slice: two pushes may be applied in another order at another shard, and one that shard 0 refuses may
+have been applied elsewhere. Whether it was, the worker hears for each slice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from math import nan
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from danaz.flat import Layout, shard_spans
+from danaz.server.master import all_finite
+from danaz.server.messages import Bye, Final, Join, Leave, Parameters, Pull, Push, Refusal, Reply, Report
+from danaz.worker.core import Request
+from danaz.worker.link import Link, ServerLostError
+
+NO_BUFFERS = torch.empty(0)
+
+
+class Shard(Link, Protocol):
+    """A way to one of several servers."""
+
+    def receive_into(self, room: Tensor) -> None:
+        """Let the next view arrive in ``room`` f32[n], where that saves a copy."""
+
+
+class ShardedLink:
+    """A Link over the links to all shards, shard 0 first. A thread for each of the others."""
+
+    def __init__(self, links: Sequence[Shard], layout: Layout):
+        """Raises ValueError if the model of ``layout`` is too small for so many shards."""
+        self._links = list(links)
+        self._spans = shard_spans(layout.size, len(links))
+        self._threads = [ThreadPoolExecutor(1, f"danaz-shard-{number}") for number in range(1, len(links))]
+        self._versions = [0] * len(links)  # of each slice of the view at hand
+        self._rooms = [torch.empty(layout.size) for _ in range(2)]  # f32[P]: the view at hand, where the next arrives
+        self._join: Join | None = None
+        self._final: Final | None = None
+
+    def exchange(self, request: Request) -> Reply:
+        """As Link has it. The view of the answer stays as it is until the answer after the next one."""
+        if isinstance(request, Report):
+            return self._links[0].exchange(request)
+        if isinstance(request, Join):
+            self._join = replace(request, params=None)
+        if isinstance(request, Push) and not all_finite(request.push):
+            # Each shard sees its slice alone. Without a loss that is finite, all of them refuse the push as not finite.
+            request = replace(request, loss=nan)
+        if isinstance(request, (Pull, Bye)):
+            # Shard 0 may keep a Pull waiting; only then are the other slices fetched, to be as fresh. A Bye is said as
+            # the process ends, and its threads have ended.
+            first = self._say(0, request)
+            others = [] if isinstance(first, Refusal) else range(1, len(self._links))
+            return self._merge(request, [first, *(self._say(number, request) for number in others)])
+        waiting = [thread.submit(self._say, number, request) for number, thread in enumerate(self._threads, start=1)]
+        first = self._say(0, request)
+        return self._merge(request, [first, *(each.result() for each in waiting)])
+
+    # ---- one shard -----------------------------------------------------------------------------------------------
+
+    def _say(self, number: int, request: Request) -> Reply:
+        reply = self._exchange(number, self._part(number, request))
+        if number and isinstance(reply, Refusal) and reply.rejoin and not isinstance(request, Join):
+            # This shard alone gave the worker up. Taken in again, it has a view; a push was not applied there.
+            assert self._join is not None
+            reply = self._exchange(number, replace(self._join, request=request.request))
+            if isinstance(reply, Parameters) and isinstance(request, (Leave, Bye)):
+                reply = self._exchange(number, self._part(number, request))
+        return reply
+
+    def _exchange(self, number: int, request: Request) -> Reply:
+        start, stop = self._spans[number]
+        room = self._rooms[1][start:stop]
+        self._links[number].receive_into(room)
+        reply = self._links[number].exchange(request)
+        if isinstance(reply, Parameters):
+            self._versions[number] = reply.version
+            if reply.view.data_ptr() != room.data_ptr():
+                room.copy_(reply.view)
+        return reply
+
+    def _part(self, number: int, request: Request) -> Request:
+        """What of ``request`` is for this shard."""
+        start, stop = self._spans[number]
+
+        def cut(vector: Tensor | None) -> Tensor | None:
+            return None if vector is None else vector[start:stop]
+
+        if isinstance(request, Join):
+            return replace(request, params=cut(request.params))
+        if isinstance(request, Push):
+            return replace(request, push=request.push[start:stop], view_version=self._versions[number])
+        if isinstance(request, Leave):
+            buffers = NO_BUFFERS if number else request.buffers
+            return replace(request, give_back=cut(request.give_back), buffers=buffers)
+        if isinstance(request, Bye) and number == 0 and self._final is not None:
+            return replace(request, version=self._final.version, rest=self._final.params[stop:])
+        return request
+
+    # ---- all shards ----------------------------------------------------------------------------------------------
+
+    def _merge(self, request: Request, replies: Sequence[Reply]) -> Reply:
+        """One reply of all: that of shard 0, with the vectors of every shard."""
+        first = replies[0]
+        if isinstance(first, Refusal) and isinstance(request, Leave):
+            raise ServerLostError(
+                f"shard 0 refused this worker as it left ({first.reason}), and the other shards let it go; it cannot "
+                "come back as it was: start it anew"
+            )
+        refusal = next((reply for reply in replies if isinstance(reply, Refusal)), None)
+        if refusal is not None:
+            return refusal
+        if isinstance(first, Parameters):
+            self._rooms.reverse()
+            applied = [reply.last_applied for reply in replies if isinstance(reply, Parameters)]
+            parts = tuple((*span, last) for span, last in zip(self._spans, applied, strict=True))
+            return replace(first, view=self._rooms[0], parts=parts)
+        if isinstance(first, Final):
+            slices = [reply.params for reply in replies if isinstance(reply, Final)]
+            self._final = first = replace(first, params=torch.cat(slices))
+        return first
+
+    def close(self) -> None:
+        for link in self._links:
+            link.close()
+        for thread in self._threads:
+            thread.shutdown()
+
+
+def connect(addresses: Sequence[str], layout: Layout, to: Callable[[str], Shard]) -> Link:
+    """The way to one server, or to all shards."""
+    links = [to(address) for address in addresses]
+    if len(links) == 1:
+        return links[0]
+    return ShardedLink(links, layout)

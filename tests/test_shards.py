@@ -1,0 +1,314 @@
+"""Several servers, each with a slice of the vector, do what one does."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from math import nan
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from live import Running, launch, read_updates, until
+from safetensors.torch import load_file
+from torch import Tensor
+
+from danaz.flat import Layout, shard_spans
+from danaz.launching import LaunchError, Manner, check_shards
+from danaz.server.core import ServerCore
+from danaz.server.messages import Bye, Final, Noted, Parameters, Plan, Refusal, Reply
+from danaz.server.settings import ServerSettings
+from danaz.settings import Settings
+from danaz.worker.core import Request, Role, WorkerCore, answers
+from danaz.worker.sharded import ShardedLink
+from danaz.workloads.digits import DigitsNet
+
+ROWS = [["a", [40], [1]], ["b", [8, 6], [6, 1]], ["c", [], []], ["d", [39], [1]]]  # 128 floats
+LAYOUT = Layout.from_lists([ROWS, [["mean", [3], [1]]], [40, 0, 88]])
+PLAN = Plan(batches_per_epoch=6, epochs=2)
+ELEMENTWISE = ["asgd", "nag-asgd", "dana", "dana-zero", "dana-ga", "dana-dc", "dana-sa", "dana-nadam", "easgd"]
+
+
+class CoreLink:
+    """Straight into a core: what it says to others is kept for them."""
+
+    def __init__(self, core: ServerCore, route: int, mail: dict[int, Reply]):
+        self.core, self.route, self.mail = core, route, mail
+        self.said: list[Request] = []
+
+    def exchange(self, request: Request) -> Reply:
+        self.said.append(request)
+        self.mail.update({int(to): reply for to, reply in self.core.handle(self.route, request, 0.0)})
+        reply = self.mail.pop(self.route)
+        assert answers(reply, request)
+        return reply
+
+    def receive_into(self, room: Tensor) -> None:
+        """Nothing travels."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def make_cores(algorithm: str, shards: int, workers: int = 1) -> list[ServerCore]:
+    return [
+        ServerCore(ServerSettings(algorithm, workers, gap_every=0, shard=shard, shards=shards))
+        for shard in range(shards)
+    ]
+
+
+@contextmanager
+def linked(cores: Sequence[ServerCore], worker: int = 0) -> Iterator[tuple[WorkerCore, Any, list[CoreLink]]]:
+    links = [CoreLink(core, worker, {}) for core in cores]
+    link = ShardedLink(links, LAYOUT)
+    rule = cores[0].settings.rule(0.9).worker_rule
+    yield WorkerCore(Role(worker, 1, "", 0.9, LAYOUT, PLAN), rule), link, links
+    link.close()
+
+
+def say(core: WorkerCore, link: ShardedLink, request: Request) -> Any:
+    reply = link.exchange(request)
+    core.receive(reply)
+    return reply
+
+
+def gradients() -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    while True:
+        yield torch.randn(LAYOUT.size, generator=generator)
+
+
+def train(algorithm: str, shards: int) -> tuple[list[Tensor], Tensor, ServerCore]:
+    """Two workers take turns of unequal length; returns every view, the end, and shard 0."""
+    cores, views = make_cores(algorithm, shards), []
+    with linked(cores, 0) as (first, first_link, _), linked(cores, 1) as (second, second_link, _):
+        replies = {}
+        grads = gradients()
+        for core, link in ((first, first_link), (second, second_link)):
+            replies[core.role.worker] = say(core, link, core.join(next(grads) if core is first else None))
+        for number in range(11):
+            core, link = (first, first_link) if number % 3 else (second, second_link)
+            batch = replies[core.role.worker].leases[0]
+            lr = (0.1, 0.2, 0.05 / (1 + number))
+            params = replies[core.role.worker].view.clone()
+            reply = say(core, link, core.push(next(grads), lr, 4, 1.0, batch, params))
+            assert reply.applied
+            replies[core.role.worker] = reply
+            views.append(reply.view.clone())
+        return views, torch.cat([each.master.params for each in cores]), cores[0]
+
+
+@pytest.mark.parametrize("algorithm", ELEMENTWISE)
+@pytest.mark.parametrize("shards", [2, 3])
+def test_slices_hold_the_same_bits_as_the_whole(algorithm: str, shards: int) -> None:
+    views, params, leader = train(algorithm, shards)
+    whole_views, whole_params, whole = train(algorithm, 1)
+    assert all(torch.equal(view, other) for view, other in zip(views, whole_views, strict=True))
+    assert torch.equal(params, whole_params)
+    assert leader.figures.updates == whole.figures.updates == 11
+    assert leader.leases.completed == whole.leases.completed == 11
+
+
+def test_spans_tile_the_vector() -> None:
+    assert shard_spans(128, 3) == [(0, 32), (32, 80), (80, 128)]  # within a, within b, within d
+    assert shard_spans(25_500_000, 2) == [(0, 12_750_000), (12_750_000, 25_500_000)]
+    with pytest.raises(ValueError, match="too small"):
+        shard_spans(31, 3)
+
+
+def test_a_table_is_cut_at_and_within_tensors() -> None:
+    head, tail = LAYOUT.cut(0, 88), LAYOUT.cut(64, 128)
+    assert [(e.name, e.shape) for e in head.parameters] == [("a", (40,)), ("b", (8, 6))]
+    assert [(e.name, e.start, e.shape) for e in tail.parameters] == [("b", 0, (24,)), ("c", 24, ()), ("d", 25, (39,))]
+    assert head.groups == ((0, 40), (40, 40), (40, 88))
+    assert tail.groups == ((0, 0), (0, 0), (0, 64))
+    assert Layout.from_lists(tail.to_lists()) == tail
+
+
+def test_what_no_shard_alone_sees_is_refused_by_all() -> None:
+    cores = make_cores("dana", 2)
+    with linked(cores) as (core, link, _):
+        joined = say(core, link, core.join(torch.zeros(LAYOUT.size)))
+        grad = torch.ones(LAYOUT.size)
+        grad[-1] = nan  # in the slice of shard 1
+        reply = say(core, link, core.push(grad, (0.1, 0.1, 0.1), 1, 1.0, joined.leases[0]))
+        assert reply.refused == "push is not finite"
+        assert [each.master.version for each in cores] == [0, 0]
+        assert not core.vectors["velocity"].any()
+
+
+def test_a_repeated_push_is_applied_once_by_each_shard() -> None:
+    cores = make_cores("dana-zero", 2)
+    with linked(cores) as (core, link, _):
+        joined = say(core, link, core.join(torch.zeros(LAYOUT.size)))
+        push = core.push(torch.ones(LAYOUT.size), (0.1, 0.1, 0.1), 1, 1.0, joined.leases[0])
+        first = link.exchange(push)
+        parts = [link._part(number, push) for number in (0, 1)]
+        for each, part in zip(cores, parts, strict=True):
+            each.handle(0, part, 0.0)
+        assert [each.master.version for each in cores] == [1, 1]
+        assert first.applied
+
+
+def test_a_shard_that_gave_a_worker_up_takes_it_in_again() -> None:
+    """The push is lost in its slice alone, and the worker's velocity stays in step with each."""
+    cores = make_cores("dana", 2)
+    with linked(cores) as (core, link, _):
+        joined = say(core, link, core.join(torch.zeros(LAYOUT.size)))
+        cores[1].tick(1000.0)
+        reply = say(core, link, core.push(torch.ones(LAYOUT.size), (0.1, 0.1, 0.1), 1, 1.0, joined.leases[0]))
+        assert reply.applied
+        assert [each.master.version for each in cores] == [1, 0]
+        (_, stop), _ = shard_spans(LAYOUT.size, 2)
+        velocity = core.vectors["velocity"]
+        assert velocity[:stop].all()
+        assert not velocity[stop:].any()
+        say(core, link, core.push(torch.ones(LAYOUT.size), (0.1, 0.1, 0.1), 1, 1.0, reply.leases[0]))
+        assert [each.master.version for each in cores] == [2, 1]
+        assert core.vectors["velocity"].all()
+
+
+def test_what_another_shard_applied_of_a_refused_push_counts_there() -> None:
+    cores = make_cores("dana", 2)
+    with linked(cores) as (core, link, _):
+        joined = say(core, link, core.join(torch.zeros(LAYOUT.size)))
+        cores[0].leases.give_up(0)  # the batch is somebody else's by now
+        reply = say(core, link, core.push(torch.ones(LAYOUT.size), (0.1, 0.1, 0.1), 1, 1.0, joined.leases[0]))
+        assert "not leased" in reply.refused
+        (_, stop), _ = shard_spans(LAYOUT.size, 2)
+        velocity = core.vectors["velocity"]
+        assert not velocity[:stop].any()
+        assert velocity[stop:].all()
+
+
+def test_given_up_by_shard_0_it_joins_everywhere() -> None:
+    cores = make_cores("dana", 2)
+    with linked(cores) as (core, link, _):
+        joined = say(core, link, core.join(torch.zeros(LAYOUT.size)))
+        cores[0].tick(1000.0)
+        push = core.push(torch.ones(LAYOUT.size), (0.1, 0.1, 0.1), 1, 1.0, joined.leases[0])
+        refusal = say(core, link, push)
+        assert isinstance(refusal, Refusal)
+        assert refusal.rejoin
+        again = say(core, link, core.join())
+        assert isinstance(again, Parameters)
+        (_, stop), _ = shard_spans(LAYOUT.size, 2)
+        assert core.vectors["velocity"][stop:].all()  # shard 1 had applied it
+        assert not core.vectors["velocity"][:stop].any()
+
+
+def test_the_end_is_put_together_from_all_slices() -> None:
+    cores = make_cores("dana", 2)
+    with linked(cores) as (core, link, links):
+        reply = say(core, link, core.join(torch.zeros(LAYOUT.size)))
+        while not reply.done:
+            reply = say(core, link, core.push(torch.ones(LAYOUT.size), (0.1, 0.1, 0.1), 1, 1.0, reply.leases[0]))
+        given_back = core.given_back()
+        before = torch.cat([each.master.params for each in cores])
+        final = say(core, link, core.leave(torch.tensor([1.0, 2.0, 3.0])))
+        assert isinstance(final, Final)
+        assert given_back is not None
+        assert torch.equal(final.params, before + given_back)
+        assert final.buffers.tolist() == [1.0, 2.0, 3.0]
+        assert isinstance(say(core, link, core.bye()), Noted)
+        assert all(each.finished for each in cores)
+        whole = cores[0].whole.params(cores[0].master.params)
+        assert whole is not None
+        assert torch.equal(whole, final.params)
+        assert cores[0].whole.layout == LAYOUT
+        assert isinstance(links[1].said[-1], Bye)
+
+
+def test_a_shard_waits_for_the_others_before_it_tells_the_end() -> None:
+    """It leases nothing: that no batches are left it hears from whoever leaves."""
+    cores = make_cores("dana", 2, workers=2)
+    settled: dict[int, Reply] = {}
+    roles = [WorkerCore(Role(n, 1, "", 0.9, LAYOUT, PLAN), cores[0].settings.rule(0.9).worker_rule) for n in (0, 1)]
+    for core in roles:
+        join = replace(core.join(torch.zeros(64)), params=torch.zeros(64) if core is roles[0] else None)
+        settled.update({int(to): reply for to, reply in cores[1].handle(core.role.worker, join, 0.0)})
+    for core in roles:
+        core.receive(settled[core.role.worker])
+        core.done = True
+    give_back = torch.ones(64)
+    leaves = [replace(core.leave(torch.empty(0)), give_back=give_back) for core in roles]
+    assert cores[1].handle(0, leaves[0], 0.0) == []
+    finals = cores[1].handle(1, leaves[1], 0.0)
+    assert [to for to, _ in finals] == [0, 1]
+    for _, final in finals:
+        assert isinstance(final, Final)
+        assert torch.equal(final.params, 2 * give_back)
+
+
+@pytest.mark.parametrize(
+    ("settings", "manner", "reason"),
+    [
+        ({"algorithm": "ssgd"}, {}, "has no server"),
+        ({"algorithm": "ssgd-lars"}, {}, "has no server"),
+        ({"gap_every": 1}, {}, "--set gap=off"),
+        ({"wire": "onebit"}, {}, "use wire fp32"),
+        ({}, {"record": True}, "--record"),
+        ({}, {"refuse_outliers": True}, "--refuse-outliers"),
+        ({}, {"invite": 1}, "--invite"),
+        ({}, {"resumes": True}, "--resume"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(settings: dict[str, Any], manner: dict[str, Any], reason: str) -> None:
+    values = {"algorithm": "dana", "gap_every": 0, **settings}
+    with pytest.raises(LaunchError, match=reason):
+        check_shards(Settings(**values), Manner(server_shards=2, **manner))
+    check_shards(Settings(**values), Manner(**manner))
+
+
+ARGUMENTS = ("configs/digits.yaml", "--hosts", "localhost:2", "--workers-per-host", "2", "--collective", "torch")
+SHARDED = (*ARGUMENTS, "--server-shards", "2", "--set", "gap=off")
+
+
+def test_digits_with_two_shards(tmp_path: Path) -> None:
+    run = launch(*SHARDED, out=tmp_path / "run")
+    assert run.summary["complete"]
+    assert run.summary["test_error_percent"] < 5
+    assert [update["version"] for update in run.updates] == list(range(1, 901))
+    assert {update["gap"] for update in run.updates} == {None}
+    tensors = load_file(run.folder / "parameters.safetensors")
+    expected = {name: t.shape for name, t in DigitsNet().state_dict().items() if t.is_floating_point()}
+    assert {name: t.shape for name, t in tensors.items()} == expected
+    assert all(t.isfinite().all() for t in tensors.values())
+    assert (tensors["10.weight"] != 0).all()
+
+
+@pytest.mark.parametrize("name", ["server", "server.1"])
+def test_the_death_of_a_shard_ends_the_run(tmp_path: Path, name: str) -> None:
+    run = Running(tmp_path / "run", *SHARDED, "--set", "epochs=2000")
+    try:
+        until(lambda: run.trains, "training begins")
+        for pid in run.processes:
+            words = Path("/proc", str(pid), "cmdline").read_bytes().decode().split("\0")
+            if "serve" in words and ("--shard" in words) == (name == "server.1"):
+                os.kill(pid, signal.SIGKILL)
+        output, _ = run.launcher.communicate(timeout=100)
+        assert run.launcher.returncode != 0
+        assert f"{name} on localhost" in output
+        assert "killed" in output.lower()
+        until(lambda: not run.processes, "everything has ended")
+    finally:
+        run.end()
+
+
+def test_a_worker_that_was_killed_comes_back_to_every_shard(tmp_path: Path) -> None:
+    run = Running(tmp_path / "run", *SHARDED, "--set", "epochs=150")
+    try:
+        until(lambda: run.trains, "training begins")
+        os.kill(run.pid("rank"), signal.SIGKILL)
+        output, _ = run.launcher.communicate(timeout=150)
+        assert run.launcher.returncode == 0, output
+        ended = read_updates(run.folder)
+        assert sorted(update["batch"] for update in ended) == list(range(150 * 45))
+        assert len({update["incarnation"] for update in ended if update["worker"] == 1}) == 2
+        assert (run.folder / "parameters.safetensors").exists()
+    finally:
+        run.end()
