@@ -70,6 +70,24 @@ def test_it_goes_downhill(tmp_path, algorithm):
     assert summary["final_train_loss"] < losses[0] / 5
 
 
+def ask(worker, request, server, chance, last):
+    """Bring a request to the server over a line that loses and repeats; joins anew when told to."""
+    number, answered = worker.role.worker, None
+    while answered is None:
+        for _ in range(chance.choice((0, 1, 1, 2))):
+            replies = [reply for route, reply in server.handle(number, request, 0.0) if route == number]
+            answered = next((r for r in replies if chance.random() < 0.8), answered)
+        if server.leases.done and answered is None:
+            answered = next(reply for route, reply in server.handle(number, request, 0.0) if route == number)
+    if isinstance(answered, Refusal):
+        assert answered.rejoin
+        worker.receive(answered)
+        return ask(worker, worker.join(), server, chance, last)
+    worker.receive(answered)
+    last[number] = answered
+    return answered
+
+
 @pytest.mark.parametrize("algorithm", ["dana", "dana-zero", "dana-ga"])
 @pytest.mark.parametrize("seed", range(5))
 def test_exactly_once_whatever_is_lost_or_repeated(algorithm, seed):
@@ -85,22 +103,6 @@ def test_exactly_once_whatever_is_lost_or_repeated(algorithm, seed):
             workers[route].receive(reply)
             last[route] = reply
 
-    def ask(worker, request):
-        number, answered = worker.role.worker, None
-        while answered is None:
-            for _ in range(chance.choice((0, 1, 1, 2))):
-                replies = [reply for route, reply in server.handle(number, request, now) if route == number]
-                answered = next((r for r in replies if chance.random() < 0.8), answered)
-            if server.leases.done and answered is None:
-                answered = next(reply for route, reply in server.handle(number, request, now) if route == number)
-        if isinstance(answered, Refusal):
-            assert answered.rejoin
-            worker.receive(answered)
-            return ask(worker, worker.join())
-        worker.receive(answered)
-        last[number] = answered
-        return answered
-
     while not server.leases.done:
         worker = chance.choice(workers)
         number = worker.role.worker
@@ -109,14 +111,14 @@ def test_exactly_once_whatever_is_lost_or_repeated(algorithm, seed):
             server.tick(now)
         if not last[number].leases:
             if server.leases._returned or server.leases._next < plan.batches:
-                ask(worker, worker.pull())
+                ask(worker, worker.pull(), server, chance, last)
             continue
         if worker.fetched is None:
-            ask(worker, worker.pull(ahead=True))
+            ask(worker, worker.pull(ahead=True), server, chance, last)
         if worker.fetched is None or not last[number].leases:
             continue
         push = worker.push(torch.randn(SIZE), (0.1,) * len(LAYOUT.groups), 1, 1.0, last[number].leases[0], None, False)
-        ask(worker, push)
+        ask(worker, push, server, chance, last)
     assert sorted(update.batch for update in applied) == list(range(plan.batches))
     assert len({(u.worker, u.request) for u in applied}) == plan.batches
 
