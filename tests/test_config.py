@@ -77,6 +77,8 @@ class TestOverrides:
             "workers": 12,
             "schedule": "round-robin",
             "sync_period": 2,
+            "pipeline": True,
+            "hyperparameters": {"strength": 0.5},
             "wire": "topk:0.25",
             "wire_view": "bf16",
             "wire_warmup_epochs": 1.5,

@@ -283,7 +283,7 @@ class ServerUnderFaults(RuleBasedStateMachine):
         """Exactly once, seen from both ends: else dana's velocities and its server drift apart."""
         for worker, core in self.workers.items():
             member = self.core.members.get(worker)
-            knows_of_restart = core._state == "joined" and core.life == self.core.life
+            knows_of_restart = core._state == "joined" and core._view.life == self.core.life
             if member and knows_of_restart and member.incarnation == core.role.incarnation and not self.core.recovery:
                 process = worker, member.incarnation
                 journal = {push for pushes in self.pushes for push in pushes if push[:2] == process}
