@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 import zmq
 from torch import Tensor
+from zmq.utils import garbage  # noqa: F401 - its exit handler, which ends zero-copy sends, must be older than ours
 
 from danaz.keys import WorkerKeys
 from danaz.server.core import ServerCore
