@@ -29,14 +29,7 @@ def serve(bound: BoundRouter, settings: Settings, run: Path, record: bool, resum
     from danaz.server.router import Router
     from danaz.server.state import ResumeError
 
-    stopping = False
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        nonlocal stopping
-        stopping = True
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    stopping = note_ending_signals()
     if resume and (run / "summary.json").exists() and read_summary(run)["complete"]:
         raise ResumeError(f"the run in {run} is complete; to train anew, choose another folder")
     keeper = Keeper(RunFolder(run, settings.facts()), settings.for_server())
@@ -46,7 +39,7 @@ def serve(bound: BoundRouter, settings: Settings, run: Path, record: bool, resum
         say(f"the recording ends here, as {UNTIL_RESTART}: a run that was restarted cannot be replayed")
         record = False
     recorder = Recorder(run / RECORDING, settings.to_json()) if record else None
-    Router(bound).serve(keeper.core, recorder, lambda: stopping)
+    Router(bound).serve(keeper.core, recorder, stopping)
     if recorder:
         recorder.close()
     keeper.finish()
@@ -61,16 +54,20 @@ def serve_slice(bound: BoundRouter, settings: Settings, shard: int) -> None:
     from danaz.server.core import ServerCore
     from danaz.server.router import Router
 
-    stopping = False
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        nonlocal stopping
-        stopping = True
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
-    Router(bound).serve(ServerCore(settings.for_server(shard=shard)), None, lambda: stopping)
+    Router(bound).serve(ServerCore(settings.for_server(shard=shard)), None, note_ending_signals())
     bound.close()
+
+
+def note_ending_signals() -> Callable[[], bool]:
+    """From now on SIGTERM and SIGINT end nothing; what is returned says whether one has come."""
+    received: list[int] = []
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        received.append(signum)
+
+    signal.signal(signal.SIGTERM, note)
+    signal.signal(signal.SIGINT, note)
+    return lambda: bool(received)
 
 
 def announcing(record: Callable[[Update], None]) -> Callable[[Update], None]:
