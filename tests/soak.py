@@ -311,6 +311,7 @@ def soak(
     """Train until so many faults have been survived and so many minutes are over. Raises Broken."""
     chance, began = random.Random(seed), time.monotonic()
     kinds = faults_at_random(chance)
+    kind = next(kinds)
     survived: list[Survived] = []
     undisturbed = _undisturbed_error(network, folder / "undisturbed")
     say(f"undisturbed: {undisturbed:.2f} % error")
@@ -321,7 +322,9 @@ def soak(
         with disturbed(run):
             run.await_updates()
             while not run.over and not (len(survived) >= faults and time.monotonic() - began > 60 * minutes):
-                survived += _disturb(run, next(kinds), chance, say)
+                if one := _disturb(run, kind, chance, say):
+                    survived.append(one)
+                    kind = next(kinds)
             error = run.finish()
         say(f"run {number} ({algorithm}): {error:.2f} % error")
         run.require(error < undisturbed + NOISE_PERCENT, f"{error:.2f} % error, undisturbed {undisturbed:.2f} %")
@@ -335,18 +338,18 @@ def _undisturbed_error(network: Namespaces, folder: Path) -> float:
         return run.finish()
 
 
-def _disturb(run: Run, kind: str, chance: random.Random, say: Callable[[str], None]) -> list[Survived]:
-    """Inject a fault and wait for the recovery; nothing if the run ended before."""
+def _disturb(run: Run, kind: str, chance: random.Random, say: Callable[[str], None]) -> Survived | None:
+    """Inject a fault and wait for the recovery; None if the run ended before."""
     host = chance.choice(list(SLOTS))
     time.sleep(QUIET_S)
     FAULTS[kind](run, host, chance)
     recovery_s = run.await_updates()
     run.check()
     if run.over:
-        return []
+        return None
     where = "server" if kind == "kill the server" else host
     say(f"{kind} ({where}): everybody trains again after {recovery_s:.1f} s")
-    return [Survived(kind, where, recovery_s)]
+    return Survived(kind, where, recovery_s)
 
 
 def show(survived: Sequence[Survived]) -> None:

@@ -261,7 +261,9 @@ def test_a_machine_joins_with_a_key_and_none_without(network: Namespaces, tmp_pa
 
     def workers() -> set[int]:
         path = folder / "updates.jsonl"
-        return {json.loads(line)["worker"] for line in path.read_text().splitlines()} if path.exists() else set()
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]  # the last one may just be being written
+        return {json.loads(line)["worker"] for line in whole}
 
     until(lambda: workers() == {0} or run.poll() is not None, "it trains", TRAINING_S)
     key = folder / "invitations" / "worker-1.json"
