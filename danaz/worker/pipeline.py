@@ -36,17 +36,13 @@ class Pipeline:
     comes late is waited for, and one that comes early is a little older than it could be: neither is wrong.
     """
 
-    def __init__(self, exchange: Exchange, late: bool = True):
-        """Not ``late``: the view is fetched at once behind the push, to measure what that costs."""
+    def __init__(self, exchange: Exchange):
         self._exchange = exchange
-        self._late = late
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="danaz-pipeline")
         self._under_way: Future[Parameters] | None = None
         self._batch_ended = threading.Event()
         self._began = 0.0
         self._computing, self._fetching = Estimate(), Estimate()
-        self.exchanging_s = 0.0  # in exchanges, whoever waited for them or not
-        self.waiting_s = 0.0  # of that, in which the training loop stood still
 
     @property
     def busy(self) -> bool:
@@ -57,8 +53,7 @@ class Pipeline:
         assert self._under_way is None
         self._batch_ended.clear()
         self._began = monotonic()
-        due = self._began + self._patience_s if self._late else self._began
-        self._under_way = self._thread.submit(self._push_and_fetch, push, due)
+        self._under_way = self._thread.submit(self._push_and_fetch, push, self._began + self._patience_s)
 
     @property
     def _patience_s(self) -> float:
@@ -72,13 +67,10 @@ class Pipeline:
         """
         if self._under_way is None:
             return None
-        batch_ended_at = monotonic()
-        self._computing.saw(batch_ended_at - self._began)
+        self._computing.saw(monotonic() - self._began)
         self._batch_ended.set()
         under_way, self._under_way = self._under_way, None
-        fetched = under_way.result()
-        self.waiting_s += monotonic() - batch_ended_at
-        return fetched
+        return under_way.result()
 
     def close(self) -> None:
         """Return when nothing is under way."""
@@ -87,18 +79,16 @@ class Pipeline:
 
     def _push_and_fetch(self, push: Push | None, due: float) -> Parameters:
         if push is not None:
-            reply = self._timed(lambda core: push)
+            reply = self._ask(lambda core: push)
             if reply.view.numel():
                 return reply  # this worker had to join anew, and a view came with that
         self._batch_ended.wait(max(0.0, due - monotonic()))
         began = monotonic()
-        fetched = self._timed(lambda core: core.pull(ahead=True))
+        fetched = self._ask(lambda core: core.pull(ahead=True))
         self._fetching.saw(monotonic() - began)
         return fetched
 
-    def _timed(self, request: Callable[[WorkerCore], Request]) -> Parameters:
-        began = monotonic()
+    def _ask(self, request: Callable[[WorkerCore], Request]) -> Parameters:
         reply = self._exchange(request)
-        self.exchanging_s += monotonic() - began
         assert isinstance(reply, Parameters), "a push or pull is answered so, or refused"
         return reply
