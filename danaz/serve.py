@@ -21,17 +21,23 @@ UNTIL_RESTART = "recording.until-restart.bin"  # a replay begins at the beginnin
 def serve(bound: BoundRouter, settings: Settings, run: Path, record: bool, resume: bool = False) -> None:
     """Serve one run on a bound ROUTER, write its folder, and return when it is over or on SIGTERM.
 
-    With ``resume``, go on from the newest sound checkpoint in the folder. Raises ResumeError.
+    With ``resume``, go on from the newest sound checkpoint in the folder; of a run that is complete, only see off the
+    workers that do not know it yet. Raises ResumeError.
     """
     from danaz.keeper import Keeper, say
     from danaz.run_folder import RunFolder, read_summary
+    from danaz.server.checkpoint import FOLDER, delete_checkpoints
+    from danaz.server.concluded import Concluded
     from danaz.server.recording import Recorder
     from danaz.server.router import Router
-    from danaz.server.state import ResumeError
 
     stopping = note_ending_signals()
     if resume and (run / "summary.json").exists() and read_summary(run)["complete"]:
-        raise ResumeError(f"the run in {run} is complete; to train anew, choose another folder")
+        say(f"the run in {run} is complete; its workers are seen off")
+        delete_checkpoints(run / FOLDER)
+        Router(bound).serve(Concluded(), None, stopping)
+        bound.close()
+        return
     keeper = Keeper(RunFolder(run, settings.facts()), settings.for_server())
     keeper.core.on_update = announcing(keeper.core.on_update)
     if resume and keeper.resume() and (run / RECORDING).exists():

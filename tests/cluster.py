@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from danaz.flat import Layout
-from danaz.server.core import Replies, ServerCore
+from danaz.server.answers import Replies
+from danaz.server.core import ServerCore
 from danaz.server.figures import Update
 from danaz.server.messages import Final, Heartbeat, Join, Parameters, Plan, Refusal, Reply
 from danaz.server.settings import ServerSettings

@@ -8,7 +8,8 @@ import torch
 from cluster import DIGEST, TIMEOUT_S, layout_of
 from torch import Tensor
 
-from danaz.server.core import Replies, ServerCore
+from danaz.server.answers import Replies
+from danaz.server.core import ServerCore
 from danaz.server.messages import (
     Join,
     Parameters,

@@ -34,6 +34,8 @@ FLOORS = {
     "danaz.server.state": 1,
     "danaz.server.updating": 1,
     "danaz.server.whole": 1,
+    "danaz.server.answers": 1,
+    "danaz.server.concluded": 1,
     "danaz.server.core": 1,
     "danaz.server.wire": 1,
     "danaz.worker.core": 1,

@@ -9,7 +9,8 @@ import pytest
 import torch
 from cluster import Cluster
 
-from danaz.server.core import Replies, ServerCore
+from danaz.server.answers import Replies
+from danaz.server.core import ServerCore
 from danaz.server.messages import Heartbeat, Plan, Pull
 from danaz.server.recording import Recorder, read_recording, recorded_settings, replay
 from danaz.server.wire import encode

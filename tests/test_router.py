@@ -19,7 +19,8 @@ from danaz.flat import SLICE_FLOATS
 from danaz.keys import ServerKeys, WorkerKeys, make_keys
 from danaz.server import router as router_module
 from danaz.server import socket as socket_module
-from danaz.server.core import Replies, ServerCore, Streams
+from danaz.server.answers import Replies, Streams
+from danaz.server.core import ServerCore
 from danaz.server.messages import (
     Final,
     Heartbeat,

@@ -12,7 +12,7 @@ from stimuli import GRADIENT, NAN, SIZE, answer, parameters, push_on, started
 from danaz.server.admission import OUTLIER
 from danaz.server.core import ServerCore
 from danaz.server.health import ENOUGH_PUSHES, Health
-from danaz.server.messages import Final, Heartbeat, Parameters, Plan, Refusal
+from danaz.server.messages import Final, Heartbeat, Parameters, Plan, Refusal, Report
 from danaz.server.state import CoreState
 
 
@@ -74,6 +74,15 @@ class TestGoingOn:
             cluster.come_back(worker)
         assert cluster.server.master.version == 2
         assert core.vectors["velocity"].tolist() == GRADIENT.tolist(), "its worker knows"
+
+    def test_what_was_reported_is_kept_before_it_is_acknowledged(self):
+        core, _ = started("dana", workers=1)
+        kept: list[CoreState] = []
+        core.on_milestone = lambda core: kept.append(core.state())
+        for request in (2, 3):
+            core.handle(0, Report(0, 1, request, {"test_error_percent": 2.5}), 0.0)
+        [state] = kept
+        assert state.facts["figures"]["reported"] == {"test_error_percent": 2.5}
 
     def test_dana_zero_goes_back_to_the_checkpoint(self):
         cluster = Restartable("dana-zero", 2, torch.ones(SIZE))

@@ -17,7 +17,9 @@ import pytest
 from danaz.config import Config, load_config
 from danaz.data import Batching
 from danaz.server.checkpoint import FOLDER
+from danaz.server.messages import Bye, Heartbeat, Refusal
 from danaz.settings import Settings
+from danaz.worker.link import DealerLink
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -140,3 +142,18 @@ def test_a_damaged_checkpoint_is_passed_over(harm: str, tmp_path: Path, clusters
     check(cluster, summary, restarts=1)
     assert f"checkpoint {int(newest.stem)} is damaged" in said
     assert summary["lost_updates"] > 0
+
+
+def test_workers_of_a_run_that_is_complete_are_seen_off(tmp_path: Path, clusters: list[Cluster]) -> None:
+    """The server was killed when it had written everything, and before its last worker had read its last answer."""
+    clusters.append(cluster := Cluster(tmp_path / "run", "dana"))
+    summary, _ = cluster.finish()
+    cluster.serve_again()
+    link = DealerLink(cluster.address, Heartbeat(0, 0))
+    reply = link.exchange(Bye(worker=0, incarnation=0, request=1_000_000))
+    link.close()
+    assert isinstance(reply, Refusal)
+    assert (reply.reason, reply.rejoin) == ("the run is complete", False)
+    kept, said = cluster.finish()
+    assert kept == summary
+    assert "is complete; its workers are seen off" in said

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from danaz.flat import SLICE_FLOATS, Layout
 from danaz.server import wire
-from danaz.server.core import ServerCore, Streams
+from danaz.server.answers import Streams
+from danaz.server.core import ServerCore
 from danaz.server.master import Master
 from danaz.server.members import Member
 from danaz.server.messages import (

@@ -16,28 +16,13 @@ from torch import Tensor
 
 from danaz.codecs import travelling_bytes, view_codec
 from danaz.server.admission import NOT_FINITE, OUTLIER, Job, why_not_join, why_not_leave, why_not_push, why_stranger
+from danaz.server.answers import Answers, Replies, Streams, whole
 from danaz.server.figures import DIVERGED_LOSS_RATIO, Figures, Update
 from danaz.server.health import Health, size_of
 from danaz.server.leases import LeasedElsewhere, Leases
 from danaz.server.master import Master, all_finite
 from danaz.server.members import Member, Route, mean_by_updates
-from danaz.server.messages import (
-    Bye,
-    Final,
-    Heartbeat,
-    Join,
-    Leave,
-    Noted,
-    Parameters,
-    Pull,
-    Push,
-    Refusal,
-    Reply,
-    Report,
-    Request,
-    Streamed,
-    announced,
-)
+from danaz.server.messages import Bye, Heartbeat, Join, Leave, Pull, Push, Report, Request
 from danaz.server.recovery import Recovery
 from danaz.server.settings import ServerSettings
 from danaz.server.state import CoreState, fill, take
@@ -46,8 +31,6 @@ from danaz.server.whole import WholeModel, own_part
 
 RESUM_EVERY = 1000  # updates between fresh sums of the velocities, against drift
 DIVERGED_STRIKES = 3  # non-finite pushes in a row, of every live worker
-Replies = list[tuple[Route, Reply]]
-Streams = list[tuple[Route, Reply | Streamed]]
 
 
 class ServerCore:
@@ -85,7 +68,7 @@ class ServerCore:
         self._master: Master | None = None
         self.buffers: list[tuple[int, Tensor]] = []  # updates and buffers f32[B] of each worker that left
         self._milestone: tuple[object, ...] = ()  # the last one
-        self._replies: Streams = []
+        self._answers = Answers(self)
 
     @property
     def job(self) -> Job:
@@ -142,8 +125,8 @@ class ServerCore:
             return self._settle(now)
         stranger = why_stranger(message, self.members.get(message.worker))
         if stranger:
-            self.refuse(stranger)
-            return [] if isinstance(message, Heartbeat) else [(route, Refusal(message.request, stranger, rejoin=True))]
+            self._answers.refuse(route, message, stranger, rejoin=True)
+            return self._answers.take()
         member = self.members[message.worker]
         member.heard_at, member.alive = now, True
         # Answers follow the newest request: a heartbeat has a socket of its own, a late copy may come from a dead one.
@@ -206,8 +189,7 @@ class ServerCore:
         join = own_part(join, self.settings)
         reason = why_not_join(join, self.settings.digest, self._job, member, self._master is None)
         if reason:
-            self.refuse(reason)
-            self._replies.append((route, Refusal(join.request, reason, rejoin=False)))
+            self._answers.refuse(route, join, reason)
             return
         if self._job is None:
             self._job = Job(join.layout, join.plan, join.momentum)
@@ -229,7 +211,7 @@ class ServerCore:
         member.alive, member.route, member.heard_at, member.request = True, route, now, join.request
         member.pending, member.ahead = None, join.ahead
         if answered:
-            self._send_view(member)
+            self._answers.view(member)
         elif not member.left:
             member.awaiting = "start"
         if self.started:
@@ -270,20 +252,18 @@ class ServerCore:
 
     def _serve(self, member: Member, message: Push | Pull | Leave | Report | Bye, repeated: bool, now: float) -> None:
         if member.left and isinstance(message, (Push, Pull)):
-            self.refuse("worker has left")
-            self._replies.append((member.route, Refusal(message.request, "worker has left", rejoin=False)))
+            self._answers.refuse(member.route, message, "worker has left")
         elif isinstance(message, Push):
             self._push(member, message, repeated, now)
         elif isinstance(message, Pull):
             if message.ahead:
-                self._send_view(member, ahead=True)
+                self._answers.view(member, ahead=True)
             else:
                 member.awaiting = "batches"
         elif isinstance(message, Leave):
             reason = why_not_leave(message, self.job)
             if reason:
-                self.refuse(reason)
-                self._replies.append((member.route, Refusal(message.request, reason, rejoin=False)))
+                self._answers.refuse(member.route, message, reason)
             else:
                 self._leave(member, message)
         else:
@@ -292,7 +272,7 @@ class ServerCore:
             if isinstance(message, Bye):
                 member.said_bye = True
                 self.whole.hear(message)
-            self._replies.append((member.route, Noted(message.request)))
+            self._answers.note(member)
 
     def _sound(self, vector: Tensor) -> bool:
         """Whether a leaving worker's vector may count. One of a diverged model may not, but its worker still leaves."""
@@ -303,13 +283,13 @@ class ServerCore:
 
     def _push(self, member: Member, push: Push, repeated: bool, now: float) -> None:
         if member.applied_request == push.request:
-            self._answer_push(member, push, applied=True)
+            self._answers.push(member, push, applied=True)
             return
         if repeated and member.pending is not None:
             return  # it already waits for its round
         if repeated and member.refused[0] == push.request:
             # Whatever has changed since: the worker may have read the first answer by now.
-            self._answer_push(member, push, refused=member.refused[1])
+            self._answers.push(member, push, refused=member.refused[1])
             return
         reason = why_not_push(push, member, self.job, self.leases, self.life) or self._why_sick(push)
         if reason:
@@ -322,16 +302,7 @@ class ServerCore:
         else:
             self._update((push,), now)
             member.turn()
-            self._answer_push(member, push, applied=True)
-
-    def _answer_push(self, member: Member, push: Push, *, applied: bool = False, refused: str = "") -> None:
-        """With the next view, or without where that was fetched already."""
-        if push.wants_view:
-            self._send_view(member, applied=applied, refused=refused)
-            return
-        self.master.settle()  # no view is asked for, and the transport uses the push's memory again
-        reply = self._parameters(member, self.master.version, applied, refused, size=0)
-        self._replies.append((member.route, reply))
+            self._answers.push(member, push, applied=True)
 
     def _refuse_push(self, member: Member, push: Push, reason: str) -> None:
         self.refuse(reason)
@@ -350,7 +321,7 @@ class ServerCore:
                 if self.leases.holds(member.worker, batch):
                     self.leases.put_back(member.worker, batch)
         member.turn()
-        self._answer_push(member, push, refused=reason)
+        self._answers.push(member, push, refused=reason)
 
     def _why_sick(self, push: Push) -> str:
         """Why a push that is sound in itself is refused for its size."""
@@ -380,7 +351,7 @@ class ServerCore:
         self._update(tuple(m.pending for m in members if m.pending is not None), now)
         for member in members:
             member.pending = None
-            self._send_view(member, applied=True)
+            self._answers.view(member, applied=True)
 
     # ---- answering -----------------------------------------------------------------------------------------------
 
@@ -395,14 +366,16 @@ class ServerCore:
         if self.started and self.recovery is None:
             self._serve_waiting(now)
             self._mark_milestone()
-        replies, self._replies = self._replies, []
-        return replies
+        return self._answers.take()
 
     def _mark_milestone(self) -> None:
-        """Workers may soon hold a first view, an end, or parameters that a leaving worker has changed for good."""
+        """Workers may soon hold a first view, an end, or parameters that a leaving worker has changed for good.
+
+        And what a script has reported, it will not report again.
+        """
         waiting_for_all = self.leases.done and not self.final
         left = 0 if waiting_for_all else sum(member.left for member in self.members.values())
-        milestone = (self.life, self.leases.done, left)
+        milestone = (self.life, self.leases.done, left, *self.figures.reported.items())
         if milestone != self._milestone:
             self._milestone = milestone
             self.on_milestone(self)
@@ -422,53 +395,16 @@ class ServerCore:
             # A joiner enters at the next round.
             enters = member.awaiting == "start" and not round_is_open
             if enters or (member.awaiting == "batches" and self._has_news(member)):
-                self._send_view(member)
+                self._answers.view(member)
         if round_is_open and not any(m.computing for m in live):
             self._update_by_round(now)
             self._serve_waiting(now)
         elif not self.leases.done or all(m.left for m in live):
-            self._send_final([m for m in live if m.awaiting == "end"])
+            self._answers.final([m for m in live if m.awaiting == "end"])
 
     def _has_news(self, member: Member) -> bool:
         return self.leases.has_news(member.worker, member.ahead)
 
-    def _send_view(self, member: Member, *, applied: bool = False, refused: str = "", ahead: bool = False) -> None:
-        """Send the newest view; the worker computes on it from now on, or from its next push on."""
-        view = self.master.view(member, bool(self.settings.gap_every) or self.master.rule.needs_view, ahead)
-        self.figures.view_bytes += self.master.view_codec.encoded_bytes(self.job.layout.size)
-        member.awaiting = ""
-        member.sees(self.master.version, ahead)
-        reply = self._parameters(member, self.master.version, applied, refused, self.job.layout.size)
-        self._replies.append((member.route, Streamed(reply, view, self.master.view_codec)))
-
-    def _parameters(self, member: Member, version: int, applied: bool, refused: str, size: int) -> Parameters:
-        return Parameters(
-            request=member.request,
-            version=version,
-            applied=applied,
-            refused=refused,
-            leases=self.leases.top_up(member.worker, member.ahead),
-            done=self.leases.done,
-            epoch=self.leases.epoch,
-            lag=member.lag,
-            gap=member.gap,
-            view=announced(size),
-            last_applied=member.applied_request,
-            life=self.life,
-        )
-
-    def _send_final(self, members: list[Member]) -> None:
-        for member in members:
-            member.awaiting, self.final = "", self.leases.done
-            params, buffers = self.master.params.clone(), self.mean_buffers()
-            final = Final(member.request, self.master.version, bool(self.diverged), params, buffers)
-            self._replies.append((member.route, final))
-
     def mean_buffers(self) -> Tensor:
         """Batch-norm statistics averaged over the workers that have left, by their updates, f32[B]."""
         return mean_by_updates(self.buffers, self.job.layout.buffer_size)
-
-
-def whole(replies: Streams) -> Replies:
-    """The same replies with each view in one piece."""
-    return [(route, reply.whole() if isinstance(reply, Streamed) else reply) for route, reply in replies]

@@ -13,7 +13,8 @@ from os import SEEK_CUR
 from pathlib import Path
 from typing import BinaryIO
 
-from danaz.server.core import Replies, ServerCore
+from danaz.server.answers import Replies
+from danaz.server.core import ServerCore
 from danaz.server.messages import Request
 from danaz.server.wire import Frame, decode
 

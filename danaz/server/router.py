@@ -10,7 +10,9 @@ import torch
 import zmq
 from torch import Tensor
 
-from danaz.server.core import ServerCore, Streams
+from danaz.server.answers import Streams
+from danaz.server.concluded import Concluded
+from danaz.server.core import ServerCore
 from danaz.server.messages import Final, Push, Refusal, Request, Streamed
 from danaz.server.recording import Recorder
 from danaz.server.socket import ANSWERS_MESSAGES, BoundRouter
@@ -31,7 +33,7 @@ class Router:
         self._leaving: dict[bytes, tuple[int, zmq.MessageTracker]] = {}  # route -> request, beginning of its answer
         self._longest_answer = ANSWERS_MESSAGES // ANSWERS_WAITING  # in messages
 
-    def serve(self, core: ServerCore, recorder: Recorder | None, stop: Callable[[], bool]) -> None:
+    def serve(self, core: ServerCore | Concluded, recorder: Recorder | None, stop: Callable[[], bool]) -> None:
         """Feed ``core`` until it has finished or ``stop()``."""
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
@@ -50,7 +52,7 @@ class Router:
 
     # ---- hearing -------------------------------------------------------------------------------------------------
 
-    def _receive(self, core: ServerCore, inbox: Inbox, recorder: Recorder | None) -> None:
+    def _receive(self, core: ServerCore | Concluded, inbox: Inbox, recorder: Recorder | None) -> None:
         route, *frames = self._socket.recv_multipart(copy=False)
         now = time.monotonic()
         try:
@@ -84,7 +86,7 @@ class Router:
     def _is_himself(self, peer: Peer, message: Request) -> bool:
         return self._worker_of_key is None or self._worker_of_key.get(peer[1]) == message.worker
 
-    def _takes(self, core: ServerCore) -> Callable[[Peer, Request], bool]:
+    def _takes(self, core: ServerCore | Concluded) -> Callable[[Peer, Request], bool]:
         return lambda peer, message: self._is_himself(peer, message) and core.takes(message)
 
     def _room(self, inbox: Inbox, message: Request, size: int) -> Tensor:

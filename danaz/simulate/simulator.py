@@ -17,7 +17,8 @@ from danaz.data import Batching
 from danaz.flat import FlatModel
 from danaz.optimizer import check_supported, decayed_gradient, effective_lr, weight_decays
 from danaz.run_folder import RunFolder
-from danaz.server.core import Replies, ServerCore
+from danaz.server.answers import Replies
+from danaz.server.core import ServerCore
 from danaz.server.messages import Final, Parameters, Pull
 from danaz.settings import Settings
 from danaz.simulate.batches import Batches

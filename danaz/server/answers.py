@@ -1,0 +1,96 @@
+"""What the server tells its workers: views with leases, the end, and that something was noted or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from danaz.server.members import Member, Route
+from danaz.server.messages import (
+    Final,
+    Heartbeat,
+    Noted,
+    Parameters,
+    Push,
+    Refusal,
+    Reply,
+    Request,
+    Streamed,
+    announced,
+)
+
+if TYPE_CHECKING:
+    from danaz.server.core import ServerCore
+
+Replies = list[tuple[Route, Reply]]
+Streams = list[tuple[Route, Reply | Streamed]]
+
+
+class Answers:
+    """Answers that wait to be sent, each to the newest request of its worker."""
+
+    def __init__(self, core: ServerCore):
+        self._core = core
+        self._waiting: Streams = []
+
+    def take(self) -> Streams:
+        """All that wait, in their order."""
+        waiting, self._waiting = self._waiting, []
+        return waiting
+
+    def refuse(self, route: Route, message: Request, reason: str, rejoin: bool = False) -> None:
+        """Count it, and say so; but a heartbeat awaits no answer."""
+        self._core.refuse(reason)
+        if not isinstance(message, Heartbeat):
+            self._waiting.append((route, Refusal(message.request, reason, rejoin)))
+
+    def note(self, member: Member) -> None:
+        self._waiting.append((member.route, Noted(member.request)))
+
+    def push(self, member: Member, push: Push, *, applied: bool = False, refused: str = "") -> None:
+        """With the next view, or without where that was fetched already."""
+        if push.wants_view:
+            self.view(member, applied=applied, refused=refused)
+            return
+        self._core.master.settle()  # no view is asked for, and the transport uses the push's memory again
+        self._waiting.append((member.route, self._parameters(member, applied, refused, size=0)))
+
+    def view(self, member: Member, *, applied: bool = False, refused: str = "", ahead: bool = False) -> None:
+        """Send the newest view; the worker computes on it from now on, or from its next push on."""
+        core, codec, size = self._core, self._core.master.view_codec, self._core.job.layout.size
+        view = core.master.view(member, bool(core.settings.gap_every) or core.master.rule.needs_view, ahead)
+        core.figures.view_bytes += codec.encoded_bytes(size)
+        member.awaiting = ""
+        member.sees(core.master.version, ahead)
+        self._waiting.append((member.route, Streamed(self._parameters(member, applied, refused, size), view, codec)))
+
+    def _parameters(self, member: Member, applied: bool, refused: str, size: int) -> Parameters:
+        core = self._core
+        return Parameters(
+            request=member.request,
+            version=core.master.version,
+            applied=applied,
+            refused=refused,
+            leases=core.leases.top_up(member.worker, member.ahead),
+            done=core.leases.done,
+            epoch=core.leases.epoch,
+            lag=member.lag,
+            gap=member.gap,
+            view=announced(size),
+            last_applied=member.applied_request,
+            life=core.life,
+        )
+
+    def final(self, members: Sequence[Member]) -> None:
+        """Send the trained model to workers that have left."""
+        core = self._core
+        for member in members:
+            member.awaiting, core.final = "", core.leases.done
+            params, buffers = core.master.params.clone(), core.mean_buffers()
+            final = Final(member.request, core.master.version, bool(core.diverged), params, buffers)
+            self._waiting.append((member.route, final))
+
+
+def whole(replies: Streams) -> Replies:
+    """The same replies with each view in one piece."""
+    return [(route, reply.whole() if isinstance(reply, Streamed) else reply) for route, reply in replies]
