@@ -112,7 +112,7 @@ def plan_to_join(invitation: Invitation, server: str, slots: int | None, cwd: st
         [here],
         invitation.errand.command,
         one_world=False,
-        env={**invitation.errand.env, "DANAZ_SERVER": server},
+        env={**invitation.errand.env, "DANAZ_SERVER": server, "DANAZ_GUEST": "1"},
         cwd=cwd,
         secrets=[] if invitation.keys is None else [to_json(invitation.keys)],
         machines=local_machines([here]),

@@ -15,9 +15,14 @@ from danaz.run_folder import free_run_folder
 from launcher.run import run
 from launcher.supervisor import Policy
 
+LEAVING_S = 30.0  # for the batches that are begun, and for the server to say that it has heard
+
 
 def join_run(server: str, key: Path, slots: int | None, out: Path | None) -> int:
-    """Work for the server at ``server``, HOST:PORT, until its run is over; returns an exit code."""
+    """Work for the server at ``server``, HOST:PORT, until its run is over; returns an exit code.
+
+    SIGINT and SIGTERM let this machine leave in good order, a second one at once.
+    """
     try:
         invitation = read_invitation(key)
         plan = plan_to_join(invitation, find_server(server), slots, os.getcwd())
@@ -27,6 +32,6 @@ def join_run(server: str, key: Path, slots: int | None, out: Path | None) -> int
     settings = json.loads(plan.env["DANAZ_SETTINGS"])
     typer.echo(f"worker {invitation.worker} of a run of {settings['algorithm']}; its logs are in {folder}")
     folder.mkdir(parents=True, exist_ok=True)
-    outcome = run(plan, folder, policy=Policy("restart"), tell=tell)
+    outcome = run(plan, folder, policy=Policy("restart"), tell=tell, grace_s=LEAVING_S)
     show_outcome(outcome)
     return outcome.exit_code

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from danaz.server.socket import BoundRouter
 from danaz.settings import Settings
+from danaz.signals import note_ending_signals
 
 if TYPE_CHECKING:
     from danaz.server.figures import Update
@@ -62,18 +61,6 @@ def serve_slice(bound: BoundRouter, settings: Settings, shard: int) -> None:
 
     Router(bound).serve(ServerCore(settings.for_server(shard=shard)), None, note_ending_signals())
     bound.close()
-
-
-def note_ending_signals() -> Callable[[], bool]:
-    """From now on SIGTERM and SIGINT end nothing; what is returned says whether one has come."""
-    received: list[int] = []
-
-    def note(signum: int, frame: FrameType | None) -> None:
-        received.append(signum)
-
-    signal.signal(signal.SIGTERM, note)
-    signal.signal(signal.SIGINT, note)
-    return lambda: bool(received)
 
 
 def announcing(record: Callable[[Update], None]) -> Callable[[Update], None]:

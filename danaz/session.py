@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import signal
 from collections.abc import Iterator
 from functools import partial
 from math import inf
@@ -18,6 +19,7 @@ from danaz.run_folder import RunFolder
 from danaz.server.core import ServerCore
 from danaz.server.messages import Heartbeat
 from danaz.settings import Place, Settings
+from danaz.signals import note_ending_signals
 from danaz.worker.core import Role, WorkerCore
 from danaz.worker.group import Group, make_group
 from danaz.worker.link import DealerLink, Link, LocalLink
@@ -107,6 +109,8 @@ class Session:
         self._worker.sync_period = rule.worker_rule.sync_period
         self.group.broadcast(first_params=optimizer.flat.params)
         self._worker.join(bring_params=everyone_alike or self.place.worker == 0)
+        if self.place.guest:
+            self._worker.is_asked_to_end = note_ending_signals()
 
     @property
     def _machines_per_batch(self) -> int:
@@ -218,6 +222,8 @@ class Session:
             return
         self._worker.leave()
         self.finished = True
+        if self._worker.ends_early:
+            raise SystemExit(128 + signal.SIGTERM)  # what a script does behind its loop is for a run that is over
         self._worker.report({"collective": self.group.name})
 
     def report(self, figures: dict[str, float | str | None]) -> None:

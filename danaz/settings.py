@@ -120,6 +120,7 @@ class Place:
     worker: int = 0
     device: int = 0  # index of this rank among the ranks of all workers on its machine
     incarnation: int = 1
+    guest: bool = False  # it joined a run that goes on without it: when it is to end, it leaves in good order
     server: str | None = None  # tcp://host:port; None: train by all-reduce, or alone
     followers: tuple[str, ...] = ()  # the other shards' addresses, in order
     run: Path | None = None  # the run folder, for the process that writes it
@@ -140,6 +141,7 @@ def from_environment(environment: MutableMapping[str, str] = os.environ) -> tupl
         worker=int(environment.get("DANAZ_WORKER", 0)),
         device=int(environment.get("DANAZ_LOCAL_DEVICE", 0)),
         incarnation=int(environment.get("DANAZ_INCARNATION", 1)),
+        guest="DANAZ_GUEST" in environment,
         server=server,
         followers=tuple(environment[server_variable(shard)] for shard in others),
         run=Path(run) if run else None,

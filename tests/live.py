@@ -37,9 +37,10 @@ class Run:
 
 
 def read_updates(folder: Path) -> list[dict[str, Any]]:
-    """Every line of updates.jsonl so far; raises if one is not whole."""
+    """The lines of updates.jsonl so far, but for one that is just being written; raises if another is not whole."""
     path = folder / "updates.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def start(

@@ -24,7 +24,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import live
 import psutil
 import torch
 from namespaces import LAUNCHING, Namespaces, missing, namespaces
@@ -88,11 +90,8 @@ class Run:
     def over(self) -> bool:
         return self.process.poll() is not None
 
-    def updates(self) -> list[dict[str, object]]:
-        """The lines of updates.jsonl, but for one that is just being written."""
-        path = self.folder / "updates.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+    def updates(self) -> list[dict[str, Any]]:
+        return live.read_updates(self.folder)
 
     def ranks(self, host: str) -> list[int]:
         return [pid for pid, line in self.network.processes(host).items() if " -m danaz work" in line]

@@ -48,6 +48,7 @@ FLOORS = {
     "danaz.simulate.cli": 4,
     "danaz.data": 2,
     "danaz.settings": 2,
+    "danaz.signals": 2,
     "danaz.run_folder": 2,
     "danaz.optimizer": 3,
     "danaz.workloads": 3,

@@ -13,6 +13,8 @@ import live
 import pytest
 import yaml
 
+from danaz.server.checkpoint import FOLDER, read_newest
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 CONFIG = str(live.ROOT / "configs" / "quadratic.yaml")
@@ -65,6 +67,10 @@ def test_a_worker_joins_a_run_and_leaves_it(begin: Callable[..., live.Running], 
     finally:
         joined.kill()
         joined.wait()
+    found = read_newest(run.folder / FOLDER)  # written before the worker hears that it has left
+    assert found is not None
+    [guest] = [member for member in found[0].facts["members"] if member["worker"] == 3]
+    assert guest["left"], "it did not just fall silent"
     left_at = len(live.read_updates(run.folder))
     live.until(lambda: len(live.read_updates(run.folder)) > left_at + 100, "the others go on")
     assert workers_since(run.folder, left_at + 100) <= {0, 1}

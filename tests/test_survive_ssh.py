@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import live
 import pytest
 from namespaces import Namespaces
 
@@ -234,11 +235,7 @@ def test_training_goes_on_though_a_rank_is_killed(network: Namespaces, tmp_path:
     arguments = ["configs/digits.yaml", "--set", "epochs=25", "--hosts", "a:2,b:1", "--out", str(folder)]
     process = network.danaz("launch", *arguments, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
-    def updates() -> list[dict[str, object]]:
-        path = folder / "updates.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    until(lambda: len(updates()) > 20, "it trains", TRAINING_S)
+    until(lambda: len(live.read_updates(folder)) > 20, "it trains", TRAINING_S)
     [rank] = [pid for pid, line in network.processes("b").items() if line.endswith("danaz work")]
     os.kill(rank, signal.SIGKILL)
     try:
@@ -248,7 +245,7 @@ def test_training_goes_on_though_a_rank_is_killed(network: Namespaces, tmp_path:
         pytest.fail(process.communicate()[0])
     assert process.returncode == 0, output
     assert "worker 1 on b: rank 2 was killed by SIGKILL; restart 1 of 3 in 2 s" in output
-    versions = [update["version"] for update in updates()]
+    versions = [update["version"] for update in live.read_updates(folder)]
     assert versions == list(range(1, len(versions) + 1))
     assert json.loads((folder / "summary.json").read_text())["test_error_percent"] < 6
 
@@ -260,10 +257,7 @@ def test_a_machine_joins_with_a_key_and_none_without(network: Namespaces, tmp_pa
     run = network.danaz("launch", *arguments, "--server-port", "5555", "--out", str(folder), env=env)
 
     def workers() -> set[int]:
-        path = folder / "updates.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]  # the last one may just be being written
-        return {json.loads(line)["worker"] for line in whole}
+        return {update["worker"] for update in live.read_updates(folder)}
 
     until(lambda: workers() == {0} or run.poll() is not None, "it trains", TRAINING_S)
     key = folder / "invitations" / "worker-1.json"

@@ -22,7 +22,7 @@ from danaz.worker.group import Group
 from danaz.worker.link import Link
 from danaz.worker.pipeline import Pipeline
 
-NEWS = 6  # figures in front of the batch numbers
+NEWS = 7  # figures in front of the batch numbers
 
 
 class RefusedError(RuntimeError):
@@ -68,6 +68,9 @@ class Batches:
         """Whether there is a batch to come."""
         return bool(self.waiting or self._begun)
 
+    def begun_of(self, held: Sequence[int]) -> list[int]:
+        return [batch for batch in held if batch in self._begun]
+
 
 class Worker:
     """One worker of the cluster, on each of its ranks.
@@ -92,6 +95,8 @@ class Worker:
         self.metrics = Metrics()
         self.done = False
         self.sync_period = 1
+        self.is_asked_to_end: Callable[[], bool] = lambda: False  # of the rank that speaks, for its worker
+        self.ends_early = False  # it leaves a run that goes on
         self._local_steps = 0  # since the last push
         self._core = core
         self._link = link
@@ -203,7 +208,13 @@ class Worker:
         return reply
 
     def _take(self, reply: Parameters) -> None:
-        """Put a view and its news where all ranks get them from."""
+        """Put a view and its news where all ranks get them from.
+
+        A worker that was asked to end finishes the batches it has begun, and begins no more.
+        """
+        if self.is_asked_to_end() and not reply.done:
+            self.ends_early = True
+            reply = replace(reply, leases=tuple(self.batches.begun_of(reply.leases)))
         self._pack(reply)
         self.flat.params.copy_(reply.view)
 
@@ -244,15 +255,16 @@ class Worker:
 
     def _pack(self, reply: Parameters) -> None:
         gap = nan if reply.gap is None else reply.gap
-        head = [reply.version, reply.epoch, reply.lag, gap, reply.done, len(reply.leases)]
+        head = [reply.version, reply.epoch, reply.lag, gap, reply.done, self.ends_early, len(reply.leases)]
         news = torch.tensor([*head, *reply.leases], dtype=torch.float64)
         assert len(head) == NEWS
         self._news[: len(news)].copy_(news)
 
     def _unpack(self) -> None:
-        version, epoch, lag, gap, done, count, *leases = self._news.tolist()
+        version, epoch, lag, gap, done, ends_early, count, *leases = self._news.tolist()
         metrics = self.metrics
         metrics.version, metrics.epoch, metrics.lag = int(version), epoch, int(lag)
         metrics.gap = None if isnan(gap) else gap
-        self.done = bool(done)
+        self.ends_early = bool(ends_early)
+        self.done = bool(done) or self.ends_early
         self.batches.replace([int(batch) for batch in leases[: int(count)]])
