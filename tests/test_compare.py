@@ -83,6 +83,7 @@ def test_a_live_cell_gets_its_workers_from_the_hosts():
         ({"algorithms": ["dana"], "seeds": 0}, "seeds = 0"),
         ({"algorithms": []}, "algorithms = []"),
         ({"algorithms": ["dana"], "hosts": "localhost:4", "workers": [4]}, "from hosts and workers_per_host"),
+        ({"algorithms": ["dana"], "hosts": "localhost:4", "hostfile": "hosts"}, "either hosts or a hostfile"),
         ({"algorithms": ["dana"], "worker": [4]}, "unknown key 'worker'"),
         ("dana", "expected keys and values, found 'dana'"),
     ],
@@ -359,8 +360,8 @@ def test_live_algorithms_side_by_side(tmp_path):
     ("words", "said"),
     [
         ((CONFIGS / "demo.yaml", "--workers", "4"), "lists its cells itself"),
-        ((QUADRATIC, "--live"), "--live and --hosts belong together"),
-        ((QUADRATIC, "--hosts", "localhost:4"), "--live and --hosts belong together"),
+        ((QUADRATIC, "--live"), "--live and --hosts or --hostfile belong together"),
+        ((QUADRATIC, "--hosts", "localhost:4"), "--live and --hosts or --hostfile belong together"),
         ((QUADRATIC, "--workers-per-host", "2"), "are for --live"),
         ((CONFIGS / "quadratik.yaml",), "no such config file"),
         ((QUADRATIC, "--schedule", "block-randm"), "did you mean 'block-random'"),

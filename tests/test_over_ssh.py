@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -129,6 +130,24 @@ def test_ssgd_is_one_world_though_host_names_resolve_to_loopback(
     # Rank 0 ran on another machine, and what it wrote there has come here.
     assert len((folder / "updates.jsonl").read_text().splitlines()) == summary["updates"]
     assert (folder / "parameters.safetensors").stat().st_size > 10_000
+
+
+def test_ssgd_and_dana_are_compared_on_the_same_machines(network: Namespaces, hostfile: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "comparison"
+    arguments = ["configs/digits.yaml", "--live", "--hostfile", str(hostfile), "--algorithms", "ssgd,dana"]
+    schedule = ["--set", "epochs=5", "--set", "lr_schedule.milestones=[3]"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = network.danaz("compare", *arguments, *schedule, "--out", str(folder), env=env)
+    output = ended(process, TRAINING_S)
+    assert process.returncode == 0, output
+    assert nothing_is_left(network)
+    results = {row["algorithm"]: row for row in csv.DictReader((folder / "results.csv").read_text().splitlines())}
+    assert {name: (row["schedule"], row["workers"], row["ranks_per_worker"]) for name, row in results.items()} == {
+        "ssgd": ("live", "2", "2"),
+        "dana": ("live", "2", "2"),
+    }
+    assert all(float(row["test_error_percent"]) < 6 and float(row["wall_seconds"]) > 0 for row in results.values())
+    assert (folder / "error-by-time.png").exists()
 
 
 SCRIPT = """

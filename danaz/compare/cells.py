@@ -17,7 +17,7 @@ from danaz.launching import Cluster, check_workers
 from danaz.rules import find_algorithm
 from danaz.settings import Settings
 from danaz.worker.group import choose_collective
-from launcher.hosts import parse_hosts
+from launcher.hosts import parse_hostfile, parse_hosts
 
 BASELINE = "baseline"  # what every algorithm is with one worker
 COMPARED = ("algorithm", "workers", "schedule", "seed")  # the keys of a config in which cells may differ
@@ -36,17 +36,24 @@ class Grid(BaseModel):
     workers: tuple[int, ...] = ()  # of a simulation; empty: one, and the config's
     seeds: int = Field(1, ge=1)  # as many, from the config's own seed upwards
     schedule: str | None = None  # of a simulation; None: the config's
-    hosts: str | None = None  # as for `danaz launch`; None: simulate
+    hosts: str | None = None  # as for `danaz launch`; without these and a hostfile: simulate
+    hostfile: Path | None = None
     workers_per_host: int = Field(1, ge=1)
     collective: str = "auto"
 
     @model_validator(mode="after")
     def _of_one_kind(self) -> Grid:
-        if self.hosts is not None and (self.workers or self.schedule):
+        if self.is_live and (self.workers or self.schedule):
             raise ValueError("a live cell gets its workers from hosts and workers_per_host, and its order from reality")
+        if self.hosts is not None and self.hostfile is not None:
+            raise ValueError("give either hosts or a hostfile, with all machines in it")
         if any(workers < 1 for workers in self.workers):
             raise ValueError(f"workers should be 1 or more each, not {', '.join(map(str, self.workers))}")
         return self
+
+    @property
+    def is_live(self) -> bool:
+        return self.hosts is not None or self.hostfile is not None
 
 
 @dataclass(frozen=True)
@@ -156,10 +163,11 @@ def _expand(grid: Grid, base: Config, path: Path, overrides: Sequence[str]) -> I
 
 
 def _cluster(grid: Grid) -> Cluster | None:
-    if grid.hosts is None:
+    if not grid.is_live:
         return None
     collective, _ = choose_collective(grid.collective)
-    return Cluster(parse_hosts(grid.hosts), grid.workers_per_host, collective)
+    hosts = parse_hostfile(grid.hostfile) if grid.hostfile is not None else parse_hosts(grid.hosts or "")
+    return Cluster(hosts, grid.workers_per_host, collective)
 
 
 def _explain(where: str, problem: Mapping[str, Any]) -> str:

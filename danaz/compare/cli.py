@@ -43,10 +43,13 @@ def compare(
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder. Default: `runs/compare-NAME`")] = None,
     live: Annotated[
-        bool, typer.Option("--live", help="Real processes on --hosts, one algorithm after the other")
+        bool, typer.Option("--live", help="Real processes on machines, one algorithm after the other")
     ] = False,
     hosts: Annotated[
         str | None, typer.Option("--hosts", "-H", help="With --live: machines and their slots, e.g. `a:4,b:4`")
+    ] = None,
+    hostfile: Annotated[
+        Path | None, typer.Option("--hostfile", help="With --live: a file of machines, as for `danaz launch`")
     ] = None,
     workers_per_host: Annotated[
         int | None, typer.Option("--workers-per-host", min=1, help="With --live: split each host into so many workers")
@@ -78,6 +81,7 @@ def compare(
         "workers": workers,
         "schedule": schedule,
         "hosts": hosts,
+        "hostfile": None if hostfile is None else str(hostfile),
         "workers_per_host": workers_per_host,
         "collective": collective,
     }
@@ -163,8 +167,8 @@ def _comparison(
         if given or live:
             raise ComparisonError(f"{path} lists its cells itself; edit it, or name the experiment that it compares")
         return read_plan(path, overrides, seeds)
-    if live != ("hosts" in given):
-        raise ComparisonError("--live and --hosts belong together, e.g. --live --hosts localhost:4")
+    if live != bool(given.keys() & {"hosts", "hostfile"}):
+        raise ComparisonError("--live and --hosts or --hostfile belong together, e.g. --live --hosts localhost:4")
     if not live and given.keys() & {"workers_per_host", "collective"}:
         raise ComparisonError("--workers-per-host and --collective are for --live")
     values: dict[str, object] = {
