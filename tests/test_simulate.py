@@ -188,7 +188,7 @@ class TestRecords:
         summary = quadratic(tmp_path, "dana", 8, "seed=3")
         told = ("algorithm", "workers", "ranks_per_worker", "schedule", "seed", "updates", "epochs", "diverged")
         assert [summary[key] for key in told] == ["dana", 8, 1, "block-random", 3, 400, 4.0, False]
-        assert summary["collective"] == "none"
+        assert (summary["collective"], summary["complete"]) == ("none", True)
         assert summary["test_error_percent"] is None
         assert summary["gap_of"] == "parameters"
         gaps = [line["gap"] for line in lines(tmp_path)]

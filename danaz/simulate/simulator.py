@@ -200,6 +200,8 @@ class Simulation:
             self._say(worker, worker.core.leave(buffers))
         first = self.workers[0]
         self._say(first, first.core.report(final_figures(self.model, self.workload, self.config, self.device)))
+        for worker in self.workers:
+            self._say(worker, worker.core.bye())
         return self.folder.finish(self.server)
 
 
