@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cluster import Cluster
-from stimuli import GRADIENT, NAN, SIZE, answer, parameters, push_on, started
+from stimuli import GRADIENT, JOIN, NAN, SIZE, answer, parameters, push_on, started
 
 from danaz.server.admission import OUTLIER
 from danaz.server.core import ServerCore
@@ -146,6 +146,17 @@ class TestGoingOn:
         refusal = answer(anew.handle(0, push_on(view), 1.0))
         assert isinstance(refusal, Refusal)
         assert (refusal.rejoin, refusal.reason) == (True, "the server was restarted")
+
+    def test_a_push_that_was_computed_before_the_restart_is_refused(self):
+        """Its view has the same version as one of the new server, and may be another."""
+        core, _ = started("dana-zero")
+        anew = ServerCore(core.settings)
+        anew.restore(core.state(), [], 1, 0.0)
+        view = parameters(anew.handle(0, replace(JOIN, request=2, params=None), 1.0))
+        late = parameters(anew.handle(0, push_on(view, request=3, life=0), 1.0))
+        assert (late.applied, late.refused) == (False, "push was computed before the server was restarted")
+        again = parameters(anew.handle(0, push_on(late, request=4, life=1), 1.0))
+        assert again.applied
 
     def test_a_new_process_takes_the_place_of_one_that_died_with_the_server(self):
         cluster = Restartable("dana-zero", 2, torch.zeros(SIZE))
