@@ -24,6 +24,7 @@ def serve(bound: BoundRouter, settings: Settings, run: Path, record: bool, resum
     workers that do not know it yet. Raises ResumeError.
     """
     from danaz.keeper import Keeper, say
+    from danaz.pace import telling
     from danaz.run_folder import RunFolder, read_summary
     from danaz.server.checkpoint import FOLDER, delete_checkpoints
     from danaz.server.concluded import Concluded
@@ -38,7 +39,7 @@ def serve(bound: BoundRouter, settings: Settings, run: Path, record: bool, resum
         bound.close()
         return
     keeper = Keeper(RunFolder(run, settings.facts()), settings.for_server())
-    keeper.core.on_update = announcing(keeper.core.on_update)
+    keeper.core.on_update = announcing(telling(keeper.core, keeper.core.on_update))
     if resume and keeper.resume() and (run / RECORDING).exists():
         (run / RECORDING).rename(run / UNTIL_RESTART)
         say(f"the recording ends here, as {UNTIL_RESTART}: a run that was restarted cannot be replayed")

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from danaz.data import Batching, LeaseSampler, Portion, Share, batching_of, read_ahead, rebuild
 from danaz.optimizer import DistributedOptimizer, effective_lr, weight_decays
+from danaz.pace import telling
 from danaz.run_folder import RunFolder
 from danaz.server.core import ServerCore
 from danaz.server.messages import Heartbeat
@@ -126,7 +127,8 @@ class Session:
         if self.place.run is None or self.group.rank != 0:
             return LocalLink(ServerCore(settings))
         folder = RunFolder(self.place.run, self.settings.facts())
-        core = ServerCore(settings, on_update=folder.record)
+        core = ServerCore(settings)
+        core.on_update = telling(core, folder.record)
         return LocalLink(core, on_close=partial(folder.finish, core))
 
     def _share_of_batch(self) -> Share:

@@ -18,7 +18,8 @@ from danaz.report.plot_data import collect
 from danaz.report.plot_final import draw_by_time
 from danaz.report.results import Result, Setting, group, read_outcome
 from danaz.report.style import looks
-from danaz.report.tables import comparison_rows, duration, print_comparison
+from danaz.report.tables import comparison_rows, print_comparison
+from danaz.units import duration
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 UPDATES = 60

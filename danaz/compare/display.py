@@ -23,7 +23,8 @@ from rich.text import Text
 
 from danaz.compare.cells import Cell
 from danaz.report.results import TEST_ERROR, Result, measure_of
-from danaz.report.tables import accuracy, duration, figure
+from danaz.report.tables import accuracy, figure
+from danaz.units import duration
 
 PLAIN_EVERY_S = 30.0
 
