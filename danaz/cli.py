@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from danaz import options
 from danaz.command import fail
 from danaz.compare.cli import compare, tune
 from danaz.horovod_install.cli import app as horovod_app
 from danaz.launch_cli import doctor, launch
 from danaz.simulate.cli import simulate, speedup
+
+if TYPE_CHECKING:
+    from danaz.server.socket import BoundRouter
 
 # Each command imports what it needs when it runs: torch takes seconds, and --help should not.
 
@@ -87,7 +91,7 @@ def serve(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Listen beyond this machine without keys: believe whoever connects")
     ] = False,
-    record: Annotated[bool, typer.Option("--record", help="Keep every message in recording.bin")] = False,
+    record: options.Record = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest sound checkpoint in the run folder")
     ] = False,
@@ -103,27 +107,11 @@ def serve(
 
         danaz launch configs/digits.yaml --hosts localhost:2 --workers-per-host 2 --dry-run
     """
-    from zmq import ZMQError
-
-    from danaz.keys import take_server_keys
     from danaz.run_lock import RunLockedError, lock_run
-    from danaz.server.socket import BoundRouter
-    from launcher.machine import is_loopback
 
-    scheme, _, where = bind.partition("://")
-    keys = take_server_keys()
-    is_open = scheme == "tcp" and not is_loopback(where.rpartition(":")[0].strip("[]"))
-    if is_open and keys is None and not insecure:
-        fail(
-            f"{bind} is open to the network, and there are no keys; `danaz launch` makes them. If you trust every "
-            "machine there, say --insecure"
-        )
     if resume and not run.is_dir():
         fail(f"{run} is no run folder; --resume goes on with a run that was begun")
-    try:
-        bound = BoundRouter(bind, keys)
-    except ZMQError as error:
-        fail(f"cannot listen on {bind}: {error}")
+    bound = _listen(bind, insecure)
     typer.echo(f"{'DANAZ_SERVER' if shard == 0 else f'DANAZ_SERVER_{shard}'}={bound.address}")
     sys.stdout.flush()  # workers start now, while the imports below take their seconds
     if shard:
@@ -145,6 +133,28 @@ def serve(
         serve_run(bound, settings, run, record, resume)
     except ResumeError as error:
         fail(error)
+
+
+def _listen(bind: str, insecure: bool) -> BoundRouter:
+    """With the keys of the run; without any, only where nobody but this machine can connect, unless told otherwise."""
+    from zmq import ZMQError
+
+    from danaz.keys import take_server_keys
+    from danaz.server.socket import BoundRouter
+    from launcher.machine import is_loopback
+
+    scheme, _, where = bind.partition("://")
+    keys = take_server_keys()
+    is_open = scheme == "tcp" and not is_loopback(where.rpartition(":")[0].strip("[]"))
+    if is_open and keys is None and not insecure:
+        fail(
+            f"{bind} is open to the network, and there are no keys; `danaz launch` makes them. If you trust every "
+            "machine there, say --insecure"
+        )
+    try:
+        return BoundRouter(bind, keys)
+    except ZMQError as error:
+        fail(f"cannot listen on {bind}: {error}")
 
 
 @app.command()

@@ -2,89 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from danaz import options
 from danaz.command import fail
+from danaz.options import machines_option, remote_option
 
 if TYPE_CHECKING:
     from danaz.launching import Launch
     from launcher.run import Outcome
 
-RUN, EXCHANGE, SURVIVE, MACHINES, REMOTE = (
-    "Run",
-    "Exchange with the server",
-    "When things fail",
-    "Machines",
-    "Other machines, by ssh",
-)
 FOLDER, CHECKPOINTS = "invitations", "checkpoints"  # within a run folder
 
-CollectiveOption = Annotated[
-    str,
-    typer.Option(
-        "--collective", rich_help_panel=RUN, help="Inside a worker: `horovod`, `torch` (torch.distributed), or `auto`"
-    ),
-]
-HostsOption = Annotated[
-    str | None,
-    typer.Option(
-        "--hosts", "-H", rich_help_panel=MACHINES, help="Machines and their slots, e.g. `a:4,b:4`. Default: localhost"
-    ),
-]
-HostfileOption = Annotated[
-    Path | None,
-    typer.Option("--hostfile", rich_help_panel=MACHINES, help="Lines of `[user@]host [slots=N] [ssh_port=P]`"),
-]
-IncludeOption = Annotated[
-    str | None, typer.Option("--include", rich_help_panel=MACHINES, help="Only these hosts and slots: `a:0,2@b`")
-]
-ExcludeOption = Annotated[
-    str | None, typer.Option("--exclude", rich_help_panel=MACHINES, help="Not these hosts and slots: `a:0,2@b`")
-]
-InterfaceOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--interface",
-        rich_help_panel=MACHINES,
-        metavar="[HOST=]NIC",
-        help="Network interface to use, of every machine or of one. Default: by route. Repeatable.",
-    ),
-]
-LauncherOption = Annotated[
-    str | None,
-    typer.Option(
-        "--launcher",
-        rich_help_panel=REMOTE,
-        help="`ssh` (even to this machine), `slurm` or `local`. Default: as needed",
-    ),
-]
-PortOption = Annotated[
-    int | None,
-    typer.Option(
-        "--ssh-port", min=1, max=65535, rich_help_panel=REMOTE, help="Unless the hostfile or ~/.ssh/config says"
-    ),
-]
-IdentityOption = Annotated[
-    Path | None, typer.Option("--ssh-identity", exists=True, rich_help_panel=REMOTE, help="Private key, as `ssh -i`")
-]
-PythonOption = Annotated[
-    str | None,
-    typer.Option("--remote-python", rich_help_panel=REMOTE, help="Python there. Default: the same path as here"),
-]
-ChdirOption = Annotated[
-    str | None,
-    typer.Option("--chdir", rich_help_panel=REMOTE, help="Working directory of the ranks. Default: this one"),
-]
-VariableOption = Annotated[
-    list[str] | None,
-    typer.Option("-x", rich_help_panel=REMOTE, metavar="NAME[=VALUE]", help="A variable for all ranks. Repeatable."),
-]
-EnvFileOption = Annotated[
-    Path | None, typer.Option("--env-file", rich_help_panel=REMOTE, help="Variables for all ranks, NAME=VALUE a line")
-]
+survival_option = partial(typer.Option, rich_help_panel="When things fail")
 
 
 def launch(
@@ -93,140 +27,97 @@ def launch(
         Path | None,
         typer.Argument(help="YAML of an experiment; or put a script of your own behind `--`", metavar="[CONFIG]"),
     ] = None,
-    algorithm: Annotated[
-        str | None, typer.Option("--algorithm", "-a", help="Update rule: dana, nag-asgd, ssgd, …", rich_help_panel=RUN)
-    ] = None,
-    sync_period: Annotated[
-        int | None,
-        typer.Option(
-            "--sync-period", min=1, metavar="K", rich_help_panel=EXCHANGE, help="Push the sum of K local steps"
-        ),
-    ] = None,
-    wire: Annotated[
-        str | None,
-        typer.Option("--wire", rich_help_panel=EXCHANGE, help="Send pushes as fp32, bf16, fp16, onebit or topk:SHARE"),
-    ] = None,
-    wire_view: Annotated[
-        str | None, typer.Option("--wire-view", rich_help_panel=EXCHANGE, help="Send views as fp32, bf16 or fp16")
-    ] = None,
-    pipeline: Annotated[
-        bool | None,
-        typer.Option(
-            "--pipeline/--no-pipeline",
-            rich_help_panel=EXCHANGE,
-            help="Compute the next batch while the last one is pushed: a lag one higher",
-        ),
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            rich_help_panel=RUN,
-            help="Override a key of the config, e.g. `--set lr=0.05`. Repeatable.",
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Run folder. Default: runs/TIME-NAME", rich_help_panel=RUN)
-    ] = None,
+    algorithm: options.Algorithm = None,
+    sync_period: options.SyncPeriod = None,
+    wire: options.Wire = None,
+    wire_view: options.WireView = None,
+    pipeline: options.Pipeline = None,
+    overrides: options.Overrides = None,
+    out: options.RunFolder = None,
     resume: Annotated[
         Path | None,
-        typer.Option(
+        survival_option(
             "--resume",
             metavar="RUN",
-            rich_help_panel=SURVIVE,
             help="Go on with the run in this folder, on the same machines unless others are named",
         ),
     ] = None,
     on_worker_failure: Annotated[
         str | None,
-        typer.Option(
+        survival_option(
             "--on-worker-failure",
-            rich_help_panel=SURVIVE,
             help="`restart` the worker (default), `continue` without it, or `stop` the run (always so under ssgd)",
         ),
     ] = None,
     max_restarts: Annotated[
-        int,
-        typer.Option("--max-restarts", min=0, rich_help_panel=SURVIVE, help="Of each worker and the server, an hour"),
+        int, survival_option("--max-restarts", min=0, help="Of each worker and the server, an hour")
     ] = 3,
     checkpoint_seconds: Annotated[
-        float,
-        typer.Option("--checkpoint-seconds", min=0, rich_help_panel=SURVIVE, help="Between checkpoints; 0: none"),
+        float, survival_option("--checkpoint-seconds", min=0, help="Between checkpoints; 0: none")
     ] = 30.0,
     refuse_outliers: Annotated[
         bool,
-        typer.Option(
-            "--refuse-outliers",
-            rich_help_panel=SURVIVE,
-            help="Refuse steps far outside the cluster's size, which are otherwise reported",
+        survival_option(
+            "--refuse-outliers", help="Refuse steps far outside the cluster's size, which are otherwise reported"
         ),
     ] = False,
     invite: Annotated[
         int,
-        typer.Option(
+        survival_option(
             "--invite",
             min=0,
             metavar="K",
-            rich_help_panel=SURVIVE,
             help="Write K invitations for workers that join later by `danaz work --join`",
         ),
     ] = 0,
-    collective: CollectiveOption = "auto",
+    collective: options.Collective = "auto",
     warmup_epochs: Annotated[
-        float | None,
-        typer.Option(min=0, help="Epochs over which lr rises from lr/N (default 5; for scripts)", rich_help_panel=RUN),
+        float | None, typer.Option(min=0, help="Epochs over which lr rises from lr/N (default 5; for scripts)")
     ] = None,
     seed: Annotated[
-        int | None,
-        typer.Option(min=0, help="Seed of sample order (for scripts; configs have their own)", rich_help_panel=RUN),
+        int | None, typer.Option(min=0, help="Seed of sample order (for scripts; configs have their own)")
     ] = None,
-    record: Annotated[
-        bool, typer.Option("--record", help="Keep every message for `danaz replay`", rich_help_panel=RUN)
-    ] = False,
+    record: options.Record = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print every process and its environment; start none", rich_help_panel=RUN)
+        bool, typer.Option("--dry-run", help="Print every process and its environment; start none")
     ] = False,
-    hosts: HostsOption = None,
-    hostfile: HostfileOption = None,
-    include: IncludeOption = None,
-    exclude: ExcludeOption = None,
+    hosts: options.Hosts = None,
+    hostfile: options.Hostfile = None,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
     workers_per_host: Annotated[
-        int,
-        typer.Option(
-            "--workers-per-host", min=1, help="Split each host's slots into so many workers", rich_help_panel=MACHINES
-        ),
+        int, machines_option("--workers-per-host", min=1, help="Split each host's slots into so many workers")
     ] = 1,
     server_host: Annotated[
-        str | None,
-        typer.Option("--server-host", rich_help_panel=MACHINES, help="Where the server runs. Default: this machine"),
+        str | None, machines_option("--server-host", help="Where the server runs. Default: this machine")
     ] = None,
     server_port: Annotated[
-        int,
-        typer.Option("--server-port", min=0, max=65535, rich_help_panel=MACHINES, help="Of the server. 0: a free one"),
+        int, machines_option("--server-port", min=0, max=65535, help="Of the server. 0: a free one")
     ] = 0,
     server_shards: Annotated[
         int,
-        typer.Option(
+        machines_option(
             "--server-shards",
             min=1,
             metavar="S",
-            rich_help_panel=MACHINES,
             help="Server processes, each with a slice of the parameters (no gap, no checkpoints)",
         ),
     ] = 1,
-    interface: InterfaceOption = None,
+    interface: options.Interface = None,
     insecure: Annotated[
-        bool,
-        typer.Option("--insecure", rich_help_panel=MACHINES, help="Let the server listen to the network unencrypted"),
+        bool, machines_option("--insecure", help="Let the server listen to the network unencrypted")
     ] = False,
-    launcher: LauncherOption = None,
-    ssh_port: PortOption = None,
-    ssh_identity: IdentityOption = None,
-    remote_python: PythonOption = None,
-    chdir: ChdirOption = None,
-    variables: VariableOption = None,
-    env_file: EnvFileOption = None,
+    launcher: options.Launcher = None,
+    ssh_port: options.SshPort = None,
+    ssh_identity: options.SshIdentity = None,
+    remote_python: options.RemotePython = None,
+    chdir: options.Chdir = None,
+    variables: Annotated[
+        list[str] | None, remote_option("-x", metavar="NAME[=VALUE]", help="A variable for all ranks. Repeatable.")
+    ] = None,
+    env_file: Annotated[
+        Path | None, remote_option("--env-file", help="Variables for all ranks, NAME=VALUE a line")
+    ] = None,
 ) -> None:
     """Train on real processes: Horovod inside each worker, a ZeroMQ server between them.
 
@@ -264,17 +155,17 @@ def launch(
 
 def doctor(
     ctx: typer.Context,
-    hosts: HostsOption = None,
-    hostfile: HostfileOption = None,
-    include: IncludeOption = None,
-    exclude: ExcludeOption = None,
-    collective: CollectiveOption = "auto",
-    interface: InterfaceOption = None,
-    launcher: LauncherOption = None,
-    ssh_port: PortOption = None,
-    ssh_identity: IdentityOption = None,
-    remote_python: PythonOption = None,
-    chdir: ChdirOption = None,
+    hosts: options.Hosts = None,
+    hostfile: options.Hostfile = None,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    collective: options.Collective = "auto",
+    interface: options.Interface = None,
+    launcher: options.Launcher = None,
+    ssh_port: options.SshPort = None,
+    ssh_identity: options.SshIdentity = None,
+    remote_python: options.RemotePython = None,
+    chdir: options.Chdir = None,
 ) -> None:
     """Check that machines are fit to train together: ssh, versions, Horovod, GPUs, the way to this machine, disk.
 
@@ -292,10 +183,10 @@ def doctor(
     from danaz.worker.group import choose_collective
 
     try:
-        options = LaunchOptions(**ctx.params)
-        chosen = options.find_hosts()
+        asked = LaunchOptions(**ctx.params)
+        chosen = asked.find_hosts()
         wanted, _why = choose_collective(collective)
-        reach = options.reach(chosen)
+        reach = asked.reach(chosen)
     except (ValueError, RuntimeError) as error:
         fail(error)
     raise typer.Exit(show(examine(chosen, reach, wanted)))

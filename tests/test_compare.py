@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
+from shipped import CONFIGS
 
 from danaz.compare import pool as pool_module
 from danaz.compare.cells import ComparisonError, is_plan, make_comparison, make_grid, read_plan
@@ -21,7 +22,6 @@ from danaz.compare.machine import available_bytes, cores, resident_bytes
 from danaz.config import ConfigError, load_config
 from danaz.rules import UnknownAlgorithmError
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 QUADRATIC = CONFIGS / "quadratic.yaml"
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from shipped import CONFIGS
 from torch import nn
 
 from danaz.config import load_config
@@ -28,7 +29,6 @@ from danaz.workloads.quadratic import DIMENSION
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
-CONFIGS = live.ROOT / "configs"
 SUMMARY = {
     "algorithm",
     "workers",

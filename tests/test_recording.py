@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from chunked import SIZE as THREE_CHUNKS
 from cluster import Cluster
+from sockets import PATIENCE_S, LiveWorker, serving, settings_for, stranger, until_done
+from torch import Tensor
 
-from danaz.server.answers import Replies
+from danaz.server import router as router_module
+from danaz.server.answers import Replies, Streams
 from danaz.server.core import ServerCore
-from danaz.server.messages import Heartbeat, Plan, Pull
+from danaz.server.messages import Heartbeat, Plan, Pull, Streamed
 from danaz.server.recording import Recorder, read_recording, recorded_settings, replay
+from danaz.server.settings import ServerSettings
 from danaz.server.wire import encode
 
 SIZE = 1000
@@ -116,3 +123,79 @@ def test_a_replay_is_the_run(path, algorithm):
     assert [said(replies) for replies in replay(path, core)] == cluster.said
     assert torch.equal(core.master.params, cluster.server.master.params)
     assert core.summary() == cluster.server.summary()
+
+
+# ---- live ------------------------------------------------------------------------------------------------------------
+
+
+class Listening(ServerCore):
+    """Keeps what it says, as bytes."""
+
+    def __init__(self, settings: ServerSettings):
+        super().__init__(settings)
+        self.said: list[list[tuple[object, list[bytes]]]] = []
+
+    def stream(self, route, message, now) -> Streams:
+        return self._kept(super().stream(route, message, now))
+
+    def stream_tick(self, now) -> Streams:
+        return self._kept(super().stream_tick(now))
+
+    def _kept(self, replies: Streams) -> Streams:
+        """A Streamed is heard as it is sent."""
+        words: list[tuple[object, list[bytes]]] = []
+        self.said.append(words)
+        heard: Streams = []
+        for route, reply in replies:
+            words.append((route, []))
+            if isinstance(reply, Streamed):
+                reply = replace(reply, slices=self._overheard(reply, words[-1][1]))
+            else:
+                words[-1][1].extend(bytes(frame) for frame in encode(reply))
+            heard.append((route, reply))
+        return heard
+
+    def _overheard(self, reply: Streamed, frames: list[bytes]) -> Iterator[Tensor]:
+        pieces = []
+        for piece in reply.slices:
+            pieces.append(piece.clone())
+            yield piece
+        view = torch.cat(pieces)
+        frames.extend(bytes(frame) for frame in encode(replace(reply.header, view=view)))
+
+
+@pytest.mark.parametrize("algorithm", ["dana", "dana-zero", "ssgd"])
+def test_a_recorded_live_run_replays_to_the_bit(path, monkeypatch, algorithm):
+    monkeypatch.setattr(router_module, "TICK_S", 0.005)  # so that ticks fall between messages
+    settings = settings_for(workers=3, algorithm=algorithm)
+    live = Listening(settings)
+    with serving(live, path) as (address, server), stranger(address) as socket:
+        workers = [LiveWorker(address, number, settings, Plan(20, 2)) for number in range(3)]
+        for worker in workers:
+            worker.start()
+            socket.send_multipart([b"garbage in between"])
+        until_done(*workers)
+        server.join(PATIENCE_S)
+    fresh = ServerCore(settings)
+    assert [said(replies) for replies in replay(path, fresh)] == live.said
+    assert torch.equal(fresh.master.params, live.master.params)
+    assert fresh.figures.updates == live.figures.updates == (40 if algorithm != "ssgd" else live.master.version)
+    assert any(replies == [] for replies in live.said), "some of them ticks"
+
+
+@pytest.mark.parametrize("algorithm", ["dana", "dana-zero", "dana-ga", "ssgd"])
+def test_a_recorded_run_in_chunks_replays_to_the_bit(path, algorithm):
+    settings = settings_for(workers=2, algorithm=algorithm)
+    core = ServerCore(settings)
+    with serving(core, path) as (address, server):
+        workers = [LiveWorker(address, number, settings, Plan(10, 1), size=THREE_CHUNKS) for number in range(2)]
+        for worker in workers:
+            worker.start()
+        until_done(*workers)
+        server.join(PATIENCE_S)
+    fresh = ServerCore(settings)
+    for _ in replay(path, fresh):
+        pass
+    assert torch.equal(fresh.master.params, core.master.params)
+    assert fresh.summary() == core.summary()
+    assert not core.figures.refusals

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from shipped import shipped
 
-from danaz.config import load_config
 from danaz.report.comparison import write_report
 from danaz.report.curves import make_curves, read_curves
 from danaz.report.matrix import matrices
@@ -21,16 +21,15 @@ from danaz.report.style import looks
 from danaz.report.tables import comparison_rows, print_comparison
 from danaz.units import duration
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 UPDATES = 60
 
 
 class Made:
     """A comparison folder to which a test adds the cells that it wants."""
 
-    def __init__(self, path: Path, config: str = "digits.yaml"):
+    def __init__(self, path: Path, config: str = "digits"):
         self.path = path
-        self.config = load_config(CONFIGS / config).model_dump(mode="json")
+        self.config = shipped(config).model_dump(mode="json")
         self.names: list[str] = []
 
     def add(self, algorithm: str, workers: int, error: float | None, seed: int = 0, **more) -> None:
@@ -160,11 +159,11 @@ def test_durations_are_for_people(seconds, text):
 
 
 def test_the_papers_stand_beside_their_own_experiment_alone(tmp_path):
-    theirs = load_config(CONFIGS / "cifar10-resnet20.yaml").model_dump(mode="json")
+    theirs = shipped("cifar10-resnet20").model_dump(mode="json")
     assert papers_of(theirs) == [DANA, GAP_AWARE]
     assert papers_of({**theirs, "epochs": 10}) == []
     assert papers_of({**theirs, "lr_schedule": {**theirs["lr_schedule"], "milestones": [80]}}) == []
-    assert papers_of(load_config(CONFIGS / "digits.yaml").model_dump(mode="json")) == []
+    assert papers_of(shipped("digits").model_dump(mode="json")) == []
 
 
 def test_the_papers_figures_belong_to_their_schedule():
@@ -176,7 +175,7 @@ def test_the_papers_figures_belong_to_their_schedule():
 
 
 def test_the_papers_row_stands_below_ours(tmp_path):
-    made = Made(tmp_path, "cifar10-resnet20.yaml")
+    made = Made(tmp_path, "cifar10-resnet20")
     made.add("dana", 16, 8.9)
     made.add("dana-ga", 16, 8.8)
     [matrix] = matrices(made.read())

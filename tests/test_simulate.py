@@ -18,15 +18,15 @@ import pytest
 import torch
 from oracle import ORACLES, Array
 from safetensors.torch import load_file
+from shipped import CONFIGS, shipped
 from typer.testing import CliRunner
 
 from danaz.cli import app
-from danaz.config import Config, load_config
+from danaz.config import Config
 from danaz.run_folder import RunFolder, RunFolderError, free_run_folder, read_summary, write_atomically
 from danaz.server.figures import Update
 from danaz.simulate.simulator import simulate
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 DIMENSION, PER_EPOCH = 1000, 100
 CURVATURE = np.logspace(-2, 0, DIMENSION)
 
@@ -60,7 +60,7 @@ def run_config(config: Config, run: Path) -> dict[str, Any]:
 
 def quadratic(run: Path, algorithm: str, workers: int, *overrides: str) -> dict[str, Any]:
     sets = [f"algorithm={algorithm}", f"workers={workers}", "threads=1", *overrides]
-    return run_config(load_config(CONFIGS / "quadratic.yaml", sets), run)
+    return run_config(shipped("quadratic", *sets), run)
 
 
 # ---- the replay --------------------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ class TestTheSeedDecides:
         files = []
         for name, seed in (("a", 5), ("b", 5), ("c", 6)):
             sets = [f"algorithm={algorithm}", "workers=4", "epochs=1", "threads=1", "augment=true", f"seed={seed}"]
-            run_config(load_config(CONFIGS / "digits.yaml", sets), tmp_path / name)
+            run_config(shipped("digits", *sets), tmp_path / name)
             files.append(
                 [(tmp_path / name / file).read_bytes() for file in ("updates.jsonl", "parameters.safetensors")]
             )
@@ -247,7 +247,7 @@ class TestDivergence:
     def test_a_network_with_batch_norm(self, tmp_path, lr):
         """Its running statistics are not finite either."""
         sets = ["algorithm=dana", "workers=4", "epochs=1", f"lr={lr}", "lr_schedule.warmup_epochs=0", "threads=1"]
-        summary = run_config(load_config(CONFIGS / "digits.yaml", sets), tmp_path)
+        summary = run_config(shipped("digits", *sets), tmp_path)
         assert summary["updates"] == len(lines(tmp_path))
         assert summary["diverged"] or summary["test_error_percent"] > 50
 
@@ -257,7 +257,7 @@ def test_dana_holds_where_nag_asgd_breaks(tmp_path):
     """Real handwritten digits, 8 workers, block-random, the shipped config tuned for one worker."""
     errors = {}
     for algorithm, workers in (("baseline", 1), ("dana", 8), ("nag-asgd", 8)):
-        config = load_config(CONFIGS / "digits.yaml", [f"algorithm={algorithm}", f"workers={workers}"])
+        config = shipped("digits", f"algorithm={algorithm}", f"workers={workers}")
         assert (config.schedule, config.momentum) == ("block-random", 0.9)
         errors[algorithm] = run_config(config, tmp_path / algorithm)["test_error_percent"]
     assert errors["baseline"] < 3

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import msgpack
 import pytest
 import torch
+from chunked import travelling
 from cluster import DIGEST, layout_of
+from sockets import PATIENCE_S, serving
 from torch import Tensor
 
 from danaz.codecs import Compressor, push_codec, view_codec
 from danaz.flat import SLICE_FLOATS, chunks
 from danaz.server.core import ServerCore
 from danaz.server.messages import Heartbeat, Parameters, Plan, Push, Reply, Request, Streamed, announced
-from danaz.server.router import Router
 from danaz.server.settings import ServerSettings
-from danaz.server.socket import BoundRouter
-from danaz.server.wire import CHUNK, Inbox, WireError, decode, encode, split
+from danaz.server.wire import CHUNK, Inbox, WireError, decode, encode
 from danaz.worker.core import Role, WorkerCore
 from danaz.worker.link import DealerLink
 
 SMALL, LARGE = 1000, 2 * SLICE_FLOATS + 77
 LOSSY = ["bf16", "fp16", "onebit", "topk:0.01"]
-PATIENCE_S = 60.0
 
 
 def drawn(size: int, seed: int = 0) -> Tensor:
@@ -36,11 +31,6 @@ def compressed(codec: str, size: int) -> Push:
     vector = drawn(size)
     encoded = Compressor(push_codec(codec), list(chunks(size))).compress(vector, 0.0)
     return Push(1, 1, 7, 3, (0.1,), 8, 0.5, 2, vector, encoded=encoded)
-
-
-def pieces(push: Push | Streamed) -> list[list[bytes]]:
-    """What goes over the wire."""
-    return [[bytes(frame) for frame in frames] for frames in split(push)]
 
 
 def inbox(expect: object = Request) -> Inbox:
@@ -59,7 +49,7 @@ class TestTravels:
     @pytest.mark.parametrize("codec", LOSSY)
     def test_a_push(self, codec, size):
         push = compressed(codec, size)
-        sent = pieces(push)
+        sent = travelling(push)
         there = arrived(sent)
         assert isinstance(there, Push)
         assert torch.equal(there.push, push.push)
@@ -73,7 +63,7 @@ class TestTravels:
             view_codec(codec).decode(view_codec(codec).encode(view[start:stop].clone()), view[start:stop])
         header = Parameters(7, 1, True, "", (), False, 0.0, 0, None, announced(size))
         streamed = Streamed(header, (view[start:stop] for start, stop in chunks(size)), view_codec(codec))
-        there = arrived(pieces(streamed), Reply)
+        there = arrived(travelling(streamed), Reply)
         assert isinstance(there, Parameters)
         assert torch.equal(there.view, view), "which was as the worker decodes it"
 
@@ -84,7 +74,7 @@ class TestTravels:
 
 class TestGarbage:
     def test_a_codec_that_nobody_has(self):
-        (head, header, data), *_ = pieces(compressed("bf16", SMALL))
+        (head, header, data), *_ = travelling(compressed("bf16", SMALL))
         kind, fields, [[name, size, _]] = msgpack.unpackb(header)
         for codec in ("fp8", "topk:2", "", 7, None):
             with pytest.raises(WireError, match=r"unknown codec|malformed"):
@@ -94,19 +84,19 @@ class TestGarbage:
     @pytest.mark.parametrize("size", [SMALL, LARGE])
     @pytest.mark.parametrize("change", [b"", b"\0" * 5000])
     def test_bytes_that_do_not_fit(self, codec, size, change):
-        sent = pieces(compressed(codec, size))
+        sent = travelling(compressed(codec, size))
         sent[-1][-1] = sent[-1][-1] + change if change else sent[-1][-1][:-1]
         with pytest.raises(WireError, match="codec"):
             arrived(sent)
 
     def test_a_few_bytes_do_not_become_many_floats(self):
-        (head, header, data), *_ = pieces(compressed("onebit", SMALL))
+        (head, header, data), *_ = travelling(compressed("onebit", SMALL))
         kind, fields, [[name, _, codec]] = msgpack.unpackb(header)
         with pytest.raises(WireError, match="should come in chunks"):
             decode([head, msgpack.packb([kind, fields, [[name, 2**33, codec]]]), data])
 
     def test_chunks_in_another_order(self):
-        head, first, second, *_ = pieces(compressed("onebit", LARGE))
+        head, first, second, *_ = travelling(compressed("onebit", LARGE))
         assert len(first[0]) == CHUNK.size
         receiver = inbox()
         assert receiver.take("peer", head) is None
@@ -115,21 +105,6 @@ class TestGarbage:
 
 
 # ---- live ------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def served(core: ServerCore) -> Iterator[str]:
-    stop = threading.Event()
-    bound = BoundRouter("tcp://127.0.0.1:*")
-    thread = threading.Thread(target=Router(bound).serve, args=(core, None, stop.is_set))
-    thread.start()
-    try:
-        yield bound.address
-    finally:
-        stop.set()
-        thread.join(PATIENCE_S)
-        assert not thread.is_alive()
-        bound.close(linger_ms=0)
 
 
 @pytest.mark.parametrize("size", [SMALL, LARGE])
@@ -156,7 +131,7 @@ def test_live_is_what_was_simulated(codec, size):
     within = ServerCore(settings)
     simulated = trained(lambda request: within.handle(0, request, 0.0)[0][1], worker())
     live = ServerCore(settings)
-    with served(live) as address:
+    with serving(live) as (address, _):
         link = DealerLink(address, Heartbeat(0, 1), give_up_s=PATIENCE_S)
         try:
             arrived = trained(link.exchange, worker())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from danaz import options
 from danaz.command import fail
 
 if TYPE_CHECKING:
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
     from danaz.compare.run import Ending
 
 ALGORITHMS = "ssgd,nag-asgd,dana"
+
+
+live_option = partial(typer.Option, rich_help_panel="With --live")
 
 
 def compare(
@@ -31,31 +36,23 @@ def compare(
     seeds: Annotated[
         int | None, typer.Option(min=1, help="How many, from the config's seed upwards. Default: 1")
     ] = None,
-    schedule: Annotated[str | None, typer.Option(help="Order of pushes in a simulation. Default: the config's")] = None,
-    jobs: Annotated[
-        int | None, typer.Option("--jobs", "-j", min=1, help="Simulations at a time. Default: one a core")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="`cpu`, `cuda` or `auto`: a GPU if there is one. Default: the config's, `auto`")
-    ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the config. Repeatable.")
-    ] = None,
+    schedule: options.Schedule = None,
+    jobs: options.Jobs = None,
+    device: options.Device = None,
+    overrides: options.Overrides = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder. Default: `runs/compare-NAME`")] = None,
     live: Annotated[
         bool, typer.Option("--live", help="Real processes on machines, one algorithm after the other")
     ] = False,
-    hosts: Annotated[
-        str | None, typer.Option("--hosts", "-H", help="With --live: machines and their slots, e.g. `a:4,b:4`")
-    ] = None,
+    hosts: Annotated[str | None, live_option("--hosts", "-H", help="Machines and their slots, e.g. `a:4,b:4`")] = None,
     hostfile: Annotated[
-        Path | None, typer.Option("--hostfile", help="With --live: a file of machines, as for `danaz launch`")
+        Path | None, live_option("--hostfile", help="A file of machines, as for `danaz launch`")
     ] = None,
     workers_per_host: Annotated[
-        int | None, typer.Option("--workers-per-host", min=1, help="With --live: split each host into so many workers")
+        int | None, live_option("--workers-per-host", min=1, help="Split each host's slots into so many workers")
     ] = None,
     collective: Annotated[
-        str | None, typer.Option("--collective", help="With --live: `horovod`, `torch` or `auto`")
+        str | None, live_option("--collective", help="Inside a worker: `horovod`, `torch` or `auto`")
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Throw away what the folder holds of an earlier call")] = False,
 ) -> None:
@@ -101,17 +98,15 @@ def compare(
 
 
 def tune(
-    config: Annotated[Path, typer.Argument(help="YAML of an experiment, e.g. configs/digits.yaml", metavar="CONFIG")],
+    config: options.Experiment,
     algorithm: Annotated[str, typer.Option("--algorithm", "-a", help="What to tune")] = "nag-asgd",
-    workers: Annotated[int | None, typer.Option("--workers", "-n", help="Number of simulated workers")] = None,
+    workers: options.Workers = None,
     lr: Annotated[str, typer.Option(help="Learning rates, separated by commas")] = "0.01,0.02,0.05,0.1,0.2",
     momentum: Annotated[
         str, typer.Option(help="Momenta, separated by commas; they may be negative")
     ] = "-0.6,-0.3,0,0.3,0.6,0.9",
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the config. Repeatable.")
-    ] = None,
-    jobs: Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="Runs at a time. Default: one a core")] = None,
+    overrides: options.Overrides = None,
+    jobs: options.Jobs = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder. Default: runs/tune-NAME-ALGORITHM-N")] = None,
 ) -> None:
     """Search learning rate and momentum for an algorithm: what DANA spares its users.

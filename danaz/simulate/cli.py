@@ -7,42 +7,22 @@ from typing import Annotated
 
 import typer
 
+from danaz import options
 from danaz.command import fail
 
 
 def simulate(
-    config: Annotated[
-        Path, typer.Argument(help="YAML of an experiment, such as configs/digits.yaml", metavar="CONFIG")
-    ],
-    algorithm: Annotated[
-        str | None, typer.Option("--algorithm", "-a", help="Update rule; `danaz algorithms` lists them")
-    ] = None,
-    workers: Annotated[int | None, typer.Option("--workers", "-n", help="Number of simulated workers")] = None,
-    schedule: Annotated[
-        str | None,
-        typer.Option(
-            help="Order of pushes: block-random, round-robin, gamma, gamma-heterogeneous, constant:1,2,…, trace:RUN"
-        ),
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="`cpu`, `cuda` or `auto`: a GPU if there is one. Default: the config's, `auto`")
-    ] = None,
-    sync_period: Annotated[
-        int | None, typer.Option("--sync-period", min=1, metavar="K", help="Push the sum of K local steps")
-    ] = None,
-    pipeline: Annotated[
-        bool | None,
-        typer.Option("--pipeline/--no-pipeline", help="Compute a batch while the last one is pushed: a lag one higher"),
-    ] = None,
-    wire: Annotated[
-        str | None,
-        typer.Option("--wire", help="Send pushes as fp32, bf16, fp16, onebit or topk:SHARE, with error feedback"),
-    ] = None,
-    wire_view: Annotated[str | None, typer.Option("--wire-view", help="Send views as fp32, bf16 or fp16")] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the config. Repeatable.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Run folder. Default: runs/TIME-NAME")] = None,
+    config: options.Experiment,
+    algorithm: options.Algorithm = None,
+    workers: options.Workers = None,
+    schedule: options.Schedule = None,
+    device: options.Device = None,
+    sync_period: options.SyncPeriod = None,
+    pipeline: options.Pipeline = None,
+    wire: options.Wire = None,
+    wire_view: options.WireView = None,
+    overrides: options.Overrides = None,
+    out: options.RunFolder = None,
 ) -> None:
     """Train with N simulated workers in this one process, through the same server core as a live run.
 
@@ -64,7 +44,7 @@ def simulate(
     from danaz.settings import Settings
     from danaz.simulate.simulator import Simulation
 
-    options = {
+    given = {
         "algorithm": algorithm,
         "workers": workers,
         "schedule": schedule,
@@ -74,7 +54,7 @@ def simulate(
         "wire": wire,
         "wire_view": wire_view,
     }
-    chosen = [f"{key}={value}" for key, value in options.items() if value is not None]
+    chosen = [f"{key}={value}" for key, value in given.items() if value is not None]
     try:
         settings = load_config(config, [*(overrides or ()), *chosen])
         check_workers(Settings.of(settings, schedule=settings.schedule, collective="none"))

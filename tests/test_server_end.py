@@ -1,0 +1,182 @@
+"""How a run ends, with time as a number: who leaves with what, who is waited for, what is final."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cluster import Cluster
+from stimuli import GRADIENT, INF, NAN, SIZE, answer, arithmetic_of, started
+
+from danaz.server.messages import Final, Leave, Noted, Plan, Pull, Push, Refusal
+
+
+def run_out(algorithm: str, workers: int = 3) -> Cluster:
+    """Train until every batch is done."""
+    generator = torch.Generator().manual_seed(3)
+    cluster = Cluster(algorithm, workers, torch.ones(SIZE), plan=Plan(5, 2), buffers=2)
+    while not cluster.server.leases.done:
+        for worker in range(workers):
+            if worker in cluster.views and cluster.leases(worker):
+                cluster.push(worker, torch.randn(SIZE, generator=generator), 0.1)
+            elif worker in cluster.views:
+                cluster.pull(worker)
+    return cluster
+
+
+def test_each_batch_once_and_versions_without_holes():
+    cluster = run_out("asgd")
+    assert sorted(update.batch for update in cluster.updates) == list(range(10))
+    assert [update.version for update in cluster.updates] == list(range(1, 11))
+    assert cluster.server.leases.epoch == 2.0
+
+
+def test_all_leave_with_the_mean_of_the_buffers_by_updates():
+    cluster = run_out("asgd")
+    assert [cluster.server.members[worker].updates for worker in range(3)] == [4, 3, 3]
+    for worker in range(3):
+        assert cluster.leave(worker, torch.tensor([float(worker), 6.0])) is None or worker == 2
+    for final in cluster.final.values():
+        assert final.buffers.tolist() == pytest.approx([0.9, 6.0])
+        assert torch.equal(final.params, cluster.server.master.params)
+        assert (final.version, final.diverged) == (10, False)
+    assert cluster.final.keys() == {0, 1, 2}
+
+
+def test_the_parameters_are_final_when_the_last_has_left():
+    cluster = run_out("dana")
+    assert cluster.leave(0) is None
+    assert cluster.leave(1) is None
+    cluster.leave(2)
+    assert torch.equal(cluster.final[0].params, cluster.final[2].params)
+
+
+def test_dana_ends_at_dana_zeros_parameters():
+    ends = []
+    for algorithm in ("dana", "dana-zero"):
+        cluster = run_out(algorithm)
+        for worker in range(3):
+            cluster.leave(worker)
+        ends.append(cluster.final[0].params)
+    assert torch.allclose(*ends, atol=1e-6)
+
+
+def test_a_crashed_worker_forfeits_its_share():
+    """Then the survivors' sum defines θ."""
+    cluster = Cluster("dana", 2, torch.zeros(SIZE), plan=Plan(2, 1))
+    for worker in (0, 1):
+        cluster.push(worker, torch.full((SIZE,), 1.0 + worker), 0.1)
+    cluster.lose(1)
+    lookahead = cluster.server.master.params.clone()
+    cluster.leave(0)
+    assert torch.allclose(cluster.final[0].params, lookahead + 0.9 * 0.1 * 1.0)
+
+
+def test_who_comes_back_after_the_end_changes_nothing():
+    """The others have the trained model already."""
+    cluster = Cluster("dana", 2, torch.zeros(SIZE), plan=Plan(2, 1), buffers=1)
+    for worker in (0, 1):
+        cluster.push(worker, torch.full((SIZE,), 1.0 + worker), 0.1)
+    cluster.lose(1)
+    cluster.leave(0, torch.tensor([5.0]))
+    cluster.come_back(1)
+    cluster.leave(1, torch.tensor([7.0]))
+    assert torch.equal(cluster.final[0].params, cluster.final[1].params)
+    assert torch.equal(cluster.final[0].params, cluster.server.master.params)
+    assert cluster.final[1].buffers.tolist() == [5.0]
+
+
+def test_a_repeated_leave_gives_back_once():
+    cluster = Cluster("dana", 1, torch.ones(SIZE), plan=Plan(1, 1))
+    cluster.push(0, GRADIENT, 0.1)
+    leave = cluster.workers[0].leave(torch.zeros(0))
+    first = answer(cluster.server.handle(0, leave, 1.0))
+    again = answer(cluster.server.handle(0, leave, 2.0))
+    assert isinstance(first, Final)
+    assert isinstance(again, Final)
+    assert torch.equal(first.params, again.params)
+
+
+def test_giving_back_takes_no_version():
+    cluster = run_out("dana")
+    for worker in range(3):
+        cluster.leave(worker)
+    assert cluster.final[0].version == 10 == len(cluster.updates)
+
+
+def test_the_dead_are_not_waited_for_at_the_end():
+    cluster = run_out("asgd")
+    cluster.leave(0)
+    cluster.leave(1)
+    assert not cluster.final
+    cluster.lose(2)
+    assert cluster.final.keys() == {0, 1}
+
+
+def test_leaving_early_others_take_over():
+    cluster = Cluster("dana", 2, torch.ones(SIZE), plan=Plan(4, 1))
+    assert isinstance(cluster.leave(1), Final)
+    while not cluster.server.leases.done:
+        cluster.push(0, GRADIENT, 0.1)
+    assert sorted(update.batch for update in cluster.updates) == [0, 1, 2, 3]
+
+
+def test_the_look_ahead_forgets_who_left():
+    cluster = Cluster("dana-zero", 2, torch.zeros(SIZE))
+    for worker in (0, 1):
+        cluster.push(worker, torch.full((SIZE,), 1.0 + worker), 0.1)
+    cluster.leave(1)
+    cluster.pull(0)
+    assert torch.allclose(cluster.views[0], cluster.server.master.params - 0.9 * 0.1 * 1.0)
+
+
+def test_finished_when_all_said_goodbye():
+    cluster = run_out("asgd")
+    for worker in range(3):
+        cluster.leave(worker)
+    for worker in range(3):
+        assert not cluster.server.finished
+        assert isinstance(cluster.bye(worker), Noted)
+    assert cluster.server.finished
+
+
+@pytest.mark.parametrize("message", [Push(0, 1, 9, 10, (0.1,), 1, None, 0, GRADIENT), Pull(0, 1, 9)])
+def test_who_left_gets_no_more_work(message):
+    cluster = Cluster("asgd", 2, torch.ones(SIZE), plan=Plan(4, 1))
+    cluster.leave(0)
+    refusal = answer(cluster.server.handle(0, message, 1.0))
+    assert isinstance(refusal, Refusal)
+    assert "left" in refusal.reason
+    assert not cluster.server.leases.holds(0, 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "buffers", "reason"),
+    [
+        (torch.ones(SIZE + 1), torch.zeros(2), "wrong size"),
+        (None, torch.zeros(3), "wrong size"),
+    ],
+)
+def test_a_leave_of_the_wrong_size(given, buffers, reason):
+    core, _ = started("dana")
+    before = arithmetic_of(core)
+    refusal = answer(core.handle(0, Leave(0, 1, 2, given, buffers), 1.0))
+    assert isinstance(refusal, Refusal)
+    assert reason in refusal.reason
+    assert arithmetic_of(core) == before
+
+
+def test_a_share_that_is_not_finite_is_not_added():
+    core, _ = started("dana")
+    before = arithmetic_of(core)
+    final = answer(core.handle(0, Leave(0, 1, 2, torch.tensor([NAN, 1.0, 1.0]), torch.zeros(2)), 1.0))
+    assert isinstance(final, Final)
+    assert arithmetic_of(core) == before
+
+
+def test_what_a_script_reports_is_in_the_summary():
+    cluster = run_out("asgd", workers=1)
+    cluster.leave(0)
+    figures = {"test_error_percent": 1.5, "note": "θ", "perplexity": INF}
+    assert isinstance(cluster.say(0, cluster.workers[0].report(figures)), Noted)
+    summary = cluster.server.summary()
+    assert [summary[name] for name in figures] == [1.5, "θ", None], "JSON has no infinity"
