@@ -121,8 +121,9 @@ def serve(
         serve_slice(bound, Settings.from_json(os.environ["DANAZ_SETTINGS"]), shard)
         return
     try:
+        run.mkdir(parents=True, exist_ok=True)
         lock_run(run)
-    except RunLockedError as error:
+    except (RunLockedError, OSError) as error:
         fail(error)
     from danaz.serve import serve as serve_run
     from danaz.server.state import ResumeError
