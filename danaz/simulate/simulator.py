@@ -15,7 +15,7 @@ from torch import Tensor
 from danaz.config import Config
 from danaz.data import Batching
 from danaz.flat import FlatModel
-from danaz.optimizer import check_supported, decayed_gradient, effective_lr, weight_decays
+from danaz.optimizer import check_supported, decayed_gradient, effective_lr, kept_loss, weight_decays
 from danaz.run_folder import RunFolder
 from danaz.server.answers import Replies
 from danaz.server.core import ServerCore
@@ -25,7 +25,7 @@ from danaz.simulate.batches import Batches
 from danaz.simulate.schedules import make_schedule
 from danaz.simulate.step import EagerStep, make_step
 from danaz.training import choose_device, final_figures, make_sgd, place
-from danaz.worker.core import LocalStep, Request, Role, WorkerCore
+from danaz.worker.core import LocalStep, Loss, Request, Role, WorkerCore
 from danaz.workloads import build
 
 Progress = Callable[[float, float | None], None]  # (share of the run that is done, last loss)
@@ -100,7 +100,7 @@ class Simulation:
             ahead=self.rule.worker_rule.sync_period,
         )
         compressor = self.settings.compressor(self.flat.layout)
-        core = WorkerCore(role, self.rule.worker_rule, self.device, outbox=self.device, compressor=compressor)
+        core = WorkerCore(role, self.rule.worker_rule, self.device, compressor=compressor)
         return SimulatedWorker(core)
 
     def _record(self, update: Any) -> None:
@@ -168,11 +168,11 @@ class Simulation:
             scales_lr=self.rule.scales_lr,
         )
 
-    def _gradient(self, batch: int) -> tuple[Tensor, int, float]:
+    def _gradient(self, batch: int) -> tuple[Tensor, int, Loss]:
         """The gradient f32[P] of ``batch``, weight decay included, the number of its samples, and its loss."""
         x, y = self.batches.take(batch)
         loss = self.step(x.to(self.device), y.to(self.device))
-        return decayed_gradient(self.flat, self.optimizer.param_groups), len(y), loss.item()
+        return decayed_gradient(self.flat, self.optimizer.param_groups), len(y), kept_loss(loss)
 
     def _say(self, worker: SimulatedWorker, request: Request) -> None:
         """Bring a request to the server, and whatever it sets free to the workers."""
@@ -180,7 +180,7 @@ class Simulation:
             worker.view = None
         measures_ahead = self.rule.worker_rule.worker_state and self.settings.gap_every
         before = worker.core.given_back() if measures_ahead else None
-        self._deliver(self.server.handle(worker.core.role.worker, request, time.perf_counter()))
+        self._deliver(self.server.handle(worker.core.role.worker, worker.core.complete(request), time.perf_counter()))
         if before is not None:
             after = worker.core.given_back()
             assert after is not None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from danaz.flat import FlatModel
 from danaz.server.messages import Bye, Final, Join, Leave, Parameters, Push, Refusal, Reply, Report
-from danaz.worker.core import LocalStep, Request, WorkerCore
+from danaz.worker.core import LocalStep, Loss, Request, WorkerCore
 from danaz.worker.group import Group
 from danaz.worker.link import Link
 from danaz.worker.pipeline import Pipeline
@@ -100,16 +100,15 @@ class Worker:
         # What all ranks must hear travels behind the view, so that one broadcast brings both.
         news_floats = 2 * (NEWS + ahead)  # two to an f64
         self._whole = flat.make_room(0 if self._replicated else news_floats + flat.layout.size % 2)
-        self._news = torch.zeros(NEWS + ahead, dtype=torch.float64)
-        if not self._replicated:
-            self._news = self._whole[-news_floats:].view(torch.float64)
+        self._news: Tensor | None = None if self._replicated else self._whole[-news_floats:].view(torch.float64)
+        self._heard: list[float] = []  # the news, on the rank that speaks: it need not wait for what it says to others
         self._since = perf_counter()
 
     def join(self, bring_params: bool) -> None:
         """Enter the run; returns when training starts, with the first view in the model."""
-        self._ask(lambda core: core.join(self.flat.params.to("cpu") if bring_params else None))
+        self._ask(lambda core: core.join(core.staging.lift(self.flat.params) if bring_params else None))
 
-    def push(self, grad: Tensor, lr: Sequence[float], samples: int, loss: float | None, batch: int) -> None:
+    def push(self, grad: Tensor, lr: Sequence[float], samples: int, loss: Loss, batch: int) -> None:
         """Push the mean gradient f32[P] of ``batch``, and put the next view into the model.
 
         Between two pushes of a ``sync_period``, step alone instead.
@@ -204,8 +203,9 @@ class Worker:
 
     def _take(self, reply: Parameters) -> None:
         """Put a view and its news where all ranks get them from."""
+        assert self._core is not None
         self._pack(reply)
-        self.flat.params.copy_(reply.view)
+        self._core.staging.load(self.flat.params, reply.view)
 
     def _share(self) -> None:
         """All ranks go on with rank 0's view; what comes after it is fetched while they compute."""
@@ -238,19 +238,24 @@ class Worker:
     def _say(self, request: Request) -> Reply:
         assert self._core is not None
         assert self._link is not None
-        reply = self._link.exchange(request)
+        reply = self._link.exchange(self._core.complete(request))
         self._core.receive(reply)
         return reply
 
     def _pack(self, reply: Parameters) -> None:
         gap = nan if reply.gap is None else reply.gap
         head = [reply.version, reply.epoch, reply.lag, gap, reply.done, len(reply.leases)]
-        news = torch.tensor([*head, *reply.leases], dtype=torch.float64)
         assert len(head) == NEWS
-        self._news[: len(news)].copy_(news)
+        self._heard = [*head, *reply.leases]
+        if self._news is not None:
+            news = torch.tensor(self._heard, dtype=torch.float64)
+            self._news[: len(news)].copy_(news, non_blocking=True)
 
     def _unpack(self) -> None:
-        version, epoch, lag, gap, done, count, *leases = self._news.tolist()
+        if self._core is None:
+            assert self._news is not None
+            self._heard = self._news.tolist()
+        version, epoch, lag, gap, done, count, *leases = self._heard
         metrics = self.metrics
         metrics.version, metrics.epoch, metrics.lag = int(version), epoch, int(lag)
         metrics.gap = None if isnan(gap) else gap
