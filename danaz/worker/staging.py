@@ -128,7 +128,6 @@ class GpuStaging(Staging):
     def load(self, params: Tensor, view: Tensor) -> None:
         if _room_of(view) != self._gathered_from:
             self._gather(0, view)  # it came in one piece
-        self._gathered_from = 0  # a room may hold another view the next time
         current = self._cuda.current_stream()
         current.wait_stream(self._in)
         self._cuda.copy(params, self._gathered, current)
