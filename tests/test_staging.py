@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from danaz.codecs import Compressor, push_codec
-from danaz.flat import SLICE_FLOATS, chunks
+from danaz.flat import SLICE_FLOATS, FlatModel, chunks
 from danaz.optimizer import DistributedOptimizer
 from danaz.rules import Context, WorkerRule, find_algorithm
 from danaz.rules.base import Vectors
@@ -145,6 +145,28 @@ def test_in_a_pipeline_only_the_link_waits_for_the_device():
     assert push.push.isnan().all(), "nothing has arrived: a link that sent it now would send this"
     assert not loop.core.complete(push).push.isnan().any()
     assert gpu.waits > before
+
+
+def test_in_a_pipeline_the_batch_ends_when_the_device_has_computed_it(monkeypatch):
+    """Or the next view would be fetched as the batch begins."""
+    gpu, flat, computed = FakeGpu(0, eagerness=0), FlatModel(nn.Linear(2, 2)), []
+    core = WorkerCore(Role(0, 1, "", 0.9, flat.layout, Plan(9, 1)), WorkerRule(), "cpu", GpuStaging(gpu, 6))
+    worker = Worker(SoloGroup(), flat, 1, core, None, pipelined=True)
+
+    class BatchEnded(Exception):
+        pass
+
+    def end() -> None:
+        assert computed == ["backward"]
+        raise BatchEnded
+
+    monkeypatch.setattr(worker.pipeline, "end", end)
+    gpu.launch(lambda: computed.append("backward"))
+    assert computed == []
+    with pytest.raises(BatchEnded):
+        worker.push(flat.grads, [0.1], 1, None, 0)
+    monkeypatch.undo()
+    worker.close(in_good_order=False)
 
 
 class Weights(nn.Module):

@@ -2,7 +2,8 @@
 
 On a CPU, or with a server in the same process, both are one and nothing is copied. On a GPU, a push leaves and a view
 arrives slice by slice through pinned host memory, each on a stream of its own, while the device computes. The device's
-streams wait for each other; the processor waits once in a step, in ``settle``, before the bytes are sent.
+streams wait for each other; the processor waits once in a step, in ``settle``, before the bytes are sent. In a pipeline
+that is another thread, and the training loop waits for its batch instead, so that the next view is fetched as it ends.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ class Staging:
 
     def settle(self) -> None:
         """Wait until every outbox is filled, and every room may be received into again."""
+
+    def catch_up(self) -> None:
+        """Wait until all that the current stream was given is done."""
 
     def arrived(self, piece: Tensor) -> None:
         """Begin to bring a slice of a room, which begins with the view's first element, to the device."""
@@ -95,7 +99,8 @@ class GpuStaging(Staging):
     def __init__(self, cuda: Cuda, floats: int):
         self._cuda = cuda
         self._out, self._in = cuda.stream(), cuda.stream()  # a device copies both ways at once
-        self._sent, self._received, self._loaded = cuda.event(), cuda.event(), cuda.event()
+        self._sent, self._received = cuda.event(), cuda.event()
+        self._computed, self._loaded = cuda.event(), cuda.event()
         self._leaving: list[Tensor] = []  # device memory that must stay until it is copied
         self._gathered = cuda.empty(floats)  # f32[P], the newest view
         self._gathered_from = 0  # the room it lies in
@@ -112,10 +117,16 @@ class GpuStaging(Staging):
         self._cuda.copy(outbox[start:stop], vector[start:stop], self._out)
 
     def settle(self) -> None:
-        for event, stream in ((self._sent, self._out), (self._received, self._in)):
-            event.record(stream)
-            event.synchronize()
+        self._wait(self._sent, self._out)
+        self._wait(self._received, self._in)
         self._leaving.clear()
+
+    def catch_up(self) -> None:
+        self._wait(self._computed, self._cuda.current_stream())
+
+    def _wait(self, event: Any, stream: Any) -> None:
+        event.record(stream)
+        event.synchronize()
 
     def arrived(self, piece: Tensor) -> None:
         self._gather(int(piece.storage_offset()), piece)

@@ -103,6 +103,7 @@ class Worker:
         self._news: Tensor | None = None if self._replicated else self._whole[-news_floats:].view(torch.float64)
         self._heard: list[float] = []  # the news, on the rank that speaks: it need not wait for what it says to others
         self._since = perf_counter()
+        self._ready = self._since  # when the last request was there to be sent: until then the device computed
 
     def join(self, bring_params: bool) -> None:
         """Enter the run; returns when training starts, with the first view in the model."""
@@ -114,8 +115,9 @@ class Worker:
         Between two pushes of a ``sync_period``, step alone instead.
         """
         self.batches.end(batch)
+        if self.pipeline is not None and self._core is not None:
+            self._core.staging.catch_up()
         began = perf_counter()
-        self.metrics.computing_s += began - self._since
         self._local_steps += 1
         if self._local_steps < self.sync_period and self.batches.any:
             self._step_locally(LocalStep(batch, tuple(lr), samples, loss), grad)
@@ -127,8 +129,10 @@ class Worker:
                     self._pushed(lambda core, wants: core.push(grad, lr, samples, loss, batch, params, wants), batch)
                 )
             self._share()
+        computed = began if self.pipeline is not None else max(began, self._ready)
+        self.metrics.computing_s += computed - self._since
         self._since = perf_counter()
-        self.metrics.exchanging_s += self._since - began
+        self.metrics.exchanging_s += self._since - computed
 
     def _pushed(self, make: Callable[[WorkerCore, bool], Push], batch: int) -> Parameters:
         """Push ``batch``; the view to go on with is the answer's or, in a pipeline, the one fetched ahead."""
@@ -238,7 +242,9 @@ class Worker:
     def _say(self, request: Request) -> Reply:
         assert self._core is not None
         assert self._link is not None
-        reply = self._link.exchange(self._core.complete(request))
+        request = self._core.complete(request)
+        self._ready = perf_counter()
+        reply = self._link.exchange(request)
         self._core.receive(reply)
         return reply
 
