@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -15,7 +16,7 @@ import torch
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, BENCHMARKS / script, *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -24,13 +25,26 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+SMALL = ("--device=cpu", "--model=small", "--batch=2", "--steps=3", "--warm-up=1", "--turns=1")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_the_step_is_measured_each_way():
-    small = {"--device": "cpu", "--model": "small", "--batch": "2", "--steps": "3", "--warm-up": "1", "--turns": "1"}
-    done = run("step_gpu.py", *(word for option in small.items() for word in option))
+    done = run("step_gpu.py", *SMALL)
     assert done.returncode == 0, done.stdout + done.stderr
     ways = re.findall(r"^(.+?) +(\d+\.\d+) ms a step", done.stdout, re.MULTILINE)
     assert [way for way, _ in ways] == ["alone", "danaz", "danaz --pipeline"]
     assert all(float(milliseconds) > 0 for _, milliseconds in ways)
+
+
+@pytest.mark.parametrize("way", ["alone", "danaz"])
+def test_the_step_is_measured_without_a_launcher(way, tmp_path):
+    """As the processes measure it that the benchmark starts; danaz with a server of its own."""
+    figures = tmp_path / "figures.json"
+    done = run("step_gpu.py", "--way", way, "--figures", figures, *SMALL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(figures.read_text()) > 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure on")

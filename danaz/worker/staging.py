@@ -16,13 +16,13 @@ from torch import Tensor
 
 from danaz.flat import SLICE_FLOATS
 
-GPU_SLICE_FLOATS = 16 * SLICE_FLOATS  # there is no cache to stay in, and each kernel has its price
+GPU_SLICE_FLOATS = 16 * SLICE_FLOATS  # 16 MB: there is no cache to stay in, and each kernel has its price
 
 
 class Staging:
     """One memory for vectors and link."""
 
-    slice_floats = SLICE_FLOATS  # that are worked out, and sent, at a time
+    slice_floats: int | None = None  # that are worked out, and sent, at a time; None: Layout's own
 
     def room(self, floats: int) -> Tensor:
         """Memory f32[floats] for a link to receive a view into."""
