@@ -98,7 +98,13 @@ class Session:
                 ahead=ahead,
             )
             compressor = self.settings.compressor(role.layout)
-            core = WorkerCore(role, rule.worker_rule, optimizer.flat.params.device, compressor=compressor)
+            core = WorkerCore(
+                role,
+                rule.worker_rule,
+                optimizer.flat.params.device,
+                compressor=compressor,
+                push_moves_view=rule.push_moves_view,
+            )
             link = self._link(role)
         self._batching = batching
         self._share = self._share_of_batch()
