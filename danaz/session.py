@@ -102,7 +102,7 @@ class Session:
             device = optimizer.flat.params.device
             # A server in this process has its vectors where the model is.
             staging = IN_PLACE if self.place.server is None else staging_for(device, role.layout.size)
-            core = WorkerCore(role, rule.worker_rule, device, staging, compressor)
+            core = WorkerCore(role, rule.worker_rule, device, staging, compressor, rule.push_moves_view)
             link = self._link(role, staging)
         self._batching = batching
         self._share = self._share_of_batch()

@@ -37,6 +37,7 @@ from danaz.server.state import CoreState
 from danaz.worker.core import Role, WorkerCore
 
 ALGORITHMS = ["dana-zero", "dana", "asgd", "ssgd", "dana-ga"]
+WAITS_FOR_OTHERS = {"ssgd"}  # and cannot be pipelined
 PushId = tuple[int, int, int]  # worker, incarnation, request
 
 
@@ -44,7 +45,8 @@ class ServerUnderFaults(RuleBasedStateMachine):
     """Workers that crash, stall, lose messages both ways and repeat themselves, around one core that is killed.
 
     Each worker obeys the protocol. Requests may be lost, delivered again, and again late; replies may be lost. A server
-    started anew has its last checkpoint and the journal of all updates, as the keeper has them.
+    started anew has its last checkpoint and the journal of all updates, as the keeper has them. In a pipeline, each
+    fetches the next view before it pushes, and goes on with that one.
     """
 
     WORKERS = 3
@@ -53,8 +55,9 @@ class ServerUnderFaults(RuleBasedStateMachine):
         algorithm=st.sampled_from(ALGORITHMS),
         ahead=st.integers(1, 3),
         batches=st.integers(1, 8),
+        pipelined=st.booleans(),
     )
-    def begin(self, algorithm, ahead, batches):
+    def begin(self, algorithm, ahead, batches, pipelined):
         self.plan = Plan(batches, 2)
         self.updates = []
         self.settings = ServerSettings(
@@ -66,12 +69,14 @@ class ServerUnderFaults(RuleBasedStateMachine):
         self.life = self.journal_life = 0
         self.checkpoint: CoreState | None = None
         self.core = self.make_core()
-        self.ahead, self.now = ahead, 0.0
+        self.pipelined = pipelined and algorithm not in WAITS_FOR_OTHERS
+        self.ahead, self.now = ahead + self.pipelined, 0.0
         self.inbox: dict[tuple[int, int], list[Reply]] = {}  # of a process: worker and incarnation
         self.sent: dict[int, list[Request]] = {worker: [] for worker in range(self.WORKERS)}
         self.incarnation = dict.fromkeys(range(self.WORKERS), 0)
         self.workers: dict[int, WorkerCore] = {}
         self.last: dict[int, Parameters] = {}
+        self.views: dict[int, list[torch.Tensor]] = {}  # as each worker's process got them
         self.finals: list[Final] = []
         self.leaving: dict[int, Leave] = {}  # the last one of each worker's process, if it left when all was done
         self.given_back: dict[tuple[int, int], torch.Tensor | None] = {}  # by each process that has left
@@ -117,8 +122,10 @@ class ServerUnderFaults(RuleBasedStateMachine):
     def start(self, worker):
         self.incarnation[worker] += 1
         role = Role(worker, self.incarnation[worker], DIGEST, 0.9, LAYOUT, self.plan, self.ahead)
-        self.workers[worker] = WorkerCore(role, self.settings.rule(0.9).worker_rule)
+        server_rule = self.settings.rule(0.9)
+        self.workers[worker] = WorkerCore(role, server_rule.worker_rule, push_moves_view=server_rule.push_moves_view)
         self.last.pop(worker, None)
+        self.views[worker] = []
         self.applied[worker] = set()
         self.leaving.pop(worker, None)
         self.inbox[worker, role.incarnation] = []
@@ -156,6 +163,7 @@ class ServerUnderFaults(RuleBasedStateMachine):
             core.receive(reply)
             if isinstance(reply, Parameters):
                 self.last[worker] = reply
+                self.views[worker] += [reply.view.clone()] * (reply.view.numel() > 0)
                 assert reply.done or worker not in self.leaving, "its process is behind the end of the run"
                 if reply.applied or undecided == reply.last_applied != 0:
                     self.applied[worker].add((worker, core.role.incarnation, undecided))
@@ -173,9 +181,12 @@ class ServerUnderFaults(RuleBasedStateMachine):
         if view.done:
             self.leaving[worker] = core.leave(torch.full((2,), float(worker)))
             self.ask(worker, self.leaving[worker], lost)
+        elif view.leases and self.pipelined and core.fetched is None:
+            self.ask(worker, core.pull(ahead=True), lost)
         elif view.leases:
-            push = core.push(torch.full((SIZE,), grad), (lr,), 2, 1.0, view.leases[0])
-            self.ask(worker, push, lost)
+            batch, *others = view.leases
+            wants_view = not (self.pipelined and others)
+            self.ask(worker, core.push(torch.full((SIZE,), grad), (lr,), 2, 1.0, batch, wants_view=wants_view), lost)
         else:
             self.ask(worker, core.pull(), lost)
 
@@ -279,6 +290,17 @@ class ServerUnderFaults(RuleBasedStateMachine):
             assert all(vector.isfinite().all() for vector in vectors)
 
     @invariant()
+    def workers_hold_views_as_they_were_sent(self):
+        """Whatever they compute on: a server that was restarted may go on from such a view. And that is no NaN."""
+        for worker, core in self.workers.items():
+            for view in (core._view, core.fetched):
+                assert view is None or any(torch.equal(view.params, sent) for sent in self.views[worker])
+            if core._view is not None:
+                point = torch.empty(SIZE)
+                core.compute_on(point)
+                assert point.isfinite().all()
+
+    @invariant()
     def worker_and_server_count_the_same_pushes(self):
         """Exactly once, seen from both ends: else dana's velocities and its server drift apart."""
         for worker, core in self.workers.items():
@@ -361,6 +383,7 @@ ALWAYS = [
     ServerUnderFaults.no_batch_is_in_two_hands,
     ServerUnderFaults.the_look_ahead_is_the_sum_of_those_who_are_there,
     ServerUnderFaults.all_is_finite,
+    ServerUnderFaults.workers_hold_views_as_they_were_sent,
     ServerUnderFaults.worker_and_server_count_the_same_pushes,
     ServerUnderFaults.the_parameters_are_the_sum_of_the_journals_pushes,
     ServerUnderFaults.what_is_lost_is_counted,
@@ -369,11 +392,11 @@ WORK_PER_FAULT = 2
 FAULTS_EACH = 2500  # of each algorithm
 
 
-def rehearse(algorithm: str, seed: int) -> int:
+def rehearse(algorithm: str, seed: int, pipelined: bool) -> int:
     """One run to its end in virtual time; returns the number of faults it survived. A failure names its seed."""
     chance = random.Random(f"{algorithm} {seed}")
     machine = ServerUnderFaults()
-    machine.begin(algorithm=algorithm, ahead=chance.randint(1, 3), batches=chance.randint(20, 80))
+    machine.begin(algorithm, ahead=chance.randint(1, 3), batches=chance.randint(20, 80), pipelined=pipelined)
     faults = 0
     while not machine.core.finished and faults < 300:
         for _ in range(chance.randint(0, 2 * WORK_PER_FAULT)):
@@ -405,10 +428,13 @@ def act(machine: ServerUnderFaults, what: Callable[..., None], chance: random.Ra
     return True
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_thousands_of_faults_in_long_runs(algorithm):
+@pytest.mark.parametrize(
+    ("algorithm", "pipelined"),
+    [*((algorithm, False) for algorithm in ALGORITHMS), ("dana", True), ("asgd", True), ("dana-ga", True)],
+)
+def test_thousands_of_faults_in_long_runs(algorithm, pipelined):
     faults = 0
     for seed in count():
-        faults += rehearse(algorithm, seed)
+        faults += rehearse(algorithm, seed, pipelined)
         if faults >= FAULTS_EACH:
             return

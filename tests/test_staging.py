@@ -201,14 +201,15 @@ class Live:
             ServerSettings("dana", 1, "", sync_period=sync_period, gap_every=0, shard=shard, shards=shards)
             for shard in range(shards)
         ]
-        rule = servers[0].rule(0.9).worker_rule
+        rule = servers[0].rule(0.9)
         with ExitStack() as stack:
             addresses = [stack.enter_context(serving(ServerCore(each)))[0] for each in servers]
             dealer = partial(DealerLink, heartbeat=Heartbeat(0, 1), give_up_s=PATIENCE_S, staging=staging)
-            core = WorkerCore(Role(0, 1, "", 0.9, layout, Plan(12, 1), ahead=4), rule, "cpu", staging)
+            role = Role(0, 1, "", 0.9, layout, Plan(12, 1), ahead=4)
+            core = WorkerCore(role, rule.worker_rule, "cpu", staging, push_moves_view=rule.push_moves_view)
             link = connect(addresses, layout, dealer, staging)
             self.worker = Worker(SoloGroup(), self.optimizer.flat, 4, core, link, pipelined=pipelined)
-            self.worker.sync_period = rule.sync_period
+            self.worker.sync_period = rule.worker_rule.sync_period
             self.optimizer.connect(self.push)
             self.train()
 
@@ -250,8 +251,10 @@ def test_over_sockets_too(shards, pipelined, sync_period):
 def test_a_step_reads_nothing_from_the_device():
     """But what the link reads: with the push and, as numbers in host memory, with each slice of a view."""
     in_a_pipeline = Live(1, True, None, None).reads
-    assert in_a_pipeline[:-1] == [0] * 11, "another thread exchanges, but for the last push, that nothing comes after"
-    assert in_a_pipeline[-1] > 0
+    assert in_a_pipeline[:-1] == [2] * 11, (
+        "the least and the largest of a push that it computes on before it is applied"
+    )
+    assert in_a_pipeline[-1] > 2, "behind the last push comes nothing beside which it could be exchanged"
     with_local_steps = Live(1, False, 3, None).reads
     assert [reads > 0 for reads in with_local_steps] == [False, False, True] * 4
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from danaz.codecs import Compressor
 from danaz.flat import Layout
 from danaz.rules import Context, WorkerRule
+from danaz.server.master import all_finite
 from danaz.server.messages import Bye, Final, Join, Leave, Noted, Parameters, Plan, Pull, Push, Refusal, Reply, Report
 from danaz.worker.staging import IN_PLACE, Staging
 
@@ -66,6 +67,8 @@ class WorkerCore:
 
     In a pipeline the view after the next is fetched ahead, while a batch is computed on the view at hand: ``pull``
     with ``ahead``, then ``push`` without ``wants_view``, which puts the fetched one in the place of the one at hand.
+    That one was sent before the push; where pushes move views (``Rule.push_moves_view``), the worker computes on what
+    the view will be behind it.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class WorkerCore:
         device: torch.device | str = "cpu",
         staging: Staging = IN_PLACE,
         compressor: Compressor | None = None,
+        push_moves_view: bool = False,
     ):
         """Its vectors are on ``device``; ``staging`` brings what it sends to where a server or a wire takes it."""
         self.role = role
@@ -89,6 +93,9 @@ class WorkerCore:
         self._view: View | None = None  # at hand
         self.fetched: View | None = None  # ahead, while a batch is computed on the one at hand
         self._ahead = False  # whether a view that comes now is for after the one at hand
+        self._push_moves_view = push_moves_view
+        self._own: Tensor | None = None  # f32[P], the push under way that the view at hand lacks
+        self._in_doubt = False  # whether that may be refused: the last one was, or this worker had to join anew
         self._committed = self._zeros(device)  # the rule's vectors after the last applied push
         self._current = self._committed  # and after the local steps since
         self._spare = [self._zeros(device) for _ in range(1 if rule.sync_period == 1 else 2)]
@@ -169,14 +176,14 @@ class WorkerCore:
         number = self._next("push", "joined")
         assert self._view is not None
         assert wants_view or self.fetched is not None, "without a view, nothing can be computed next"
-        outbox = self._work_out(grad, tuple(lr), self._view.params, params)
+        out, outbox = self._work_out(grad, tuple(lr), self._view.params, params)
         steps, who = [*self._steps, LocalStep(batch, tuple(lr), samples, loss)], self.role
         encoded = None
         if self.compressor is not None:
             self.staging.settle()
             sent = outbox.to("cpu")
             encoded = self.compressor.compress(sent, self.epoch)
-            outbox = sent.to(outbox.device)
+            out = outbox = sent.to(outbox.device)
         push = Push(
             worker=who.worker,
             incarnation=who.incarnation,
@@ -195,10 +202,21 @@ class WorkerCore:
         self._undecided, self._ahead = number, not wants_view
         if not wants_view:
             self._view, self.fetched = self.fetched, None
+            adds_up = self._push_moves_view and not self._in_doubt and all_finite(out)
+            self._own = out if adds_up else None
         return self._ask(push)
 
-    def _work_out(self, grad: Tensor, lr: tuple[float, ...], view: Tensor, params: Tensor | None) -> Tensor:
-        """The push f32[P], slice after slice on its way to where the link takes it."""
+    def compute_on(self, params: Tensor) -> None:
+        """Put into ``params`` f32[P] what the next gradient is to be computed on."""
+        assert self._view is not None
+        self.staging.load(params, self._view.params)
+        if self._own is not None:
+            params.add_(self._own.to(params.device))
+
+    def _work_out(
+        self, grad: Tensor, lr: tuple[float, ...], view: Tensor, params: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The push f32[P], and where the link takes it, to which it is on its way slice after slice."""
         out = torch.empty_like(grad)
         outbox = self.staging.outbox(out)
         for start, stop in self._displace(out, grad, lr):
@@ -208,7 +226,7 @@ class WorkerCore:
             if self.rule.pushes != "parameters" and self._steps:  # x_K − x_0, the sum of all displacements
                 out[start:stop].sub_(view[start:stop].to(out.device, non_blocking=True))
             self.staging.send(out, outbox, start, stop)
-        return outbox
+        return out, outbox
 
     def _mean(self, losses: list[float | Tensor]) -> float | None:
         """The mean, if it is known by now."""
@@ -289,6 +307,10 @@ class WorkerCore:
             applied = reply.applied if isinstance(request, Push) else reply.last_applied == self._undecided != 0
             parts = [part for part in reply.parts if (part[2] == self._undecided != 0) != applied]
             self._commit(applied, [(start, stop) for start, stop, _ in parts])
+            if isinstance(request, Push):
+                self._in_doubt = not applied
+        elif isinstance(reply, Refusal):
+            self._in_doubt = True
         elif isinstance(reply, Final):
             self._state = "left"
         elif isinstance(reply, Noted) and isinstance(request, Bye):
@@ -303,7 +325,7 @@ class WorkerCore:
         if self._ahead:
             self.fetched = view
         else:
-            self._view, self.fetched = view, None
+            self._view, self.fetched, self._own = view, None, None
 
     def _commit(self, applied: bool, otherwise: Sequence[tuple[int, int]] = ()) -> None:
         """Keep the steps since the last push, or go back to before them; in some slices, do ``otherwise``."""

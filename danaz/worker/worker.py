@@ -125,24 +125,24 @@ class Worker:
             self._local_steps = 0
             if self._core is not None:
                 params = self.flat.params
-                self._take(
-                    self._pushed(lambda core, wants: core.push(grad, lr, samples, loss, batch, params, wants), batch)
-                )
+                self._push(lambda core, wants: core.push(grad, lr, samples, loss, batch, params, wants), batch)
             self._share()
         computed = began if self.pipeline is not None else max(began, self._ready)
         self.metrics.computing_s += computed - self._since
         self._since = perf_counter()
         self.metrics.exchanging_s += self._since - computed
 
-    def _pushed(self, make: Callable[[WorkerCore, bool], Push], batch: int) -> Parameters:
-        """Push ``batch``; the view to go on with is the answer's or, in a pipeline, the one fetched ahead."""
+    def _push(self, make: Callable[[WorkerCore, bool], Push], batch: int) -> None:
+        """Push ``batch``, and go on with the view of the answer or, in a pipeline, the one that was fetched ahead."""
         assert self._core is not None
         fetched = self._pipeline_end()
         others = () if fetched is None else tuple(other for other in fetched.leases if other != batch)
         if self.pipeline is None or fetched is None or fetched.done or not others:
-            return self._view_from(lambda core: make(core, True))
-        self.pipeline.begin(make(self._core, False))
-        return replace(fetched, leases=others)
+            self._take(self._view_from(lambda core: make(core, True)))
+            return
+        push = make(self._core, False)
+        self._take(replace(fetched, leases=others))
+        self.pipeline.begin(push)
 
     def _pipeline_end(self) -> Parameters | None:
         return None if self.pipeline is None else self.pipeline.end()
@@ -206,10 +206,10 @@ class Worker:
         return reply
 
     def _take(self, reply: Parameters) -> None:
-        """Put a view and its news where all ranks get them from."""
+        """Put news, and what to compute on, where all ranks get them from."""
         assert self._core is not None
         self._pack(reply)
-        self._core.staging.load(self.flat.params, reply.view)
+        self._core.compute_on(self.flat.params)
 
     def _share(self) -> None:
         """All ranks go on with rank 0's view; what comes after it is fetched while they compute."""
