@@ -226,7 +226,7 @@ class Live:
             self.optimizer.zero_grad()
             loss.backward()
             with Reads() as reads:
-                self.optimizer.step(loss=loss)
+                self.optimizer.step()
             self.reads.append(reads.count)
         self.worker.leave()
         self.worker.close(in_good_order=True)
@@ -248,7 +248,7 @@ def test_over_sockets_too(shards, pipelined, sync_period):
 
 
 def test_a_step_reads_nothing_from_the_device():
-    """But what the link reads: with the push and, as numbers in host memory, with each slice of a view."""
+    """But for what the link reads of each slice of a view, which are numbers in host memory."""
     in_a_pipeline = Live(1, True, None, None).reads
     assert in_a_pipeline[:-1] == [0] * 11, "another thread exchanges, but for the last push, that nothing comes after"
     assert in_a_pipeline[-1] > 0
