@@ -200,8 +200,10 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
 
 def kept_loss(loss: Loss) -> Loss:
-    """The loss as it is now. It is read later: to wait for one on a GPU is to wait for all of backward."""
-    return loss.detach().to(torch.float64, copy=True) if isinstance(loss, Tensor) else loss
+    """The loss as it is now. One on a GPU is read later: to wait for it is to wait for all of backward."""
+    if not isinstance(loss, Tensor):
+        return loss
+    return loss.item() if loss.device.type == "cpu" else loss.detach().to(torch.float64, copy=True)
 
 
 def weight_decays(param_groups: Sequence[dict[str, Any]]) -> tuple[float, ...]:

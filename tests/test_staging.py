@@ -227,7 +227,7 @@ class Live:
             self.optimizer.zero_grad()
             loss.backward()
             with Reads() as reads:
-                self.optimizer.step(loss=loss)
+                self.optimizer.step()
             self.reads.append(reads.count)
         self.worker.leave()
         self.worker.close(in_good_order=True)
@@ -249,7 +249,7 @@ def test_over_sockets_too(shards, pipelined, sync_period):
 
 
 def test_a_step_reads_nothing_from_the_device():
-    """But what the link reads: with the push and, as numbers in host memory, with each slice of a view."""
+    """But for what the link reads of each slice of a view, which are numbers in host memory."""
     in_a_pipeline = Live(1, True, None, None).reads
     assert in_a_pipeline[:-1] == [2] * 11, (
         "the least and the largest of a push that it computes on before it is applied"
