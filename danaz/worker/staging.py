@@ -103,7 +103,7 @@ class GpuStaging(Staging):
         self._computed, self._loaded = cuda.event(), cuda.event()
         self._leaving: list[Tensor] = []  # device memory that must stay until it is copied
         self._gathered = cuda.empty(floats)  # f32[P], the newest view
-        self._gathered_from = 0  # the room it lies in
+        self._gathered_from = 0  # the room that it arrived in
 
     def room(self, floats: int) -> Tensor:
         return self._cuda.pinned((floats,))
@@ -138,7 +138,8 @@ class GpuStaging(Staging):
 
     def load(self, params: Tensor, view: Tensor) -> None:
         if _room_of(view) != self._gathered_from:
-            self._gather(0, view)  # it came in one piece
+            self._gather(0, view)  # it came in one piece, of memory that another may come in
+            self._gathered_from = 0
         current = self._cuda.current_stream()
         current.wait_stream(self._in)
         self._cuda.copy(params, self._gathered, current)
