@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import multiprocessing
 import statistics
 import sys
 import time
-from itertools import pairwise
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from slow_link import SlowLink, missing, slow_link
@@ -39,7 +40,7 @@ from danaz.worker.link import DealerLink
 from danaz.worker.worker import Worker
 
 CONTEXT = multiprocessing.get_context("fork")
-START_S = 60.0
+PATIENCE_S = 300.0  # with a server that starts, and with all batches of a worker
 SETTLE = 10  # batches before those that count: until the pipeline knows how long computing and fetching take
 FIGURES = ("compute_ms", "plain_ms", "pipelined_ms", "hidden_percent")
 LINE = "{workers:>7} {ratio:>16}" + "".join(f" {{{name}:>{len(name)}}}" for name in FIGURES)
@@ -66,7 +67,7 @@ def window(link: SlowLink, workers: int, computing_s: float, pipelined: bool, op
             children.append(CONTEXT.Process(target=_work, args=arguments, daemon=True))
             children[-1].start()
             pipes.append(here)
-        windows = [_get(pipe, options.batches * (computing_s + 60 * options.megabytes / 1000)) for pipe in pipes]
+        windows = [_get(pipe) for pipe in pipes]
         return Window(*map(statistics.mean, zip(*windows, strict=True)))
     finally:
         for child in children:
@@ -74,8 +75,8 @@ def window(link: SlowLink, workers: int, computing_s: float, pipelined: bool, op
             child.join()
 
 
-def _get(pipe: Connection, patience_s: float = 0.0) -> object:
-    if not pipe.poll(START_S + patience_s):
+def _get(pipe: Connection) -> Any:
+    if not pipe.poll(PATIENCE_S):
         raise TimeoutError("a server or worker did not answer")
     return pipe.recv()
 
@@ -102,19 +103,20 @@ def _work(
     worker = make_worker(address, number, pipelined, options)
     grad = torch.full_like(worker.flat.params, 1e-6)
     worker.join(bring_params=number == 0)
-    ends, waits = [], []
-    while len(ends) <= SETTLE + options.batches:
+    times = []  # of beginning and computed, for each batch
+    for done in itertools.count():  # until the parent ends it, so that the others' link stays as busy as it was
         batch, began = worker.batches.begin(), time.monotonic()
         time.sleep(computing_s)
-        waits.append(time.monotonic() - began)
+        times.append((began, time.monotonic()))
         worker.push(grad, (1e-6,), 1, None, batch)
-        ends.append(time.monotonic())
-    batches_s = [after - before for before, after in pairwise(ends[SETTLE:])]
-    tell.send(Window(statistics.mean(batches_s), statistics.mean(waits[SETTLE + 1 :])))
-    while True:  # the others' link stays as busy as it was, until the parent ends it
-        batch = worker.batches.begin()
-        time.sleep(computing_s)
-        worker.push(grad, (1e-6,), 1, None, batch)
+        if done == SETTLE + options.batches:
+            tell.send(_window(times[SETTLE:]))
+
+
+def _window(times: Sequence[tuple[float, float]]) -> Window:
+    """The last batch says when the one before it was over."""
+    (first, _), *_, (last, _) = times
+    return Window((last - first) / (len(times) - 1), statistics.mean(computed - began for began, computed in times))
 
 
 def make_worker(address: str, number: int, pipelined: bool, options: argparse.Namespace) -> Worker:

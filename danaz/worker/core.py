@@ -87,13 +87,13 @@ class WorkerCore:
         self.done = False  # no batches are left for anyone
         self.epoch = 0.0  # of the whole cluster, as it last heard
         self.compressor = compressor  # of pushes
+        self.push_moves_view = push_moves_view
         self._state = "new"  # -> joined -> left -> gone
         self._request = 0
         self._outstanding: Request | None = None
         self._view: View | None = None  # at hand
         self.fetched: View | None = None  # ahead, while a batch is computed on the one at hand
         self._ahead = False  # whether a view that comes now is for after the one at hand
-        self._push_moves_view = push_moves_view
         self._own: Tensor | None = None  # f32[P], the push under way that the view at hand lacks
         self._in_doubt = False  # whether that may be refused: the last one was, or this worker had to join anew
         self._committed = self._zeros(device)  # the rule's vectors after the last applied push
@@ -201,10 +201,14 @@ class WorkerCore:
         )
         self._undecided, self._ahead = number, not wants_view
         if not wants_view:
-            self._view, self.fetched = self.fetched, None
-            adds_up = self._push_moves_view and not self._in_doubt and all_finite(out)
-            self._own = out if adds_up else None
+            self._turn(out)
         return self._ask(push)
+
+    def _turn(self, push: Tensor) -> None:
+        """Go on with the view that was fetched ahead, which lacks ``push`` f32[P]."""
+        self._view, self.fetched = self.fetched, None
+        adds_up = self.push_moves_view and not self._in_doubt and all_finite(push)
+        self._own = push if adds_up else None
 
     def compute_on(self, params: Tensor) -> None:
         """Put into ``params`` f32[P] what the next gradient is to be computed on."""
