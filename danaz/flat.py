@@ -58,11 +58,15 @@ class Layout:
     def buffer_size(self) -> int:
         return self.buffers[-1].stop if self.buffers else 0
 
-    def slices(self) -> Iterator[tuple[int, int, int]]:
-        """(group, start, stop) that tile the vector: no slice crosses a group or a multiple of SLICE_FLOATS."""
+    def slices(self, floats: int | None = None) -> Iterator[tuple[int, int, int]]:
+        """(group, start, stop) that tile the vector: no slice crosses a group or a multiple of ``floats``.
+
+        By default, of SLICE_FLOATS.
+        """
+        floats = floats or SLICE_FLOATS
         for group, (start, stop) in enumerate(self.groups):
             while start < stop:
-                end = min(start - start % SLICE_FLOATS + SLICE_FLOATS, stop)
+                end = min(start - start % floats + floats, stop)
                 yield group, start, end
                 start = end
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from danaz.flat import FlatModel
 from danaz.schedule import warmup_factor
+from danaz.worker.core import Loss
 from danaz.worker.group import Group
 
-Push = Callable[[Tensor, list[float], float | None], None]  # (mean gradient f32[P], lr per group, mean loss)
+Push = Callable[[Tensor, list[float], Loss], None]  # (mean gradient f32[P], lr per group, mean loss)
 
 BUCKET_FLOATS = 1 << 20  # 4 MB: long enough to use the wire well, short enough to begin while backward still runs
 
@@ -96,7 +97,7 @@ class GradientExchange:
         grads.mul_(self.weight) if self.weight else grads.zero_()
         self._handles.append(self.group.sum_async(grads, f"grads.{number}"))
 
-    def finish(self, loss: float | None, lr: list[float]) -> tuple[float | None, list[float]]:
+    def finish(self, loss: Loss, lr: list[float]) -> tuple[Loss, list[float]]:
         """Return when the flat gradient is the mean over the batch; returns the batch's mean loss, and rank 0's rates.
 
         Rank 0's, because the loop of a rank that had no samples now and then has moved its schedule less often.
@@ -106,9 +107,10 @@ class GradientExchange:
             return loss, lr
         while len(self._handles) < len(self._buckets):
             self._begin_next()
-        loss_share, rates = (loss or 0.0) * self.weight, lr if self.group.rank == 0 else [0.0] * len(lr)
+        share = 0.0 if loss is None else float(loss) * self.weight
+        rates = lr if self.group.rank == 0 else [0.0] * len(lr)
         # float32 like the gradients, so that Horovod can sum both in one go.
-        scalars = torch.tensor([loss_share, float(loss is not None), *(part for r in rates for part in _parts(r))])
+        scalars = torch.tensor([share, float(loss is not None), *(part for r in rates for part in _parts(r))])
         self._handles.append(self.group.sum_async(scalars, "scalars"))
         for handle in self._handles:
             self.group.wait(handle)
@@ -159,7 +161,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self.exchange = GradientExchange(self.flat, group, backward_passes_per_step)
         self._wrapped = optimizer
         self._push: Push | None = None
-        self._synchronized: tuple[float | None, list[float]] | None = None  # mean loss, lr per group
+        self._synchronized: tuple[Loss, list[float]] | None = None  # mean loss, lr per group
         super().__init__(optimizer.param_groups, optimizer.defaults)
 
     def connect(self, push: Push) -> None:
@@ -170,7 +172,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """Wait for the mean gradient, to look at or clip it before ``step()``."""
         if self._synchronized is None:
             lr = [float(group["lr"]) for group in self.param_groups]
-            self._synchronized = self.exchange.finish(loss.item() if isinstance(loss, Tensor) else loss, lr)
+            self._synchronized = self.exchange.finish(kept_loss(loss), lr)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, loss: float | Tensor | None = None) -> Any:
@@ -195,6 +197,13 @@ class DistributedOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of all parameters."""
         super().zero_grad(set_to_none)
+
+
+def kept_loss(loss: Loss) -> Loss:
+    """The loss as it is now. One on a GPU is read later: to wait for it is to wait for all of backward."""
+    if not isinstance(loss, Tensor):
+        return loss
+    return loss.item() if loss.device.type == "cpu" else loss.detach().to(torch.float64, copy=True)
 
 
 def weight_decays(param_groups: Sequence[dict[str, Any]]) -> tuple[float, ...]:

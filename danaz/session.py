@@ -21,10 +21,11 @@ from danaz.server.core import ServerCore
 from danaz.server.messages import Heartbeat
 from danaz.settings import Place, Settings
 from danaz.signals import note_ending_signals
-from danaz.worker.core import Role, WorkerCore
+from danaz.worker.core import Loss, Role, WorkerCore
 from danaz.worker.group import Group, make_group
 from danaz.worker.link import DealerLink, Link, LocalLink
 from danaz.worker.sharded import connect
+from danaz.worker.staging import IN_PLACE, Staging, staging_for
 from danaz.worker.worker import Worker
 
 
@@ -101,8 +102,11 @@ class Session:
                 ahead=ahead,
             )
             compressor = self.settings.compressor(role.layout)
-            core = WorkerCore(role, rule.worker_rule, optimizer.flat.params.device, compressor=compressor)
-            link = self._link(role)
+            device = optimizer.flat.params.device
+            # A server in this process has its vectors where the model is.
+            staging = IN_PLACE if self.place.server is None else staging_for(device, role.layout.size)
+            core = WorkerCore(role, rule.worker_rule, device, staging, compressor, rule.push_moves_view)
+            link = self._link(role, staging)
         self._batching = batching
         self._share = self._share_of_batch()
         self._scales_lr = rule.scales_lr
@@ -118,11 +122,12 @@ class Session:
         """Under ssgd one update takes a batch of every worker, otherwise of one."""
         return self.settings.workers if self.place.server is None else 1
 
-    def _link(self, role: Role) -> Link:
+    def _link(self, role: Role, staging: Staging) -> Link:
         if self.place.server is not None:
             heartbeat, keys = Heartbeat(role.worker, role.incarnation), self.place.keys
             addresses = [self.place.server, *self.place.followers]
-            return connect(addresses, role.layout, lambda address: DealerLink(address, heartbeat, keys=keys))
+            dealer = partial(DealerLink, heartbeat=heartbeat, keys=keys, staging=staging)
+            return connect(addresses, role.layout, dealer, staging)
         settings = self.settings.for_server(workers=1, weight_decay=weight_decays(self.optimizer.param_groups))
         if self.place.run is None or self.group.rank != 0:
             return LocalLink(ServerCore(settings))
@@ -199,7 +204,7 @@ class Session:
             # The mean gradient is here now; a loop that clears gradients behind its own steps would add to it.
             self.optimizer.zero_grad()
 
-    def _push(self, grad: Tensor, lr: list[float], loss: float | None) -> None:
+    def _push(self, grad: Tensor, lr: list[float], loss: Loss) -> None:
         """What optimizer.step() ends in."""
         portion, self._portion = self._portion, None
         if portion is None:

@@ -73,7 +73,8 @@ class Cluster:
 
     def join(self, worker: int, incarnation: int = 1) -> None:
         role = Role(worker, incarnation, DIGEST, self.momentum, self.layout, self.plan, self.ahead)
-        self.workers[worker] = WorkerCore(role, self.settings.rule(self.momentum).worker_rule)
+        rule = self.settings.rule(self.momentum)
+        self.workers[worker] = WorkerCore(role, rule.worker_rule, push_moves_view=rule.push_moves_view)
         self.say(worker, self.workers[worker].join(self.params if worker == 0 else None))
 
     def push(

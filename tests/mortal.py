@@ -16,6 +16,7 @@ from danaz.server.state import CoreState
 from danaz.worker.core import Role, WorkerCore
 
 WORKERS = 3
+WAITS_FOR_OTHERS = {"ssgd"}  # and cannot be pipelined
 PushId = tuple[int, int, int]  # worker, incarnation, request
 
 
@@ -23,10 +24,11 @@ class MortalCluster:
     """Up to three worker cores around one server core, and all that is known of them to check what always holds.
 
     Requests may be lost, delivered again, and again late; replies may be lost. A server started anew has its last
-    checkpoint and the journal of all updates, as the keeper has them.
+    checkpoint and the journal of all updates, as the keeper has them. In a pipeline, each worker fetches the next view
+    before it pushes, and goes on with that one.
     """
 
-    def begin(self, algorithm, ahead, batches):
+    def begin(self, algorithm, ahead, batches, pipelined):
         self.plan = Plan(batches, 2)
         self.updates = []
         self.settings = ServerSettings(
@@ -38,12 +40,14 @@ class MortalCluster:
         self.life = self.journal_life = 0
         self.checkpoint: CoreState | None = None
         self.core = self.make_core()
-        self.ahead, self.now = ahead, 0.0
+        self.pipelined = pipelined and algorithm not in WAITS_FOR_OTHERS
+        self.ahead, self.now = ahead + self.pipelined, 0.0
         self.inbox: dict[tuple[int, int], list[Reply]] = {}  # of a process: worker and incarnation
         self.sent: dict[int, list[Request]] = {worker: [] for worker in range(WORKERS)}
         self.incarnation = dict.fromkeys(range(WORKERS), 0)
         self.workers: dict[int, WorkerCore] = {}
         self.last: dict[int, Parameters] = {}
+        self.views: dict[int, list[torch.Tensor]] = {}  # as each worker's process got them
         self.finals: list[Final] = []
         self.leaving: dict[int, Leave] = {}  # the last one of each worker's process, if it left when all was done
         self.given_back: dict[tuple[int, int], torch.Tensor | None] = {}  # by each process that has left
@@ -89,8 +93,10 @@ class MortalCluster:
     def start(self, worker):
         self.incarnation[worker] += 1
         role = Role(worker, self.incarnation[worker], DIGEST, 0.9, LAYOUT, self.plan, self.ahead)
-        self.workers[worker] = WorkerCore(role, self.settings.rule(0.9).worker_rule)
+        rule = self.settings.rule(0.9)
+        self.workers[worker] = WorkerCore(role, rule.worker_rule, push_moves_view=rule.push_moves_view)
         self.last.pop(worker, None)
+        self.views[worker] = []
         self.applied[worker] = set()
         self.leaving.pop(worker, None)
         self.inbox[worker, role.incarnation] = []
@@ -128,6 +134,7 @@ class MortalCluster:
             core.receive(reply)
             if isinstance(reply, Parameters):
                 self.last[worker] = reply
+                self.views[worker] += [reply.view.clone()] * (reply.view.numel() > 0)
                 assert reply.done or worker not in self.leaving, "its process is behind the end of the run"
                 if reply.applied or undecided == reply.last_applied != 0:
                     self.applied[worker].add((worker, core.role.incarnation, undecided))
@@ -145,9 +152,12 @@ class MortalCluster:
         if view.done:
             self.leaving[worker] = core.leave(torch.full((2,), float(worker)))
             self.ask(worker, self.leaving[worker], lost)
+        elif view.leases and self.pipelined and core.fetched is None:
+            self.ask(worker, core.pull(ahead=True), lost)
         elif view.leases:
-            push = core.push(torch.full((SIZE,), grad), (lr,), 2, 1.0, view.leases[0])
-            self.ask(worker, push, lost)
+            batch, *others = view.leases
+            wants_view = not (self.pipelined and others)
+            self.ask(worker, core.push(torch.full((SIZE,), grad), (lr,), 2, 1.0, batch, wants_view=wants_view), lost)
         else:
             self.ask(worker, core.pull(), lost)
 

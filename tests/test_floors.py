@@ -39,6 +39,7 @@ FLOORS = {
     "danaz.server.core": 1,
     "danaz.server.wire": 1,
     "danaz.worker.core": 1,
+    "danaz.worker.staging": 1,
     "danaz.server": 2,
     "danaz.worker": 2,
     "danaz.simulate": 2,

@@ -39,8 +39,9 @@ def workers_since(folder: Path, version: int) -> set[int]:
     return {update["worker"] for update in live.read_updates(folder)[version:]}
 
 
-def test_a_killed_rank_comes_back_and_pushes_again(begin: Callable[..., live.Running]) -> None:
-    run = begin()
+@pytest.mark.parametrize("manner", [(), ("--pipeline",)], ids=["plain", "pipeline"])
+def test_a_killed_rank_comes_back_and_pushes_again(begin: Callable[..., live.Running], manner: tuple[str, ...]) -> None:
+    run = begin(*manner)
     os.kill(run.pid("rank"), signal.SIGKILL)
     killed_at = len(live.read_updates(run.folder))
     live.until(lambda: workers_since(run.folder, killed_at + 100) >= {0, 1}, "both workers push")

@@ -33,7 +33,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, MultiStepLR
 from torch.utils.data import DataLoader
 
 from danaz.data import Batching
-from danaz.optimizer import DistributedOptimizer, UnsupportedOptimizerError, effective_lr
+from danaz.optimizer import DistributedOptimizer, UnsupportedOptimizerError, effective_lr, kept_loss
 from danaz.session import NotInitializedError
 from danaz.worker.group import SoloGroup
 
@@ -94,6 +94,16 @@ def test_channels_last_keeps_its_strides_and_equals_contiguous_training() -> Non
     train(channels_last, step=step)
     assert channels_last.convolution.weight.stride() == strides
     assert_same(channels_last, contiguous)
+
+
+def test_a_loss_on_a_device_is_not_read_by_the_step() -> None:
+    """Nor is it the tensor that a captured graph writes the next loss into. The meta device has nothing to read."""
+    loss = torch.zeros((), device="meta", requires_grad=True)
+    kept = kept_loss(loss)
+    assert isinstance(kept, Tensor)
+    assert (kept.dtype, kept.requires_grad, kept is loss) == (torch.float64, False, False)
+    assert kept_loss(torch.tensor(0.5)) == kept_loss(0.5) == 0.5
+    assert kept_loss(None) is None
 
 
 # ---- rates ----------------------------------------------------------------------------------------------------------

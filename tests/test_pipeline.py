@@ -1,63 +1,60 @@
-"""The pipeline: what each batch is computed on, how late it is applied, and that nothing is applied twice."""
+"""The pipeline: what each batch is computed on, how late it is applied, and what faults beside a batch leave of it."""
 
 from __future__ import annotations
 
-import random
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from stimuli import LAYOUT, SIZE
+from cluster import DIGEST, Cluster
+from oracle import ORACLES
+from stimuli import GRADIENT, INF, NAN, SIZE
+from torch import Tensor, nn
 
+from danaz.codecs import Compressor, push_codec
 from danaz.config import load_config
+from danaz.flat import FlatModel, chunks
 from danaz.launching import LaunchError, check_workers
 from danaz.rules.base import HyperparameterError
 from danaz.server.core import ServerCore
-from danaz.server.messages import Parameters, Plan, Push, Refusal
+from danaz.server.messages import Parameters, Plan, Pull, Push, Refusal, Reply
 from danaz.server.settings import ServerSettings
+from danaz.server.state import CoreState
 from danaz.settings import Settings
 from danaz.simulate.simulator import Simulation
-from danaz.worker.core import Role, WorkerCore
+from danaz.worker.core import Request, Role, WorkerCore
+from danaz.worker.group import SoloGroup
+from danaz.worker.link import LocalLink, ServerLostError
+from danaz.worker.worker import Worker
 
 QUADRATIC = Path(__file__).parents[1] / "configs/quadratic.yaml"
 WORKERS = 4
 
 
-def simulation(folder: Path, *overrides: str, late: bool = True) -> Simulation:
+def simulation(folder: Path, *overrides: str) -> Simulation:
     sets = (f"workers={WORKERS}", "epochs=1", "threads=1", "schedule=round-robin", "pipeline=true", *overrides)
-    simulated = Simulation(load_config(QUADRATIC, sets), folder)
-    simulated.fetches_late = late
-    return simulated
+    return Simulation(load_config(QUADRATIC, sets), folder)
 
 
-@pytest.mark.parametrize(("late", "lag"), [(True, WORKERS), (False, 2 * WORKERS - 1)])
-def test_it_equals_its_definition(tmp_path, late, lag):
-    """θ ← θ − ηg(θ of ``lag`` updates before), recomputed from first principles on the recorded pushes."""
-    simulated = simulation(tmp_path, "algorithm=asgd", late=late)
+@pytest.mark.parametrize("algorithm", ["asgd", "dana", "dana-zero", "nag-asgd", "multi-asgd"])
+def test_it_equals_its_definition(algorithm, tmp_path):
+    """x ← the view as it was before the worker's own push; under dana, as it would be with that push on top."""
+    curvature, lr = np.logspace(-2, 0, 1000), np.full(1000, 0.01)
+    simulated = simulation(tmp_path, f"algorithm={algorithm}", "lr=0.01")
     simulated.start()
-    handle, history, pushed = simulated.server.handle, [simulated.server.master.params.double().clone()], []
-
-    def listen(route, message, now):
-        if isinstance(message, Push):
-            core = simulated.workers[message.worker].core
-            pushed.append((message, message.push.clone()))
-            assert core.version >= message.view_version
-        replies = handle(route, message, now)
-        if isinstance(message, Push):
-            history.append(simulated.server.master.params.double().clone())
-        return replies
-
-    simulated.server.handle = listen
-    simulated.advance(40)
-    x = simulated.flat.params
-    for version, (message, push) in enumerate(pushed):
-        if version >= 2 * WORKERS:
-            assert version - message.view_version == lag
-        x.copy_(history[message.view_version])
-        grad, _, _ = simulated._gradient(message.batch)
-        assert torch.allclose(push, grad, rtol=1e-5, atol=1e-6), "the gradient at the view that it names"
-        expected = history[version] - message.lr[0] * grad.double()
-        assert torch.allclose(history[version + 1], expected, rtol=1e-5, atol=1e-6)
+    oracle = ORACLES[algorithm](np.zeros(1000), WORKERS, 0.9)
+    points = oracle.start()
+    for turn in range(60):
+        worker = turn % WORKERS
+        fetched, before = oracle.view(worker).copy(), oracle.theta
+        oracle.push(worker, [(curvature * (points[worker] - 1), lr)], 1)
+        points[worker] = fetched + (oracle.theta - before if algorithm == "dana" else 0)
+        simulated.advance(1)
+        np.testing.assert_allclose(simulated.server.master.params, oracle.theta, rtol=1e-4, atol=1e-7)
+        assert simulated.server.members[worker].lag == min(turn, WORKERS), "of the view that was sent"
 
 
 @pytest.mark.parametrize("algorithm", ["dana", "dana-zero", "dc-asgd", "dana-ga", "asgd"])
@@ -70,57 +67,286 @@ def test_it_goes_downhill(tmp_path, algorithm):
     assert summary["final_train_loss"] < losses[0] / 5
 
 
-def ask(worker, request, server, chance, last):
-    """Bring a request to the server over a line that loses and repeats; joins anew when told to."""
-    number, answered = worker.role.worker, None
-    while answered is None:
-        for _ in range(chance.choice((0, 1, 1, 2))):
-            replies = [reply for route, reply in server.handle(number, request, 0.0) if route == number]
-            answered = next((r for r in replies if chance.random() < 0.8), answered)
-        if server.leases.done and answered is None:
-            answered = next(reply for route, reply in server.handle(number, request, 0.0) if route == number)
-    if isinstance(answered, Refusal):
-        assert answered.rejoin
-        worker.receive(answered)
-        return ask(worker, worker.join(), server, chance, last)
-    worker.receive(answered)
-    last[number] = answered
-    return answered
+# ---- one batch after the other ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("algorithm", ["dana", "dana-zero", "dana-ga"])
-@pytest.mark.parametrize("seed", range(5))
-def test_exactly_once_whatever_is_lost_or_repeated(algorithm, seed):
-    """Two workers, requests lost and delivered twice, answers lost, a worker given up now and then."""
-    chance, applied, plan = random.Random(seed), [], Plan(30, 1)
-    settings = ServerSettings(algorithm=algorithm, workers=2, worker_timeout_s=100.0)
-    server = ServerCore(settings, on_update=applied.append)
-    rule, now = settings.rule(0.9).worker_rule, 0.0
-    workers = [WorkerCore(Role(w, 1, "", 0.9, LAYOUT, plan, ahead=2), rule) for w in range(2)]
-    last: dict[int, Parameters] = {}
-    for worker in workers:
-        for route, reply in server.handle(worker.role.worker, worker.join(torch.zeros(SIZE)), now):
-            workers[route].receive(reply)
-            last[route] = reply
+class Pipelined(Cluster):
+    """Workers that fetch the next view, and then push: its answer brings none."""
 
-    while not server.leases.done:
-        worker = chance.choice(workers)
-        number = worker.role.worker
-        if chance.random() < 0.05:
-            server.members[number].heard_at = -1000.0
-            server.tick(now)
-        if not last[number].leases:
-            if server.leases._returned or server.leases._next < plan.batches:
-                ask(worker, worker.pull(), server, chance, last)
-            continue
-        if worker.fetched is None:
-            ask(worker, worker.pull(ahead=True), server, chance, last)
-        if worker.fetched is None or not last[number].leases:
-            continue
-        push = worker.push(torch.randn(SIZE), (0.1,) * len(LAYOUT.groups), 1, 1.0, last[number].leases[0], None, False)
-        ask(worker, push, server, chance, last)
-    assert sorted(update.batch for update in applied) == list(range(plan.batches))
-    assert len({(u.worker, u.request) for u in applied}) == plan.batches
+    def __init__(self, algorithm: str = "dana", workers: int = 2, params: Tensor | None = None):
+        super().__init__(algorithm, workers, torch.ones(SIZE) if params is None else params, ahead=2)
+
+    def fetch(self, worker: int) -> Tensor:
+        """A copy of the view that comes."""
+        self.say(worker, self.workers[worker].pull(ahead=True))
+        return self.views[worker].clone()
+
+    def make(self, worker: int, grad: Tensor) -> Push:
+        return self.workers[worker].push(grad, (0.1,), 1, 1.0, self.leases(worker)[0], wants_view=False)
+
+    def push_beside(self, worker: int, grad: Tensor = GRADIENT) -> Parameters:
+        reply = self.say(worker, self.make(worker, grad))
+        assert isinstance(reply, Parameters)
+        return reply
+
+    def point(self, worker: int) -> Tensor:
+        """What the worker computes on, f32[P]."""
+        point = torch.empty(self.params.numel())
+        self.workers[worker].compute_on(point)
+        return point
+
+    def is_sent_away(self, worker: int, request: Request) -> None:
+        """The worker joins anew."""
+        refusal = self.say(worker, request)
+        assert isinstance(refusal, Refusal)
+        assert refusal.rejoin
+        self.say(worker, self.workers[worker].join())
+
+
+class TestWhatItComputesOn:
+    @pytest.mark.parametrize("codec", ["fp32", "bf16", "onebit", "topk:0.3"])
+    def test_under_dana_what_the_server_will_hold(self, codec):
+        """To the bit, whatever a lossy push decodes to: a lone worker's view lacks nothing but its own push."""
+        size = 5000
+        cluster = Pipelined(workers=1, params=torch.randn(size))
+        cluster.workers[0].compressor = Compressor(push_codec(codec), list(chunks(size)))
+        for _ in range(5):
+            cluster.fetch(0)
+            cluster.push_beside(0, torch.randn(size))
+            assert torch.equal(cluster.point(0), cluster.server.master.params)
+
+    def test_the_view_itself_stays_as_it_was_sent(self):
+        """A server that was restarted may go on from it."""
+        cluster = Pipelined()
+        view = cluster.fetch(0)
+        push = cluster.make(0, GRADIENT)
+        assert torch.equal(cluster.point(0), view + push.push)
+        cluster.workers[0].receive(Refusal(push.request, "the server was restarted", rejoin=True))
+        assert torch.equal(cluster.workers[0].join().params, view)
+
+    @pytest.mark.parametrize("algorithm", ["asgd", "dana-zero", "dana-ga"])
+    def test_under_others_the_view(self, algorithm):
+        cluster = Pipelined(algorithm)
+        view = cluster.fetch(0)
+        cluster.push_beside(0)
+        assert torch.equal(cluster.point(0), view)
+
+    def test_a_fresh_view_lacks_nothing(self):
+        cluster = Pipelined()
+        cluster.fetch(0)
+        cluster.push_beside(0)
+        cluster.pull(0)
+        assert torch.equal(cluster.point(0), cluster.server.master.params)
+
+    @pytest.mark.parametrize("bad", [NAN, INF])
+    def test_no_push_that_will_be_refused(self, bad):
+        cluster = Pipelined()
+        view = cluster.fetch(0)
+        assert cluster.push_beside(0, GRADIENT * bad).refused
+        assert torch.equal(cluster.point(0), view)
+
+    def test_no_push_that_may_be_refused(self):
+        """As the last one was: else a refused outlier leads to the next, and no batch is computed on a sound view."""
+        cluster = Pipelined()
+        cluster.fetch(0)
+        cluster.push_beside(0, GRADIENT * NAN)
+        view = cluster.fetch(0)
+        assert cluster.push_beside(0).applied
+        assert torch.equal(cluster.point(0), view)
+        view = cluster.fetch(0)
+        cluster.push_beside(0)
+        assert not torch.equal(cluster.point(0), view), "all is well again"
+
+
+class TestFaultsBetweenPushAndFetch:
+    def goes_on(self, cluster: Pipelined, updates: int) -> None:
+        """What worker 0 made of its old view is refused, computed again, and applied once."""
+        refused = cluster.push_beside(0)
+        assert not refused.applied
+        assert torch.equal(cluster.point(0), cluster.workers[0]._view.params), "the push on top would be refused too"
+        cluster.fetch(0)
+        assert cluster.push_beside(0).applied
+        assert [update.version for update in cluster.updates] == list(range(1, updates + 1))
+        assert len({update.batch for update in cluster.updates}) == updates == cluster.server.leases.completed
+
+    def test_given_up_before_the_fetch(self):
+        cluster = Pipelined()
+        cluster.fetch(0)
+        assert cluster.push_beside(0).applied
+        cluster.lose(0)
+        cluster.is_sent_away(0, cluster.workers[0].pull(ahead=True))
+        self.goes_on(cluster, updates=2)
+        assert torch.allclose(cluster.workers[0].vectors["velocity"], 1.9 * GRADIENT)
+
+    def test_given_up_before_the_push(self):
+        cluster = Pipelined()
+        cluster.fetch(0)
+        push = cluster.make(0, GRADIENT)
+        cluster.lose(0)
+        cluster.push(1, GRADIENT, 0.1)
+        cluster.is_sent_away(0, push)
+        self.goes_on(cluster, updates=2)
+        assert torch.allclose(cluster.workers[0].vectors["velocity"], GRADIENT)
+
+    def test_given_up_when_the_answer_to_the_push_was_lost(self):
+        cluster = Pipelined()
+        cluster.fetch(0)
+        push = cluster.make(0, GRADIENT)
+        cluster.server.handle(0, push, cluster.now)
+        cluster.lose(0)
+        cluster.is_sent_away(0, push)
+        self.goes_on(cluster, updates=2)
+        assert torch.allclose(cluster.workers[0].vectors["velocity"], 1.9 * GRADIENT)
+
+    @pytest.mark.parametrize("answered", [True, False])
+    def test_the_server_restarted(self, answered):
+        """It goes on from the view that this worker computed its push on, and without that push."""
+        cluster = Pipelined()
+        state = cluster.server.state()
+        cluster.push(1, GRADIENT, 0.1)
+        view = cluster.fetch(0)
+        request: Request = cluster.make(0, GRADIENT)
+        if answered:
+            cluster.say(0, request)
+            request = cluster.workers[0].pull(ahead=True)
+        else:
+            cluster.server.handle(0, request, cluster.now)
+        journal = list(cluster.updates)
+        cluster.server = ServerCore(cluster.settings, on_update=cluster.updates.append)
+        cluster.server.restore(state, journal, life=1, now=cluster.now)
+        cluster.is_sent_away(0, request)
+        cluster.come_back(1)
+        assert torch.equal(cluster.server.master.params, view)
+        assert (cluster.server.master.version, cluster.server.figures.lost_updates) == (1, 1)
+        del cluster.updates[1:]  # as the keeper does
+        self.goes_on(cluster, updates=2)
+
+    def test_the_fetch_answered_twice(self):
+        """The worker took the first answer; the server meanwhile counts on the second."""
+        cluster = Pipelined("asgd")
+        fetch = cluster.workers[0].pull(ahead=True)
+        [(_, first)] = cluster.server.handle(0, fetch, 0.0)
+        cluster.push(1, GRADIENT, 0.1)
+        cluster.server.handle(0, fetch, 0.0)
+        cluster.deliver([(0, first)])
+        assert cluster.push_beside(0).applied, "it was computed on the view before"
+        cluster.fetch(0)
+        assert "another view" in cluster.push_beside(0).refused
+        cluster.fetch(0)
+        assert cluster.push_beside(0).applied
+        assert [update.version for update in cluster.updates] == [1, 2, 3]
+
+
+# ---- a training loop, and the exchange beside it ---------------------------------------------------------------------
+
+PLAN = Plan(batches_per_epoch=40, epochs=1)
+
+
+class Line(LocalLink):
+    """A way to a server in this process that is killed, or gives its worker up, when the test says so."""
+
+    def __init__(self, algorithm: str):
+        self.settings = ServerSettings(algorithm=algorithm, workers=1, digest=DIGEST)
+        self.updates: list = []
+        self.life = 0
+        self.checkpoint: CoreState | None = None
+        self.befalls: Callable[[Request], None] = lambda request: None
+        super().__init__(self.start())
+
+    def start(self) -> ServerCore:
+        return ServerCore(self.settings, on_update=self.updates.append, on_milestone=self.keep)
+
+    def keep(self, core: ServerCore) -> None:
+        self.checkpoint = core.state()
+        del self.updates[core.master.version :]
+
+    def exchange(self, request: Request) -> Reply:
+        self.befalls(request)
+        return super().exchange(request)
+
+    def gives_up(self) -> None:
+        self.core.tick(time.monotonic() + 1000)
+
+    def restarts(self) -> None:
+        self.life += 1
+        self.core = self.start()
+        assert self.checkpoint is not None
+        self.core.restore(self.checkpoint, self.updates[self.checkpoint.version :], self.life, time.monotonic())
+
+
+def make_worker(line: Line) -> Worker:
+    model = nn.Linear(SIZE, 1, bias=False)
+    flat = FlatModel(model)
+    rule = line.settings.rule(0.9)
+    role = Role(0, 1, DIGEST, 0.9, flat.layout, PLAN, ahead=2)
+    core = WorkerCore(role, rule.worker_rule, push_moves_view=rule.push_moves_view)
+    return Worker(SoloGroup(), flat, 2, core, line, pipelined=True)
+
+
+def train(worker: Worker) -> None:
+    """½‖θ − 1‖², from the join to the good-bye."""
+    worker.join(bring_params=True)
+    while not worker.done:
+        if worker.batches.waiting:
+            batch = worker.batches.begin()
+            worker.push(worker.flat.params - 1, [0.05], 1, 1.0, batch)
+        else:
+            worker.pull()
+    worker.leave()
+    worker.close(in_good_order=True)
+
+
+FAULTS: dict[str, tuple[type[Request], Callable[[Line, Request], object]]] = {
+    "none": (Push, lambda line, push: None),
+    "given up before the push": (Push, lambda line, push: line.gives_up()),
+    "given up before the fetch": (Pull, lambda line, pull: line.gives_up()),
+    "an answer lost, and given up": (Push, lambda line, push: (LocalLink.exchange(line, push), line.gives_up())),
+    "an answer lost": (Push, lambda line, push: LocalLink.exchange(line, push)),
+    "a view lost": (Pull, lambda line, pull: LocalLink.exchange(line, pull)),
+    "restarted before the push": (Push, lambda line, push: line.restarts()),
+    "restarted before the fetch": (Pull, lambda line, pull: line.restarts()),
+    "restarted behind the push": (Push, lambda line, push: (LocalLink.exchange(line, push), line.restarts())),
+}
+
+
+@pytest.mark.parametrize("algorithm", ["dana", "dana-zero"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_run_goes_on_to_its_end(algorithm, fault):
+    line = Line(algorithm)
+    kind, happens = FAULTS[fault]
+    seen = []
+
+    def befalls(request: Request) -> None:
+        seen.extend([request] * isinstance(request, kind))
+        if isinstance(request, kind) and len(seen) in (5, 17, 18):
+            happens(line, request)
+
+    line.befalls = befalls
+    worker = make_worker(line)
+    train(worker)
+    assert len(seen) > 18
+    assert [update.version for update in line.updates] == list(range(1, PLAN.batches + 1))
+    assert sorted(update.batch for update in line.updates) == list(range(PLAN.batches))
+    assert line.life == (3 if "restarted" in fault else 0)
+    assert line.core.finished
+    assert torch.allclose(worker.flat.params, torch.ones(SIZE), atol=0.3), "it has trained, from within ±1 / √3"
+
+
+def test_what_the_exchange_raises_the_training_loop_hears():
+    line = Line("dana")
+
+    def befalls(request: Request) -> None:
+        if isinstance(request, Pull):
+            raise ServerLostError("the server did not answer")
+
+    line.befalls = befalls
+    worker = make_worker(line)
+    with pytest.raises(ServerLostError, match="did not answer"):
+        train(worker)
+    worker.close(in_good_order=False)
+
+
+# ---- what may be asked for -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("algorithm", ["ssgd", "easgd", "bmuf"])

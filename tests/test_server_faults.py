@@ -26,9 +26,14 @@ ALGORITHMS = ["dana-zero", "dana", "asgd", "ssgd", "dana-ga"]
 class ServerUnderFaults(MortalCluster, RuleBasedStateMachine):
     """Workers crash, stall, lose messages both ways and repeat themselves, around one core that is killed."""
 
-    @initialize(algorithm=st.sampled_from(ALGORITHMS), ahead=st.integers(1, 3), batches=st.integers(1, 8))
-    def begin(self, algorithm, ahead, batches):
-        super().begin(algorithm, ahead, batches)
+    @initialize(
+        algorithm=st.sampled_from(ALGORITHMS),
+        ahead=st.integers(1, 3),
+        batches=st.integers(1, 8),
+        pipelined=st.booleans(),
+    )
+    def begin(self, algorithm, ahead, batches, pipelined):
+        super().begin(algorithm, ahead, batches, pipelined)
 
     # ---- what may happen -----------------------------------------------------------------------------------------
 
@@ -130,6 +135,17 @@ class ServerUnderFaults(MortalCluster, RuleBasedStateMachine):
             assert all(vector.isfinite().all() for vector in vectors)
 
     @invariant()
+    def workers_hold_views_as_they_were_sent(self):
+        """Whatever they compute on: a server that was restarted may go on from such a view. And that is no NaN."""
+        for worker, core in self.workers.items():
+            for view in (core._view, core.fetched):
+                assert view is None or any(torch.equal(view.params, sent) for sent in self.views[worker])
+            if core._view is not None:
+                point = torch.empty(SIZE)
+                core.compute_on(point)
+                assert point.isfinite().all()
+
+    @invariant()
     def worker_and_server_count_the_same_pushes(self):
         """Exactly once, seen from both ends: else dana's velocities and its server drift apart."""
         for worker, core in self.workers.items():
@@ -201,6 +217,7 @@ ALWAYS = [
     ServerUnderFaults.no_batch_is_in_two_hands,
     ServerUnderFaults.the_look_ahead_is_the_sum_of_those_who_are_there,
     ServerUnderFaults.all_is_finite,
+    ServerUnderFaults.workers_hold_views_as_they_were_sent,
     ServerUnderFaults.worker_and_server_count_the_same_pushes,
     ServerUnderFaults.the_parameters_are_the_sum_of_the_journals_pushes,
     ServerUnderFaults.what_is_lost_is_counted,
@@ -209,11 +226,11 @@ WORK_PER_FAULT = 2
 FAULTS_EACH = 2500  # of each algorithm
 
 
-def rehearse(algorithm: str, seed: int) -> int:
+def rehearse(algorithm: str, seed: int, pipelined: bool) -> int:
     """One run to its end in virtual time; returns the number of faults it survived. A failure names its seed."""
     chance = random.Random(f"{algorithm} {seed}")
     machine = ServerUnderFaults()
-    machine.begin(algorithm=algorithm, ahead=chance.randint(1, 3), batches=chance.randint(20, 80))
+    machine.begin(algorithm, ahead=chance.randint(1, 3), batches=chance.randint(20, 80), pipelined=pipelined)
     faults = 0
     while not machine.core.finished and faults < 300:
         for _ in range(chance.randint(0, 2 * WORK_PER_FAULT)):
@@ -245,10 +262,13 @@ def act(machine: ServerUnderFaults, what: Callable[..., None], chance: random.Ra
     return True
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_thousands_of_faults_in_long_runs(algorithm):
+@pytest.mark.parametrize(
+    ("algorithm", "pipelined"),
+    [*((algorithm, False) for algorithm in ALGORITHMS), ("dana", True), ("asgd", True), ("dana-ga", True)],
+)
+def test_thousands_of_faults_in_long_runs(algorithm, pipelined):
     faults = 0
     for seed in count():
-        faults += rehearse(algorithm, seed)
+        faults += rehearse(algorithm, seed, pipelined)
         if faults >= FAULTS_EACH:
             return

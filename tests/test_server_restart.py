@@ -104,9 +104,11 @@ def check(cluster: Cluster, summary: dict[str, Any], restarts: int) -> None:
     assert not (cluster.folder / FOLDER).exists(), "a run that is complete needs none"
 
 
-@pytest.mark.parametrize("algorithm", ["dana", "dana-zero"])
-def test_a_server_that_is_killed_goes_on(algorithm: str, tmp_path: Path, clusters: list[Cluster]) -> None:
-    clusters.append(cluster := Cluster(tmp_path / "run", algorithm))
+@pytest.mark.parametrize(("algorithm", "pipeline"), [("dana", False), ("dana-zero", False), ("dana", True)])
+def test_a_server_that_is_killed_goes_on(
+    algorithm: str, pipeline: bool, tmp_path: Path, clusters: list[Cluster]
+) -> None:
+    clusters.append(cluster := Cluster(tmp_path / "run", algorithm, pipeline=pipeline))
     for updates in (60, 160):
         cluster.kill_server_behind(updates)
         cluster.serve_again()

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 Vectors = Mapping[str, Tensor]  # name -> f32[n], all slices of the same range
-Pushes = Literal["gradient", "displacement", "parameters"]
+Pushes = Literal["gradient", "displacement", "parameters"]  # a displacement is added to the server's as it is
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,13 @@ class Rule:
         """What its workers push."""
         return self.worker_rule.pushes
 
+    @property
+    def push_moves_view(self) -> bool:
+        """Whether a view and a push on top are the view behind that push, which its worker then knows beforehand."""
+        return self.view_is_state and self.pushes == "displacement"
+
     def apply(self, params: Tensor, push: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
-        """Update ``params`` f32[n] and the state vectors in place; ``push`` may be used as scratch."""
+        """Update ``params`` f32[n] and the state vectors in place; a gradient ``push`` may be used as scratch."""
         raise NotImplementedError
 
     def apply_round(

@@ -299,14 +299,18 @@ class StrayChunkError(WireError):
 
 
 Room = Callable[["Inbox", Any, int], Tensor]
+Arrived = Callable[[Any, Tensor], object]
 
 
 class Assembly:
     """A message whose vectors arrive in chunks, in order."""
 
-    def __init__(self, message: messages.Message, codecs: dict[str, Codec], room: Callable[[int], Tensor]):
-        """``room(n)`` f32[n] gives the memory to receive a vector into."""
+    def __init__(
+        self, message: messages.Message, codecs: dict[str, Codec], room: Callable[[int], Tensor], arrived: Arrived
+    ):
+        """``room(n)`` f32[n] gives the memory to receive a vector into; ``arrived`` hears of each slice there."""
         self.message = message
+        self._arrived = arrived
         self._codecs = codecs
         self._vectors = {name: room(vector.numel()) for name, vector in _vectors(message).items()}
         self._slices = [(codecs[name], piece) for name, vector in self._vectors.items() for piece in _slices(vector)]
@@ -324,6 +328,7 @@ class Assembly:
             codec.decode(data, piece)
         except CodecError as error:
             raise WireError("chunk has another size than announced, or is not in its codec") from error
+        self._arrived(self.message, piece)
         self._bytes += len(data)
         if piece.numel():
             self._square += torch.dot(piece, piece).item()  # while it is in cache
@@ -348,11 +353,18 @@ def _summed(message: Any) -> Any:
 class Inbox:
     """Messages of many peers, put together from what arrives. One message of each peer is under way at most."""
 
-    def __init__(self, expect: types.UnionType, takes: Callable[[Any, Any], bool], room: Room):
+    def __init__(
+        self,
+        expect: types.UnionType,
+        takes: Callable[[Any, Any], bool],
+        room: Room,
+        arrived: Arrived = lambda message, piece: None,
+    ):
         """``takes(peer, message)`` says whether the vectors that a message announces are worth receiving; if not, it
-        stays as it is. ``room(inbox, message, n)`` f32[n] is the memory to receive one into.
+        stays as it is. ``room(inbox, message, n)`` f32[n] is the memory to receive one into. ``arrived(message,
+        slice)`` hears of each slice in its room, before the message is whole.
         """
-        self._expect, self._takes, self._room = expect, takes, room
+        self._expect, self._takes, self._room, self._arrived = expect, takes, room, arrived
         self._under_way: dict[Hashable, Assembly] = {}
 
     def take(self, peer: Hashable, frames: Sequence[Frame]) -> Any:
@@ -365,7 +377,7 @@ class Inbox:
             return _summed(message)
         if not self._takes(peer, message):
             return message
-        self._under_way[peer] = Assembly(message, codecs, lambda size: self._room(self, message, size))
+        self._under_way[peer] = Assembly(message, codecs, lambda size: self._room(self, message, size), self._arrived)
         return None
 
     def _take_chunk(self, peer: Hashable, frames: Sequence[Frame]) -> Any:

@@ -15,43 +15,36 @@ from torch import Tensor
 from danaz.config import Config
 from danaz.data import Batching
 from danaz.flat import FlatModel
-from danaz.optimizer import check_supported, decayed_gradient, effective_lr, weight_decays
+from danaz.optimizer import check_supported, decayed_gradient, effective_lr, kept_loss, weight_decays
 from danaz.run_folder import RunFolder
 from danaz.server.answers import Replies
 from danaz.server.core import ServerCore
-from danaz.server.messages import Final, Parameters, Pull
+from danaz.server.messages import Final, Parameters
 from danaz.settings import Settings
 from danaz.simulate.batches import Batches
 from danaz.simulate.schedules import make_schedule
 from danaz.simulate.step import EagerStep, make_step
 from danaz.training import choose_device, final_figures, make_sgd, place
-from danaz.worker.core import LocalStep, Request, Role, WorkerCore
+from danaz.worker.core import LocalStep, Loss, Request, Role, WorkerCore
 from danaz.workloads import build
 
 Progress = Callable[[float, float | None], None]  # (share of the run that is done, last loss)
 
 
 class SimulatedWorker:
-    """A worker core and what the server last sent to it."""
+    """A worker core and what the server last told it."""
 
     def __init__(self, core: WorkerCore):
         self.core = core
         self.batches: deque[int] = deque()
-        self.view: Tensor | None = None  # f32[P]; None while it waits for an answer
-        self.fetched: Tensor | None = None  # f32[P], in a pipeline: to compute on after the next push
+        self.waits = True  # for an answer, with which it gets a view
         self.epoch = 0.0  # of the cluster, as it last heard
         self.done = False
 
     def receive(self, reply: Any) -> None:
         self.core.receive(reply)
         if isinstance(reply, Parameters):
-            self.epoch, self.done = reply.epoch, reply.done
-            if self.core.fetched is not None:
-                self.fetched = self.core.fetched.params
-            elif reply.view.numel():
-                self.view, self.fetched = reply.view, None
-            else:
-                self.view, self.fetched = self.fetched, None
+            self.waits, self.epoch, self.done = False, reply.epoch, reply.done
             self.batches = deque(reply.leases)
 
 
@@ -85,7 +78,6 @@ class Simulation:
         self._order = make_schedule(config.schedule, config.workers, config.seed)
         run.mkdir(parents=True, exist_ok=True)
         self.folder = RunFolder(run, self.settings.facts())
-        self.fetches_late = True  # in a pipeline; False, to measure what the naive form costs
         self._last_loss: float | None = None
         torch.manual_seed(config.seed)  # for augmentation
 
@@ -100,7 +92,13 @@ class Simulation:
             ahead=self.rule.worker_rule.sync_period,
         )
         compressor = self.settings.compressor(self.flat.layout)
-        core = WorkerCore(role, self.rule.worker_rule, self.device, outbox=self.device, compressor=compressor)
+        core = WorkerCore(
+            role,
+            self.rule.worker_rule,
+            self.device,
+            compressor=compressor,
+            push_moves_view=self.rule.push_moves_view,
+        )
         return SimulatedWorker(core)
 
     def _record(self, update: Any) -> None:
@@ -129,7 +127,7 @@ class Simulation:
             self._turn(self.workers[number])
 
     def _turn(self, worker: SimulatedWorker) -> None:
-        if worker.view is None or worker.done:
+        if worker.waits or worker.done:
             return
         if worker.batches and self.config.pipeline:
             self._turn_in_pipeline(worker)
@@ -139,17 +137,13 @@ class Simulation:
             self._say(worker, worker.core.pull())
 
     def _turn_in_pipeline(self, worker: SimulatedWorker) -> None:
-        """The view for the next batch arrives as this one ends; fetched early, it was behind the push before."""
-        if worker.fetched is None:
-            self._say(worker, worker.core.pull(ahead=True))
+        """The view for the next batch arrives as this one ends."""
+        self._say(worker, worker.core.pull(ahead=True))
         self._say(worker, self._push(worker, wants_view=False))
-        if not self.fetches_late and worker.batches:
-            self._say(worker, worker.core.pull(ahead=True))
 
     def _push(self, worker: SimulatedWorker, wants_view: bool = True) -> Request:
         """Compute on the worker's view; after local steps with the batches before it, push the last one's."""
-        assert worker.view is not None
-        self.flat.params.copy_(worker.view)
+        worker.core.compute_on(self.flat.params)
         *earlier, last = worker.batches
         for batch in earlier:
             grad, samples, loss = self._gradient(batch)
@@ -168,19 +162,18 @@ class Simulation:
             scales_lr=self.rule.scales_lr,
         )
 
-    def _gradient(self, batch: int) -> tuple[Tensor, int, float]:
+    def _gradient(self, batch: int) -> tuple[Tensor, int, Loss]:
         """The gradient f32[P] of ``batch``, weight decay included, the number of its samples, and its loss."""
         x, y = self.batches.take(batch)
         loss = self.step(x.to(self.device), y.to(self.device))
-        return decayed_gradient(self.flat, self.optimizer.param_groups), len(y), loss.item()
+        return decayed_gradient(self.flat, self.optimizer.param_groups), len(y), kept_loss(loss)
 
     def _say(self, worker: SimulatedWorker, request: Request) -> None:
         """Bring a request to the server, and whatever it sets free to the workers."""
-        if not (isinstance(request, Pull) and request.ahead):
-            worker.view = None
+        worker.waits = True
         measures_ahead = self.rule.worker_rule.worker_state and self.settings.gap_every
         before = worker.core.given_back() if measures_ahead else None
-        self._deliver(self.server.handle(worker.core.role.worker, request, time.perf_counter()))
+        self._deliver(self.server.handle(worker.core.role.worker, worker.core.complete(request), time.perf_counter()))
         if before is not None:
             after = worker.core.given_back()
             assert after is not None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -13,10 +13,13 @@ from torch import Tensor
 from danaz.codecs import Compressor
 from danaz.flat import Layout
 from danaz.rules import Context, WorkerRule
+from danaz.server.master import all_finite
 from danaz.server.messages import Bye, Final, Join, Leave, Noted, Parameters, Plan, Pull, Push, Refusal, Reply, Report
+from danaz.worker.staging import IN_PLACE, Staging
 
 Request = Join | Push | Pull | Leave | Report | Bye
 Asked = TypeVar("Asked", bound=Request)
+Loss = float | Tensor | None  # a tensor may be on its way from the device
 
 
 class ProtocolError(RuntimeError):
@@ -52,17 +55,20 @@ class LocalStep:
     batch: int
     lr: tuple[float, ...]
     samples: int
-    loss: float | None
+    loss: Loss
 
 
 class WorkerCore:
     """One worker's half of the protocol, and of its rule.
 
-    A request method returns the message to send; the reply to it goes to ``receive``. In between, no other request
-    may be made. The rule's vectors move only when the server says that the push was applied.
+    A request method returns the message to send; ``complete`` waits for what of it is still on its way from the
+    device. The reply to it goes to ``receive``. In between, no other request may be made. The rule's vectors move only
+    when the server says that the push was applied.
 
     In a pipeline the view after the next is fetched ahead, while a batch is computed on the view at hand: ``pull``
     with ``ahead``, then ``push`` without ``wants_view``, which puts the fetched one in the place of the one at hand.
+    That one was sent before the push; where pushes move views (``Rule.push_moves_view``), the worker computes on what
+    the view will be behind it.
     """
 
     def __init__(
@@ -70,27 +76,32 @@ class WorkerCore:
         role: Role,
         rule: WorkerRule,
         device: torch.device | str = "cpu",
-        outbox: torch.device | str = "cpu",
+        staging: Staging = IN_PLACE,
         compressor: Compressor | None = None,
+        push_moves_view: bool = False,
     ):
-        """Its vectors are on ``device``; what it sends is brought to ``outbox``, where a server or a wire takes it."""
+        """Its vectors are on ``device``; ``staging`` brings what it sends to where a server or a wire takes it."""
         self.role = role
         self.rule = rule
-        self.outbox = outbox
+        self.staging = staging
         self.done = False  # no batches are left for anyone
         self.epoch = 0.0  # of the whole cluster, as it last heard
         self.compressor = compressor  # of pushes
+        self.push_moves_view = push_moves_view
         self._state = "new"  # -> joined -> left -> gone
         self._request = 0
         self._outstanding: Request | None = None
         self._view: View | None = None  # at hand
         self.fetched: View | None = None  # ahead, while a batch is computed on the one at hand
         self._ahead = False  # whether a view that comes now is for after the one at hand
+        self._own: Tensor | None = None  # f32[P], the push under way that the view at hand lacks
+        self._in_doubt = False  # whether that may be refused: the last one was, or this worker had to join anew
         self._committed = self._zeros(device)  # the rule's vectors after the last applied push
         self._current = self._committed  # and after the local steps since
         self._spare = [self._zeros(device) for _ in range(1 if rule.sync_period == 1 else 2)]
         self._lr = self._current_lr = (0.0,) * len(role.layout.groups)
         self._steps: list[LocalStep] = []  # since the last push
+        self._loss: Tensor | None = None  # f64[1], of the push that is made, to be read when it is there
         self._undecided = 0  # request number of a push that the server has not spoken of yet
 
     def _zeros(self, device: torch.device | str) -> dict[str, Tensor]:
@@ -113,7 +124,7 @@ class WorkerCore:
         given = torch.empty_like(next(iter(self._committed.values())))
         for group, (start, stop) in enumerate(self.role.layout.groups):
             self.rule.give_back(given[start:stop], _cut(self._committed, start, stop), self._lr[group])
-        return given.to(self.outbox)
+        return self.staging.lift(given)
 
     # ---- requests ------------------------------------------------------------------------------------------------
 
@@ -143,7 +154,9 @@ class WorkerCore:
         """Move ``params`` f32[P] by one mini-batch, on this worker alone; the next push tells of it."""
         if self._state != "joined" or self._outstanding is not None:
             raise ProtocolError(f"worker {self.role.worker} cannot step while {self._state}, or while it waits")
-        params.add_(self._displacement(grad, step.lr))
+        out = torch.empty_like(grad)
+        for start, stop in self._displace(out, grad, step.lr):
+            params[start:stop].add_(out[start:stop])
         self._steps.append(step)
 
     def push(
@@ -151,7 +164,7 @@ class WorkerCore:
         grad: Tensor,
         lr: Sequence[float],
         samples: int,
-        loss: float | None,
+        loss: Loss,
         batch: int,
         params: Tensor | None = None,
         wants_view: bool = True,
@@ -163,19 +176,14 @@ class WorkerCore:
         number = self._next("push", "joined")
         assert self._view is not None
         assert wants_view or self.fetched is not None, "without a view, nothing can be computed next"
-        out = self._displacement(grad, tuple(lr))
-        if self.rule.pushes == "parameters":
-            assert params is not None
-            out.add_(params)
-        elif self._steps:
-            assert params is not None
-            out.add_(params).sub_(self._view.params.to(out.device))  # x_K − x_0, the sum of all displacements
+        out, outbox = self._work_out(grad, tuple(lr), self._view.params, params)
         steps, who = [*self._steps, LocalStep(batch, tuple(lr), samples, loss)], self.role
-        losses = [step.loss for step in steps if step.loss is not None]
         encoded = None
         if self.compressor is not None:
-            out = out.to("cpu")
-            encoded = self.compressor.compress(out, self.epoch)
+            self.staging.settle()
+            sent = outbox.to("cpu")
+            encoded = self.compressor.compress(sent, self.epoch)
+            out = outbox = sent.to(outbox.device)
         push = Push(
             worker=who.worker,
             incarnation=who.incarnation,
@@ -183,9 +191,9 @@ class WorkerCore:
             view_version=self._view.version,
             lr=tuple(lr),
             samples=sum(step.samples for step in steps),
-            loss=sum(losses) / len(losses) if losses else None,
+            loss=self._mean([step.loss for step in steps if step.loss is not None]),
             batch=batch,
-            push=out.to(self.outbox),
+            push=outbox,
             earlier=tuple(step.batch for step in self._steps),
             life=self._view.life,
             wants_view=wants_view,
@@ -193,21 +201,60 @@ class WorkerCore:
         )
         self._undecided, self._ahead = number, not wants_view
         if not wants_view:
-            self._view, self.fetched = self.fetched, None
+            self._turn(out)
         return self._ask(push)
 
-    def _displacement(self, grad: Tensor, lr: tuple[float, ...]) -> Tensor:
-        """What the rule makes of one gradient, f32[P]; its vectors move on tentatively."""
-        out, new = torch.empty_like(grad), self._spare.pop()
+    def _turn(self, push: Tensor) -> None:
+        """Go on with the view that was fetched ahead, which lacks ``push`` f32[P]."""
+        self._view, self.fetched = self.fetched, None
+        adds_up = self.push_moves_view and not self._in_doubt and all_finite(push)
+        self._own = push if adds_up else None
+
+    def compute_on(self, params: Tensor) -> None:
+        """Put into ``params`` f32[P] what the next gradient is to be computed on."""
+        assert self._view is not None
+        self.staging.load(params, self._view.params)
+        if self._own is not None:
+            params.add_(self._own.to(params.device))
+
+    def _work_out(
+        self, grad: Tensor, lr: tuple[float, ...], view: Tensor, params: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The push f32[P], and where the link takes it, to which it is on its way slice after slice."""
+        out = torch.empty_like(grad)
+        outbox = self.staging.outbox(out)
+        for start, stop in self._displace(out, grad, lr):
+            if self.rule.pushes == "parameters" or self._steps:
+                assert params is not None
+                out[start:stop].add_(params[start:stop])
+            if self.rule.pushes != "parameters" and self._steps:  # x_K − x_0, the sum of all displacements
+                out[start:stop].sub_(view[start:stop].to(out.device, non_blocking=True))
+            self.staging.send(out, outbox, start, stop)
+        return out, outbox
+
+    def _mean(self, losses: list[float | Tensor]) -> float | None:
+        """The mean, if it is known by now."""
+        mean = sum(losses) / len(losses) if losses else None
+        if not isinstance(mean, Tensor):
+            return mean
+        self._loss = self.staging.lift(mean.reshape(1))
+        return None
+
+    def _displace(self, out: Tensor, grad: Tensor, lr: tuple[float, ...]) -> Iterator[tuple[int, int]]:
+        """What the rule makes of one gradient, into ``out`` f32[P]: (start, stop) of each slice as it is there.
+
+        Behind the last slice, the rule's vectors have tentatively moved on.
+        """
+        new = self._spare.pop()
         contexts = [Context(*rates, 0.0, 0, self.version, 0) for rates in zip(lr, self._current_lr, strict=True)]
-        for group, start, stop in self.role.layout.slices():
+        for group, start, stop in self.role.layout.slices(self.staging.slice_floats):
             context = contexts[group]
             old = _cut(self._current, start, stop)
             self.rule.push(out[start:stop], grad[start:stop], old, _cut(new, start, stop), context)
+            yield start, stop
         if self._current is not self._committed:
             self._spare.append(self._current)
         self._current, self._current_lr = new, lr
-        return out
 
     def pull(self, ahead: bool = False) -> Pull:
         """Ask for batches when none are left at hand; or ``ahead`` for the view to compute on after the next push."""
@@ -227,6 +274,14 @@ class WorkerCore:
     def bye(self) -> Bye:
         """End the conversation."""
         return self._ask(Bye(self.role.worker, self.role.incarnation, self._next("bye", "left")))
+
+    def complete(self, request: Asked) -> Asked:
+        """``request`` when all of it is there: the one wait for the device in a step."""
+        self.staging.settle()
+        if not isinstance(request, Push) or self._loss is None:
+            return request
+        loss, self._loss = self._loss.item(), None
+        return replace(request, loss=loss)
 
     def _next(self, event: str, *allowed: str) -> int:
         if self._outstanding is not None:
@@ -256,6 +311,10 @@ class WorkerCore:
             applied = reply.applied if isinstance(request, Push) else reply.last_applied == self._undecided != 0
             parts = [part for part in reply.parts if (part[2] == self._undecided != 0) != applied]
             self._commit(applied, [(start, stop) for start, stop, _ in parts])
+            if isinstance(request, Push):
+                self._in_doubt = not applied
+        elif isinstance(reply, Refusal):
+            self._in_doubt = True
         elif isinstance(reply, Final):
             self._state = "left"
         elif isinstance(reply, Noted) and isinstance(request, Bye):
@@ -270,7 +329,7 @@ class WorkerCore:
         if self._ahead:
             self.fetched = view
         else:
-            self._view, self.fetched = view, None
+            self._view, self.fetched, self._own = view, None, None
 
     def _commit(self, applied: bool, otherwise: Sequence[tuple[int, int]] = ()) -> None:
         """Keep the steps since the last push, or go back to before them; in some slices, do ``otherwise``."""

@@ -19,6 +19,7 @@ from danaz.server.memory import keep_freed_memory
 from danaz.server.messages import Heartbeat, Parameters, Reply
 from danaz.server.wire import Inbox, StrayChunkError, WireError, encode, split
 from danaz.worker.core import Backoff, Request, answers
+from danaz.worker.staging import IN_PLACE, Staging
 
 HEARTBEAT_S = 5.0
 RETRY_FIRST_S = 5.0
@@ -51,7 +52,12 @@ class DealerLink:
     """
 
     def __init__(
-        self, address: str, heartbeat: Heartbeat, give_up_s: float = GIVE_UP_S, keys: WorkerKeys | None = None
+        self,
+        address: str,
+        heartbeat: Heartbeat,
+        give_up_s: float = GIVE_UP_S,
+        keys: WorkerKeys | None = None,
+        staging: Staging = IN_PLACE,
     ):
         keep_freed_memory()
         self._context = zmq.Context()
@@ -60,6 +66,7 @@ class DealerLink:
         self._address = address
         self._seed = heartbeat.worker
         self._give_up_s = give_up_s
+        self._staging = staging
         self._rooms = [torch.empty(0), torch.empty(0)]  # f32[P] each: the view at hand, and where the next arrives
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._beat, args=(heartbeat,), daemon=True, name="danaz-heartbeat")
@@ -67,7 +74,7 @@ class DealerLink:
 
     def exchange(self, request: Request) -> Reply:
         """As Link has it. The view of the answer stays as it is until the answer after the next one."""
-        inbox = Inbox(Reply, lambda _, reply: answers(reply, request), self._room)
+        inbox = Inbox(Reply, lambda _, reply: answers(reply, request), self._room, self._arrived)
         backoff = Backoff(RETRY_FIRST_S, RETRY_LONGEST_S, self._seed)
         give_up_at = time.monotonic() + self._give_up_s
         while time.monotonic() < give_up_at:
@@ -124,8 +131,12 @@ class DealerLink:
         if not isinstance(message, Parameters):
             return torch.empty(size)
         if self._rooms[1].numel() != size:
-            self._rooms[1] = torch.empty(size)
+            self._rooms[1] = self._staging.room(size)
         return self._rooms[1]
+
+    def _arrived(self, message: Reply, piece: Tensor) -> None:
+        if isinstance(message, Parameters):
+            self._staging.arrived(piece)
 
     def receive_into(self, room: Tensor) -> None:
         """Let the next view, if it is long, arrive in ``room`` f32[P]."""

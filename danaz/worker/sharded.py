@@ -21,6 +21,7 @@ from danaz.server.master import all_finite
 from danaz.server.messages import Bye, Final, Join, Leave, Parameters, Pull, Push, Refusal, Reply, Report
 from danaz.worker.core import Request
 from danaz.worker.link import Link, ServerLostError
+from danaz.worker.staging import IN_PLACE, Staging
 
 NO_BUFFERS = torch.empty(0)
 
@@ -35,13 +36,14 @@ class Shard(Link, Protocol):
 class ShardedLink:
     """A Link over the links to all shards, shard 0 first. A thread for each of the others."""
 
-    def __init__(self, links: Sequence[Shard], layout: Layout):
+    def __init__(self, links: Sequence[Shard], layout: Layout, staging: Staging = IN_PLACE):
         """Raises ValueError if the model of ``layout`` is too small for so many shards."""
         self._links = list(links)
         self._spans = shard_spans(layout.size, len(links))
         self._threads = [ThreadPoolExecutor(1, f"danaz-shard-{number}") for number in range(1, len(links))]
         self._versions = [0] * len(links)  # of each slice of the view at hand
-        self._rooms = [torch.empty(layout.size) for _ in range(2)]  # f32[P]: the view at hand, where the next arrives
+        self._staging = staging
+        self._rooms = [staging.room(layout.size) for _ in range(2)]  # f32[P]: the view at hand, where the next arrives
         self._join: Join | None = None
         self._final: Final | None = None
 
@@ -85,6 +87,7 @@ class ShardedLink:
             self._versions[number] = reply.version
             if reply.view.data_ptr() != room.data_ptr():
                 room.copy_(reply.view)
+                self._staging.arrived(room)
         return reply
 
     def _part(self, number: int, request: Request) -> Request:
@@ -135,9 +138,9 @@ class ShardedLink:
             thread.shutdown()
 
 
-def connect(addresses: Sequence[str], layout: Layout, to: Callable[[str], Shard]) -> Link:
+def connect(addresses: Sequence[str], layout: Layout, to: Callable[[str], Shard], staging: Staging = IN_PLACE) -> Link:
     """The way to one server, or to all shards."""
     links = [to(address) for address in addresses]
     if len(links) == 1:
         return links[0]
-    return ShardedLink(links, layout)
+    return ShardedLink(links, layout, staging)

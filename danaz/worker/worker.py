@@ -17,7 +17,7 @@ from torch import Tensor
 
 from danaz.flat import FlatModel
 from danaz.server.messages import Bye, Final, Join, Leave, Parameters, Push, Refusal, Reply, Report
-from danaz.worker.core import LocalStep, Request, WorkerCore
+from danaz.worker.core import LocalStep, Loss, Request, WorkerCore
 from danaz.worker.group import Group
 from danaz.worker.link import Link
 from danaz.worker.pipeline import Pipeline
@@ -105,23 +105,24 @@ class Worker:
         # What all ranks must hear travels behind the view, so that one broadcast brings both.
         news_floats = 2 * (NEWS + ahead)  # two to an f64
         self._whole = flat.make_room(0 if self._replicated else news_floats + flat.layout.size % 2)
-        self._news = torch.zeros(NEWS + ahead, dtype=torch.float64)
-        if not self._replicated:
-            self._news = self._whole[-news_floats:].view(torch.float64)
+        self._news: Tensor | None = None if self._replicated else self._whole[-news_floats:].view(torch.float64)
+        self._heard: list[float] = []  # the news, on the rank that speaks: it need not wait for what it says to others
         self._since = perf_counter()
+        self._ready = self._since  # when the last request was there to be sent: until then the device computed
 
     def join(self, bring_params: bool) -> None:
         """Enter the run; returns when training starts, with the first view in the model."""
-        self._ask(lambda core: core.join(self.flat.params.to("cpu") if bring_params else None))
+        self._ask(lambda core: core.join(core.staging.lift(self.flat.params) if bring_params else None))
 
-    def push(self, grad: Tensor, lr: Sequence[float], samples: int, loss: float | None, batch: int) -> None:
+    def push(self, grad: Tensor, lr: Sequence[float], samples: int, loss: Loss, batch: int) -> None:
         """Push the mean gradient f32[P] of ``batch``, and put the next view into the model.
 
         Between two pushes of a ``sync_period``, step alone instead.
         """
         self.batches.end(batch)
+        if self.pipeline is not None and self._core is not None:
+            self._core.staging.catch_up()
         began = perf_counter()
-        self.metrics.computing_s += began - self._since
         self._local_steps += 1
         if self._local_steps < self.sync_period and self.batches.any:
             self._step_locally(LocalStep(batch, tuple(lr), samples, loss), grad)
@@ -129,22 +130,24 @@ class Worker:
             self._local_steps = 0
             if self._core is not None:
                 params = self.flat.params
-                self._take(
-                    self._pushed(lambda core, wants: core.push(grad, lr, samples, loss, batch, params, wants), batch)
-                )
+                self._push(lambda core, wants: core.push(grad, lr, samples, loss, batch, params, wants), batch)
             self._share()
+        computed = began if self.pipeline is not None else max(began, self._ready)
+        self.metrics.computing_s += computed - self._since
         self._since = perf_counter()
-        self.metrics.exchanging_s += self._since - began
+        self.metrics.exchanging_s += self._since - computed
 
-    def _pushed(self, make: Callable[[WorkerCore, bool], Push], batch: int) -> Parameters:
-        """Push ``batch``; the view to go on with is the answer's or, in a pipeline, the one fetched ahead."""
+    def _push(self, make: Callable[[WorkerCore, bool], Push], batch: int) -> None:
+        """Push ``batch``, and go on with the view of the answer or, in a pipeline, the one that was fetched ahead."""
         assert self._core is not None
         fetched = self._pipeline_end()
         others = () if fetched is None else tuple(other for other in fetched.leases if other != batch)
         if self.pipeline is None or fetched is None or fetched.done or not others:
-            return self._view_from(lambda core: make(core, True))
-        self.pipeline.begin(make(self._core, False))
-        return replace(fetched, leases=others)
+            self._take(self._view_from(lambda core: make(core, True)))
+            return
+        push = make(self._core, False)
+        self._take(replace(fetched, leases=others))
+        self.pipeline.begin(push)
 
     def _pipeline_end(self) -> Parameters | None:
         return None if self.pipeline is None else self.pipeline.end()
@@ -208,15 +211,16 @@ class Worker:
         return reply
 
     def _take(self, reply: Parameters) -> None:
-        """Put a view and its news where all ranks get them from.
+        """Put news, and what to compute on, where all ranks get them from.
 
         A worker that was asked to end finishes the batches it has begun, and begins no more.
         """
+        assert self._core is not None
         if self.is_asked_to_end() and not reply.done:
             self.ends_early = True
             reply = replace(reply, leases=tuple(self.batches.begun_of(reply.leases)))
         self._pack(reply)
-        self.flat.params.copy_(reply.view)
+        self._core.compute_on(self.flat.params)
 
     def _share(self) -> None:
         """All ranks go on with rank 0's view; what comes after it is fetched while they compute."""
@@ -249,6 +253,8 @@ class Worker:
     def _say(self, request: Request) -> Reply:
         assert self._core is not None
         assert self._link is not None
+        request = self._core.complete(request)
+        self._ready = perf_counter()
         reply = self._link.exchange(request)
         self._core.receive(reply)
         return reply
@@ -256,12 +262,17 @@ class Worker:
     def _pack(self, reply: Parameters) -> None:
         gap = nan if reply.gap is None else reply.gap
         head = [reply.version, reply.epoch, reply.lag, gap, reply.done, self.ends_early, len(reply.leases)]
-        news = torch.tensor([*head, *reply.leases], dtype=torch.float64)
         assert len(head) == NEWS
-        self._news[: len(news)].copy_(news)
+        self._heard = [*head, *reply.leases]
+        if self._news is not None:
+            news = torch.tensor(self._heard, dtype=torch.float64)
+            self._news[: len(news)].copy_(news, non_blocking=True)
 
     def _unpack(self) -> None:
-        version, epoch, lag, gap, done, ends_early, count, *leases = self._news.tolist()
+        if self._core is None:
+            assert self._news is not None
+            self._heard = self._news.tolist()
+        version, epoch, lag, gap, done, ends_early, count, *leases = self._heard
         metrics = self.metrics
         metrics.version, metrics.epoch, metrics.lag = int(version), epoch, int(lag)
         metrics.gap = None if isnan(gap) else gap

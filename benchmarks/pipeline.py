@@ -1,0 +1,178 @@
+"""How much of an exchange ``--pipeline`` hides behind computing, on a link of 1 Gbit/s and 1 ms. Needs root.
+
+    sudo .venv/bin/python benchmarks/pipeline.py
+    sudo .venv/bin/python benchmarks/pipeline.py --workers 1 --ratios 1.5 --repetitions 5 --csv pipeline.csv
+
+A server and its workers are processes in network namespaces, with real sockets, the real training-loop half of a
+worker and pushes and views of 11 MB; computing a batch is a timed wait. First the exchange of one worker without
+computing is measured; then batches that take a multiple of that, with a pipeline and without, in turns. Hidden is
+1 - (pipelined - compute) / (plain - compute), each in seconds for a batch, where compute is the wait as it came out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from slow_link import SlowLink, missing, slow_link
+from torch import nn
+
+from danaz.flat import FlatModel
+from danaz.rules import find_algorithm
+from danaz.server.core import ServerCore
+from danaz.server.messages import Heartbeat, Plan
+from danaz.server.router import Router
+from danaz.server.settings import ServerSettings
+from danaz.server.socket import BoundRouter
+from danaz.worker.core import Role, WorkerCore
+from danaz.worker.group import SoloGroup
+from danaz.worker.link import DealerLink
+from danaz.worker.worker import Worker
+
+CONTEXT = multiprocessing.get_context("fork")
+PATIENCE_S = 300.0  # with a server that starts, and with all batches of a worker
+SETTLE = 10  # batches before those that count: until the pipeline knows how long computing and fetching take
+FIGURES = ("compute_ms", "plain_ms", "pipelined_ms", "hidden_percent")
+LINE = "{workers:>7} {ratio:>16}" + "".join(f" {{{name}:>{len(name)}}}" for name in FIGURES)
+
+
+class Window(NamedTuple):
+    """Seconds, for a batch in the mean."""
+
+    batch_s: float
+    computing_s: float
+
+
+def window(link: SlowLink, workers: int, computing_s: float, pipelined: bool, options: argparse.Namespace) -> Window:
+    """Start a server and its workers, and let each compute and exchange for a while."""
+    told, tell = CONTEXT.Pipe(duplex=False)
+    children = [CONTEXT.Process(target=_serve, args=(link, tell, workers, options), daemon=True)]
+    children[0].start()
+    try:
+        address = _get(told)
+        pipes = []
+        for number in range(workers):
+            here, there = CONTEXT.Pipe(duplex=False)
+            arguments = (link, address, number, computing_s, pipelined, options, there)
+            children.append(CONTEXT.Process(target=_work, args=arguments, daemon=True))
+            children[-1].start()
+            pipes.append(here)
+        windows = [_get(pipe) for pipe in pipes]
+        return Window(*map(statistics.mean, zip(*windows, strict=True)))
+    finally:
+        for child in children:
+            child.kill()
+            child.join()
+
+
+def _get(pipe: Connection) -> Any:
+    if not pipe.poll(PATIENCE_S):
+        raise TimeoutError("a server or worker did not answer")
+    return pipe.recv()
+
+
+def _serve(link: SlowLink, tell: Connection, workers: int, options: argparse.Namespace) -> None:
+    link.enter(0)
+    torch.set_num_threads(1)
+    bound = BoundRouter(f"tcp://{link.address(0)}:0")
+    tell.send(bound.address)
+    Router(bound).serve(ServerCore(ServerSettings(options.algorithm, workers)), None, lambda: False)
+
+
+def _work(
+    link: SlowLink,
+    address: str,
+    number: int,
+    computing_s: float,
+    pipelined: bool,
+    options: argparse.Namespace,
+    tell: Connection,
+) -> None:
+    link.enter(1 + number)
+    torch.set_num_threads(1)
+    worker = make_worker(address, number, pipelined, options)
+    grad = torch.full_like(worker.flat.params, 1e-6)
+    worker.join(bring_params=number == 0)
+    times = []  # of beginning and computed, for each batch
+    for done in itertools.count():  # until the parent ends it, so that the others' link stays as busy as it was
+        batch, began = worker.batches.begin(), time.monotonic()
+        time.sleep(computing_s)
+        times.append((began, time.monotonic()))
+        worker.push(grad, (1e-6,), 1, None, batch)
+        if done == SETTLE + options.batches:
+            tell.send(_window(times[SETTLE:]))
+
+
+def _window(times: Sequence[tuple[float, float]]) -> Window:
+    """The last batch says when the one before it was over."""
+    (first, _), *_, (last, _) = times
+    return Window((last - first) / (len(times) - 1), statistics.mean(computed - began for began, computed in times))
+
+
+def make_worker(address: str, number: int, pipelined: bool, options: argparse.Namespace) -> Worker:
+    """The worker as a training loop has it, alone on its machine."""
+    flat = FlatModel(nn.Linear(round(options.megabytes * 250_000), 1, bias=False))
+    rule, ahead = find_algorithm(options.algorithm).rule(), 2 if pipelined else 1
+    role = Role(number, 1, "", 0.9, flat.layout, Plan(1 << 40, 1), ahead)
+    core = WorkerCore(role, rule.worker_rule, push_moves_view=rule.push_moves_view)
+    return Worker(SoloGroup(), flat, ahead, core, DealerLink(address, Heartbeat(number, 1)), pipelined=pipelined)
+
+
+def measure(link: SlowLink, options: argparse.Namespace) -> list[dict[str, float]]:
+    """A row for each number of workers and each time to compute, medians over the repetitions."""
+    exchange_s = window(link, 1, 0.0, False, options).batch_s
+    print(f"{link.manner}; an exchange of {options.megabytes:g} MB each way takes {1000 * exchange_s:.0f} ms")
+    print(LINE.format(workers="workers", ratio="compute/exchange", **{name: name for name in FIGURES}))
+    rows = []
+    for workers in options.workers:
+        for ratio in options.ratios:
+            pairs = [
+                [window(link, workers, ratio * exchange_s, pipelined, options) for pipelined in (False, True)]
+                for _ in range(options.repetitions)
+            ]
+            plain, pipelined = ([pair[which] for pair in pairs] for which in (0, 1))
+            compute_s = statistics.median(w.computing_s for w in [*plain, *pipelined])
+            plain_s, pipelined_s = (statistics.median(w.batch_s for w in each) for each in (plain, pipelined))
+            hidden = 1 - (pipelined_s - compute_s) / (plain_s - compute_s)
+            figures = (1000 * compute_s, 1000 * plain_s, 1000 * pipelined_s, 100 * hidden)
+            rounded = {name: round(figure, 1) for name, figure in zip(FIGURES, figures, strict=True)}
+            rows.append({"workers": workers, "ratio": ratio, **rounded})
+            print(LINE.format(**rows[-1]), flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 1.0, 1.5], help="computing / exchange")
+    parser.add_argument("--megabytes", type=float, default=11.0, help="of the model; default: WRN-16-4")
+    parser.add_argument("--algorithm", default="dana")
+    parser.add_argument("--gbit", type=float, default=1.0, help="per second, each way")
+    parser.add_argument("--delay-ms", type=float, default=1.0, help="one way, where the kernel has netem")
+    parser.add_argument("--batches", type=int, default=15, help="of each worker that count")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--csv", type=Path, help="write the table there, too")
+    options = parser.parse_args()
+    if reason := missing():
+        sys.exit(f"benchmarks/pipeline.py: {reason}")
+    with slow_link(1 + max(options.workers), options.gbit, options.delay_ms) as link:
+        rows = measure(link, options)
+    if options.csv:
+        with options.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

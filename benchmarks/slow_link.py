@@ -1,0 +1,96 @@
+"""Machines on a slow link: network namespaces of this one, each with an interface on one bridge. Needs root, and tc.
+
+What leaves an interface, and what the bridge sends to it, is shaped to the link's rate, each way by itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+NETWORK = "10.79.0"
+CLONE_NEWNET = 0x40000000
+BURST = "128kb"  # that may leave at once
+QUEUE = "20ms"  # of data that waits for the link before the sender is held up
+_numbers = itertools.count()  # of the networks that this process makes
+
+
+def missing() -> str | None:
+    """Why there can be no slow link here; None if there can."""
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    absent = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
+    return f"{' and '.join(absent)} missing; apt-get install iproute2" if absent else None
+
+
+class SlowLink:
+    """``machines`` namespaces, numbered from 0, that reach each other at ``gbit_per_s`` and ``delay_ms`` one way."""
+
+    def __init__(self, machines: int, gbit_per_s: float, delay_ms: float):
+        self._prefix = f"danaz{os.getpid()}.{next(_numbers)}"
+        self._names = [f"{self._prefix}m{number}" for number in range(machines)]
+        self._rate, self._delay = f"{1000 * gbit_per_s:g}mbit", f"{delay_ms:g}ms"
+        self.delays = delay_ms > 0  # whether the kernel can; known once it is up
+
+    @property
+    def manner(self) -> str:
+        return f"{self._rate} each way, {f'{self._delay} one way' if self.delays else 'no delay (no netem here)'}"
+
+    def address(self, machine: int) -> str:
+        return f"{NETWORK}.{machine + 1}"
+
+    def enter(self, machine: int) -> None:
+        """Move this process, which must have one thread, to a machine for good."""
+        with open(f"/run/netns/{self._names[machine]}") as namespace:
+            if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), CLONE_NEWNET):
+                raise OSError(ctypes.get_errno(), "setns")
+
+    def up(self) -> None:
+        bridge = f"{self._prefix}b"
+        _run("ip", "netns", "add", bridge)
+        _run("ip", "-n", bridge, "link", "add", "br0", "up", "type", "bridge")
+        for number, name in enumerate(self._names):
+            _run("ip", "netns", "add", name)
+            peer = ("peer", "name", "eth0", "netns", name)
+            _run("ip", "-n", bridge, "link", "add", f"to{number}", "type", "veth", *peer)
+            _run("ip", "-n", bridge, "link", "set", f"to{number}", "master", "br0", "up")
+            _run("ip", "-n", name, "address", "add", f"{self.address(number)}/24", "dev", "eth0")
+            for link in ("lo", "eth0"):
+                _run("ip", "-n", name, "link", "set", link, "up")
+            self._shape(name, "eth0")
+            self._shape(bridge, f"to{number}")
+
+    def _shape(self, namespace: str, link: str) -> None:
+        add = ("tc", "-n", namespace, "qdisc", "add", "dev", link)
+        if self.delays:
+            self.delays = _succeeds(*add, "root", "netem", "delay", self._delay, "rate", self._rate, "limit", "10000")
+        if not self.delays:
+            _run(*add, "root", "tbf", "rate", self._rate, "burst", BURST, "latency", QUEUE)
+
+    def down(self) -> None:
+        for name in (*self._names, f"{self._prefix}b"):
+            _succeeds("ip", "netns", "delete", name)
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True)
+
+
+def _succeeds(*command: str) -> bool:
+    return subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode == 0
+
+
+@contextmanager
+def slow_link(machines: int, gbit_per_s: float, delay_ms: float) -> Iterator[SlowLink]:
+    """A slow link until the end of the block, by when all that runs on its machines should have ended."""
+    link = SlowLink(machines, gbit_per_s, delay_ms)
+    try:
+        link.up()
+        yield link
+    finally:
+        link.down()
