@@ -164,8 +164,7 @@ def prepare(params: Mapping[str, Any], named: Collection[str], command: Sequence
         raise LaunchError("--set changes a config, and a script has none; pass its own arguments behind --")
     warmup_epochs = 5.0 if options.warmup_epochs is None else options.warmup_epochs
     training = {"algorithm": "dana", **options.training}
-    gap_every = 1 if options.server_shards == 1 else 0  # no shard can measure it
-    settings = Settings(**training, warmup_epochs=warmup_epochs, seed=options.seed or 0, gap_every=gap_every)
+    settings = Settings(**training, warmup_epochs=warmup_epochs, seed=options.seed or 0)
     return _ready(options, settings, command)
 
 

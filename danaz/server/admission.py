@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isfinite
+from math import inf, isfinite
 
 import torch
 
@@ -82,6 +82,12 @@ def why_not_push(push: Push, member: Member, job: Job, leases: Leases, life: int
     if not (rates_fit and push.samples >= 0 and isfinite(push.loss or 0.0) and is_finite(push)):
         return NOT_FINITE
     return ""
+
+
+def why_not_squares(push: Push, layers: int) -> str:
+    """Whether what a push brings of other slices, for the gap, is of a model of so many ``layers``."""
+    fits = len(push.squares) in (0, layers) and all(0 <= square < inf for square in push.squares)
+    return "" if fits else "squares of the other slices do not fit the model"
 
 
 def is_finite(push: Push) -> bool:

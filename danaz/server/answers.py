@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
+from danaz.server.master import all_finite
 from danaz.server.members import Member, Route
 from danaz.server.messages import (
     Final,
@@ -79,6 +82,7 @@ class Answers:
             view=announced(size),
             last_applied=member.applied_request,
             life=core.life,
+            squares=_to_send(member.squares) if core.settings.shard else (),
         )
 
     def final(self, members: Sequence[Member]) -> None:
@@ -89,6 +93,11 @@ class Answers:
             params, buffers = core.master.params.clone(), core.mean_buffers()
             final = Final(member.request, core.master.version, bool(core.diverged), params, buffers)
             self._waiting.append((member.route, final))
+
+
+def _to_send(squares: Tensor | None) -> tuple[float, ...]:
+    """A model that has diverged has none."""
+    return () if squares is None or not all_finite(squares) else tuple(squares.tolist())
 
 
 def whole(replies: Streams) -> Replies:

@@ -15,7 +15,16 @@ from typing import Any
 from torch import Tensor
 
 from danaz.codecs import travelling_bytes, view_codec
-from danaz.server.admission import NOT_FINITE, OUTLIER, Job, why_not_join, why_not_leave, why_not_push, why_stranger
+from danaz.server.admission import (
+    NOT_FINITE,
+    OUTLIER,
+    Job,
+    why_not_join,
+    why_not_leave,
+    why_not_push,
+    why_not_squares,
+    why_stranger,
+)
 from danaz.server.answers import Answers, Replies, Streams, whole
 from danaz.server.figures import DIVERGED_LOSS_RATIO, Figures, Update
 from danaz.server.health import Health, size_of
@@ -62,7 +71,7 @@ class ServerCore:
         self.started = False
         self.diverged = ""  # the reason, if it did
         self.final = False  # a worker has the trained model, which who comes back later cannot change
-        self.whole = WholeModel()
+        self._whole: WholeModel | None = None
         self._job: Job | None = None
         self._leases: Leases | None = None
         self._master: Master | None = None
@@ -74,6 +83,11 @@ class ServerCore:
     def job(self) -> Job:
         assert self._job is not None, "nobody has joined yet"
         return self._job
+
+    @property
+    def whole(self) -> WholeModel:
+        assert self._whole is not None, "nobody has joined yet"
+        return self._whole
 
     @property
     def leases(self) -> Leases:
@@ -103,7 +117,7 @@ class ServerCore:
     def start_from(self, job: Job, leases: Leases, master: Master) -> None:
         """Take over what the first workers to join usually bring."""
         self._job, self._leases, self._master = job, leases, master
-        self.whole.layout = job.layout
+        self._whole = WholeModel(job.layout)
 
     # ---- stimuli -------------------------------------------------------------------------------------------------
 
@@ -194,7 +208,7 @@ class ServerCore:
         if self._job is None:
             self._job = Job(join.layout, join.plan, join.momentum)
             self._leases = LeasedElsewhere(join.plan) if self.settings.shard else Leases(join.plan)
-            self.whole.layout = whole
+            self._whole = WholeModel(whole)
         if self._master is None and join.params is not None:
             rule = self.settings.rule(join.momentum)
             self._master = Master(rule, join.layout, join.params, self.ahead, view_codec(self.settings.wire_view))
@@ -291,7 +305,8 @@ class ServerCore:
             # Whatever has changed since: the worker may have read the first answer by now.
             self._answers.push(member, push, refused=member.refused[1])
             return
-        reason = why_not_push(push, member, self.job, self.leases, self.life) or self._why_sick(push)
+        reason = why_not_push(push, member, self.job, self.leases, self.life)
+        reason = reason or why_not_squares(push, len(self.whole.layers)) or self._why_sick(push)
         if reason:
             self._refuse_push(member, push, reason)
             return

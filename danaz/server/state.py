@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from danaz.server.core import ServerCore
 
 # Not of one server process: its clock and routes, and what a worker that joins anew is sent afresh.
-PASSING = {"vectors", "route", "heard_at", "awaiting", "pending", "refused"}
+PASSING = {"vectors", "route", "heard_at", "awaiting", "pending", "refused", "squares"}
 PASSING |= {"sent_version", "view", "ahead_version", "ahead_view"}
 LASTING = [field.name for field in fields(Member) if field.name not in PASSING]
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from danaz.flat import Layout, shard_spans
+from danaz.server.gap import Layers
 from danaz.server.master import all_finite
 from danaz.server.messages import Bye, Final, Join, Leave, Parameters, Pull, Push, Refusal, Reply, Report
 from danaz.worker.core import Request
@@ -42,6 +43,9 @@ class ShardedLink:
         self._threads = [ThreadPoolExecutor(1, f"danaz-shard-{number}") for number in range(1, len(links))]
         self._versions = [0] * len(links)  # of each slice of the view at hand
         self._rooms = [torch.empty(layout.size) for _ in range(2)]  # f32[P]: the view at hand, where the next arrives
+        layers = Layers(layout)
+        self._layers = [layers.within(*span) for span in self._spans]  # of each shard
+        self._squares: tuple[float, ...] = ()  # of the last push: what the shards but 0 hold of each layer's square
         self._join: Join | None = None
         self._final: Final | None = None
 
@@ -97,7 +101,8 @@ class ShardedLink:
         if isinstance(request, Join):
             return replace(request, params=cut(request.params))
         if isinstance(request, Push):
-            return replace(request, push=request.push[start:stop], view_version=self._versions[number])
+            squares = () if number else self._squares
+            return replace(request, push=request.push[start:stop], view_version=self._versions[number], squares=squares)
         if isinstance(request, Leave):
             buffers = NO_BUFFERS if number else request.buffers
             return replace(request, give_back=cut(request.give_back), buffers=buffers)
@@ -110,6 +115,8 @@ class ShardedLink:
     def _merge(self, request: Request, replies: Sequence[Reply]) -> Reply:
         """One reply of all: that of shard 0, with the vectors of every shard."""
         first = replies[0]
+        if isinstance(request, (Join, Push)):
+            self._squares = self._gather(replies)
         if isinstance(first, Refusal) and isinstance(request, Leave):
             raise ServerLostError(
                 f"shard 0 refused this worker as it left ({first.reason}), and the other shards let it go; it cannot "
@@ -127,6 +134,17 @@ class ShardedLink:
             slices = [reply.params for reply in replies if isinstance(reply, Final)]
             self._final = first = replace(first, params=torch.cat(slices))
         return first
+
+    def _gather(self, replies: Sequence[Reply]) -> tuple[float, ...]:
+        """Of each layer the sum of what the shards but 0 answered; empty unless all have applied, and measured."""
+        answers = [reply for reply in replies if isinstance(reply, Parameters) and reply.applied]
+        if len(answers) < len(replies) or not all(answer.squares for answer in answers[1:]):
+            return ()
+        squares = [0.0] * self._layers[-1].stop
+        for layers, answer in zip(self._layers[1:], answers[1:], strict=True):
+            for layer, square in zip(layers, answer.squares, strict=True):
+                squares[layer] += square
+        return tuple(squares)
 
     def close(self) -> None:
         for link in self._links:
