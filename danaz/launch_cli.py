@@ -212,7 +212,7 @@ def launch(
             min=1,
             metavar="S",
             rich_help_panel=MACHINES,
-            help="Server processes, each with a slice of the parameters (no checkpoints)",
+            help="Server processes, each with a slice of the parameters",
         ),
     ] = 1,
     interface: InterfaceOption = None,

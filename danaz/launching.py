@@ -140,7 +140,7 @@ def _prepare(
 ) -> Launch:
     settings = replace(
         settings,
-        checkpoint_s=manner.checkpoint_s if manner.server_shards == 1 else 0.0,
+        checkpoint_s=manner.checkpoint_s,
         refuse_outliers=manner.refuse_outliers,
         server_shards=manner.server_shards,
     )
@@ -148,8 +148,6 @@ def _prepare(
     check_shards(settings, manner)
     policy = manner.policy(settings)
     cluster, notes = find_out(cluster, settings)
-    if settings.server_shards > 1:
-        notes.append("with several shards there are no checkpoints: the death of one of them ends the run for good")
     settings = replace(settings, ranks_per_worker=cluster.ranks_per_worker)
     plan, invitations = make_plan(errand, settings, cluster, run, manner)
     if "command" in values:
@@ -226,7 +224,6 @@ def check_shards(settings: Settings, manner: Manner) -> None:
         ),
         "a view that is fetched ahead comes from one server; leave out pipeline": settings.pipeline,
         "an invitation names one server; leave out --invite": manner.invite,
-        "nothing is kept of such a run to go on from; leave out --resume": manner.resumes,
     }
     for reason in [reason for reason, asked in unfit.items() if asked]:
         raise LaunchError(f"{shards}: {reason}")
@@ -323,26 +320,22 @@ def _server(cluster: Cluster, manner: Manner, returns: str | None, keys: ServerK
 
 
 def _servers(cluster: Cluster, manner: Manner, returns: str | None, keys: ServerKeys | None) -> list[Service]:
-    """The server; or shard 0, which is one, and a service for each other slice."""
+    """The server; or shard 0, which is one, and a service for each other slice, to be started again together."""
     server = _server(cluster, manner, returns, keys)
     if manner.server_shards == 1:
         return [server]
+    serve = [PYTHON, "-m", "danaz", "serve", "--bind"]
     bind = f"tcp://{in_url(server_address(cluster))}:*"
-    command = [PYTHON, "-m", "danaz", "serve", "--bind", bind, *["--insecure"] * cluster.reach.insecure]
-    # None can go on where it was killed: its slice is gone.
-    others = [
-        replace(
-            server,
-            name=f"server.{shard}",
-            command=[*command, "--shard", str(shard), "--run", "."],
-            announces=server_variable(shard),
-            returns=None,
-            again=(),
-            begins=None,
+    others = []
+    for shard in range(1, manner.server_shards):
+        options = [*["--insecure"] * cluster.reach.insecure, "--shard", str(shard)]
+        command = [*serve, bind, *options, *["--resume"] * manner.resumes]
+        again = [*serve, ANNOUNCED, *options, "--resume"]
+        variable = server_variable(shard)
+        others.append(
+            replace(server, name=f"server.{shard}", command=command, announces=variable, again=again, begins=None)
         )
-        for shard in range(1, manner.server_shards)
-    ]
-    return [replace(server, again=()), *others]
+    return [replace(each, group=server.name) for each in (server, *others)]
 
 
 def write_folder(launch: Launch) -> None:

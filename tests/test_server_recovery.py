@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 from cluster import Cluster
-from stimuli import GRADIENT, NAN, SIZE, answer, parameters, push_on, started
+from stimuli import GRADIENT, JOIN, NAN, SIZE, answer, parameters, push_on, started
 
 from danaz.server.admission import OUTLIER
 from danaz.server.core import ServerCore
 from danaz.server.health import ENOUGH_PUSHES, Health
-from danaz.server.messages import Final, Heartbeat, Parameters, Plan, Refusal, Report
+from danaz.server.messages import Final, Heartbeat, Parameters, Plan, Refusal, Report, Streamed
 from danaz.server.state import CoreState
 
 
@@ -146,6 +146,14 @@ class TestGoingOn:
         refusal = answer(anew.handle(0, push_on(view), 1.0))
         assert isinstance(refusal, Refusal)
         assert (refusal.rejoin, refusal.reason) == (True, "the server was restarted")
+
+    def test_views_travel_as_before(self):
+        core, _ = started("dana-zero", wire_view="bf16", recovery_s=0.0)
+        anew = ServerCore(core.settings)
+        anew.restore(core.state(), [], 1, 0.0)
+        [(_, view)] = anew.stream(0, replace(JOIN, request=2), 0.0)
+        assert isinstance(view, Streamed)
+        assert view.codec.name == "bf16"
 
     def test_a_new_process_takes_the_place_of_one_that_died_with_the_server(self):
         cluster = Restartable("dana-zero", 2, torch.zeros(SIZE))

@@ -307,7 +307,6 @@ def test_a_shard_waits_for_the_others_before_it_tells_the_end() -> None:
         ({}, {"record": True}, "--record"),
         ({}, {"refuse_outliers": True}, "--refuse-outliers"),
         ({}, {"invite": 1}, "--invite"),
-        ({}, {"resumes": True}, "--resume"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(settings: dict[str, Any], manner: dict[str, Any], reason: str) -> None:
@@ -336,8 +335,8 @@ def test_digits_with_two_shards(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["server", "server.1"])
-def test_the_death_of_a_shard_ends_the_run(tmp_path: Path, name: str) -> None:
-    run = Running(tmp_path / "run", *SHARDED, "--set", "epochs=2000")
+def test_the_death_of_a_shard_ends_a_run_that_is_to_stop(tmp_path: Path, name: str) -> None:
+    run = Running(tmp_path / "run", *SHARDED, "--set", "epochs=2000", "--on-worker-failure", "stop")
     try:
         until(lambda: run.trains, "training begins")
         for pid in run.processes:
@@ -356,7 +355,7 @@ def test_the_death_of_a_shard_ends_the_run(tmp_path: Path, name: str) -> None:
 def test_a_worker_that_was_killed_comes_back_to_every_shard(tmp_path: Path) -> None:
     run = Running(tmp_path / "run", *SHARDED, "--set", "epochs=150")
     try:
-        until(lambda: run.trains, "training begins")
+        until(lambda: any(update["worker"] == 1 for update in read_updates(run.folder)), "it takes part")
         os.kill(run.pid("rank"), signal.SIGKILL)
         output, _ = run.launcher.communicate(timeout=150)
         assert run.launcher.returncode == 0, output

@@ -12,6 +12,8 @@ from danaz.server.leases import Leases
 from danaz.server.master import all_finite
 from danaz.server.members import Member
 from danaz.server.messages import Heartbeat, Join, Leave, Plan, Push, Request
+from danaz.server.settings import ServerSettings
+from danaz.server.whole import own_part
 
 MAX_WORKERS = 4096
 MAX_AHEAD = 1 << 16  # batches a worker may hold
@@ -27,6 +29,22 @@ class Job:
     layout: Layout
     plan: Plan
     momentum: float
+
+
+def is_worth_receiving(
+    message: Request, settings: ServerSettings, job: Job | None, member: Member | None, needs_params: bool
+) -> bool:
+    """Whether the vectors that ``message`` announces are: if not, it will be refused unseen."""
+    if isinstance(message, Join):
+        message = own_part(message, settings)
+        brings = 0 if message.params is None else message.params.numel()
+        fits = brings in (0, message.layout.size)
+        return fits and not why_not_join(message, settings.digest, job, member, needs_params)
+    if job is None or why_stranger(message, member):
+        return False
+    if isinstance(message, Push):
+        return message.push.numel() == job.layout.size
+    return not isinstance(message, Leave) or not why_not_leave(message, job)
 
 
 def why_not_join(join: Join, digest: str, job: Job | None, member: Member | None, needs_params: bool) -> str:

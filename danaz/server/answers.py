@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -37,9 +38,12 @@ class Answers:
         self._waiting: Streams = []
 
     def take(self) -> Streams:
-        """All that wait, in their order."""
+        """All that wait, in their order; with several shards, views name the checkpoint that holds what they tell."""
         waiting, self._waiting = self._waiting, []
-        return waiting
+        if self._core.settings.shards == 1:
+            return waiting
+        generation = self._core.generation
+        return [(route, _dated(reply, generation)) for route, reply in waiting]
 
     def refuse(self, route: Route, message: Request, reason: str, rejoin: bool = False) -> None:
         """Count it, and say so; but a heartbeat awaits no answer."""
@@ -98,6 +102,12 @@ class Answers:
 def _to_send(squares: Tensor | None) -> tuple[float, ...]:
     """A model that has diverged has none."""
     return () if squares is None or not all_finite(squares) else tuple(squares.tolist())
+
+
+def _dated(reply: Reply | Streamed, generation: int) -> Reply | Streamed:
+    if isinstance(reply, Streamed):
+        return replace(reply, header=replace(reply.header, generation=generation))
+    return replace(reply, generation=generation) if isinstance(reply, Parameters) else reply
 
 
 def whole(replies: Streams) -> Replies:

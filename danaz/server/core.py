@@ -19,6 +19,7 @@ from danaz.server.admission import (
     NOT_FINITE,
     OUTLIER,
     Job,
+    is_worth_receiving,
     why_not_join,
     why_not_leave,
     why_not_push,
@@ -47,7 +48,8 @@ class ServerCore:
 
     ``now`` is in seconds on any monotonic clock. ``on_update`` is called for each applied update, ``on_milestone``
     when something has come true that a restart must not undo, both before any worker is told; ``on_notice`` hears what
-    a person should know. For ``ahead`` see Master.
+    a person should know. ``on_generation`` is called of a shard that hears of a checkpoint of shard 0, before it heeds
+    what tells of it. For ``ahead`` see Master.
     """
 
     def __init__(
@@ -57,16 +59,19 @@ class ServerCore:
         ahead: Callable[[], Tensor] | None = None,
         on_milestone: Callable[[ServerCore], None] = lambda core: None,
         on_notice: Callable[[str], None] = lambda text: None,
+        on_generation: Callable[[ServerCore], None] = lambda core: None,
     ):
         self.settings = settings
         self.on_update = on_update
         self.on_milestone = on_milestone
         self.on_notice = on_notice
+        self.on_generation = on_generation
         self.ahead = ahead
         self.members: dict[int, Member] = {}
         self.figures = Figures()
         self.health = Health(on_notice)
         self.life = 0  # grows with each restart
+        self.generation = 0  # of shard 0's newest checkpoint
         self.recovery: Recovery | None = None  # while a restarted server waits for the workers it knew
         self.started = False
         self.diverged = ""  # the reason, if it did
@@ -114,10 +119,10 @@ class ServerCore:
         self.life, self.started = life, True
         self.recovery = Recovery(journal, self.job.layout.size, until=now + self.settings.recovery_s)
 
-    def start_from(self, job: Job, leases: Leases, master: Master) -> None:
+    def start_from(self, job: Job, leases: Leases, master: Master, whole: WholeModel | None = None) -> None:
         """Take over what the first workers to join usually bring."""
         self._job, self._leases, self._master = job, leases, master
-        self._whole = WholeModel(job.layout)
+        self._whole = whole or WholeModel(job.layout)
 
     # ---- stimuli -------------------------------------------------------------------------------------------------
 
@@ -148,6 +153,7 @@ class ServerCore:
         if not isinstance(message, Heartbeat) and message.request >= member.request and may_speak:
             repeated = message.request == member.request
             member.request, member.route = message.request, route
+            self._hear_of_checkpoint(message)
             self._serve(member, message, repeated, now)
         return self._settle(now)
 
@@ -161,16 +167,7 @@ class ServerCore:
     def takes(self, message: Request) -> bool:
         """Whether the vectors that ``message`` announces are worth receiving: if not, it will be refused unseen."""
         member = self.members.get(message.worker)
-        if isinstance(message, Join):
-            message = own_part(message, self.settings)
-            brings = 0 if message.params is None else message.params.numel()
-            fits = brings in (0, message.layout.size)
-            return fits and not why_not_join(message, self.settings.digest, self._job, member, self._master is None)
-        if why_stranger(message, member):
-            return False
-        if isinstance(message, Push):
-            return message.push.numel() == self.job.layout.size
-        return not isinstance(message, Leave) or not why_not_leave(message, self.job)
+        return is_worth_receiving(message, self.settings, self._job, member, needs_params=self._master is None)
 
     def refuse(self, reason: str) -> None:
         """Count a message that is not served, also one that could not even be read."""
@@ -218,7 +215,7 @@ class ServerCore:
             no_lr = (0.0,) * len(join.layout.groups)
             member = Member(join.worker, join.incarnation, route, join.request, join.ahead, {}, no_lr, now)
             self.members[join.worker] = member
-        if self.recovery is not None:
+        if self.recovery is not None and self.settings.shards == 1:  # a slice newer than the others is of no use
             self.recovery.brought(join)
         # The same incarnation again lost our answer, or comes back after a silence: it keeps its velocity.
         answered = member.computing and member.request == join.request
@@ -287,6 +284,13 @@ class ServerCore:
                 member.said_bye = True
                 self.whole.hear(message)
             self._answers.note(member)
+
+    def _hear_of_checkpoint(self, message: Request) -> None:
+        """Of shard 0, that holds nothing of what ``message`` may follow from."""
+        told = message.generation if self.settings.shard and isinstance(message, (Push, Leave)) else 0
+        if told > self.generation and self.recovery is None:
+            self.generation = told
+            self.on_generation(self)
 
     def _sound(self, vector: Tensor) -> bool:
         """Whether a leaving worker's vector may count. One of a diverged model may not, but its worker still leaves."""
@@ -386,11 +390,11 @@ class ServerCore:
     def _mark_milestone(self) -> None:
         """Workers may soon hold a first view, an end, or parameters that a leaving worker has changed for good.
 
-        And what a script has reported, it will not report again.
+        And what a script has reported, it will not report again, nor will a worker that has gone bring θ.
         """
         waiting_for_all = self.leases.done and not self.final
         left = 0 if waiting_for_all else sum(member.left for member in self.members.values())
-        milestone = (self.life, self.leases.done, left, *self.figures.reported.items())
+        milestone = (self.life, self.leases.done, left, self.whole.version, *self.figures.reported.items())
         if milestone != self._milestone:
             self._milestone = milestone
             self.on_milestone(self)

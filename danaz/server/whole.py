@@ -18,11 +18,11 @@ from danaz.server.settings import ServerSettings
 class WholeModel:
     """The table of all parameters, and θ of the other shards as the last worker to leave brought it."""
 
-    def __init__(self, layout: Layout):
+    def __init__(self, layout: Layout, rest: Tensor | None = None, version: int = -1):
         self.layout = layout
         self.layers = Layers(layout)
-        self.rest: Tensor | None = None  # f32[P - slice of shard 0]
-        self.version = -1  # of shard 0, with rest
+        self.rest = rest  # f32[P - slice of shard 0]
+        self.version = version  # of shard 0, with rest
 
     def hear(self, bye: Bye) -> None:
         if bye.rest is not None and not is_announced(bye.rest) and all_finite(bye.rest) and bye.version >= self.version:
