@@ -55,6 +55,10 @@ class Checkpoints:
         if self._thread.is_alive():
             self._thread.join()
 
+    def may_be(self, number: int) -> bool:
+        """Whether shard 0 can have begun to write so high a number: a worker that says so may err, or lie."""
+        return number <= newest_number(self._folders[0]) + 1
+
     def delete(self) -> None:
         """Of all shards: the run is complete."""
         delete_checkpoints(*self._folders)
@@ -128,7 +132,7 @@ class SliceKeeper:
 
     def __init__(self, run: Path, settings: ServerSettings):
         self.core = ServerCore(
-            settings, on_milestone=lambda core: self._milestone(), on_notice=say, on_generation=self._keep
+            settings, on_milestone=lambda core: self._milestone(), on_notice=say, on_generation=self._hear
         )
         self._checkpoints = Checkpoints(run, settings)
         self._keeps = settings.checkpoint_s > 0
@@ -143,15 +147,19 @@ class SliceKeeper:
         """The process ends."""
         self._checkpoints.wait()
 
-    def _keep(self, core: ServerCore) -> None:
-        self._checkpoints.write(core, core.generation)
+    def _hear(self, core: ServerCore, told: int) -> None:
+        if self._keeps and self._checkpoints.may_be(told):
+            self._keep(told)
 
     def _milestone(self) -> None:
         """Once a worker may have the end of this slice, nothing may change it."""
         if self._keeps and self.core.final:
-            self.core.generation += 1
-            self._keep(self.core)
+            self._keep(self.core.generation + 1)
             self._checkpoints.wait()
+
+    def _keep(self, number: int) -> None:
+        self.core.generation = number
+        self._checkpoints.write(self.core, number)
 
 
 def say(text: str) -> None:

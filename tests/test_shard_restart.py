@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -234,6 +236,18 @@ def test_a_restart_counts_though_a_second_one_goes_back_behind_it(
     check_end(trainer, undisturbed, restarts=2)
 
 
+def test_a_generation_that_shard_0_cannot_have_begun_is_not_believed(
+    begin: Callable[..., Trainer], undisturbed: Tensor
+) -> None:
+    trainer = begin()
+    trainer.train(3)
+    trainer.link._generation = 1 << 40
+    trainer.train(3)
+    trainer.servers.kill()
+    assert trainer.servers.versions == [5, 5]
+    check_end(trainer, undisturbed)
+
+
 def test_killed_before_all_have_kept_the_beginning_they_begin_again(
     begin: Callable[..., Trainer], undisturbed: Tensor
 ) -> None:
@@ -298,6 +312,20 @@ def test_what_workers_brought_of_the_end_outlives_shard_0(begin: Callable[..., T
     check_end(trainer, undisturbed)
 
 
+ARGUMENTS = ("--hosts", "localhost:2", "--workers-per-host", "2", "--collective", "torch", "--server-shards", "2")
+OFTEN = ("--checkpoint-seconds", "0.5")
+
+
+def check_digits(folder: Path) -> None:
+    summary, updates = read_summary(folder), read_updates(folder)
+    assert (summary["complete"], summary["restarts"]) == (True, 1)
+    assert summary["test_error_percent"] < 5
+    assert [update["version"] for update in updates] == list(range(1, 901))
+    assert sorted(update["batch"] for update in updates) == list(range(900))
+    assert (folder / "parameters.safetensors").exists()
+    assert not [*folder.glob("checkpoints*")]
+
+
 def shard_process(run: Running, shard: int) -> int:
     for pid in run.processes:
         words = Path("/proc", str(pid), "cmdline").read_bytes().decode().split("\0")
@@ -310,20 +338,30 @@ def shard_process(run: Running, shard: int) -> int:
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("shard", [0, 1])
 def test_digits_outlives_the_death_of_a_shard(shard: int, tmp_path: Path) -> None:
-    arguments = ("--hosts", "localhost:2", "--workers-per-host", "2", "--collective", "torch", "--server-shards", "2")
-    run = Running(tmp_path / "run", "configs/digits.yaml", *arguments, "--checkpoint-seconds", "0.5")
+    run = Running(tmp_path / "run", "configs/digits.yaml", *ARGUMENTS, *OFTEN)
     try:
         until(lambda: len(read_updates(run.folder)) > 100, "training is under way")
         os.kill(shard_process(run, shard), signal.SIGKILL)
         output, _ = run.launcher.communicate(timeout=300)
         assert run.launcher.returncode == 0, output
         assert f"{'server.1' if shard else 'server'} was killed by SIGKILL; restart 1 of 3" in output
-        summary, updates = read_summary(run.folder), read_updates(run.folder)
-        assert (summary["complete"], summary["restarts"]) == (True, 1)
-        assert summary["test_error_percent"] < 5
-        assert [update["version"] for update in updates] == list(range(1, 901))
-        assert sorted(update["batch"] for update in updates) == list(range(900))
-        assert (run.folder / "parameters.safetensors").exists()
-        assert not [*run.folder.glob("checkpoints*")]
+        check_digits(run.folder)
     finally:
         run.end()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_run_that_was_interrupted_is_resumed_with_its_shards(tmp_path: Path) -> None:
+    run = Running(tmp_path / "run", "configs/digits.yaml", *ARGUMENTS, *OFTEN)
+    try:
+        until(lambda: len(read_updates(run.folder)) > 100, "training is under way")
+        run.launcher.send_signal(signal.SIGINT)
+        output, _ = run.launcher.communicate(timeout=100)
+        assert f"to go on from its last checkpoint: danaz launch --resume {run.folder}" in output
+    finally:
+        run.end()
+    resumed = [sys.executable, "-m", "danaz", "launch", "--resume", str(run.folder)]
+    said = subprocess.run(resumed, timeout=300, capture_output=True, text=True, check=False)
+    assert said.returncode == 0, said.stdout + said.stderr
+    check_digits(run.folder)

@@ -48,8 +48,8 @@ class ServerCore:
 
     ``now`` is in seconds on any monotonic clock. ``on_update`` is called for each applied update, ``on_milestone``
     when something has come true that a restart must not undo, both before any worker is told; ``on_notice`` hears what
-    a person should know. ``on_generation`` is called of a shard that hears of a checkpoint of shard 0, before it heeds
-    what tells of it. For ``ahead`` see Master.
+    a person should know. ``on_generation`` is called in a shard that is told of a newer checkpoint of shard 0, before
+    it heeds the message that tells. For ``ahead`` see Master.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class ServerCore:
         ahead: Callable[[], Tensor] | None = None,
         on_milestone: Callable[[ServerCore], None] = lambda core: None,
         on_notice: Callable[[str], None] = lambda text: None,
-        on_generation: Callable[[ServerCore], None] = lambda core: None,
+        on_generation: Callable[[ServerCore, int], None] = lambda core, told: None,
     ):
         self.settings = settings
         self.on_update = on_update
@@ -286,11 +286,10 @@ class ServerCore:
             self._answers.note(member)
 
     def _hear_of_checkpoint(self, message: Request) -> None:
-        """Of shard 0, that holds nothing of what ``message`` may follow from."""
+        """A checkpoint of shard 0 holds all that its sender had heard: this shard's is to hold nothing that follows."""
         told = message.generation if self.settings.shard and isinstance(message, (Push, Leave)) else 0
         if told > self.generation and self.recovery is None:
-            self.generation = told
-            self.on_generation(self)
+            self.on_generation(self, told)
 
     def _sound(self, vector: Tensor) -> bool:
         """Whether a leaving worker's vector may count. One of a diverged model may not, but its worker still leaves."""
