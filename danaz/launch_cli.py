@@ -199,7 +199,11 @@ def launch(
     ] = 1,
     server_host: Annotated[
         str | None,
-        typer.Option("--server-host", rich_help_panel=MACHINES, help="Where the server runs. Default: this machine"),
+        typer.Option(
+            "--server-host",
+            rich_help_panel=MACHINES,
+            help="Where the server runs, or its shards in turn: `a` or `a,b`. Default: this machine",
+        ),
     ] = None,
     server_port: Annotated[
         int,

@@ -111,9 +111,15 @@ class Life:
         if unit.world is not None:
             found = {**self.around.announced, **ports, "DANAZ_INCARNATION": str(self.around.next_incarnation())}
         for process in unit.processes:
-            folder = f"danaz-{plan.run_id}-{process.group or process.name}" if process.returns else ""
             env = {**plan.env, **process.env, **found}
+            folder = self._folder(process) if process.returns else ""
             self.cluster.start(process, env, plan.cwd, self._command(process), folder)
+
+    def _folder(self, process: Process) -> str:
+        """One for a group on each of its machines; two of these may see the same temporary files."""
+        name = f"danaz-{self.around.plan.run_id}-{process.group or process.name}"
+        number = self.unit.hosts.index(process.host)
+        return f"{name}.{number}" if number else name
 
     def _command(self, process: Process) -> tuple[str, ...]:
         if self.number == 1 or not process.again:

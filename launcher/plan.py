@@ -48,8 +48,8 @@ class Service:
     can read from the file descriptor that DANAZ_SECRET_FD names: it travels, and stays in memory. With `again`, the
     command that goes on where it was killed, it can be started again in the midst of a run: with the same folder, and
     ANNOUNCED in that command being what it announced. Services of one `group` fail and start again together, and what
-    they return lies in one folder. When `begins` is a name, the run has not begun before its stdout holds a line
-    `NAME=…`: until then it waits for all workers.
+    those on one machine return lies in one folder. When `begins` is a name, the run has not begun before its stdout
+    holds a line `NAME=…`: until then it waits for all workers.
     """
 
     name: str
