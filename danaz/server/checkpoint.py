@@ -78,8 +78,10 @@ def read_common(folders: Sequence[Path], shard: int) -> tuple[CoreState, list[st
     Each shard finds the same one, for a newer one is not common before all of them have gone on. Once shard 0 has kept
     that the training is done, nothing is to be trained again, and each goes on from its own newest.
     """
+    if len(folders) == 1:
+        return read_newest(folders[0])
     lead, _ = _newest_sound(_numbers(folders[0], ".json"), lambda number: _facts(folders[0], number))
-    if len(folders) == 1 or (lead is not None and CoreState(lead, {}).done):
+    if lead is not None and CoreState(lead, {}).done:
         return read_newest(folders[shard])
     common = set.intersection(*(_numbers(folder, ".json") for folder in folders))
     state, damaged = _newest_sound(common, lambda number: _read_of_all(folders, shard, number))
