@@ -114,24 +114,22 @@ def serve(
     bound = _listen(bind, insecure)
     typer.echo(f"{'DANAZ_SERVER' if shard == 0 else f'DANAZ_SERVER_{shard}'}={bound.address}")
     sys.stdout.flush()  # workers start now, while the imports below take their seconds
-    if shard:
-        from danaz.serve import serve_slice
-        from danaz.settings import Settings
-
-        serve_slice(bound, Settings.from_json(os.environ["DANAZ_SETTINGS"]), shard)
-        return
     try:
         run.mkdir(parents=True, exist_ok=True)
-        lock_run(run)
+        lock_run(run, shard=shard)
     except (RunLockedError, OSError) as error:
         fail(error)
     from danaz.serve import serve as serve_run
+    from danaz.serve import serve_slice
     from danaz.server.state import ResumeError
     from danaz.settings import from_environment
 
     settings, _ = from_environment()
     try:
-        serve_run(bound, settings, run, record, resume)
+        if shard:
+            serve_slice(bound, settings, shard, run, resume)
+        else:
+            serve_run(bound, settings, run, record, resume)
     except ResumeError as error:
         fail(error)
 

@@ -89,7 +89,10 @@ def launch(
         int, machines_option("--workers-per-host", min=1, help="Split each host's slots into so many workers")
     ] = 1,
     server_host: Annotated[
-        str | None, machines_option("--server-host", help="Where the server runs. Default: this machine")
+        str | None,
+        machines_option(
+            "--server-host", help="Where the server runs, or its shards in turn: `a` or `a,b`. Default: this machine"
+        ),
     ] = None,
     server_port: Annotated[
         int, machines_option("--server-port", min=0, max=65535, help="Of the server. 0: a free one")
@@ -100,7 +103,7 @@ def launch(
             "--server-shards",
             min=1,
             metavar="S",
-            help="Server processes, each with a slice of the parameters (no gap, no checkpoints)",
+            help="Server processes, each with a slice of the parameters",
         ),
     ] = 1,
     interface: options.Interface = None,

@@ -112,6 +112,7 @@ class LaunchOptions:
         if self.launcher not in (None, "ssh", "slurm", "local"):
             raise ReachError(f"--launcher {self.launcher!r} is not known; expected ssh, slurm or local")
         python = self.remote_python or sys.executable
+        server, *more_servers = self._servers(hosts)
         # Agents do not start in this directory.
         identity = None if self.ssh_identity is None else self.ssh_identity.resolve()
         return Reach(
@@ -122,19 +123,21 @@ class LaunchOptions:
             cwd=self.chdir or str(Path.cwd()),
             env=parse_environment(self.variables or (), self.env_file),
             interfaces=parse_interfaces(self.interface or (), hosts),
-            server=self._server(hosts),
+            server=server,
+            more_servers=more_servers,
             server_port=self.server_port,
             insecure=self.insecure,
         )
 
-    def _server(self, hosts: Sequence[Host]) -> Host:
-        """One of the hosts, with its user and ssh port, or any other machine."""
+    def _servers(self, hosts: Sequence[Host]) -> list[Host]:
+        """Each one of the hosts, with its user and ssh port, or any other machine."""
         if self.server_host is None:
-            return Reach().server
-        [server, *more] = parse_hosts(self.server_host)
-        if more or server.slots is not None:
-            raise ReachError(f"--server-host {self.server_host}: expected one host, without slots")
-        return next((host for host in hosts if host.name == server.name), server)
+            return [Reach().server]
+        servers = parse_hosts(self.server_host)
+        if any(server.slots is not None for server in servers):
+            raise ReachError(f"--server-host {self.server_host}: expected hosts without slots")
+        known = {host.name: host for host in hosts}
+        return [known.get(server.name, server) for server in servers]
 
     def kept(self, environment: Collection[str]) -> dict[str, Any]:
         """What RUN/launch.yaml holds: all that can be asked for again, and of the environment the names alone."""
@@ -164,8 +167,7 @@ def prepare(params: Mapping[str, Any], named: Collection[str], command: Sequence
         raise LaunchError("--set changes a config, and a script has none; pass its own arguments behind --")
     warmup_epochs = 5.0 if options.warmup_epochs is None else options.warmup_epochs
     training = {"algorithm": "dana", **options.training}
-    gap_every = 1 if options.server_shards == 1 else 0  # no shard can measure it
-    settings = Settings(**training, warmup_epochs=warmup_epochs, seed=options.seed or 0, gap_every=gap_every)
+    settings = Settings(**training, warmup_epochs=warmup_epochs, seed=options.seed or 0)
     return _ready(options, settings, command)
 
 

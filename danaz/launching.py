@@ -140,16 +140,17 @@ def _prepare(
 ) -> Launch:
     settings = replace(
         settings,
-        checkpoint_s=manner.checkpoint_s if manner.server_shards == 1 else 0.0,
+        checkpoint_s=0.0 if cluster.reach.more_servers else manner.checkpoint_s,
         refuse_outliers=manner.refuse_outliers,
         server_shards=manner.server_shards,
     )
     check_workers(settings)
     check_shards(settings, manner)
+    check_server_hosts(cluster.reach, manner)
     policy = manner.policy(settings)
     cluster, notes = find_out(cluster, settings)
-    if settings.server_shards > 1:
-        notes.append("with several shards there are no checkpoints: the death of one of them ends the run for good")
+    if cluster.reach.more_servers:
+        notes.append("shards on several machines keep no checkpoints: the death of one of them ends the run for good")
     settings = replace(settings, ranks_per_worker=cluster.ranks_per_worker)
     plan, invitations = make_plan(errand, settings, cluster, run, manner)
     if "command" in values:
@@ -219,7 +220,6 @@ def check_shards(settings: Settings, manner: Manner) -> None:
             "the same in all of them; use an elementwise asynchronous algorithm, such as dana"
         )
     unfit = {
-        "the gap is a sum over whole layers, which no shard sees; turn it off: --set gap=off": settings.gap_every,
         "what is kept of error feedback is cut otherwise than slices are; use wire fp32": settings.wire != "fp32",
         "a recording is of one server; leave out --record": manner.record,
         "a push would be an outlier in one slice and not in another; leave out --refuse-outliers": (
@@ -227,10 +227,20 @@ def check_shards(settings: Settings, manner: Manner) -> None:
         ),
         "a view that is fetched ahead comes from one server; leave out pipeline": settings.pipeline,
         "an invitation names one server; leave out --invite": manner.invite,
-        "nothing is kept of such a run to go on from; leave out --resume": manner.resumes,
     }
     for reason in [reason for reason, asked in unfit.items() if asked]:
         raise LaunchError(f"{shards}: {reason}")
+
+
+def check_server_hosts(reach: Reach, manner: Manner) -> None:
+    """Raises LaunchError if there are more machines than shards, or what several cannot do."""
+    machines = 1 + len(reach.more_servers)
+    if machines > manner.server_shards:
+        raise LaunchError(
+            f"--server-host names {machines} machines, more than there are shards; use --server-shards {machines}"
+        )
+    if reach.more_servers and manner.resumes:
+        raise LaunchError("shards on several machines keep no checkpoints: there is nothing to go on from")
 
 
 def is_all_reduce(settings: Settings) -> bool:
@@ -247,7 +257,8 @@ def find_out(cluster: Cluster, settings: Settings) -> tuple[Cluster, list[str]]:
     """
     reach, needs_server = cluster.reach, not is_all_reduce(settings)
     hub = reach.server if needs_server else cluster.hosts[0]
-    machines, notes = find_machines(cluster.hosts, reach, hub=hub, collective=cluster.collective)
+    hosts = [*cluster.hosts, *reach.more_servers]
+    machines, notes = find_machines(hosts, reach, hub=hub, collective=cluster.collective)
     cluster = replace(cluster, machines=machines)
     address = server_address(cluster)
     if not needs_server and ":" in (machines.get(hub.name, Machine()).address or ""):
@@ -260,9 +271,9 @@ def find_out(cluster: Cluster, settings: Settings) -> tuple[Cluster, list[str]]:
     return cluster, notes
 
 
-def server_address(cluster: Cluster) -> str:
-    """Where the server is for all machines of the cluster."""
-    return cluster.machines.get(cluster.reach.server.name, Machine()).address or "127.0.0.1"
+def server_address(cluster: Cluster, shard: int = 0) -> str:
+    """Where the server, or another shard of it, is for all machines of the cluster."""
+    return cluster.machines.get(cluster.reach.server_of(shard).name, Machine()).address or "127.0.0.1"
 
 
 def make_plan(
@@ -272,7 +283,7 @@ def make_plan(
 
     And what workers need that join later.
     """
-    all_reduce, reach = is_all_reduce(settings), cluster.reach
+    all_reduce, reach, shards = is_all_reduce(settings), cluster.reach, manner.server_shards
     travels = {**reach.env, "DANAZ_SETTINGS": settings.to_json(), **errand.env}
     writer = cluster.hosts[0] if all_reduce else reach.server
     run_env = {"DANAZ_RUN": str(run_folder.resolve())} if reach.is_direct(writer) else {}
@@ -286,7 +297,7 @@ def make_plan(
         env={**travels, **run_env},
         cwd=reach.cwd,
         workers_per_host=cluster.workers_per_host,
-        services=[] if all_reduce else _servers(cluster, manner, returns, server_keys),
+        services=[_server(cluster, manner, shard, server_keys) for shard in range(0 if all_reduce else shards)],
         first_rank_returns=returns if all_reduce else None,
         secrets=[to_json(keys) for keys in worker_keys[: cluster.workers]],
         machines=cluster.machines,
@@ -304,46 +315,25 @@ def _run_id(run_folder: Path) -> str:
     return hashlib.sha256(place.encode()).hexdigest()[:16]
 
 
-def _server(cluster: Cluster, manner: Manner, returns: str | None, keys: ServerKeys | None) -> Service:
-    reach = cluster.reach
+def _server(cluster: Cluster, manner: Manner, shard: int, keys: ServerKeys | None) -> Service:
+    """The server; with several shards that is shard 0, and all of them are started again together."""
+    reach, host = cluster.reach, cluster.reach.server_of(shard)
     serve, options = [PYTHON, "-m", "danaz", "serve", "--bind"], [*["--insecure"] * reach.insecure]
-    options += ["--record"] * manner.record
-    bind = f"tcp://{in_url(server_address(cluster))}:{reach.server_port or '*'}"
-    cwd = os.getcwd() if reach.is_direct(reach.server) else reach.cwd
+    options += ["--record"] * manner.record + ["--shard", str(shard)] * (shard > 0)
+    port = reach.server_port if shard == 0 else 0
+    bind = f"tcp://{in_url(server_address(cluster, shard))}:{port or '*'}"
     return Service(
-        "server",
+        f"server.{shard}" if shard else "server",
         [*serve, bind, *options, *["--resume"] * manner.resumes],
-        announces="DANAZ_SERVER",
-        returns=returns,
-        host=reach.server,
-        cwd=cwd,
+        announces=server_variable(shard),
+        returns=None if reach.is_direct(host) and reach.is_direct(reach.server) else "DANAZ_RUN",
+        host=host,
+        cwd=os.getcwd() if reach.is_direct(host) else reach.cwd,
         secret=None if keys is None else to_json(keys),
-        again=[*serve, ANNOUNCED, *options, "--resume"],
-        begins=BEGINS,
+        again=() if reach.more_servers else [*serve, ANNOUNCED, *options, "--resume"],
+        begins=None if shard else BEGINS,
+        group="server",
     )
-
-
-def _servers(cluster: Cluster, manner: Manner, returns: str | None, keys: ServerKeys | None) -> list[Service]:
-    """The server; or shard 0, which is one, and a service for each other slice."""
-    server = _server(cluster, manner, returns, keys)
-    if manner.server_shards == 1:
-        return [server]
-    bind = f"tcp://{in_url(server_address(cluster))}:*"
-    command = [PYTHON, "-m", "danaz", "serve", "--bind", bind, *["--insecure"] * cluster.reach.insecure]
-    # None can go on where it was killed: its slice is gone.
-    others = [
-        replace(
-            server,
-            name=f"server.{shard}",
-            command=[*command, "--shard", str(shard), "--run", "."],
-            announces=server_variable(shard),
-            returns=None,
-            again=(),
-            begins=None,
-        )
-        for shard in range(1, manner.server_shards)
-    ]
-    return [replace(server, again=()), *others]
 
 
 def write_folder(launch: Launch) -> None:

@@ -35,12 +35,18 @@ class Reach:
     env: Mapping[str, str] = field(default_factory=dict, repr=False)  # -x, --env-file: may hold secrets
     interfaces: Mapping[str, str] = field(default_factory=dict)  # by name of host, or ANY_HOST
     server: Host = LAUNCHING_MACHINE
+    more_servers: Sequence[Host] = ()  # further machines for its shards, in turn
     server_port: int = 0  # 0: any free one
     insecure: bool = False  # a server beyond loopback, without encryption
 
     @property
     def agent_command(self) -> AgentCommand:
         return local_agent_command if self.only_here else self.transport
+
+    def server_of(self, shard: int) -> Host:
+        """The machine of this shard."""
+        hosts = (self.server, *self.more_servers)
+        return hosts[shard % len(hosts)]
 
     def is_direct(self, host: Host) -> bool:
         """Whether processes there are this machine's own, and see its files."""

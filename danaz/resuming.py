@@ -60,6 +60,12 @@ def merge_options(run: Path, given: Mapping[str, Any], named: Collection[str]) -
     if refused:
         raise ResumeError(f"--resume goes on with what the run began; leave out {', '.join(refused)}")
     kept = read_options(run)
+    shards, asked = kept.get("server_shards", 1), given.get("server_shards")
+    if "server_shards" in named and asked != shards:
+        raise ResumeError(
+            f"--server-shards {asked}: the checkpoints of {run} are of {shards} slices, and cannot be cut again; "
+            "leave it out"
+        )
     if WHERE & set(named):
         kept = {name: value for name, value in kept.items() if name not in WHERE}
     return {**given, **kept, **{name: given[name] for name in named}}

@@ -102,9 +102,9 @@ class RunFolder:
         """Write the final parameters and summary.json; returns the summary."""
         os.close(self._updates)
         if core.started:
-            params, layout = core.whole.params(core.master.params), core.whole.layout
-            if params is not None and layout is not None:
-                named = layout.named(params, core.mean_buffers())
+            params = core.whole.params(core.master.params)
+            if params is not None:
+                named = core.whole.layout.named(params, core.mean_buffers())
                 write_atomically(self.path / "parameters.safetensors", save(named))
         summary = {**self.facts, "test_error_percent": None, **core.summary()}
         write_atomically(self.path / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())

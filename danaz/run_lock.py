@@ -16,12 +16,12 @@ class RunLockedError(RuntimeError):
     """Another server is at work."""
 
 
-def lock_run(run: Path, wait_s: float = WAIT_S) -> int:
-    """Wait until no other server writes ``run``, and keep others away until this process ends, however it ends.
+def lock_run(run: Path, wait_s: float = WAIT_S, shard: int = 0) -> int:
+    """Wait until no other server of this shard writes ``run``, and keep others away until this process ends somehow.
 
     Returns the descriptor that holds the lock. Raises RunLockedError.
     """
-    fd = os.open(run / LOCK, os.O_WRONLY | os.O_CREAT, 0o644)
+    fd = os.open(run / (f"{LOCK}.{shard}" if shard else LOCK), os.O_WRONLY | os.O_CREAT, 0o644)
     deadline = time.monotonic() + wait_s
     while True:
         try:

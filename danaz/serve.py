@@ -25,18 +25,12 @@ def serve(bound: BoundRouter, settings: Settings, run: Path, record: bool, resum
     """
     from danaz.keeper import Keeper, say
     from danaz.pace import telling
-    from danaz.run_folder import RunFolder, read_summary
-    from danaz.server.checkpoint import FOLDER, delete_checkpoints
-    from danaz.server.concluded import Concluded
+    from danaz.run_folder import RunFolder
     from danaz.server.recording import Recorder
     from danaz.server.router import Router
 
     stopping = note_ending_signals()
-    if resume and (run / "summary.json").exists() and read_summary(run)["complete"]:
-        say(f"the run in {run} is complete; its workers are seen off")
-        delete_checkpoints(run / FOLDER)
-        Router(bound).serve(Concluded(), None, stopping)
-        bound.close()
+    if resume and _see_off(bound, settings, run, stopping):
         return
     keeper = Keeper(RunFolder(run, settings.facts()), settings.for_server())
     keeper.core.on_update = announcing(telling(keeper.core, keeper.core.on_update))
@@ -52,16 +46,40 @@ def serve(bound: BoundRouter, settings: Settings, run: Path, record: bool, resum
     bound.close()
 
 
-def serve_slice(bound: BoundRouter, settings: Settings, shard: int) -> None:
-    """Serve a slice of the vector on a bound ROUTER; return when the workers have left or on SIGTERM.
+def serve_slice(bound: BoundRouter, settings: Settings, shard: int, run: Path, resume: bool = False) -> None:
+    """As ``serve``, for another slice of the vector than shard 0's: in the folder it keeps its checkpoints alone.
 
-    It writes nothing: workers bring what it held to shard 0.
+    What it holds at the end, workers bring to shard 0.
     """
-    from danaz.server.core import ServerCore
+    from danaz.keeper import SliceKeeper
     from danaz.server.router import Router
 
-    Router(bound).serve(ServerCore(settings.for_server(shard=shard)), None, note_ending_signals())
+    stopping = note_ending_signals()
+    if resume and _see_off(bound, settings, run, stopping):
+        return
+    keeper = SliceKeeper(run, settings.for_server(shard=shard))
+    if resume:
+        keeper.resume()
+    Router(bound).serve(keeper.core, None, stopping)
+    keeper.finish()
     bound.close()
+
+
+def _see_off(bound: BoundRouter, settings: Settings, run: Path, stopping: Callable[[], bool]) -> bool:
+    """If the run is complete, tell the workers that do not know it yet; returns whether it is."""
+    from danaz.keeper import say
+    from danaz.run_folder import read_summary
+    from danaz.server.checkpoint import delete_checkpoints, folders_of
+    from danaz.server.concluded import Concluded
+    from danaz.server.router import Router
+
+    if not (run / "summary.json").exists() or not read_summary(run)["complete"]:
+        return False
+    say(f"the run in {run} is complete; its workers are seen off")
+    delete_checkpoints(*folders_of(run, settings.server_shards))
+    Router(bound).serve(Concluded(), None, stopping)
+    bound.close()
+    return True
 
 
 def announcing(record: Callable[[Update], None]) -> Callable[[Update], None]:

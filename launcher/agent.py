@@ -10,8 +10,9 @@ It is told everything as JSON lines on stdin, so that no secret stands on a comm
                                                            {"is": "exit", "name", "status", "error"}
     {"do": "stop", "grace_s": 5, "keep_files": false}      {"is": "stopping", "why"}
 
-A process that `returns` leaves its files in a folder here. They are sent, and the folder goes away, when it ends well
-and at a stop; with `keep_files`, or when the agent ends unasked, they stay for a process that goes on from them.
+A process that `returns` leaves its files in a folder here, which several may share. They are sent, and the folder goes
+away, when all of them have ended well and at a stop; with `keep_files`, or when the agent ends unasked, they stay for a
+process that goes on from them.
 
 A process gets the agent's own environment (on another machine, that of a login there) and over it what its order says.
 
@@ -85,7 +86,7 @@ class Agent:
         self.rendezvous: list[Rendezvous] = []
         self.reserved_ports: list[socket.socket] = []
         self.returning: deque[Iterator[Message]] = deque()  # files of processes that have ended, and their exits
-        self.kept: list[Path] = []  # folders of processes that failed, and may be started again
+        self.kept: set[Path] = set()  # folders of processes that failed, and may be started again
         self.returns_all = False
         self.silence_s = math.inf
         self.heard_s = time.monotonic()
@@ -216,18 +217,24 @@ class Agent:
             del self.children[child.popen.pid]
             child.close(status)
             exit = {"is": "exit", "name": child.name, "status": status, "error": None}
-            if child.folder is not None and (status == 0 or self.returns_all):
-                self.returning.append(files_and_exit(child.folder, exit))
+            folder = child.folder
+            if folder is not None and not self.returns_all and (status != 0 or folder in self.kept):
+                self.kept.add(folder)
+            elif folder is not None and not self._is_in_use(folder):
+                self.kept.discard(folder)
+                self.returning.append(files_and_exit(folder, exit))
                 continue
-            if child.folder is not None:
-                self.kept.append(child.folder)
             self.channel.send(exit)
+
+    def _is_in_use(self, folder: Path) -> bool:
+        return any(child.folder == folder for child in self.children.values())
 
     def _return_kept(self) -> None:
         """No process will be started again."""
         self.returns_all = True
-        self.returning.extend(files_of(folder) for folder in self.kept)
-        self.kept.clear()
+        ready = [folder for folder in self.kept if not self._is_in_use(folder)]
+        self.returning.extend(files_of(folder) for folder in ready)
+        self.kept.difference_update(ready)
 
     def _return_files(self) -> bool:
         """As much as the launcher takes, for a model may be large. Returns whether that was anything."""
@@ -312,8 +319,8 @@ def files_and_exit(folder: Path, exit: Message) -> Iterator[Message]:
 
 
 def files_of(folder: Path) -> Iterator[Message]:
-    """The files in a folder and in those within it, piece by piece; it goes away with the last one."""
-    for path in sorted(path for path in (*folder.glob("*"), *folder.glob("*/*")) if path.is_file()):
+    """The files in a folder and in those within it, piece by piece; it goes away with the last one, and hidden ones."""
+    for path in sorted(path for path in (*folder.glob("[!.]*"), *folder.glob("*/[!.]*")) if path.is_file()):
         with path.open("rb") as file:
             data = file.read(FILE_PIECE_BYTES)
             while True:

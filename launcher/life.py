@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from math import inf
 from typing import NamedTuple
 
@@ -87,7 +88,7 @@ class Life:
         self._start()
         for process in unit.processes:
             if process.announces:
-                yield _Wait(lambda: bool(cluster.announced), start_s, lambda: self._unannounced(process))  # noqa: B023
+                yield _Wait(partial(self._has_announced, process), start_s, partial(self._unannounced, process))
         self.around.announced.update(cluster.announced)
         self.up = True
         yield _Wait(lambda: cluster.have_ended(unit.processes))
@@ -110,9 +111,15 @@ class Life:
         if unit.world is not None:
             found = {**self.around.announced, **ports, "DANAZ_INCARNATION": str(self.around.next_incarnation())}
         for process in unit.processes:
-            folder = f"danaz-{plan.run_id}-{process.name}" if process.returns else ""
             env = {**plan.env, **process.env, **found}
+            folder = self._folder(process) if process.returns else ""
             self.cluster.start(process, env, plan.cwd, self._command(process), folder)
+
+    def _folder(self, process: Process) -> str:
+        """One for a group on each of its machines; two of these may see the same temporary files."""
+        name = f"danaz-{self.around.plan.run_id}-{process.group or process.name}"
+        number = self.unit.hosts.index(process.host)
+        return f"{name}.{number}" if number else name
 
     def _command(self, process: Process) -> tuple[str, ...]:
         if self.number == 1 or not process.again:
@@ -129,6 +136,9 @@ class Life:
     def _silent(self) -> Failure:
         silent = next(link for link in self.cluster.links.values() if not link.said_hello)
         return agent_failure(silent, f"did not answer within {self.around.timeouts.start_s:g} s")
+
+    def _has_announced(self, process: Process) -> bool:
+        return process.announces in self.cluster.announced
 
     def _unannounced(self, process: Process) -> Failure:
         what = f"did not print {process.announces}=… within {self.around.timeouts.start_s:g} s"

@@ -47,7 +47,8 @@ class Service:
     folder of its own on its machine, and the files it leaves there are brought into the run folder. `secret` is what it
     can read from the file descriptor that DANAZ_SECRET_FD names: it travels, and stays in memory. With `again`, the
     command that goes on where it was killed, it can be started again in the midst of a run: with the same folder, and
-    ANNOUNCED in that command being what it announced. When `begins` is a name, the run has not begun before its stdout
+    ANNOUNCED in that command being what it announced. Services of one `group` fail and start again together, and what
+    those on one machine return lies in one folder. When `begins` is a name, the run has not begun before its stdout
     holds a line `NAME=…`: until then it waits for all workers.
     """
 
@@ -61,6 +62,7 @@ class Service:
     secret: str | None = field(default=None, repr=False)
     again: Sequence[str] = ()
     begins: str | None = None
+    group: str = ""  # by default one alone
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class Process:
     secret: str | None = field(default=None, repr=False)
     again: tuple[str, ...] = ()
     begins: str | None = None
+    group: str = ""  # of services; its unit's name
 
     @property
     def label(self) -> str:
@@ -104,7 +107,7 @@ class Process:
 
 @dataclass(frozen=True)
 class Unit:
-    """What starts, fails and is started again together: a service, or the ranks of one world."""
+    """What starts, fails and is started again together: a service or a group of them, or the ranks of one world."""
 
     name: str  # "server", "worker 1": unique in the run
     processes: tuple[Process, ...]
@@ -135,7 +138,10 @@ class Plan:
     @property
     def units(self) -> tuple[Unit, ...]:
         """Services first."""
-        services = [Unit(process.name, (process,)) for process in self.services]
+        groups: dict[str, list[Process]] = {}
+        for process in self.services:
+            groups.setdefault(process.group, []).append(process)
+        services = [Unit(name, tuple(processes)) for name, processes in groups.items()]
         return (*services, *(self._unit(world) for world in self.worlds))
 
     def _unit(self, world: World) -> Unit:
@@ -349,6 +355,7 @@ def _service_process(service: Service, workers: int) -> Process:
         secret=service.secret,
         again=tuple(service.again),
         begins=service.begins,
+        group=service.group or service.name,
     )
 
 

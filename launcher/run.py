@@ -80,7 +80,7 @@ class _Run:
         self.units = {unit.name: unit for unit in around.plan.units}
         self.workers = [unit.name for unit in self.units.values() if unit.world is not None]
         self.services = [unit.name for unit in self.units.values() if unit.world is None]
-        unyielding = [process.name for process in around.plan.services if not process.again]
+        unyielding = [process.group for process in around.plan.services if not process.again]
         self.supervisor = Supervisor(self.workers, self.services, policy, unyielding)
         self.begins = {process.begins for process in around.plan.services if process.begins}
         self.supervisor.begun = not self.begins

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from danaz.keeper import Keeper
 from danaz.run_folder import RunFolder
-from danaz.server.checkpoint import FOLDER, newest_number, read_newest, write_checkpoint
+from danaz.server.checkpoint import FOLDER, folders_of, newest_number, read_newest, write_checkpoint
 from danaz.server.figures import Update
 from danaz.server.settings import ServerSettings
 from danaz.server.state import CoreState, ResumeError
@@ -66,6 +66,19 @@ class TestCheckpoints:
             f"{number:06d}.{kind}" for number in (4, 5) for kind in ("json", "safetensors")
         ]
         assert newest(tmp_path).version == 5
+
+    def test_what_all_shards_can_go_back_to_is_kept_too(self, tmp_path):
+        folders = own, other = folders_of(tmp_path, 2)
+        for number in (1, 2, 3):
+            for folder in folders:
+                write_checkpoint(folder, number, state_of(0), folders)
+        for number in (5, 6, 7):
+            write_checkpoint(own, number, state_of(0), folders)
+        assert sorted(int(path.stem) for path in own.glob("*.json")) == [2, 3, 6, 7]
+        write_checkpoint(other, 7, state_of(0), folders)
+        write_checkpoint(own, 8, state_of(0), folders)
+        assert sorted(int(path.stem) for path in own.glob("*.json")) == [3, 7, 8]
+        assert newest_number(own, other) == 8
 
     def test_none_is_no_fault(self, tmp_path):
         assert read_newest(tmp_path / "none") is None

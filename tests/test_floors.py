@@ -27,6 +27,7 @@ FLOORS = {
     "danaz.server.leases": 1,
     "danaz.server.members": 1,
     "danaz.server.figures": 1,
+    "danaz.server.gap": 1,
     "danaz.server.master": 1,
     "danaz.server.admission": 1,
     "danaz.server.health": 1,

@@ -222,6 +222,34 @@ def test_a_killed_server_goes_on_at_the_same_place_with_its_files(tmp_path: Path
     assert [len(lives(tmp_path, worker)) for worker in (0, 1)] == [1, 1]
 
 
+def test_services_of_one_group_start_again_together_with_their_files(tmp_path: Path) -> None:
+    """One is killed; the other, which ends well when it is asked to, leaves what it had in their folder."""
+    other = """
+import os, signal, sys
+folder, kept = os.environ["FOLDER"], os.environ["KEPT"]
+def end(*_):
+    open(kept + "/asked", "w"); os._exit(0)
+signal.signal(signal.SIGTERM, end)
+print("DANAZ_OTHER=" + (sys.argv[1] if len(sys.argv) > 1 else "there"), flush=True)
+if len(sys.argv) == 1: signal.pause()
+open(folder + "/other.again", "w").write(" ".join(os.listdir(kept)))
+"""
+    command = [sys.executable, "-c", other]
+    services = [
+        server(returns="KEPT", group="both"),
+        Service("other", command, announces="DANAZ_OTHER", again=[*command, ANNOUNCED], returns="KEPT", group="both"),
+    ]
+    story = 'until(lambda: exists("server.again") and exists("other.again"))\nprint(os.environ["DANAZ_OTHER"])'
+    outcome, told = play(tmp_path, story, services=services)
+    assert outcome == Outcome(0, events=("both was restarted once",))
+    assert told[0] == "both on localhost: server was killed by SIGKILL; restart 1 of 3 in 0.05 s"
+    assert (tmp_path / "checkpoint").read_text() == "half and half"
+    assert (tmp_path / "asked").exists()
+    assert set((tmp_path / "other.again").read_text().split()) >= {"asked", "checkpoint"}
+    assert (tmp_path / "logs/localhost/rank.0/stdout").read_text() == "there\n"
+    assert [len(lives(tmp_path, worker)) for worker in (0, 1)] == [1, 1]
+
+
 def test_a_server_that_is_killed_again_and_again_ends_the_run(tmp_path: Path) -> None:
     code = """
 import os, time

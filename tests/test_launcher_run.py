@@ -257,6 +257,7 @@ RETURNING = """
 import os, pathlib
 folder = pathlib.Path(os.environ["FOLDER"])
 (folder / "empty").touch()
+(folder / ".lock").touch()
 (folder / "large").write_bytes(bytes(range(256)) * 20_000)
 print(folder)
 """
@@ -266,10 +267,33 @@ def test_what_a_process_returns_is_in_the_run_folder(tmp_path: Path) -> None:
     service = Service("server", python(ANNOUNCE + RETURNING), announces="DANAZ_SERVER", returns="FOLDER")
     assert play(tmp_path, ["true"], services=[service]) == Outcome(0)
     assert (tmp_path / "empty").read_bytes() == b""
+    assert not (tmp_path / ".lock").exists()
     assert (tmp_path / "large").read_bytes() == bytes(range(256)) * 20_000
     folder = Path(written(tmp_path, "server").splitlines()[-1])
     assert folder.name.startswith("danaz-")
     assert not folder.exists()
+
+
+def test_a_folder_that_services_share_is_returned_when_the_last_of_them_has_ended(tmp_path: Path) -> None:
+    last = """
+import os, time
+while not os.path.exists(os.environ["FOLDER"] + "/ready"): time.sleep(0.005)
+print("DANAZ_OTHER=x", flush=True)
+while os.path.exists(os.environ["FOLDER"] + "/ready"): time.sleep(0.005)
+open(os.environ["FOLDER"] + "/last", "w").write("words")
+"""
+    first = """
+import os
+open(os.environ["FOLDER"] + "/ready", "w")
+print("DANAZ_SERVER=" + os.environ["FOLDER"], flush=True)
+"""
+    services = [
+        Service("first", python(first), announces="DANAZ_SERVER", returns="FOLDER", group="both"),
+        Service("last", python(last), announces="DANAZ_OTHER", returns="FOLDER", group="both"),
+    ]
+    story = 'import os; os.remove(os.environ["DANAZ_SERVER"] + "/ready")'
+    assert play(tmp_path, python(story), services=services, hosts="localhost:1") == Outcome(0)
+    assert (tmp_path / "last").read_text() == "words"
 
 
 def test_a_file_is_returned_by_a_process_that_is_asked_to_end(tmp_path: Path) -> None:

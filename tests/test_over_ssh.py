@@ -99,6 +99,20 @@ def test_dana_trains_over_two_machines(network: Namespaces, hostfile: Path, tmp_
     assert {path.parent.name for path in folder.glob("logs/*/rank.*")} == {"a", "b"}
 
 
+@pytest.mark.parametrize("servers", ["localhost,b", "a,b"])
+def test_shards_on_two_machines(network: Namespaces, tmp_path: Path, servers: str) -> None:
+    folder, shards = tmp_path / "run", ["--server-host", servers, "--server-shards", "2"]
+    summary = train(network, folder, "--hosts", "a:1,b:1", "--collective", "torch", *shards)
+    assert summary["complete"]
+    assert summary["test_error_percent"] < 6
+    first, second = (
+        folder / "logs" / host / name for host, name in zip(servers.split(","), ("server", "server.1"), strict=True)
+    )
+    assert (first / "stdout").read_text().startswith("DANAZ_SERVER=tcp://10.77.0.")
+    assert (second / "stdout").read_text().startswith("DANAZ_SERVER_1=tcp://10.77.0.3:")
+    assert (folder / "parameters.safetensors").exists()
+
+
 def test_dana_trains_over_ipv6(network: Namespaces, tmp_path: Path) -> None:
     """The launching machine is seen by IPv6, so that there its server listens."""
     folder = tmp_path / "run"

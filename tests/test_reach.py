@@ -10,7 +10,7 @@ import pytest
 
 from danaz.doctor import check_up, show
 from danaz.invitation import Errand
-from danaz.launching import Cluster, LaunchError, Manner, find_out, make_plan
+from danaz.launching import Cluster, LaunchError, Manner, check_server_hosts, find_out, make_plan
 from danaz.probe import versions
 from danaz.reach import Reach, ReachError, parse_environment, parse_interfaces
 from danaz.settings import Settings
@@ -144,6 +144,30 @@ def test_what_is_written_elsewhere_is_returned() -> None:
     [server] = make_plan(TRAIN, DANA, find_out(there, DANA)[0], Path("/run"), Manner(record=True))[0].services
     assert server.argv[-4:] == ("--bind", "tcp://10.0.0.3:5555", "--insecure", "--record")
     assert (server.host.name, server.returns, server.cwd) == ("b", "DANAZ_RUN", "/there")
+
+
+def test_shards_on_several_machines_in_turn() -> None:
+    there = cluster(WELL, server=Host("localhost"), more_servers=[HOSTS[1]], server_port=5555)
+    servers = make_plan(TRAIN, DANA, find_out(there, DANA)[0], Path("/run"), Manner(server_shards=3))[0].services
+    assert [server.host.name for server in servers] == ["localhost", "b", "localhost"]
+    binds = [server.argv[server.argv.index("--bind") + 1] for server in servers]
+    assert binds == ["tcp://10.0.0.1:5555", "tcp://10.0.0.3:*", "tcp://10.0.0.1:*"]
+    assert [server.announces for server in servers] == ["DANAZ_SERVER", "DANAZ_SERVER_1", "DANAZ_SERVER_2"]
+    assert [server.returns for server in servers] == [None, "DANAZ_RUN", None]
+    assert [server.again for server in servers] == [()] * 3, "they do not see each other's checkpoints"
+    assert len({server.secret for server in servers}) == 1
+
+
+@pytest.mark.parametrize(
+    ("manner", "message"),
+    [
+        (Manner(), "names 2 machines, more than there are shards; use --server-shards 2"),
+        (Manner(server_shards=2, resumes=True), "keep no checkpoints"),
+    ],
+)
+def test_what_several_servers_cannot_do(manner: Manner, message: str) -> None:
+    with pytest.raises(LaunchError, match=message):
+        check_server_hosts(Reach(more_servers=[HOSTS[1]]), manner)
 
 
 def test_nothing_of_this_environment_travels_but_what_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

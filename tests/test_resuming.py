@@ -88,6 +88,15 @@ def test_what_it_trains_cannot_be_changed(begun: Path, arguments: list[str], wor
     assert f"goes on with what the run began; leave out {words}" in " ".join(said.output.split())
 
 
+def test_with_as_many_shards_as_it_began(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run", config=Path(CONFIG), server_shards=2)
+    services = resume(run, server_shards=2).plan.services
+    assert [service.argv[-1] for service in services] == ["--resume"] * 2
+    said = launch("--resume", str(run), "--server-shards", "3")
+    assert said.exit_code == 2
+    assert "are of 2 slices, and cannot be cut again" in " ".join(said.output.split())
+
+
 def test_a_script_keeps_its_command(tmp_path: Path) -> None:
     run = tmp_path / "run"
     begin(run, ["python", "train.py", "--my", "x y"], hosts="localhost:1")

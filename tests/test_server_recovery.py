@@ -12,7 +12,7 @@ from stimuli import GRADIENT, JOIN, NAN, SIZE, answer, parameters, push_on, star
 from danaz.server.admission import OUTLIER
 from danaz.server.core import ServerCore
 from danaz.server.health import ENOUGH_PUSHES, Health
-from danaz.server.messages import Final, Heartbeat, Parameters, Plan, Refusal, Report
+from danaz.server.messages import Final, Heartbeat, Parameters, Plan, Refusal, Report, Streamed
 from danaz.server.state import CoreState
 
 
@@ -157,6 +157,14 @@ class TestGoingOn:
         assert (late.applied, late.refused) == (False, "push was computed before the server was restarted")
         again = parameters(anew.handle(0, push_on(late, request=4, life=1), 1.0))
         assert again.applied
+
+    def test_views_travel_as_before(self):
+        core, _ = started("dana-zero", wire_view="bf16", recovery_s=0.0)
+        anew = ServerCore(core.settings)
+        anew.restore(core.state(), [], 1, 0.0)
+        [(_, view)] = anew.stream(0, replace(JOIN, request=2), 0.0)
+        assert isinstance(view, Streamed)
+        assert view.codec.name == "bf16"
 
     def test_a_new_process_takes_the_place_of_one_that_died_with_the_server(self):
         cluster = Restartable("dana-zero", 2, torch.zeros(SIZE))

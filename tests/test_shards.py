@@ -7,7 +7,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from math import nan
+from math import inf, nan
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from danaz.flat import Layout, shard_spans
 from danaz.launching import LaunchError, Manner, check_shards
 from danaz.server.core import ServerCore
+from danaz.server.figures import Update
 from danaz.server.messages import Bye, Final, Noted, Parameters, Plan, Refusal, Reply
 from danaz.server.settings import ServerSettings
 from danaz.settings import Settings
@@ -54,9 +55,9 @@ class CoreLink:
         """Nothing is held."""
 
 
-def make_cores(algorithm: str, shards: int, workers: int = 1) -> list[ServerCore]:
+def make_cores(algorithm: str, shards: int, workers: int = 1, gap_every: int = 1) -> list[ServerCore]:
     return [
-        ServerCore(ServerSettings(algorithm, workers, gap_every=0, shard=shard, shards=shards))
+        ServerCore(ServerSettings(algorithm, workers, gap_every=gap_every, shard=shard, shards=shards))
         for shard in range(shards)
     ]
 
@@ -82,9 +83,10 @@ def gradients() -> Iterator[Tensor]:
         yield torch.randn(LAYOUT.size, generator=generator)
 
 
-def train(algorithm: str, shards: int) -> tuple[list[Tensor], Tensor, ServerCore]:
-    """Two workers take turns of unequal length; returns every view, the end, and shard 0."""
-    cores, views = make_cores(algorithm, shards), []
+def train(algorithm: str, shards: int, gap_every: int = 1) -> tuple[list[Tensor], Tensor, ServerCore, list[Update]]:
+    """Two workers take turns of unequal length; returns every view, the end, shard 0 and its journal."""
+    cores, views, journal = make_cores(algorithm, shards, gap_every=gap_every), [], []
+    cores[0].on_update = journal.append
     with linked(cores, 0) as (first, first_link, _), linked(cores, 1) as (second, second_link, _):
         replies = {}
         grads = gradients()
@@ -99,18 +101,70 @@ def train(algorithm: str, shards: int) -> tuple[list[Tensor], Tensor, ServerCore
             assert reply.applied
             replies[core.role.worker] = reply
             views.append(reply.view.clone())
-        return views, torch.cat([each.master.params for each in cores]), cores[0]
+        return views, torch.cat([each.master.params for each in cores]), cores[0], journal
 
 
 @pytest.mark.parametrize("algorithm", ELEMENTWISE)
 @pytest.mark.parametrize("shards", [2, 3])
 def test_slices_hold_the_same_bits_as_the_whole(algorithm: str, shards: int) -> None:
-    views, params, leader = train(algorithm, shards)
-    whole_views, whole_params, whole = train(algorithm, 1)
+    views, params, leader, _ = train(algorithm, shards)
+    whole_views, whole_params, whole, _ = train(algorithm, 1)
     assert all(torch.equal(view, other) for view, other in zip(views, whole_views, strict=True))
     assert torch.equal(params, whole_params)
     assert leader.figures.updates == whole.figures.updates == 11
     assert leader.leases.completed == whole.leases.completed == 11
+
+
+def gaps_of(journal: Sequence[Update], worker: int) -> list[float | None]:
+    return [update.gap for update in journal if update.worker == worker]
+
+
+@pytest.mark.parametrize("algorithm", ELEMENTWISE)
+@pytest.mark.parametrize("shards", [2, 3])
+def test_the_gap_is_that_of_the_whole_one_push_later(algorithm: str, shards: int) -> None:
+    *_, leader, journal = train(algorithm, shards)
+    *_, whole = train(algorithm, 1)
+    for worker in (0, 1):
+        known, expected = gaps_of(journal, worker), gaps_of(whole, worker)
+        assert known[0] is None
+        assert known[1:] == pytest.approx(expected[:-1], rel=1e-6)
+    assert any(gap for gap in gaps_of(whole, 0))
+    assert leader.figures.gaps_measured == 11 - 2
+
+
+def test_the_gap_is_measured_as_often_as_asked_in_all_slices() -> None:
+    *_, journal = train("asgd", 2, gap_every=3)
+    *_, always = train("asgd", 2)
+    measured = gaps_of(journal, 0)
+    assert 1 < sum(gap is not None for gap in measured) < len(measured)
+    assert all(gap in (None, each) for gap, each in zip(measured, gaps_of(always, 0), strict=True))
+    *_, never = train("asgd", 2, gap_every=0)
+    assert {update.gap for update in never} == {None}
+
+
+def test_there_is_no_gap_of_a_push_that_a_slice_has_lost() -> None:
+    cores, journal = make_cores("asgd", 2), []
+    cores[0].on_update = journal.append
+    with linked(cores) as (core, link, _):
+        reply = say(core, link, core.join(torch.zeros(LAYOUT.size)))
+        for number in range(4):
+            if number == 1:
+                cores[1].tick(1000.0)  # it gives the worker up
+            reply = say(core, link, core.push(torch.ones(LAYOUT.size), (0.1, 0.1, 0.1), 1, 1.0, reply.leases[0]))
+    assert [update.gap is not None for update in journal] == [False, True, False, True]
+
+
+@pytest.mark.parametrize("squares", [(1.0,), (1.0,) * 5, (1.0, 1.0, nan, 1.0), (1.0, inf, 1.0, 1.0), (-1.0,) * 4])
+def test_squares_that_are_none_of_this_model_are_refused(squares: tuple[float, ...]) -> None:
+    """It has four layers."""
+    cores = make_cores("asgd", 2)
+    with linked(cores) as (core, link, _):
+        joined = say(core, link, core.join(torch.zeros(LAYOUT.size)))
+        push = link._part(0, core.push(torch.ones(LAYOUT.size), (0.1, 0.1, 0.1), 1, 1.0, joined.leases[0]))
+        [(_, reply)] = cores[0].handle(0, replace(push, squares=squares), 0.0)
+        assert isinstance(reply, Parameters)
+        assert reply.refused == "squares of the other slices do not fit the model"
+        assert cores[0].master.version == 0
 
 
 def test_spans_tile_the_vector() -> None:
@@ -249,23 +303,21 @@ def test_a_shard_waits_for_the_others_before_it_tells_the_end() -> None:
     [
         ({"algorithm": "ssgd"}, {}, "has no server"),
         ({"algorithm": "ssgd-lars"}, {}, "has no server"),
-        ({"gap_every": 1}, {}, "--set gap=off"),
         ({"wire": "onebit"}, {}, "use wire fp32"),
         ({}, {"record": True}, "--record"),
         ({}, {"refuse_outliers": True}, "--refuse-outliers"),
         ({}, {"invite": 1}, "--invite"),
-        ({}, {"resumes": True}, "--resume"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(settings: dict[str, Any], manner: dict[str, Any], reason: str) -> None:
-    values = {"algorithm": "dana", "gap_every": 0, **settings}
+    values = {"algorithm": "dana", **settings}
     with pytest.raises(LaunchError, match=reason):
         check_shards(Settings(**values), Manner(server_shards=2, **manner))
     check_shards(Settings(**values), Manner(**manner))
 
 
 ARGUMENTS = ("configs/digits.yaml", "--hosts", "localhost:2", "--workers-per-host", "2", "--collective", "torch")
-SHARDED = (*ARGUMENTS, "--server-shards", "2", "--set", "gap=off")
+SHARDED = (*ARGUMENTS, "--server-shards", "2")
 
 
 def test_digits_with_two_shards(tmp_path: Path) -> None:
@@ -273,7 +325,8 @@ def test_digits_with_two_shards(tmp_path: Path) -> None:
     assert run.summary["complete"]
     assert run.summary["test_error_percent"] < 5
     assert [update["version"] for update in run.updates] == list(range(1, 901))
-    assert {update["gap"] for update in run.updates} == {None}
+    assert sum(update["gap"] is None for update in run.updates) == 2, "the first of each worker"
+    assert run.summary["mean_gap"] > 0
     tensors = load_file(run.folder / "parameters.safetensors")
     expected = {name: t.shape for name, t in DigitsNet().state_dict().items() if t.is_floating_point()}
     assert {name: t.shape for name, t in tensors.items()} == expected
@@ -282,8 +335,8 @@ def test_digits_with_two_shards(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["server", "server.1"])
-def test_the_death_of_a_shard_ends_the_run(tmp_path: Path, name: str) -> None:
-    run = Running(tmp_path / "run", *SHARDED, "--set", "epochs=2000")
+def test_the_death_of_a_shard_ends_a_run_that_is_to_stop(tmp_path: Path, name: str) -> None:
+    run = Running(tmp_path / "run", *SHARDED, "--set", "epochs=2000", "--on-worker-failure", "stop")
     try:
         until(lambda: run.trains, "training begins")
         for pid in run.processes:
@@ -302,7 +355,7 @@ def test_the_death_of_a_shard_ends_the_run(tmp_path: Path, name: str) -> None:
 def test_a_worker_that_was_killed_comes_back_to_every_shard(tmp_path: Path) -> None:
     run = Running(tmp_path / "run", *SHARDED, "--set", "epochs=150")
     try:
-        until(lambda: run.trains, "training begins")
+        until(lambda: any(update["worker"] == 1 for update in read_updates(run.folder)), "it takes part")
         os.kill(run.pid("rank"), signal.SIGKILL)
         output, _ = run.launcher.communicate(timeout=150)
         assert run.launcher.returncode == 0, output

@@ -123,7 +123,7 @@ def test_the_gap_of_layers_that_cross_slices():
     master = Master(settings_for(1).rule(0.9), layout, params)
     deltas = (params.double() - view.double()).split(sizes)
     expected = sum(float(delta.norm()) / size**0.5 for delta, size in zip(deltas, sizes, strict=True) if size)
-    assert master.gap(view) == pytest.approx(expected, rel=1e-6)
+    assert master.layers.gap(master.squares(view)) == pytest.approx(expected, rel=1e-6)
 
 
 # ---- real sockets ----------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -248,6 +249,30 @@ def test_training_goes_on_though_a_rank_is_killed(network: Namespaces, tmp_path:
     versions = [update["version"] for update in live.read_updates(folder)]
     assert versions == list(range(1, len(versions) + 1))
     assert json.loads((folder / "summary.json").read_text())["test_error_percent"] < 6
+
+
+def test_shards_on_another_machine_go_on_together(network: Namespaces, tmp_path: Path) -> None:
+    """Their files are there, in one folder, until the run is complete."""
+    folder = tmp_path / "run"
+    arguments = ["configs/digits.yaml", "--set", "epochs=25", "--hosts", "a:1,b:1", "--out", str(folder)]
+    shards = ["--server-host", "a", "--server-shards", "2", "--checkpoint-seconds", "0.5"]
+    process = network.danaz("launch", *arguments, *shards, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        kept = "danaz-*-server/checkpoints.1/00000[3-9].json"
+        until(lambda: [*Path(tempfile.gettempdir()).glob(kept)] or process.poll() is not None, "it trains", TRAINING_S)
+        [shard] = [pid for pid, line in network.processes("a").items() if "danaz serve" in line and "--shard" in line]
+        os.kill(shard, signal.SIGKILL)
+        output, _ = process.communicate(timeout=TRAINING_S)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == 0, output
+    assert "server on a: server.1 was killed by SIGKILL; restart 1 of 3 in 2 s" in output
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["complete"], summary["restarts"]) == (True, 1)
+    assert summary["test_error_percent"] < 6
+    assert [update["version"] for update in live.read_updates(folder)] == list(range(1, 25 * 45 + 1))
+    assert (folder / "parameters.safetensors").exists()
 
 
 def test_a_machine_joins_with_a_key_and_none_without(network: Namespaces, tmp_path: Path) -> None:

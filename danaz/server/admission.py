@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isfinite
+from math import inf, isfinite
 
 import torch
 
@@ -12,6 +12,8 @@ from danaz.server.leases import Leases
 from danaz.server.master import all_finite
 from danaz.server.members import Member
 from danaz.server.messages import Heartbeat, Join, Leave, Plan, Push, Request
+from danaz.server.settings import ServerSettings
+from danaz.server.whole import own_part
 
 MAX_WORKERS = 4096
 MAX_AHEAD = 1 << 16  # batches a worker may hold
@@ -27,6 +29,22 @@ class Job:
     layout: Layout
     plan: Plan
     momentum: float
+
+
+def is_worth_receiving(
+    message: Request, settings: ServerSettings, job: Job | None, member: Member | None, needs_params: bool
+) -> bool:
+    """Whether the vectors that ``message`` announces are: if not, it will be refused unseen."""
+    if isinstance(message, Join):
+        message = own_part(message, settings)
+        brings = 0 if message.params is None else message.params.numel()
+        fits = brings in (0, message.layout.size)
+        return fits and not why_not_join(message, settings.digest, job, member, needs_params)
+    if job is None or why_stranger(message, member):
+        return False
+    if isinstance(message, Push):
+        return message.push.numel() == job.layout.size
+    return not isinstance(message, Leave) or not why_not_leave(message, job)
 
 
 def why_not_join(join: Join, digest: str, job: Job | None, member: Member | None, needs_params: bool) -> str:
@@ -82,6 +100,12 @@ def why_not_push(push: Push, member: Member, job: Job, leases: Leases, life: int
     if not (rates_fit and push.samples >= 0 and isfinite(push.loss or 0.0) and is_finite(push)):
         return NOT_FINITE
     return ""
+
+
+def why_not_squares(push: Push, layers: int) -> str:
+    """Whether what a push brings of other slices, for the gap, is of a model of so many ``layers``."""
+    fits = len(push.squares) in (0, layers) and all(0 <= square < inf for square in push.squares)
+    return "" if fits else "squares of the other slices do not fit the model"
 
 
 def is_finite(push: Push) -> bool:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
+from danaz.server.master import all_finite
 from danaz.server.members import Member, Route
 from danaz.server.messages import (
     Final,
@@ -34,9 +38,12 @@ class Answers:
         self._waiting: Streams = []
 
     def take(self) -> Streams:
-        """All that wait, in their order."""
+        """All that wait, in their order; with several shards, views name the checkpoint that holds what they tell."""
         waiting, self._waiting = self._waiting, []
-        return waiting
+        if self._core.settings.shards == 1:
+            return waiting
+        generation = self._core.generation
+        return [(route, _dated(reply, generation)) for route, reply in waiting]
 
     def refuse(self, route: Route, message: Request, reason: str, rejoin: bool = False) -> None:
         """Count it, and say so; but a heartbeat awaits no answer."""
@@ -79,6 +86,7 @@ class Answers:
             view=announced(size),
             last_applied=member.applied_request,
             life=core.life,
+            squares=_to_send(member.squares) if core.settings.shard else (),
         )
 
     def final(self, members: Sequence[Member]) -> None:
@@ -89,6 +97,17 @@ class Answers:
             params, buffers = core.master.params.clone(), core.mean_buffers()
             final = Final(member.request, core.master.version, bool(core.diverged), params, buffers)
             self._waiting.append((member.route, final))
+
+
+def _to_send(squares: Tensor | None) -> tuple[float, ...]:
+    """A model that has diverged has none."""
+    return () if squares is None or not all_finite(squares) else tuple(squares.tolist())
+
+
+def _dated(reply: Reply | Streamed, generation: int) -> Reply | Streamed:
+    if isinstance(reply, Streamed):
+        return replace(reply, header=replace(reply.header, generation=generation))
+    return replace(reply, generation=generation) if isinstance(reply, Parameters) else reply
 
 
 def whole(replies: Streams) -> Replies:

@@ -15,7 +15,17 @@ from typing import Any
 from torch import Tensor
 
 from danaz.codecs import travelling_bytes, view_codec
-from danaz.server.admission import NOT_FINITE, OUTLIER, Job, why_not_join, why_not_leave, why_not_push, why_stranger
+from danaz.server.admission import (
+    NOT_FINITE,
+    OUTLIER,
+    Job,
+    is_worth_receiving,
+    why_not_join,
+    why_not_leave,
+    why_not_push,
+    why_not_squares,
+    why_stranger,
+)
 from danaz.server.answers import Answers, Replies, Streams, whole
 from danaz.server.figures import DIVERGED_LOSS_RATIO, Figures, Update
 from danaz.server.health import Health, size_of
@@ -38,7 +48,8 @@ class ServerCore:
 
     ``now`` is in seconds on any monotonic clock. ``on_update`` is called for each applied update, ``on_milestone``
     when something has come true that a restart must not undo, both before any worker is told; ``on_notice`` hears what
-    a person should know. For ``ahead`` see Master.
+    a person should know. ``on_generation`` is called in a shard that is told of a newer checkpoint of shard 0, before
+    it heeds the message that tells. For ``ahead`` see Master.
     """
 
     def __init__(
@@ -48,21 +59,24 @@ class ServerCore:
         ahead: Callable[[], Tensor] | None = None,
         on_milestone: Callable[[ServerCore], None] = lambda core: None,
         on_notice: Callable[[str], None] = lambda text: None,
+        on_generation: Callable[[ServerCore, int], None] = lambda core, told: None,
     ):
         self.settings = settings
         self.on_update = on_update
         self.on_milestone = on_milestone
         self.on_notice = on_notice
+        self.on_generation = on_generation
         self.ahead = ahead
         self.members: dict[int, Member] = {}
         self.figures = Figures()
         self.health = Health(on_notice)
         self.life = 0  # grows with each restart
+        self.generation = 0  # of shard 0's newest checkpoint
         self.recovery: Recovery | None = None  # while a restarted server waits for the workers it knew
         self.started = False
         self.diverged = ""  # the reason, if it did
         self.final = False  # a worker has the trained model, which who comes back later cannot change
-        self.whole = WholeModel()
+        self._whole: WholeModel | None = None
         self._job: Job | None = None
         self._leases: Leases | None = None
         self._master: Master | None = None
@@ -74,6 +88,11 @@ class ServerCore:
     def job(self) -> Job:
         assert self._job is not None, "nobody has joined yet"
         return self._job
+
+    @property
+    def whole(self) -> WholeModel:
+        assert self._whole is not None, "nobody has joined yet"
+        return self._whole
 
     @property
     def leases(self) -> Leases:
@@ -100,10 +119,10 @@ class ServerCore:
         self.life, self.started = life, True
         self.recovery = Recovery(journal, self.job.layout.size, until=now + self.settings.recovery_s)
 
-    def start_from(self, job: Job, leases: Leases, master: Master) -> None:
+    def start_from(self, job: Job, leases: Leases, master: Master, whole: WholeModel | None = None) -> None:
         """Take over what the first workers to join usually bring."""
         self._job, self._leases, self._master = job, leases, master
-        self.whole.layout = job.layout
+        self._whole = whole or WholeModel(job.layout)
 
     # ---- stimuli -------------------------------------------------------------------------------------------------
 
@@ -134,6 +153,7 @@ class ServerCore:
         if not isinstance(message, Heartbeat) and message.request >= member.request and may_speak:
             repeated = message.request == member.request
             member.request, member.route = message.request, route
+            self._hear_of_checkpoint(message)
             self._serve(member, message, repeated, now)
         return self._settle(now)
 
@@ -147,16 +167,7 @@ class ServerCore:
     def takes(self, message: Request) -> bool:
         """Whether the vectors that ``message`` announces are worth receiving: if not, it will be refused unseen."""
         member = self.members.get(message.worker)
-        if isinstance(message, Join):
-            message = own_part(message, self.settings)
-            brings = 0 if message.params is None else message.params.numel()
-            fits = brings in (0, message.layout.size)
-            return fits and not why_not_join(message, self.settings.digest, self._job, member, self._master is None)
-        if why_stranger(message, member):
-            return False
-        if isinstance(message, Push):
-            return message.push.numel() == self.job.layout.size
-        return not isinstance(message, Leave) or not why_not_leave(message, self.job)
+        return is_worth_receiving(message, self.settings, self._job, member, needs_params=self._master is None)
 
     def refuse(self, reason: str) -> None:
         """Count a message that is not served, also one that could not even be read."""
@@ -194,7 +205,7 @@ class ServerCore:
         if self._job is None:
             self._job = Job(join.layout, join.plan, join.momentum)
             self._leases = LeasedElsewhere(join.plan) if self.settings.shard else Leases(join.plan)
-            self.whole.layout = whole
+            self._whole = WholeModel(whole)
         if self._master is None and join.params is not None:
             rule = self.settings.rule(join.momentum)
             self._master = Master(rule, join.layout, join.params, self.ahead, view_codec(self.settings.wire_view))
@@ -204,7 +215,7 @@ class ServerCore:
             no_lr = (0.0,) * len(join.layout.groups)
             member = Member(join.worker, join.incarnation, route, join.request, join.ahead, {}, no_lr, now)
             self.members[join.worker] = member
-        if self.recovery is not None:
+        if self.recovery is not None and self.settings.shards == 1:  # a slice newer than the others is of no use
             self.recovery.brought(join)
         # The same incarnation again lost our answer, or comes back after a silence: it keeps its velocity.
         answered = member.computing and member.request == join.request
@@ -274,6 +285,12 @@ class ServerCore:
                 self.whole.hear(message)
             self._answers.note(member)
 
+    def _hear_of_checkpoint(self, message: Request) -> None:
+        """A checkpoint of shard 0 holds all that its sender had heard: this shard's is to hold nothing that follows."""
+        told = message.generation if self.settings.shard and isinstance(message, (Push, Leave)) else 0
+        if told > self.generation and self.recovery is None:
+            self.on_generation(self, told)
+
     def _sound(self, vector: Tensor) -> bool:
         """Whether a leaving worker's vector may count. One of a diverged model may not, but its worker still leaves."""
         if not all_finite(vector):
@@ -291,7 +308,8 @@ class ServerCore:
             # Whatever has changed since: the worker may have read the first answer by now.
             self._answers.push(member, push, refused=member.refused[1])
             return
-        reason = why_not_push(push, member, self.job, self.leases, self.life) or self._why_sick(push)
+        reason = why_not_push(push, member, self.job, self.leases, self.life)
+        reason = reason or why_not_squares(push, len(self.whole.layers)) or self._why_sick(push)
         if reason:
             self._refuse_push(member, push, reason)
             return
@@ -371,11 +389,11 @@ class ServerCore:
     def _mark_milestone(self) -> None:
         """Workers may soon hold a first view, an end, or parameters that a leaving worker has changed for good.
 
-        And what a script has reported, it will not report again.
+        And what a script has reported, it will not report again, nor will a worker that has gone bring θ.
         """
         waiting_for_all = self.leases.done and not self.final
         left = 0 if waiting_for_all else sum(member.left for member in self.members.values())
-        milestone = (self.life, self.leases.done, left, *self.figures.reported.items())
+        milestone = (self.life, self.leases.done, left, self.whole.version, *self.figures.reported.items())
         if milestone != self._milestone:
             self._milestone = milestone
             self.on_milestone(self)

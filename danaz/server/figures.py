@@ -19,7 +19,7 @@ class Update:
     worker: int  # in a round, the one that completed it
     lag: int
     lr: tuple[float, ...]  # one a parameter group
-    gap: float | None
+    gap: float | None  # with several shards, that of the worker's update before, which is known only now
     gap_of: Literal["parameters", "lookahead"]
     loss: float | None
     batch: int

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from danaz.codecs import FP32, Codec
-from danaz.flat import Entry, Layout, chunks
+from danaz.flat import Layout, chunks
 from danaz.rules import Context, Rule
+from danaz.server.gap import Layers
 from danaz.server.members import Member
 from danaz.server.messages import is_announced
 
@@ -47,9 +48,7 @@ class Master:
         self._taking_part: list[Member] = []
         self.shared = self._zeros(rule.shared_state)
         self._slice = torch.empty_like(self._params[slice(*next(chunks(layout.size)))])  # scratch
-        self._layers = [entry for entry in layout.parameters if entry.size]
-        self._roots = torch.tensor([entry.size for entry in self._layers], dtype=torch.float64).sqrt()
-        self._layers_of_slice = [(*span, *_cut_layers(self._layers, *span)) for span in chunks(layout.size)]
+        self.layers = Layers(layout)
         self.lr = self.max_lr = (0.0,) * len(layout.groups)  # of the last update, and the largest, per group
 
     @property
@@ -171,21 +170,16 @@ class Master:
             vectors["neighbour"] = random.Random(self.version).choice(others).vectors["local"]
         return vectors
 
-    def gap(self, view: Tensor) -> float | None:
-        """G(θ − θ̂ᵢ) for the last view f32[P] sent to a worker (arXiv 1907.11612, section 3), None if not finite.
-
-        G(Δ) = Σ over layers ψ of ‖Δψ‖₂ / √(size of ψ).
-        """
+    def squares(self, view: Tensor) -> Tensor:
+        """‖Δ‖² of each layer, f64[layers], for Δ = θ − the last view f32[P] sent to a worker."""
         params, ahead = self.params, self.ahead() if self.ahead is not None and self._on_lookahead else None
-        squares = torch.zeros(len(self._layers), dtype=torch.float64)
-        for start, stop, first, spans in self._layers_of_slice:
-            delta = torch.sub(params[start:stop], view[start:stop], out=self._slice[: stop - start])
-            if ahead is not None:
-                delta.add_(ahead[start:stop])
-            norms = torch._foreach_norm([delta[at:end] for at, end in spans])
-            squares[first : first + len(spans)] += torch.stack(norms).double().square().cpu()
-        gap = float((squares.sqrt() / self._roots).sum())
-        return gap if isfinite(gap) else None
+
+        def deltas() -> Iterator[Tensor]:
+            for start, stop in chunks(self.layout.size):
+                delta = torch.sub(params[start:stop], view[start:stop], out=self._slice[: stop - start])
+                yield delta if ahead is None else delta.add_(ahead[start:stop])
+
+        return self.layers.squares(deltas())
 
     @property
     def gap_of(self) -> Literal["parameters", "lookahead"]:
@@ -201,13 +195,6 @@ class Master:
         """‖params‖₂, None if it is not finite."""
         norm = float(torch.linalg.vector_norm(self.params.double()))
         return norm if isfinite(norm) else None
-
-
-def _cut_layers(layers: Sequence[Entry], start: int, stop: int) -> tuple[int, list[tuple[int, int]]]:
-    """The first of ``layers`` in the slice from ``start`` to ``stop``, and where in it each layer of it lies."""
-    within = [number for number, entry in enumerate(layers) if entry.start < stop and entry.stop > start]
-    spans = [(max(layers[n].start, start) - start, min(layers[n].stop, stop) - start) for n in within]
-    return within[0], spans
 
 
 def all_finite(tensor: Tensor) -> bool:

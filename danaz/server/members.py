@@ -43,6 +43,7 @@ class Member:
     refused: tuple[int, str] = (0, "")  # its last refused push, and why
     lag: int = 0  # of its last applied push
     gap: float | None = None
+    squares: Tensor | None = None  # f64[layers] of this shard, for the gap of its last applied push
     strikes: int = 0  # non-finite pushes in a row
 
     def sees(self, version: int, ahead: bool) -> None:

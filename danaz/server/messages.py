@@ -67,6 +67,8 @@ class Push:
     earlier: tuple[int, ...] = ()  # batches of the local steps since the last push
     life: int = 0  # of the server that sent the view
     wants_view: bool = True  # False: in a pipeline, the next view was fetched already
+    squares: tuple[float, ...] = ()  # to shard 0: of each layer of the model what the others answered the push before
+    generation: int = 0  # to the others: of shard 0's newest checkpoint, as it said
     square: float | None = field(default=None, metadata=LOCAL)  # ‖push‖², if it was summed while the push arrived
     encoded: Encoded | None = field(default=None, metadata=LOCAL)  # how ``push`` travels; None: as it is
 
@@ -104,6 +106,7 @@ class Leave:
     give_back: Tensor | None  # f32[P], to be added to the server's parameters
     buffers: Tensor  # f32[B], batch-norm statistics
     done: bool = False  # it heard that no batches are left: a shard that leases none waits for the others, too
+    generation: int = 0  # as in Push
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,8 @@ class Parameters:
     view: Tensor  # f32[P]; f32[0] for a push that wants none
     last_applied: int = 0  # request number of this worker's newest push that was applied, however that was answered
     life: int = 0  # of the server: versions may repeat after a restart, (life, version) never does
+    squares: tuple[float, ...] = ()  # of another shard than 0: ‖θ − view‖² of each layer of its slice, for the gap
+    generation: int = 0  # of shard 0's newest checkpoint: the others keep theirs before they heed what follows
     parts: tuple[tuple[int, int, int], ...] = field(default=(), metadata=LOCAL)  # (start, stop, last_applied) of shards
 
 

@@ -56,7 +56,10 @@ class Recovery:
         lost = sum(update.version > at for update in self.journal)
         core.figures.restarts += 1
         core.figures.lost_updates += lost
-        core.on_notice(f"server restarted: it goes on at version {at}, {lost} updates are lost")
+        who, cost = "server", f", {lost} updates are lost"
+        if core.settings.shard:  # the journal is shard 0's
+            who, cost = f"shard {core.settings.shard}", ""
+        core.on_notice(f"{who} restarted: it goes on at version {at}{cost}")
 
 
 def account(core: ServerCore, update: Update, now: float) -> None:

@@ -7,19 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from danaz.codecs import view_codec
 from danaz.flat import Layout
 from danaz.server.admission import Job
 from danaz.server.figures import Figures
-from danaz.server.leases import Leases
+from danaz.server.leases import LeasedElsewhere, Leases
 from danaz.server.master import Master
 from danaz.server.members import Member
 from danaz.server.messages import Plan
+from danaz.server.whole import WholeModel
 
 if TYPE_CHECKING:
     from danaz.server.core import ServerCore
 
 # Not of one server process: its clock and routes, and what a worker that joins anew is sent afresh.
-PASSING = {"vectors", "route", "heard_at", "awaiting", "pending", "refused"}
+PASSING = {"vectors", "route", "heard_at", "awaiting", "pending", "refused", "squares"}
 PASSING |= {"sent_version", "view", "ahead_version", "ahead_view"}
 LASTING = [field.name for field in fields(Member) if field.name not in PASSING]
 
@@ -40,6 +42,11 @@ class CoreState:
         version: int = self.facts["master"]["version"]
         return version
 
+    @property
+    def done(self) -> bool:
+        """Whether there was nothing more to train."""
+        return Leases.restored(Plan(**self.facts["job"]["plan"]), self.facts["leases"]).done
+
 
 def take(core: ServerCore, reuse: CoreState | None = None) -> CoreState:
     """Copy the state of a core that has started, into the memory of a state that nobody needs any more."""
@@ -48,6 +55,10 @@ def take(core: ServerCore, reuse: CoreState | None = None) -> CoreState:
     facts = {
         "algorithm": core.settings.algorithm,
         "sync_period": core.settings.sync_period,
+        "shards": core.settings.shards,
+        "shard": core.settings.shard,
+        "generation": core.generation,
+        "whole": core.whole.layout.to_lists(),
         "job": {"layout": job.layout.to_lists(), "plan": asdict(job.plan), "momentum": job.momentum},
         "master": {"version": master.version, "lr": list(master.lr), "max_lr": list(master.max_lr)},
         "members": [{name: getattr(member, name) for name in LASTING} for member in members],
@@ -57,8 +68,10 @@ def take(core: ServerCore, reuse: CoreState | None = None) -> CoreState:
         "diverged": core.diverged,
         "final": core.final,
         "buffers_of": [updates for updates, _ in core.buffers],
+        "rest_version": core.whole.version,
     }
     tensors = {"params": master.params}
+    tensors |= {} if core.whole.rest is None else {"rest": core.whole.rest}
     tensors |= {f"shared.{name}": vector for name, vector in master.shared.items()}
     tensors |= {f"member.{m.worker}.{name}": vector for m in members for name, vector in m.vectors.items()}
     tensors |= {f"buffers.{number}": buffers for number, (_, buffers) in enumerate(core.buffers)}
@@ -70,15 +83,17 @@ def take(core: ServerCore, reuse: CoreState | None = None) -> CoreState:
 def fill(core: ServerCore, state: CoreState, now: float) -> None:
     """Put a state into a core that is new. Raises ResumeError if that one has other settings."""
     facts, tensors, settings = state.facts, state.tensors, core.settings
-    for name in ("algorithm", "sync_period"):
+    for name in ("algorithm", "sync_period", "shards", "shard"):
         if facts[name] != (asked := getattr(settings, name)):
             raise ResumeError(f"the checkpoint is of a run with {name} {facts[name]}, this server has {asked}")
     job = facts["job"]
     layout, plan = Layout.from_lists(job["layout"]), Plan(**job["plan"])
+    rule, codec = settings.rule(job["momentum"]), view_codec(settings.wire_view)
     core.start_from(
         Job(layout, plan, job["momentum"]),
-        Leases.restored(plan, facts["leases"]),
-        master := Master(settings.rule(job["momentum"]), layout, tensors["params"], core.ahead),
+        (LeasedElsewhere if settings.shard else Leases).restored(plan, facts["leases"]),
+        master := Master(rule, layout, tensors["params"], core.ahead, codec),
+        WholeModel(Layout.from_lists(facts["whole"]), tensors.get("rest"), facts["rest_version"]),
     )
     master.version = facts["master"]["version"]
     master.lr, master.max_lr = tuple(facts["master"]["lr"]), tuple(facts["master"]["max_lr"])
@@ -91,5 +106,5 @@ def fill(core: ServerCore, state: CoreState, now: float) -> None:
         core.members[member.worker] = member
     core.figures = Figures.restored(facts["figures"], now)
     core.health.restore(facts["sick_workers"])
-    core.diverged, core.final = facts["diverged"], facts["final"]
+    core.diverged, core.final, core.generation = facts["diverged"], facts["final"], facts["generation"]
     core.buffers = [(updates, tensors[f"buffers.{number}"]) for number, updates in enumerate(facts["buffers_of"])]

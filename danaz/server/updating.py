@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from danaz.server.figures import Update
+from danaz.server.members import Member
 from danaz.server.messages import Push
 
 if TYPE_CHECKING:
@@ -14,12 +15,11 @@ if TYPE_CHECKING:
 
 def update_by(core: ServerCore, parts: Sequence[Push]) -> Update:
     """Apply one update made of ``parts``, the push of one worker or those of a whole round, and complete its leases."""
-    master, every, last = core.master, core.settings.gap_every, parts[-1]
+    master, last = core.master, parts[-1]
     members = [core.members[p.worker] for p in parts]
     member = members[-1]
     lag = master.version - min(m.sent_version for m in members)
-    measured = every and master.version % every == 0 and member.view is not None
-    gap = master.gap(member.view) if measured and member.view is not None else None
+    gap = _gap(core, member, last)
     samples = sum(p.samples for p in parts)
     if master.rule.barrier:
         weighted = [(p.push, p.samples / max(1, samples)) for p in parts]
@@ -47,3 +47,19 @@ def update_by(core: ServerCore, parts: Sequence[Push]) -> Update:
         request=last.request,
         life=core.life,
     )
+
+
+def _gap(core: ServerCore, member: Member, push: Push) -> float | None:
+    """The gap of the view that ``push`` was computed on, if it is to be measured.
+
+    With several shards, the one of the worker's push before: of that one, ``push`` brings what the others saw.
+    """
+    settings, whole = core.settings, core.whole
+    # All shards must measure the same pushes: a worker's number is the same to all of them, a version is their own.
+    number = core.master.version if settings.shards == 1 else push.request
+    measured = settings.gap_every and number % settings.gap_every == 0 and member.view is not None
+    squares = core.master.squares(member.view) if measured and member.view is not None else None
+    if settings.shards > 1:
+        before, member.squares = member.squares, squares
+        squares = whole.add_up(before, push.squares) if settings.shard == 0 else None
+    return None if squares is None else whole.layers.gap(squares)

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from danaz.flat import Layout, shard_spans
+from danaz.server.gap import Layers
 from danaz.server.master import all_finite
 from danaz.server.messages import Bye, Join, is_announced
 from danaz.server.settings import ServerSettings
 
 
-@dataclass
 class WholeModel:
     """The table of all parameters, and θ of the other shards as the last worker to leave brought it."""
 
-    layout: Layout | None = None
-    rest: Tensor | None = None  # f32[P - slice of shard 0]
-    version: int = -1  # of shard 0, with rest
+    def __init__(self, layout: Layout, rest: Tensor | None = None, version: int = -1):
+        self.layout = layout
+        self.layers = Layers(layout)
+        self.rest = rest  # f32[P - slice of shard 0]
+        self.version = version  # of shard 0, with rest
 
     def hear(self, bye: Bye) -> None:
         if bye.rest is not None and not is_announced(bye.rest) and all_finite(bye.rest) and bye.version >= self.version:
@@ -27,13 +30,20 @@ class WholeModel:
 
     def params(self, own: Tensor) -> Tensor | None:
         """θ f32[P], ``own`` f32[n] being its beginning; None if nobody brought the rest."""
-        assert self.layout is not None
         missing = self.layout.size - own.numel()
         if not missing:
             return own
         if self.rest is None or self.rest.numel() != missing:
             return None
         return torch.cat([own, self.rest])
+
+    def add_up(self, own: Tensor | None, others: Sequence[float]) -> Tensor | None:
+        """Squares of all layers, f64[layers], of those of shard 0 and what the others hold; None if one is missing."""
+        if own is None or not others:
+            return None
+        squares = torch.tensor(others, dtype=torch.float64)
+        squares[: own.numel()] += own
+        return squares
 
 
 def own_part(join: Join, settings: ServerSettings) -> Join:

@@ -2,7 +2,8 @@
 
 Shard 0 is the server: its leases, version and refusals are the run's. The others know their slice and who takes part.
 Consistency is per slice: two pushes may be applied in another order at another shard, and one that shard 0 refuses may
-have been applied elsewhere. Whether it was, the worker hears for each slice.
+have been applied elsewhere. Whether it was, the worker hears for each slice. What one shard must know of another, the
+worker carries: to shard 0 the others' squares, for the gap of its push before; to them the number of its checkpoint.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import torch
 from torch import Tensor
 
 from danaz.flat import Layout, shard_spans
+from danaz.server.gap import Layers
 from danaz.server.master import all_finite
 from danaz.server.messages import Bye, Final, Join, Leave, Parameters, Pull, Push, Refusal, Reply, Report
 from danaz.worker.core import Request
-from danaz.worker.link import Link, ServerLostError
+from danaz.worker.link import Link
 from danaz.worker.staging import IN_PLACE, Staging
 
 NO_BUFFERS = torch.empty(0)
@@ -41,11 +43,16 @@ class ShardedLink:
         self._links = list(links)
         self._spans = shard_spans(layout.size, len(links))
         self._threads = [ThreadPoolExecutor(1, f"danaz-shard-{number}") for number in range(1, len(links))]
-        self._versions = [0] * len(links)  # of each slice of the view at hand
+        self._views = [(0, 0)] * len(links)  # version and life of each slice of the view at hand
+        self._generation = 0  # of shard 0's newest checkpoint, as it said last
         self._staging = staging
         self._rooms = [staging.room(layout.size) for _ in range(2)]  # f32[P]: the view at hand, where the next arrives
+        layers = Layers(layout)
+        self._layers = [layers.within(*span) for span in self._spans]  # of each shard
+        self._squares: tuple[float, ...] = ()  # of the last push: what the shards but 0 hold of each layer's square
         self._join: Join | None = None
         self._final: Final | None = None
+        self._ends: dict[int, Final] = {}  # of the shards that let this worker go
 
     def exchange(self, request: Request) -> Reply:
         """As Link has it. The view of the answer stays as it is until the answer after the next one."""
@@ -69,13 +76,19 @@ class ShardedLink:
     # ---- one shard -----------------------------------------------------------------------------------------------
 
     def _say(self, number: int, request: Request) -> Reply:
+        if number in self._ends and isinstance(request, (Join, Leave)):
+            return self._ends[number]
         reply = self._exchange(number, self._part(number, request))
         if number and isinstance(reply, Refusal) and reply.rejoin and not isinstance(request, Join):
-            # This shard alone gave the worker up. Taken in again, it has a view; a push was not applied there.
+            # This shard gave the worker up, or was restarted. Taken in again, it has a view; its push was not applied.
+            start, stop = self._spans[number]
             assert self._join is not None
-            reply = self._exchange(number, replace(self._join, request=request.request))
+            join = replace(self._join, request=request.request, params=self._rooms[0][start:stop])
+            reply = self._exchange(number, join)
             if isinstance(reply, Parameters) and isinstance(request, (Leave, Bye)):
                 reply = self._exchange(number, self._part(number, request))
+        if number and isinstance(reply, Final):
+            self._ends[number] = reply
         return reply
 
     def _exchange(self, number: int, request: Request) -> Reply:
@@ -84,7 +97,7 @@ class ShardedLink:
         self._links[number].receive_into(room)
         reply = self._links[number].exchange(request)
         if isinstance(reply, Parameters):
-            self._versions[number] = reply.version
+            self._views[number] = (reply.version, reply.life)
             if reply.view.data_ptr() != room.data_ptr():
                 room.copy_(reply.view)
                 self._staging.arrived(room)
@@ -100,10 +113,13 @@ class ShardedLink:
         if isinstance(request, Join):
             return replace(request, params=cut(request.params))
         if isinstance(request, Push):
-            return replace(request, push=request.push[start:stop], view_version=self._versions[number])
+            version, life = self._views[number]
+            part = replace(request, push=request.push[start:stop], view_version=version, life=life)
+            return replace(part, generation=self._generation) if number else replace(part, squares=self._squares)
         if isinstance(request, Leave):
             buffers = NO_BUFFERS if number else request.buffers
-            return replace(request, give_back=cut(request.give_back), buffers=buffers)
+            generation = self._generation if number else 0
+            return replace(request, give_back=cut(request.give_back), buffers=buffers, generation=generation)
         if isinstance(request, Bye) and number == 0 and self._final is not None:
             return replace(request, version=self._final.version, rest=self._final.params[stop:])
         return request
@@ -113,23 +129,32 @@ class ShardedLink:
     def _merge(self, request: Request, replies: Sequence[Reply]) -> Reply:
         """One reply of all: that of shard 0, with the vectors of every shard."""
         first = replies[0]
-        if isinstance(first, Refusal) and isinstance(request, Leave):
-            raise ServerLostError(
-                f"shard 0 refused this worker as it left ({first.reason}), and the other shards let it go; it cannot "
-                "come back as it was: start it anew"
-            )
+        if isinstance(request, (Join, Push)):
+            self._squares = self._gather(replies)
         refusal = next((reply for reply in replies if isinstance(reply, Refusal)), None)
         if refusal is not None:
             return refusal
         if isinstance(first, Parameters):
             self._rooms.reverse()
-            applied = [reply.last_applied for reply in replies if isinstance(reply, Parameters)]
-            parts = tuple((*span, last) for span, last in zip(self._spans, applied, strict=True))
+            self._generation = first.generation
+            views = zip(self._spans, replies, strict=True)
+            parts = tuple((*span, reply.last_applied) for span, reply in views if isinstance(reply, Parameters))
             return replace(first, view=self._rooms[0], parts=parts)
         if isinstance(first, Final):
             slices = [reply.params for reply in replies if isinstance(reply, Final)]
             self._final = first = replace(first, params=torch.cat(slices))
         return first
+
+    def _gather(self, replies: Sequence[Reply]) -> tuple[float, ...]:
+        """Of each layer the sum of what the shards but 0 answered; empty unless all have applied, and measured."""
+        answers = [reply for reply in replies if isinstance(reply, Parameters) and reply.applied]
+        if len(answers) < len(replies) or not all(answer.squares for answer in answers[1:]):
+            return ()
+        squares = [0.0] * self._layers[-1].stop
+        for layers, answer in zip(self._layers[1:], answers[1:], strict=True):
+            for layer, square in zip(layers, answer.squares, strict=True):
+                squares[layer] += square
+        return tuple(squares)
 
     def close(self) -> None:
         for link in self._links:
