@@ -15,6 +15,7 @@ import json
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -48,7 +49,10 @@ SLOW_S = 4.0
 SLOW_LINK = ("tbf", "rate", "2mbit", "burst", "16kbit", "latency", "400ms")
 FLAT_BYTES = 64 << 20  # a server may grow so much: its allocator and its table of figures
 SUM_TOLERANCE = 1e-4  # float32 rounding between two fresh sums
-NOISE_PERCENT = 2.0  # of test error, between two undisturbed runs that only differ in the order of updates
+# Of test error, above that of the undisturbed run: runs that differ in nothing but the order of updates spread over
+# more than a percent (one of the 364 test images is 0.27), and where ranks wait for a core there are lags of hundreds.
+NOISE_PERCENT = 1.5  # in the mean over all runs
+OUTLIER_PERCENT = 5.0  # in a single one
 
 
 class Broken(AssertionError):
@@ -105,7 +109,6 @@ class Run:
 
     def said(self) -> str:
         """The end of what `danaz launch` printed."""
-        self.log.flush()
         return "".join(Path(self.log.name).read_text().splitlines(keepends=True)[-40:])
 
     def require(self, condition: bool, what: str) -> None:
@@ -312,6 +315,7 @@ def soak(
     kinds = faults_at_random(chance)
     kind = next(kinds)
     survived: list[Survived] = []
+    errors: list[float] = []
     undisturbed = _undisturbed_error(network, folder / "undisturbed")
     say(f"undisturbed: {undisturbed:.2f} % error")
     number = 0
@@ -326,8 +330,13 @@ def soak(
                     kind = next(kinds)
             error = run.finish()
         say(f"run {number} ({algorithm}): {error:.2f} % error")
-        run.require(error < undisturbed + NOISE_PERCENT, f"{error:.2f} % error, undisturbed {undisturbed:.2f} %")
+        run.require(error < undisturbed + OUTLIER_PERCENT, f"{error:.2f} % error, undisturbed {undisturbed:.2f} %")
+        errors.append(error)
         number += 1
+    mean = statistics.fmean(errors)
+    say(f"mean of {number} runs: {mean:.2f} % error, undisturbed {undisturbed:.2f} %")
+    if mean > undisturbed + NOISE_PERCENT:
+        raise Broken(f"{mean:.2f} % error in the mean, undisturbed {undisturbed:.2f} %")
     return survived
 
 
