@@ -33,6 +33,7 @@ FLOORS = {
     "danaz.server.health": 1,
     "danaz.server.recovery": 1,
     "danaz.server.state": 1,
+    "danaz.server.refusing": 1,
     "danaz.server.updating": 1,
     "danaz.server.whole": 1,
     "danaz.server.answers": 1,

@@ -15,32 +15,22 @@ from typing import Any
 from torch import Tensor
 
 from danaz.codecs import travelling_bytes, view_codec
-from danaz.server.admission import (
-    NOT_FINITE,
-    OUTLIER,
-    Job,
-    is_worth_receiving,
-    why_not_join,
-    why_not_leave,
-    why_not_push,
-    why_not_squares,
-    why_stranger,
-)
+from danaz.server.admission import Job, is_worth_receiving, why_not_join, why_not_leave, why_stranger
 from danaz.server.answers import Answers, Replies, Streams, whole
 from danaz.server.figures import DIVERGED_LOSS_RATIO, Figures, Update
-from danaz.server.health import Health, size_of
+from danaz.server.health import Health
 from danaz.server.leases import LeasedElsewhere, Leases
 from danaz.server.master import Master, all_finite
 from danaz.server.members import Member, Route, mean_by_updates
 from danaz.server.messages import Bye, Heartbeat, Join, Leave, Pull, Push, Report, Request
 from danaz.server.recovery import Recovery
+from danaz.server.refusing import refuse_push, why_refuse
 from danaz.server.settings import ServerSettings
 from danaz.server.state import CoreState, fill, take
 from danaz.server.updating import update_by
 from danaz.server.whole import WholeModel, own_part
 
 RESUM_EVERY = 1000  # updates between fresh sums of the velocities, against drift
-DIVERGED_STRIKES = 3  # non-finite pushes in a row, of every live worker
 
 
 class ServerCore:
@@ -308,10 +298,11 @@ class ServerCore:
             # Whatever has changed since: the worker may have read the first answer by now.
             self._answers.push(member, push, refused=member.refused[1])
             return
-        reason = why_not_push(push, member, self.job, self.leases, self.life)
-        reason = reason or why_not_squares(push, len(self.whole.layers)) or self._why_sick(push)
+        reason = why_refuse(self, member, push)
         if reason:
-            self._refuse_push(member, push, reason)
+            refuse_push(self, member, push, reason)
+            member.turn()
+            self._answers.push(member, push, refused=reason)
             return
         member.strikes = 0
         if self.master.rule.barrier:
@@ -322,31 +313,8 @@ class ServerCore:
             member.turn()
             self._answers.push(member, push, applied=True)
 
-    def _refuse_push(self, member: Member, push: Push, reason: str) -> None:
-        self.refuse(reason)
-        member.pending, member.refused = None, (push.request, reason)
-        if reason in (NOT_FINITE, OUTLIER):
-            # Computed again, the batch would be as bad: it counts as used.
-            for batch in push.batches:
-                self.leases.complete(member.worker, batch)
-        if reason == NOT_FINITE:
-            self.health.saw_not_finite(member.worker)
-            member.strikes += 1
-            if all(m.strikes >= DIVERGED_STRIKES for m in self.members.values() if m.takes_part):
-                self._diverge(f"the last {DIVERGED_STRIKES} pushes of every worker were not finite")
-        elif reason != OUTLIER:
-            for batch in push.batches:
-                if self.leases.holds(member.worker, batch):
-                    self.leases.put_back(member.worker, batch)
-        member.turn()
-        self._answers.push(member, push, refused=reason)
-
-    def _why_sick(self, push: Push) -> str:
-        """Why a push that is sound in itself is refused for its size."""
-        refused, size = self.settings.refuse_outliers, size_of(push, self.master.rule, self.master.params)
-        return OUTLIER if self.health.is_outlier(push.worker, size, refused) and refused else ""
-
-    def _diverge(self, reason: str) -> None:
+    def diverge(self, reason: str) -> None:
+        """End the run early."""
         self.diverged = reason
         self.leases.close()
 
@@ -361,7 +329,7 @@ class ServerCore:
         self.figures.push_bytes += sum(travelling_bytes(p.push, p.encoded) for p in parts)
         self.on_update(update)
         if self.figures.lost_all_bounds(update.loss):
-            self._diverge(f"the loss rose to {update.loss:.4g}, over {DIVERGED_LOSS_RATIO:.0f} times the first")
+            self.diverge(f"the loss rose to {update.loss:.4g}, over {DIVERGED_LOSS_RATIO:.0f} times the first")
 
     def _update_by_round(self, now: float) -> None:
         """Make one update of what the live workers pushed, weighted by their samples."""

@@ -1,0 +1,46 @@
+"""Why a push is refused, and what follows for its batches, for its worker's reputation and for the run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from danaz.server.admission import NOT_FINITE, OUTLIER, why_not_push, why_not_squares
+from danaz.server.health import size_of
+from danaz.server.members import Member
+from danaz.server.messages import Push
+
+if TYPE_CHECKING:
+    from danaz.server.core import ServerCore
+
+DIVERGED_STRIKES = 3  # non-finite pushes in a row, of every live worker
+
+
+def why_refuse(core: ServerCore, member: Member, push: Push) -> str:
+    """Why a push may not be applied, or nothing."""
+    reason = why_not_push(push, member, core.job, core.leases, core.life)
+    return reason or why_not_squares(push, len(core.whole.layers)) or _why_sick(core, push)
+
+
+def _why_sick(core: ServerCore, push: Push) -> str:
+    """Why a push that is sound in itself is refused for its size."""
+    refused, size = core.settings.refuse_outliers, size_of(push, core.master.rule, core.master.params)
+    return OUTLIER if core.health.is_outlier(push.worker, size, refused) and refused else ""
+
+
+def refuse_push(core: ServerCore, member: Member, push: Push, reason: str) -> None:
+    """Count a push as refused, and see to the batches that it was made of."""
+    core.refuse(reason)
+    member.pending, member.refused = None, (push.request, reason)
+    if reason in (NOT_FINITE, OUTLIER):
+        # Computed again, the batch would be as bad: it counts as used.
+        for batch in push.batches:
+            core.leases.complete(member.worker, batch)
+    if reason == NOT_FINITE:
+        core.health.saw_not_finite(member.worker)
+        member.strikes += 1
+        if all(m.strikes >= DIVERGED_STRIKES for m in core.members.values() if m.takes_part):
+            core.diverge(f"the last {DIVERGED_STRIKES} pushes of every worker were not finite")
+    elif reason != OUTLIER:
+        for batch in push.batches:
+            if core.leases.holds(member.worker, batch):
+                core.leases.put_back(member.worker, batch)
