@@ -1,6 +1,6 @@
 """Training on real data while faults are injected at random: kill, cut, slow down, talk nonsense; and look after each.
 
-    python tests/soak.py --minutes 10 --faults 50 --seed 0       # what `make soak` does
+    python tests/soak.py --minutes 10 --faults 50 --epochs 1600       # what `make soak` does
 
 Three machines (network namespaces with an sshd each, so this needs root) train digits through `danaz launch` and lose
 ranks, machines, links and the server. After each fault the run must recover: every worker has made an update since,
@@ -39,7 +39,7 @@ from danaz.server.state import ResumeError
 
 SLOTS = {"a": 2, "b": 1, "c": 1}
 WORKERS = len(SLOTS)
-EPOCHS = 400  # about a minute when nothing happens
+EPOCHS = 400  # of each run: half a minute when nothing happens
 SERVER_PORT = 7071
 RECOVERY_S = 120.0
 RUN_S = 900.0
@@ -71,11 +71,11 @@ class Survived:
 class Run:
     """One `danaz launch` over the machines, seen from outside: its processes and its updates.jsonl."""
 
-    def __init__(self, network: Namespaces, folder: Path, algorithm: str, insecure: bool):
+    def __init__(self, network: Namespaces, folder: Path, algorithm: str, insecure: bool, epochs: int):
         self.network, self.folder = network, folder
         hosts = ",".join(f"{name}:{slots}" for name, slots in SLOTS.items())
-        schedule = [EPOCHS // 2, EPOCHS * 17 // 20]
-        options = {"epochs": EPOCHS, "lr_schedule.milestones": schedule, "lr_schedule.warmup_epochs": EPOCHS // 30}
+        schedule = [epochs // 2, epochs * 17 // 20]
+        options = {"epochs": epochs, "lr_schedule.milestones": schedule, "lr_schedule.warmup_epochs": epochs // 30}
         settings = [part for key, value in options.items() for part in ("--set", f"{key}={json.dumps(value)}")]
         self.log = (folder.parent / f"{folder.name}.log").open("w+")
         self.process = network.danaz(
@@ -308,7 +308,14 @@ def faults_at_random(chance: random.Random) -> Iterator[str]:
 
 
 def soak(
-    network: Namespaces, folder: Path, *, seed: int, faults: int, minutes: float, say: Callable[[str], None] = print
+    network: Namespaces,
+    folder: Path,
+    *,
+    seed: int,
+    faults: int,
+    minutes: float,
+    epochs: int = EPOCHS,
+    say: Callable[[str], None] = print,
 ) -> list[Survived]:
     """Train until so many faults have been survived and so many minutes are over. Raises Broken."""
     chance, began = random.Random(seed), time.monotonic()
@@ -316,12 +323,12 @@ def soak(
     kind = next(kinds)
     survived: list[Survived] = []
     errors: list[float] = []
-    undisturbed = _undisturbed_error(network, folder / "undisturbed")
+    undisturbed = _undisturbed_error(network, folder / "undisturbed", epochs)
     say(f"undisturbed: {undisturbed:.2f} % error")
     number = 0
     while len(survived) < faults or time.monotonic() - began < 60 * minutes:
         algorithm, insecure = ("dana", "dana-zero")[number % 2], number % 4 >= 2
-        run = Run(network, folder / f"run{number}", algorithm, insecure)
+        run = Run(network, folder / f"run{number}", algorithm, insecure, epochs)
         with disturbed(run):
             run.await_updates()
             while not run.over and not (len(survived) >= faults and time.monotonic() - began > 60 * minutes):
@@ -340,8 +347,8 @@ def soak(
     return survived
 
 
-def _undisturbed_error(network: Namespaces, folder: Path) -> float:
-    run = Run(network, folder, "dana", insecure=False)
+def _undisturbed_error(network: Namespaces, folder: Path, epochs: int) -> float:
+    run = Run(network, folder, "dana", insecure=False, epochs=epochs)
     with disturbed(run):
         return run.finish()
 
@@ -375,6 +382,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--faults", type=int, default=50)
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="of each run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--garbage", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -385,7 +393,13 @@ def main() -> None:
         sys.exit(f"cannot make machines here: {reason}")
     with tempfile.TemporaryDirectory(prefix="danaz-soak-") as folder, namespaces(Path(folder), list(SLOTS)) as network:
         survived = soak(
-            network, Path(folder), seed=options.seed, faults=options.faults, minutes=options.minutes, say=_say
+            network,
+            Path(folder),
+            seed=options.seed,
+            faults=options.faults,
+            minutes=options.minutes,
+            epochs=options.epochs,
+            say=_say,
         )
     show(survived)
 
