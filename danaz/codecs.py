@@ -259,6 +259,11 @@ class Encoded:
     nbytes: int
     chunks: tuple[Data, ...] = ()  # none where they have been decoded
 
+    def cut(self, first: int, end: int) -> Encoded:
+        """The part of it in these chunks."""
+        chunks = self.chunks[first:end]
+        return Encoded(self.codec, sum(map(len, chunks)), chunks)
+
 
 Spans = Sequence[tuple[int, int]]  # (start, stop) of each chunk
 
@@ -299,11 +304,15 @@ class Compressor:
         self._under_way = True
         return Encoded(self.codec.name, sum(map(len, chunks)), tuple(chunks))
 
-    def settle(self, applied: bool) -> None:
-        """The push that was under way, if one was, has been applied or not."""
-        if self._under_way and applied:
-            self.residual, self._next = self._next, self.residual
+    def settle(self, applied: bool, otherwise: Spans = ()) -> None:
+        """The push that was under way, if one was, has been applied or not; ``otherwise`` in some slices."""
+        if not self._under_way:
+            return
         self._under_way = False
+        dropped, kept = (self.residual, self._next) if applied else (self._next, self.residual)
+        for start, stop in otherwise:
+            kept[start:stop] = dropped[start:stop]
+        self.residual, self._next = kept, dropped
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------

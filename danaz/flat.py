@@ -134,6 +134,11 @@ def shard_spans(size: int, shards: int) -> list[tuple[int, int]]:
     return spans
 
 
+def chunks_of_shards(size: int, shards: int) -> list[list[tuple[int, int]]]:
+    """(start, stop) within f32[size] of the chunks that each shard's slice travels in. Raises ValueError as above."""
+    return [[(at + start, at + stop) for start, stop in chunks(end - at)] for at, end in shard_spans(size, shards)]
+
+
 def _spans(sizes: Sequence[int]) -> tuple[tuple[int, int], ...]:
     if any(size < 0 for size in sizes):
         raise ValueError("a negative size")

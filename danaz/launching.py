@@ -220,7 +220,6 @@ def check_shards(settings: Settings, manner: Manner) -> None:
             "the same in all of them; use an elementwise asynchronous algorithm, such as dana"
         )
     unfit = {
-        "what is kept of error feedback is cut otherwise than slices are; use wire fp32": settings.wire != "fp32",
         "a recording is of one server; leave out --record": manner.record,
         "a push would be an outlier in one slice and not in another; leave out --refuse-outliers": (
             manner.refuse_outliers

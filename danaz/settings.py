@@ -6,12 +6,13 @@ import json
 import os
 from collections.abc import MutableMapping
 from dataclasses import asdict, dataclass, field, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from danaz.codecs import Compressor, push_codec
 from danaz.config import Config
-from danaz.flat import Layout, chunks
+from danaz.flat import Layout, chunks_of_shards
 from danaz.keys import WorkerKeys, take_worker_keys
 from danaz.server.settings import ServerSettings
 
@@ -94,7 +95,8 @@ class Settings:
         """What a worker compresses its pushes with, None if it does not."""
         if self.wire == "fp32":
             return None
-        return Compressor(push_codec(self.wire), list(chunks(layout.size)), self.wire_warmup_epochs)
+        spans = chain.from_iterable(chunks_of_shards(layout.size, self.server_shards))
+        return Compressor(push_codec(self.wire), list(spans), self.wire_warmup_epochs)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

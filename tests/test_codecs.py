@@ -316,6 +316,22 @@ class TestErrorFeedback:
         assert encoded.nbytes == sum(len(data) for data in encoded.chunks) < 4 * 1300
 
     @pytest.mark.parametrize("name", LOSSY)
+    @pytest.mark.parametrize("applied", [True, False])
+    def test_a_slice_may_fare_otherwise(self, name, applied):
+        one, other = self.compressor(name), self.compressor(name)
+        for compressor in (one, other):
+            compressor.compress(drawn(1300, 0), 0.0)
+            compressor.settle(applied=True)
+        before = one.residual.clone()
+        for compressor in (one, other):
+            compressor.compress(drawn(1300, 1), 0.0)
+        one.settle(applied, otherwise=[(700, 711)])
+        other.settle(applied=True)
+        most, few = (other.residual, before) if applied else (before, other.residual)
+        assert torch.equal(one.residual, torch.cat([most[:700], few[700:711], most[711:]]))
+        assert not torch.equal(most[700:711], few[700:711])
+
+    @pytest.mark.parametrize("name", LOSSY)
     def test_a_refused_push_leaves_no_trace(self, name):
         one, other = self.compressor(name), self.compressor(name)
         for seed in range(9):

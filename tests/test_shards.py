@@ -17,12 +17,14 @@ from live import Running, launch, read_updates, until
 from safetensors.torch import load_file
 from torch import Tensor
 
+from danaz.codecs import Compressor
 from danaz.flat import Layout, shard_spans
 from danaz.launching import LaunchError, Manner, check_shards
 from danaz.server.core import ServerCore
 from danaz.server.figures import Update
-from danaz.server.messages import Bye, Final, Noted, Parameters, Plan, Refusal, Reply
+from danaz.server.messages import Bye, Final, Noted, Parameters, Plan, Push, Refusal, Reply
 from danaz.server.settings import ServerSettings
+from danaz.server.wire import decode, split
 from danaz.settings import Settings
 from danaz.worker.core import Request, Role, WorkerCore, answers
 from danaz.worker.sharded import ShardedLink
@@ -63,12 +65,18 @@ def make_cores(algorithm: str, shards: int, workers: int = 1, gap_every: int = 1
 
 
 @contextmanager
-def linked(cores: Sequence[ServerCore], worker: int = 0) -> Iterator[tuple[WorkerCore, Any, list[CoreLink]]]:
+def linked(
+    cores: Sequence[ServerCore], worker: int = 0, compressor: Compressor | None = None
+) -> Iterator[tuple[WorkerCore, Any, list[CoreLink]]]:
     links = [CoreLink(core, worker, {}) for core in cores]
     link = ShardedLink(links, LAYOUT)
     rule = cores[0].settings.rule(0.9).worker_rule
-    yield WorkerCore(Role(worker, 1, "", 0.9, LAYOUT, PLAN), rule), link, links
+    yield WorkerCore(Role(worker, 1, "", 0.9, LAYOUT, PLAN), rule, compressor=compressor), link, links
     link.close()
+
+
+def compressor_of(wire: str, shards: int) -> Compressor | None:
+    return Settings("dana", wire=wire, server_shards=shards).compressor(LAYOUT)
 
 
 def say(core: WorkerCore, link: ShardedLink, request: Request) -> Any:
@@ -83,11 +91,14 @@ def gradients() -> Iterator[Tensor]:
         yield torch.randn(LAYOUT.size, generator=generator)
 
 
-def train(algorithm: str, shards: int, gap_every: int = 1) -> tuple[list[Tensor], Tensor, ServerCore, list[Update]]:
+def train(
+    algorithm: str, shards: int, gap_every: int = 1, compressors: Sequence[Compressor | None] = (None, None)
+) -> tuple[list[Tensor], Tensor, ServerCore, list[Update]]:
     """Two workers take turns of unequal length; returns every view, the end, shard 0 and its journal."""
     cores, views, journal = make_cores(algorithm, shards, gap_every=gap_every), [], []
     cores[0].on_update = journal.append
-    with linked(cores, 0) as (first, first_link, _), linked(cores, 1) as (second, second_link, _):
+    one, other = (linked(cores, worker, compressor) for worker, compressor in enumerate(compressors))
+    with one as (first, first_link, _), other as (second, second_link, _):
         replies = {}
         grads = gradients()
         for core, link in ((first, first_link), (second, second_link)):
@@ -113,6 +124,38 @@ def test_slices_hold_the_same_bits_as_the_whole(algorithm: str, shards: int) -> 
     assert torch.equal(params, whole_params)
     assert leader.figures.updates == whole.figures.updates == 11
     assert leader.leases.completed == whole.leases.completed == 11
+
+
+@pytest.mark.parametrize("wire", ["bf16", "onebit", "topk:0.1"])
+@pytest.mark.parametrize("shards", [2, 3])
+def test_slices_that_travel_encoded_hold_the_same_bits_as_the_whole(wire: str, shards: int) -> None:
+    """Error feedback included, where the whole is compressed in the same chunks."""
+
+    def compressed(servers: int) -> tuple[list[Tensor], ServerCore]:
+        compressors = [compressor_of(wire, shards) for _ in range(2)]
+        views, _, leader, _ = train("dana", servers, compressors=compressors)
+        return views, leader
+
+    (views, leader), (whole_views, whole) = compressed(shards), compressed(1)
+    assert all(torch.equal(view, other) for view, other in zip(views, whole_views, strict=True))
+    plain_views, _, plain, _ = train("dana", shards)
+    assert not torch.equal(views[-1], plain_views[-1]), "something was lost, else this tests nothing"
+    assert leader.figures.push_bytes == whole.figures.push_bytes < plain.figures.push_bytes == 11 * 4 * LAYOUT.size
+    assert leader.figures.view_bytes == whole.figures.view_bytes == 13 * 4 * LAYOUT.size
+
+
+def test_each_shard_is_sent_its_chunks_alone() -> None:
+    cores = make_cores("dana", 3)
+    with linked(cores, compressor=compressor_of("topk:0.1", 3)) as (core, link, links):
+        joined = say(core, link, core.join(torch.zeros(LAYOUT.size)))
+        push = core.push(next(gradients()), (0.1, 0.1, 0.1), 1, 1.0, joined.leases[0])
+        link.exchange(push)
+        for each, (start, stop) in zip(links, shard_spans(LAYOUT.size, 3), strict=True):
+            part = each.said[-1]
+            assert isinstance(part, Push)
+            assert part.encoded is not None
+            sent = [bytes(frame) for frames in split(part) for frame in frames]
+            assert torch.equal(decode(sent).push, push.push[start:stop])
 
 
 def gaps_of(journal: Sequence[Update], worker: int) -> list[float | None]:
@@ -154,17 +197,26 @@ def test_there_is_no_gap_of_a_push_that_a_slice_has_lost() -> None:
     assert [update.gap is not None for update in journal] == [False, True, False, True]
 
 
-@pytest.mark.parametrize("squares", [(1.0,), (1.0,) * 5, (1.0, 1.0, nan, 1.0), (1.0, inf, 1.0, 1.0), (-1.0,) * 4])
-def test_squares_that_are_none_of_this_model_are_refused(squares: tuple[float, ...]) -> None:
-    """It has four layers."""
+def refused_by_shard_0(**brought: Any) -> str:
+    """Why it did not apply a push that says this of the other slices."""
     cores = make_cores("asgd", 2)
     with linked(cores) as (core, link, _):
         joined = say(core, link, core.join(torch.zeros(LAYOUT.size)))
         push = link._part(0, core.push(torch.ones(LAYOUT.size), (0.1, 0.1, 0.1), 1, 1.0, joined.leases[0]))
-        [(_, reply)] = cores[0].handle(0, replace(push, squares=squares), 0.0)
+        [(_, reply)] = cores[0].handle(0, replace(push, **brought), 0.0)
         assert isinstance(reply, Parameters)
-        assert reply.refused == "squares of the other slices do not fit the model"
         assert cores[0].master.version == 0
+        return reply.refused
+
+
+@pytest.mark.parametrize("squares", [(1.0,), (1.0,) * 5, (1.0, 1.0, nan, 1.0), (1.0, inf, 1.0, 1.0), (-1.0,) * 4])
+def test_squares_that_are_none_of_this_model_are_refused(squares: tuple[float, ...]) -> None:
+    """It has four layers."""
+    assert refused_by_shard_0(squares=squares) == "squares of the other slices do not fit the model"
+
+
+def test_bytes_that_cannot_have_been_sent_are_refused() -> None:
+    assert refused_by_shard_0(elsewhere=-1) == "the other slices took fewer bytes than none"
 
 
 def test_spans_tile_the_vector() -> None:
@@ -239,6 +291,21 @@ def test_what_another_shard_applied_of_a_refused_push_counts_there() -> None:
         assert velocity[stop:].all()
 
 
+def test_what_error_feedback_keeps_moves_on_with_each_slice() -> None:
+    """Of a push that shard 0 refused and the other one applied."""
+    cores = make_cores("dana", 2)
+    compressor = compressor_of("onebit", 2)
+    assert compressor is not None
+    with linked(cores, compressor=compressor) as (core, link, _):
+        joined = say(core, link, core.join(torch.zeros(LAYOUT.size)))
+        cores[0].leases.give_up(0)
+        reply = say(core, link, core.push(next(gradients()), (0.1, 0.1, 0.1), 1, 1.0, joined.leases[0]))
+        assert "not leased" in reply.refused
+        (_, stop), _ = shard_spans(LAYOUT.size, 2)
+        assert not compressor.residual[:stop].any()
+        assert compressor.residual[stop:].all()
+
+
 def test_given_up_by_shard_0_it_joins_everywhere() -> None:
     cores = make_cores("dana", 2)
     with linked(cores) as (core, link, _):
@@ -303,7 +370,6 @@ def test_a_shard_waits_for_the_others_before_it_tells_the_end() -> None:
     [
         ({"algorithm": "ssgd"}, {}, "has no server"),
         ({"algorithm": "ssgd-lars"}, {}, "has no server"),
-        ({"wire": "onebit"}, {}, "use wire fp32"),
         ({}, {"record": True}, "--record"),
         ({}, {"refuse_outliers": True}, "--refuse-outliers"),
         ({}, {"invite": 1}, "--invite"),
@@ -327,11 +393,21 @@ def test_digits_with_two_shards(tmp_path: Path) -> None:
     assert [update["version"] for update in run.updates] == list(range(1, 901))
     assert sum(update["gap"] is None for update in run.updates) == 2, "the first of each worker"
     assert run.summary["mean_gap"] > 0
+    assert run.summary["push_bytes_per_update"] == 4 * sum(p.numel() for p in DigitsNet().parameters())
     tensors = load_file(run.folder / "parameters.safetensors")
     expected = {name: t.shape for name, t in DigitsNet().state_dict().items() if t.is_floating_point()}
     assert {name: t.shape for name, t in tensors.items()} == expected
     assert all(t.isfinite().all() for t in tensors.values())
     assert (tensors["10.weight"] != 0).all()
+
+
+def test_digits_with_two_shards_and_little_on_the_wire(tmp_path: Path) -> None:
+    run = launch(*SHARDED, "--wire", "onebit", "--wire-view", "bf16", out=tmp_path / "run")
+    assert run.summary["complete"]
+    assert run.summary["test_error_percent"] < 5
+    parameters = sum(p.numel() for p in DigitsNet().parameters())
+    assert 4 * parameters / 29 < run.summary["push_bytes_per_update"] < 4 * parameters / 27
+    assert 2 * parameters <= run.summary["view_bytes_per_update"] < 2.1 * parameters
 
 
 @pytest.mark.parametrize("name", ["server", "server.1"])

@@ -102,8 +102,10 @@ def why_not_push(push: Push, member: Member, job: Job, leases: Leases, life: int
     return ""
 
 
-def why_not_squares(push: Push, layers: int) -> str:
-    """Whether what a push brings of other slices, for the gap, is of a model of so many ``layers``."""
+def why_not_of_others(push: Push, layers: int) -> str:
+    """Whether what a push brings of other slices may be of a model of so many ``layers``."""
+    if push.elsewhere < 0:
+        return "the other slices took fewer bytes than none"
     fits = len(push.squares) in (0, layers) and all(0 <= square < inf for square in push.squares)
     return "" if fits else "squares of the other slices do not fit the model"
 

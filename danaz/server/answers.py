@@ -66,7 +66,7 @@ class Answers:
         """Send the newest view; the worker computes on it from now on, or from its next push on."""
         core, codec, size = self._core, self._core.master.view_codec, self._core.job.layout.size
         view = core.master.view(member, bool(core.settings.gap_every) or core.master.rule.needs_view, ahead)
-        core.figures.view_bytes += codec.encoded_bytes(size)
+        core.figures.view_bytes += codec.encoded_bytes(core.whole.layout.size)
         member.awaiting = ""
         member.sees(core.master.version, ahead)
         self._waiting.append((member.route, Streamed(self._parameters(member, applied, refused, size), view, codec)))

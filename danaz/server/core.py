@@ -326,7 +326,7 @@ class ServerCore:
         if self.master.version % RESUM_EVERY == 0:
             self._resum()
         self.figures.count(update, now)
-        self.figures.push_bytes += sum(travelling_bytes(p.push, p.encoded) for p in parts)
+        self.figures.push_bytes += sum(travelling_bytes(p.push, p.encoded) + p.elsewhere for p in parts)
         self.on_update(update)
         if self.figures.lost_all_bounds(update.loss):
             self.diverge(f"the loss rose to {update.loss:.4g}, over {DIVERGED_LOSS_RATIO:.0f} times the first")

@@ -68,6 +68,7 @@ class Push:
     life: int = 0  # of the server that sent the view
     wants_view: bool = True  # False: in a pipeline, the next view was fetched already
     squares: tuple[float, ...] = ()  # to shard 0: of each layer of the model what the others answered the push before
+    elsewhere: int = 0  # to shard 0: bytes that the others' slices of ``push`` take on the wire
     generation: int = 0  # to the others: of shard 0's newest checkpoint, as it said
     square: float | None = field(default=None, metadata=LOCAL)  # ‖push‖², if it was summed while the push arrived
     encoded: Encoded | None = field(default=None, metadata=LOCAL)  # how ``push`` travels; None: as it is

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from danaz.server.admission import NOT_FINITE, OUTLIER, why_not_push, why_not_squares
+from danaz.server.admission import NOT_FINITE, OUTLIER, why_not_of_others, why_not_push
 from danaz.server.health import size_of
 from danaz.server.members import Member
 from danaz.server.messages import Push
@@ -18,7 +18,7 @@ DIVERGED_STRIKES = 3  # non-finite pushes in a row, of every live worker
 def why_refuse(core: ServerCore, member: Member, push: Push) -> str:
     """Why a push may not be applied, or nothing."""
     reason = why_not_push(push, member, core.job, core.leases, core.life)
-    return reason or why_not_squares(push, len(core.whole.layers)) or _why_sick(core, push)
+    return reason or why_not_of_others(push, len(core.whole.layers)) or _why_sick(core, push)
 
 
 def _why_sick(core: ServerCore, push: Push) -> str:

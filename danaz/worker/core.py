@@ -335,7 +335,7 @@ class WorkerCore:
         """Keep the steps since the last push, or go back to before them; in some slices, do ``otherwise``."""
         self._steps, self._undecided = [], 0
         if self.compressor:
-            self.compressor.settle(applied)
+            self.compressor.settle(applied, otherwise)
         if self._current is self._committed:
             return
         for start, stop in otherwise:

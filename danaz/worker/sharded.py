@@ -11,13 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import accumulate, pairwise
 from math import nan
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from danaz.flat import Layout, shard_spans
+from danaz.codecs import travelling_bytes
+from danaz.flat import Layout, chunks_of_shards, shard_spans
 from danaz.server.gap import Layers
 from danaz.server.master import all_finite
 from danaz.server.messages import Bye, Final, Join, Leave, Parameters, Pull, Push, Refusal, Reply, Report
@@ -42,6 +44,8 @@ class ShardedLink:
         """Raises ValueError if the model of ``layout`` is too small for so many shards."""
         self._links = list(links)
         self._spans = shard_spans(layout.size, len(links))
+        ends = [0, *accumulate(map(len, chunks_of_shards(layout.size, len(links))))]
+        self._chunks = list(pairwise(ends))  # of each slice, where a vector travels encoded
         self._threads = [ThreadPoolExecutor(1, f"danaz-shard-{number}") for number in range(1, len(links))]
         self._views = [(0, 0)] * len(links)  # version and life of each slice of the view at hand
         self._generation = 0  # of shard 0's newest checkpoint, as it said last
@@ -114,8 +118,12 @@ class ShardedLink:
             return replace(request, params=cut(request.params))
         if isinstance(request, Push):
             version, life = self._views[number]
-            part = replace(request, push=request.push[start:stop], view_version=version, life=life)
-            return replace(part, generation=self._generation) if number else replace(part, squares=self._squares)
+            encoded = request.encoded and request.encoded.cut(*self._chunks[number])
+            part = replace(request, push=request.push[start:stop], view_version=version, life=life, encoded=encoded)
+            if number:
+                return replace(part, generation=self._generation)
+            whole, own = (travelling_bytes(each.push, each.encoded) for each in (request, part))
+            return replace(part, squares=self._squares, elsewhere=whole - own)
         if isinstance(request, Leave):
             buffers = NO_BUFFERS if number else request.buffers
             generation = self._generation if number else 0
