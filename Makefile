@@ -12,7 +12,7 @@ RECIPE   := $(wildcard danaz/horovod_install/recipe.py danaz/horovod_install/too
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast lint format soak bench-server bench-simulator bench-scale bench-pipeline bench-step clean
+.PHONY: help setup demo test test-fast lint format soak bench-server bench-simulator bench-scale bench-shards bench-pipeline bench-step clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ bench-simulator: setup ## Measure a simulated update against a plain PyTorch loo
 
 bench-scale: setup ## Measure how many workers one server carries (2 minutes; leave the machine alone meanwhile)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/scale.py
+
+bench-shards: setup ## Measure servers with a slice each behind wires of their own (5 minutes; needs root; Linux)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/shards.py
 
 bench-pipeline: setup ## Measure how much of an exchange --pipeline hides, and its accuracy (8 minutes; needs root; Linux)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/pipeline.py

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import json
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from namespaces import missing
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -36,6 +38,19 @@ def test_the_step_is_measured_each_way():
     ways = re.findall(r"^(.+?) +(\d+\.\d+) ms a step", done.stdout, re.MULTILINE)
     assert [way for way, _ in ways] == ["alone", "danaz", "danaz --pipeline"]
     assert all(float(milliseconds) > 0 for _, milliseconds in ways)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(missing() is not None, reason=f"{missing()}")
+def test_shards_are_measured_behind_wires_of_their_own(tmp_path):
+    table = tmp_path / "shards.csv"
+    small = ("--shards=2", "--workers=2", "--megabytes=1.5", "--seconds=0.5", "--repetitions=1", f"--csv={table}")
+    done = run("shards.py", *small)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["workers"], row["shards"]) for row in rows] == [("2", "1"), ("2", "2")]
+    assert all(float(row["exchanges_per_second"]) > 0 for row in rows)
 
 
 @pytest.mark.parametrize("way", ["alone", "danaz"])
