@@ -224,7 +224,6 @@ def check_shards(settings: Settings, manner: Manner) -> None:
         "a push would be an outlier in one slice and not in another; leave out --refuse-outliers": (
             manner.refuse_outliers
         ),
-        "a view that is fetched ahead comes from one server; leave out pipeline": settings.pipeline,
         "an invitation names one server; leave out --invite": manner.invite,
     }
     for reason in [reason for reason, asked in unfit.items() if asked]:

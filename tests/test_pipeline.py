@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from cluster import DIGEST, Cluster
+from cluster import Cluster
+from line import PLAN, Line, make_worker, train
 from oracle import ORACLES
 from stimuli import GRADIENT, INF, NAN, SIZE
-from torch import Tensor, nn
+from torch import Tensor
 
 from danaz.codecs import Compressor, push_codec
 from danaz.config import load_config
-from danaz.flat import FlatModel, chunks
+from danaz.flat import chunks
 from danaz.launching import LaunchError, check_workers
 from danaz.rules.base import HyperparameterError
 from danaz.server.core import ServerCore
-from danaz.server.messages import Parameters, Plan, Pull, Push, Refusal, Reply
-from danaz.server.settings import ServerSettings
-from danaz.server.state import CoreState
+from danaz.server.messages import Parameters, Pull, Push, Refusal
 from danaz.settings import Settings
 from danaz.simulate.simulator import Simulation
-from danaz.worker.core import Request, Role, WorkerCore
-from danaz.worker.group import SoloGroup
+from danaz.worker.core import Request
 from danaz.worker.link import LocalLink, ServerLostError
-from danaz.worker.worker import Worker
 
 QUADRATIC = Path(__file__).parents[1] / "configs/quadratic.yaml"
 WORKERS = 4
@@ -238,63 +234,6 @@ class TestFaultsBetweenPushAndFetch:
 
 
 # ---- a training loop, and the exchange beside it ---------------------------------------------------------------------
-
-PLAN = Plan(batches_per_epoch=40, epochs=1)
-
-
-class Line(LocalLink):
-    """A way to a server in this process that is killed, or gives its worker up, when the test says so."""
-
-    def __init__(self, algorithm: str):
-        self.settings = ServerSettings(algorithm=algorithm, workers=1, digest=DIGEST)
-        self.updates: list = []
-        self.life = 0
-        self.checkpoint: CoreState | None = None
-        self.befalls: Callable[[Request], None] = lambda request: None
-        super().__init__(self.start())
-
-    def start(self) -> ServerCore:
-        return ServerCore(self.settings, on_update=self.updates.append, on_milestone=self.keep)
-
-    def keep(self, core: ServerCore) -> None:
-        self.checkpoint = core.state()
-        del self.updates[core.master.version :]
-
-    def exchange(self, request: Request) -> Reply:
-        self.befalls(request)
-        return super().exchange(request)
-
-    def gives_up(self) -> None:
-        self.core.tick(time.monotonic() + 1000)
-
-    def restarts(self) -> None:
-        self.life += 1
-        self.core = self.start()
-        assert self.checkpoint is not None
-        self.core.restore(self.checkpoint, self.updates[self.checkpoint.version :], self.life, time.monotonic())
-
-
-def make_worker(line: Line) -> Worker:
-    model = nn.Linear(SIZE, 1, bias=False)
-    flat = FlatModel(model)
-    rule = line.settings.rule(0.9)
-    role = Role(0, 1, DIGEST, 0.9, flat.layout, PLAN, ahead=2)
-    core = WorkerCore(role, rule.worker_rule, push_moves_view=rule.push_moves_view)
-    return Worker(SoloGroup(), flat, 2, core, line, pipelined=True)
-
-
-def train(worker: Worker) -> None:
-    """½‖θ − 1‖², from the join to the good-bye."""
-    worker.join(bring_params=True)
-    while not worker.done:
-        if worker.batches.waiting:
-            batch = worker.batches.begin()
-            worker.push(worker.flat.params - 1, [0.05], 1, 1.0, batch)
-        else:
-            worker.pull()
-    worker.leave()
-    worker.close(in_good_order=True)
-
 
 FAULTS: dict[str, tuple[type[Request], Callable[[Line, Request], object]]] = {
     "none": (Push, lambda line, push: None),

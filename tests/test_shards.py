@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from math import inf, nan
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import torch
 from live import Running, launch, read_updates, until
 from safetensors.torch import load_file
+from sharded import LAYOUT, PLAN, compressor_of, gradients, linked, make_cores, say
 from torch import Tensor
 
 from danaz.codecs import Compressor
@@ -22,73 +22,13 @@ from danaz.flat import Layout, shard_spans
 from danaz.launching import LaunchError, Manner, check_shards
 from danaz.server.core import ServerCore
 from danaz.server.figures import Update
-from danaz.server.messages import Bye, Final, Noted, Parameters, Plan, Push, Refusal, Reply
-from danaz.server.settings import ServerSettings
+from danaz.server.messages import Bye, Final, Noted, Parameters, Push, Refusal, Reply
 from danaz.server.wire import decode, split
 from danaz.settings import Settings
-from danaz.worker.core import Request, Role, WorkerCore, answers
-from danaz.worker.sharded import ShardedLink
+from danaz.worker.core import Role, WorkerCore
 from danaz.workloads.digits import DigitsNet
 
-ROWS = [["a", [40], [1]], ["b", [8, 6], [6, 1]], ["c", [], []], ["d", [39], [1]]]  # 128 floats
-LAYOUT = Layout.from_lists([ROWS, [["mean", [3], [1]]], [40, 0, 88]])
-PLAN = Plan(batches_per_epoch=6, epochs=2)
 ELEMENTWISE = ["asgd", "nag-asgd", "dana", "dana-zero", "dana-ga", "dana-dc", "dana-sa", "dana-nadam", "easgd"]
-
-
-class CoreLink:
-    """Straight into a core: what it says to others is kept for them."""
-
-    def __init__(self, core: ServerCore, route: int, mail: dict[int, Reply]):
-        self.core, self.route, self.mail = core, route, mail
-        self.said: list[Request] = []
-
-    def exchange(self, request: Request) -> Reply:
-        self.said.append(request)
-        self.mail.update({int(to): reply for to, reply in self.core.handle(self.route, request, 0.0)})
-        reply = self.mail.pop(self.route)
-        assert answers(reply, request)
-        return reply
-
-    def receive_into(self, room: Tensor) -> None:
-        """Nothing travels."""
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-
-def make_cores(algorithm: str, shards: int, workers: int = 1, gap_every: int = 1) -> list[ServerCore]:
-    return [
-        ServerCore(ServerSettings(algorithm, workers, gap_every=gap_every, shard=shard, shards=shards))
-        for shard in range(shards)
-    ]
-
-
-@contextmanager
-def linked(
-    cores: Sequence[ServerCore], worker: int = 0, compressor: Compressor | None = None
-) -> Iterator[tuple[WorkerCore, Any, list[CoreLink]]]:
-    links = [CoreLink(core, worker, {}) for core in cores]
-    link = ShardedLink(links, LAYOUT)
-    rule = cores[0].settings.rule(0.9).worker_rule
-    yield WorkerCore(Role(worker, 1, "", 0.9, LAYOUT, PLAN), rule, compressor=compressor), link, links
-    link.close()
-
-
-def compressor_of(wire: str, shards: int) -> Compressor | None:
-    return Settings("dana", wire=wire, server_shards=shards).compressor(LAYOUT)
-
-
-def say(core: WorkerCore, link: ShardedLink, request: Request) -> Any:
-    reply = link.exchange(request)
-    core.receive(reply)
-    return reply
-
-
-def gradients() -> Iterator[Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    while True:
-        yield torch.randn(LAYOUT.size, generator=generator)
 
 
 def train(

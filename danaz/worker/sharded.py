@@ -47,7 +47,9 @@ class ShardedLink:
         ends = [0, *accumulate(map(len, chunks_of_shards(layout.size, len(links))))]
         self._chunks = list(pairwise(ends))  # of each slice, where a vector travels encoded
         self._threads = [ThreadPoolExecutor(1, f"danaz-shard-{number}") for number in range(1, len(links))]
-        self._views = [(0, 0)] * len(links)  # version and life of each slice of the view at hand
+        # Version and life of each slice: of the view at hand, of the one that was fetched ahead, of the newest to come.
+        self._at_hand = self._fetched = self._came = [(0, 0)] * len(links)
+        self._ahead = False  # whether a view that comes now is for after the one at hand
         self._generation = 0  # of shard 0's newest checkpoint, as it said last
         self._staging = staging
         self._rooms = [staging.room(layout.size) for _ in range(2)]  # f32[P]: the view at hand, where the next arrives
@@ -67,15 +69,25 @@ class ShardedLink:
         if isinstance(request, Push) and not all_finite(request.push):
             # Each shard sees its slice alone. Without a loss that is finite, all of them refuse the push as not finite.
             request = replace(request, loss=nan)
-        if isinstance(request, (Pull, Bye)):
+        if isinstance(request, (Push, Pull)):
+            self._ahead = _is_beside_a_batch(request)
+        self._came = list(self._came)
+        reply = self._merge(request, self._ask(request))
+        if isinstance(request, Push) and not request.wants_view:
+            self._at_hand = self._fetched
+        return reply
+
+    def _ask(self, request: Request) -> list[Reply]:
+        """What each shard answers."""
+        if isinstance(request, Bye) or (isinstance(request, Pull) and not request.ahead):
             # Shard 0 may keep a Pull waiting; only then are the other slices fetched, to be as fresh. A Bye is said as
             # the process ends, and its threads have ended.
             first = self._say(0, request)
             others = [] if isinstance(first, Refusal) else range(1, len(self._links))
-            return self._merge(request, [first, *(self._say(number, request) for number in others)])
+            return [first, *(self._say(number, request) for number in others)]
         waiting = [thread.submit(self._say, number, request) for number, thread in enumerate(self._threads, start=1)]
         first = self._say(0, request)
-        return self._merge(request, [first, *(each.result() for each in waiting)])
+        return [first, *(each.result() for each in waiting)]
 
     # ---- one shard -----------------------------------------------------------------------------------------------
 
@@ -83,8 +95,10 @@ class ShardedLink:
         if number in self._ends and isinstance(request, (Join, Leave)):
             return self._ends[number]
         reply = self._exchange(number, self._part(number, request))
-        if number and isinstance(reply, Refusal) and reply.rejoin and not isinstance(request, Join):
+        may_join = number > 0 and not isinstance(request, Join) and not _is_beside_a_batch(request)
+        if may_join and isinstance(reply, Refusal) and reply.rejoin:
             # This shard gave the worker up, or was restarted. Taken in again, it has a view; its push was not applied.
+            # (Beside a batch, the view at hand is being read: the worker itself joins again, everywhere.)
             start, stop = self._spans[number]
             assert self._join is not None
             join = replace(self._join, request=request.request, params=self._rooms[0][start:stop])
@@ -100,8 +114,8 @@ class ShardedLink:
         room = self._rooms[1][start:stop]
         self._links[number].receive_into(room)
         reply = self._links[number].exchange(request)
-        if isinstance(reply, Parameters):
-            self._views[number] = (reply.version, reply.life)
+        if isinstance(reply, Parameters) and reply.view.numel():
+            self._came[number] = (reply.version, reply.life)
             if reply.view.data_ptr() != room.data_ptr():
                 room.copy_(reply.view)
                 self._staging.arrived(room)
@@ -117,7 +131,7 @@ class ShardedLink:
         if isinstance(request, Join):
             return replace(request, params=cut(request.params))
         if isinstance(request, Push):
-            version, life = self._views[number]
+            version, life = self._at_hand[number]
             encoded = request.encoded and request.encoded.cut(*self._chunks[number])
             part = replace(request, push=request.push[start:stop], view_version=version, life=life, encoded=encoded)
             if number:
@@ -143,15 +157,23 @@ class ShardedLink:
         if refusal is not None:
             return refusal
         if isinstance(first, Parameters):
-            self._rooms.reverse()
             self._generation = first.generation
             views = zip(self._spans, replies, strict=True)
             parts = tuple((*span, reply.last_applied) for span, reply in views if isinstance(reply, Parameters))
-            return replace(first, view=self._rooms[0], parts=parts)
+            return replace(first, view=self._view() if first.view.numel() else first.view, parts=parts)
         if isinstance(first, Final):
             slices = [reply.params for reply in replies if isinstance(reply, Final)]
             self._final = first = replace(first, params=torch.cat(slices))
         return first
+
+    def _view(self) -> Tensor:
+        """The view f32[P] that has come, which is now at hand or for later."""
+        self._rooms.reverse()
+        if self._ahead:
+            self._fetched = self._came
+        else:
+            self._at_hand = self._came
+        return self._rooms[0]
 
     def _gather(self, replies: Sequence[Reply]) -> tuple[float, ...]:
         """Of each layer the sum of what the shards but 0 answered; empty unless all have applied, and measured."""
@@ -169,6 +191,11 @@ class ShardedLink:
             link.close()
         for thread in self._threads:
             thread.shutdown()
+
+
+def _is_beside_a_batch(request: Request) -> bool:
+    """Whether the worker computes meanwhile, in a pipeline."""
+    return (isinstance(request, Push) and not request.wants_view) or (isinstance(request, Pull) and request.ahead)
 
 
 def connect(addresses: Sequence[str], layout: Layout, to: Callable[[str], Shard], staging: Staging = IN_PLACE) -> Link:
