@@ -1,6 +1,6 @@
 """Training on real data while faults are injected at random: kill, cut, slow down, talk nonsense; and look after each.
 
-    python tests/soak.py --minutes 10 --faults 50 --epochs 1600       # what `make soak` does
+    python tests/soak.py --minutes 10 --faults 50 --epochs 800        # what `make soak` does
 
 Three machines (network namespaces with an sshd each, so this needs root) train digits through `danaz launch` and lose
 ranks, machines, links and the server (faults.py). After each fault the run must recover (watched.py): every worker has
