@@ -10,17 +10,14 @@ Errors are means over the seeds and, in brackets, their least and largest. Bytes
 from __future__ import annotations
 
 import argparse
-import statistics
-import tempfile
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
 import torch
+from accuracy import Row, make_parser, over_seeds, print_table
 
-from danaz.config import load_config
 from danaz.simulate.simulator import simulate
 
-ROWS = [
+WAYS = [
     "wire=fp32",
     "wire=bf16",
     "wire=fp16",
@@ -35,35 +32,21 @@ ROWS = [
 ]
 
 
-def run(config: str, overrides: list[str]) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        return simulate(load_config(config, overrides), Path(folder))
+def rows(options: argparse.Namespace) -> Iterator[Row]:
+    for workers in options.workers:
+        for way in options.rows:
+            sets = [*options.overrides, *way.split(","), f"workers={workers}"]
+            runs = over_seeds(simulate, options.config, sets, options.seeds)
+            sent_bytes = [f"{runs[0][f'{vector}_bytes_per_update']:,.0f}" for vector in ("push", "view")]
+            sent_as = way.replace(",", ", ").replace("=", " ")
+            yield (runs[0]["algorithm"], str(workers), sent_as, *sent_bytes), runs
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config")
-    parser.add_argument("--workers", type=int, nargs="+", default=[4, 8])
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--rows", nargs="+", default=ROWS, metavar="KEY=VALUE,…", help="ways to send")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
-    options = parser.parse_args()
+    parser = make_parser(__doc__, seeds=5)
+    parser.add_argument("--rows", nargs="+", default=WAYS, metavar="KEY=VALUE,…", help="ways to send")
     torch.set_num_threads(1)
-    print("| algorithm | workers | sent as | push bytes | view bytes | test error % | mean gap |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for workers in options.workers:
-        for row in options.rows:
-            sets = [*options.overrides, *row.split(","), f"workers={workers}"]
-            runs = [run(options.config, [*sets, f"seed={seed}"]) for seed in range(options.seeds)]
-            errors = [summary["test_error_percent"] for summary in runs]
-            gaps = [summary["mean_gap"] for summary in runs if summary["mean_gap"] is not None]
-            print(
-                f"| {runs[0]['algorithm']} | {workers} | {row.replace(',', ', ').replace('=', ' ')} "
-                f"| {runs[0]['push_bytes_per_update']:,.0f} | {runs[0]['view_bytes_per_update']:,.0f} "
-                f"| {statistics.mean(errors):.2f} ({min(errors):.2f} to {max(errors):.2f}) "
-                f"| {statistics.mean(gaps) if gaps else float('nan'):.3f} |",
-                flush=True,
-            )
+    print_table(("algorithm", "workers", "sent as", "push bytes", "view bytes"), rows(parser.parse_args()))
 
 
 if __name__ == "__main__":

@@ -8,14 +8,14 @@ Workers take turns, which fixes the lag. Errors are means over the seeds and, in
 from __future__ import annotations
 
 import argparse
-import statistics
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from accuracy import Row, Summary, make_parser, over_seeds, print_table
 
-from danaz.config import load_config
+from danaz.config import Config
 from danaz.rules import find_algorithm
 from danaz.simulate.simulator import SimulatedWorker, Simulation
 
@@ -38,6 +38,12 @@ class Form(NamedTuple):
     pipeline: bool
     own_push: bool  # whether the worker's push on its way is added, where pushes move views
 
+    def simulate(self, config: Config, run: Path) -> Summary:
+        simulation = self.kind(config, run)
+        for worker in simulation.workers:
+            worker.core.push_moves_view &= self.own_push
+        return simulation.run()
+
 
 FORMS = {
     "plain": Form(Simulation, pipeline=False, own_push=True),
@@ -54,39 +60,22 @@ def forms_of(algorithm: str) -> list[str]:
     return [name for name in FORMS if moves or "own push" not in name]
 
 
-def run(form: Form, config: str, overrides: list[str]) -> dict[str, Any]:
-    sets = [*overrides, f"pipeline={str(form.pipeline).lower()}", "schedule=round-robin"]
-    with tempfile.TemporaryDirectory() as folder:
-        simulation = form.kind(load_config(config, sets), Path(folder))
-        for worker in simulation.workers:
-            worker.core.push_moves_view &= form.own_push
-        return simulation.run()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config")
-    parser.add_argument("--algorithms", nargs="+", default=["dana", "asgd"])
-    parser.add_argument("--workers", type=int, nargs="+", default=[4, 8])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    print("| algorithm | workers | form | mean lag | test error % | mean gap |")
-    print("| --- | --- | --- | --- | --- | --- |")
+def rows(options: argparse.Namespace) -> Iterator[Row]:
     for algorithm in options.algorithms:
         for workers in options.workers:
             for name in forms_of(algorithm):
+                form = FORMS[name]
                 sets = [*options.overrides, f"algorithm={algorithm}", f"workers={workers}"]
-                runs = [run(FORMS[name], options.config, [*sets, f"seed={seed}"]) for seed in range(options.seeds)]
-                errors = [summary["test_error_percent"] for summary in runs]
-                gaps = [summary["mean_gap"] for summary in runs if summary["mean_gap"] is not None]
-                print(
-                    f"| {algorithm} | {workers} | {name} | {runs[0]['mean_lag']:.2f} "
-                    f"| {statistics.mean(errors):.2f} ({min(errors):.2f} to {max(errors):.2f}) "
-                    f"| {statistics.mean(gaps) if gaps else float('nan'):.3f} |",
-                    flush=True,
-                )
+                sets += [f"pipeline={str(form.pipeline).lower()}", "schedule=round-robin"]
+                runs = over_seeds(form.simulate, options.config, sets, options.seeds)
+                yield (algorithm, str(workers), name, f"{runs[0]['mean_lag']:.2f}"), runs
+
+
+def main() -> None:
+    parser = make_parser(__doc__, seeds=3)
+    parser.add_argument("--algorithms", nargs="+", default=["dana", "asgd"])
+    torch.set_num_threads(1)
+    print_table(("algorithm", "workers", "form", "mean lag"), rows(parser.parse_args()))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from namespaces import missing
+from shipped import CONFIGS
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -75,3 +76,36 @@ def test_it_is_resnet_50_that_is_measured(monkeypatch):
         model = importlib.import_module("step_gpu").resnet50()
     assert sum(p.numel() for p in model.parameters()) == 25_557_032, "as published with torchvision's"
     assert model(torch.empty(2, 3, 224, 224, device="meta")).shape == (2, 1000)
+
+
+TINY = (CONFIGS / "digits.yaml", "--workers=2", "--seeds=2", "--set=epochs=1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "arguments", "told_apart", "rows"),
+    [
+        (
+            "pipeline_accuracy.py",
+            ("--algorithms", "asgd"),
+            ("algorithm", "workers", "form", "mean lag"),
+            ["plain", "pipeline", "naive"],
+        ),
+        (
+            "codec_accuracy.py",
+            ("--rows", "wire=fp32", "wire=topk:0.1,wire_view=bf16"),
+            ("algorithm", "workers", "sent as", "push bytes", "view bytes"),
+            ["wire fp32", "wire topk:0.1, wire_view bf16"],
+        ),
+    ],
+)
+def test_accuracy_is_a_row_for_each_way(script, arguments, told_apart, rows):
+    done = run(script, *TINY, *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    headings, _, *lines = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()]
+    assert headings == [*told_apart, "test error %", "mean gap"]
+    assert [line[2] for line in lines] == rows
+    for *_, error, gap in lines:
+        mean, least, most = map(float, re.fullmatch(r"(\S+) \((\S+) to (\S+)\)", error).groups())
+        assert 0 <= least <= mean <= most <= 100
+        assert float(gap) > 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,6 +23,7 @@ live_option = partial(typer.Option, rich_help_panel="With --live")
 
 
 def compare(
+    ctx: typer.Context,
     config: Annotated[
         Path, typer.Argument(help="YAML of an experiment; or of a comparison, which lists its cells", metavar="CONFIG")
     ],
@@ -69,22 +70,15 @@ def compare(
 
         danaz compare configs/demo.yaml
     """
-    from danaz.compare.cells import ComparisonError
+    from danaz.compare.cells import ComparisonError, Grid
     from danaz.compare.run import run_comparison
     from danaz.training import choose_device
 
-    grid = {
-        "algorithms": algorithms,
-        "workers": workers,
-        "schedule": schedule,
-        "hosts": hosts,
-        "hostfile": None if hostfile is None else str(hostfile),
-        "workers_per_host": workers_per_host,
-        "collective": collective,
-    }
+    # The options that make a grid bear the names of its keys.
+    given = {name: value for name, value in ctx.params.items() if name in Grid.model_fields and value is not None}
     try:
         changes = [*(overrides or []), *([] if device is None else [f"device={device}"])]
-        asked = _comparison(config, {k: v for k, v in grid.items() if v is not None}, live, seeds, changes)
+        asked = _comparison(config, given, live, changes)
         choose_device(asked.config)
     except (ValueError, RuntimeError) as error:  # also those of config, hosts, algorithms and collective
         fail(error)
@@ -153,31 +147,25 @@ def _floats(text: str, option: str) -> list[float]:
         raise ValueError(f"{option} {text}: expected numbers separated by commas, e.g. 0.05,0.1") from error
 
 
-def _comparison(
-    path: Path, given: dict[str, str | int], live: bool, seeds: int | None, overrides: list[str]
-) -> Comparison:
+def _comparison(path: Path, given: dict[str, Any], live: bool, overrides: list[str]) -> Comparison:
+    """``given`` are the options that were said, by the keys of a grid."""
     from danaz.compare.cells import ComparisonError, is_plan, make_comparison, make_grid, read_plan
 
     if is_plan(path):
-        if given or live:
+        if live or given.keys() - {"seeds"}:
             raise ComparisonError(f"{path} lists its cells itself; edit it, or name the experiment that it compares")
-        return read_plan(path, overrides, seeds)
+        return read_plan(path, overrides, given.get("seeds"))
     if live != bool(given.keys() & {"hosts", "hostfile"}):
         raise ComparisonError("--live and --hosts or --hostfile belong together, e.g. --live --hosts localhost:4")
     if not live and given.keys() & {"workers_per_host", "collective"}:
         raise ComparisonError("--workers-per-host and --collective are for --live")
-    values: dict[str, object] = {
-        **given,
-        "algorithms": _words(given.get("algorithms", ALGORITHMS)),
-        "seeds": seeds or 1,
-    }
-    if "workers" in given:
-        values["workers"] = _words(given["workers"])
-    return make_comparison(path, [make_grid(str(path), values)], overrides)
+    values = {"algorithms": ALGORITHMS, **given}
+    lists = {name: _words(values[name]) for name in ("algorithms", "workers") if name in values}
+    return make_comparison(path, [make_grid(str(path), {**values, **lists})], overrides)
 
 
-def _words(text: object) -> list[str]:
-    return [word.strip() for word in str(text).split(",") if word.strip()]
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def _report(ending: Ending) -> int:
