@@ -62,8 +62,13 @@ def window(link: SlowLink, workers: int, computing_s: float, pipelined: bool, op
         address = _get(told)
         pipes = []
         for number in range(workers):
+            way = address
+            if link.needs_relay:
+                children.append(CONTEXT.Process(target=link.relay, args=(1 + number, address, tell.send), daemon=True))
+                children[-1].start()
+                way = _get(told)
             here, there = CONTEXT.Pipe(duplex=False)
-            arguments = (link, address, number, computing_s, pipelined, options, there)
+            arguments = (link, way, number, computing_s, pipelined, options, there)
             children.append(CONTEXT.Process(target=_work, args=arguments, daemon=True))
             children[-1].start()
             pipes.append(here)
@@ -158,7 +163,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=11.0, help="of the model; default: WRN-16-4")
     parser.add_argument("--algorithm", default="dana")
     parser.add_argument("--gbit", type=float, default=1.0, help="per second, each way")
-    parser.add_argument("--delay-ms", type=float, default=1.0, help="one way, where the kernel has netem")
+    parser.add_argument("--delay-ms", type=float, default=1.0, help="one way")
     parser.add_argument("--batches", type=int, default=15, help="of each worker that count")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--csv", type=Path, help="write the table there, too")

@@ -1,6 +1,7 @@
 """Machines on a slow link: network namespaces of this one, each with an interface on one bridge. Needs root, and tc.
 
-What leaves an interface, and what the bridge sends to it, is shaped to the link's rate, each way by itself.
+What leaves an interface, and what the bridge sends to it, is shaped to the link's rate, each way by itself. Delay is
+the kernel's (netem) or, where it has none, that of a relay: a process on the machine that passes every byte on late.
 """
 
 from __future__ import annotations
@@ -9,14 +10,20 @@ import ctypes
 import itertools
 import os
 import shutil
+import socket
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from queue import Queue
 
 NETWORK = "10.79.0"
 CLONE_NEWNET = 0x40000000
 BURST = "128kb"  # that may leave at once
 QUEUE = "20ms"  # of data that waits for the link before the sender is held up
+RELAYED_BYTES = 64 * 1024  # at a time
+RELAYED_AHEAD = 8  # times that, on their way through a relay: more than 1 Gbit/s brings in a few ms
 _numbers = itertools.count()  # of the networks that this process makes
 
 
@@ -35,11 +42,31 @@ class SlowLink:
         self._prefix = f"danaz{os.getpid()}.{next(_numbers)}"
         self._names = [f"{self._prefix}m{number}" for number in range(machines)]
         self._rate, self._delay = f"{1000 * gbit_per_s:g}mbit", f"{delay_ms:g}ms"
-        self.delays = delay_ms > 0  # whether the kernel can; known once it is up
+        self._delay_s = delay_ms / 1000
+        self._has_netem = delay_ms > 0  # known once it is up
 
     @property
     def manner(self) -> str:
-        return f"{self._rate} each way, {f'{self._delay} one way' if self.delays else 'no delay (no netem here)'}"
+        who = "by the kernel" if self._has_netem else "by a relay (no netem here)"
+        return f"{self._rate} each way, " + (f"{self._delay} one way, {who}" if self._delay_s else "no delay")
+
+    @property
+    def needs_relay(self) -> bool:
+        """Whether a machine must reach the others through a relay, for there to be a delay."""
+        return self._delay_s > 0 and not self._has_netem
+
+    def relay(self, machine: int, address: str, ready: Callable[[str], None]) -> None:
+        """Pass on late, both ways, what comes from this machine for ``address``; ``ready`` hears where. Never returns."""
+        self.enter(machine)
+        host, port = address.removeprefix("tcp://").split(":")
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            ready(f"tcp://127.0.0.1:{listener.getsockname()[1]}")
+            while True:
+                near, _ = listener.accept()
+                far = socket.create_connection((host, int(port)))
+                for source, sink in ((near, far), (far, near)):
+                    sink.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    _pass_on(source, sink, self._delay_s)
 
     def address(self, machine: int) -> str:
         return f"{NETWORK}.{machine + 1}"
@@ -67,14 +94,34 @@ class SlowLink:
 
     def _shape(self, namespace: str, link: str) -> None:
         add = ("tc", "-n", namespace, "qdisc", "add", "dev", link)
-        if self.delays:
-            self.delays = _succeeds(*add, "root", "netem", "delay", self._delay, "rate", self._rate, "limit", "10000")
-        if not self.delays:
+        if self._has_netem:
+            self._has_netem = _succeeds(*add, "root", "netem", "delay", self._delay, "rate", self._rate, "limit", "10000")
+        if not self._has_netem:
             _run(*add, "root", "tbf", "rate", self._rate, "burst", BURST, "latency", QUEUE)
 
     def down(self) -> None:
         for name in (*self._names, f"{self._prefix}b"):
             _succeeds("ip", "netns", "delete", name)
+
+
+def _pass_on(source: socket.socket, sink: socket.socket, delay_s: float) -> None:
+    """Beside the caller, until one of the two ends."""
+    under_way: Queue[tuple[float, bytes]] = Queue(RELAYED_AHEAD)
+
+    def receive() -> None:
+        with suppress(ConnectionError):
+            while data := source.recv(RELAYED_BYTES):
+                under_way.put((time.monotonic() + delay_s, data))
+
+    def send() -> None:
+        with suppress(ConnectionError):
+            while True:
+                due, data = under_way.get()
+                time.sleep(max(0.0, due - time.monotonic()))
+                sink.sendall(data)
+
+    for part in (receive, send):
+        threading.Thread(target=part, daemon=True).start()
 
 
 def _run(*command: str) -> None:
