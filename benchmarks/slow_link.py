@@ -56,7 +56,7 @@ class SlowLink:
         return self._delay_s > 0 and not self._has_netem
 
     def relay(self, machine: int, address: str, ready: Callable[[str], None]) -> None:
-        """Pass on late, both ways, what comes from this machine for ``address``; ``ready`` hears where. Never returns."""
+        """Pass on late, both ways, what goes from this machine to ``address``; tell ``ready`` where. Never returns."""
         self.enter(machine)
         host, port = address.removeprefix("tcp://").split(":")
         with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -95,7 +95,9 @@ class SlowLink:
     def _shape(self, namespace: str, link: str) -> None:
         add = ("tc", "-n", namespace, "qdisc", "add", "dev", link)
         if self._has_netem:
-            self._has_netem = _succeeds(*add, "root", "netem", "delay", self._delay, "rate", self._rate, "limit", "10000")
+            self._has_netem = _succeeds(
+                *add, "root", "netem", "delay", self._delay, "rate", self._rate, "limit", "10000"
+            )
         if not self._has_netem:
             _run(*add, "root", "tbf", "rate", self._rate, "burst", BURST, "latency", QUEUE)
 
