@@ -12,18 +12,17 @@ computing is measured; then batches that take a multiple of that, with a pipelin
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
-import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from processes import Processes, hear, write_csv
 from slow_link import SlowLink, missing, slow_link
 from torch import nn
 
@@ -39,8 +38,6 @@ from danaz.worker.group import SoloGroup
 from danaz.worker.link import DealerLink
 from danaz.worker.worker import Worker
 
-CONTEXT = multiprocessing.get_context("fork")
-PATIENCE_S = 300.0  # with a server that starts, and with all batches of a worker
 SETTLE = 10  # batches before those that count: until the pipeline knows how long computing and fetching take
 FIGURES = ("compute_ms", "plain_ms", "pipelined_ms", "hidden_percent")
 LINE = "{workers:>7} {ratio:>16}" + "".join(f" {{{name}:>{len(name)}}}" for name in FIGURES)
@@ -55,38 +52,24 @@ class Window(NamedTuple):
 
 def window(link: SlowLink, workers: int, computing_s: float, pipelined: bool, options: argparse.Namespace) -> Window:
     """Start a server and its workers, and let each compute and exchange for a while."""
-    told, tell = CONTEXT.Pipe(duplex=False)
-    children = [CONTEXT.Process(target=_serve, args=(link, tell, workers, options), daemon=True)]
-    children[0].start()
-    try:
-        address = _get(told)
+    with Processes() as processes:
+        server = processes.start(_serve, link, workers, options)
+        address = hear(server)
         pipes = []
         for number in range(workers):
             way = address
             if link.needs_relay:
-                children.append(CONTEXT.Process(target=link.relay, args=(1 + number, address, tell.send), daemon=True))
-                children[-1].start()
-                way = _get(told)
-            here, there = CONTEXT.Pipe(duplex=False)
-            arguments = (link, way, number, computing_s, pipelined, options, there)
-            children.append(CONTEXT.Process(target=_work, args=arguments, daemon=True))
-            children[-1].start()
-            pipes.append(here)
-        windows = [_get(pipe) for pipe in pipes]
+                way = hear(processes.start(_relay, link, 1 + number, address))
+            pipes.append(processes.start(_work, link, way, number, computing_s, pipelined, options))
+        windows = [hear(pipe) for pipe in pipes]
         return Window(*map(statistics.mean, zip(*windows, strict=True)))
-    finally:
-        for child in children:
-            child.kill()
-            child.join()
 
 
-def _get(pipe: Connection) -> Any:
-    if not pipe.poll(PATIENCE_S):
-        raise TimeoutError("a server or worker did not answer")
-    return pipe.recv()
+def _relay(link: SlowLink, machine: int, address: str, tell: Connection) -> None:
+    link.relay(machine, address, tell.send)
 
 
-def _serve(link: SlowLink, tell: Connection, workers: int, options: argparse.Namespace) -> None:
+def _serve(link: SlowLink, workers: int, options: argparse.Namespace, tell: Connection) -> None:
     link.enter(0)
     torch.set_num_threads(1)
     bound = BoundRouter(f"tcp://{link.address(0)}:0")
@@ -173,10 +156,7 @@ def main() -> None:
     with slow_link(1 + max(options.workers), options.gbit, options.delay_ms) as link:
         rows = measure(link, options)
     if options.csv:
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0].keys())
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(options.csv, rows)
 
 
 if __name__ == "__main__":

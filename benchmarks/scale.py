@@ -13,8 +13,6 @@ that takes no time. It writes scale.csv, scale.png and scale.svg into --out.
 from __future__ import annotations
 
 import argparse
-import csv
-import multiprocessing
 import statistics
 import threading
 import time
@@ -24,17 +22,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import psutil
 import torch
 from peers import Exchange, Peer, danaz
+from processes import Processes, cpu_s, hear, write_csv
 
 from danaz.report.paper import MEASURED_SPEEDUP
 from danaz.report.style import COLOURS, MARKERS, RC, as_files
 from danaz.simulate.execution_time import gamma_times
 from danaz.simulate.speedup import speedup
 
-CONTEXT = multiprocessing.get_context("fork")
-START_S = 120.0
 SETTLE_S = 1.0  # from the first batch to the window: until workers are out of step
 DRAWS = 1000  # batch times of a worker, again from the start when they are used up
 FIGURES = ("batches_per_second", "speedup", "synchronous", "server_busy", "workers_busy", "exchange_ms")
@@ -52,55 +48,30 @@ class Window(NamedTuple):
 
 def window(peer: Peer, workers: int, options: argparse.Namespace) -> Window:
     """Start a server and its workers, and count."""
-    told, tell = CONTEXT.Pipe(duplex=False)
-    server = CONTEXT.Process(target=_serve, args=(peer, tell, options.floats, workers), daemon=True)
-    server.start()
-    holders = []
-    try:
-        address = _get(told)
-        pipes = []
-        for first in range(min(workers, options.processes)):
-            numbers = range(first, workers, options.processes)
-            here, there = CONTEXT.Pipe()
-            arguments = (peer, address, numbers, workers, options, there)
-            holders.append(CONTEXT.Process(target=_hold, args=arguments, daemon=True))
-            holders[-1].start()
-            pipes.append(here)
+    with Processes() as processes:
+        address = hear(processes.start(_serve, peer, options.floats, workers))
+        holders = [range(first, workers, options.processes) for first in range(min(workers, options.processes))]
+        pipes = [processes.start(_hold, peer, address, numbers, workers, options) for numbers in holders]
         for pipe in pipes:
-            _get(pipe)
+            hear(pipe)
         begin = time.monotonic() + SETTLE_S
         for pipe in pipes:
             pipe.send(begin)
-        shares = _busy_shares([[server], holders], begin, options.seconds)
-        waits = [wait for pipe in pipes for wait in _get(pipe)]
+        shares = _busy_shares([processes.all[:1], processes.all[1:]], begin, options.seconds)
+        waits = [wait for pipe in pipes for wait in hear(pipe)]
         return Window(len(waits) / options.seconds, 1000 * statistics.median(waits), *shares)
-    finally:
-        for child in (server, *holders):
-            child.kill()
-            child.join()
-
-
-def _get(pipe: Connection) -> object:
-    if not pipe.poll(START_S):
-        raise TimeoutError("a server or worker did not answer")
-    return pipe.recv()
 
 
 def _busy_shares(groups: Sequence[Sequence[Any]], begin: float, seconds: float) -> list[float]:
     """CPU time of each group of processes over the time of the window."""
     time.sleep(max(0.0, begin - time.monotonic()))
-    began, before = time.monotonic(), [_cpu_s(group) for group in groups]
+    began, before = time.monotonic(), [cpu_s(group) for group in groups]
     time.sleep(seconds)
     took_s = time.monotonic() - began
-    return [(_cpu_s(group) - cpu_s) / took_s for group, cpu_s in zip(groups, before, strict=True)]
+    return [(cpu_s(group) - earlier_s) / took_s for group, earlier_s in zip(groups, before, strict=True)]
 
 
-def _cpu_s(processes: Sequence[Any]) -> float:
-    times = [psutil.Process(process.pid).cpu_times() for process in processes]
-    return sum(t.user + t.system for t in times)
-
-
-def _serve(peer: Peer, tell: Connection, floats: int, workers: int) -> None:
+def _serve(peer: Peer, floats: int, workers: int, tell: Connection) -> None:
     torch.set_num_threads(1)
     peer.serve(tell.send, floats, workers)
 
@@ -217,10 +188,7 @@ def main() -> None:
     options.workers = sorted({1, *options.workers})
     rows = measure(options)
     options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / "scale.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(options.out / "scale.csv", rows)
     for name, content in draw(rows, options.algorithm).items():
         (options.out / name).write_bytes(content)
     print(f"scale.csv, scale.png and scale.svg are in {options.out}")

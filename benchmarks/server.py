@@ -12,23 +12,17 @@ exchange. It writes results.csv and a bar chart into --out.
 from __future__ import annotations
 
 import argparse
-import csv
-import multiprocessing
 import os
 import statistics
-import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import psutil
 import torch
 from peers import PEERS, Peer, danaz, exchanges_per_second
+from processes import Processes, cpu_s, hear, resident_bytes, write_csv
 
-# Children inherit the imports; the parent has computed nothing, so no thread of torch's is lost in the fork.
-CONTEXT = multiprocessing.get_context("fork")
-START_S = 120.0
 LINE = (
     "{megabytes:6} MB  {workers} workers  {peer:16} {exchanges_per_second:10.1f}/s {gigabytes_per_second:7.2f} GB/s  "
     "server {server_cpu_ms:8.3f} ms CPU, {server_megabytes} MB"
@@ -45,49 +39,20 @@ class Measured(NamedTuple):
 
 def measure(peer: Peer, floats: int, workers: int, seconds: float) -> Measured:
     """Start a server and its workers, and let them exchange for about ``seconds``."""
-    told, tell = CONTEXT.Pipe(duplex=False)
-    server = CONTEXT.Process(target=_serve, args=(peer, tell, floats, workers), daemon=True)
-    server.start()
-    try:
-        address = _get(told)
-        pipes = [CONTEXT.Pipe() for _ in range(workers)]
-        clients = [
-            CONTEXT.Process(target=_work, args=(peer, address, floats, n, workers, seconds, end), daemon=True)
-            for n, (_, end) in enumerate(pipes)
-        ]
-        for client in clients:
-            client.start()
-        for pipe, _ in pipes:
-            _get(pipe)
-        cpu_before_s, _ = _usage(server.pid)
-        for pipe, _ in pipes:
+    with Processes() as processes:
+        address = hear(processes.start(_serve, peer, floats, workers))
+        server = processes.all[:1]  # some peers' are several processes
+        pipes = [processes.start(_work, peer, address, floats, n, workers, seconds) for n in range(workers)]
+        for pipe in pipes:
+            hear(pipe)
+        before_s = cpu_s(server)
+        for pipe in pipes:
             pipe.send("go")
-        rate = sum(float(_get(pipe)) for pipe, _ in pipes)
-        cpu_s, resident = _usage(server.pid)
-        return Measured(rate, (cpu_s - cpu_before_s) / max(1.0, rate * seconds), resident)
-    finally:
-        family = psutil.Process().children(recursive=True)  # some peers' servers are several processes
-        for each in family:
-            each.kill()
-        for child in multiprocessing.active_children():
-            child.join()
+        rate = sum(float(hear(pipe)) for pipe in pipes)
+        return Measured(rate, (cpu_s(server) - before_s) / max(1.0, rate * seconds), resident_bytes(server))
 
 
-def _usage(pid: int | None) -> tuple[float, int]:
-    """CPU seconds and resident bytes of a process and all below it."""
-    server = psutil.Process(pid)
-    family = [server, *server.children(recursive=True)]
-    times = [process.cpu_times() for process in family]
-    return sum(t.user + t.system for t in times), sum(process.memory_info().rss for process in family)
-
-
-def _get(pipe: Connection) -> Any:
-    if not pipe.poll(START_S):
-        raise TimeoutError("a server or worker did not answer")
-    return pipe.recv()
-
-
-def _serve(peer: Peer, tell: Connection, floats: int, workers: int) -> None:
+def _serve(peer: Peer, floats: int, workers: int, tell: Connection) -> None:
     torch.set_num_threads(1)
     peer.serve(tell.send, floats, workers)
 
@@ -98,7 +63,7 @@ def _work(peer: Peer, address: str, floats: int, worker: int, workers: int, seco
     pipe.send("ready")
     pipe.recv()
     pipe.send(exchanges_per_second(exchange, seconds))
-    time.sleep(START_S)  # the parent ends it; leaving first would end some peers' worlds under the others
+    pipe.recv()  # until the parent ends it; leaving first would end some peers' worlds under the others
 
 
 def rows(options: argparse.Namespace) -> Iterator[dict[str, object]]:
@@ -168,10 +133,7 @@ def main() -> None:
         table.append(row)
         print(LINE.format(**row))
     options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, table[0].keys())
-        writer.writeheader()
-        writer.writerows(table)
+    write_csv(options.out / "results.csv", table)
     draw(table, options.out / "server.png")
     print(f"results.csv and server.png are in {options.out}")
 

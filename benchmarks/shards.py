@@ -11,18 +11,15 @@ beside them stand the share of a server's wire that is full, each way, and how m
 from __future__ import annotations
 
 import argparse
-import csv
-import multiprocessing
 import statistics
 import sys
-from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import psutil
 import torch
 from peers import danaz, exchanges_per_second
+from processes import Processes, cpu_s, hear, write_csv
 from slow_link import SlowLink, missing, slow_link
 
 from danaz.server.core import ServerCore
@@ -30,8 +27,6 @@ from danaz.server.router import Router
 from danaz.server.settings import ServerSettings
 from danaz.server.socket import BoundRouter
 
-CONTEXT = multiprocessing.get_context("fork")
-PATIENCE_S = 120.0
 FIGURES = ("exchanges_per_second", "times_one_server", "gigabytes_per_second", "wire_percent", "cores_busy")
 LINE = "{workers:>7} {shards:>6}" + "".join(f" {{{name}:>{len(name)}}}" for name in FIGURES)
 
@@ -45,40 +40,17 @@ class Window(NamedTuple):
 
 def window(link: SlowLink, shards: int, workers: int, options: argparse.Namespace) -> Window:
     """Start the servers, each on a machine, and the workers on others, and let them exchange for a while."""
-    children: list[Any] = []
-
-    def start(target: Any, *arguments: Any) -> Connection:
-        here, there = CONTEXT.Pipe()
-        children.append(CONTEXT.Process(target=target, args=(link, *arguments, options, there), daemon=True))
-        children[-1].start()
-        return here
-
-    try:
-        servers = [start(_serve, shard, shards, workers) for shard in range(shards)]
-        addresses = " ".join(_get(pipe) for pipe in servers)
-        pipes = [start(_work, addresses, number, workers) for number in range(workers)]
+    with Processes() as processes:
+        servers = [processes.start(_serve, link, shard, shards, workers, options) for shard in range(shards)]
+        addresses = " ".join(hear(pipe) for pipe in servers)
+        pipes = [processes.start(_work, link, addresses, number, workers, options) for number in range(workers)]
         for pipe in pipes:
-            _get(pipe)
-        before_s = _cpu_s(children)
+            hear(pipe)
+        before_s = cpu_s(processes.all)
         for pipe in pipes:
             pipe.send("go")
-        rate = sum(_get(pipe) for pipe in pipes)
-        return Window(rate, (_cpu_s(children) - before_s) / options.seconds)
-    finally:
-        for child in children:
-            child.kill()
-            child.join()
-
-
-def _get(pipe: Connection) -> Any:
-    if not pipe.poll(PATIENCE_S):
-        raise TimeoutError("a server or worker did not answer")
-    return pipe.recv()
-
-
-def _cpu_s(processes: Sequence[Any]) -> float:
-    times = [psutil.Process(process.pid).cpu_times() for process in processes]
-    return sum(t.user + t.system for t in times)
+        rate = sum(hear(pipe) for pipe in pipes)
+        return Window(rate, (cpu_s(processes.all) - before_s) / options.seconds)
 
 
 def _serve(
@@ -148,10 +120,7 @@ def main() -> None:
         print(f"{options.megabytes:g} MB each way; links: {link.manner}")
         rows = measure(link, options)
     if options.csv:
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0].keys())
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(options.csv, rows)
 
 
 if __name__ == "__main__":
