@@ -165,6 +165,39 @@ def test_ranks_that_share_a_batch_equal_one_rank(collective: str, tmp_path: Path
             assert fetched == {str(sample): EPOCHS for sample in range(SAMPLES)}, name
 
 
+WAITING = """
+import sys, time
+from pathlib import Path
+
+import torch
+
+from danaz.worker.group import make_group
+
+ranks = make_group("horovod")
+out, tensor = Path(sys.argv[1]), torch.ones(3)
+for name in ("sum", "broadcast"):
+    ranks.broadcast(ready=torch.zeros(1))
+    if ranks.rank == 1 - (name == "broadcast"):
+        time.sleep(2)  # the other waits
+    began = time.thread_time()
+    ranks.wait(ranks.sum_async(tensor, "late")) if name == "sum" else ranks.broadcast(late=tensor)
+    (out / f"{name}.{ranks.rank}").write_text(str(time.thread_time() - began))
+ranks.close()
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_waits_leaves_the_processor_to_others(tmp_path: Path) -> None:
+    """In seconds of its own processor time, so that a busy machine cannot spoil it."""
+    script = tmp_path / "script.py"
+    script.write_text(WAITING)
+    live.launch(
+        "--hosts", "localhost:2", "--algorithm", "ssgd", out=tmp_path / "run", script=[str(script), str(tmp_path)]
+    )
+    assert float((tmp_path / "sum.0").read_text()) < 0.3
+    assert float((tmp_path / "broadcast.1").read_text()) < 0.3
+
+
 def test_a_process_alone_is_a_group() -> None:
     solo = SoloGroup()
     tensor = torch.ones(3)
