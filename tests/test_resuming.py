@@ -139,8 +139,31 @@ def test_the_server_must_find_its_checkpoints(
 ) -> None:
     if has_them:
         (tmp_path / "checkpoints").mkdir()
+    check(tmp_path, earlier, now, [] if here else [0], message)
+
+
+@pytest.mark.parametrize(
+    ("earlier", "now", "elsewhere", "found", "message"),
+    [
+        ("a,b", "a,b", [0, 1], [], None),
+        ("localhost,b", "localhost,b", [1], ["checkpoints"], None),
+        ("localhost,b", "localhost,b", [1], ["checkpoints", "checkpoints.1"], "are on this machine"),
+        ("a,b", "localhost", [], ["checkpoints", "checkpoints.1"], None),
+        ("a,b", "localhost", [], [], "ran on a,b, and its checkpoints are there; leave it there: --server-host a,b"),
+        ("a,b", "b,a", [0, 1], [], "ran on a,b"),
+    ],
+)
+def test_its_shards_must_find_theirs(
+    tmp_path: Path, earlier: str, now: str, elsewhere: list[int], found: list[str], message: str | None
+) -> None:
+    for name in found:
+        (tmp_path / name).mkdir()
+    check(tmp_path, earlier, now, elsewhere, message)
+
+
+def check(run: Path, earlier: str | None, now: str | None, elsewhere: list[int], message: str | None) -> None:
     if message is None:
-        check_checkpoints(tmp_path, earlier, now, here)
+        check_checkpoints(run, earlier, now, elsewhere)
     else:
         with pytest.raises(ResumeError, match=message):
-            check_checkpoints(tmp_path, earlier, now, here)
+            check_checkpoints(run, earlier, now, elsewhere)
