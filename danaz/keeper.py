@@ -61,7 +61,11 @@ class Checkpoints:
     def resume(self, restore: Restore) -> ServerCore | Offering:
         """Go on from the newest; one of several shards, as soon as it is told from which. Raises ResumeError."""
         if self._core.settings.shards > 1:
-            return Offering(self._core, self._offer(), lambda *choice: self._go_back(restore, *choice))
+            offering = Offering(self._core, offer := self._offer(), lambda *choice: self._go_back(restore, *choice))
+            if offer.done and self._core.settings.shard == 0:
+                # As the choice will be; but it may be that nobody is left to tell.
+                offering.go_back(max(offer.generations), offer.newest, time.monotonic())
+            return offering
         found = read_newest(self._folder)
         if found is None:
             self._begin_afresh(restore, time.monotonic())
@@ -78,7 +82,7 @@ class Checkpoints:
         restore(None, now)
 
     def _offer(self) -> Offer:
-        """What is sound, and the beginning if nobody was farther."""
+        """What is sound; and the beginning, unless training has gone on so far that it is kept no more."""
         sound: dict[int, CoreState] = {}
         numbers = complete_numbers(self._folder)
         for number in numbers:
@@ -91,7 +95,7 @@ class Checkpoints:
             # What restarts have cost is not forgotten by going back to before them.
             figures = newest.facts["figures"]
             self._figures = {name: figures[name] for name in ("restarts", "lost_updates")}
-        is_beginning = len(sound) == len(numbers) and (newest is None or newest.version == 0)
+        is_beginning = not numbers or any(state.version == 0 for state in sound.values())
         self._core.kept = tuple(sound)
         generations = (*[0] * is_beginning, *sound)
         return Offer(0, generations, self.number, done=newest is not None and newest.done)

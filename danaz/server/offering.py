@@ -30,10 +30,16 @@ class Offering:
     def finished(self) -> bool:
         return self._offer.told and self._core.finished
 
+    def go_back(self, generation: int, newest: int, now: float) -> None:
+        """Let the core take over."""
+        self._go_back(generation, newest, now)
+        self._offer = replace(self._offer, generations=(generation,), told=True)
+        self._version = self._core.master.version if self._core.started else 0
+
     def stream(self, route: Route, message: Request, now: float) -> Streams:
         if isinstance(message, GoBack) and not self._has_gone_on:
-            if self._may_be_told(message):
-                self._be_told(message, now)
+            if message.generation is not None and self._may_be_told(message):
+                self.go_back(message.generation, message.newest, now)
         elif self._offer.told:
             return self._core.stream(route, message, now)
         elif isinstance(message, Heartbeat):
@@ -58,12 +64,6 @@ class Offering:
         offer = self._offer
         is_new = offer.newest <= message.newest < LARGEST_NUMBER
         return not offer.told and is_new and message.generation in offer.generations
-
-    def _be_told(self, message: GoBack, now: float) -> None:
-        assert message.generation is not None
-        self._go_back(message.generation, message.newest, now)
-        self._offer = replace(self._offer, generations=(message.generation,), told=True)
-        self._version = self._core.master.version if self._core.started else 0
 
 
 def choose(offers: Sequence[Offer]) -> list[int]:

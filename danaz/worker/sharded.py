@@ -79,6 +79,9 @@ class ShardedLink:
         replies = self._say_to_all(request)
         while any(isinstance(reply, Offer) for reply in replies):
             refusal = self._agree(request)
+            if refusal is None and isinstance(request, (Push, Pull)):
+                # Of before they went back; what another shard said of it may be, too.
+                refusal = Refusal(request.request, "the shards were restarted", rejoin=True)
             replies = [refusal] if refusal is not None else self._say_to_all(request)
         return self._merge(request, replies)
 
