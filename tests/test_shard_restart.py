@@ -201,12 +201,15 @@ def begin(tmp_path: Path) -> Iterator[Callable[..., Trainer]]:
         trainer.link.close()
 
 
-@pytest.fixture
-def undisturbed(begin: Callable[..., Trainer]) -> Tensor:
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Tensor:
     """θ at the end of a run in which nothing fails."""
-    trainer = begin("undisturbed", checkpoint_s=0.0)
+    trainer = Trainer(Servers(tmp_path_factory.mktemp("undisturbed"), checkpoint_s=0.0))
+    trainer.join()
     trainer.train()
-    return trainer.leave()
+    end = trainer.leave()
+    trainer.link.close()
+    return end
 
 
 def check_end(trainer: Trainer, undisturbed: Tensor, restarts: int = 1) -> None:
