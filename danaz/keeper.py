@@ -29,7 +29,6 @@ from danaz.server.offering import Offering
 from danaz.server.settings import ServerSettings
 from danaz.server.state import CoreState, ResumeError
 
-PENDING = 4  # checkpoints at most that are not of all shards yet, before the next one that is not a milestone
 AT_ONCE = 8  # checkpoints that one worker can be the cause of between two of its pushes
 Restore = Callable[[CoreState | None, float], None]  # of a core, at this time; None: training begins afresh
 
@@ -122,10 +121,13 @@ class Checkpoints:
             self._common = common
 
     @property
-    def may_be_more(self) -> bool:
-        """Whether one more is of use. Where workers are slow to carry word of them, shards keep too many already."""
+    def rarity(self) -> int:
+        """How many times longer than else to wait for the next one: twice for each of many that not all shards have.
+
+        Workers that are slow to carry word of them, or a shard with a full disk, would make the others keep too many.
+        """
         pending = [number for number in self._core.kept if number > max(self._common, default=0)]
-        return self._core.settings.shards == 1 or len(pending) < PENDING
+        return 1 if self._core.settings.shards == 1 else 1 << max(0, len(pending) - KEPT)
 
     def write(self, number: int) -> None:
         """Begin to write the state that the core is in, as soon as the one before is written."""
@@ -205,8 +207,7 @@ class Keeper:
 
     def _update(self, update: Update) -> None:
         self._folder.record(update)
-        is_due = self._every_s and time.monotonic() >= self._due_at
-        if is_due and not self._checkpoints.busy and self._checkpoints.may_be_more:
+        if self._every_s and time.monotonic() >= self._due_at and not self._checkpoints.busy:
             self._begin_to_write()
 
     def _hear(self, message: Push | Leave) -> None:
@@ -223,7 +224,7 @@ class Keeper:
 
     def _begin_to_write(self) -> None:
         self._checkpoints.write(self._checkpoints.number + 1)
-        self._due_at = time.monotonic() + self._every_s
+        self._due_at = time.monotonic() + self._every_s * self._checkpoints.rarity
 
 
 class SliceKeeper:

@@ -20,8 +20,8 @@ UNTIL_RESTART = "recording.until-restart.bin"  # a replay begins at the beginnin
 def serve(bound: BoundRouter, settings: Settings, run: Path, record: bool, resume: bool = False) -> None:
     """Serve one run on a bound ROUTER, write its folder, and return when it is over or on SIGTERM.
 
-    With ``resume``, go on from the newest sound checkpoint in the folder; of a run that is complete, only see off the
-    workers that do not know it yet. Raises ResumeError.
+    With ``resume``, go on from the newest sound checkpoint in the folder; one of several shards, from the one that a
+    worker names. Of a run that is complete, only see off the workers that do not know it yet. Raises ResumeError.
     """
     from danaz.keeper import Keeper, say
     from danaz.pace import telling

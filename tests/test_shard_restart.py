@@ -2,235 +2,39 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from contextlib import ExitStack
 from pathlib import Path
-from queue import Queue
-from typing import Any
 
 import pytest
 import torch
 from live import Running, read_updates, until
+from shards import Servers, Trainer, Way, check_end, check_run, training, undisturbed_end
 from torch import Tensor
 
-from danaz.flat import Layout
 from danaz.keeper import Keeper, SliceKeeper
 from danaz.run_folder import RunFolder, read_summary
-from danaz.server.answers import whole
-from danaz.server.checkpoint import complete_numbers, folder_of, read_newest
-from danaz.server.core import ServerCore
-from danaz.server.messages import Final, GoBack, Leave, Offer, Parameters, Plan, Push, Refusal, Reply
-from danaz.server.offering import Offering, choose
+from danaz.server.checkpoint import read_newest
+from danaz.server.messages import GoBack, Refusal
 from danaz.server.settings import ServerSettings
 from danaz.server.state import ResumeError
-from danaz.worker.core import Request, Role, WorkerCore, answers
-from danaz.worker.link import GIVE_UP_S, ServerLostError
-from danaz.worker.sharded import ShardedLink
-
-LAYOUT = Layout.from_lists([[["a", [40], [1]], ["b", [8, 6], [6, 1]], ["c", [40], [1]]], [], [128]])
-PLAN = Plan(batches_per_epoch=12, epochs=1)
-ALWAYS = 1e-9  # seconds between checkpoints: one an update
-
-
-class Servers:
-    """The shards of one run, each on a machine of its own, as far as they outlive their processes."""
-
-    def __init__(
-        self,
-        run: Path,
-        algorithm: str = "dana-zero",
-        shards: int = 2,
-        checkpoint_s: float = ALWAYS,
-        workers: int = 1,
-    ):
-        self.run, self.shards = run / "0", shards
-        self._settings = [
-            ServerSettings(algorithm, workers, recovery_s=0.0, checkpoint_s=checkpoint_s, shard=shard, shards=shards)
-            for shard in range(shards)
-        ]
-        self.folders = [folder_of(run / str(shard), shard) for shard in range(shards)]
-        self.keepers: list[Keeper | SliceKeeper] = []
-        self._served: list[ServerCore | Offering] = []
-        self.busy = threading.RLock()
-        self.mail: defaultdict[tuple[int, int], Queue[Reply]] = defaultdict(Queue)  # by shard and worker
-        for shard, settings in enumerate(self._settings):
-            (run / str(shard)).mkdir(parents=True)
-            self.keepers.append(self._keeper(settings))
-            self._served.append(self.keepers[-1].begin())
-
-    def _keeper(self, settings: ServerSettings) -> Keeper | SliceKeeper:
-        folder = self.folders[settings.shard].parent
-        return SliceKeeper(folder, settings) if settings.shard else Keeper(RunFolder(folder, {}), settings)
-
-    def handle(self, shard: int, request: Request | GoBack, route: int = 0) -> list[tuple[Any, Reply]]:
-        with self.busy:
-            return whole(self._served[shard].stream(route, request, time.monotonic()))
-
-    def tick(self, now: float) -> None:
-        for served in self._served:
-            served.stream_tick(now)
-
-    @property
-    def cores(self) -> list[ServerCore]:
-        return [keeper.core for keeper in self.keepers]
-
-    def settle(self) -> None:
-        """What is being written is written."""
-        for thread in threading.enumerate():
-            if thread.name == "danaz-checkpoint":
-                thread.join()
-
-    def kill(self, *shards: int) -> None:
-        """These processes, all by default, and start them again."""
-        with self.busy:
-            self.settle()
-            for shard in shards or range(self.shards):
-                self.keepers[shard] = self._keeper(self._settings[shard])
-                self._served[shard] = self.keepers[shard].resume()
-
-    @property
-    def versions(self) -> list[int]:
-        return [core.master.version for core in self.cores]
-
-    @property
-    def params(self) -> Tensor:
-        return torch.cat([core.master.params for core in self.cores])
-
-
-class Way:
-    """A worker's way to one shard, whichever process that is."""
-
-    def __init__(self, servers: Servers, shard: int, worker: int = 0):
-        self._servers, self._shard, self._worker = servers, shard, worker
-        self.answered = threading.Event()
-        self.before: Callable[[Request], None] = lambda request: None
-        self.is_lost: Callable[[], bool] = lambda: False  # the answer; the request is said again
-        self.common: tuple[int, ...] | None = None  # what it makes of the push's
-
-    def exchange(self, request: Request) -> Reply:
-        self.before(request)
-        if isinstance(request, Push) and self.common is not None:
-            request = replace(request, common=self.common)
-        replies = self._servers.handle(self._shard, request, self._worker)
-        if self.is_lost():
-            return self.exchange(request)
-        for worker, reply in replies:
-            self._servers.mail[self._shard, worker].put(reply)
-        reply = self._servers.mail[self._shard, self._worker].get(timeout=60.0)
-        assert answers(reply, request)
-        self.answered.set()
-        return reply
-
-    def receive_into(self, room: Tensor) -> None:
-        """Nothing travels."""
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-
-class Trainer:
-    """One worker, whose gradient is a function of the batch."""
-
-    def __init__(self, servers: Servers, worker: int = 0):
-        self.servers = servers
-        self.ways = [Way(servers, shard, worker) for shard in range(servers.shards)]
-        self.waits: list[float] = []
-        self.link = ShardedLink(self.ways, LAYOUT, pause=self.waits.append)
-        rule = servers.cores[0].settings.rule(0.9).worker_rule
-        self.core = WorkerCore(Role(worker, 1, "", 0.9, LAYOUT, PLAN), rule)
-        self.reply: Any = None
-
-    def join(self) -> None:
-        self.reply = self.say(lambda: self.core.join(torch.ones(LAYOUT.size)))
-
-    def say(self, make: Callable[[], Request]) -> Reply:
-        """As a worker's process does: who is refused joins again, and leaves again if it was about to leave."""
-        request = make()
-        reply = self.link.exchange(request)
-        self.core.receive(reply)
-        if isinstance(reply, Refusal):
-            assert reply.rejoin
-            reply = self.link.exchange(self.core.join())
-            self.core.receive(reply)
-            return self.say(make) if isinstance(request, Leave) else reply
-        return reply
-
-    def push(self) -> None:
-        batch = self.reply.leases[0]
-        grad = torch.randn(LAYOUT.size, generator=torch.Generator().manual_seed(batch))
-        self.reply = self.say(lambda: self.core.push(grad, (0.1,), 4, 1.0, batch))
-        assert isinstance(self.reply, Parameters)
-
-    def train(self, pushes: int = 1000) -> None:
-        for _ in range(pushes):
-            if self.reply.done:
-                return
-            self.push()
-            self.servers.settle()
-
-    def leave(self) -> Tensor:
-        final = self.say(lambda: self.core.leave(torch.empty(0)))
-        assert isinstance(final, Final)
-        return final.params
-
-    def bye(self) -> None:
-        self.core.receive(self.link.exchange(self.core.bye()))
+from danaz.worker.core import Request
 
 
 @pytest.fixture
 def begin(tmp_path: Path) -> Iterator[Callable[..., Trainer]]:
-    trainers: list[Trainer] = []
-
-    def make(name: str = "run", **settings: Any) -> Trainer:
-        trainers.append(Trainer(Servers(tmp_path / name, **settings)))
-        trainers[-1].join()
-        return trainers[-1]
-
-    yield make
-    for trainer in trainers:
-        trainer.servers.settle()
-        trainer.link.close()
+    with ExitStack() as stack:
+        yield lambda name="run", **settings: stack.enter_context(training(tmp_path / name, **settings))
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Tensor:
-    """θ at the end of a run in which nothing fails."""
-    trainer = Trainer(Servers(tmp_path_factory.mktemp("undisturbed"), checkpoint_s=0.0))
-    trainer.join()
-    trainer.train()
-    end = trainer.leave()
-    trainer.link.close()
-    return end
-
-
-def check_end(trainer: Trainer, undisturbed: Tensor, restarts: int = 1) -> None:
-    """The same bits, every batch once, no version left out; and nothing is kept of the checkpoints."""
-    trainer.train()
-    assert torch.equal(trainer.leave(), undisturbed)
-    trainer.bye()
-    check_run(trainer.servers, restarts)
-    assert not any(folder.exists() for folder in trainer.servers.folders)
-
-
-def check_run(servers: Servers, restarts: int) -> None:
-    for keeper in servers.keepers:
-        keeper.finish()
-    updates, run = read_updates(servers.run), servers.run
-    assert [update["version"] for update in updates] == list(range(1, 13))
-    assert sorted(update["batch"] for update in updates) == list(range(12))
-    summary = read_summary(run)
-    assert (summary["complete"], summary["restarts"]) == (True, restarts)
-    assert not servers.folders[0].exists()
-    assert (run / "parameters.safetensors").exists()
+    return undisturbed_end(tmp_path_factory.mktemp("undisturbed"))
 
 
 @pytest.mark.parametrize("shards", [2, 3])
@@ -373,157 +177,6 @@ def test_what_workers_brought_of_the_end_outlives_shard_0(begin: Callable[..., T
     trainer.servers.kill()
     trainer.servers.tick(time.monotonic() + 1000.0)
     check_run(trainer.servers, restarts=1)
-
-
-class Kill:
-    """All shards die when this request, counted over both ways, has not come yet, or was heeded and not answered."""
-
-    def __init__(self, trainer: Trainer, moment: int, when: str):
-        self._servers, self._moment, self._when = trainer.servers, moment, when
-        self._coming, self._heeded = itertools.count(), itertools.count()
-        self.training_was_over = False
-        for way in trainer.ways:
-            way.before, way.is_lost = self._before, self._is_lost
-
-    def _before(self, request: Request) -> None:
-        if next(self._coming) == self._moment and self._when == "before":
-            self._strike()
-
-    def _is_lost(self) -> bool:
-        is_now = next(self._heeded) == self._moment and self._when == "behind"
-        if is_now:
-            self._strike()
-        return is_now
-
-    def _strike(self) -> None:
-        with self._servers.busy:
-            leader = self._servers.cores[0]
-            self.training_was_over = leader.started and leader.leases.done
-            self._servers.kill()
-
-
-@pytest.mark.parametrize("when", ["before", "behind"])
-@pytest.mark.parametrize("moment", range(30))
-def test_killed_at_any_moment(moment: int, when: str, tmp_path: Path, undisturbed: Tensor) -> None:
-    """From the first join to the last good-bye."""
-    trainer = Trainer(Servers(tmp_path / "run"))
-    kill = Kill(trainer, moment, when)
-    trainer.join()
-    trainer.train()
-    end = trainer.leave()
-    trainer.bye()
-    # Once shard 0 has kept that training is over, nothing is trained again of what the other has not kept.
-    assert torch.equal(end, undisturbed) or kill.training_was_over
-    check_run(trainer.servers, trainer.servers.cores[0].figures.restarts)
-    assert not any(folder.exists() for folder in trainer.servers.folders)
-    trainer.link.close()
-
-
-def both_joined(servers: Servers) -> tuple[Trainer, Trainer]:
-    first, second = Trainer(servers), Trainer(servers, worker=1)
-    threads = ThreadPoolExecutor(1)
-    joining = threads.submit(first.join)
-    second.join()
-    joining.result()
-    threads.shutdown()
-    return first, second
-
-
-@pytest.mark.parametrize("told", [0, 1])
-def test_a_worker_dies_when_it_has_told_one_shard(told: int, tmp_path: Path) -> None:
-    """What that one went back to is the choice of the next worker, too."""
-    servers = Servers(tmp_path / "run", workers=2)
-    first, second = both_joined(servers)
-    first.train(3)
-    second.train(3)
-    servers.kill()
-    offers = [servers.handle(shard, GoBack(0, 1, -100))[0][1] for shard in (0, 1)]
-    assert all(isinstance(offer, Offer) and not offer.told and len(offer.generations) > 1 for offer in offers)
-    [generation, _] = choose(offers)  # type: ignore[arg-type]
-    newest = max(offer.newest for offer in offers if isinstance(offer, Offer))
-    [(_, offer)] = servers.handle(told, GoBack(0, 1, -101, generation, newest))
-    assert offer == Offer(-101, (generation,), offers[told].newest, False, told=True)  # type: ignore[union-attr]
-    second.push()
-    assert servers.versions == [5, 5]
-    for trainer in (first, second):
-        trainer.link.close()
-
-
-def test_a_shard_that_was_not_restarted_yet_is_waited_for(begin: Callable[..., Trainer], undisturbed: Tensor) -> None:
-    """Also one that was restarted once, and has gone on since: what it went back to then is no offer now."""
-    trainer = begin()
-    servers = trainer.servers
-    for life in (1, 2):
-        trainer.train(3)
-        servers.kill(1)
-        trainer.link._pause = lambda wait_s: (trainer.waits.append(wait_s), servers.kill(0))  # type: ignore[arg-type, func-returns-value]
-        trainer.push()
-        assert len(trainer.waits) == life
-        assert len(set(servers.versions)) == 1
-    check_end(trainer, undisturbed, restarts=2)
-
-
-def test_a_shard_that_is_never_restarted_is_not_waited_for_forever(begin: Callable[..., Trainer]) -> None:
-    trainer = begin()
-    trainer.train(3)
-    trainer.servers.kill(1)
-    with pytest.raises(ServerLostError, match="did not come back together"):
-        trainer.push()
-    assert sum(trainer.waits) > GIVE_UP_S
-    assert len(trainer.waits) < GIVE_UP_S, "it does not ask all the time"
-
-
-@pytest.mark.parametrize(
-    ("generation", "newest"), [(3, 99), (3, -1), (3, 1 << 60), (99, None), (-1, None), (1 << 60, None)]
-)
-def test_a_choice_that_is_late_or_none_is_not_heeded(
-    generation: int, newest: int | None, begin: Callable[..., Trainer], undisturbed: Tensor
-) -> None:
-    trainer = begin()
-    trainer.train(8)
-    trainer.servers.kill()
-    [(_, offer)] = trainer.servers.handle(1, GoBack(0, 1, -100))
-    assert isinstance(offer, Offer)
-    is_late = newest == 99
-    if is_late:  # by a worker that had heard of all but the newest
-        newest = offer.newest - 1
-    ask = GoBack(0, 1, -101, generation, offer.newest if newest is None else newest)
-    assert trainer.servers.handle(1, ask) == [(0, replace(offer, request=-101))]
-    check_end(trainer, undisturbed)
-
-
-def test_what_all_have_is_kept_and_no_more_than_a_few(begin: Callable[..., Trainer]) -> None:
-    trainer = begin(shards=3)
-    trainer.train(11)
-    kept = [complete_numbers(folder) for folder in trainer.servers.folders]
-    assert kept == [list(core.kept) for core in trainer.servers.cores]
-    assert len(set.intersection(*map(set, kept))) > 1
-    assert max(map(len, kept)) < 6
-    assert max(kept[0]) == 12, "an update each, and the beginning"
-
-
-@pytest.mark.parametrize("garbage", [(1 << 40,), (-1, 0), (10, 11)])
-def test_what_is_said_to_be_of_all_is_believed_of_what_is_there(
-    garbage: tuple[int, ...], begin: Callable[..., Trainer], undisturbed: Tensor
-) -> None:
-    trainer = begin()
-    trainer.train(5)
-    for way in trainer.ways:
-        way.common = garbage
-    trainer.train(1)
-    for way in trainer.ways:
-        way.common = None
-    trainer.train(2)
-    trainer.servers.kill()
-    check_end(trainer, undisturbed)
-
-
-def test_shards_that_hear_nothing_of_each_other_do_not_fill_their_disks(begin: Callable[..., Trainer]) -> None:
-    trainer = begin()
-    for way in trainer.ways:
-        way.common = ()
-    trainer.train(11)
-    assert complete_numbers(trainer.servers.folders[0]) == [1, 2, 3, 4]
 
 
 ARGUMENTS = ("--hosts", "localhost:2", "--workers-per-host", "2", "--collective", "torch", "--server-shards", "2")
