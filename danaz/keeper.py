@@ -50,10 +50,12 @@ class Checkpoints:
     def busy(self) -> bool:
         return self._thread.is_alive()
 
-    def forget(self) -> None:
-        """A run begins: what lies here is not of it."""
-        delete_checkpoints(self._folder)
-        self.number, self._core.kept = 0, ()
+    def begin(self) -> ServerCore:
+        """A run begins. What an earlier one left here, several shards would take for a generation of theirs."""
+        if self._core.settings.shards > 1:
+            self.delete()
+            self.number, self._core.kept = 0, ()
+        return self._core
 
     # ---- going back ----------------------------------------------------------------------------------------------
 
@@ -143,7 +145,7 @@ class Checkpoints:
             self._thread.join()
 
     def delete(self) -> None:
-        """The run is complete."""
+        """Nobody is to go back to them any more."""
         delete_checkpoints(self._folder)
 
     def _write(self, number: int, state: CoreState) -> None:
@@ -176,9 +178,8 @@ class Keeper:
         self._is_undecided = False  # where to go on
 
     def begin(self) -> ServerCore:
-        """Begin a run."""
-        self._checkpoints.forget()
-        return self.core
+        """What serves a run that begins."""
+        return self._checkpoints.begin()
 
     def resume(self) -> ServerCore | Offering:
         """What serves a run that goes on, from a checkpoint if there is one. Raises ResumeError."""
@@ -242,9 +243,8 @@ class SliceKeeper:
         self._keeps = settings.checkpoint_s > 0
 
     def begin(self) -> ServerCore:
-        """Begin a run."""
-        self._checkpoints.forget()
-        return self.core
+        """What serves a run that begins."""
+        return self._checkpoints.begin()
 
     def resume(self) -> ServerCore | Offering:
         """What serves a run that goes on."""

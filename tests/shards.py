@@ -22,7 +22,7 @@ from danaz.run_folder import RunFolder, read_summary
 from danaz.server.answers import whole
 from danaz.server.checkpoint import folder_of
 from danaz.server.core import ServerCore
-from danaz.server.messages import Final, GoBack, Leave, Parameters, Plan, Push, Refusal, Reply
+from danaz.server.messages import Final, Heartbeat, Leave, Parameters, Plan, Push, Refusal, Reply
 from danaz.server.offering import Offering
 from danaz.server.settings import ServerSettings
 from danaz.worker.core import Request, Role, WorkerCore, answers
@@ -63,7 +63,7 @@ class Servers:
         folder = self.folders[settings.shard].parent
         return SliceKeeper(folder, settings) if settings.shard else Keeper(RunFolder(folder, {}), settings)
 
-    def handle(self, shard: int, request: Request | GoBack, route: int = 0) -> list[tuple[Any, Reply]]:
+    def handle(self, shard: int, request: Request | Heartbeat, route: int = 0) -> list[tuple[Any, Reply]]:
         with self.busy:
             return whole(self._served[shard].stream(route, request, time.monotonic()))
 
@@ -136,10 +136,15 @@ class Trainer:
         self.servers = servers
         self.ways = [Way(servers, shard, worker) for shard in range(servers.shards)]
         self.waits: list[float] = []
-        self.link = ShardedLink(self.ways, LAYOUT, pause=self.waits.append)
+        self.while_it_waits: Callable[[], None] = lambda: None
+        self.link = ShardedLink(self.ways, LAYOUT, pause=self._wait)
         rule = servers.cores[0].settings.rule(0.9).worker_rule
         self.core = WorkerCore(Role(worker, 1, "", 0.9, LAYOUT, PLAN), rule)
         self.reply: Any = None
+
+    def _wait(self, wait_s: float) -> None:
+        self.waits.append(wait_s)
+        self.while_it_waits()
 
     def join(self) -> None:
         self.reply = self.say(lambda: self.core.join(torch.ones(LAYOUT.size)))

@@ -13,8 +13,11 @@ from typer.testing import CliRunner, Result
 
 from danaz.cli import app
 from danaz.launch_options import prepare
-from danaz.launching import Launch, write_folder
+from danaz.launching import Launch, execute, write_folder
 from danaz.resuming import ResumeError, check_checkpoints
+from danaz.server.checkpoint import write_checkpoint
+from danaz.server.state import CoreState
+from launcher.run import Outcome
 
 CONFIG = str(Path(__file__).parents[1] / "configs" / "quadratic.yaml")
 SECRET = "a value that is nobody's business"
@@ -95,6 +98,24 @@ def test_with_as_many_shards_as_it_began(tmp_path: Path) -> None:
     said = launch("--resume", str(run), "--server-shards", "3")
     assert said.exit_code == 2
     assert "are of 2 slices, and cannot be cut again" in " ".join(said.output.split())
+
+
+def test_of_a_complete_run_no_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not those of a shard either that was stopped before it knew, on whichever machine."""
+    ready = prepare({"config": Path(CONFIG), "server_shards": 2, "out": tmp_path / "run"}, [], [])[0]
+
+    def play(complete: bool) -> list[str]:
+        def run(plan: object, folder: Path, **options: object) -> Outcome:
+            write_checkpoint(folder / "checkpoints.1", 3, CoreState({}, {}))
+            (folder / "summary.json").write_text(json.dumps({"complete": complete}))
+            return Outcome(0)
+
+        monkeypatch.setattr("danaz.launching.run", run)
+        execute(ready)
+        return [path.name for path in ready.run.glob("checkpoints*")]
+
+    assert play(complete=False) == ["checkpoints.1"]
+    assert play(complete=True) == []
 
 
 def test_a_script_keeps_its_command(tmp_path: Path) -> None:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from shards import Servers, Trainer, check_end, check_run, training, undisturbed_end
+from shards import LAYOUT, Servers, Trainer, check_end, check_run, training, undisturbed_end
 from torch import Tensor
 
 from danaz.server.checkpoint import complete_numbers
-from danaz.server.messages import GoBack, Offer
+from danaz.server.messages import GoBack, Heartbeat, Offer
 from danaz.server.offering import choose
 from danaz.worker.core import Request
 from danaz.worker.link import GIVE_UP_S, ServerLostError
@@ -107,10 +106,10 @@ def test_a_worker_dies_when_it_has_told_one_shard(told: int, tmp_path: Path) -> 
 def test_a_shard_that_was_not_restarted_yet_is_waited_for(trainer: Trainer, undisturbed: Tensor) -> None:
     """Also one that was restarted once, and has gone on since: what it went back to then is no offer now."""
     servers = trainer.servers
+    trainer.while_it_waits = lambda: servers.kill(0)
     for life in (1, 2):
         trainer.train(3)
         servers.kill(1)
-        trainer.link._pause = lambda wait_s: (trainer.waits.append(wait_s), servers.kill(0))  # type: ignore[arg-type, func-returns-value]
         trainer.push()
         assert len(trainer.waits) == life
         assert len(set(servers.versions)) == 1
@@ -126,22 +125,32 @@ def test_a_shard_that_is_never_restarted_is_not_waited_for_forever(trainer: Trai
     assert len(trainer.waits) < GIVE_UP_S, "it does not ask all the time"
 
 
-@pytest.mark.parametrize(
-    ("generation", "newest"), [(3, 99), (3, -1), (3, 1 << 60), (99, None), (-1, None), (1 << 60, None)]
-)
-def test_a_choice_that_is_late_or_none_is_not_heeded(
-    generation: int, newest: int | None, trainer: Trainer, undisturbed: Tensor
-) -> None:
+def test_a_choice_that_is_late_or_none_is_not_heeded(trainer: Trainer, undisturbed: Tensor) -> None:
     trainer.train(8)
     trainer.servers.kill()
-    [(_, offer)] = trainer.servers.handle(1, GoBack(0, 1, -100))
+    [(_, offer)] = trainer.servers.handle(1, GoBack(0, 1, -1))
     assert isinstance(offer, Offer)
-    is_late = newest == 99
-    if is_late:  # by a worker that had heard of all but the newest
-        newest = offer.newest - 1
-    ask = GoBack(0, 1, -101, generation, offer.newest if newest is None else newest)
-    assert trainer.servers.handle(1, ask) == [(0, replace(offer, request=-101))]
+    first, newest = offer.generations[0], offer.newest
+    late = (first, newest - 1)  # its sender had not heard of the newest one
+    for choice in (late, (first, -1), (first, 1 << 60), (99, newest), (-1, newest), (1 << 60, newest)):
+        assert trainer.servers.handle(1, GoBack(0, 1, -1, *choice)) == [(0, offer)]
     check_end(trainer, undisturbed)
+    assert trainer.servers.versions == [12, 12]
+
+
+def test_nothing_but_the_offer_comes_of_a_shard_that_does_not_know_where_to_go_on(trainer: Trainer) -> None:
+    trainer.train(8)
+    trainer.servers.kill()
+    join = trainer.core.join(torch.ones(LAYOUT.size))
+    [(_, offer)] = trainer.servers.handle(0, join)
+    assert isinstance(offer, Offer)
+    assert (offer.request, offer.told) == (join.request, False)
+    assert trainer.servers.handle(0, Heartbeat(0, 1)) == []
+    trainer.servers.tick(1e12)
+    for keeper in trainer.servers.keepers:
+        keeper.finish()
+    assert not (trainer.servers.run / "summary.json").exists(), "there may be one elsewhere that says more"
+    assert all(complete_numbers(folder) for folder in trainer.servers.folders)
 
 
 def test_what_all_have_is_kept_and_no_more_than_a_few(tmp_path: Path) -> None:
