@@ -101,7 +101,8 @@ def serve(
 ) -> None:
     """Serve one run. `danaz launch` starts this; its settings come in DANAZ_SETTINGS, its keys from the launcher.
 
-    With --resume a run goes on whose server was killed or stopped: its workers join again by themselves.
+    With --resume a run goes on whose server was killed or stopped: its workers join again by themselves, and tell
+    several shards which checkpoint is sound in all of them.
 
     Example, to see the whole command and environment:
 

@@ -183,7 +183,7 @@ def _prepare_resumed(options: LaunchOptions, named: Collection[str], command: Se
     paths = {name: merged[name] and Path(merged[name]) for name in ("hostfile", "ssh_identity")}
     task, kept_command = read_settings(run)
     ready, why = _ready(LaunchOptions(**{**merged, **paths, "resume": run, "out": run}), task, kept_command or [])
-    check_checkpoints(run, read_options(run)["server_host"], merged["server_host"], ready.serves_here)
+    check_checkpoints(run, read_options(run)["server_host"], merged["server_host"], ready.shards_elsewhere)
     return ready, why
 
 

@@ -19,6 +19,7 @@ from danaz.reach import Reach, find_machines
 from danaz.resuming import write_options
 from danaz.rules import Rule
 from danaz.run_folder import free_run_folder, read_summary, write_settings
+from danaz.server.checkpoint import delete_checkpoints, folder_of
 from danaz.settings import Settings, server_variable
 from launcher.hosts import Host
 from launcher.logs import Echo
@@ -99,9 +100,9 @@ class Launch:
     options: Mapping[str, Any] = field(default_factory=dict)  # of launch.yaml
 
     @property
-    def serves_here(self) -> bool:
-        """Whether the server writes the run folder itself."""
-        return all(self.reach.is_direct(service.host) for service in self.plan.services)
+    def shards_elsewhere(self) -> list[int]:
+        """Those that do not write into the run folder themselves."""
+        return [shard for shard, service in enumerate(self.plan.services) if service.returns]
 
 
 def prepare_config(config: Config, cluster: Cluster, out: Path | None, manner: Manner | None = None) -> Launch:
@@ -140,7 +141,7 @@ def _prepare(
 ) -> Launch:
     settings = replace(
         settings,
-        checkpoint_s=0.0 if cluster.reach.more_servers else manner.checkpoint_s,
+        checkpoint_s=manner.checkpoint_s,
         refuse_outliers=manner.refuse_outliers,
         server_shards=manner.server_shards,
     )
@@ -149,8 +150,6 @@ def _prepare(
     check_server_hosts(cluster.reach, manner)
     policy = manner.policy(settings)
     cluster, notes = find_out(cluster, settings)
-    if cluster.reach.more_servers:
-        notes.append("shards on several machines keep no checkpoints: the death of one of them ends the run for good")
     settings = replace(settings, ranks_per_worker=cluster.ranks_per_worker)
     plan, invitations = make_plan(errand, settings, cluster, run, manner)
     if "command" in values:
@@ -231,14 +230,12 @@ def check_shards(settings: Settings, manner: Manner) -> None:
 
 
 def check_server_hosts(reach: Reach, manner: Manner) -> None:
-    """Raises LaunchError if there are more machines than shards, or what several cannot do."""
+    """Raises LaunchError if there are more machines than shards."""
     machines = 1 + len(reach.more_servers)
     if machines > manner.server_shards:
         raise LaunchError(
             f"--server-host names {machines} machines, more than there are shards; use --server-shards {machines}"
         )
-    if reach.more_servers and manner.resumes:
-        raise LaunchError("shards on several machines keep no checkpoints: there is nothing to go on from")
 
 
 def is_all_reduce(settings: Settings) -> bool:
@@ -328,7 +325,7 @@ def _server(cluster: Cluster, manner: Manner, shard: int, keys: ServerKeys | Non
         host=host,
         cwd=os.getcwd() if reach.is_direct(host) else reach.cwd,
         secret=None if keys is None else to_json(keys),
-        again=() if reach.more_servers else [*serve, ANNOUNCED, *options, "--resume"],
+        again=[*serve, ANNOUNCED, *options, "--resume"],
         begins=None if shard else BEGINS,
         group="server",
     )
@@ -353,4 +350,8 @@ def execute(
     agent_command = launch.reach.agent_command
     outcome = run(launch.plan, launch.run, policy=launch.policy, echo=echo, tell=tell, agent_command=agent_command)
     trained = (launch.run / "summary.json").exists()
-    return outcome, read_summary(launch.run) if outcome.exit_code == 0 and trained else None
+    summary = read_summary(launch.run) if outcome.exit_code == 0 and trained else None
+    if summary is not None and summary["complete"]:
+        for shard, _ in enumerate(launch.plan.services):  # one that did not hear of the end may have left its own
+            delete_checkpoints(folder_of(launch.run, shard))
+    return outcome, summary

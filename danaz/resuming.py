@@ -11,10 +11,10 @@ import yaml
 
 from danaz.config import Config, load_config
 from danaz.run_folder import read_summary, write_atomically
+from danaz.server.checkpoint import folder_of
 from danaz.settings import Settings
 
 OPTIONS = "launch.yaml"
-CHECKPOINTS = "checkpoints"
 WHERE = {"hosts", "hostfile", "include", "exclude"}  # only together do they say which machines
 FIXED = {  # what a run trains, it trains to its end
     "config": "the CONFIG",
@@ -79,16 +79,18 @@ def check_variables(kept: Sequence[str], found: Collection[str]) -> None:
         raise ResumeError(f"the run was launched with variables whose values are not kept; give them again: {again}")
 
 
-def check_checkpoints(run: Path, earlier: str | None, now: str | None, here: bool) -> None:
+def check_checkpoints(run: Path, earlier: str | None, now: str | None, elsewhere: Collection[int]) -> None:
     """They are where the server was killed, or here if it ended in order. Raises ResumeError if it would not find them.
 
-    ``earlier`` and ``now`` are the machines of the server as they were named; ``here``: now it is this one.
+    ``earlier`` and ``now`` are the machines of the server as they were named; ``elsewhere``: its shards, shard 0 for
+    the server itself, that now do not run here.
     """
-    if not here and (run / CHECKPOINTS).is_dir():
+    if any(folder_of(run, shard).is_dir() for shard in elsewhere):
         raise ResumeError(
             f"the checkpoints of {run} are on this machine; let its server run here: --server-host localhost"
         )
-    if (earlier or "localhost") != (now or "localhost") and not (here and (run / CHECKPOINTS).is_dir()):
+    are_here = not elsewhere and folder_of(run).is_dir()
+    if (earlier or "localhost") != (now or "localhost") and not are_here:
         raise ResumeError(
             f"the server of {run} ran on {earlier or 'this machine'}, and its checkpoints are there; leave it there: "
             f"--server-host {earlier or 'localhost'}"

@@ -11,6 +11,7 @@ import os
 import re
 import time
 from collections.abc import Mapping
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,11 @@ class RunFolder:
         self.path = path
         self.facts = dict(facts)
         self._journal = path / "updates.jsonl"
-        self._updates = os.open(self._journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    @cached_property
+    def _updates(self) -> int:
+        """The journal, for writing. A server that never came to know of its run leaves none, which may be elsewhere."""
+        return os.open(self._journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def record(self, update: Update) -> None:
         """Add a line to updates.jsonl."""
@@ -83,7 +88,9 @@ class RunFolder:
 
     def journal(self, after: int) -> list[Update]:
         """The updates behind version ``after``, as far as they follow each other without a hole."""
-        updates = []
+        updates: list[Update] = []
+        if not self._journal.exists():
+            return updates
         with self._journal.open("rb") as lines:
             for version, line in enumerate(islice(lines, after, None), after + 1):
                 update = _update_of(line)
@@ -94,8 +101,8 @@ class RunFolder:
 
     def cut(self, version: int) -> int:
         """Let updates.jsonl end with ``version``; returns how many lines went."""
-        lines = self._journal.read_bytes().splitlines(keepends=True)
-        os.truncate(self._journal, sum(map(len, lines[:version])))
+        lines = self._journal.read_bytes().splitlines(keepends=True) if self._journal.exists() else []
+        os.ftruncate(self._updates, sum(map(len, lines[:version])))
         return max(0, len(lines) - version)
 
     def finish(self, core: ServerCore) -> dict[str, Any]:

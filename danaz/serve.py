@@ -20,8 +20,8 @@ UNTIL_RESTART = "recording.until-restart.bin"  # a replay begins at the beginnin
 def serve(bound: BoundRouter, settings: Settings, run: Path, record: bool, resume: bool = False) -> None:
     """Serve one run on a bound ROUTER, write its folder, and return when it is over or on SIGTERM.
 
-    With ``resume``, go on from the newest sound checkpoint in the folder; of a run that is complete, only see off the
-    workers that do not know it yet. Raises ResumeError.
+    With ``resume``, go on from the newest sound checkpoint in the folder; one of several shards, from the one that a
+    worker names. Of a run that is complete, only see off the workers that do not know it yet. Raises ResumeError.
     """
     from danaz.keeper import Keeper, say
     from danaz.pace import telling
@@ -30,16 +30,17 @@ def serve(bound: BoundRouter, settings: Settings, run: Path, record: bool, resum
     from danaz.server.router import Router
 
     stopping = note_ending_signals()
-    if resume and _see_off(bound, settings, run, stopping):
+    if resume and _see_off(bound, run, stopping):
         return
     keeper = Keeper(RunFolder(run, settings.facts()), settings.for_server())
     keeper.core.on_update = announcing(telling(keeper.core, keeper.core.on_update))
-    if resume and keeper.resume() and (run / RECORDING).exists():
+    served = keeper.resume() if resume else keeper.begin()
+    if keeper.core.started and (run / RECORDING).exists():
         (run / RECORDING).rename(run / UNTIL_RESTART)
         say(f"the recording ends here, as {UNTIL_RESTART}: a run that was restarted cannot be replayed")
         record = False
     recorder = Recorder(run / RECORDING, settings.to_json()) if record else None
-    Router(bound).serve(keeper.core, recorder, stopping)
+    Router(bound).serve(served, recorder, stopping)
     if recorder:
         recorder.close()
     keeper.finish()
@@ -55,28 +56,25 @@ def serve_slice(bound: BoundRouter, settings: Settings, shard: int, run: Path, r
     from danaz.server.router import Router
 
     stopping = note_ending_signals()
-    if resume and _see_off(bound, settings, run, stopping):
-        return
     keeper = SliceKeeper(run, settings.for_server(shard=shard))
-    if resume:
-        keeper.resume()
-    Router(bound).serve(keeper.core, None, stopping)
+    served = keeper.resume() if resume else keeper.begin()
+    Router(bound).serve(served, None, stopping)
     keeper.finish()
     bound.close()
 
 
-def _see_off(bound: BoundRouter, settings: Settings, run: Path, stopping: Callable[[], bool]) -> bool:
+def _see_off(bound: BoundRouter, run: Path, stopping: Callable[[], bool]) -> bool:
     """If the run is complete, tell the workers that do not know it yet; returns whether it is."""
     from danaz.keeper import say
     from danaz.run_folder import read_summary
-    from danaz.server.checkpoint import delete_checkpoints, folders_of
+    from danaz.server.checkpoint import delete_checkpoints, folder_of
     from danaz.server.concluded import Concluded
     from danaz.server.router import Router
 
     if not (run / "summary.json").exists() or not read_summary(run)["complete"]:
         return False
     say(f"the run in {run} is complete; its workers are seen off")
-    delete_checkpoints(*folders_of(run, settings.server_shards))
+    delete_checkpoints(folder_of(run))
     Router(bound).serve(Concluded(), None, stopping)
     bound.close()
     return True

@@ -86,7 +86,7 @@ class Agent:
         self.rendezvous: list[Rendezvous] = []
         self.reserved_ports: list[socket.socket] = []
         self.returning: deque[Iterator[Message]] = deque()  # files of processes that have ended, and their exits
-        self.kept: set[Path] = set()  # folders of processes that failed, and may be started again
+        self.kept: set[Path] = set()  # folders of processes that may be started again
         self.returns_all = False
         self.silence_s = math.inf
         self.heard_s = time.monotonic()
@@ -238,8 +238,8 @@ class Agent:
 
     def _return_files(self) -> bool:
         """As much as the launcher takes, for a model may be large. Returns whether that was anything."""
-        had_some = bool(self.returning)
-        while self.returning and self.channel.pending_bytes <= MAX_PENDING_BYTES:
+        had_some = self._still_returns()
+        while self._still_returns() and self.channel.pending_bytes <= MAX_PENDING_BYTES:
             message = next(self.returning[0], None)
             if message is None:
                 self.returning.popleft()
@@ -256,6 +256,8 @@ class Agent:
         """Begin to end the tree; a second call can only make it quicker."""
         if self.stop_reason is None:
             self.stop_reason = reason
+            if not self.returns_all:  # also what ends in order now
+                self.kept.update(child.folder for child in self.children.values() if child.folder is not None)
             self.channel.send({"is": "stopping", "why": reason})
             send_signal(descendants(), signal.SIGTERM)
         self.kill_at_s = min(self.kill_at_s, time.monotonic() + grace_s)

@@ -13,7 +13,14 @@ from safetensors.torch import load_file
 
 from danaz.keeper import Keeper
 from danaz.run_folder import RunFolder
-from danaz.server.checkpoint import FOLDER, folders_of, newest_number, read_newest, write_checkpoint
+from danaz.server.checkpoint import (
+    FOLDER,
+    complete_numbers,
+    newest_number,
+    read_newest,
+    worth_keeping,
+    write_checkpoint,
+)
 from danaz.server.figures import Update
 from danaz.server.settings import ServerSettings
 from danaz.server.state import CoreState, ResumeError
@@ -59,26 +66,24 @@ class TestCheckpoints:
         write_checkpoint(tmp_path, 3, state_of(4))
         assert {"params", "shared.sum", "member.0.velocity"} <= load_file(tmp_path / "000003.safetensors").keys()
 
-    def test_two_are_kept(self, tmp_path):
+    def test_no_more_stay_than_are_to_be_kept(self, tmp_path):
         for number in range(1, 6):
-            write_checkpoint(tmp_path, number, state_of(number))
-        assert sorted(path.name for path in tmp_path.iterdir()) == [
-            f"{number:06d}.{kind}" for number in (4, 5) for kind in ("json", "safetensors")
-        ]
+            write_checkpoint(tmp_path, number, state_of(number), keep=[3, number - 1])
+        assert complete_numbers(tmp_path) == [3, 4, 5]
+        assert len([*tmp_path.iterdir()]) == 6
         assert newest(tmp_path).version == 5
 
-    def test_what_all_shards_can_go_back_to_is_kept_too(self, tmp_path):
-        folders = own, other = folders_of(tmp_path, 2)
-        for number in (1, 2, 3):
-            for folder in folders:
-                write_checkpoint(folder, number, state_of(0), folders)
-        for number in (5, 6, 7):
-            write_checkpoint(own, number, state_of(0), folders)
-        assert sorted(int(path.stem) for path in own.glob("*.json")) == [2, 3, 6, 7]
-        write_checkpoint(other, 7, state_of(0), folders)
-        write_checkpoint(own, 8, state_of(0), folders)
-        assert sorted(int(path.stem) for path in own.glob("*.json")) == [3, 7, 8]
-        assert newest_number(own, other) == 8
+    @pytest.mark.parametrize(
+        ("numbers", "common", "kept"),
+        [
+            ([3, 4, 5, 6], [4, 5], [4, 5, 6]),  # of one shard alone, the last two are those of all
+            ([1, 2, 3, 5, 6, 7], [3], [3, 5, 6, 7]),
+            ([1, 2, 3], [], [1, 2, 3]),  # another shard may have kept any
+            ([1, *range(3, 20)], [1, 3], [1, 3, *range(12, 20)]),  # another cannot write any more
+        ],
+    )
+    def test_what_all_shards_can_go_back_to_is_kept(self, numbers, common, kept):
+        assert worth_keeping(numbers, common) == kept
 
     def test_none_is_no_fault(self, tmp_path):
         assert read_newest(tmp_path / "none") is None
@@ -92,7 +97,7 @@ class TestCheckpoints:
     @pytest.mark.parametrize("kind", ["json", "safetensors"])
     def test_any_cut_or_flipped_bit_is_seen_and_the_one_before_is_taken(self, kind, tmp_path):
         for number in (1, 2):
-            write_checkpoint(tmp_path, number, state_of(number))
+            write_checkpoint(tmp_path, number, state_of(number), keep=[1])
         path, chance = tmp_path / f"000002.{kind}", random.Random(1)
         whole = path.read_bytes()
         for _ in range(200):
@@ -114,7 +119,7 @@ class TestCheckpoints:
 
     def test_if_none_is_sound_nothing_is_made_up(self, tmp_path):
         for number in (1, 2):
-            write_checkpoint(tmp_path, number, state_of(number))
+            write_checkpoint(tmp_path, number, state_of(number), keep=[1])
             (tmp_path / f"{number:06d}.json").write_text("[]")
         with pytest.raises(ResumeError, match=r"no checkpoint in .* is sound"):
             read_newest(tmp_path)
@@ -180,7 +185,8 @@ class TestKeeper:
     def test_without_a_checkpoint_it_begins_afresh_and_says_so(self, tmp_path, capsys):
         folder = TestJournal().folder(tmp_path)
         keeper = Keeper(folder, ServerSettings("dana-zero", workers=2))
-        assert not keeper.resume()
+        keeper.resume()
+        assert not keeper.core.started
         assert "begins afresh" in capsys.readouterr().err
         assert folder.journal(after=0) == []
         assert keeper.core.figures.lost_updates == 3

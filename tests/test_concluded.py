@@ -5,14 +5,14 @@ from __future__ import annotations
 from stimuli import JOIN
 
 from danaz.server.concluded import Concluded
-from danaz.server.messages import Bye, Heartbeat, Refusal
+from danaz.server.messages import Bye, GoBack, Heartbeat, Refusal
 
 BYE = Bye(worker=0, incarnation=1, request=9)
 
 
 def test_everything_is_refused_without_a_way_back() -> None:
     core = Concluded()
-    for message in (BYE, JOIN):
+    for message in (BYE, JOIN, GoBack(worker=0, incarnation=1, request=-1)):
         [(route, refusal)] = core.stream(b"route", message, 0.0)
         assert route == b"route"
         assert refusal == Refusal(message.request, "the run is complete", rejoin=False)

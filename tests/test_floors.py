@@ -38,6 +38,7 @@ FLOORS = {
     "danaz.server.whole": 1,
     "danaz.server.answers": 1,
     "danaz.server.concluded": 1,
+    "danaz.server.offering": 1,
     "danaz.server.core": 1,
     "danaz.server.wire": 1,
     "danaz.worker.core": 1,

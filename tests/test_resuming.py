@@ -13,8 +13,11 @@ from typer.testing import CliRunner, Result
 
 from danaz.cli import app
 from danaz.launch_options import prepare
-from danaz.launching import Launch, write_folder
+from danaz.launching import Launch, execute, write_folder
 from danaz.resuming import ResumeError, check_checkpoints
+from danaz.server.checkpoint import write_checkpoint
+from danaz.server.state import CoreState
+from launcher.run import Outcome
 
 CONFIG = str(Path(__file__).parents[1] / "configs" / "quadratic.yaml")
 SECRET = "a value that is nobody's business"
@@ -97,6 +100,24 @@ def test_with_as_many_shards_as_it_began(tmp_path: Path) -> None:
     assert "are of 2 slices, and cannot be cut again" in " ".join(said.output.split())
 
 
+def test_of_a_complete_run_no_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not those of a shard either that was stopped before it knew, on whichever machine."""
+    ready = prepare({"config": Path(CONFIG), "server_shards": 2, "out": tmp_path / "run"}, [], [])[0]
+
+    def play(complete: bool) -> list[str]:
+        def run(plan: object, folder: Path, **options: object) -> Outcome:
+            write_checkpoint(folder / "checkpoints.1", 3, CoreState({}, {}))
+            (folder / "summary.json").write_text(json.dumps({"complete": complete}))
+            return Outcome(0)
+
+        monkeypatch.setattr("danaz.launching.run", run)
+        execute(ready)
+        return [path.name for path in ready.run.glob("checkpoints*")]
+
+    assert play(complete=False) == ["checkpoints.1"]
+    assert play(complete=True) == []
+
+
 def test_a_script_keeps_its_command(tmp_path: Path) -> None:
     run = tmp_path / "run"
     begin(run, ["python", "train.py", "--my", "x y"], hosts="localhost:1")
@@ -139,8 +160,31 @@ def test_the_server_must_find_its_checkpoints(
 ) -> None:
     if has_them:
         (tmp_path / "checkpoints").mkdir()
+    check(tmp_path, earlier, now, [] if here else [0], message)
+
+
+@pytest.mark.parametrize(
+    ("earlier", "now", "elsewhere", "found", "message"),
+    [
+        ("a,b", "a,b", [0, 1], [], None),
+        ("localhost,b", "localhost,b", [1], ["checkpoints"], None),
+        ("localhost,b", "localhost,b", [1], ["checkpoints", "checkpoints.1"], "are on this machine"),
+        ("a,b", "localhost", [], ["checkpoints", "checkpoints.1"], None),
+        ("a,b", "localhost", [], [], "ran on a,b, and its checkpoints are there; leave it there: --server-host a,b"),
+        ("a,b", "b,a", [0, 1], [], "ran on a,b"),
+    ],
+)
+def test_its_shards_must_find_theirs(
+    tmp_path: Path, earlier: str, now: str, elsewhere: list[int], found: list[str], message: str | None
+) -> None:
+    for name in found:
+        (tmp_path / name).mkdir()
+    check(tmp_path, earlier, now, elsewhere, message)
+
+
+def check(run: Path, earlier: str | None, now: str | None, elsewhere: list[int], message: str | None) -> None:
     if message is None:
-        check_checkpoints(tmp_path, earlier, now, here)
+        check_checkpoints(run, earlier, now, elsewhere)
     else:
         with pytest.raises(ResumeError, match=message):
-            check_checkpoints(tmp_path, earlier, now, here)
+            check_checkpoints(run, earlier, now, elsewhere)

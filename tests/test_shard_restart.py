@@ -6,176 +6,35 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from live import Running, read_updates, until
+from shards import Servers, Trainer, Way, check_end, check_run, training, undisturbed_end
 from torch import Tensor
 
-from danaz.flat import Layout
 from danaz.keeper import Keeper, SliceKeeper
 from danaz.run_folder import RunFolder, read_summary
-from danaz.server.checkpoint import folders_of, read_newest
-from danaz.server.messages import Final, Leave, Parameters, Plan, Refusal, Reply
+from danaz.server.checkpoint import read_newest
+from danaz.server.messages import GoBack, Refusal
 from danaz.server.settings import ServerSettings
 from danaz.server.state import ResumeError
-from danaz.worker.core import Request, Role, WorkerCore
-from danaz.worker.sharded import ShardedLink
-
-LAYOUT = Layout.from_lists([[["a", [40], [1]], ["b", [8, 6], [6, 1]], ["c", [40], [1]]], [], [128]])
-PLAN = Plan(batches_per_epoch=12, epochs=1)
-ALWAYS = 1e-9  # seconds between checkpoints: one an update
-
-
-class Servers:
-    """The shards of one run, as far as they outlive their processes."""
-
-    def __init__(self, run: Path, algorithm: str = "dana-zero", shards: int = 2, checkpoint_s: float = ALWAYS):
-        run.mkdir()
-        self.run, self.shards = run, shards
-        self._settings = [
-            ServerSettings(algorithm, 1, recovery_s=0.0, checkpoint_s=checkpoint_s, shard=shard, shards=shards)
-            for shard in range(shards)
-        ]
-        self.start()
-
-    def start(self, resume: bool = False) -> None:
-        first, *others = self._settings
-        self.leader = Keeper(RunFolder(self.run, {}), first)
-        self.keepers = [self.leader, *(SliceKeeper(self.run, settings) for settings in others)]
-        if resume:
-            for keeper in self.keepers:
-                keeper.resume()
-        self.cores = [keeper.core for keeper in self.keepers]
-
-    def settle(self) -> None:
-        """What is being written is written."""
-        for thread in threading.enumerate():
-            if thread.name == "danaz-checkpoint":
-                thread.join()
-
-    def kill(self) -> None:
-        """All processes, and start them again."""
-        self.settle()
-        self.start(resume=True)
-
-    @property
-    def versions(self) -> list[int]:
-        return [core.master.version for core in self.cores]
-
-    @property
-    def params(self) -> Tensor:
-        return torch.cat([core.master.params for core in self.cores])
-
-
-class Way:
-    """A worker's way to one shard, whichever process that is."""
-
-    def __init__(self, servers: Servers, shard: int):
-        self._servers, self._shard = servers, shard
-        self.answered = threading.Event()
-        self.before: Callable[[Request], None] = lambda request: None
-
-    def exchange(self, request: Request) -> Reply:
-        self.before(request)
-        replies = self._servers.cores[self._shard].handle(0, request, time.monotonic())
-        [(_, reply)] = replies
-        self.answered.set()
-        return reply
-
-    def receive_into(self, room: Tensor) -> None:
-        """Nothing travels."""
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-
-class Trainer:
-    """One worker, whose gradient is a function of the batch."""
-
-    def __init__(self, servers: Servers):
-        self.servers = servers
-        self.ways = [Way(servers, shard) for shard in range(servers.shards)]
-        self.link = ShardedLink(self.ways, LAYOUT)
-        rule = servers.cores[0].settings.rule(0.9).worker_rule
-        self.core = WorkerCore(Role(0, 1, "", 0.9, LAYOUT, PLAN), rule)
-        self.reply: Any = self.say(lambda: self.core.join(torch.ones(LAYOUT.size)))
-
-    def say(self, make: Callable[[], Request]) -> Reply:
-        """As a worker's process does: who is refused joins again, and leaves again if it was about to leave."""
-        request = make()
-        reply = self.link.exchange(request)
-        self.core.receive(reply)
-        if isinstance(reply, Refusal):
-            assert reply.rejoin
-            reply = self.link.exchange(self.core.join())
-            self.core.receive(reply)
-            return self.say(make) if isinstance(request, Leave) else reply
-        return reply
-
-    def push(self) -> None:
-        batch = self.reply.leases[0]
-        grad = torch.randn(LAYOUT.size, generator=torch.Generator().manual_seed(batch))
-        self.reply = self.say(lambda: self.core.push(grad, (0.1,), 4, 1.0, batch))
-        assert isinstance(self.reply, Parameters)
-
-    def train(self, pushes: int = 1000) -> None:
-        for _ in range(pushes):
-            if self.reply.done:
-                return
-            self.push()
-            self.servers.settle()
-
-    def leave(self) -> Tensor:
-        final = self.say(lambda: self.core.leave(torch.empty(0)))
-        assert isinstance(final, Final)
-        return final.params
-
-    def bye(self) -> None:
-        self.core.receive(self.link.exchange(self.core.bye()))
+from danaz.worker.core import Request
 
 
 @pytest.fixture
 def begin(tmp_path: Path) -> Iterator[Callable[..., Trainer]]:
-    trainers: list[Trainer] = []
-
-    def make(name: str = "run", **settings: Any) -> Trainer:
-        trainers.append(Trainer(Servers(tmp_path / name, **settings)))
-        return trainers[-1]
-
-    yield make
-    for trainer in trainers:
-        trainer.servers.settle()
-        trainer.link.close()
+    with ExitStack() as stack:
+        yield lambda name="run", **settings: stack.enter_context(training(tmp_path / name, **settings))
 
 
-@pytest.fixture
-def undisturbed(begin: Callable[..., Trainer]) -> Tensor:
-    """θ at the end of a run in which nothing fails."""
-    trainer = begin("undisturbed", checkpoint_s=0.0)
-    trainer.train()
-    return trainer.leave()
-
-
-def check_end(trainer: Trainer, undisturbed: Tensor, restarts: int = 1) -> None:
-    """The same bits, every batch once, no version left out; and nothing is kept of the checkpoints."""
-    trainer.train()
-    assert torch.equal(trainer.leave(), undisturbed)
-    trainer.bye()
-    for keeper in trainer.servers.keepers:
-        keeper.finish()
-    updates, run = read_updates(trainer.servers.run), trainer.servers.run
-    assert [update["version"] for update in updates] == list(range(1, 13))
-    assert sorted(update["batch"] for update in updates) == list(range(12))
-    summary = read_summary(run)
-    assert (summary["complete"], summary["restarts"]) == (True, restarts)
-    assert not any(folder.exists() for folder in folders_of(run, trainer.servers.shards))
-    assert (run / "parameters.safetensors").exists()
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Tensor:
+    return undisturbed_end(tmp_path_factory.mktemp("undisturbed"))
 
 
 @pytest.mark.parametrize("shards", [2, 3])
@@ -187,9 +46,9 @@ def test_all_go_back_to_one_generation(
     for _ in range(2):
         trainer.train(4)
         servers.kill()
+        trainer.push()  # refused: it joins again
         lead, *others = servers.versions
         assert others == [lead] * (shards - 1)
-    trainer.push()
     assert "it goes on at version 3, 1 updates are lost" in capsys.readouterr().err
     check_end(trainer, undisturbed, restarts=2)
 
@@ -199,9 +58,10 @@ def test_what_a_shard_has_not_heard_of_is_not_gone_back_to(begin: Callable[..., 
     trainer = begin()
     trainer.train(5)
     servers = trainer.servers
-    newest = [read_newest(folder) for folder in folders_of(servers.run, 2)]
+    newest = [read_newest(folder) for folder in servers.folders]
     assert [found and found[0].version for found in newest] == [5, 4]
     servers.kill()
+    trainer.push()
     assert servers.versions == [4, 4]
     check_end(trainer, undisturbed)
 
@@ -213,13 +73,13 @@ def test_a_torn_checkpoint_of_one_shard_sends_all_to_the_generation_before(
     trainer = begin()
     trainer.train(6)
     servers = trainer.servers
-    newest = max(folders_of(servers.run, 2)[1].glob("*.safetensors")).name  # shard 0 has one more
-    path = folders_of(servers.run, 2)[torn] / newest
+    newest = max(servers.folders[1].glob("*.safetensors")).name  # shard 0 has one more
+    path = servers.folders[torn] / newest
     path.write_bytes(path.read_bytes()[:-10])
     servers.kill()
+    trainer.push()
     assert servers.versions == [4, 4]
-    folder = "checkpoints.1" if torn else "checkpoints"
-    assert f"checkpoint {int(path.stem)} is damaged: in {folder} its checksum is another" in capsys.readouterr().err
+    assert f"checkpoint {int(path.stem)} is damaged: its checksum is another" in capsys.readouterr().err
     check_end(trainer, undisturbed)
 
 
@@ -230,7 +90,7 @@ def test_a_restart_counts_though_a_second_one_goes_back_behind_it(
     trainer.train(5)
     for _ in range(2):
         trainer.servers.kill()
-        trainer.push()  # refused: it joins again, and has nothing to tell the others yet
+        trainer.push()  # it has nothing to tell the others yet
     assert trainer.servers.versions == [4, 4]
     assert trainer.servers.cores[0].figures.lost_updates == 1
     check_end(trainer, undisturbed, restarts=2)
@@ -244,6 +104,7 @@ def test_a_generation_that_shard_0_cannot_have_begun_is_not_believed(
     trainer.link._generation = 1 << 40
     trainer.train(3)
     trainer.servers.kill()
+    trainer.push()
     assert trainer.servers.versions == [5, 5]
     check_end(trainer, undisturbed)
 
@@ -254,16 +115,23 @@ def test_killed_before_all_have_kept_the_beginning_they_begin_again(
     trainer = begin(checkpoint_s=3600.0)
     trainer.servers.kill()
     assert not any(core.started for core in trainer.servers.cores)
+    trainer.push()
+    assert [core.life for core in trainer.servers.cores] == [0, 0]
     check_end(trainer, undisturbed, restarts=0)
 
 
 def test_without_a_generation_of_all_nothing_is_made_up(begin: Callable[..., Trainer]) -> None:
     trainer = begin()
-    trainer.train(3)
-    for path in folders_of(trainer.servers.run, 2)[1].iterdir():
+    trainer.train(8)
+    for path in trainer.servers.folders[1].iterdir():
         path.unlink()
-    with pytest.raises(ResumeError, match="of all 2 shards"):
-        trainer.servers.kill()
+    trainer.servers.kill()
+    refusal = trainer.link.exchange(trainer.core.pull())
+    assert isinstance(refusal, Refusal)
+    assert "no checkpoint is there, and sound, of all 2 shards: shard 0 has " in refusal.reason
+    assert refusal.reason.endswith("shard 1 has 0")
+    assert not refusal.rejoin, "to ask again is of no use"
+    assert not any(core.started for core in trainer.servers.cores)
 
 
 def test_another_number_of_shards_is_refused(begin: Callable[..., Trainer]) -> None:
@@ -272,9 +140,9 @@ def test_another_number_of_shards_is_refused(begin: Callable[..., Trainer]) -> N
     alone = Keeper(RunFolder(trainer.servers.run, {}), ServerSettings("dana-zero", 1))
     with pytest.raises(ResumeError, match="shards 2, this server has 1"):
         alone.resume()
-    more = SliceKeeper(trainer.servers.run, ServerSettings("dana-zero", 1, shard=1, shards=3))
-    with pytest.raises(ResumeError, match="of all 3 shards"):
-        more.resume()
+    more = SliceKeeper(trainer.servers.folders[1].parent, ServerSettings("dana-zero", 1, shard=1, shards=3)).resume()
+    with pytest.raises(ResumeError, match="shards 2, this server has 3"):
+        more.stream(0, GoBack(0, 1, -1, generation=2, newest=9), 0.0)
 
 
 @pytest.mark.parametrize("algorithm", ["dana", "dana-zero"])
@@ -295,21 +163,20 @@ def test_a_shard_that_has_let_a_worker_go_stays_at_the_end(algorithm: str, begin
         if is_killed:
             first.before = kill_once
         ends.append(trainer.leave())
+        trainer.bye()
         assert torch.equal(trainer.servers.params, ends[-1])
     assert torch.equal(*ends)
 
 
-def test_what_workers_brought_of_the_end_outlives_shard_0(begin: Callable[..., Trainer], undisturbed: Tensor) -> None:
-    """Killed between the last good-bye and the end of the process."""
+def test_what_workers_brought_of_the_end_outlives_shard_0(begin: Callable[..., Trainer]) -> None:
+    """Killed between the last good-bye and the end of the process: nobody is left to tell the shards anything."""
     trainer = begin()
     trainer.train()
     trainer.leave()
     trainer.bye()
     trainer.servers.kill()
-    trainer.leave = lambda: undisturbed  # type: ignore[method-assign]
-    trainer.bye = lambda: None  # type: ignore[method-assign]
-    trainer.servers.cores[0].tick(time.monotonic() + 1000.0)
-    check_end(trainer, undisturbed)
+    trainer.servers.tick(time.monotonic() + 1000.0)
+    check_run(trainer.servers, restarts=1)
 
 
 ARGUMENTS = ("--hosts", "localhost:2", "--workers-per-host", "2", "--collective", "torch", "--server-shards", "2")

@@ -38,12 +38,15 @@ class Answers:
         self._waiting: Streams = []
 
     def take(self) -> Streams:
-        """All that wait, in their order; with several shards, views name the checkpoint that holds what they tell."""
+        """All that wait, in their order; with several shards, views name the checkpoint that holds what they tell.
+
+        And those that this shard has.
+        """
         waiting, self._waiting = self._waiting, []
         if self._core.settings.shards == 1:
             return waiting
-        generation = self._core.generation
-        return [(route, _dated(reply, generation)) for route, reply in waiting]
+        generation, kept = self._core.generation, self._core.kept
+        return [(route, _dated(reply, generation, kept)) for route, reply in waiting]
 
     def refuse(self, route: Route, message: Request, reason: str, rejoin: bool = False) -> None:
         """Count it, and say so; but a heartbeat awaits no answer."""
@@ -104,10 +107,10 @@ def _to_send(squares: Tensor | None) -> tuple[float, ...]:
     return () if squares is None or not all_finite(squares) else tuple(squares.tolist())
 
 
-def _dated(reply: Reply | Streamed, generation: int) -> Reply | Streamed:
+def _dated(reply: Reply | Streamed, generation: int, kept: tuple[int, ...]) -> Reply | Streamed:
     if isinstance(reply, Streamed):
-        return replace(reply, header=replace(reply.header, generation=generation))
-    return replace(reply, generation=generation) if isinstance(reply, Parameters) else reply
+        return replace(reply, header=replace(reply.header, generation=generation, kept=kept))
+    return replace(reply, generation=generation, kept=kept) if isinstance(reply, Parameters) else reply
 
 
 def whole(replies: Streams) -> Replies:

@@ -22,7 +22,7 @@ from danaz.server.health import Health
 from danaz.server.leases import LeasedElsewhere, Leases
 from danaz.server.master import Master, all_finite
 from danaz.server.members import Member, Route, mean_by_updates
-from danaz.server.messages import Bye, Heartbeat, Join, Leave, Pull, Push, Report, Request
+from danaz.server.messages import Bye, GoBack, Heartbeat, Join, Leave, Pull, Push, Report, Request
 from danaz.server.recovery import Recovery
 from danaz.server.refusing import refuse_push, why_refuse
 from danaz.server.settings import ServerSettings
@@ -38,8 +38,8 @@ class ServerCore:
 
     ``now`` is in seconds on any monotonic clock. ``on_update`` is called for each applied update, ``on_milestone``
     when something has come true that a restart must not undo, both before any worker is told; ``on_notice`` hears what
-    a person should know. ``on_generation`` is called in a shard that is told of a newer checkpoint of shard 0, before
-    it heeds the message that tells. For ``ahead`` see Master.
+    a person should know; ``on_carried`` what a worker carries from other shards, before its message is heeded. For
+    ``ahead`` see Master.
     """
 
     def __init__(
@@ -49,19 +49,20 @@ class ServerCore:
         ahead: Callable[[], Tensor] | None = None,
         on_milestone: Callable[[ServerCore], None] = lambda core: None,
         on_notice: Callable[[str], None] = lambda text: None,
-        on_generation: Callable[[ServerCore, int], None] = lambda core, told: None,
+        on_carried: Callable[[Push | Leave], None] = lambda message: None,
     ):
         self.settings = settings
         self.on_update = on_update
         self.on_milestone = on_milestone
         self.on_notice = on_notice
-        self.on_generation = on_generation
+        self.on_carried = on_carried
         self.ahead = ahead
         self.members: dict[int, Member] = {}
         self.figures = Figures()
         self.health = Health(on_notice)
         self.life = 0  # grows with each restart
         self.generation = 0  # of shard 0's newest checkpoint
+        self.kept: tuple[int, ...] = ()  # checkpoints of this shard, which its workers hear of
         self.recovery: Recovery | None = None  # while a restarted server waits for the workers it knew
         self.started = False
         self.diverged = ""  # the reason, if it did
@@ -132,6 +133,9 @@ class ServerCore:
         if isinstance(message, Join):
             self._join(route, message, now)
             return self._settle(now)
+        if isinstance(message, GoBack):
+            self._answers.refuse(route, message, "this server goes on from where it is", rejoin=True)
+            return self._answers.take()
         stranger = why_stranger(message, self.members.get(message.worker))
         if stranger:
             self._answers.refuse(route, message, stranger, rejoin=True)
@@ -143,7 +147,8 @@ class ServerCore:
         if not isinstance(message, Heartbeat) and message.request >= member.request and may_speak:
             repeated = message.request == member.request
             member.request, member.route = message.request, route
-            self._hear_of_checkpoint(message)
+            if isinstance(message, (Push, Leave)) and self.recovery is None:
+                self.on_carried(message)
             self._serve(member, message, repeated, now)
         return self._settle(now)
 
@@ -274,12 +279,6 @@ class ServerCore:
                 member.said_bye = True
                 self.whole.hear(message)
             self._answers.note(member)
-
-    def _hear_of_checkpoint(self, message: Request) -> None:
-        """A checkpoint of shard 0 holds all that its sender had heard: this shard's is to hold nothing that follows."""
-        told = message.generation if self.settings.shard and isinstance(message, (Push, Leave)) else 0
-        if told > self.generation and self.recovery is None:
-            self.on_generation(self, told)
 
     def _sound(self, vector: Tensor) -> bool:
         """Whether a leaving worker's vector may count. One of a diverged model may not, but its worker still leaves."""

@@ -70,6 +70,7 @@ class Push:
     squares: tuple[float, ...] = ()  # to shard 0: of each layer of the model what the others answered the push before
     elsewhere: int = 0  # to shard 0: bytes that the others' slices of ``push`` take on the wire
     generation: int = 0  # to the others: of shard 0's newest checkpoint, as it said
+    common: tuple[int, ...] = ()  # to shards: the newest two checkpoints that all of them have, as they said
     square: float | None = field(default=None, metadata=LOCAL)  # ‖push‖², if it was summed while the push arrived
     encoded: Encoded | None = field(default=None, metadata=LOCAL)  # how ``push`` travels; None: as it is
 
@@ -132,6 +133,17 @@ class Bye:
 
 
 @dataclass(frozen=True)
+class GoBack:
+    """To one of several shards: what can it go back to? Or, from a worker that has heard that of all: go back there."""
+
+    worker: int
+    incarnation: int
+    request: int  # below zero: a count of its own
+    generation: int | None = None  # None asks; 0 is the beginning
+    newest: int = 0  # number that a checkpoint of any shard has had: no other will have it again
+
+
+@dataclass(frozen=True)
 class Parameters:
     """The answer to Join, Push and Pull: a view, and the batches to compute on it and the next ones."""
 
@@ -149,6 +161,7 @@ class Parameters:
     life: int = 0  # of the server: versions may repeat after a restart, (life, version) never does
     squares: tuple[float, ...] = ()  # of another shard than 0: ‖θ − view‖² of each layer of its slice, for the gap
     generation: int = 0  # of shard 0's newest checkpoint: the others keep theirs before they heed what follows
+    kept: tuple[int, ...] = ()  # of several shards: the checkpoints that this one has, ascending
     parts: tuple[tuple[int, int, int], ...] = field(default=(), metadata=LOCAL)  # (start, stop, last_applied) of shards
 
 
@@ -177,6 +190,17 @@ class Refusal:
     request: int
     reason: str
     rejoin: bool  # whether joining anew is the cure
+
+
+@dataclass(frozen=True)
+class Offer:
+    """The answer of a shard that was restarted: to everything, until it is told where to go on; to GoBack also then."""
+
+    request: int
+    generations: tuple[int, ...]  # to which it can go back, ascending; 0: to the beginning
+    newest: int  # number that a checkpoint here has had
+    done: bool  # its newest is of a training that is over
+    told: bool = False  # it went back to the one generation that is left
 
 
 @dataclass(frozen=True)
@@ -211,6 +235,6 @@ def is_announced(vector: Tensor) -> bool:
     return vector.numel() > 1 and vector.stride() == (0,)
 
 
-Request = Join | Push | Pull | Heartbeat | Leave | Report | Bye
-Reply = Parameters | Final | Noted | Refusal
+Request = Join | Push | Pull | Heartbeat | Leave | Report | Bye | GoBack
+Reply = Parameters | Final | Noted | Refusal | Offer
 Message = Request | Reply

@@ -14,12 +14,14 @@ from danaz.server.answers import Streams
 from danaz.server.concluded import Concluded
 from danaz.server.core import ServerCore
 from danaz.server.messages import Final, Push, Refusal, Request, Streamed
+from danaz.server.offering import Offering
 from danaz.server.recording import Recorder
 from danaz.server.socket import ANSWERS_MESSAGES, BoundRouter
 from danaz.server.wire import Frame, Inbox, StrayChunkError, WireError, encode, messages_of, split
 
 TICK_S = 0.25
 ANSWERS_WAITING = 4  # that a connection may leave unread: ZeroMQ tells of what was read only half as many at a time
+Served = ServerCore | Offering | Concluded
 Peer = tuple[bytes, str]  # a connection, and the key it was made with
 
 
@@ -33,7 +35,7 @@ class Router:
         self._leaving: dict[bytes, tuple[int, zmq.MessageTracker]] = {}  # route -> request, beginning of its answer
         self._longest_answer = ANSWERS_MESSAGES // ANSWERS_WAITING  # in messages
 
-    def serve(self, core: ServerCore | Concluded, recorder: Recorder | None, stop: Callable[[], bool]) -> None:
+    def serve(self, core: Served, recorder: Recorder | None, stop: Callable[[], bool]) -> None:
         """Feed ``core`` until it has finished or ``stop()``."""
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
@@ -52,7 +54,7 @@ class Router:
 
     # ---- hearing -------------------------------------------------------------------------------------------------
 
-    def _receive(self, core: ServerCore | Concluded, inbox: Inbox, recorder: Recorder | None) -> None:
+    def _receive(self, core: Served, inbox: Inbox, recorder: Recorder | None) -> None:
         route, *frames = self._socket.recv_multipart(copy=False)
         now = time.monotonic()
         try:
@@ -86,7 +88,7 @@ class Router:
     def _is_himself(self, peer: Peer, message: Request) -> bool:
         return self._worker_of_key is None or self._worker_of_key.get(peer[1]) == message.worker
 
-    def _takes(self, core: ServerCore | Concluded) -> Callable[[Peer, Request], bool]:
+    def _takes(self, core: Served) -> Callable[[Peer, Request], bool]:
         return lambda peer, message: self._is_himself(peer, message) and core.takes(message)
 
     def _room(self, inbox: Inbox, message: Request, size: int) -> Tensor:

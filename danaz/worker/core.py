@@ -14,10 +14,24 @@ from danaz.codecs import Compressor
 from danaz.flat import Layout
 from danaz.rules import Context, WorkerRule
 from danaz.server.master import all_finite
-from danaz.server.messages import Bye, Final, Join, Leave, Noted, Parameters, Plan, Pull, Push, Refusal, Reply, Report
+from danaz.server.messages import (
+    Bye,
+    Final,
+    GoBack,
+    Join,
+    Leave,
+    Noted,
+    Parameters,
+    Plan,
+    Pull,
+    Push,
+    Refusal,
+    Reply,
+    Report,
+)
 from danaz.worker.staging import IN_PLACE, Staging
 
-Request = Join | Push | Pull | Leave | Report | Bye
+Request = Join | Push | Pull | Leave | Report | Bye | GoBack
 Asked = TypeVar("Asked", bound=Request)
 Loss = float | Tensor | None  # a tensor may be on its way from the device
 

@@ -3,11 +3,13 @@
 Shard 0 is the server: its leases, version and refusals are the run's. The others know their slice and who takes part.
 Consistency is per slice: two pushes may be applied in another order at another shard, and one that shard 0 refuses may
 have been applied elsewhere. Whether it was, the worker hears for each slice. What one shard must know of another, the
-worker carries: to shard 0 the others' squares, for the gap of its push before; to them the number of its checkpoint.
+worker carries: to shard 0 the others' squares, for the gap of its push before; to them the number of its checkpoint; to
+all of them which checkpoints all have, and behind a restart the one to go back to.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -22,12 +24,16 @@ from danaz.codecs import travelling_bytes
 from danaz.flat import Layout, chunks_of_shards, shard_spans
 from danaz.server.gap import Layers
 from danaz.server.master import all_finite
-from danaz.server.messages import Bye, Final, Join, Leave, Parameters, Pull, Push, Refusal, Reply, Report
-from danaz.worker.core import Request
-from danaz.worker.link import Link
+from danaz.server.messages import Bye, Final, GoBack, Join, Leave, Offer, Parameters, Pull, Push, Refusal, Reply, Report
+from danaz.server.offering import choose
+from danaz.worker.core import Backoff, Request
+from danaz.worker.link import GIVE_UP_S, Link, ServerLostError
 from danaz.worker.staging import IN_PLACE, Staging
 
 NO_BUFFERS = torch.empty(0)
+ASK_FIRST_S = 0.1
+ASK_LONGEST_S = 5.0
+COMMON = 2  # checkpoints of all shards that these are told of: the newest may be found damaged
 
 
 class Shard(Link, Protocol):
@@ -40,7 +46,13 @@ class Shard(Link, Protocol):
 class ShardedLink:
     """A Link over the links to all shards, shard 0 first. A thread for each of the others."""
 
-    def __init__(self, links: Sequence[Shard], layout: Layout, staging: Staging = IN_PLACE):
+    def __init__(
+        self,
+        links: Sequence[Shard],
+        layout: Layout,
+        staging: Staging = IN_PLACE,
+        pause: Callable[[float], None] = time.sleep,
+    ):
         """Raises ValueError if the model of ``layout`` is too small for so many shards."""
         self._links = list(links)
         self._spans = shard_spans(layout.size, len(links))
@@ -51,6 +63,9 @@ class ShardedLink:
         self._at_hand = self._fetched = self._came = [(0, 0)] * len(links)
         self._ahead = False  # whether a view that comes now is for after the one at hand
         self._generation = 0  # of shard 0's newest checkpoint, as it said last
+        self._kept: list[tuple[int, ...]] = [()] * len(links)  # the checkpoints of each, as it said last
+        self._asked = 0  # questions of this link's own
+        self._pause = pause
         self._staging = staging
         self._rooms = [staging.room(layout.size) for _ in range(2)]  # f32[P]: the view at hand, where the next arrives
         layers = Layers(layout)
@@ -62,8 +77,6 @@ class ShardedLink:
 
     def exchange(self, request: Request) -> Reply:
         """As Link has it. The view of the answer stays as it is until the answer after the next one."""
-        if isinstance(request, Report):
-            return self._links[0].exchange(request)
         if isinstance(request, Join):
             self._join = replace(request, params=None)
         if isinstance(request, Push) and not all_finite(request.push):
@@ -72,22 +85,66 @@ class ShardedLink:
         if isinstance(request, (Push, Pull)):
             self._ahead = _is_beside_a_batch(request)
         self._came = list(self._came)
-        reply = self._merge(request, self._ask(request))
+        replies = self._say_to_all(request)
+        while any(isinstance(reply, Offer) for reply in replies):
+            refusal = self._agree(request)
+            if refusal is None and isinstance(request, (Push, Pull)):
+                # Of before they went back; what another shard said of it may be, too.
+                refusal = Refusal(request.request, "the shards were restarted", rejoin=True)
+            replies = [refusal] if refusal is not None else self._say_to_all(request)
+        reply = self._merge(request, replies)
         if isinstance(request, Push) and not request.wants_view:
             self._at_hand = self._fetched
         return reply
 
-    def _ask(self, request: Request) -> list[Reply]:
-        """What each shard answers."""
+    def _say_to_all(self, request: Request) -> list[Reply]:
+        if isinstance(request, Report):
+            return [self._say(0, request)]
         if isinstance(request, Bye) or (isinstance(request, Pull) and not request.ahead):
             # Shard 0 may keep a Pull waiting; only then are the other slices fetched, to be as fresh. A Bye is said as
             # the process ends, and its threads have ended.
             first = self._say(0, request)
-            others = [] if isinstance(first, Refusal) else range(1, len(self._links))
+            others = [] if isinstance(first, (Refusal, Offer)) else range(1, len(self._links))
             return [first, *(self._say(number, request) for number in others)]
         waiting = [thread.submit(self._say, number, request) for number, thread in enumerate(self._threads, start=1)]
         first = self._say(0, request)
         return [first, *(each.result() for each in waiting)]
+
+    # ---- after a restart -----------------------------------------------------------------------------------------
+
+    def _agree(self, request: Request) -> Refusal | None:
+        """Send all shards back to one generation, the same that any worker would choose; or why there is none.
+
+        Raises ServerLostError.
+        """
+        backoff, waited_s = Backoff(ASK_FIRST_S, ASK_LONGEST_S, request.worker), 0.0
+        answers = self._ask(request)
+        while waited_s < GIVE_UP_S:
+            offers = [answer for answer in answers if isinstance(answer, Offer)]
+            if all(offer.told for offer in offers):
+                return None
+            over = next((each for each in answers if isinstance(each, Refusal) and not each.rejoin), None)
+            if over is not None:
+                return replace(over, request=request.request)
+            if len(offers) == len(answers):
+                chosen = choose(offers)
+                if not chosen:
+                    return Refusal(request.request, _nothing_in_common(offers), rejoin=False)
+                answers = self._ask(request, chosen, newest=max(offer.newest for offer in offers))
+            else:
+                # Who goes on is about to be ended: all shards are restarted together.
+                waited_s += (wait_s := backoff.wait_s())
+                self._pause(wait_s)
+                answers = self._ask(request)
+        raise ServerLostError(f"the shards of the server did not come back together within {GIVE_UP_S:.0f} s")
+
+    def _ask(self, request: Request, chosen: Sequence[int | None] = (), newest: int = 0) -> list[Reply]:
+        """What each shard can go back to; where ``chosen`` says so, after it went back."""
+        self._asked += 1
+        asks = GoBack(request.worker, request.incarnation, -self._asked, newest=newest)
+        generations = chosen or [None] * len(self._links)
+        pairs = zip(self._links, generations, strict=True)
+        return [link.exchange(replace(asks, generation=generation)) for link, generation in pairs]
 
     # ---- one shard -----------------------------------------------------------------------------------------------
 
@@ -114,7 +171,10 @@ class ShardedLink:
         room = self._rooms[1][start:stop]
         self._links[number].receive_into(room)
         reply = self._links[number].exchange(request)
-        if isinstance(reply, Parameters) and reply.view.numel():
+        if not isinstance(reply, Parameters):
+            return reply
+        self._kept[number] = reply.kept
+        if reply.view.numel():
             self._came[number] = (reply.version, reply.life)
             if reply.view.data_ptr() != room.data_ptr():
                 room.copy_(reply.view)
@@ -134,6 +194,7 @@ class ShardedLink:
             version, life = self._at_hand[number]
             encoded = request.encoded and request.encoded.cut(*self._chunks[number])
             part = replace(request, push=request.push[start:stop], view_version=version, life=life, encoded=encoded)
+            part = replace(part, common=self._common)
             if number:
                 return replace(part, generation=self._generation)
             whole, own = (travelling_bytes(each.push, each.encoded) for each in (request, part))
@@ -145,6 +206,11 @@ class ShardedLink:
         if isinstance(request, Bye) and number == 0 and self._final is not None:
             return replace(request, version=self._final.version, rest=self._final.params[stop:])
         return request
+
+    @property
+    def _common(self) -> tuple[int, ...]:
+        common = set.intersection(*map(set, self._kept))
+        return tuple(sorted(common)[-COMMON:])
 
     # ---- all shards ----------------------------------------------------------------------------------------------
 
@@ -196,6 +262,12 @@ class ShardedLink:
 def _is_beside_a_batch(request: Request) -> bool:
     """Whether the worker computes meanwhile, in a pipeline."""
     return (isinstance(request, Push) and not request.wants_view) or (isinstance(request, Pull) and request.ahead)
+
+
+def _nothing_in_common(offers: Sequence[Offer]) -> str:
+    has = [", ".join(map(str, offer.generations)) or "none" for offer in offers]
+    there = "; ".join(f"shard {number} has {numbers}" for number, numbers in enumerate(has))
+    return f"no checkpoint is there, and sound, of all {len(offers)} shards: {there}"
 
 
 def connect(addresses: Sequence[str], layout: Layout, to: Callable[[str], Shard], staging: Staging = IN_PLACE) -> Link:
