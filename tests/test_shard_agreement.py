@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from shards import LAYOUT, Servers, Trainer, check_end, check_run, training, undisturbed_end
+from mortal_shards import LAYOUT, Servers, Trainer, check_end, check_run, training, undisturbed_end
 from torch import Tensor
 
 from danaz.server.checkpoint import complete_numbers

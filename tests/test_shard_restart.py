@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from live import Running, read_updates, until
-from shards import Servers, Trainer, Way, check_end, check_run, training, undisturbed_end
+from mortal_shards import Servers, Trainer, Way, check_end, check_run, training, undisturbed_end
 from torch import Tensor
 
 from danaz.keeper import Keeper, SliceKeeper
@@ -203,9 +203,9 @@ def shard_process(run: Running, shard: int) -> int:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("shard", [0, 1])
-def test_digits_outlives_the_death_of_a_shard(shard: int, tmp_path: Path) -> None:
-    run = Running(tmp_path / "run", "configs/digits.yaml", *ARGUMENTS, *OFTEN)
+@pytest.mark.parametrize(("shard", "more"), [(0, ()), (1, ()), (1, ("--pipeline", "--wire", "onebit"))])
+def test_digits_outlives_the_death_of_a_shard(shard: int, more: tuple[str, ...], tmp_path: Path) -> None:
+    run = Running(tmp_path / "run", "configs/digits.yaml", *ARGUMENTS, *OFTEN, *more)
     try:
         until(lambda: len(read_updates(run.folder)) > 100, "training is under way")
         os.kill(shard_process(run, shard), signal.SIGKILL)
