@@ -38,10 +38,7 @@ class Answers:
         self._waiting: Streams = []
 
     def take(self) -> Streams:
-        """All that wait, in their order; with several shards, views name the checkpoint that holds what they tell.
-
-        And those that this shard has.
-        """
+        """All that wait, in order; views of several shards name the checkpoint that holds them, and all there are."""
         waiting, self._waiting = self._waiting, []
         if self._core.settings.shards == 1:
             return waiting
