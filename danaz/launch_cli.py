@@ -209,7 +209,8 @@ def _play(ready: Launch) -> int:
     elif outcome.exit_code == 0:
         typer.secho("nothing was trained: the command never iterated over danaz.shard(…)", err=True, fg="yellow")
     elif (ready.run / CHECKPOINTS).is_dir():
-        typer.echo(f"to go on from its last checkpoint: danaz launch --resume {ready.run}", err=True)
+        where = " --server-host localhost" if ready.shards_elsewhere else ""  # what they had kept has come here
+        typer.echo(f"to go on from its last checkpoint: danaz launch --resume {ready.run}{where}", err=True)
     return outcome.exit_code
 
 

@@ -93,7 +93,9 @@ def test_one_is_killed_and_all_go_on(run: Run, host: str, name: str) -> None:
 
 def test_what_was_interrupted_is_resumed_here(run: Run) -> None:
     run.launcher.send_signal(signal.SIGINT)
-    assert f"to go on from its last checkpoint: danaz launch --resume {run.folder}" in run.output()
+    assert (
+        f"to go on from its last checkpoint: danaz launch --resume {run.folder} --server-host localhost" in run.output()
+    )
     assert run.kept == []
     assert all([*(run.folder / name).glob("*.json")] for name in ("checkpoints", "checkpoints.1"))
     run.resume()
