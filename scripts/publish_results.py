@@ -25,8 +25,8 @@ def publish(comparison: Path, where: Path) -> int:
     finished = sorted(path.parent for path in (comparison / CELLS).glob("*/summary.json"))
     for cell in finished:
         (where / CELLS / cell.name).mkdir(parents=True, exist_ok=True)
-        for name in KEPT:
-            shutil.copy(cell / name, where / CELLS / cell.name / name)
+        for kept in filter(Path.exists, (cell / name for name in KEPT)):  # no curves of a cell that was published so
+            shutil.copy(kept, where / CELLS / cell.name / kept.name)
     for path in (comparison / "results.csv", *comparison.glob("*.png")):
         shutil.copy(path, where / path.name)
     index = yaml.safe_load((comparison / INDEX).read_text())
