@@ -192,9 +192,14 @@ class ShardedLink:
             return replace(request, params=cut(request.params))
         if isinstance(request, Push):
             version, life = self._at_hand[number]
-            encoded = request.encoded and request.encoded.cut(*self._chunks[number])
-            part = replace(request, push=request.push[start:stop], view_version=version, life=life, encoded=encoded)
-            part = replace(part, common=self._common)
+            part = replace(
+                request,
+                push=request.push[start:stop],
+                encoded=request.encoded and request.encoded.cut(*self._chunks[number]),
+                view_version=version,
+                life=life,
+                common=self._common,
+            )
             if number:
                 return replace(part, generation=self._generation)
             whole, own = (travelling_bytes(each.push, each.encoded) for each in (request, part))
