@@ -289,8 +289,11 @@ class Compressor:
         self._next = torch.zeros(size)  # and if the push that is under way is applied
         self._under_way = False
 
-    def compress(self, push: Tensor, epoch: float) -> Encoded | None:
-        """Encode ``push`` f32[P] with what is kept; it becomes what the receiver decodes. None before its time."""
+    def compress(self, push: Tensor, epoch: float, absent: Spans = ()) -> Encoded | None:
+        """Encode ``push`` f32[P] with what is kept; it becomes what the receiver decodes. None before its time.
+
+        In ``absent`` spans the receiver heeds nothing, and what is kept there stays.
+        """
         if epoch < self.first_epoch:
             return None
         chunks = []
@@ -301,6 +304,9 @@ class Compressor:
             self.codec.decode(data, sent)
             kept.sub_(sent)
             chunks.append(data)
+        for start, stop in absent:
+            self._next[start:stop] = self.residual[start:stop]
+            push[start:stop].zero_()
         self._under_way = True
         return Encoded(self.codec.name, sum(map(len, chunks)), tuple(chunks))
 

@@ -74,7 +74,7 @@ class Portion:
 
     batch: int
     samples: int  # of the whole batch
-    here: int  # of this rank's part
+    here: int  # of this rank's part; 0: what it is given is another rank's, and does not count
 
     @property
     def weight(self) -> float:
@@ -85,26 +85,23 @@ class Portion:
 class LeaseSampler:
     """A batch sampler for a DataLoader: this rank's part of each batch, as long as ``take`` gives batch numbers.
 
-    What it hands out is noted in ``portions``, in the order in which the loader will deliver. A part without samples
-    is noted, but nothing is handed out for it; ``skip`` is called when it is the only one under way.
+    What it hands out is noted in ``portions``, in the order in which the loader will deliver. A rank for which a short
+    batch has no sample gets the batch's first one, with weight zero: its loop then runs as every other rank's, so that
+    schedulers, gradient scalers, random numbers and the script's own collectives stay in step.
     """
 
-    def __init__(self, batching: Batching, share: Share, take: Callable[[], int | None], skip: Callable[[], None]):
+    def __init__(self, batching: Batching, share: Share, take: Callable[[], int | None]):
         self.batching = batching
         self.share = share
         self.portions: deque[Portion] = deque()
         self._take = take
-        self._skip = skip
 
     def __iter__(self) -> Iterator[list[int]]:
         while (batch := self._take()) is not None:
             indices = self.batching.indices(batch)
             part = self.share.of(indices)
             self.portions.append(Portion(batch, len(indices), len(part)))
-            if len(part):
-                yield part.tolist()
-            elif len(self.portions) == 1:
-                self._skip()  # nothing is under way before it: the next batch number may depend on its step
+            yield (part if len(part) else indices[:1]).tolist()
 
 
 def batching_of(loader: DataLoader[Any], workers: int, seed: int) -> Batching:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+Spans = tuple[tuple[int, int], ...]  # (start, stop) each, ascending, without overlap
+
 SLICE_FLOATS = 1 << 18  # 1 MB: what travels, and what a rule passes over, while it is in cache
 
 
@@ -139,6 +141,41 @@ def chunks_of_shards(size: int, shards: int) -> list[list[tuple[int, int]]]:
     return [[(at + start, at + stop) for start, stop in chunks(end - at)] for at, end in shard_spans(size, shards)]
 
 
+def parts(start: int, stop: int, absent: Spans) -> Iterator[tuple[int, int, bool]]:
+    """(start, stop, whether it is absent) of the pieces of a slice that lie in ``absent`` spans, or between them."""
+    for first, last in absent:
+        first, last = max(first, start), min(last, stop)
+        if first >= last:
+            continue
+        if start < first:
+            yield start, first, False
+        yield first, last, True
+        start = last
+    if start < stop:
+        yield start, stop, False
+
+
+def present(start: int, stop: int, absent: Spans) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the pieces of a slice that lie in no ``absent`` span."""
+    return ((first, last) for first, last, is_absent in parts(start, stop, absent) if not is_absent)
+
+
+def common_spans(each: Sequence[Spans]) -> Spans:
+    """What lies in all of several sets of spans."""
+    first, *others = each
+    for spans in others:
+        first = tuple(
+            (start + low, start + high) for start, stop in first for low, high in spans_within(spans, start, stop)
+        )
+    return first
+
+
+def spans_within(spans: Spans, start: int, stop: int) -> Spans:
+    """What of ``spans`` lies in this slice, counted from its start."""
+    inside = ((max(first, start) - start, min(last, stop) - start) for first, last in spans)
+    return tuple((first, last) for first, last in inside if first < last)
+
+
 def _spans(sizes: Sequence[int]) -> tuple[tuple[int, int], ...]:
     if any(size < 0 for size in sizes):
         raise ValueError("a negative size")
@@ -203,37 +240,77 @@ class FlatModel:
         )
         device = self.trained[0].device
         self.params = torch.empty(0, device=device)  # f32[P]
-        self.grads = torch.zeros(self.layout.size, device=device)  # f32[P]
+        # Ranks sum both at once: whether each parameter has a gradient, and the gradients.
+        flags = -(-len(self.trained) // ALIGNED_FLOATS) * ALIGNED_FLOATS
+        self.summed = torch.zeros(flags + self.layout.size, device=device)  # f32[flags + P]
+        self.grads = self.summed[flags:]  # f32[P]
+        self.has_gradient = [False] * len(self.trained)  # of each parameter, as gathered last
         self.decayed = torch.empty(self.layout.size, device=device)  # f32[P], for the gradient with its weight decay
         self.grad_views = [entry.of(self.grads) for entry in self.layout.parameters]
+        self._homes: list[int] = []  # the address of each parameter in ``params``
         self.make_room(0)
 
     def make_room(self, floats: int) -> Tensor:
         """Move the parameters into a longer vector f32[P + floats], which is returned: they are its beginning."""
         whole = torch.empty(self.layout.size + floats, device=self.params.device)
         self.params = whole[: self.layout.size]
-        for p, entry in zip(self.trained, self.layout.parameters, strict=True):
+        self._homes = [0] * len(self.trained)
+        self.bring_home()
+        return whole
+
+    def bring_home(self) -> None:
+        """Move parameters whose memory was replaced (``p.data = …``) back into the flat vector, with their new values.
+
+        Raises RuntimeError if one is of another shape, type or device now.
+        """
+        for number, (p, home) in enumerate(zip(self.trained, self._homes, strict=True)):
+            if p.data_ptr() == home:
+                continue
+            entry = self.layout.parameters[number]
             view = entry.of(self.params)
+            if p.shape != view.shape or p.dtype != view.dtype or p.device != view.device:
+                raise RuntimeError(
+                    f"parameter {entry.name} was {view.dtype} of shape {tuple(view.shape)} on {view.device} when "
+                    f"DistributedOptimizer was made, and is {p.dtype} of shape {tuple(p.shape)} on {p.device} now. "
+                    "Move and convert the model before you wrap the optimizer."
+                )
             view.copy_(p.data)
             p.data = view
-        return whole
+            self._homes[number] = view.data_ptr()
 
     def gather_gradients(self, indices: range) -> None:
         """Bring the gradients of these parameters into the flat vector, wherever autograd or the user put them.
 
-        A gradient of None, which ``zero_grad()`` leaves behind for a parameter the loss does not use, is zero.
+        A parameter whose gradient is None counts as zero in the vector, and keeps its None: it makes no step.
         """
         strays, homes = [], []
         for number in indices:
             p, view = self.trained[number], self.grad_views[number]
+            self.has_gradient[number] = p.grad is not None
             if p.grad is None:
                 view.zero_()
-            elif p.grad is not view:
+                continue
+            if p.grad is not view:
                 strays.append(p.grad)
                 homes.append(view)
             p.grad = view
         if strays:
             torch._foreach_copy_(homes, strays)
+
+    @property
+    def absent(self) -> Spans:
+        """(start, stop) of what had no gradient when it was gathered last; torch leaves such parameters alone."""
+        if all(self.has_gradient):
+            return ()
+        spans: list[tuple[int, int]] = []
+        for entry, has_gradient in zip(self.layout.parameters, self.has_gradient, strict=True):
+            if has_gradient or not entry.size:
+                continue
+            if spans and spans[-1][1] == entry.start:
+                spans[-1] = (spans[-1][0], entry.stop)
+            else:
+                spans.append((entry.start, entry.stop))
+        return tuple(spans)
 
     def buffers(self) -> Tensor:
         """A copy of the model's floating-point buffers, f32[B]."""

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from danaz.data import Batching, LeaseSampler, Portion, Share, batching_of, read_ahead, rebuild
-from danaz.optimizer import DistributedOptimizer, effective_lr, weight_decays
+from danaz.flat import Spans
+from danaz.optimizer import DistributedOptimizer, Verdict, effective_lr, weight_decays
 from danaz.pace import telling
 from danaz.run_folder import RunFolder
 from danaz.server.core import ServerCore
@@ -47,7 +48,6 @@ class Session:
         self._batching: Batching | None = None
         self._portion: Portion | None = None  # of the batch being computed
         self._share = Share()
-        self._samples_for_all = 0  # so many in a batch, and each rank of an all-reduce world has one
         self._scales_lr = False
         atexit.register(self._close)
 
@@ -77,7 +77,7 @@ class Session:
         if self._optimizer is not None:
             raise NotInitializedError("danaz trains one model a process: DistributedOptimizer was made already")
         self._optimizer = optimizer
-        optimizer.connect(self._push)
+        optimizer.connect(self)
 
     # ---- joining -------------------------------------------------------------------------------------------------
 
@@ -144,7 +144,6 @@ class Session:
         worker_of_rank[self.group.rank] = self.place.worker
         self.group.wait(self.group.sum_async(worker_of_rank, "workers"))
         workers = worker_of_rank.tolist()
-        self._samples_for_all = self.settings.workers * max(map(workers.count, workers))
         mine = [rank for rank, worker in enumerate(workers) if worker == self.place.worker]
         return Share(self.place.worker, self.settings.workers, mine.index(self.group.rank), len(mine))
 
@@ -157,19 +156,15 @@ class Session:
         elif batching_of(loader, self._machines_per_batch, self.settings.seed) != self._batching:
             raise ValueError("danaz.shard: this loader has another size, batch size or order than the run began with")
         assert self._batching is not None
-        sampler = LeaseSampler(
-            self._batching, self._share, lambda: self._take(epoch), lambda: self._step_without_samples(sampler)
-        )
+        sampler = LeaseSampler(self._batching, self._share, lambda: self._take(epoch))
         while self._more_in(epoch):
             for batch in rebuild(loader, sampler):
-                self._step_without_samples(sampler)
                 self._begin(sampler.portions.popleft())
                 yield batch
-            self._step_without_samples(sampler)
 
     def _more_in(self, epoch: int) -> bool:
         """Whether a batch of this epoch (or one left over from before) is at hand, if need be after waiting for one."""
-        self._check_stepped()
+        self._pass_over_unstepped()
         if not self.worker.batches.waiting and not self.worker.done:
             self.worker.pull()
         return self._next_epoch <= epoch
@@ -184,42 +179,44 @@ class Session:
         return self.worker.batches.begin() if self._next_epoch <= epoch else None
 
     def _begin(self, portion: Portion) -> None:
-        self._check_stepped()
+        self._pass_over_unstepped()
         self._portion = portion
         self.optimizer.exchange.weight = portion.weight
 
-    def _check_stepped(self) -> None:
+    def _pass_over_unstepped(self) -> None:
+        """A batch that the loop has left without a step counts as used, on all ranks alike."""
         if self._portion is not None:
-            raise RuntimeError(
-                f"batch {self._portion.batch} was not followed by optimizer.step(). One batch of danaz.shard is one "
-                "update: to make updates larger, raise the loader's batch_size; to save memory, split the batch in "
-                "your loop and use backward_passes_per_step."
-            )
+            self.optimizer.pass_over()
 
-    def _step_without_samples(self, sampler: LeaseSampler) -> None:
-        """Take part in the updates of batches of which this rank has no sample."""
-        while sampler.portions and not sampler.portions[0].here:
-            self._begin(sampler.portions.popleft())
-            self.optimizer.step()
-            # The mean gradient is here now; a loop that clears gradients behind its own steps would add to it.
-            self.optimizer.zero_grad()
+    def is_edited(self) -> bool:
+        """See Updates."""
+        return self.worker.is_edited()
 
-    def _push(self, grad: Tensor, lr: list[float], loss: Loss) -> None:
-        """What optimizer.step() ends in."""
+    def push(self, grad: Tensor, absent: Spans, lr: list[float], loss: Loss, verdict: Verdict) -> None:
+        """See Updates."""
+        portion = self._end_batch()
+        if verdict.edited and self.worker.replicated:
+            self.group.broadcast(edited_params=self.optimizer.flat.params)  # each rank may have made its own edit
+        self.worker.push(grad, self._applied_lr(lr), portion.samples, loss, portion.batch, absent)
+
+    def skip(self) -> None:
+        """See Updates."""
+        self.worker.skip(self._end_batch().batch, self._applied_lr(self.optimizer.rates))
+
+    def _end_batch(self) -> Portion:
         portion, self._portion = self._portion, None
         if portion is None:
             raise RuntimeError("optimizer.step() was called twice for one batch, or outside of danaz.shard")
-        applied_lr = effective_lr(
+        return portion
+
+    def _applied_lr(self, lr: list[float]) -> list[float]:
+        return effective_lr(
             lr,
             epoch=self.worker.metrics.epoch,
             workers=self.settings.workers,
             warmup_epochs=self.settings.warmup_epochs,
             scales_lr=self._scales_lr,
         )
-        if portion.samples < self._samples_for_all:
-            # A rank without samples did not run the loop that may have clipped the mean gradient.
-            self.group.broadcast(final_grads=grad)
-        self.worker.push(grad, applied_lr, portion.samples, loss, portion.batch)
 
     # ---- the end -------------------------------------------------------------------------------------------------
 
@@ -227,6 +224,11 @@ class Session:
         """See danaz.torch.finish."""
         if self.finished or self._worker is None:
             return
+        if self.optimizer.was_passed_over and not self.optimizer.was_stepped:
+            raise RuntimeError(
+                "optimizer.step() was never called, so nothing was trained. Call it once for each batch of "
+                "danaz.shard, on the optimizer that danaz.DistributedOptimizer returned."
+            )
         self._worker.leave()
         self.finished = True
         if self._worker.ends_early:

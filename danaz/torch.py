@@ -98,11 +98,13 @@ def DistributedOptimizer(
     """Let the cluster carry out ``optimizer``, a torch.optim.SGD over (some of) the parameters of ``model``.
 
     Each ``step()`` averages the gradient over this worker's ranks, pushes it, and puts the next view into the model.
-    ``step(loss=loss)`` adds the loss to the run's records. To change gradients before a step (clipping, say), call
-    ``synchronize()`` first. Raises UnsupportedOptimizerError, with the reason, for what DANA cannot stand in for.
+    When ``backward()`` has returned, every ``p.grad`` is the worker's mean gradient: clip, unscale or log it as ever.
+    ``step(loss=loss)`` adds the loss to the run's records. A batch that is not followed by ``step()`` counts as used.
+    Raises UnsupportedOptimizerError, with the reason, for what DANA cannot stand in for.
     """
     session = _session()
-    wrapped = _DistributedOptimizer(optimizer, model, session.group, backward_passes_per_step)
+    replicated = session.place.server is None
+    wrapped = _DistributedOptimizer(optimizer, model, session.group, backward_passes_per_step, replicated)
     session.adopt(wrapped)
     return wrapped
 

@@ -90,21 +90,13 @@ def test_uneven_parts() -> None:
     assert [Portion(0, 10, here).weight for here in (4, 3, 0)] == [0.4, 0.3, 0.0]
 
 
-def test_a_part_without_samples_is_noted_and_passed_over() -> None:
-    batches, skipped = deque([0, 1, 2, 3]), []
+def test_a_rank_without_samples_computes_on_the_first_one_with_weight_zero() -> None:
+    batches = deque([0, 1, 2, 3])
     batching = Batching(samples=5, batch_size=3, shuffle=False)  # batches of 3 and 2 samples
-
-    def skip() -> None:
-        skipped.append(sampler.portions.popleft())
-
-    sampler = LeaseSampler(batching, Share(rank=2, ranks=3), lambda: batches.popleft() if batches else None, skip)
-    assert list(sampler) == [[2], [2]]
+    sampler = LeaseSampler(batching, Share(rank=2, ranks=3), lambda: batches.popleft() if batches else None)
+    assert list(sampler) == [[2], [3], [2], [3]]
     assert list(sampler.portions) == [Portion(0, 3, 1), Portion(1, 2, 0), Portion(2, 3, 1), Portion(3, 2, 0)]
-    assert skipped == []
-    batches.append(1)
-    sampler.portions.clear()
-    assert list(sampler) == []
-    assert skipped == [Portion(1, 2, 0)]  # nothing was under way before it
+    assert sampler.portions[1].weight == 0
 
 
 # ---- loaders --------------------------------------------------------------------------------------------------------
@@ -143,7 +135,7 @@ def test_a_loader_says_how_it_batches() -> None:
 def test_a_rebuilt_loader_keeps_what_the_user_chose() -> None:
     loader = DataLoader(DATA, batch_size=4, num_workers=2, prefetch_factor=3, timeout=7, collate_fn=len)
     assert read_ahead(loader) == 1 + 2 * 3
-    sampler = LeaseSampler(Batching(10, 4), Share(), lambda: None, lambda: None)
+    sampler = LeaseSampler(Batching(10, 4), Share(), lambda: None)
     rebuilt = rebuild(loader, sampler)
     for name in ("dataset", "num_workers", "prefetch_factor", "timeout", "collate_fn", "pin_memory"):
         assert getattr(rebuilt, name) == getattr(loader, name)

@@ -87,10 +87,12 @@ class TestModelInAVector:
         plain, model = net(), net()
         flat = FlatModel(model)
         expected = 2 * torch.cat([g.reshape(-1) for g in gradients(plain)])
-        flat.gather_gradients(range(len(flat.trained)))
         for _ in range(2):
             model(batch()).square().sum().backward()
+            flat.gather_gradients(range(len(flat.trained)))
+            assert all(p.grad is view for p, view in zip(flat.trained, flat.grad_views, strict=True))
         assert torch.allclose(flat.grads, expected)
+        assert flat.absent == ()
 
     def test_a_parameter_that_the_loss_does_not_use_has_gradient_zero(self):
         model = net()
@@ -101,6 +103,8 @@ class TestModelInAVector:
         flat.gather_gradients(range(len(flat.trained)))
         assert flat.grads[:108].tolist() == [1] * 108
         assert flat.grads[108:].tolist() == [0] * (len(flat.grads) - 108)
+        assert flat.absent == ((108, len(flat.grads)),)
+        assert model[0].bias.grad is None, "torch tells a gradient of zero from none"
 
     def test_only_some_gradients_are_gathered(self):
         """Bucket by bucket, while backward still runs."""

@@ -19,7 +19,6 @@ from loops import (
     make_plain_sgd,
     make_sgd,
     make_sgd_of_groups,
-    never_zero,
     schedule_each_step,
     train_with_torch,
     use_a_parameter_now_and_then,
@@ -37,7 +36,6 @@ import atexit, os, sys
 from pathlib import Path
 
 import torch
-from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader
 
 import danaz.session
@@ -76,7 +74,7 @@ def train(name, make, step, passes=1, channels_last=False, **options):
         torch.nn.init.ones_(model.last.weight)  # rank 0's parameters are everyone's
     if channels_last:
         model.to(memory_format=torch.channels_last)
-    optimizer = DistributedOptimizer(make(model), model, session.group, passes)
+    optimizer = DistributedOptimizer(make(model), model, session.group, passes, replicated=True)
     session.adopt(optimizer)
     session.epochs = EPOCHS
     loader = DataLoader(Noted(out / f"{{name}}.{{ranks.rank}}"), batch_size=BATCH, shuffle=True, **options)
@@ -93,18 +91,6 @@ def train(name, make, step, passes=1, channels_last=False, **options):
 
 
 results = {{name: train(name, **options) for name, options in variations().items()}}
-
-# A second backward pass that nobody announced must not be summed twice.
-model = make_net()
-optimizer = DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, ranks)
-x, y = make_data()[:5]
-loss = mse_loss(model(x), y)
-loss.backward(retain_graph=True)
-try:
-    loss.backward()
-except RuntimeError as error:
-    results["second backward"] = str(error)
-optimizer.synchronize()
 results["name"] = ranks.name
 torch.save(results, out / f"results.{{ranks.rank}}")
 close()
@@ -116,7 +102,6 @@ def variations() -> dict[str, dict[str, object]]:
     every_step = {
         step.__name__: {"make": make_sgd_of_groups, "step": step, "passes": 1 + (step.__name__ == "in_two_passes")}
         for step in STEPS
-        if step is not never_zero  # a rank without samples forgets what it has accumulated
     }
     usual = {"make": make_sgd, "step": usual_step}
     return {
@@ -145,7 +130,6 @@ def test_ranks_that_share_a_batch_equal_one_rank(collective: str, tmp_path: Path
     )
     ranks = [torch.load(tmp_path / f"results.{rank}") for rank in range(RANKS)]
     assert [rank["name"] for rank in ranks] == [collective] * RANKS
-    assert all("backward_passes_per_step=K" in rank["second backward"] for rank in ranks)
     assert sum(rank["now and then"][1] for rank in ranks) > 0, "every part used all parameters: nothing was tried"
     for name, options in variations().items():
         first, *others = [rank[name][0] for rank in ranks]
@@ -162,7 +146,10 @@ def test_ranks_that_share_a_batch_equal_one_rank(collective: str, tmp_path: Path
             assert sum(fetched.values()) == EPOCHS * (SAMPLES // BATCH * BATCH), name
             assert max(fetched.values()) <= EPOCHS, name
         else:
-            assert fetched == {str(sample): EPOCHS for sample in range(SAMPLES)}, name
+            # The last batch has two samples for three ranks: the third computes on the first one's, with weight zero.
+            assert fetched.keys() == {str(sample) for sample in range(SAMPLES)}, name
+            assert min(fetched.values()) >= EPOCHS, name
+            assert sum(fetched.values()) == EPOCHS * (SAMPLES + 1), name
 
 
 WAITING = """

@@ -307,14 +307,96 @@ def test_two_steps_for_one_batch() -> None:
         batches.close()
 
 
-def test_a_step_that_is_missing() -> None:
+def test_batches_that_are_added_up_without_a_step() -> None:
+    """torch would make one step of several batches; one batch is one update here, and that must be said."""
     model = make_net()
     with alone() as session:
         adopt(session, model, make_sgd(model))
         batches = session.shard(DataLoader(make_data(), batch_size=BATCH), 0)
-        next(batches)
-        with pytest.raises(RuntimeError, match=r"batch 0 was not followed by optimizer\.step\(\)"):
-            next(batches)
+        x, y = next(batches)
+        mse_loss(model(x), y).backward()
+        x, y = next(batches)
+        with pytest.raises(RuntimeError, match=r"not followed by optimizer\.step\(\).*raise the loader's batch_size"):
+            mse_loss(model(x), y).backward()
+
+
+def test_a_loop_that_never_steps() -> None:
+    model = make_net()
+    with alone() as session:
+        adopt(session, model, make_sgd(model))
+        session.epochs = 1
+        for _ in session.shard(DataLoader(make_data(), batch_size=BATCH), 0):
+            pass
+        with pytest.raises(RuntimeError, match=r"optimizer\.step\(\) was never called"):
+            session.finish()
+
+
+def test_a_skipped_batch_counts_as_used() -> None:
+    model = make_net()
+    with alone() as session:
+        optimizer = adopt(session, model, make_sgd(model))
+        session.epochs = 1
+        for number, (x, y) in enumerate(session.shard(DataLoader(make_data(), batch_size=BATCH), 0)):
+            if number != 1:
+                usual_step(model, optimizer, x, y)
+        session.finish()
+        summary = session.worker._link.core.summary()
+        assert (summary["updates"], summary["skipped_batches"], summary["epochs"]) == (2, 1, 1.0)
+
+
+def test_the_wrapped_optimizer_is_not_to_step() -> None:
+    model = make_net()
+    with alone() as session:
+        sgd = make_sgd(model)
+        adopt(session, model, sgd)
+        with pytest.raises(RuntimeError, match="on the one that DistributedOptimizer returned"):
+            sgd.step()
+
+
+@pytest.mark.parametrize("on_the_wrapped_one", [True, False])
+def test_parameters_that_come_later(on_the_wrapped_one: bool) -> None:
+    model = make_net()
+    with alone() as session:
+        sgd = torch.optim.SGD(model.last.parameters(), lr=0.1)
+        optimizer = adopt(session, model, sgd)
+        chosen = sgd if on_the_wrapped_one else optimizer
+        with pytest.raises(UnsupportedOptimizerError, match="freeze those that are to train later"):
+            chosen.add_param_group({"params": list(model.convolution.parameters())})
+        assert len(optimizer.param_groups) == len(sgd.param_groups) == 1
+
+
+def test_a_momentum_that_changes_is_refused_with_the_cure() -> None:
+    model = make_net()
+    with alone() as session:
+        optimizer = adopt(session, model, make_sgd(model))
+        x, y = next(session.shard(DataLoader(make_data(), batch_size=BATCH), 0))
+        optimizer.param_groups[0]["momentum"] = 0.85
+        with pytest.raises(UnsupportedOptimizerError, match="cycle_momentum=False"):
+            usual_step(model, optimizer, x, y)
+
+
+def test_a_saved_optimizer_state() -> None:
+    """Its rates are taken over; its momentum, which would be lost, is refused."""
+    source, model = make_net(), make_net()
+    sgd = make_sgd(source)
+    sgd.param_groups[0]["lr"] = 0.07
+    with alone() as session:
+        optimizer = adopt(session, model, make_sgd(model))
+        optimizer.load_state_dict(sgd.state_dict())
+        assert optimizer.rates == [0.07]
+        usual_step(source, sgd, *make_data()[:5])
+        with pytest.raises(UnsupportedOptimizerError, match="momentum buffers"):
+            optimizer.load_state_dict(sgd.state_dict())
+
+
+def test_memory_that_does_not_fit_any_more() -> None:
+    model = make_net()
+    with alone() as session:
+        optimizer = adopt(session, model, make_sgd(model))
+        x, y = next(session.shard(DataLoader(make_data(), batch_size=BATCH), 0))
+        model.double()
+        with pytest.raises(RuntimeError, match=r"convert the model before you wrap the optimizer"):
+            usual_step(model, optimizer, x.double(), y.double())
 
 
 def test_shard_without_an_optimizer() -> None:

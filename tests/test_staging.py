@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from danaz.codecs import Compressor, push_codec
-from danaz.flat import SLICE_FLOATS, FlatModel, chunks
-from danaz.optimizer import DistributedOptimizer
+from danaz.flat import SLICE_FLOATS, FlatModel, Spans, chunks
+from danaz.optimizer import DistributedOptimizer, Verdict
 from danaz.rules import Context, WorkerRule, find_algorithm
 from danaz.rules.base import Vectors
 from danaz.server.core import ServerCore
@@ -210,11 +210,17 @@ class Live:
             link = connect(addresses, layout, dealer, staging)
             self.worker = Worker(SoloGroup(), self.optimizer.flat, 4, core, link, pipelined=pipelined)
             self.worker.sync_period = rule.worker_rule.sync_period
-            self.optimizer.connect(self.push)
+            self.optimizer.connect(self)
             self.train()
 
-    def push(self, grad: Tensor, lr: list[float], loss: Loss) -> None:
-        self.worker.push(grad, lr, 1, loss, self.worker.batches.begin())
+    def is_edited(self) -> bool:
+        return self.worker.is_edited()
+
+    def push(self, grad: Tensor, absent: Spans, lr: list[float], loss: Loss, verdict: Verdict) -> None:
+        self.worker.push(grad, lr, 1, loss, self.worker.batches.begin(), absent)
+
+    def skip(self) -> None:
+        raise AssertionError("every batch makes a step")
 
     def train(self) -> None:
         self.worker.join(bring_params=True)

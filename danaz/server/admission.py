@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from math import inf, isfinite
 
 import torch
@@ -96,6 +97,9 @@ def why_not_push(push: Push, member: Member, job: Job, leases: Leases, life: int
         return "push was computed on another view than the last one sent"
     if push.push.numel() != job.layout.size or len(push.lr) != len(job.layout.groups):
         return "push has the wrong size"
+    ends = [0, *chain.from_iterable(push.absent), job.layout.size]
+    if any(start > stop for start, stop in pairwise(ends)):
+        return "push leaves out spans that are not in order, or not of the model"
     rates_fit = all(0 <= lr <= MAX_LR for lr in push.lr)
     if not (rates_fit and push.samples >= 0 and isfinite(push.loss or 0.0) and is_finite(push)):
         return NOT_FINITE

@@ -262,6 +262,8 @@ class ServerCore:
         elif isinstance(message, Push):
             self._push(member, message, repeated, now)
         elif isinstance(message, Pull):
+            for batch in () if repeated else message.skipped:
+                self._skip(member, batch)
             if message.ahead:
                 self._answers.view(member, ahead=True)
             else:
@@ -279,6 +281,22 @@ class ServerCore:
                 member.said_bye = True
                 self.whole.hear(message)
             self._answers.note(member)
+
+    def _skip(self, member: Member, batch: int) -> None:
+        """``batch`` counts as used, without an update."""
+        if self.leases.holds(member.worker, batch):
+            self.leases.complete(member.worker, batch)
+            self.figures.skipped_batches += 1
+
+    def edit(self, displacement: Tensor) -> None:
+        """Add ``displacement`` f32[P] to the parameters, by which the script of this very process has moved its view.
+
+        That is no update and takes no version.
+        """
+        self.master.params.add_(displacement)
+        for member in self.members.values():
+            if member.view is not None:
+                member.view.add_(displacement)
 
     def _sound(self, vector: Tensor) -> bool:
         """Whether a leaving worker's vector may count. One of a diverged model may not, but its worker still leaves."""

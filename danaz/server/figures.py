@@ -50,6 +50,7 @@ class Figures:
     updated_at: float | None = None
     restarts: int = 0  # of the server
     lost_updates: int = 0  # that a restart took back
+    skipped_batches: int = 0  # that made no step, because a script or its GradScaler said so
 
     def count(self, update: Update, now: float) -> None:
         self.updates += 1
@@ -109,5 +110,6 @@ class Figures:
             "refusals": dict(self.refusals),
             "restarts": self.restarts,
             "lost_updates": self.lost_updates,
+            "skipped_batches": self.skipped_batches,
             **self.reported,
         }

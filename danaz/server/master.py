@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from danaz.codecs import FP32, Codec
-from danaz.flat import Layout, chunks
+from danaz.flat import Layout, Spans, chunks, present
 from danaz.rules import Context, Rule
 from danaz.server.gap import Layers
 from danaz.server.members import Member
@@ -65,22 +65,23 @@ class Master:
     def _zeros(self, names: tuple[str, ...]) -> dict[str, Tensor]:
         return {name: torch.zeros_like(self._params) for name in names}
 
-    def apply(self, push: Tensor, lr: tuple[float, ...], member: Member, lag: int) -> None:
-        """Apply one update at the rates ``lr`` (one a group), in place.
+    def apply(self, push: Tensor, lr: tuple[float, ...], member: Member, lag: int, absent: Spans = ()) -> None:
+        """Apply one update at the rates ``lr`` (one a group), in place; parameters in ``absent`` spans make no step.
 
         ``push`` f32[P] may be overwritten, and must stay until the parameters or the next view were asked for.
         """
         self._apply_up_to(self.layout.size)
         self.max_lr = tuple(map(max, self.max_lr, lr))
-        self._applying = self._apply(push, self._contexts(member, lr, lag), self._vectors(member))
+        self._applying = self._apply(push, self._contexts(member, lr, lag), self._vectors(member), absent)
         self._applied = 0
         self.version, self.lr = self.version + 1, lr
 
-    def _apply(self, push: Tensor, contexts: list[Context], vectors: dict[str, Tensor]) -> Iterator[int]:
-        for group, start, stop in self.layout.slices():
-            own, shared = cut(vectors, start, stop), cut(self.shared, start, stop)
-            self.rule.apply(self._params[start:stop], push[start:stop], own, shared, contexts[group])
-            yield stop
+    def _apply(self, push: Tensor, contexts: list[Context], vectors: dict[str, Tensor], absent: Spans) -> Iterator[int]:
+        for group, begin, end in self.layout.slices():
+            for start, stop in present(begin, end, absent):
+                own, shared = cut(vectors, start, stop), cut(self.shared, start, stop)
+                self.rule.apply(self._params[start:stop], push[start:stop], own, shared, contexts[group])
+            yield end
 
     def _apply_up_to(self, stop: int) -> None:
         while self._applied < stop:
@@ -91,15 +92,21 @@ class Master:
         self._apply_up_to(self.layout.size)
 
     def apply_round(
-        self, pushes: Sequence[tuple[Tensor, float]], lr: tuple[float, ...], members: Sequence[Member], lag: int
+        self,
+        pushes: Sequence[tuple[Tensor, float]],
+        lr: tuple[float, ...],
+        members: Sequence[Member],
+        lag: int,
+        absent: Spans = (),
     ) -> None:
-        """Apply what all ``members`` of a round pushed, each with its weight, as one update."""
+        """Apply what all ``members`` of a round pushed, each with its weight, as one update; ``absent`` as above."""
         self._apply_up_to(self.layout.size)
         self.max_lr = tuple(map(max, self.max_lr, lr))
         contexts = self._contexts(members[-1], lr, lag)
         vectors = [self._vectors(member) for member in members]
         slices = self.layout.layers() if self.rule.per_layer else self.layout.slices()
-        for group, start, stop in slices:
+        pieces = ((group, *piece) for group, begin, end in slices for piece in present(begin, end, absent))
+        for group, start, stop in pieces:
             parts = [(push[start:stop], weight) for push, weight in pushes]
             owns, shared = [cut(own, start, stop) for own in vectors], cut(self.shared, start, stop)
             self.rule.apply_round(self._params[start:stop], parts, owns, shared, contexts[group])

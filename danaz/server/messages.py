@@ -71,6 +71,7 @@ class Push:
     elsewhere: int = 0  # to shard 0: bytes that the others' slices of ``push`` take on the wire
     generation: int = 0  # to the others: of shard 0's newest checkpoint, as it said
     common: tuple[int, ...] = ()  # to shards: the newest two checkpoints that all of them have, as they said
+    absent: tuple[tuple[int, int], ...] = ()  # (start, stop) of parameters without a gradient, which make no step
     square: float | None = field(default=None, metadata=LOCAL)  # ‖push‖², if it was summed while the push arrived
     encoded: Encoded | None = field(default=None, metadata=LOCAL)  # how ``push`` travels; None: as it is
 
@@ -88,6 +89,7 @@ class Pull:
     incarnation: int
     request: int
     ahead: bool = False  # it still computes on the view before, and will push what comes of it
+    skipped: tuple[int, ...] = ()  # batches that made no step, such as after an overflow: they count as used
 
 
 @dataclass(frozen=True)

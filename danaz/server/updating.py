@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from danaz.flat import common_spans
 from danaz.server.figures import Update
 from danaz.server.members import Member
 from danaz.server.messages import Push
@@ -23,9 +24,9 @@ def update_by(core: ServerCore, parts: Sequence[Push]) -> Update:
     samples = sum(p.samples for p in parts)
     if master.rule.barrier:
         weighted = [(p.push, p.samples / max(1, samples)) for p in parts]
-        master.apply_round(weighted, last.lr, members, lag)
+        master.apply_round(weighted, last.lr, members, lag, common_spans([p.absent for p in parts]))
     else:
-        master.apply(last.push, last.lr, member, lag)
+        master.apply(last.push, last.lr, member, lag, last.absent)
     for m, p in zip(members, parts, strict=True):
         m.lr, m.updates, m.applied_request, m.lag, m.gap = last.lr, m.updates + 1, p.request, lag, gap
         for batch in p.batches:

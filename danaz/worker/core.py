@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from danaz.codecs import Compressor
-from danaz.flat import Layout
+from danaz.flat import Layout, Spans, parts
 from danaz.rules import Context, WorkerRule
 from danaz.server.master import all_finite
 from danaz.server.messages import (
@@ -117,6 +117,7 @@ class WorkerCore:
         self._steps: list[LocalStep] = []  # since the last push
         self._loss: Tensor | None = None  # f64[1], of the push that is made, to be read when it is there
         self._undecided = 0  # request number of a push that the server has not spoken of yet
+        self.applied = False  # whether the last push was, as far as is known
 
     def _zeros(self, device: torch.device | str) -> dict[str, Tensor]:
         return {name: torch.zeros(self.role.layout.size, device=device) for name in self.rule.worker_state}
@@ -164,51 +165,77 @@ class WorkerCore:
             )
         )
 
-    def local_step(self, step: LocalStep, params: Tensor, grad: Tensor) -> None:
-        """Move ``params`` f32[P] by one mini-batch, on this worker alone; the next push tells of it."""
+    def local_step(self, step: LocalStep, params: Tensor, grad: Tensor | None, absent: Spans = ()) -> None:
+        """Move ``params`` f32[P] by one mini-batch, on this worker alone; the next push tells of it.
+
+        Parameters in ``absent`` spans stay; without a gradient, all do.
+        """
         if self._state != "joined" or self._outstanding is not None:
             raise ProtocolError(f"worker {self.role.worker} cannot step while {self._state}, or while it waits")
-        out = torch.empty_like(grad)
-        for start, stop in self._displace(out, grad, step.lr):
-            params[start:stop].add_(out[start:stop])
+        if grad is not None:
+            out = torch.empty_like(grad)
+            for start, stop in self._displace(out, grad, step.lr, absent):
+                params[start:stop].add_(out[start:stop])
         self._steps.append(step)
+
+    def edit(self, params: Tensor) -> Tensor | None:
+        """By how much ``params`` f32[P] were changed since they became the view at hand; None if they were not.
+
+        After local steps, a push tells of changes together with them: then there is nothing to tell.
+        """
+        if self._view is None or self._steps:
+            return None
+        self.staging.catch_up()  # and no sooner: the push cannot be sent before the batch is computed anyway
+        view = self._view.params.to(params.device)
+        if self._own is not None:
+            view = view + self._own.to(params.device)
+        if torch.equal(params, view) or not all_finite(view):
+            return None
+        return params - view
 
     def push(
         self,
-        grad: Tensor,
+        grad: Tensor | None,
         lr: Sequence[float],
         samples: int,
         loss: Loss,
         batch: int,
         params: Tensor | None = None,
         wants_view: bool = True,
+        absent: Spans = (),
+        edit: Tensor | None = None,
     ) -> Push:
-        """Push what the rule makes of the gradient f32[P] of ``batch``, computed on the last view received.
+        """Push what the rule makes of the gradient f32[P] of a batch, computed on the last view received.
 
-        After local steps, the push tells of all of them: ``params`` f32[P] are where these have led.
+        After local steps, the push tells of all of them: ``params`` f32[P] are where these have led, and the last batch
+        may have no gradient. Parameters in ``absent`` spans make no step. A displacement takes ``edit`` f32[P] along.
         """
         number = self._next("push", "joined")
         assert self._view is not None
         assert wants_view or self.fetched is not None, "without a view, nothing can be computed next"
-        out, outbox = self._work_out(grad, tuple(lr), self._view.params, params)
-        steps, who = [*self._steps, LocalStep(batch, tuple(lr), samples, loss)], self.role
+        step, who = LocalStep(batch, tuple(lr), samples, loss), self.role
+        out, outbox = self._work_out(grad, step, self._view.params, params, absent, edit)
+        steps = [*self._steps, step]
+        if self.compressor is None and self.rule.pushes != "gradient":
+            absent = ()  # what it pushes is zero there, but for an edit
         encoded = None
         if self.compressor is not None:
             self.staging.settle()
             sent = outbox.to("cpu")
-            encoded = self.compressor.compress(sent, self.epoch)
+            encoded = self.compressor.compress(sent, self.epoch, absent)
             out = outbox = sent.to(outbox.device)
         push = Push(
             worker=who.worker,
             incarnation=who.incarnation,
             request=number,
             view_version=self._view.version,
-            lr=tuple(lr),
-            samples=sum(step.samples for step in steps),
-            loss=self._mean([step.loss for step in steps if step.loss is not None]),
-            batch=batch,
+            lr=step.lr,
+            samples=sum(each.samples for each in steps),
+            loss=self._mean([each.loss for each in steps if each.loss is not None]),
+            batch=step.batch,
             push=outbox,
-            earlier=tuple(step.batch for step in self._steps),
+            earlier=tuple(each.batch for each in self._steps),
+            absent=absent,
             life=self._view.life,
             wants_view=wants_view,
             encoded=encoded,
@@ -232,12 +259,28 @@ class WorkerCore:
             params.add_(self._own.to(params.device))
 
     def _work_out(
-        self, grad: Tensor, lr: tuple[float, ...], view: Tensor, params: Tensor | None
+        self,
+        grad: Tensor | None,
+        step: LocalStep,
+        view: Tensor,
+        params: Tensor | None,
+        absent: Spans,
+        edit: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """The push f32[P], and where the link takes it, to which it is on its way slice after slice."""
-        out = torch.empty_like(grad)
+        slices: Iterator[tuple[int, int]]
+        if grad is None:
+            assert params is not None
+            assert self._steps, "without a gradient, a push tells of local steps"
+            out = torch.zeros_like(params)
+            slices = ((start, stop) for _, start, stop in self.role.layout.slices(self.staging.slice_floats))
+        else:
+            out = torch.empty_like(grad)
+            slices = self._displace(out, grad, step.lr, absent)
         outbox = self.staging.outbox(out)
-        for start, stop in self._displace(out, grad, lr):
+        for start, stop in slices:
+            if edit is not None and self.rule.pushes == "displacement":
+                out[start:stop].add_(edit[start:stop])
             if self.rule.pushes == "parameters" or self._steps:
                 assert params is not None
                 out[start:stop].add_(params[start:stop])
@@ -254,32 +297,43 @@ class WorkerCore:
         self._loss = self.staging.lift(mean.reshape(1))
         return None
 
-    def _displace(self, out: Tensor, grad: Tensor, lr: tuple[float, ...]) -> Iterator[tuple[int, int]]:
+    def _displace(self, out: Tensor, grad: Tensor, lr: tuple[float, ...], absent: Spans) -> Iterator[tuple[int, int]]:
         """What the rule makes of one gradient, into ``out`` f32[P]: (start, stop) of each slice as it is there.
 
-        Behind the last slice, the rule's vectors have tentatively moved on.
+        In ``absent`` spans that is nothing, and the rule's vectors stay as they are. After the last slice, the vectors
+        have tentatively moved on.
         """
         new = self._spare.pop()
         contexts = [Context(*rates, 0.0, 0, self.version, 0) for rates in zip(lr, self._current_lr, strict=True)]
-        for group, start, stop in self.role.layout.slices(self.staging.slice_floats):
-            context = contexts[group]
-            old = _cut(self._current, start, stop)
-            self.rule.push(out[start:stop], grad[start:stop], old, _cut(new, start, stop), context)
-            yield start, stop
+        for group, begin, end in self.role.layout.slices(self.staging.slice_floats):
+            for start, stop, is_absent in parts(begin, end, absent):
+                old = _cut(self._current, start, stop)
+                if is_absent:
+                    out[start:stop].zero_()
+                    for name, vector in old.items():
+                        new[name][start:stop] = vector
+                else:
+                    self.rule.push(out[start:stop], grad[start:stop], old, _cut(new, start, stop), contexts[group])
+            yield begin, end
         if self._current is not self._committed:
             self._spare.append(self._current)
         self._current, self._current_lr = new, lr
 
-    def pull(self, ahead: bool = False) -> Pull:
-        """Ask for batches when none are left at hand; or ``ahead`` for the view to compute on after the next push."""
+    def pull(self, ahead: bool = False, skipped: Sequence[int] = ()) -> Pull:
+        """Ask for batches when none are left at hand; or ``ahead`` for the view to compute on after the next push.
+
+        It tells the server of batches that were ``skipped``: they count as used, without a step.
+        """
         number = self._next("pull", "joined")
         self._ahead = ahead
-        return self._ask(Pull(self.role.worker, self.role.incarnation, number, ahead))
+        return self._ask(Pull(self.role.worker, self.role.incarnation, number, ahead, tuple(skipped)))
 
-    def leave(self, buffers: Tensor) -> Leave:
-        """Leave in good order, with the batch-norm statistics f32[B]."""
-        number = self._next("leave", "joined")
-        return self._ask(Leave(self.role.worker, self.role.incarnation, number, self.given_back(), buffers, self.done))
+    def leave(self, buffers: Tensor, edit: Tensor | None = None) -> Leave:
+        """Leave in good order, with the batch-norm statistics f32[B], and with the last ``edit`` f32[P]."""
+        number, given = self._next("leave", "joined"), self.given_back()
+        if edit is not None:
+            given = self.staging.lift(edit) if given is None else given.add_(edit.to(given.device))
+        return self._ask(Leave(self.role.worker, self.role.incarnation, number, given, buffers, self.done))
 
     def report(self, figures: dict[str, float | str | None]) -> Report:
         """Send figures for summary.json."""
@@ -323,8 +377,9 @@ class WorkerCore:
                 self._keep(View(reply.version, reply.life, reply.view))
             # A push whose answer was lost may have been applied before this worker was given up and joined anew.
             applied = reply.applied if isinstance(request, Push) else reply.last_applied == self._undecided != 0
-            parts = [part for part in reply.parts if (part[2] == self._undecided != 0) != applied]
-            self._commit(applied, [(start, stop) for start, stop, _ in parts])
+            differing = [part for part in reply.parts if (part[2] == self._undecided != 0) != applied]
+            self.applied = applied
+            self._commit(applied, [(start, stop) for start, stop, _ in differing])
             if isinstance(request, Push):
                 self._in_doubt = not applied
         elif isinstance(reply, Refusal):

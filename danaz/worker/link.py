@@ -35,11 +35,25 @@ class ServerLostError(ConnectionError):
     """The server did not answer for too long."""
 
 
+class EditedError(RuntimeError):
+    """The script has changed parameters, and the algorithm's messages cannot carry that to the server."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "parameters were changed outside of optimizer.step(), and the workers of this algorithm push gradients, "
+            "which cannot carry the change to the server. Use an algorithm whose workers push displacements, such as "
+            "dana; or change parameters before the training only"
+        )
+
+
 class Link(Protocol):
     """A way to a server."""
 
     def exchange(self, request: Request) -> Reply:
         """Send a request, wait for its reply. Raises ServerLostError."""
+
+    def edit(self, displacement: Tensor) -> None:
+        """Add ``displacement`` f32[P] to the server's parameters. Raises EditedError."""
 
     def close(self) -> None:
         """Free what it holds."""
@@ -88,6 +102,10 @@ class DealerLink:
             f"the server at {self._address} did not answer for {self._give_up_s:.0f} s; is it still running there"
             + (", and is this worker's key one of its run's?" if self._keys else "?")
         )
+
+    def edit(self, displacement: Tensor) -> None:
+        """Raises EditedError: a gradient that is pushed cannot carry it."""
+        raise EditedError
 
     def _send(self, request: Request) -> zmq.MessageTracker:
         """Hand a request to ZeroMQ; what is returned says when the last of it has left for the network."""
@@ -181,6 +199,10 @@ class LocalLink:
             if answers(reply, request):
                 return reply
         raise ServerLostError("a lone worker waits for others that will never come")
+
+    def edit(self, displacement: Tensor) -> None:
+        """As Link has it."""
+        self.core.edit(displacement)
 
     def close(self) -> None:
         self._on_close()

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from danaz.codecs import travelling_bytes
-from danaz.flat import Layout, chunks_of_shards, shard_spans
+from danaz.flat import Layout, chunks_of_shards, shard_spans, spans_within
 from danaz.server.gap import Layers
 from danaz.server.master import all_finite
 from danaz.server.messages import Bye, Final, GoBack, Join, Leave, Offer, Parameters, Pull, Push, Refusal, Reply, Report
 from danaz.server.offering import choose
 from danaz.worker.core import Backoff, Request
-from danaz.worker.link import GIVE_UP_S, Link, ServerLostError
+from danaz.worker.link import GIVE_UP_S, EditedError, Link, ServerLostError
 from danaz.worker.staging import IN_PLACE, Staging
 
 NO_BUFFERS = torch.empty(0)
@@ -196,6 +196,7 @@ class ShardedLink:
                 request,
                 push=request.push[start:stop],
                 encoded=request.encoded and request.encoded.cut(*self._chunks[number]),
+                absent=spans_within(request.absent, start, stop),
                 view_version=version,
                 life=life,
                 common=self._common,
@@ -256,6 +257,10 @@ class ShardedLink:
             for layer, square in zip(layers, answer.squares, strict=True):
                 squares[layer] += square
         return tuple(squares)
+
+    def edit(self, displacement: Tensor) -> None:
+        """Raises EditedError: a gradient that is pushed cannot carry it."""
+        raise EditedError
 
     def close(self) -> None:
         for link in self._links:

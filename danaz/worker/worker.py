@@ -15,7 +15,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from danaz.flat import FlatModel
+from danaz.flat import FlatModel, Spans
 from danaz.server.messages import Bye, Final, Join, Leave, Parameters, Push, Refusal, Reply, Report
 from danaz.worker.core import LocalStep, Loss, Request, WorkerCore
 from danaz.worker.group import Group
@@ -101,11 +101,11 @@ class Worker:
         self._core = core
         self._link = link
         self.pipeline = Pipeline(self._exchange) if pipelined and core is not None else None
-        self._replicated = replicated or group.size == 1
+        self.replicated = replicated or group.size == 1
         # What all ranks must hear travels behind the view, so that one broadcast brings both.
         news_floats = 2 * (NEWS + ahead)  # two to an f64
-        self._whole = flat.make_room(0 if self._replicated else news_floats + flat.layout.size % 2)
-        self._news: Tensor | None = None if self._replicated else self._whole[-news_floats:].view(torch.float64)
+        self._whole = flat.make_room(0 if self.replicated else news_floats + flat.layout.size % 2)
+        self._news: Tensor | None = None if self.replicated else self._whole[-news_floats:].view(torch.float64)
         self._heard: list[float] = []  # the news, on the rank that speaks: it need not wait for what it says to others
         self._since = perf_counter()
         self._ready = self._since  # when the last request was there to be sent: until then the device computed
@@ -114,10 +114,17 @@ class Worker:
         """Enter the run; returns when training starts, with the first view in the model."""
         self._ask(lambda core: core.join(core.staging.lift(self.flat.params) if bring_params else None))
 
-    def push(self, grad: Tensor, lr: Sequence[float], samples: int, loss: Loss, batch: int) -> None:
+    def is_edited(self) -> bool:
+        """Whether the script has changed parameters since the last step; only the rank that speaks can tell."""
+        return self._core is not None and self._core.edit(self.flat.params) is not None
+
+    def push(
+        self, grad: Tensor | None, lr: Sequence[float], samples: int, loss: Loss, batch: int, absent: Spans = ()
+    ) -> None:
         """Push the mean gradient f32[P] of ``batch``, and put the next view into the model.
 
-        Between two pushes of a ``sync_period``, step alone instead.
+        Parameters in ``absent`` spans make no step; without a gradient, none does. Between two pushes of a
+        ``sync_period``, step alone instead. Raises EditedError where an edit of the parameters cannot be carried.
         """
         self.batches.end(batch)
         if self.pipeline is not None and self._core is not None:
@@ -125,25 +132,51 @@ class Worker:
         began = perf_counter()
         self._local_steps += 1
         if self._local_steps < self.sync_period and self.batches.any:
-            self._step_locally(LocalStep(batch, tuple(lr), samples, loss), grad)
+            self._step_locally(LocalStep(batch, tuple(lr), samples, loss), grad, absent)
         else:
             self._local_steps = 0
             if self._core is not None:
+                edit = self._carried_edit()
                 params = self.flat.params
-                self._push(lambda core, wants: core.push(grad, lr, samples, loss, batch, params, wants), batch)
+                self._push(
+                    lambda core, wants: core.push(grad, lr, samples, loss, batch, params, wants, absent, edit),
+                    batch,
+                    edit,
+                )
             self._share()
         computed = began if self.pipeline is not None else max(began, self._ready)
         self.metrics.computing_s += computed - self._since
         self._since = perf_counter()
         self.metrics.exchanging_s += self._since - computed
 
-    def _push(self, make: Callable[[WorkerCore, bool], Push], batch: int) -> None:
+    def skip(self, batch: int, lr: Sequence[float]) -> None:
+        """``batch`` makes no step: it counts as used, and nothing is pushed for it."""
+        if self._local_steps:
+            self.push(None, lr, 0, None, batch)
+            return
+        self.batches.end(batch)
+        self._pipeline_end()
+        self._ask(lambda core: core.pull(skipped=(batch,)))
+
+    def _carried_edit(self) -> Tensor | None:
+        """What the script has changed in the parameters since the last step, for the push; or the server has it now."""
+        assert self._core is not None
+        edit = self._core.edit(self.flat.params)
+        if edit is None or self._core.rule.pushes != "gradient":
+            return edit
+        assert self._link is not None
+        self._link.edit(edit)
+        return None
+
+    def _push(self, make: Callable[[WorkerCore, bool], Push], batch: int, edit: Tensor | None) -> None:
         """Push ``batch``, and go on with the view of the answer or, in a pipeline, the one that was fetched ahead."""
         assert self._core is not None
         fetched = self._pipeline_end()
         others = () if fetched is None else tuple(other for other in fetched.leases if other != batch)
-        if self.pipeline is None or fetched is None or fetched.done or not others:
+        if self.pipeline is None or fetched is None or fetched.done or not others or edit is not None:
             self._take(self._view_from(lambda core: make(core, True)))
+            if edit is not None and not self._core.applied:
+                self.flat.params.add_(edit)  # it goes with the next push
             return
         push = make(self._core, False)
         self._take(replace(fetched, leases=others))
@@ -152,10 +185,10 @@ class Worker:
     def _pipeline_end(self) -> Parameters | None:
         return None if self.pipeline is None else self.pipeline.end()
 
-    def _step_locally(self, step: LocalStep, grad: Tensor) -> None:
+    def _step_locally(self, step: LocalStep, grad: Tensor | None, absent: Spans) -> None:
         if self._core is not None:
-            self._core.local_step(step, self.flat.params, grad)
-        if not self._replicated:
+            self._core.local_step(step, self.flat.params, grad, absent)
+        if not self.replicated:
             self.group.broadcast(params=self.flat.params)
 
     def pull(self) -> None:
@@ -166,19 +199,21 @@ class Worker:
     def leave(self) -> None:
         """Give back and put the trained model, θ with the mean batch-norm buffers, into every rank's model."""
         self._pipeline_end()
+        self.flat.bring_home()
         buffers = self.flat.buffers()
         if self.group.size > 1:
             handle = self.group.sum_async(buffers, "buffers")
             self.group.wait(handle)
             buffers /= self.group.size
         if self._core is not None:
-            final = self._exchange(lambda core: core.leave(buffers))
+            edit = self._core.edit(self.flat.params)
+            final = self._exchange(lambda core: core.leave(buffers, edit))
             if not isinstance(final, Final):
                 raise RefusedError(f"the server answered a worker's leave with {type(final).__name__}")
             self.flat.params.copy_(final.params)
             buffers, self.metrics.diverged = final.buffers, final.diverged
             self.metrics.version = final.version
-        if not self._replicated:
+        if not self.replicated:
             self.group.broadcast(params=self.flat.params, buffers=buffers)
         self.flat.load_buffers(buffers)
 
@@ -200,8 +235,12 @@ class Worker:
 
     def _ask(self, request: Callable[[WorkerCore], Request]) -> None:
         """One exchange that ends with a new view in every rank's model."""
+        self.flat.bring_home()
         if self._core is not None:
+            edit = self._core.edit(self.flat.params)
             self._take(self._view_from(request))
+            if edit is not None:
+                self.flat.params.add_(edit)  # what the script has changed outlives a new view, and goes with a push
         self._share()
 
     def _view_from(self, request: Callable[[WorkerCore], Request]) -> Parameters:
@@ -224,7 +263,7 @@ class Worker:
 
     def _share(self) -> None:
         """All ranks go on with rank 0's view; what comes after it is fetched while they compute."""
-        if not self._replicated:
+        if not self.replicated:
             self.group.broadcast(view_and_news=self._whole)
         self._unpack()
         if self.pipeline is not None and not self.pipeline.busy and self.batches.any and not self.done:
