@@ -72,7 +72,7 @@ def launch(
     ] = 0,
     collective: options.Collective = "auto",
     warmup_epochs: Annotated[
-        float | None, typer.Option(min=0, help="Epochs over which lr rises from lr/N (default 5; for scripts)")
+        float | None, typer.Option(min=0, help="Epochs over which lr rises from lr/N to lr (scripts; default: none)")
     ] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Seed of sample order (for scripts; configs have their own)")

@@ -165,9 +165,8 @@ def prepare(params: Mapping[str, Any], named: Collection[str], command: Sequence
         return _ready(options, config, [])
     if options.overrides:
         raise LaunchError("--set changes a config, and a script has none; pass its own arguments behind --")
-    warmup_epochs = 5.0 if options.warmup_epochs is None else options.warmup_epochs
     training = {"algorithm": "dana", **options.training}
-    settings = Settings(**training, warmup_epochs=warmup_epochs, seed=options.seed or 0)
+    settings = Settings(**training, warmup_epochs=options.warmup_epochs or 0.0, seed=options.seed or 0)
     return _ready(options, settings, command)
 
 

@@ -154,7 +154,18 @@ def _prepare(
     plan, invitations = make_plan(errand, settings, cluster, run, manner)
     if "command" in values:
         values = {**asdict(settings), **values}
-    return Launch(run, values, plan, cluster.reach, policy, notes, invitations)
+    return Launch(run, values, plan, cluster.reach, policy, [*notes, *rate_notes(settings)], invitations)
+
+
+def rate_notes(settings: Settings) -> list[str]:
+    """What the cluster makes of the learning rate of the script or config, in a sentence each."""
+    workers, epochs = settings.workers, settings.warmup_epochs
+    notes = []
+    if is_all_reduce(settings) and workers > 1:
+        notes.append(f"learning rate: {settings.algorithm} multiplies it by {workers}, the number of workers")
+    if epochs and workers > 1:
+        notes.append(f"learning rate: it rises from 1/{workers} to its full size over the first {epochs:g} epochs")
+    return notes
 
 
 def check_workers(settings: Settings) -> None:

@@ -283,7 +283,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self.exchange = GradientExchange(self.flat, group, backward_passes_per_step, alike=replicated)
         self._group = group
         self._replicated = replicated and group.size > 1
-        self._wrapped = optimizer
+        self.wrapped = optimizer
         self._updates: Updates | None = None
         self.was_stepped = self.was_passed_over = False  # whether a batch was ever followed by step(), or by none
         self._watches: list[Any] = []  # handles of the hooks that look for a skipped batch's gradient
@@ -300,8 +300,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
             )
 
         step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # a scheduler of either optimizer is fine
-        self._wrapped.step = step  # type: ignore[assignment, method-assign]
-        self._wrapped.add_param_group = self.add_param_group  # type: ignore[method-assign]
+        self.wrapped.step = step  # type: ignore[assignment, method-assign]
+        self.wrapped.add_param_group = self.add_param_group  # type: ignore[method-assign]
 
     def connect(self, updates: Updates) -> None:
         """Send what ``step`` produces to ``updates``."""
@@ -366,7 +366,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
             grad = decayed_gradient(self.flat, self.param_groups)
             self._updates.push(grad, self.flat.absent, verdict.lr, verdict.loss, verdict)
         # A scheduler made for the wrapped optimizer asks whether that one has stepped.
-        self._wrapped._opt_called = True  # type: ignore[attr-defined]
+        self.wrapped._opt_called = True  # type: ignore[attr-defined]
         return result
 
     def pass_over(self) -> None:

@@ -18,6 +18,7 @@ from danaz.flat import Spans
 from danaz.optimizer import DistributedOptimizer, Verdict, effective_lr, weight_decays
 from danaz.pace import telling
 from danaz.run_folder import RunFolder
+from danaz.schedulers import follow
 from danaz.server.core import ServerCore
 from danaz.server.messages import Heartbeat
 from danaz.settings import Place, Settings
@@ -49,6 +50,9 @@ class Session:
         self._portion: Portion | None = None  # of the batch being computed
         self._share = Share()
         self._scales_lr = False
+        self.in_loop = False  # the script is in its loop over batches
+        self.own_batches = 0  # that this process has computed
+        self._loader_batches = 1  # of an epoch, as the script's own loader counts
         atexit.register(self._close)
 
     @property
@@ -67,6 +71,11 @@ class Session:
     def epoch(self) -> float:
         """The cluster's, as this worker last heard of it."""
         return 0.0 if self._worker is None else self._worker.metrics.epoch
+
+    @property
+    def ticks(self) -> float:
+        """See schedulers.Clock."""
+        return self.epoch * self._loader_batches
 
     @property
     def over(self) -> bool:
@@ -114,6 +123,9 @@ class Session:
         self._worker.sync_period = rule.worker_rule.sync_period
         self.group.broadcast(first_params=optimizer.flat.params)
         self._worker.join(bring_params=everyone_alike or self.place.worker == 0)
+        self._loader_batches = len(loader)
+        one_worker = self.place.server is None or self.settings.workers == 1
+        follow([optimizer, optimizer.wrapped], self, one_worker=one_worker)
         if self.place.guest:
             self._worker.is_asked_to_end = note_ending_signals()
 
@@ -157,10 +169,14 @@ class Session:
             raise ValueError("danaz.shard: this loader has another size, batch size or order than the run began with")
         assert self._batching is not None
         sampler = LeaseSampler(self._batching, self._share, lambda: self._take(epoch))
-        while self._more_in(epoch):
-            for batch in rebuild(loader, sampler):
-                self._begin(sampler.portions.popleft())
-                yield batch
+        try:
+            self.in_loop = True
+            while self._more_in(epoch):
+                for batch in rebuild(loader, sampler):
+                    self._begin(sampler.portions.popleft())
+                    yield batch
+        finally:
+            self.in_loop = False
 
     def _more_in(self, epoch: int) -> bool:
         """Whether a batch of this epoch (or one left over from before) is at hand, if need be after waiting for one."""
@@ -207,6 +223,7 @@ class Session:
         portion, self._portion = self._portion, None
         if portion is None:
             raise RuntimeError("optimizer.step() was called twice for one batch, or outside of danaz.shard")
+        self.own_batches += 1
         return portion
 
     def _applied_lr(self, lr: list[float]) -> list[float]:

@@ -20,6 +20,7 @@ FLOORS = {
     "danaz.flat": 0,
     "danaz.codecs": 0,
     "danaz.schedule": 0,
+    "danaz.schedulers": 0,
     "danaz.config": 0,
     "danaz.keys": 2,
     "danaz.server.messages": 1,

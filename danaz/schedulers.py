@@ -1,0 +1,130 @@
+"""torch's learning-rate schedulers, moved by the cluster's progress.
+
+A script steps its scheduler after each of its own batches, of which each of N workers has about 1/N, or after each
+epoch. What it was tuned for is the whole run's course. So a scheduler that is stepped within the loop over batches is
+brought to where one worker would be that had made all the cluster's steps: `step()` is called as often as that takes,
+which is right for every scheduler, whatever it computes its rates from. One that is stepped between epochs already
+follows the cluster, whose epochs these are; a worker that comes back in mid-run catches up on those that are over.
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import isclose
+from typing import Any, Protocol
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+
+class UnsupportedSchedulerError(TypeError):
+    """A scheduler that cannot follow the cluster's progress."""
+
+
+class Clock(Protocol):
+    """How far the cluster and this worker are."""
+
+    in_loop: bool  # the script is in the loop over batches
+    own_batches: int  # that this worker has computed, since its process began
+
+    @property
+    def epoch(self) -> float:
+        """Of the cluster."""
+
+    @property
+    def ticks(self) -> float:
+        """Batches of the script's own loader that the cluster has computed."""
+
+
+@dataclass
+class _Follower:
+    """One scheduler, and how far it has been moved."""
+
+    clock: Clock
+    moved: int = 0  # steps since its process began
+    calls: int = 0  # of the script, in the loop over batches
+
+    def step(self, scheduler: LRScheduler, step: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        clock = self.clock
+        if args or kwargs:
+            step(scheduler, *self._explicit(scheduler, *args, **kwargs))
+            return
+        if not clock.in_loop:
+            self._move(scheduler, step, 1)
+            return
+        self.calls += 1
+        # A script that steps at every second batch, say, does so for the whole cluster.
+        calls_per_batch = min(1.0, self.calls / max(1, clock.own_batches))
+        early = self.calls > clock.own_batches  # before the optimizer's step
+        target = int(clock.ticks * calls_per_batch + 1e-6) + early
+        self._move(scheduler, step, max(0, target - self.moved))
+
+    def catch_up(self, scheduler: LRScheduler, step: Callable[..., None]) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
+            self._move(scheduler, step, int(self.clock.epoch))
+
+    def _move(self, scheduler: LRScheduler, step: Callable[..., None], steps: int) -> None:
+        self.moved += steps
+        for _ in range(steps):
+            step(scheduler)
+
+    def _explicit(self, scheduler: LRScheduler, epoch: float | None = None) -> tuple[float | None]:
+        """An epoch that the script has worked out, of its own batches or of the cluster's."""
+        own = epoch is not None and self.clock.in_loop and not isclose(epoch, self.clock.epoch, abs_tol=1e-6)
+        if own and epoch != int(epoch or 0):
+            return (self.clock.epoch,)  # epochs as a fraction, such as CosineAnnealingWarmRestarts takes
+        if own:
+            raise UnsupportedSchedulerError(
+                f"{type(scheduler).__name__}.step({epoch}) within the loop over batches: this worker's own count says "
+                "nothing of the cluster's. Call step() without an argument, or step(danaz.progress())"
+            )
+        return (epoch,)
+
+
+_followers: weakref.WeakKeyDictionary[LRScheduler, _Follower] = weakref.WeakKeyDictionary()
+
+
+def follow(optimizers: Sequence[Optimizer], clock: Clock, *, one_worker: bool) -> None:
+    """Let all schedulers of these optimizers follow ``clock``, and catch up on epochs that are over.
+
+    Raises UnsupportedSchedulerError for one that cycles the momentum, or that several workers would each feed with a
+    figure of their own.
+    """
+    found = [each for each in gc.get_objects() if issubclass(type(each), LRScheduler)]
+    inner = {id(part) for each in found for part in getattr(each, "_schedulers", ())}
+    for scheduler in found:
+        if id(scheduler) in inner or not any(scheduler.optimizer is each for each in optimizers):
+            continue
+        name = type(scheduler).__name__
+        if getattr(scheduler, "cycle_momentum", False):
+            raise UnsupportedSchedulerError(
+                f"{name} cycles the momentum, along which the cluster looks ahead and which is one for the whole run. "
+                f"Make it {name}(…, cycle_momentum=False)"
+            )
+        if isinstance(scheduler, ReduceLROnPlateau):
+            if not one_worker:
+                raise UnsupportedSchedulerError(
+                    "ReduceLROnPlateau would see another figure on each worker, and their rates would drift apart. "
+                    "Use a scheduler of the epoch, such as MultiStepLR or CosineAnnealingLR"
+                )
+            continue
+        _follow(scheduler, clock)
+
+
+def _follow(scheduler: LRScheduler, clock: Clock) -> None:
+    if scheduler in _followers:
+        return
+    kind = type(scheduler)
+    follower = _followers[scheduler] = _Follower(clock)
+
+    def step(self: LRScheduler, *args: Any, **kwargs: Any) -> None:
+        _followers[self].step(self, kind.step, *args, **kwargs)
+
+    # A class of its own, and no attribute of the object: that would become part of its state_dict().
+    scheduler.__class__ = type(kind.__name__, (kind,), {"step": step, "__module__": kind.__module__})
+    follower.catch_up(scheduler, kind.step)
