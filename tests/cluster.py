@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from danaz.flat import Layout
+from danaz.flat import Layout, Spans
 from danaz.server.answers import Replies
 from danaz.server.core import ServerCore
 from danaz.server.figures import Update
@@ -85,6 +85,8 @@ class Cluster:
         *,
         samples: int = 1,
         loss: float | None = 1.0,
+        absent: Spans = (),
+        edit: Tensor | None = None,
     ) -> Reply | None:
         """Push for the first batches the worker holds, one a gradient: all but the last are local steps.
 
@@ -95,8 +97,13 @@ class Cluster:
         core, params = self.workers[worker], self.views[worker].clone()
         batches = self.leases(worker)
         for batch, grad in zip(batches, local, strict=False):
-            core.local_step(LocalStep(batch, rates, 0, loss), params, grad)
-        return self.say(worker, core.push(last, rates, samples, loss, batches[len(local)], params))
+            core.local_step(LocalStep(batch, rates, 0, loss), params, grad, absent)
+        batch = batches[len(local)]
+        return self.say(worker, core.push(last, rates, samples, loss, batch, params, absent=absent, edit=edit))
+
+    def skip(self, worker: int) -> Reply | None:
+        """Make no step for the first batch that the worker holds."""
+        return self.say(worker, self.workers[worker].pull(skipped=self.leases(worker)[:1]))
 
     def pull(self, worker: int) -> Reply | None:
         return self.say(worker, self.workers[worker].pull())

@@ -148,9 +148,10 @@ class Simulation:
         for batch in earlier:
             grad, samples, loss = self._gradient(batch)
             step = LocalStep(batch, tuple(self._lr(worker, batch)), samples, loss)
-            worker.core.local_step(step, self.flat.params, grad)
+            worker.core.local_step(step, self.flat.params, grad, self.flat.absent)
         grad, samples, loss = self._gradient(last)
-        return worker.core.push(grad, self._lr(worker, last), samples, loss, last, self.flat.params, wants_view)
+        lr, params, absent = self._lr(worker, last), self.flat.params, self.flat.absent
+        return worker.core.push(grad, lr, samples, loss, last, params, wants_view, absent)
 
     def _lr(self, worker: SimulatedWorker, batch: int) -> list[float]:
         config = self.config
