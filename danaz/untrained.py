@@ -1,0 +1,58 @@
+"""What a model holds beside the parameters that its optimizer trains: frozen ones, and buffers of any type.
+
+Each process makes its model with random numbers of its own. What the optimizer holds is made equal with the first
+view; this is made equal once, before training, from worker 0's first rank to all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, nn
+
+WORD_BYTES = 4  # of a float32, as which all of it travels
+
+
+class Untrained:
+    """The frozen parameters and buffers of a model, as one vector f32[U] of their raw bytes."""
+
+    def __init__(self, model: nn.Module, trained: Collection[nn.Parameter]):
+        known = {id(p) for p in trained}
+        tensors = [*model.parameters(), *model.buffers()]
+        self._tensors = [t for t in tensors if id(t) not in known and t.numel()]
+        self._words = [-(-t.numel() * t.element_size() // WORD_BYTES) for t in self._tensors]
+
+    @property
+    def size(self) -> int:
+        """U, in float32."""
+        return sum(self._words)
+
+    @torch.no_grad()
+    def packed(self) -> Tensor:
+        """A copy of all of it, f32[U] on the CPU. Its values mean nothing as numbers."""
+        words = torch.zeros(self.size)
+        for room, tensor in self._rooms(words):
+            room.copy_(tensor.detach().contiguous().reshape(-1).view(torch.uint8))
+        return words
+
+    @torch.no_grad()
+    def load(self, words: Tensor) -> None:
+        """The inverse of ``packed``. Raises ValueError for a vector of another size than f32[U]."""
+        if words.numel() != self.size:
+            raise ValueError(
+                f"the model's frozen parameters and buffers take {WORD_BYTES * self.size} bytes here and "
+                f"{WORD_BYTES * words.numel()} on worker 0: all workers must make the same model"
+            )
+        for room, tensor in self._rooms(words):
+            values = room.clone().view(tensor.dtype)
+            tensor.copy_(values.reshape(tensor.shape))
+
+    def _rooms(self, words: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Each tensor with its bytes in ``words`` f32[U]."""
+        rooms, start = [], 0
+        for tensor, count in zip(self._tensors, self._words, strict=True):
+            room = words[start : start + count].view(torch.uint8)
+            rooms.append((room[: tensor.numel() * tensor.element_size()], tensor))
+            start += count
+        return rooms
