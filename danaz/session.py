@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from danaz.data import Batching, LeaseSampler, Portion, Share, batching_of, read_ahead, rebuild
+from danaz.milestones import reach
 from danaz.optimizer import DistributedOptimizer, effective_lr, weight_decays
 from danaz.pace import telling
 from danaz.run_folder import RunFolder
@@ -49,6 +50,7 @@ class Session:
         self._share = Share()
         self._samples_for_all = 0  # so many in a batch, and each rank of an all-reduce world has one
         self._scales_lr = False
+        reach("init")
         atexit.register(self._close)
 
     @property
@@ -78,6 +80,7 @@ class Session:
             raise NotInitializedError("danaz trains one model a process: DistributedOptimizer was made already")
         self._optimizer = optimizer
         optimizer.connect(self._push)
+        reach("optimizer")
 
     # ---- joining -------------------------------------------------------------------------------------------------
 
@@ -114,6 +117,7 @@ class Session:
         self._worker.sync_period = rule.worker_rule.sync_period
         self.group.broadcast(first_params=optimizer.flat.params)
         self._worker.join(bring_params=everyone_alike or self.place.worker == 0)
+        reach("shard")
         if self.place.guest:
             self._worker.is_asked_to_end = note_ending_signals()
 
@@ -229,6 +233,7 @@ class Session:
             return
         self._worker.leave()
         self.finished = True
+        reach("finish")
         if self._worker.ends_early:
             raise SystemExit(128 + signal.SIGTERM)  # what a script does behind its loop is for a run that is over
         self._worker.report({"collective": self.group.name})
@@ -240,6 +245,7 @@ class Session:
         self.worker.report(figures)
 
     def _close(self) -> None:
+        reach("leave")
         if self._worker is not None:
             self._worker.close(in_good_order=self.finished)
         if self.finished:
