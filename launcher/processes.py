@@ -13,6 +13,8 @@ __all__ = ["adopt_orphans", "count_memory_kills", "descendants", "die_with_paren
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 
+VMSTAT = "/proc/vmstat"
+
 # Loaded once here: die_with_parent runs between fork and exec, where nothing may wait for a lock.
 _prctl = ctypes.CDLL(None, use_errno=True).prctl
 
@@ -71,7 +73,7 @@ def send_signal(pids: Iterable[int], signum: signal.Signals) -> None:
 def count_memory_kills() -> int:
     """How many processes of this machine the kernel has killed for want of memory; 0 where it does not say."""
     try:
-        with open("/proc/vmstat", "rb") as file:
+        with open(VMSTAT, "rb") as file:
             lines = file.read().splitlines()
     except OSError:
         return 0
