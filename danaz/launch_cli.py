@@ -211,7 +211,8 @@ def _play(ready: Launch) -> int:
         print_summary(summary, ready.run)
     if summary is not None and summary["complete"]:
         return outcome.exit_code
-    typer.secho("the run is incomplete: it ended before its last batch was trained", err=True, fg="red")
+    lacks = f"{ready.run} has no summary.json" if summary is None else "its last batch was not trained"
+    typer.secho(f"the run is incomplete: {lacks}", err=True, fg="red")
     if (ready.run / CHECKPOINTS).is_dir():
         where = " --server-host localhost" if ready.shards_elsewhere else ""  # what they had kept has come here
         typer.echo(f"to go on from its last checkpoint: danaz launch --resume {ready.run}{where}", err=True)
