@@ -1,8 +1,13 @@
-"""How every command says that it cannot go on."""
+"""How every command says that it cannot go on; and how one speaks that goes on though nobody listens any more."""
 
 from __future__ import annotations
 
-from typing import NoReturn
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn, TextIO
 
 import typer
 
@@ -11,3 +16,42 @@ def fail(error: object) -> NoReturn:
     """Say why on stderr, and end with exit code 2."""
     typer.secho(f"danaz: {error}", err=True, fg="red")
     raise typer.Exit(2)
+
+
+class _Outliving:
+    """A stream whose reader may go away: from then on, what is written to it is lost, and nothing else."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, act: Any) -> None:
+        try:
+            act()
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            # What the stream still holds would fail again when the process ends.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def outliving_readers() -> Iterator[None]:
+    """`… | head` ends neither what is done within, nor changes its exit code."""
+    out, err = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = _Outliving(out), _Outliving(err)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = out, err

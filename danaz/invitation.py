@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from danaz.keys import WorkerKeys, to_json
+from danaz.milestones import MISSING
 from launcher.hosts import parse_hosts
 from launcher.machine import in_url, local_machines
 from launcher.plan import Plan, plan
@@ -117,4 +118,5 @@ def plan_to_join(invitation: Invitation, server: str, slots: int | None, cwd: st
         secrets=[] if invitation.keys is None else [to_json(invitation.keys)],
         machines=local_machines([here]),
         first_worker=invitation.worker,
+        milestones=MISSING,
     )

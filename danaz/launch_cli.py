@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from danaz import options
-from danaz.command import fail
+from danaz.command import fail, outliving_readers
 from danaz.options import machines_option, remote_option
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ FOLDER, CHECKPOINTS = "invitations", "checkpoints"  # within a run folder
 survival_option = partial(typer.Option, rich_help_panel="When things fail")
 
 
+@outliving_readers()
 def launch(
     ctx: typer.Context,
     config: Annotated[
@@ -198,20 +199,24 @@ def doctor(
 def _play(ready: Launch) -> int:
     from danaz.launching import execute
     from danaz.report.tables import print_summary
+    from danaz.run_folder import read_summary
 
     typer.echo(f"run folder: {ready.run}")
     for invitation in ready.invitations:
         typer.echo(f"invitation: {ready.run / FOLDER / invitation.file_name}")
-    outcome, summary = execute(ready, tell=tell)
+    outcome, _ = execute(ready, tell=tell)
     show_outcome(outcome)
+    summary = read_summary(ready.run) if (ready.run / "summary.json").exists() else None
     if summary is not None:
         print_summary(summary, ready.run)
-    elif outcome.exit_code == 0:
-        typer.secho("nothing was trained: the command never iterated over danaz.shard(…)", err=True, fg="yellow")
-    elif (ready.run / CHECKPOINTS).is_dir():
+    if summary is not None and summary["complete"]:
+        return outcome.exit_code
+    lacks = f"{ready.run} has no summary.json" if summary is None else "its last batch was not trained"
+    typer.secho(f"the run is incomplete: {lacks}", err=True, fg="red")
+    if (ready.run / CHECKPOINTS).is_dir():
         where = " --server-host localhost" if ready.shards_elsewhere else ""  # what they had kept has come here
         typer.echo(f"to go on from its last checkpoint: danaz launch --resume {ready.run}{where}", err=True)
-    return outcome.exit_code
+    return outcome.exit_code or 1
 
 
 def tell(sentence: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -15,6 +16,7 @@ from danaz.codecs import push_codec, view_codec
 from danaz.config import Config
 from danaz.invitation import Errand, Invitation, write_invitations
 from danaz.keys import ServerKeys, make_keys, to_json
+from danaz.milestones import MISSING
 from danaz.reach import Reach, find_machines
 from danaz.resuming import write_options
 from danaz.rules import Rule
@@ -24,11 +26,15 @@ from danaz.settings import Settings, server_variable
 from launcher.hosts import Host
 from launcher.logs import Echo
 from launcher.machine import Machine, in_url, is_loopback
-from launcher.plan import ANNOUNCED, PYTHON, Plan, Service, plan, slots_of
+from launcher.plan import ANNOUNCED, PYTHON, Plan, Returns, Service, plan, slots_of
 from launcher.run import Outcome, Tell, run
 from launcher.supervisor import OnFailure, Policy
 
 BEGINS = "DANAZ_TRAINS"  # the server prints it with the first update
+# What a run may bring from another machine. Nothing of it is ever executed, nor decides what is: config.yaml and
+# launch.yaml are written on this machine alone.
+RESULTS = (r"updates\.jsonl", r"summary\.json", r"parameters\.safetensors")
+RECORDINGS = (r"recording\.bin", r"recording\.until-restart\.bin")
 
 
 class LaunchError(ValueError):
@@ -293,7 +299,7 @@ def make_plan(
     travels = {**reach.env, "DANAZ_SETTINGS": settings.to_json(), **errand.env}
     writer = cluster.hosts[0] if all_reduce else reach.server
     run_env = {"DANAZ_RUN": str(run_folder.resolve())} if reach.is_direct(writer) else {}
-    returns = None if reach.is_direct(writer) else "DANAZ_RUN"
+    returns = None if reach.is_direct(writer) else Returns("DANAZ_RUN", RESULTS)
     guarded = not all_reduce and not is_loopback(server_address(cluster)) and not reach.insecure
     server_keys, worker_keys = make_keys(cluster.workers + manner.invite) if guarded else (None, [])
     laid = plan(
@@ -308,6 +314,7 @@ def make_plan(
         secrets=[to_json(keys) for keys in worker_keys[: cluster.workers]],
         machines=cluster.machines,
         run_id=_run_id(run_folder),
+        milestones=MISSING,
     )
     guests = range(cluster.workers, cluster.workers + manner.invite)
     keys = [worker_keys[number] if guarded else None for number in guests]
@@ -332,7 +339,7 @@ def _server(cluster: Cluster, manner: Manner, shard: int, keys: ServerKeys | Non
         f"server.{shard}" if shard else "server",
         [*serve, bind, *options, *["--resume"] * manner.resumes],
         announces=server_variable(shard),
-        returns=None if reach.is_direct(host) and reach.is_direct(reach.server) else "DANAZ_RUN",
+        returns=None if reach.is_direct(host) and reach.is_direct(reach.server) else _returns_of(shard),
         host=host,
         cwd=os.getcwd() if reach.is_direct(host) else reach.cwd,
         secret=None if keys is None else to_json(keys),
@@ -340,6 +347,12 @@ def _server(cluster: Cluster, manner: Manner, shard: int, keys: ServerKeys | Non
         begins=None if shard else BEGINS,
         group="server",
     )
+
+
+def _returns_of(shard: int) -> Returns:
+    """What a shard, or shard 0 for the server itself, leaves in its folder: its checkpoints, and shard 0 the rest."""
+    checkpoints = rf"{re.escape(folder_of(Path(), shard).name)}/[0-9]{{6,9}}\.(?:json|safetensors)"
+    return Returns("DANAZ_RUN", (checkpoints, *(() if shard else RESULTS + RECORDINGS)))
 
 
 def write_folder(launch: Launch) -> None:

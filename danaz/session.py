@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from danaz.data import Batching, LeaseSampler, Portion, Share, batching_of, read_ahead, rebuild
 from danaz.flat import Spans
+from danaz.milestones import reach
 from danaz.optimizer import DistributedOptimizer, Verdict, effective_lr, weight_decays
 from danaz.pace import telling
 from danaz.run_folder import RunFolder
@@ -53,6 +54,7 @@ class Session:
         self.in_loop = False  # the script is in its loop over batches
         self.own_batches = 0  # that this process has computed
         self._loader_batches = 1  # of an epoch, as the script's own loader counts
+        reach("init")
         atexit.register(self._close)
 
     @property
@@ -87,6 +89,7 @@ class Session:
             raise NotInitializedError("danaz trains one model a process: DistributedOptimizer was made already")
         self._optimizer = optimizer
         optimizer.connect(self)
+        reach("optimizer")
 
     # ---- joining -------------------------------------------------------------------------------------------------
 
@@ -126,6 +129,7 @@ class Session:
         self._loader_batches = len(loader)
         one_worker = self.place.server is None or self.settings.workers == 1
         follow([optimizer, optimizer.wrapped], self, one_worker=one_worker)
+        reach("shard")
         if self.place.guest:
             self._worker.is_asked_to_end = note_ending_signals()
 
@@ -248,6 +252,7 @@ class Session:
             )
         self._worker.leave()
         self.finished = True
+        reach("finish")
         if self._worker.ends_early:
             raise SystemExit(128 + signal.SIGTERM)  # what a script does behind its loop is for a run that is over
         self._worker.report({"collective": self.group.name})
@@ -259,6 +264,7 @@ class Session:
         self.worker.report(figures)
 
     def _close(self) -> None:
+        reach("leave")
         if self._worker is not None:
             self._worker.close(in_good_order=self.finished)
         if self.finished:

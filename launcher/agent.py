@@ -7,12 +7,15 @@ It is told everything as JSON lines on stdin, so that no secret stands on a comm
     {"do": "start", "name", "argv", "env", "cwd", …}       {"is": "started", "name", "pid"}
     {"do": "ping"}                                         {"is": "output", "name", "stream", "text"}
     {"do": "signal", "name", "signal": 15}                 {"is": "file", "path", "data", "last"}
-                                                           {"is": "exit", "name", "status", "error"}
+                                                           {"is": "exit", "name", "status", "error", "reached", …}
     {"do": "stop", "grace_s": 5, "keep_files": false}      {"is": "stopping", "why"}
 
 A process that `returns` leaves its files in a folder here, which several may share. They are sent, and the folder goes
 away, when all of them have ended well and at a stop; with `keep_files`, or when the agent ends unasked, they stay for a
 process that goes on from them.
+
+A process with `milestones` finds in DANAZ_MILESTONES the name of a file, to which it adds a line for each one that it
+reaches: its exit tells of them. The last one is "leave", and the exit tells how long before it that came.
 
 A process gets the agent's own environment (on another machine, that of a login there) and over it what its order says.
 
@@ -41,28 +44,33 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from secrets import token_hex
 
-from launcher.channel import READ_BYTES, Channel, Message, bytes_to_text, wait_ready
+from launcher.channel import ORDER_BYTES, READ_BYTES, Channel, Message, bytes_to_text, wait_ready
 from launcher.machine import source_address, this_machine
 from launcher.plan import PYTHON
-from launcher.processes import adopt_orphans, descendants, die_with_parent, reap, send_signal
+from launcher.processes import adopt_orphans, count_memory_kills, descendants, die_with_parent, reap, send_signal
 from launcher.rendezvous import Rendezvous
+from launcher.reports import FILE_PIECE_BYTES, MOST_REACHED, MOST_WORDS, NAME
 from launcher.signals import ENDING_SIGNALS, NotedSignals, noted_signals
 
 GRACE_S = 5.0  # between SIGTERM and SIGKILL, unless told otherwise
 KILL_S = 10.0  # SIGKILL works at once, except on a process that hangs in the kernel (a dead NFS mount, a GPU driver)
-FILE_PIECE_BYTES = 1 << 20
+LEAVING = "leave"  # the milestone of a process that begins to end
+MILESTONES_BYTES = 4096  # of a file of milestones; what is beyond is none
 MAX_PENDING_BYTES = 1 << 22  # output the launcher has not taken yet; from here on the ranks' own pipes fill up
 
 
 class Child:
     """A process we started, and the pipes its output comes through."""
 
-    def __init__(self, name: str, popen: subprocess.Popen[bytes], folder: Path | None) -> None:
+    def __init__(self, name: str, popen: subprocess.Popen[bytes], folder: Path | None, milestones: int | None) -> None:
         assert popen.stdout is not None
         assert popen.stderr is not None
         self.name, self.popen = name, popen
         self.folder = folder  # what it leaves there goes to the launcher
+        self.milestones = milestones  # of the file in which it notes those that it reaches
+        self.memory_kills = count_memory_kills()  # on this machine, before it
         self.pipes = {popen.stdout.fileno(): "stdout", popen.stderr.fileno(): "stderr"}
         for fd in self.pipes:
             os.set_blocking(fd, False)
@@ -72,13 +80,26 @@ class Child:
         for pipe in (self.popen.stdout, self.popen.stderr):
             if pipe is not None:
                 pipe.close()
+        if self.milestones is not None:
+            os.close(self.milestones)
+
+    def last_report(self, status: int) -> Message:
+        """How it ended."""
+        exit = exit_report(self.name, status, None) | {"out_of_memory": count_memory_kills() > self.memory_kills}
+        if self.milestones is not None:
+            lines = os.pread(self.milestones, MILESTONES_BYTES, 0).decode(errors="replace").splitlines()
+            exit["reached"] = [line for line in lines if NAME.fullmatch(line)][:MOST_REACHED]
+            if LEAVING in exit["reached"]:
+                exit["leaving_s"] = max(0.0, time.time() - os.fstat(self.milestones).st_mtime)
+        return exit
 
 
 class Agent:
     """A loop over stdin, the children's output and signals. It blocks nowhere else, so it always notices its end."""
 
-    def __init__(self, channel: Channel, signals: NotedSignals) -> None:
-        self.channel, self.signals = channel, signals
+    def __init__(self, channel: Channel, signals: NotedSignals, folder: Path) -> None:
+        """`folder` is its own, for as long as it lives; it need not exist."""
+        self.channel, self.signals, self.folder = channel, signals, folder
         self.grace_s = GRACE_S
         self.children: dict[int, Child] = {}  # pid -> child, until it has exited
         self.stop_reason: str | None = None
@@ -163,13 +184,14 @@ class Agent:
     def _start(self, order: Message) -> None:
         if self.stop_reason is not None:
             return
-        name, folder = order["name"], None
+        name = order["name"]
         secret = keep_in_memory(order["secret"])
         try:
             folder = own_folder(order["folder"]) if order["returns"] else None
+            notes = self._new_file(name) if order["milestones"] else None
             popen = subprocess.Popen(
                 [sys.executable if word == PYTHON else word for word in order["argv"]],
-                env=environment(order, folder, secret),
+                env=environment(order, folder, secret, notes),
                 pass_fds=secret,
                 cwd=order["cwd"],
                 stdin=subprocess.DEVNULL,
@@ -183,13 +205,20 @@ class Agent:
         except (OSError, ValueError) as error:
             # the shell's exit codes: 127 not found, 126 found but not to be run
             status = 127 if isinstance(error, FileNotFoundError) else 126
-            self.channel.send({"is": "exit", "name": name, "status": status, "error": f"cannot start: {error}"})
+            self.channel.send(exit_report(name, status, f"cannot start: {error}"[:MOST_WORDS]))
             return
         finally:
             for fd in secret:
                 os.close(fd)
-        self.children[popen.pid] = Child(name, popen, folder)
+        self.children[popen.pid] = Child(name, popen, folder, None if notes is None else os.open(notes, os.O_RDONLY))
         self.channel.send({"is": "started", "name": name, "pid": popen.pid})
+
+    def _new_file(self, name: str) -> Path:
+        """An empty file for the milestones of a process. Raises OSError."""
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+        path = self.folder / name
+        path.write_bytes(b"")
+        return path
 
     # Reports
 
@@ -215,8 +244,8 @@ class Agent:
                 self._forward(child, fd)
         for child, status in ended:
             del self.children[child.popen.pid]
+            exit = child.last_report(status)
             child.close(status)
-            exit = {"is": "exit", "name": child.name, "status": status, "error": None}
             folder = child.folder
             if folder is not None and not self.returns_all and (status != 0 or folder in self.kept):
                 self.kept.add(folder)
@@ -287,6 +316,12 @@ def hello() -> Message:
     return {"is": "hello", "pid": os.getpid(), **machine, "launcher_address": launcher_address, "address": address}
 
 
+def exit_report(name: str, status: int, error: str | None) -> Message:
+    """Of a process that noted nothing."""
+    end: Message = {"status": status, "error": error, "reached": [], "leaving_s": 0.0, "out_of_memory": False}
+    return {"is": "exit", "name": name, **end}
+
+
 def keep_in_memory(secret: str | None) -> tuple[int, ...]:
     """The descriptor of a file without a name that holds `secret`; none if there is none."""
     if secret is None:
@@ -297,12 +332,13 @@ def keep_in_memory(secret: str | None) -> tuple[int, ...]:
     return (fd,)
 
 
-def environment(order: Message, folder: Path | None, secret: tuple[int, ...]) -> dict[str, str]:
+def environment(order: Message, folder: Path | None, secret: tuple[int, ...], notes: Path | None) -> dict[str, str]:
     """This machine's own, with `python` being the Python that danaz is installed in, and over it the order's."""
     path = os.pathsep.join((os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)))
     returns = {} if folder is None else {order["returns"]: str(folder)}
     secrets = {"DANAZ_SECRET_FD": str(secret[0])} if secret else {}
-    return {**order["defaults"], **os.environ, "PATH": path, **order["env"], **returns, **secrets}
+    milestones = {} if notes is None else {"DANAZ_MILESTONES": str(notes)}
+    return {**order["defaults"], **os.environ, "PATH": path, **order["env"], **returns, **secrets, **milestones}
 
 
 def own_folder(name: str) -> Path:
@@ -321,8 +357,13 @@ def files_and_exit(folder: Path, exit: Message) -> Iterator[Message]:
 
 
 def files_of(folder: Path) -> Iterator[Message]:
-    """The files in a folder and in those within it, piece by piece; it goes away with the last one, and hidden ones."""
-    for path in sorted(path for path in (*folder.glob("[!.]*"), *folder.glob("*/[!.]*")) if path.is_file()):
+    """The files in a folder and in those within it, piece by piece; it goes away with the last one, and hidden ones.
+
+    Links are none of them: what they point at is not of this folder.
+    """
+    folders = [folder, *(path for path in folder.glob("[!.]*") if path.is_dir() and not path.is_symlink())]
+    found = (path for each in folders for path in each.glob("[!.]*"))
+    for path in sorted(path for path in found if path.is_file() and not path.is_symlink()):
         with path.open("rb") as file:
             data = file.read(FILE_PIECE_BYTES)
             while True:
@@ -350,8 +391,11 @@ def reserve_port() -> socket.socket:
     return reserved
 
 
-def guard(agent: int) -> int:
-    """Wait for the agent; should it be killed, its orphans are ours: end them before our own end is seen."""
+def guard(agent: int, folder: Path) -> int:
+    """Wait for the agent; should it be killed, its orphans are ours: end them before our own end is seen.
+
+    Its folder goes away with it.
+    """
     for signum in ENDING_SIGNALS:
         signal.signal(signum, lambda got, _frame: send_signal([agent], signal.Signals(got)))
     _, status = os.waitpid(agent, 0)
@@ -361,6 +405,7 @@ def guard(agent: int) -> int:
             os.waitpid(-1, 0)  # whoever forked meanwhile falls back to us, so look again after each death
     except ChildProcessError:
         pass  # nobody is left
+    shutil.rmtree(folder, ignore_errors=True)
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code
 
@@ -369,17 +414,18 @@ def main() -> int:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, as some parents leave it, it would hide how children end
     adopt_orphans()
     guardian = os.getpid()
+    folder = Path(tempfile.gettempdir(), f"danaz-agent-{token_hex(8)}")
     agent = os.fork()
     if agent != 0:
-        return guard(agent)
+        return guard(agent, folder)
     die_with_parent(signal.SIGTERM)
     if os.getppid() != guardian:
         return 1  # it died before it could be watched
     adopt_orphans()
-    channel = Channel(read_fd=0, write_fd=os.dup(1))
+    channel = Channel(read_fd=0, write_fd=os.dup(1), longest_bytes=ORDER_BYTES)
     os.dup2(2, 1)  # nothing else may write between our messages
     with noted_signals(signal.SIGCHLD, *ENDING_SIGNALS) as signals:
-        Agent(channel, signals).run()
+        Agent(channel, signals, folder).run()
     return 0
 
 

@@ -9,21 +9,29 @@ import select
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["Channel", "ChannelError", "Message", "bytes_to_text", "text_to_bytes", "wait_ready"]
+__all__ = ["ORDER_BYTES", "Channel", "ChannelError", "Message", "bytes_to_text", "text_to_bytes", "wait_ready"]
 
 Message = dict[str, Any]
 READ_BYTES = 1 << 16
+REPORT_BYTES = 4 << 20  # more than the largest honest report, a piece of a file, has as JSON
+SHOWN_BYTES = 400  # of what is no message
+ORDER_BYTES = 64 << 20  # an order holds whole environments
 
 
 class ChannelError(Exception):
-    """The other end wrote something that is not a message: for example a login script that prints a greeting."""
+    """The other end wrote something that is not a message: for example a login script that prints a greeting.
+
+    What it wrote is the message of the error, without a verb: `a report of the kind 'x'`.
+    """
 
 
 class Channel:
     """One end of a conversation. `send` never blocks: what the pipe does not take yet waits in `pending_bytes`."""
 
-    def __init__(self, read_fd: int, write_fd: int) -> None:
+    def __init__(self, read_fd: int, write_fd: int, longest_bytes: int = REPORT_BYTES) -> None:
+        """`longest_bytes`: a line that is longer is no message, and is not kept."""
         self.read_fd, self.write_fd = read_fd, write_fd
+        self.longest_bytes = longest_bytes
         self.closed = False  # nothing more will come
         self.broken = False  # nothing more can be sent
         self._received = bytearray()
@@ -60,6 +68,9 @@ class Channel:
         self.closed = not data
         self._received += data
         *lines, rest = self._received.split(b"\n")
+        if len(rest) > self.longest_bytes:
+            self._received.clear()
+            raise ChannelError(f"a line of more than {self.longest_bytes >> 20} MB: {_as_text(rest)}")
         self._received = rest
         return [_parse(line) for line in lines]
 
@@ -67,11 +78,15 @@ class Channel:
 def _parse(line: bytearray) -> Message:
     try:
         message = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         message = None
     if not isinstance(message, dict):
-        raise ChannelError(line.decode(errors="backslashreplace"))
+        raise ChannelError(_as_text(line))
     return message
+
+
+def _as_text(line: bytearray) -> str:
+    return line[:SHOWN_BYTES].decode(errors="backslashreplace")
 
 
 def bytes_to_text(data: bytes) -> str:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import math
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from launcher.channel import ChannelError, Message, text_to_bytes, wait_ready
+from launcher.channel import ChannelError, wait_ready
 from launcher.hosts import Host
-from launcher.logs import Logs
+from launcher.logs import Logs, printable
 from launcher.machine import is_this_machine
 from launcher.plan import Process, World
+from launcher.reports import Ended, FilePiece, Hello, Output, Report, Started, Stopping, WorldOpened, read_report
 from launcher.signals import NotedSignals
 from launcher.transport import AgentLink
 
@@ -20,6 +20,9 @@ __all__ = ["Cluster", "Exit", "LostAgent", "pump"]
 
 PING_S = 15.0  # an agent on another machine hears from us at least so often…
 SILENCE_S = 90.0  # …and ends its tree when it has heard nothing for so long
+ANNOUNCEMENT = re.compile(r"[\x21-\x7e]{1,1024}")  # it goes into environments and commands
+MOST_FILES = 10_000  # that the processes of one machine may return…
+MOST_RETURNED_BYTES = 1 << 38  # …with so many bytes in all
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,9 @@ class Exit:
 
     status: int  # exit code, or minus the signal that killed it
     error: str | None  # why it could not even be started
-    at_s: float  # time.monotonic() here, when we heard of it
+    at_s: float  # time.monotonic() here, when it began to end, as far as we heard of it
+    missing: str | None = None  # what it left undone, if it ended with exit code 0
+    out_of_memory: bool = False  # the kernel of its machine killed processes for want of memory meanwhile
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,12 @@ class Cluster:
         self.ports: dict[int, dict[str, str]] = {}  # world -> environment variables that name its ports
         self.exits: dict[str, Exit] = {}  # by process name
         self.lost: LostAgent | None = None  # the first
-        self.file_came_s = -math.inf  # when the last piece of a returned file came
+        self.returned_bytes = 0  # of files that came
+        self.refused: list[str] = []  # what agents said that they had no right to, while they were stopping
+        self._started: set[str] = set()  # names of processes of which a start was ordered
+        self._opening: dict[int, str] = {}  # world -> the host whose agent was asked to open it
+        self._files: set[str] = set()  # paths of files that came, whole or not
+        self._distrusted: set[str] = set()  # hosts whose agents broke the rules, and are not listened to any more
         self._stopping = False
         self.next_ping_s = time.monotonic() + PING_S
 
@@ -63,6 +73,7 @@ class Cluster:
 
     def open_world(self, world: World) -> None:
         order = {"do": "world", "world": world.index, "address": world.address}
+        self._opening[world.index] = world.host.name
         self.links[world.host.name].channel.send(order)
 
     def start(
@@ -73,14 +84,16 @@ class Cluster:
         `argv` takes the place of its command; `folder` names the one on its machine where it leaves what it returns.
         """
         self.logs.open(process)
+        self._started.add(process.name)
         order = {
             "do": "start",
             "name": process.name,
             "argv": argv or process.argv,
             "env": dict(env),
             "defaults": dict(process.defaults),
-            "returns": process.returns,
+            "returns": None if process.returns is None else process.returns.variable,
             "folder": folder,
+            "milestones": bool(process.milestones),
             "secret": process.secret,
             "cwd": process.cwd or cwd,
         }
@@ -122,36 +135,68 @@ class Cluster:
     def hear(self, link: AgentLink) -> None:
         try:
             for message in link.channel.receive():
-                self._note(link, message)
+                if link.host.name not in self._distrusted:
+                    self._note(link, read_report(message))
         except ChannelError as error:
-            self._lose(link, f"sent something else than an answer: {error}")
+            self._distrust(link, str(error))
         if link.closed:
             self._lose(link, "ended although nobody asked it to")
 
-    def _note(self, link: AgentLink, message: Message) -> None:
-        match message["is"]:
-            case "hello":
-                link.hello = message
-            case "world":
-                self.ports[message["world"]] = {
-                    "HOROVOD_GLOO_RENDEZVOUS_PORT": str(message["rendezvous_port"]),
-                    "MASTER_PORT": str(message["master_port"]),
-                }
-            case "output":
-                self._take_output(self.processes[message["name"]], message["stream"], text_to_bytes(message["text"]))
-            case "file":
-                self.file_came_s = time.monotonic()
-                self._keep_file(message)
-            case "exit":
-                self.logs.close(self.processes[message["name"]])
-                self.exits[message["name"]] = Exit(message["status"], message["error"], time.monotonic())
-            case "stopping":
-                self._lose(link, f"stopped: {message['why']}")
+    def _note(self, link: AgentLink, report: Report) -> None:
+        """Raises ChannelError for what this agent has no right to say."""
+        match report:
+            case Hello():
+                if link.hello is not None:
+                    raise ChannelError("a second hello")
+                link.hello = dict(report.facts)
+            case WorldOpened():
+                self._note_ports(link, report)
+            case Started():
+                self._own(link, report.name)
+            case Output():
+                self._take_output(self._own(link, report.name), report.stream, report.text)
+            case FilePiece():
+                self._keep_file(link, report)
+            case Ended():
+                self._note_end(self._own(link, report.name), report)
+            case Stopping():
+                self._lose(link, f"stopped: {printable(report.why)}")
 
-    def _keep_file(self, message: Message) -> None:
-        """Raises ChannelError for what no agent of ours would send, and OSError when it cannot be written."""
+    def _own(self, link: AgentLink, name: str) -> Process:
+        """The running process of that name, if it is one of this agent's. Raises ChannelError."""
+        process = self.processes.get(name)
+        if process is None or process.host.name != link.host.name or name not in self._started or name in self.exits:
+            raise ChannelError(f"a report on {name!r}, which it does not run")
+        return process
+
+    def _note_ports(self, link: AgentLink, report: WorldOpened) -> None:
+        if self._opening.pop(report.world, None) != link.host.name:
+            raise ChannelError(f"the ports of world {report.world}, for which nobody asked it")
+        self.ports[report.world] = {
+            "HOROVOD_GLOO_RENDEZVOUS_PORT": str(report.rendezvous_port),
+            "MASTER_PORT": str(report.master_port),
+        }
+
+    def _note_end(self, process: Process, report: Ended) -> None:
+        self.logs.close(process)
+        missing = process.missing(report.reached) if report.status == 0 else None
+        error = None if report.error is None else printable(report.error)
+        self.exits[process.name] = Exit(
+            report.status, error, time.monotonic() - report.leaving_s, missing, report.out_of_memory
+        )
+
+    def _keep_file(self, link: AgentLink, piece: FilePiece) -> None:
+        """Raises ChannelError for a file that no process of this agent owes, and for more than a run can have."""
+        running = [self.processes[name] for name in self._started if self.processes[name].host.name == link.host.name]
+        owed = [pattern for process in running if process.returns is not None for pattern in process.returns.files]
+        if not any(re.fullmatch(pattern, piece.path, re.ASCII) for pattern in owed):
+            raise ChannelError(f"a file {piece.path!r}, which none of its processes owes")
+        self.returned_bytes += len(piece.data)
+        self._files.add(piece.path)
+        if len(self._files) > MOST_FILES or self.returned_bytes > MOST_RETURNED_BYTES:
+            raise ChannelError(f"more than {MOST_FILES} files, or more than {MOST_RETURNED_BYTES >> 30} GB of them")
         try:
-            self.logs.keep_file(message["path"], base64.b64decode(message["data"], validate=True), message["last"])
+            self.logs.keep_file(piece.path, piece.data, piece.last)
         except ValueError as error:
             raise ChannelError(str(error)) from error
 
@@ -162,7 +207,18 @@ class Cluster:
         for line in lines:
             name, equals, value = line.partition("=")
             if equals and name in (process.announces, process.begins):
+                if not ANNOUNCEMENT.fullmatch(value.strip()):
+                    raise ChannelError(f"{name}={value[:80]!r}; expected printable ASCII without spaces after the sign")
                 self.announced.setdefault(name, value.strip())
+
+    def _distrust(self, link: AgentLink, what: str) -> None:
+        if link.host.name in self._distrusted:
+            return
+        self._distrusted.add(link.host.name)
+        reason = f"sent something else than an answer: {printable(what)}"
+        if self._stopping:
+            self.refused.append(f"the agent on {link.host.name} {reason}")
+        self._lose(link, reason)
 
     def _lose(self, link: AgentLink, reason: str) -> None:
         if self._stopping or link.lost is not None:

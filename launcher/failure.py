@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launcher.cluster import Cluster
-from launcher.logs import Logs
+from launcher.cluster import Cluster, Exit
+from launcher.logs import Logs, printable
 from launcher.plan import Process
 from launcher.ssh import cure
 from launcher.transport import AgentLink
 
-__all__ = ["Failure", "agent_failure", "failure_of", "process_failure", "somebody_is_failing"]
+__all__ = ["Failure", "agent_failure", "failure_of", "has_failed", "may_be_pulled_along", "process_failure"]
 
 RECENT_S = 30.0  # a traceback older than this was not what a process died of
 SHOWN_LINES = 20
@@ -30,9 +30,11 @@ class Failure:
     last_lines: tuple[str, ...] = ()  # of its stderr; of its stdout if that is empty
     log_folder: Path | None = None
     by_itself: bool = False  # it ended with an exit code of its own, and was not killed
+    is_final: bool = False  # it left the run by its own choice, which it would make again
+    advice: str | None = None
 
     def __str__(self) -> str:
-        lines = [self.reason]
+        lines = [self.reason, *([self.advice] if self.advice else [])]
         if self.last_lines:
             lines += ["its last lines:", *(f"  | {line}" for line in self.last_lines)]
         if self.log_folder is not None:
@@ -50,42 +52,47 @@ def failure_of(cluster: Cluster) -> Failure | None:
     """With what the failure of a unit began, if it has failed."""
     if cluster.lost is not None:
         return agent_failure(cluster.lost.link, cluster.lost.reason)
-    failed = [cluster.processes[name] for name in cluster.exits if _has_failed(cluster, name)]
+    failed = [cluster.processes[name] for name in cluster.exits if has_failed(cluster, name)]
     if not failed:
         return None
     first = min(failed, key=lambda process: _trouble_began_s(cluster, process))
     end = cluster.exits[first.name]
     exit_code = 128 - end.status if end.status < 0 else end.status or 1
-    what = end.error or _describe(end.status)
-    return process_failure(cluster.logs, first, what, exit_code, by_itself=end.status > 0)
+    failure = process_failure(cluster.logs, first, end.error or _describe(end), exit_code)
+    return replace(failure, by_itself=end.status >= 0, is_final=end.missing is not None, advice=_advice(first, end))
 
 
-def somebody_is_failing(cluster: Cluster, now_s: float) -> bool:
-    """Whether a process that still runs has begun to say what it is about to die of."""
+def may_be_pulled_along(failure: Failure, cluster: Cluster, now_s: float) -> bool:
+    """Whether a process that still runs may be the one with which it began: what it died of, it has begun to say.
+
+    Or it leaves in silence: Horovod keeps it until the others have failed for want of it.
+    """
     running = cluster.running()
-    return cluster.lost is None and any(_tracebacks_s(cluster.logs, process, now_s) for process in running)
+    failing = any(_tracebacks_s(cluster.logs, process, now_s) for process in running)
+    return cluster.lost is None and (failing or (failure.by_itself and not failure.is_final and bool(running)))
 
 
 def agent_failure(link: AgentLink, what: str) -> Failure:
     name = link.host.name
     advice = None if link.said_hello else cure(link)
     reason = f"the agent on {name} {what}" + (f": {advice}" if advice else "")
-    return Failure(name, None, reason, 1, tuple(link.last_words))
+    return Failure(name, None, reason, 1, tuple(map(printable, link.last_words)))
 
 
-def process_failure(logs: Logs, process: Process, what: str, exit_code: int, by_itself: bool = False) -> Failure:
+def process_failure(logs: Logs, process: Process, what: str, exit_code: int) -> Failure:
     lines = logs.tail(process, "stderr") or logs.tail(process, "stdout")
     last_lines = tuple(line.text for line in lines[-SHOWN_LINES:])
     name = process.name if process.rank is None else f"rank {process.rank}"
     reason = f"{name} on {process.host.name} {what}"
-    return Failure(process.host.name, process, reason, exit_code, last_lines, logs.folder(process), by_itself)
+    return Failure(process.host.name, process, reason, exit_code, last_lines, logs.folder(process))
 
 
-def _has_failed(cluster: Cluster, name: str) -> bool:
+def has_failed(cluster: Cluster, name: str) -> bool:
+    """Whether a process that ended did not end well."""
     # A service may end well before the ranks do, when the workers have left it, but not without an announcement.
-    announces = cluster.processes[name].announces
+    announces, end = cluster.processes[name].announces, cluster.exits[name]
     unannounced = announces is not None and announces not in cluster.announced
-    return cluster.exits[name].status != 0 or unannounced
+    return end.status != 0 or end.missing is not None or unannounced
 
 
 def _trouble_began_s(cluster: Cluster, process: Process) -> float:
@@ -99,10 +106,29 @@ def _tracebacks_s(logs: Logs, process: Process, now_s: float) -> list[float]:
     return [line.at_s for line in lines if line.text.startswith(TRACEBACK) and line.at_s > now_s - RECENT_S]
 
 
-def _describe(status: int) -> str:
+def _describe(end: Exit) -> str:
+    status = end.status
+    if end.missing is not None:
+        return f"ended with exit code 0, but {end.missing}"
     if status == 0:
         return "ended before it was of use"
     if status > 0:
         return f"ended with exit code {status}"
     names = {signum.value: signum.name for signum in signal.Signals}
-    return f"was killed by {names.get(-status, f'signal {-status}')}"
+    return f"was killed by {names.get(-status, f'signal {-status}')}" + ", out of memory" * _ran_out_of_memory(end)
+
+
+def _ran_out_of_memory(end: Exit) -> bool:
+    return end.status == -signal.SIGKILL and end.out_of_memory
+
+
+def _advice(process: Process, end: Exit) -> str | None:
+    """What a bare SIGKILL may mean: it leaves no last words."""
+    if end.status != -signal.SIGKILL:
+        return None
+    if end.out_of_memory:
+        return f"the kernel of {process.host.name} kills processes when memory runs out: use less of it, or fewer ranks"
+    return (
+        f"if nobody did that, it may have been the kernel of {process.host.name}, for want of memory (`dmesg` there "
+        "says so), or a batch system that enforces a limit"
+    )

@@ -10,7 +10,7 @@ from math import inf
 from typing import NamedTuple
 
 from launcher.cluster import Cluster
-from launcher.failure import Failure, agent_failure, failure_of, process_failure, somebody_is_failing
+from launcher.failure import Failure, agent_failure, failure_of, may_be_pulled_along, process_failure
 from launcher.logs import Logs
 from launcher.plan import ANNOUNCED, Plan, Process, Unit
 from launcher.transport import AgentCommand, TransportError
@@ -18,7 +18,8 @@ from launcher.transport import AgentCommand, TransportError
 __all__ = ["Life", "Surroundings", "Timeouts"]
 
 SETTLE_S = 2.0  # after a first exit: for a rank that raised before it to end too
-AGENT_END_S = 15.0  # after the grace: for SIGKILL to work, the pipes to empty and the agent to end
+AGENT_END_S = 15.0  # after the grace: for SIGKILL to work, the pipes to empty and the agent to end…
+SLOWEST_BYTES_PER_S = 1 << 16  # …and so much longer as the returned files take at this rate
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Timeouts:
     grace_s: float
     start_s: float
     finish_s: float
+    overtime_s: float
 
 
 @dataclass
@@ -165,7 +167,7 @@ class Life:
             return None
         self._trouble_s = min(self._trouble_s, now_s)
         self.next_s = self._trouble_s + SETTLE_S
-        return None if now_s < self.next_s and somebody_is_failing(self.cluster, now_s) else failure
+        return None if now_s < self.next_s and may_be_pulled_along(failure, self.cluster, now_s) else failure
 
     # The end
 
@@ -179,10 +181,10 @@ class Life:
     def is_gone(self, now_s: float) -> bool:
         """Whether nothing of it is left; or the time is over, and the way to it is cut, which its agent will notice.
 
-        The time is not over as long as returned files come: a model may be large.
+        The time is longer where files are returned: a model may be large.
         """
         if self.ending:
-            self.next_s = max(self._end_by_s, self.cluster.file_came_s + AGENT_END_S)
+            self.next_s = self._end_by_s + self.cluster.returned_bytes / SLOWEST_BYTES_PER_S
         return self.ending and (not self.cluster.busy_links() or now_s >= self.next_s)
 
     def close(self, now_s: float) -> None:

@@ -3,18 +3,20 @@ terminal line by line, each with its process in front: `[host:rank] `."""
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from launcher.plan import Process
 
-__all__ = ["Echo", "Logs", "Terminal", "quiet"]
+__all__ = ["Echo", "Logs", "Terminal", "printable", "quiet"]
 
 Echo = Callable[[Process, str, str], None]  # process, "stdout" or "stderr", one line without its end
 
@@ -23,6 +25,15 @@ RETURNED_NAME = re.compile(f"(?:{NAME}/)?{NAME}")
 MAX_LINE_BYTES = 8192  # a longer line is shown in pieces
 TAIL_LINES = 40
 COLOURS = (36, 33, 35, 32, 34, 31)  # cyan, yellow, magenta, green, blue, red
+RESET = "\x1b[0m"
+COLOUR = re.compile(r"\x1b\[[0-9;:]*m")  # what ECMA-48 calls SGR: colours, bold, underlined
+CONTROL = re.compile(
+    r"(\x1b\[[0-9;:]*m|\t)"  # kept
+    r"|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]?"  # control sequences: they move the cursor, clear, ask the terminal
+    r"|(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)?"  # strings, such as titles
+    r"|\x1b[ -/]*[0-~]?"  # the other escape sequences
+    r"|[\x00-\x1f\x7f-\x9f]"  # the other control characters
+)
 
 
 class Line(NamedTuple):
@@ -54,7 +65,14 @@ class LineSplitter:
 
 def _as_text(line: bytes | bytearray) -> str:
     # A carriage return goes back to the start of the line, as progress bars do: what was written last is what shows.
-    return line.rstrip(b"\r").rpartition(b"\r")[2].decode("utf-8", "backslashreplace")
+    return printable(line.rstrip(b"\r").rpartition(b"\r")[2].decode("utf-8", "backslashreplace"))
+
+
+def printable(text: str) -> str:
+    """`text` without anything that would have the terminal do more than show it; colours stay, and end with it."""
+    shown = CONTROL.sub(r"\1", text)
+    colours = COLOUR.findall(shown)
+    return shown if not colours or colours[-1] == RESET else shown + RESET
 
 
 class Logs:
@@ -66,41 +84,82 @@ class Logs:
         self._splitters: dict[tuple[str, str], LineSplitter] = {}
         self._tails: dict[tuple[str, str], deque[Line]] = {}
         self._incomplete: set[str] = set()  # returned files of which a piece has come
+        self.lost_files: list[str] = []  # returned files that could not be kept
+        self.missing_output: str | None = None  # why some of the output is not in the logs
+        self._news: list[str] = []
 
     def folder(self, process: Process) -> Path:
         return self.run_folder / process.log_folder
 
     def open(self, process: Process) -> None:
-        """Make the log files of a process that is about to start. Raises OSError."""
-        folder = self.folder(process)
-        folder.mkdir(parents=True, exist_ok=True)
+        """Make the log files of a process that is about to start. Raises OSError, unless it was started before."""
+        known = (process.name, "stdout") in self._splitters
         for stream in ("stdout", "stderr"):
-            (folder / stream).touch()
             self._splitters[process.name, stream] = LineSplitter()
             self._tails[process.name, stream] = deque(maxlen=TAIL_LINES)
+        folder = self.folder(process)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for stream in ("stdout", "stderr"):
+                (folder / stream).touch()
+        except OSError as error:
+            if not known:
+                raise
+            self._miss_output(error)
 
     def write(self, process: Process, stream: str, data: bytes) -> list[str]:
-        """Keep and show a piece of output. Returns the lines that it completed. Raises OSError (a full disk)."""
-        with (self.folder(process) / stream).open("ab") as file:
-            file.write(data)
+        """Keep and show a piece of output, which on a full disk is shown only. Returns the lines that it completed."""
+        try:
+            with (self.folder(process) / stream).open("ab") as file:
+                file.write(data)
+        except OSError as error:
+            self._miss_output(error)
         return self._show(process, stream, self._splitters[process.name, stream].feed(data))
+
+    def _miss_output(self, error: OSError) -> None:
+        if self.missing_output is None:
+            self.missing_output = f"some of the output is missing in {self.run_folder / 'logs'}: {error.strerror}"
+            self._news.append(f"{self.missing_output}. The run goes on, and what fits again is kept")
 
     def keep_file(self, name: str, data: bytes, last: bool) -> None:
         """Keep a piece of a file that a process returned; with the last piece it appears in the run folder.
 
-        Raises OSError, and ValueError for a name that would lead out of that folder.
+        A file that cannot be written is in `lost_files`. Raises ValueError for a name that leads out of the folder.
         """
         if not RETURNED_NAME.fullmatch(name):
             raise ValueError(f"a process returned a file of the name {name!r}")
         path = self.run_folder / name
-        path.parent.mkdir(exist_ok=True)
         part = path.with_name(f".{path.name}.part")
-        with part.open("ab" if name in self._incomplete else "wb") as file:
-            file.write(data)
+        if name in self.lost_files:
+            return
+        try:
+            self._keep_piece(path, part, data, begins=name not in self._incomplete)
+            if last:
+                part.replace(path)
+        except OSError as error:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+            self.lost_files.append(name)
+            self._news.append(f"the returned file {name} cannot be kept in {self.run_folder}: {error.strerror}")
         self._incomplete.add(name)
         if last:
-            part.replace(path)
             self._incomplete.remove(name)
+
+    def _keep_piece(self, path: Path, part: Path, data: bytes, begins: bool) -> None:
+        """Raises OSError, also where a link would lead elsewhere."""
+        path.parent.mkdir(exist_ok=True)
+        if path.parent.is_symlink() and path.parent != self.run_folder:
+            raise NotADirectoryError(errno.ENOTDIR, "its folder is a link", str(path.parent))
+        if begins:
+            part.unlink(missing_ok=True)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | (os.O_CREAT | os.O_EXCL if begins else 0)
+        with os.fdopen(os.open(part, flags, 0o644), "ab") as file:
+            file.write(data)
+
+    def take_news(self) -> list[str]:
+        """What could not be kept since the last call, for the reader: the first of the output, and each file."""
+        news, self._news = self._news, []
+        return news
 
     def close(self, process: Process) -> None:
         """The process has ended: show lines without an end."""
@@ -143,7 +202,7 @@ class Terminal:
         if not file.isatty() or "NO_COLOR" in os.environ:
             return prefix
         colour = self._colours.setdefault(process.host.name, COLOURS[len(self._colours) % len(COLOURS)])
-        return f"\x1b[{colour}m{prefix}\x1b[0m"
+        return f"\x1b[{colour}m{prefix}{RESET}"
 
 
 def quiet(process: Process, stream: str, line: str) -> None:

@@ -7,7 +7,7 @@ one over everything. A host's slots make one worker, or `workers_per_host` of th
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import NamedTuple
@@ -22,6 +22,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "Process",
+    "Returns",
     "Service",
     "Unit",
     "World",
@@ -39,12 +40,23 @@ class PlanError(ValueError):
 
 
 @dataclass(frozen=True)
+class Returns:
+    """What a process brings into the run folder: it leaves it in a folder on its machine that `variable` names.
+
+    Nothing else is taken from it: each of `files` is a regular expression for a whole path within the run folder.
+    """
+
+    variable: str
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Service:
     """A process that runs beside the ranks, started before them.
 
     When `announces` is a name, such as DANAZ_SERVER, its stdout must hold a line `DANAZ_SERVER=value`; every rank finds
-    that value in its environment. When `returns` is a name, such as DANAZ_RUN, its environment holds under that name a
-    folder of its own on its machine, and the files it leaves there are brought into the run folder. `secret` is what it
+    that value in its environment. With `returns`, the files it leaves in a folder of its own on its machine are brought
+    into the run folder. `secret` is what it
     can read from the file descriptor that DANAZ_SECRET_FD names: it travels, and stays in memory. With `again`, the
     command that goes on where it was killed, it can be started again in the midst of a run: with the same folder, and
     ANNOUNCED in that command being what it announced. Services of one `group` fail and start again together, and what
@@ -55,7 +67,7 @@ class Service:
     name: str
     command: Sequence[str]
     announces: str | None = None
-    returns: str | None = None
+    returns: Returns | None = None
     env: Mapping[str, str] = field(default_factory=dict)
     host: Host = LAUNCHING_MACHINE
     cwd: str | None = None  # None: that of the plan
@@ -86,13 +98,18 @@ class Process:
     rank: int | None = None  # on the whole cluster; None: a service
     world: int | None = None
     announces: str | None = None
-    returns: str | None = None
+    returns: Returns | None = None
     cwd: str | None = None
     defaults: Mapping[str, str] = field(default_factory=dict)  # what its machine may set otherwise
     secret: str | None = field(default=None, repr=False)
     again: tuple[str, ...] = ()
     begins: str | None = None
     group: str = ""  # of services; its unit's name
+    milestones: Mapping[str, str] = field(default_factory=dict)  # in their order, with the words for a missing one
+
+    def missing(self, reached: Collection[str]) -> str | None:
+        """What it left undone, if it ends now: the words of the first milestone that it has not reached."""
+        return next((words for milestone, words in self.milestones.items() if milestone not in reached), None)
 
     @property
     def label(self) -> str:
@@ -150,6 +167,15 @@ class Plan:
         return Unit(f"worker {min(workers)}" if len(workers) == 1 else "the world of all workers", ranks, world)
 
     @property
+    def concludes(self) -> frozenset[str]:
+        """The processes of which the first good end is the end of the run: its services.
+
+        Without any, that is the first rank's, if its milestones tell a good end from an early one.
+        """
+        first = {rank.name for rank in self.ranks[:1] if rank.milestones}
+        return frozenset({service.name for service in self.services} or first)
+
+    @property
     def hosts(self) -> tuple[Host, ...]:
         """Every machine that has something to do, once."""
         return tuple({process.host.name: process.host for process in (*self.services, *self.ranks)}.values())
@@ -196,17 +222,20 @@ def plan(
     cwd: str,
     workers_per_host: int = 1,
     services: Sequence[Service] = (),
-    first_rank_returns: str | None = None,
+    first_rank_returns: Returns | None = None,
     secrets: Sequence[str] = (),
     machines: Mapping[str, Machine] | None = None,
     first_worker: int = 0,
     run_id: str = "",
+    milestones: Mapping[str, str] | None = None,
 ) -> Plan:
     """Lay one rank into every slot of every host.
 
     `env` is what travels to every process, `machines` what is known of each host by its name (cores, GPUs, address),
     `first_rank_returns` as `Service.returns`, for rank 0; `secrets` as `Service.secret`, one for the first rank of each
-    world. Workers are counted from `first_worker`; `run_id` names the run on other machines. Raises PlanError.
+    world. Workers are counted from `first_worker`; `run_id` names the run on other machines. A rank that ends with exit
+    code 0 has failed all the same unless it reached every one of the `milestones`, each with the words for a rank that
+    did not. Raises PlanError.
     """
     if not command:
         raise PlanError("there is no command to run; write it after --, for example: -- python train.py")
@@ -242,6 +271,7 @@ def plan(
                     returns=first_rank_returns if number == 0 else None,
                     defaults=_defaults(seat, known),
                     secret=secrets[world.index] if secrets and rank == 0 else None,
+                    milestones=milestones or {},
                 )
             )
     beside = tuple(_service_process(service, workers) for service in services)

@@ -7,11 +7,13 @@ import os
 import signal
 from collections.abc import Iterable, Iterator
 
-__all__ = ["adopt_orphans", "descendants", "die_with_parent", "reap", "send_signal"]
+__all__ = ["adopt_orphans", "count_memory_kills", "descendants", "die_with_parent", "reap", "send_signal"]
 
 # <linux/prctl.h>
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
+
+VMSTAT = "/proc/vmstat"
 
 # Loaded once here: die_with_parent runs between fork and exec, where nothing may wait for a lock.
 _prctl = ctypes.CDLL(None, use_errno=True).prctl
@@ -33,15 +35,15 @@ def _check(result: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
-def descendants() -> set[int]:
-    """The pids of all processes below this one, zombies that nobody waited for included."""
+def descendants(root: int | None = None) -> set[int]:
+    """The pids of all processes below `root` (this one), zombies that nobody waited for included."""
     children: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
         parent = _parent(entry) if entry.isdigit() else None
         if parent is not None:
             children.setdefault(parent, []).append(int(entry))
     found: set[int] = set()
-    queue = [os.getpid()]
+    queue = [os.getpid() if root is None else root]
     while queue:
         below = children.get(queue.pop(), [])
         found.update(below)
@@ -66,6 +68,16 @@ def send_signal(pids: Iterable[int], signum: signal.Signals) -> None:
             os.kill(pid, signum)
         except (ProcessLookupError, PermissionError):
             continue
+
+
+def count_memory_kills() -> int:
+    """How many processes of this machine the kernel has killed for want of memory; 0 where it does not say."""
+    try:
+        with open(VMSTAT, "rb") as file:
+            lines = file.read().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith(b"oom_kill "))
 
 
 def reap() -> Iterator[tuple[int, int]]:

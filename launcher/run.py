@@ -11,7 +11,7 @@ from pathlib import Path
 from secrets import token_hex
 
 from launcher.cluster import pump
-from launcher.failure import Failure
+from launcher.failure import Failure, has_failed
 from launcher.life import Life, Surroundings, Timeouts
 from launcher.logs import Echo, Logs, Terminal
 from launcher.plan import Plan, Unit
@@ -28,10 +28,12 @@ Tell = Callable[[str], None]  # one sentence an event
 class Outcome:
     """How a run ended."""
 
-    exit_code: int  # 0; that of the first process that failed (128 + signal if it was killed); 130 after Ctrl-C
+    # 0; that of the first process that failed (128 + signal if it was killed); 130 after Ctrl-C; 1 if a process ended
+    # with 0 before its time, or if something that was returned could not be kept
+    exit_code: int
     failure: Failure | None = None
     signum: signal.Signals | None = None  # the signal to the launcher that ended the run
-    events: tuple[str, ...] = ()  # what it survived: restarts and lost workers
+    events: tuple[str, ...] = ()  # what it survived: restarts, lost workers, and output that could not be kept
 
 
 def run(
@@ -44,21 +46,23 @@ def run(
     agent_command: AgentCommand = local_agent_command,
     grace_s: float = 5.0,
     start_timeout_s: float = 60.0,
-    finish_timeout_s: float = 60.0,
+    finish_timeout_s: float = 75.0,
+    overtime_s: float = 30.0,
 ) -> Outcome:
     """Start every process of `plan`, and return when none of them is left.
 
     `policy` says what follows a failure; by default the first one ends the run. `echo` shows a line of output; by
     default `Terminal()`, all of it with its process in front. `tell` hears a sentence for each failure that is
     survived. `start_timeout_s` is how long an agent may take to answer and a service to announce itself,
-    `finish_timeout_s` how long services may go on after the last rank has ended well, `grace_s` the time between
-    SIGTERM and SIGKILL. SIGINT, SIGTERM and SIGHUP end the run; a second one ends it without grace. To be called from
-    the main thread, which alone gets signals (else ValueError). Raises OSError when the run folder cannot be written.
+    `finish_timeout_s` how long services may go on after the last rank has ended well, `overtime_s` how long everything
+    may go on once the run is over: one of the processes that `Plan.concludes` names has ended well. `grace_s` is the
+    time between SIGTERM and SIGKILL. SIGINT, SIGTERM and SIGHUP end the run; a second one ends it without grace. To be
+    called from the main thread, which alone gets signals (else ValueError). Raises OSError when the run folder cannot
+    be written at the start; later on, what could not be kept is told, and the run goes on.
     """
     plan = replace(plan, run_id=plan.run_id or token_hex(8))
-    around = Surroundings(
-        plan, Logs(run_folder, echo or Terminal()), agent_command, Timeouts(grace_s, start_timeout_s, finish_timeout_s)
-    )
+    timeouts = Timeouts(grace_s, start_timeout_s, finish_timeout_s, overtime_s)
+    around = Surroundings(plan, Logs(run_folder, echo or Terminal()), agent_command, timeouts)
     with noted_signals(*ENDING_SIGNALS) as signals:
         return _Run(around, policy or Policy(), tell or (lambda _: None), signals).execute()
 
@@ -82,12 +86,14 @@ class _Run:
         self.services = [unit.name for unit in self.units.values() if unit.world is None]
         unyielding = [process.group for process in around.plan.services if not process.again]
         self.supervisor = Supervisor(self.workers, self.services, policy, unyielding)
+        self.concludes = around.plan.concludes
         self.begins = {process.begins for process in around.plan.services if process.begins}
         self.supervisor.begun = not self.begins
         self.lives: dict[str, Life] = {}  # the present ones, by unit
         self.numbers = dict.fromkeys(self.units, 0)  # of lives so far
         self.failures: list[tuple[str, Failure]] = []  # by unit, as they came
-        self.over_s = inf  # when a service ended well
+        self.over_s = inf  # when a process that concludes the run ended well
+        self.early: Failure | None = None  # the first process that ended with 0 before the run was over
 
     def execute(self) -> Outcome:
         try:
@@ -103,7 +109,8 @@ class _Run:
             return Outcome(128 + signum, signum=signum, events=self._events())
         finally:
             self._end()
-        return Outcome(0, events=self._events())
+        failure = self.early or self._unkept()
+        return Outcome(0 if failure is None else failure.exit_code, failure, events=self._events())
 
     # The story
 
@@ -113,9 +120,12 @@ class _Run:
 
     def _let_services_finish(self) -> None:
         """They may have something to write; one that does not end by itself is stopped, which is no failure."""
-        deadline = time.monotonic() + self.around.timeouts.finish_s
+        now_s = time.monotonic()
+        deadline = min(now_s + self.around.timeouts.finish_s, max(now_s, self._overtime_ends_s))
         while not self.supervisor.have_ended(self.services) and time.monotonic() < deadline:
             self._turn(deadline)
+        for life in [life for life in self.lives.values() if not (life.ended or life.ending)]:
+            self.tell(f"{life.unit.label} did not end by itself after the ranks, and is ended")
 
     def _turn(self, until_s: float = inf) -> None:
         """All that can be done now; then wait for something to happen. Raises on a final failure or a signal."""
@@ -127,9 +137,9 @@ class _Run:
         starts = self.supervisor.due(now_s)
         for decision in starts:
             self._begin(self.units[decision.unit])
+        self._tell_news()
         if not any(went_on) and not starts:
-            too_late_s = self.over_s + self.around.timeouts.finish_s
-            until_s = min(until_s, too_late_s) if now_s < too_late_s else until_s
+            until_s = min(until_s, self._overtime_ends_s) if now_s < self._overtime_ends_s else until_s
             next_s = min([until_s, self.supervisor.next_s, *(life.next_s for life in self.lives.values())])
             pump([life.cluster for life in self.lives.values()], self.signals, max(0.0, next_s - now_s))
 
@@ -137,24 +147,30 @@ class _Run:
         """Whether something has changed."""
         name = life.unit.name
         if life.is_gone(now_s):
-            life.close(now_s)
-            del self.lives[name]
+            self._close(life, now_s)
             self.supervisor.gone(name)
             return True
-        failure = life.failure(now_s) or self._too_late(life, now_s)
+        failure = life.failure(now_s)
         if failure is not None:
             self._fail(life, failure, now_s)
+            return True
+        if now_s >= self._overtime_ends_s and life.unit.world is not None and not (life.ended or life.ending):
+            self._give_up(life, now_s)
             return True
         was_up, went_on = life.up, life.advance(now_s)
         if life.up and not was_up:
             self._note_start(life, now_s)
         if self.begins <= life.cluster.announced.keys():
             self.supervisor.begun = True
+        if any(not has_failed(life.cluster, each) for each in self.concludes & life.cluster.exits.keys()):
+            self.over_s = min(self.over_s, now_s)
         if life.ended and went_on:
             self.supervisor.ended(name)
-            if life.unit.world is None:
-                self.over_s = now_s
         return went_on
+
+    @property
+    def _overtime_ends_s(self) -> float:
+        return self.over_s + self.around.timeouts.overtime_s
 
     def _note_start(self, life: Life, now_s: float) -> None:
         self.supervisor.up(life.unit.name, now_s)
@@ -168,23 +184,29 @@ class _Run:
         # Behind a connection that broke, the agent still ends its tree.
         settle_s = self.around.timeouts.grace_s + 1 if failure.process is None else 0.0
         self.failures.append((name, failure))
+        if failure.is_final:
+            self.early = self.early or failure
+        if life.unit.world is None:
+            self.over_s = inf  # it has to come back before anything is over
         decisions = self.supervisor.failed(
             name,
             failure.sentence,
             now_s,
             by_itself=failure.by_itself,
+            is_final=failure.is_final,
             reached=failure.process is not None,
             settle_s=settle_s,
         )
         for decision in decisions:
             self._carry_out(decision, life, now_s)
 
-    def _too_late(self, life: Life, now_s: float) -> Failure | None:
-        """A worker that was started again when the others were about to end finds no server any more."""
-        until_s = self.over_s + self.around.timeouts.finish_s
-        if life.unit.world is None or life.number == 1 or life.ended or life.ending or now_s < until_s:
-            return None
-        return Failure(life.unit.hosts[0].name, life.unit.processes[0], "came back too late", 1)
+    def _give_up(self, life: Life, now_s: float) -> None:
+        """The run is over, and these ranks hang, or came back too late to find a server: nothing waits for them."""
+        left = ", ".join(process.name.replace(".", " ") for process in life.cluster.running())
+        late = f"did not end within {self.around.timeouts.overtime_s:g} s of the end of the run"
+        self.tell(f"{life.unit.label}: {left} {late}, and what is left of it is ended")
+        self.supervisor.give_up(life.unit.name)
+        life.end(now_s, self.around.timeouts.grace_s)
 
     def _carry_out(self, decision: Decision, life: Life, now_s: float) -> None:
         if decision.do == "end":
@@ -197,7 +219,19 @@ class _Run:
         raise _Failed(next(failure for name, failure in self.failures if name in kind))
 
     def _events(self) -> tuple[str, ...]:
-        return tuple(self.supervisor.report())
+        missing = self.around.logs.missing_output
+        return (*self.supervisor.report(), *([missing] if missing else []))
+
+    def _unkept(self) -> Failure | None:
+        """What the run made on another machine and this one could not take."""
+        logs = self.around.logs
+        if not logs.lost_files:
+            return None
+        return Failure("", None, f"{logs.run_folder} lacks what could not be kept: {', '.join(logs.lost_files)}", 1)
+
+    def _tell_news(self) -> None:
+        for sentence in self.around.logs.take_news():
+            self.tell(sentence)
 
     # The end
 
@@ -212,11 +246,18 @@ class _Run:
                     for life in self.lives.values():
                         life.end(now_s, self.around.timeouts.grace_s if heeded < 2 else 0.0)
                 for life in [life for life in self.lives.values() if life.is_gone(now_s)]:
-                    life.close(now_s)
-                    del self.lives[life.unit.name]
+                    self._close(life, now_s)
+                self._tell_news()
                 if self.lives:
                     deadline_s = min(life.next_s for life in self.lives.values())
                     pump([life.cluster for life in self.lives.values()], self.signals, max(0.0, deadline_s - now_s))
         finally:
-            for life in self.lives.values():
-                life.close(time.monotonic())
+            for life in list(self.lives.values()):
+                self._close(life, time.monotonic())
+            self._tell_news()
+
+    def _close(self, life: Life, now_s: float) -> None:
+        del self.lives[life.unit.name]
+        life.close(now_s)
+        for sentence in life.cluster.refused:
+            self.tell(sentence)

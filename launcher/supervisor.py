@@ -65,6 +65,7 @@ class _Unit:
     attempts: int = 0  # since it was up, of which none reached its machine
     lost_s: float = 0.0  # when it was last up
     failed_early: bool = False  # by itself, in its first life
+    given_up: bool = False  # it did not end by itself when the run was over
 
 
 class Supervisor:
@@ -106,13 +107,14 @@ class Supervisor:
         now_s: float,
         *,
         by_itself: bool = False,
+        is_final: bool = False,
         reached: bool = True,
         settle_s: float = 0.0,
     ) -> list[Decision]:
         """A process of a unit failed, or the way to it was lost.
 
-        `by_itself`: it ended with an exit code of its own; `reached`: its machine was; `settle_s`: so long something of
-        it may still be there.
+        `by_itself`: it ended with an exit code of its own; `is_final`: no restart would change that; `reached`: its
+        machine was; `settle_s`: so long something of it may still be there.
         """
         unit = self._units[name]
         was, unit.state = unit.state, _State.ENDING
@@ -125,8 +127,16 @@ class Supervisor:
         elif reached:
             unit.restarts_s.append(now_s)  # that failed
         unreachable = was is _State.STARTING and not reached
-        unit.due_s, then = self._what_next(unit, unreachable, now_s, settle_s)
+        if is_final and not unit.is_service:
+            unit.due_s, then = inf, "the others go on"
+        else:
+            unit.due_s, then = self._what_next(unit, unreachable, now_s, settle_s)
         return [Decision("end", name, f"{what}; {then}"), *self._stop_if_hopeless(unit)]
+
+    def give_up(self, name: str) -> None:
+        """The run is over, and what is left of a unit is ended."""
+        unit = self._units[name]
+        unit.state, unit.due_s, unit.given_up = _State.ENDING, inf, True
 
     def gone(self, name: str) -> None:
         """Nothing is left of a unit's last life."""
@@ -135,7 +145,8 @@ class Supervisor:
 
     def due(self, now_s: float) -> list[Decision]:
         """The units that are to be started now."""
-        ready = [unit for unit in self._units.values() if unit.state is _State.WAITING and unit.due_s <= now_s]
+        waiting = [unit for unit in self._units.values() if unit.state is _State.WAITING]
+        ready = [unit for unit in waiting if unit.due_s <= now_s or self.over]
         for unit in ready:
             unit.state = _State.LOST if self.over else _State.STARTING
         return [Decision("start", unit.name, "") for unit in ready if unit.state is _State.STARTING]
@@ -163,7 +174,9 @@ class Supervisor:
             if unit.lives > 1:
                 times = "once" if unit.lives == 2 else f"{unit.lives - 1} times"
                 lines.append(f"{unit.name} was restarted {times}")
-            if unit.state is _State.LOST:
+            if unit.given_up:
+                lines.append(f"{unit.name} did not end by itself")
+            elif unit.state is _State.LOST:
                 lines.append(f"{unit.name} was lost")
         return lines
 

@@ -7,6 +7,7 @@ everything the agent needs to know is sent through its stdin.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 from launcher.channel import READ_BYTES, Channel, Message, wait_ready
 from launcher.hosts import Host
 from launcher.machine import is_this_machine
+from launcher.processes import descendants, send_signal
 
 __all__ = ["AgentCommand", "AgentLink", "TransportError", "local_agent_command"]
 
@@ -95,5 +97,7 @@ class AgentLink:
         try:
             return self.popen.wait(timeout_s)
         except subprocess.TimeoutExpired:
+            # One that hangs ends nobody: what is below it on this machine goes first, for later it could not be found.
+            send_signal(descendants(self.popen.pid), signal.SIGKILL)
             self.popen.kill()
             return self.popen.wait()

@@ -56,6 +56,7 @@ FLOORS = {
     "danaz.settings": 2,
     "danaz.signals": 2,
     "danaz.units": 0,
+    "danaz.milestones": 0,
     "danaz.run_folder": 2,
     "danaz.optimizer": 3,
     "danaz.workloads": 3,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import pty
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 
 from launcher.channel import bytes_to_text, text_to_bytes
 from launcher.hosts import Host
-from launcher.logs import MAX_LINE_BYTES, LineSplitter, Logs, Terminal, quiet
+from launcher.logs import MAX_LINE_BYTES, LineSplitter, Logs, Terminal, printable, quiet
 from launcher.plan import Process
 
 RANK = Process("rank.3", Host("a"), ("train",), {}, rank=3, world=0)
@@ -30,7 +32,11 @@ def test_any_bytes_survive_json_wherever_they_are_cut(pieces: list[bytes]) -> No
 def test_lines_are_put_together(text: str, cut: int) -> None:
     data = f"{text}\n{text}\r\nrest".encode()
     splitter = LineSplitter()
-    assert splitter.feed(data[:cut]) + splitter.feed(data[cut:]) + splitter.flush() == [text, text, "rest"]
+    assert splitter.feed(data[:cut]) + splitter.feed(data[cut:]) + splitter.flush() == [
+        printable(text),
+        printable(text),
+        "rest",
+    ]
     assert splitter.flush() == []
 
 
@@ -133,3 +139,71 @@ def test_a_returned_file_appears_when_it_is_whole(tmp_path: Path) -> None:
         assert (tmp_path / "x").read_bytes() == b"one two"
     logs.keep_file("x", b"three", last=False)
     assert (tmp_path / "x").read_bytes() == b"one two"
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ("\x1b[1;31mred\x1b[0m and plain", "\x1b[1;31mred\x1b[0m and plain"),
+        ("\x1b[31mred to the end", "\x1b[31mred to the end\x1b[0m"),
+        ("tabs\tstay, θ too", "tabs\tstay, θ too"),
+        ("\x1b]0;a title\x07text", "text"),
+        ("\x1b]52;c;Y2xpcGJvYXJk\x1b\\text", "text"),
+        ("\x1b]8;;http://elsewhere\x1b\\a link\x1b]8;;\x1b\\", "a link"),
+        ("\x1bPq#0\x1b\\text", "text"),
+        ("\x1b[2J\x1b[1;1H\x1b[6n\x1b[?1049htext", "text"),
+        ("\x1bc\x1b(0text", "text"),
+        ("\x9b2J\x9d0;a title\x9ctext", "text"),
+        ("\x08\x00\x07\x7ftext", "text"),
+        ("cut off \x1b[3", "cut off "),
+        ("\x1b\x1b[31m\x1b", "\x1b[31m\x1b[0m"),
+    ],
+)
+def test_a_line_can_colour_the_terminal_and_nothing_else(tmp_path: Path, written: str, shown: str) -> None:
+    assert printable(written) == shown
+    out = io.StringIO()
+    logs = Logs(tmp_path, Terminal(out=out))
+    logs.open(RANK)
+    logs.write(RANK, "stdout", written.encode() + b"\n")
+    assert out.getvalue() == f"[a:3] {shown}\n"
+    assert (tmp_path / "logs/a/rank.3/stdout").read_bytes() == written.encode() + b"\n", "the log is as it was written"
+
+
+@given(text=st.text(st.sampled_from("\x1b\x9b\x9d\x9c\x07[]();?0123mHJ\\Pa\x00\x7f\t")))
+def test_no_control_character_reaches_the_terminal(text: str) -> None:
+    left = re.sub(r"\x1b\[[0-9;:]*m", "", printable(text))
+    assert all(character.isprintable() or character == "\t" for character in left)
+    assert printable(printable(text)) == printable(text)
+
+
+def test_output_that_does_not_fit_is_shown_and_told_once(tmp_path: Path) -> None:
+    shown: list[str] = []
+    logs = Logs(tmp_path, lambda process, stream, line: shown.append(line))
+    logs.open(RANK)
+    (tmp_path / "logs/a/rank.3/stdout").unlink()
+    (tmp_path / "logs/a/rank.3/stdout").symlink_to("/dev/full")
+    for line in (b"one\n", b"two\n"):
+        logs.write(RANK, "stdout", line)
+    assert shown == ["one", "two"]
+    missing = f"some of the output is missing in {tmp_path}/logs: No space left on device"
+    assert logs.missing_output == missing
+    assert logs.take_news() == [f"{missing}. The run goes on, and what fits again is kept"]
+    logs.write(RANK, "stderr", b"three\n")
+    assert (tmp_path / "logs/a/rank.3/stderr").read_bytes() == b"three\n"
+    assert logs.take_news() == []
+
+
+def test_the_folder_of_a_run_goes_away_while_it_runs(tmp_path: Path) -> None:
+    logs = Logs(tmp_path / "run", quiet)
+    logs.open(RANK)
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "run").touch()
+    logs.write(RANK, "stdout", b"one\n")
+    logs.open(RANK)
+    logs.keep_file("x", b"one", last=False)
+    logs.keep_file("x", b"two", last=True)
+    assert logs.lost_files == ["x"]
+    assert [news.partition(": ")[0] for news in logs.take_news()] == [
+        f"some of the output is missing in {tmp_path}/run/logs",
+        f"the returned file x cannot be kept in {tmp_path}/run",
+    ]

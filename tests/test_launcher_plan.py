@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from launcher.hosts import Host, parse_hosts
 from launcher.machine import Machine
-from launcher.plan import Plan, PlanError, Service, plan
+from launcher.plan import Plan, PlanError, Returns, Service, plan
+
+FOLDER = Returns("FOLDER", ("summary.json",))
 
 
 def lay(hosts: str, workers_per_host: int = 1, *, one_world: bool = False, **options: object) -> Plan:
@@ -92,8 +94,8 @@ def test_chosen_slots_are_the_devices() -> None:
 
 
 def test_the_first_rank_may_return_files() -> None:
-    laid = plan(parse_hosts("a:2"), ["train"], one_world=True, env={}, cwd="/", first_rank_returns="FOLDER")
-    assert [rank.returns for rank in laid.ranks] == ["FOLDER", None]
+    laid = plan(parse_hosts("a:2"), ["train"], one_world=True, env={}, cwd="/", first_rank_returns=FOLDER)
+    assert [rank.returns for rank in laid.ranks] == [FOLDER, None]
 
 
 def test_services_come_first_and_tell_their_address() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from launcher.hosts import Host, parse_hosts
 from launcher.logs import quiet
-from launcher.plan import ANNOUNCED, Service, plan
+from launcher.plan import ANNOUNCED, Returns, Service, plan
 from launcher.run import Outcome, run
 from launcher.supervisor import Policy
 from launcher.transport import local_agent_command
@@ -200,6 +200,9 @@ if not again:
 """
 
 
+KEPT = Returns("KEPT", ("checkpoint", "asked"))
+
+
 def server(**options: object) -> Service:
     command = [sys.executable, "-c", SERVER]
     again = [*command, "--bind", ANNOUNCED, "--resume"]
@@ -210,7 +213,7 @@ def server(**options: object) -> Service:
 def test_a_killed_server_goes_on_at_the_same_place_with_its_files(tmp_path: Path, on_failure: str) -> None:
     story = 'until(lambda: exists("server.again"))\nprint(os.environ["DANAZ_SERVER"])'
     policy = Policy(on_failure, backoff_s=0.05)  # type: ignore[arg-type]
-    outcome, told = play(tmp_path, story, services=[server(returns="KEPT")], policy=policy)
+    outcome, told = play(tmp_path, story, services=[server(returns=KEPT)], policy=policy)
     assert outcome == Outcome(0, events=("server was restarted once",))
     assert told == [
         "server on localhost: server was killed by SIGKILL; restart 1 of 3 in 0.05 s",
@@ -241,8 +244,8 @@ open(folder + "/other.again", "w").write(" ".join(os.listdir(kept)))
     command = [sys.executable, "-c", other]
     again, [there] = [*command, ANNOUNCED], parse_hosts(host)
     services = [
-        server(returns="KEPT", group="both"),
-        Service("other", command, announces="DANAZ_OTHER", again=again, returns="KEPT", group="both", host=there),
+        server(returns=KEPT, group="both"),
+        Service("other", command, announces="DANAZ_OTHER", again=again, returns=KEPT, group="both", host=there),
     ]
     story = 'until(lambda: exists("server.again") and exists("other.again"))\nprint(os.environ["DANAZ_OTHER"])'
     outcome, told = play(tmp_path, story, services=services)
@@ -304,9 +307,10 @@ print("DANAZ_SERVER=x", flush=True)
 while not os.path.exists(os.environ["FOLDER"] + "/1.0.2"): time.sleep(0.005)
 """
     service = Service("server", [sys.executable, "-c", code], announces="DANAZ_SERVER")
-    outcome, told = play(tmp_path, story, services=[service], finish_timeout_s=0.5)
-    assert outcome == Outcome(0, events=("worker 1 was restarted once", "worker 1 was lost"))
-    assert told[-1] == "worker 1 on localhost: came back too late; the run is over"
+    outcome, told = play(tmp_path, story, services=[service], overtime_s=0.5)
+    assert outcome == Outcome(0, events=("worker 1 was restarted once", "worker 1 did not end by itself"))
+    late = "rank 1 did not end within 0.5 s of the end of the run, and what is left of it is ended"
+    assert told[-1] == f"worker 1 on localhost: {late}"
 
 
 def refusing(tries: int) -> Callable[[Host], Sequence[str]]:

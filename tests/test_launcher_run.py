@@ -17,7 +17,7 @@ from launcher import life as life_module
 from launcher.channel import wait_ready
 from launcher.hosts import Host, parse_hosts
 from launcher.logs import Logs, Terminal, quiet
-from launcher.plan import PYTHON, Service, plan
+from launcher.plan import PYTHON, Returns, Service, plan
 from launcher.run import Outcome, run
 from launcher.transport import AgentLink, local_agent_command
 
@@ -253,6 +253,7 @@ def test_python_is_that_of_the_agent(tmp_path: Path) -> None:
     assert written(tmp_path, "rank.0") == f"{sys.executable}\n"
 
 
+RETURNS = Returns("FOLDER", ("empty", "large", "last", "ready"))
 RETURNING = """
 import os, pathlib
 folder = pathlib.Path(os.environ["FOLDER"])
@@ -264,7 +265,7 @@ print(folder)
 
 
 def test_what_a_process_returns_is_in_the_run_folder(tmp_path: Path) -> None:
-    service = Service("server", python(ANNOUNCE + RETURNING), announces="DANAZ_SERVER", returns="FOLDER")
+    service = Service("server", python(ANNOUNCE + RETURNING), announces="DANAZ_SERVER", returns=RETURNS)
     assert play(tmp_path, ["true"], services=[service]) == Outcome(0)
     assert (tmp_path / "empty").read_bytes() == b""
     assert not (tmp_path / ".lock").exists()
@@ -288,8 +289,8 @@ open(os.environ["FOLDER"] + "/ready", "w")
 print("DANAZ_SERVER=" + os.environ["FOLDER"], flush=True)
 """
     services = [
-        Service("first", python(first), announces="DANAZ_SERVER", returns="FOLDER", group="both"),
-        Service("last", python(last), announces="DANAZ_OTHER", returns="FOLDER", group="both"),
+        Service("first", python(first), announces="DANAZ_SERVER", returns=RETURNS, group="both"),
+        Service("last", python(last), announces="DANAZ_OTHER", returns=RETURNS, group="both"),
     ]
     story = 'import os; os.remove(os.environ["DANAZ_SERVER"] + "/ready")'
     assert play(tmp_path, python(story), services=services, hosts="localhost:1") == Outcome(0)
@@ -305,7 +306,7 @@ signal.signal(signal.SIGTERM, end)
 print("DANAZ_SERVER=x", flush=True)
 signal.pause()
 """
-    service = Service("server", python(code), announces="DANAZ_SERVER", returns="FOLDER")
+    service = Service("server", python(code), announces="DANAZ_SERVER", returns=RETURNS)
     assert play(tmp_path, ["false"], services=[service]).exit_code == 1
     assert (tmp_path / "last").read_text() == "words"
 
@@ -330,6 +331,7 @@ def test_an_agent_that_hears_nothing_ends_its_tree(tmp_path: Path) -> None:
         return found[0]
 
     start = {"do": "start", "name": "rank.0", "argv": ["sleep", "60"], "cwd": "/", "env": {}, "defaults": {}}
+    start["milestones"] = False
     link.channel.send({"do": "hello", "grace_s": 1.0, "silence_s": 0.5})
     link.channel.send({**start, "returns": None, "folder": "", "secret": None})
     pid = hear("started")["pid"]

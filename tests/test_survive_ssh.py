@@ -27,7 +27,7 @@ import json, sys
 from launcher import cluster, ssh
 from launcher.hosts import parse_hosts
 from launcher.logs import quiet
-from launcher.plan import ANNOUNCED, Service, plan
+from launcher.plan import ANNOUNCED, Returns, Service, plan
 from launcher.run import run
 from launcher.supervisor import Policy
 
@@ -38,7 +38,7 @@ if silence_s:
     ssh.OPTIONS |= {"ServerAliveInterval": str(round(silence_s / 6)), "ConnectTimeout": str(round(silence_s / 2))}
 serve = 'echo DANAZ_SERVER=tcp://there:4711; echo "$0" >> $KEPT/lives; exec sleep 2000'
 server = Service("server", ["sh", "-c", serve, "first"], announces="DANAZ_SERVER", again=["sh", "-c", serve, ANNOUNCED],
-                 host=parse_hosts(server_host)[0], returns="KEPT")
+                 host=parse_hosts(server_host)[0], returns=Returns("KEPT", ("lives",)))
 laid = plan(parse_hosts("a:1,b:1"), command, one_world=False, services=[server], env={}, cwd="/")
 told = open(folder + "/told", "w", buffering=1)
 outcome = run(laid, folder, echo=quiet, tell=lambda sentence: print(sentence, file=told), agent_command=ssh.Ssh(),

@@ -52,6 +52,8 @@ def print_summary(summary: Mapping[str, Any], run: Path) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for title, key, unit in SUMMARY_ROWS:
         table.add_row(title, figure(summary.get(key), unit=unit))
+    if not summary.get("complete", True):
+        table.add_row("[bold red]incomplete[/]", "it ended before its last batch")
     if summary.get("diverged"):
         table.add_row("[bold red]diverged[/]", str(summary.get("diverged_because")))
     for reason, count in (summary.get("refusals") or {}).items():

@@ -1,0 +1,40 @@
+"""How far a script came, as the launcher hears of it: exit code 0 alone does not say that anything was trained.
+
+The launcher names a file in the environment of each rank, to which the rank adds a line for each milestone that it
+reaches. A rank that ends with 0 and has not reached all of them has failed, and is told what it left undone. That it
+begins to end is noted, too: Horovod keeps it until the other ranks have failed, which would then be blamed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Literal
+
+Milestone = Literal["init", "optimizer", "shard", "finish", "leave"]
+
+VARIABLE = "DANAZ_MILESTONES"
+
+# In their order, each with the words for a script that ended without it.
+MISSING: Mapping[str, str] = {
+    "init": "it never called danaz.init(): a script takes part in a run by danaz.init(), danaz.DistributedOptimizer, "
+    "`for epoch in danaz.epochs(n)` and `for batch in danaz.shard(loader, epoch)`",
+    "optimizer": "it never wrapped its optimizer with danaz.DistributedOptimizer(optimizer, model), so that it trained "
+    "nothing in this run",
+    "shard": "it never iterated over danaz.shard(loader, epoch) within `for epoch in danaz.epochs(n)`, so that it "
+    "trained nothing in this run",
+    "finish": "it left the run before its end: nothing may end the script before `for epoch in danaz.epochs(n)` has "
+    "come to its end, or danaz.finish() was called",
+}
+
+
+def reach(milestone: Milestone) -> None:
+    """Tell the launcher, if there is one; "leave" comes last. Raises OSError when it cannot be told."""
+    path = os.environ.get(VARIABLE)
+    if path is None:
+        return
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND)
+    try:
+        os.write(fd, f"{milestone}\n".encode())
+    finally:
+        os.close(fd)
