@@ -15,7 +15,6 @@ from danaz.server.health import ENOUGH_PUSHES, Health
 from danaz.server.messages import Final, Heartbeat, Parameters, Plan, Refusal, Report, Streamed
 from danaz.server.state import CoreState
 
-
 REPORTED = {"not_finite": 0, "outliers": 1, "refused_pushes": 0, "dropped_batches": 0, "dropped_samples": 0}
 
 

@@ -329,6 +329,9 @@ class ServerCore:
 
     def _update(self, parts: tuple[Push, ...], now: float) -> bool:
         """Make one update of the push of one worker, or of those of a whole round; or say that it is not finite."""
+        if not self.master.is_finite:
+            self.diverge("the parameters are not finite: the rule, or what training began with, made them so")
+            return False
         update = update_by(self, parts)
         if update is None:
             return False

@@ -86,7 +86,7 @@ class Health:
         del self._in_a_row[worker]
 
     def refused(self, push: Push) -> int:
-        """Count what the run loses by a push that is refused as sick; returns how many of its worker's were in a row."""
+        """Count what the run loses by a push that is refused as sick; returns how many were in a row."""
         worker, ailments = push.worker, self._of(push.worker)
         ailments.refused_pushes += 1
         ailments.dropped_batches += len(push.batches)
@@ -128,9 +128,7 @@ def norm_of(push: Push) -> float:
 
 def size_of(push: Push, rule: Rule, params: Tensor) -> float:
     """‖push‖₂ as that of a gradient: a displacement without its rate, parameters by how far they are from ours."""
-    if rule.pushes == "parameters":
-        norm = float(torch.linalg.vector_norm(push.push - params))
-    else:
-        norm = norm_of(push)
+    moved = rule.pushes == "parameters"
+    norm = torch.linalg.vector_norm(push.push - params).item() if moved else norm_of(push)
     lr = 1.0 if rule.pushes == "gradient" else max(push.lr)
     return norm / lr if lr > 0 else 0.0

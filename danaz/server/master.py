@@ -107,7 +107,12 @@ class Master:
         self._apply_up_to(self.layout.size)
 
     def apply_round(
-        self, pushes: Sequence[tuple[Tensor, float]], norm: float, lr: tuple[float, ...], members: Sequence[Member], lag: int
+        self,
+        pushes: Sequence[tuple[Tensor, float]],
+        norm: float,
+        lr: tuple[float, ...],
+        members: Sequence[Member],
+        lag: int,
     ) -> bool:
         """Apply what all ``members`` of a round pushed, each with its weight, as one update, as ``apply`` does.
 

@@ -45,7 +45,8 @@ def _drop(core: ServerCore, member: Member, push: Push, reason: str) -> None:
     Where the server keeps a velocity for the worker, it is as suspect as one on the worker, and starts afresh like it.
     """
     for batch in push.batches:
-        core.leases.complete(member.worker, batch)
+        if core.leases.holds(member.worker, batch):  # not if the run has just ended early
+            core.leases.complete(member.worker, batch)
     if core.health.refused(push) % FRESH_AFTER == 0 and member.vectors:
         core.admit(member, afresh=True)
     if reason == OUTLIER:

@@ -340,8 +340,9 @@ class WorkerCore:
     def _heed(self, reply: Parameters) -> None:
         """Start afresh when pushes were refused for their values again and again.
 
-        With the same velocity and residual the next one would be refused, too. Its share of the look-ahead is forfeited,
-        as that of a worker that crashed: to give back what led to such pushes would move the parameters as far.
+        With the same velocity and residual the next one would be refused, too. Its share of the look-ahead is
+        forfeited, as that of a worker that crashed: to give back what led to such pushes would move the parameters as
+        far.
         """
         self._sick_in_a_row = 0 if reply.applied else self._sick_in_a_row + (reply.refused in SICK)
         if self._sick_in_a_row < FRESH_AFTER:
