@@ -30,8 +30,9 @@ class Master:
     on their way while the last ones are worked out. Whoever asks for ``params`` gets them with every update applied;
     ask for them before looking at ``shared`` or at a member's vectors. So all of it belongs to one thread.
 
-    No update leaves anything that is not finite. The norms of all vectors are summed while each slice is in cache; an
-    update that begins with large ones is made at once, on trial, and taken back to the bit if its result is not finite.
+    No update leaves anything that is not finite. The norms of all vectors are known, summed while each slice is in
+    cache if need be; an update that begins with large ones is made at once, on trial, and taken back to the bit if its
+    result is not finite.
 
     ``ahead`` gives γ Σⱼ ηⱼvⱼ f32[P] where the velocities live on workers but are at hand (the simulator): then the
     gap of DANA is measured in θ, as everyone else's.
@@ -86,6 +87,8 @@ class Master:
         slices = self._apply(push, self._contexts(member, lr, lag, max_lr), vectors)
         if self._is_tame(norm, lr):
             self._applying, self._applied = slices, 0
+            if self.rule.push_moves_view:
+                self._norm = self._largest_norm + norm
         elif not self._try(slices, [vectors]):
             return False
         self.version, self.lr, self.max_lr = self.version + 1, lr, max_lr
@@ -95,7 +98,8 @@ class Master:
         for group, start, stop in self.layout.slices():
             own, shared = cut(vectors, start, stop), cut(self.shared, start, stop)
             self.rule.apply(self._params[start:stop], push[start:stop], own, shared, contexts[group])
-            self._measure(self._params[start:stop], own, shared)
+            if not self.rule.push_moves_view:  # else what it adds is known beforehand
+                self._measure(self._params[start:stop], own, shared)
             yield stop
 
     def _apply_up_to(self, stop: int) -> None:
