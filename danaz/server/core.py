@@ -21,7 +21,7 @@ from danaz.server.figures import Figures, Update
 from danaz.server.health import Health, measured, norm_of
 from danaz.server.leases import LeasedElsewhere, Leases
 from danaz.server.master import Master, all_finite
-from danaz.server.members import Member, Route, mean_by_updates
+from danaz.server.members import MeanBuffers, Member, Route
 from danaz.server.messages import Bye, GoBack, Heartbeat, Join, Leave, Pull, Push, Report, Request
 from danaz.server.recovery import Recovery
 from danaz.server.refusing import refuse_push, why_refuse
@@ -72,7 +72,7 @@ class ServerCore:
         self._job: Job | None = None
         self._leases: Leases | None = None
         self._master: Master | None = None
-        self.buffers: list[tuple[int, Tensor]] = []  # updates and buffers f32[B] of each worker that left
+        self.buffers = MeanBuffers(0)
         self._milestone: tuple[object, ...] = ()  # the last one
         self._answers = Answers(self)
 
@@ -115,6 +115,7 @@ class ServerCore:
         """Take over what the first workers to join usually bring."""
         self._job, self._leases, self._master = job, leases, master
         self._whole = whole or WholeModel(job.layout)
+        self.buffers = MeanBuffers(job.layout.buffer_size)
 
     # ---- stimuli -------------------------------------------------------------------------------------------------
 
@@ -202,6 +203,7 @@ class ServerCore:
             self._job = Job(join.layout, join.plan, join.momentum)
             self._leases = LeasedElsewhere(join.plan) if self.settings.shard else Leases(join.plan)
             self._whole = WholeModel(whole)
+            self.buffers = MeanBuffers(join.layout.buffer_size)
         if self._master is None and join.params is not None:
             rule = self.settings.rule(join.momentum)
             self._master = Master(rule, join.layout, join.params, self.ahead, view_codec(self.settings.wire_view))
@@ -246,12 +248,13 @@ class ServerCore:
         member.awaiting = "end"
         if member.left:
             return
-        member.left, member.pending = True, None
+        member.left, member.pending, member.vectors = True, None, {}
+        member.view = member.ahead_view = None
         if not self.final:
             if leave.give_back is not None and self._sound(leave.give_back):
                 self._give_back(leave.give_back)
             if self._sound(leave.buffers):
-                self.buffers.append((member.updates, leave.buffers))
+                self.buffers.hear(member, leave.buffers, at_the_end=self.leases.done)
         self.leases.give_up(member.worker)
         self.health.forget(member.worker)
         if self.settings.shard and leave.done:
@@ -416,5 +419,5 @@ class ServerCore:
         return self.leases.has_news(member.worker, member.ahead)
 
     def mean_buffers(self) -> Tensor:
-        """Batch-norm statistics averaged over the workers that have left, by their updates, f32[B]."""
-        return mean_by_updates(self.buffers, self.job.layout.buffer_size)
+        """Batch-norm statistics of the trained model, f32[B]."""
+        return self.buffers.mean
