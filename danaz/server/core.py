@@ -109,6 +109,7 @@ class ServerCore:
         """
         fill(self, state, now)
         self.life, self.started = life, True
+        self.figures.restarts += 1
         self.recovery = Recovery(journal, self.job.layout.size, until=now + self.settings.recovery_s)
 
     def start_from(self, job: Job, leases: Leases, master: Master, whole: WholeModel | None = None) -> None:

@@ -54,7 +54,6 @@ class Recovery:
             core.master.replace(view)
         at = core.master.version
         lost = sum(update.version > at for update in self.journal)
-        core.figures.restarts += 1
         core.figures.lost_updates += lost
         who, cost = "server", f", {lost} updates are lost"
         if core.settings.shard:  # the journal is shard 0's

@@ -54,6 +54,7 @@ def take(core: ServerCore, reuse: CoreState | None = None) -> CoreState:
     master, job = core.master, core.job
     members = sorted(core.members.values(), key=lambda member: member.worker)
     facts = {
+        "digest": core.settings.digest,
         "algorithm": core.settings.algorithm,
         "sync_period": core.settings.sync_period,
         "shards": core.settings.shards,
@@ -67,6 +68,7 @@ def take(core: ServerCore, reuse: CoreState | None = None) -> CoreState:
         "figures": core.figures.facts(),
         "sick_workers": core.health.summary(),
         "diverged": core.diverged,
+        "sound": list(core.sound),
         "final": core.final,
         "buffers": {"updates": core.buffers.updates},
         "rest_version": core.whole.version,
@@ -87,6 +89,12 @@ def fill(core: ServerCore, state: CoreState, now: float) -> None:
     for name in ("algorithm", "sync_period", "shards", "shard"):
         if facts[name] != (asked := getattr(settings, name)):
             raise ResumeError(f"the checkpoint is of a run with {name} {facts[name]}, this server has {asked}")
+    if facts.get("digest", settings.digest) != settings.digest:  # there is none in one of an earlier version
+        raise ResumeError(
+            "the checkpoint is of a run with another configuration than this server's "
+            f"(digest {facts['digest'][:12] or 'none'}, here {settings.digest[:12] or 'none'}); resume it with the "
+            "config.yaml that it began with"
+        )
     job = facts["job"]
     layout, plan = Layout.from_lists(job["layout"]), Plan(**job["plan"])
     rule, codec = settings.rule(job["momentum"]), view_codec(settings.wire_view)
@@ -109,6 +117,7 @@ def fill(core: ServerCore, state: CoreState, now: float) -> None:
     core.figures = Figures.restored(facts["figures"], now)
     core.health.restore(facts["sick_workers"])
     core.diverged, core.final, core.generation = facts["diverged"], facts["final"], facts["generation"]
+    core.sound = tuple(facts.get("sound", ()))
     _fill_buffers(core, facts, tensors)
 
 
