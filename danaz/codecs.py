@@ -320,6 +320,10 @@ class Compressor:
             kept[start:stop] = dropped[start:stop]
         self.residual, self._next = kept, dropped
 
+    def forget(self) -> None:
+        """Drop what is kept: nothing of it will be sent."""
+        self.residual.zero_()
+
 
 # ---- memory --------------------------------------------------------------------------------------------------------
 

@@ -19,8 +19,10 @@ from danaz.server.checkpoint import (
     read_checkpoint,
     read_facts,
     read_newest,
+    read_restarts,
     worth_keeping,
     write_checkpoint,
+    write_restarts,
 )
 from danaz.server.core import ServerCore
 from danaz.server.figures import Update
@@ -134,6 +136,9 @@ class Checkpoints:
     def write(self, number: int) -> None:
         """Begin to write the state that the core is in, as soon as the one before is written."""
         self.wait()
+        if not self._core.master.is_finite:
+            say("the parameters are not finite, and no checkpoint is written of them; the one before stays")
+            return
         self._core.generation = self.number = number
         self._state = self._core.state(reuse=self._state)
         self._thread = Thread(target=self._write, args=(number, self._state), name="danaz-checkpoint")
@@ -145,12 +150,25 @@ class Checkpoints:
             self._thread.join()
 
     def delete(self) -> None:
-        """Nobody is to go back to them any more."""
-        delete_checkpoints(self._folder)
+        """Nobody is to go back to them any more, but a person to those from before training diverged."""
+        self.wait()
+        delete_checkpoints(self._folder, but=self._core.sound)
+
+    def count_restart(self, restarts: int = 1, lost_updates: int = 0) -> None:
+        """Let the core know what restarts have cost, those included that came to no checkpoint."""
+        counted, lost = read_restarts(self._folder)
+        counted, lost = counted + restarts, lost + lost_updates
+        figures = self._core.figures
+        figures.restarts, figures.lost_updates = max(figures.restarts, counted), max(figures.lost_updates, lost)
+        try:
+            write_restarts(self._folder, figures.restarts, lost)
+        except OSError as error:
+            say(f"this restart could not be counted: {error}. Training goes on")
 
     def _write(self, number: int, state: CoreState) -> None:
         kept = [*self._core.kept, number]
-        keep = worth_keeping(kept, self._common if self._core.settings.shards > 1 else kept[-KEPT:])
+        common = self._common if self._core.settings.shards > 1 else kept[-KEPT:]
+        keep = sorted({*worth_keeping(kept, common), *self._core.sound})
         try:
             write_checkpoint(self._folder, number, state, keep)
         except OSError as error:
@@ -184,6 +202,7 @@ class Keeper:
     def resume(self) -> ServerCore | Offering:
         """What serves a run that goes on, from a checkpoint if there is one. Raises ResumeError."""
         self._is_undecided = True
+        self._checkpoints.count_restart()
         return self._checkpoints.resume(self._restore)
 
     def finish(self) -> None:
@@ -199,10 +218,11 @@ class Keeper:
     def _restore(self, state: CoreState | None, now: float) -> None:
         self._is_undecided = False
         if state is None:
-            self.core.figures.lost_updates = self._folder.cut(0)
+            self._checkpoints.count_restart(0, lost_updates=self._folder.cut(0))
         else:
             journal = self._folder.journal(after=state.version)
             self.core.restore(state, journal, life=self._checkpoints.number, now=now)
+            self._checkpoints.count_restart(0)
 
     # ---- what the core calls -------------------------------------------------------------------------------------
 

@@ -125,11 +125,17 @@ def _update_of(line: bytes) -> Update | None:
         values["lr"] = tuple(values["lr"]) if isinstance(values["lr"], list) else (values["lr"],)
         values["earlier"] = tuple(values.get("earlier", ()))
         return Update(**values)
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """summary.json of a finished run."""
-    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    """summary.json of a finished run. Raises OSError; ValueError if it is none."""
+    path = folder / "summary.json"
+    try:
+        summary: Any = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {error}; danaz writes it whole, so it was changed since") from None
+    if not isinstance(summary, dict):
+        raise ValueError(f"{path} is no summary of a run: expected a JSON object; it was changed since it was written")
     return summary

@@ -71,10 +71,12 @@ def _see_off(bound: BoundRouter, run: Path, stopping: Callable[[], bool]) -> boo
     from danaz.server.concluded import Concluded
     from danaz.server.router import Router
 
-    if not (run / "summary.json").exists() or not read_summary(run)["complete"]:
+    summary = read_summary(run) if (run / "summary.json").exists() else {}
+    if not summary.get("complete"):
         return False
     say(f"the run in {run} is complete; its workers are seen off")
-    delete_checkpoints(folder_of(run))
+    if not summary.get("diverged"):  # else those from before stay
+        delete_checkpoints(folder_of(run))
     Router(bound).serve(Concluded(), None, stopping)
     bound.close()
     return True

@@ -103,7 +103,13 @@ class Settings:
 
     @classmethod
     def from_json(cls, text: str) -> Settings:
-        values: dict[str, Any] = json.loads(text)
+        """The inverse of to_json. Raises ValueError for what is none of this version."""
+        try:
+            values: Any = json.loads(text)
+        except RecursionError:
+            raise ValueError("settings are nested without end; expected a JSON object") from None
+        if not isinstance(values, dict):
+            raise ValueError("settings should be a JSON object")
         known = {field.name for field in fields(cls)}
         if set(values) - known:
             raise ValueError(f"DANAZ_SETTINGS holds {sorted(set(values) - known)}, which this version does not know")

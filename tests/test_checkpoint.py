@@ -8,19 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from cluster import Cluster
+from cluster import DIGEST, Cluster
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from danaz.keeper import Keeper
-from danaz.run_folder import RunFolder
+from danaz.keeper import Checkpoints, Keeper
+from danaz.run_folder import RunFolder, read_summary
 from danaz.server.checkpoint import (
     FOLDER,
+    FORMAT,
     complete_numbers,
     newest_number,
     read_newest,
     worth_keeping,
     write_checkpoint,
 )
+from danaz.server.core import ServerCore
 from danaz.server.figures import Update
 from danaz.server.settings import ServerSettings
 from danaz.server.state import CoreState, ResumeError
@@ -54,6 +57,25 @@ class TestCheckpoints:
         state = state_of(7, algorithm) if algorithm != "easgd" else state_of(0, algorithm)
         write_checkpoint(tmp_path, 1, state)
         assert same(newest(tmp_path), state)
+
+    def test_one_of_an_earlier_version_is_read(self):
+        """It held the buffers of each worker that had left, vectors of these too, and the first loss of the run."""
+        cluster = Cluster("dana-zero", 2, torch.ones(SIZE), buffers=2)
+        cluster.push(0, torch.ones(SIZE), 0.1, loss=2.0)
+        cluster.push(1, torch.ones(SIZE), 0.1, loss=3.0)
+        cluster.leave(1, torch.tensor([3.0, 4.0]))
+        state = cluster.server.state()
+        del state.facts["buffers"], state.facts["figures"]["first_losses"]
+        state.facts["figures"]["first_loss"] = 2.0
+        state.facts["buffers_of"] = [1, 3]
+        before = {"buffers.0": torch.tensor([3.0, 4.0]), "buffers.1": torch.tensor([7.0, 8.0])}
+        before["member.1.velocity"] = torch.ones(SIZE)
+        tensors = {name: tensor for name, tensor in state.tensors.items() if not name.startswith("buffers.")}
+        core = ServerCore(cluster.settings)
+        core.restore(CoreState(json.loads(json.dumps(state.facts)), tensors | before), [], 1, 0.0)
+        assert core.mean_buffers().tolist() == [6.0, 7.0]
+        assert core.figures.first_losses == {0: 2.0, 1: 2.0}
+        assert core.members[0].vectors.keys() == {"velocity"}
 
     def test_a_copy_does_not_move_with_the_run(self):
         cluster = Cluster("dana-zero", 1, torch.ones(SIZE))
@@ -175,30 +197,131 @@ class TestJournal:
         assert folder.journal(after=0) == UPDATES[:1]
 
 
+def settings_of(algorithm: str, digest: str = DIGEST) -> ServerSettings:
+    """Of the server that goes on from state_of."""
+    return ServerSettings(algorithm, workers=2, digest=digest)
+
+
+def resumed(run: Path, digest: str = DIGEST) -> Keeper:
+    """A server process started again."""
+    keeper = Keeper(RunFolder(run, {}), settings_of("dana-zero", digest))
+    keeper.resume()
+    return keeper
+
+
+NESTED = "[" * 100_000 + "]" * 100_000
+
+
 class TestKeeper:
+    def test_another_configuration_cannot_go_on(self, tmp_path):
+        write_checkpoint(tmp_path / FOLDER, 1, state_of(1))
+        with pytest.raises(ResumeError, match=r"another configuration .*digest the same eve, here deadbeef"):
+            resumed(tmp_path, digest="deadbeef")
+
+    def test_nor_what_a_state_of_an_earlier_version_says_nothing_of(self, tmp_path):
+        state = state_of(1)
+        del state.facts["digest"]
+        write_checkpoint(tmp_path / FOLDER, 1, state)
+        assert resumed(tmp_path, digest="deadbeef").core.started
+
+    def test_each_restart_counts_also_one_that_came_to_nothing(self, tmp_path):
+        """Killed while it waits for its workers, a server has written nothing of itself but that."""
+        write_checkpoint(tmp_path / FOLDER, 1, state_of(1))
+        for _ in range(3):
+            assert resumed(tmp_path).core.recovery is not None
+        keeper = resumed(tmp_path)
+        keeper.core.tick(1e12)
+        assert keeper.core.recovery is None
+        assert keeper.core.summary()["restarts"] == 4
+        assert resumed(tmp_path).core.figures.restarts == 5
+
+    def test_and_one_before_any_checkpoint(self, tmp_path):
+        TestJournal().folder(tmp_path)
+        for restarts in (1, 2):
+            figures = resumed(tmp_path).core.figures
+            assert (figures.restarts, figures.lost_updates) == (restarts, 3)
+
+    def test_a_run_that_is_complete_leaves_no_count(self, tmp_path):
+        write_checkpoint(tmp_path / FOLDER, 1, state_of(1))
+        Checkpoints(tmp_path, resumed(tmp_path).core).delete()
+        assert not (tmp_path / FOLDER).exists()
+
+    @pytest.mark.parametrize("damage", [NESTED, f'{{"format": "{FORMAT}", "sha256": "", "facts": {NESTED}}}'])
+    def test_a_checkpoint_that_nests_without_end_is_damaged(self, damage, tmp_path):
+        for number in (1, 2):
+            write_checkpoint(tmp_path, number, state_of(number), keep=[1])
+        (tmp_path / "000002.json").write_text(damage)
+        state, why = read_newest(tmp_path)
+        assert state.version == 1
+        assert "checkpoint 2 is damaged" in why[0]
+
+    def test_a_journal_ends_before_a_line_that_nests_without_end(self, tmp_path):
+        folder = TestJournal().folder(tmp_path)
+        path = tmp_path / "updates.jsonl"
+        first, second, _ = path.read_text().splitlines()
+        path.write_text("\n".join([first, second, NESTED]))
+        assert folder.journal(after=0) == UPDATES[:2]
+
+    @pytest.mark.parametrize("content", [NESTED, "", "[1]", '{"compl'])
+    def test_a_summary_that_is_none_is_named(self, content, tmp_path):
+        (tmp_path / "summary.json").write_text(content)
+        with pytest.raises(ValueError, match=r"summary\.json"):
+            read_summary(tmp_path)
+
+    def test_what_was_before_training_diverged_stays(self, tmp_path):
+        """Each checkpoint since then holds what cannot be used; these go when the run is over."""
+        core = ServerCore(settings_of("dana-zero"))
+        core.restore(state_of(4), [], 1, 0.0)
+        checkpoints = Checkpoints(tmp_path, core)
+        for number in (1, 2, 3):
+            checkpoints.write(number)
+            checkpoints.wait()
+        core.diverge("the loss rose")
+        for number in (4, 5, 6):
+            checkpoints.write(number)
+            checkpoints.wait()
+        folder = tmp_path / FOLDER
+        assert complete_numbers(folder) == [2, 3, 5, 6]
+        again = ServerCore(settings_of("dana-zero"))
+        again.restore(newest(folder), [], 2, 0.0)
+        assert again.sound == (2, 3), "a restart does not forget it"
+        Checkpoints(tmp_path, again).delete()
+        assert complete_numbers(folder) == [2, 3]
+
+    def test_of_parameters_that_are_not_finite_there_is_no_checkpoint(self, tmp_path, capsys):
+        core = ServerCore(settings_of("dana-zero"))
+        core.restore(state_of(4), [], 1, 0.0)
+        checkpoints = Checkpoints(tmp_path, core)
+        checkpoints.write(1)
+        core.master.replace(torch.full((SIZE,), float("nan")))
+        checkpoints.write(2)
+        checkpoints.wait()
+        assert complete_numbers(tmp_path / FOLDER) == [1]
+        assert "no checkpoint is written" in capsys.readouterr().err
+
     def test_another_algorithm_cannot_go_on(self, tmp_path):
         write_checkpoint(tmp_path / FOLDER, 1, state_of(1))
-        keeper = Keeper(RunFolder(tmp_path, {}), ServerSettings("asgd", workers=2))
+        keeper = Keeper(RunFolder(tmp_path, {}), settings_of("asgd"))
         with pytest.raises(ResumeError, match="algorithm dana-zero, this server has asgd"):
             keeper.resume()
 
     def test_without_a_checkpoint_it_begins_afresh_and_says_so(self, tmp_path, capsys):
         folder = TestJournal().folder(tmp_path)
-        keeper = Keeper(folder, ServerSettings("dana-zero", workers=2))
+        keeper = Keeper(folder, settings_of("dana-zero"))
         keeper.resume()
         assert not keeper.core.started
         assert "begins afresh" in capsys.readouterr().err
         assert folder.journal(after=0) == []
         assert keeper.core.figures.lost_updates == 3
 
-    def test_a_full_disk_ends_no_run(self, tmp_path, capsys, monkeypatch):
+    @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left")])
+    def test_a_full_disk_ends_no_run(self, error, tmp_path, capsys, monkeypatch):
         def full(*_):
-            raise OSError(28, "No space left on device")
+            raise error
 
-        monkeypatch.setattr("danaz.keeper.write_checkpoint", full)
         write_checkpoint(tmp_path / FOLDER, 1, state_of(1))
-        keeper = Keeper(RunFolder(tmp_path, {}), ServerSettings("dana-zero", workers=2))
-        keeper.resume()
+        monkeypatch.setattr("danaz.server.checkpoint.save_file", full)
+        keeper = resumed(tmp_path)
         keeper.core.tick(1e12)  # nobody comes
         assert "could not be written" in capsys.readouterr().err
         assert keeper.core.master.version == 1

@@ -18,7 +18,7 @@ from danaz.server import router as router_module
 from danaz.server.answers import Replies, Streams
 from danaz.server.core import ServerCore
 from danaz.server.messages import Heartbeat, Plan, Pull, Streamed
-from danaz.server.recording import Recorder, read_recording, recorded_settings, replay
+from danaz.server.recording import HEAD, Recorder, RecordingError, read_recording, recorded_settings, replay
 from danaz.server.settings import ServerSettings
 from danaz.server.wire import encode
 
@@ -54,6 +54,20 @@ class TestTheFile:
         keep(path, *EVENTS)
         assert [(now, route, [bytes(f) for f in frames]) for now, route, frames in read_recording(path)] == EVENTS
         assert recorded_settings(path) == '{"seed": 1}'
+
+    @pytest.mark.parametrize("content", [b"", b"\x01", b"\xff\xff\xff\xff{}", b"\x02\0\0\0\xff\xfe"])
+    def test_what_is_no_recording_is_named(self, content, path):
+        path.write_bytes(content)
+        for read in (recorded_settings, lambda path: list(read_recording(path))):
+            with pytest.raises(RecordingError, match=r"recording\.bin is no recording"):
+                read(path)
+
+    def test_a_length_beyond_the_end_takes_no_memory(self, path):
+        keep(path, EVENTS[0])
+        whole = path.read_bytes()
+        keep(path)
+        path.write_bytes(path.read_bytes() + HEAD.pack(0.5, 0, 1) + (1 << 62).to_bytes(8, "little") + whole)
+        assert list(read_recording(path)) == []
 
     def test_settings_may_be_any_text(self, path):
         Recorder(path, "θ = 1").close()

@@ -42,6 +42,45 @@ def test_all_leave_with_the_mean_of_the_buffers_by_updates():
     assert cluster.final.keys() == {0, 1, 2}
 
 
+def test_who_left_before_the_end_does_not_count_in_the_buffers():
+    """A guest that left at a quarter has statistics of a model long gone."""
+    cluster = Cluster("dana", 2, torch.ones(SIZE), plan=Plan(8, 1), buffers=2)
+    for worker in (0, 1):
+        cluster.push(worker, GRADIENT, 0.1)
+    cluster.leave(1, torch.tensor([100.0, 100.0]))
+    while not cluster.server.leases.done:
+        cluster.push(0, GRADIENT, 0.1)
+    cluster.leave(0, torch.tensor([1.0, 2.0]))
+    assert cluster.final[0].buffers.tolist() == [1.0, 2.0]
+
+
+def test_if_nobody_is_there_at_the_end_the_last_that_left_counts():
+    """Its statistics are old; zeros would be no model at all."""
+    cluster = Cluster("dana", 3, torch.ones(SIZE), buffers=2)
+    for worker in (0, 1, 2):
+        cluster.push(worker, GRADIENT, 0.1)
+    cluster.leave(1, torch.tensor([5.0, 6.0]))
+    cluster.leave(2, torch.tensor([7.0, 8.0]))
+    cluster.lose(0)
+    assert cluster.server.mean_buffers().tolist() == [7.0, 8.0]
+
+
+def test_nothing_is_kept_of_who_left():
+    """However many come and go, a checkpoint holds the vectors of those who are there."""
+    sizes = []
+    for guests in (1, 100):
+        cluster = Cluster("dana-zero", 1, torch.ones(SIZE), buffers=2)
+        for guest in range(1, 1 + guests):
+            cluster.join(guest)
+            cluster.push(guest, GRADIENT, 0.1)
+            cluster.leave(guest, torch.full((2,), float(guest)))
+        sizes.append(sum(tensor.nbytes for tensor in cluster.server.state().tensors.values()))
+        assert all(
+            not member.vectors and member.view is None for member in cluster.server.members.values() if member.left
+        )
+    assert sizes[0] == sizes[1]
+
+
 def test_the_parameters_are_final_when_the_last_has_left():
     cluster = run_out("dana")
     assert cluster.leave(0) is None

@@ -15,6 +15,8 @@ from danaz.server.health import ENOUGH_PUSHES, Health
 from danaz.server.messages import Final, Heartbeat, Parameters, Plan, Refusal, Report, Streamed
 from danaz.server.state import CoreState
 
+REPORTED = {"not_finite": 0, "outliers": 1, "refused_pushes": 0, "dropped_batches": 0, "dropped_samples": 0}
+
 
 class Restartable(Cluster):
     """Its server can be killed and started anew from a state."""
@@ -207,7 +209,8 @@ class TestSickWorkers:
             view = parameters(core.handle(0, push_on(view, request=request, grad=GRADIENT * NAN), 1.0))
         assert len(notices) == 1
         assert "worker 0 is sick" in notices[0]
-        assert core.summary()["sick_workers"] == {"0": {"not_finite": 2, "outliers": 0}}
+        lost = {"refused_pushes": 2, "dropped_batches": 2, "dropped_samples": 8}
+        assert core.summary()["sick_workers"] == {"0": {"not_finite": 2, "outliers": 0, **lost}}
 
     def train_with_an_outlier(self, algorithm: str, *, refuse: bool, factor: float) -> tuple[Restartable, Parameters]:
         cluster = Restartable(algorithm, 2, torch.zeros(SIZE))
@@ -225,7 +228,7 @@ class TestSickWorkers:
         assert reply.applied
         assert len(cluster.notices) == 1
         assert "worker 1 may be sick" in cluster.notices[0]
-        assert cluster.server.summary()["sick_workers"] == {"1": {"not_finite": 0, "outliers": 1}}
+        assert cluster.server.summary()["sick_workers"] == {"1": REPORTED}
 
     def test_and_refused_if_so_wished(self):
         cluster, reply = self.train_with_an_outlier("asgd", refuse=True, factor=3000.0)
@@ -250,4 +253,4 @@ class TestSickWorkers:
         cluster, _ = self.train_with_an_outlier("asgd", refuse=False, factor=3000.0)
         state = cluster.server.state()
         cluster.restart(state)
-        assert cluster.server.summary()["sick_workers"] == {"1": {"not_finite": 0, "outliers": 1}}
+        assert cluster.server.summary()["sick_workers"] == {"1": REPORTED}

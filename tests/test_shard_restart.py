@@ -117,7 +117,7 @@ def test_killed_before_all_have_kept_the_beginning_they_begin_again(
     assert not any(core.started for core in trainer.servers.cores)
     trainer.push()
     assert [core.life for core in trainer.servers.cores] == [0, 0]
-    check_end(trainer, undisturbed, restarts=0)
+    check_end(trainer, undisturbed, restarts=1)
 
 
 def test_without_a_generation_of_all_nothing_is_made_up(begin: Callable[..., Trainer]) -> None:

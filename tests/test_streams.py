@@ -90,7 +90,7 @@ def test_a_view_is_of_one_version():
     member: Member = core.members[0]
     view = core.master.view(member, keep=False)
     next(view)
-    core.master.apply(torch.ones(SIZE), (0.1, 0.1), member, 0)
+    core.master.apply(torch.ones(SIZE), 1.0, (0.1, 0.1), member, 0)
     with pytest.raises(RuntimeError, match="version 0"):
         next(view)
 

@@ -21,6 +21,10 @@ MAX_AHEAD = 1 << 16  # batches a worker may hold
 MAX_LR = torch.finfo(torch.float32).max
 NOT_FINITE = "push is not finite"
 OUTLIER = "push is far outside the cluster's size"
+OVERFLOW = "update by this push would not be finite"
+SICK = frozenset((NOT_FINITE, OUTLIER, OVERFLOW))  # what is wrong is the values of the push, and would be again
+FRESH_AFTER = 2  # pushes in a row that were refused as sick: then a worker's velocity is suspect, and starts afresh
+NEWER_JOINED = "a newer incarnation of this worker has joined"
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ def why_not_join(join: Join, digest: str, job: Job | None, member: Member | None
     if job is not None and job != Job(join.layout, join.plan, join.momentum):
         return "model, data plan or momentum differ from those of the workers before"
     if member is not None and member.incarnation > join.incarnation:
-        return "a newer incarnation of this worker has joined"
+        return NEWER_JOINED
     if member is not None and member.incarnation == join.incarnation and member.request > join.request:
         # A late copy, which nobody waits for, or a process started anew without saying so.
         return (

@@ -23,6 +23,7 @@ from danaz.server.state import CoreState, ResumeError
 
 FOLDER = "checkpoints"  # within a run folder
 FORMAT = "danaz checkpoint 2"
+RESTARTS = "restarts"  # within that: how often the server was started again, and updates lost with no checkpoint
 KEPT = 2
 MANY = 8  # of one of several shards, beside those that are of all
 READ_BYTES = 1 << 20
@@ -65,7 +66,10 @@ def write_checkpoint(folder: Path, number: int, state: CoreState, keep: Collecti
     folder.mkdir(parents=True, exist_ok=True)
     tensors, facts = _files(folder, number)
     part = tensors.with_suffix(".part")
-    save_file(state.tensors, part)
+    try:
+        save_file(state.tensors, part)
+    except SafetensorError as error:  # a full disk comes as one, too
+        raise OSError(f"{part}: {error}") from error
     os.chmod(part, 0o644)  # others may read a run
     digest = _digest(state.facts, part)
     _publish(part, tensors)
@@ -111,17 +115,35 @@ def read_facts(folder: Path, number: int) -> dict[str, Any]:
             raise DamagedError(number, "its checksum is another")
     except FileNotFoundError as error:
         raise DamagedError(number, f"{error.filename} is missing") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # which is what nesting without end comes to
         raise DamagedError(number, error) from error
     read: dict[str, Any] = content["facts"]
     return read
 
 
-def delete_checkpoints(folder: Path) -> None:
-    """Those of a run that is complete."""
-    _delete(folder)
+def delete_checkpoints(folder: Path, but: Collection[int] = ()) -> None:
+    """Those of a run that is complete; of one that diverged, ``but`` those from before stay."""
+    _delete(folder, but)
+    (folder / RESTARTS).unlink(missing_ok=True)
     if folder.exists() and not any(folder.iterdir()):
         folder.rmdir()
+
+
+def read_restarts(folder: Path) -> tuple[int, int]:
+    """How often the server was started again, and updates lost where there was no checkpoint, as far as was kept."""
+    try:
+        restarts, lost = map(int, (folder / RESTARTS).read_text().split())
+    except (FileNotFoundError, ValueError):
+        return 0, 0
+    return restarts, lost
+
+
+def write_restarts(folder: Path, restarts: int, lost: int) -> None:
+    """Keep these figures for servers that are killed before they come to a checkpoint. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f"{RESTARTS}.part"
+    part.write_text(f"{restarts} {lost}\n")
+    _publish(part, folder / RESTARTS)
 
 
 def _digest(facts: object, tensors: Path) -> str:

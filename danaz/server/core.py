@@ -15,13 +15,13 @@ from typing import Any
 from torch import Tensor
 
 from danaz.codecs import travelling_bytes, view_codec
-from danaz.server.admission import Job, is_worth_receiving, why_not_join, why_not_leave, why_stranger
+from danaz.server.admission import OVERFLOW, Job, is_worth_receiving, why_not_join, why_not_leave, why_stranger
 from danaz.server.answers import Answers, Replies, Streams, whole
-from danaz.server.figures import DIVERGED_LOSS_RATIO, Figures, Update
-from danaz.server.health import Health
+from danaz.server.figures import Figures, Update
+from danaz.server.health import Health, measured, norm_of
 from danaz.server.leases import LeasedElsewhere, Leases
 from danaz.server.master import Master, all_finite
-from danaz.server.members import Member, Route, mean_by_updates
+from danaz.server.members import MeanBuffers, Member, Route
 from danaz.server.messages import Bye, GoBack, Heartbeat, Join, Leave, Pull, Push, Report, Request
 from danaz.server.recovery import Recovery
 from danaz.server.refusing import refuse_push, why_refuse
@@ -63,6 +63,7 @@ class ServerCore:
         self.life = 0  # grows with each restart
         self.generation = 0  # of shard 0's newest checkpoint
         self.kept: tuple[int, ...] = ()  # checkpoints of this shard, which its workers hear of
+        self.sound: tuple[int, ...] = ()  # of these, once training has diverged, those from before: they stay
         self.recovery: Recovery | None = None  # while a restarted server waits for the workers it knew
         self.started = False
         self.diverged = ""  # the reason, if it did
@@ -71,7 +72,7 @@ class ServerCore:
         self._job: Job | None = None
         self._leases: Leases | None = None
         self._master: Master | None = None
-        self.buffers: list[tuple[int, Tensor]] = []  # updates and buffers f32[B] of each worker that left
+        self.buffers = MeanBuffers(0)
         self._milestone: tuple[object, ...] = ()  # the last one
         self._answers = Answers(self)
 
@@ -108,12 +109,14 @@ class ServerCore:
         """
         fill(self, state, now)
         self.life, self.started = life, True
+        self.figures.restarts += 1
         self.recovery = Recovery(journal, self.job.layout.size, until=now + self.settings.recovery_s)
 
     def start_from(self, job: Job, leases: Leases, master: Master, whole: WholeModel | None = None) -> None:
         """Take over what the first workers to join usually bring."""
         self._job, self._leases, self._master = job, leases, master
         self._whole = whole or WholeModel(job.layout)
+        self.buffers = MeanBuffers(job.layout.buffer_size)
 
     # ---- stimuli -------------------------------------------------------------------------------------------------
 
@@ -201,6 +204,7 @@ class ServerCore:
             self._job = Job(join.layout, join.plan, join.momentum)
             self._leases = LeasedElsewhere(join.plan) if self.settings.shard else Leases(join.plan)
             self._whole = WholeModel(whole)
+            self.buffers = MeanBuffers(join.layout.buffer_size)
         if self._master is None and join.params is not None:
             rule = self.settings.rule(join.momentum)
             self._master = Master(rule, join.layout, join.params, self.ahead, view_codec(self.settings.wire_view))
@@ -220,12 +224,13 @@ class ServerCore:
             self._answers.view(member)
         elif not member.left:
             member.awaiting = "start"
-        if self.started:
-            self._admit(member)
+        if self.started and not member.left:
+            self.admit(member)
 
-    def _admit(self, *members: Member) -> None:
+    def admit(self, *members: Member, afresh: bool = False) -> None:
+        """Give members the vectors that they lack, or new ones in the place of those that they have."""
         for member in members:
-            if not member.vectors:
+            if afresh or not member.vectors:
                 self.master.enter(member)
         self._resum()
 
@@ -236,6 +241,7 @@ class ServerCore:
         """A worker is gone without a word: others get its batches, and the look-ahead forgets it."""
         member.alive, member.pending = False, None
         self.leases.give_up(member.worker)
+        self.health.forget(member.worker)
         if self.started:
             self._resum()
 
@@ -243,13 +249,15 @@ class ServerCore:
         member.awaiting = "end"
         if member.left:
             return
-        member.left, member.pending = True, None
+        member.left, member.pending, member.vectors = True, None, {}
+        member.view = member.ahead_view = None
         if not self.final:
             if leave.give_back is not None and self._sound(leave.give_back):
-                self.master.params.add_(leave.give_back)
+                self._give_back(leave.give_back)
             if self._sound(leave.buffers):
-                self.buffers.append((member.updates, leave.buffers))
+                self.buffers.hear(member, leave.buffers, at_the_end=self.leases.done)
         self.leases.give_up(member.worker)
+        self.health.forget(member.worker)
         if self.settings.shard and leave.done:
             self.leases.close()
         self._resum()
@@ -293,10 +301,14 @@ class ServerCore:
 
         That is no update and takes no version.
         """
-        self.master.params.add_(displacement)
+        self.master.replace(self.master.params + displacement)
         for member in self.members.values():
             if member.view is not None:
                 member.view.add_(displacement)
+
+    def _give_back(self, given: Tensor) -> None:
+        if not self.master.add(given):
+            self.refuse("parameters would not be finite with what a leaving worker gives back")
 
     def _sound(self, vector: Tensor) -> bool:
         """Whether a leaving worker's vector may count. One of a diverged model may not, but its worker still leaves."""
@@ -315,46 +327,63 @@ class ServerCore:
             # Whatever has changed since: the worker may have read the first answer by now.
             self._answers.push(member, push, refused=member.refused[1])
             return
+        if push.push.numel() == self.job.layout.size:
+            push = measured(push)
         reason = why_refuse(self, member, push)
-        if reason:
-            refuse_push(self, member, push, reason)
-            member.turn()
-            self._answers.push(member, push, refused=reason)
-            return
-        member.strikes = 0
-        if self.master.rule.barrier:
+        if not reason and self.master.rule.barrier:
             # The transport uses its buffer again.
             member.pending, member.awaiting = replace(push, push=push.push.clone()), "round"
-        else:
-            self._update((push,), now)
-            member.turn()
-            self._answers.push(member, push, applied=True)
+            return
+        if not reason and not self._update((push,), now):
+            reason = OVERFLOW
+        if reason:
+            refuse_push(self, member, push, reason)
+        member.turn()
+        self._answers.push(member, push, applied=not reason, refused=reason)
 
     def diverge(self, reason: str) -> None:
-        """End the run early."""
-        self.diverged = reason
-        self.leases.close()
+        """End the run early. The checkpoints from before stay."""
+        if not self.diverged:
+            self.diverged, self.sound = reason, self.kept
+            self.leases.close()
 
     # ---- updating ------------------------------------------------------------------------------------------------
 
-    def _update(self, parts: tuple[Push, ...], now: float) -> None:
-        """Make one update of the push of one worker, or of those of a whole round."""
+    def _update(self, parts: tuple[Push, ...], now: float) -> bool:
+        """Make one update of the push of one worker, or of those of a whole round; or say that it is not finite."""
+        if not self.master.is_finite:
+            self.diverge("the parameters are not finite: the rule, or what training began with, made them so")
+            return False
         update = update_by(self, parts)
+        if update is None:
+            return False
+        for part in parts:
+            self.members[part.worker].strikes = 0
+            self.health.applied(part.worker)
         if self.master.version % RESUM_EVERY == 0:
             self._resum()
         self.figures.count(update, now)
         self.figures.push_bytes += sum(travelling_bytes(p.push, p.encoded) + p.elsewhere for p in parts)
         self.on_update(update)
-        if self.figures.lost_all_bounds(update.loss):
-            self.diverge(f"the loss rose to {update.loss:.4g}, over {DIVERGED_LOSS_RATIO:.0f} times the first")
+        reason = self.figures.divergence(m.worker for m in self.members.values() if m.takes_part)
+        if reason:
+            self.diverge(reason)
+        return True
 
     def _update_by_round(self, now: float) -> None:
-        """Make one update of what the live workers pushed, weighted by their samples."""
+        """Make one update of what the live workers pushed, weighted by their samples.
+
+        If its result is not finite, the largest push is refused, and the others make the update.
+        """
         members = [m for m in self.members.values() if m.takes_part and m.pending is not None]
-        self._update(tuple(m.pending for m in members if m.pending is not None), now)
+        parts = {m.worker: m.pending for m in members if m.pending is not None}
+        while parts and not self._update(tuple(parts.values()), now):
+            largest = parts.pop(max(parts, key=lambda worker: norm_of(parts[worker])))
+            refuse_push(self, self.members[largest.worker], largest, OVERFLOW)
         for member in members:
             member.pending = None
-            self._answers.view(member, applied=True)
+            applied = member.worker in parts
+            self._answers.view(member, applied=applied, refused="" if applied else OVERFLOW)
 
     # ---- answering -----------------------------------------------------------------------------------------------
 
@@ -389,7 +418,7 @@ class ServerCore:
             return
         self.started = True
         self.figures.started_at = now
-        self._admit(*live)
+        self.admit(*live)
 
     def _serve_waiting(self, now: float) -> None:
         live = [m for m in self.members.values() if m.alive]
@@ -409,5 +438,5 @@ class ServerCore:
         return self.leases.has_news(member.worker, member.ahead)
 
     def mean_buffers(self) -> Tensor:
-        """Batch-norm statistics averaged over the workers that have left, by their updates, f32[B]."""
-        return mean_by_updates(self.buffers, self.job.layout.buffer_size)
+        """Batch-norm statistics of the trained model, f32[B]."""
+        return self.buffers.mean

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
+from statistics import median_high, median_low
 from typing import Any, Literal
 
 DIVERGED_LOSS_RATIO = 1000.0
@@ -42,7 +43,7 @@ class Figures:
     view_bytes: int = 0
     gaps: float = 0.0
     gaps_measured: int = 0
-    first_loss: float | None = None
+    first_losses: dict[int, float] = field(default_factory=dict)  # worker -> its first, whatever process it was
     last_losses: dict[int, float] = field(default_factory=dict)  # worker -> its latest
     refusals: Counter[str] = field(default_factory=Counter)
     reported: dict[str, float | str | None] = field(default_factory=dict)
@@ -60,21 +61,31 @@ class Figures:
         if update.gap is not None:
             self.gaps += update.gap
             self.gaps_measured += 1
-        if update.loss is not None:
-            self.last_losses[update.worker] = update.loss
-            if self.first_loss is None:
-                self.first_loss = update.loss
+
+    def hear_loss(self, worker: int, loss: float) -> None:
+        """Take note of the loss of one worker's push that was applied."""
+        self.first_losses.setdefault(worker, loss)
+        self.last_losses[worker] = loss
 
     def report(self, figures: dict[str, float | str | None]) -> None:
         """Take over what a training script reports; JSON has no NaN and no infinity."""
         for name, value in figures.items():
             self.reported[name] = None if isinstance(value, float) and not isfinite(value) else value
 
-    def lost_all_bounds(self, loss: float | None) -> bool:
-        """Whether this loss means divergence. A first loss of zero is no measure: then none does."""
-        if loss is None or not self.first_loss:
-            return False
-        return loss > DIVERGED_LOSS_RATIO * abs(self.first_loss)
+    def divergence(self, workers: Iterable[int]) -> str:
+        """Why the losses of these workers, those that take part, mean that training has diverged, or nothing.
+
+        The median of their latest is compared with the median of their first: no worker alone can end a run of
+        several. Of an even number, the two in the middle must both say so. A first loss of zero is no measure.
+        """
+        measures = [worker for worker in workers if self.first_losses.get(worker)]
+        if not measures:
+            return ""
+        first = median_high(abs(self.first_losses[worker]) for worker in measures)
+        latest = median_low(self.last_losses[worker] for worker in measures)
+        if latest <= DIVERGED_LOSS_RATIO * first:
+            return ""
+        return f"the loss rose to {latest:.4g}, over {DIVERGED_LOSS_RATIO:.0f} times the first"
 
     @property
     def seconds(self) -> float:
@@ -83,7 +94,8 @@ class Figures:
 
     def facts(self) -> dict[str, Any]:
         """Everything as JSON has it. Clocks do not outlive a process, durations do."""
-        values = {**vars(self), "last_losses": list(self.last_losses.items()), "seconds": self.seconds}
+        losses = {name: list(getattr(self, name).items()) for name in ("first_losses", "last_losses")}
+        values = {**vars(self), **losses, "seconds": self.seconds}
         return {name: value for name, value in values.items() if name not in ("started_at", "updated_at")}
 
     @classmethod
@@ -91,15 +103,19 @@ class Figures:
         """The inverse of facts."""
         values = dict(facts)
         started_at = now - values.pop("seconds")
-        losses, refusals = dict(values.pop("last_losses")), Counter(values.pop("refusals"))
-        return cls(**values, last_losses=losses, refusals=refusals, started_at=started_at, updated_at=now)
+        last, refusals = dict(values.pop("last_losses")), Counter(values.pop("refusals"))
+        # Checkpoints of earlier versions hold the first loss of the run alone.
+        first_of_run = values.pop("first_loss", None)
+        before = dict.fromkeys(last, first_of_run) if first_of_run is not None else {}
+        first = dict(values.pop("first_losses", before))
+        values |= {"first_losses": first, "last_losses": last, "refusals": refusals}
+        return cls(**values, started_at=started_at, updated_at=now)
 
     def summary(self) -> dict[str, Any]:
         seconds = self.seconds
-        losses = self.last_losses.values()
         return {
             "updates": self.updates,
-            "final_train_loss": sum(losses) / len(losses) if losses else None,
+            "final_train_loss": mean(self.last_losses.values()),
             "push_bytes_per_update": self.push_bytes / self.updates if self.updates else None,
             "view_bytes_per_update": self.view_bytes / self.updates if self.updates else None,
             "mean_lag": self.lags / self.updates if self.updates else None,
@@ -113,3 +129,8 @@ class Figures:
             "skipped_batches": self.skipped_batches,
             **self.reported,
         }
+
+
+def mean(losses: Collection[float]) -> float | None:
+    """Their mean, which is finite if they are; None if there are none."""
+    return sum(loss / len(losses) for loss in losses) if losses else None

@@ -1,14 +1,15 @@
 """Which workers are sick: their pushes are not finite, or far outside the cluster's size.
 
-A worker's size is compared with the others', so one worker alone is never an outlier; what diverges as a whole is the
-affair of Figures.
+A worker's size is compared with what the others pushed lately, so one worker alone is never an outlier; what diverges
+as a whole is the affair of Figures.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from math import sqrt
+from dataclasses import asdict, dataclass, replace
+from math import inf, isfinite, sqrt
 from statistics import median_low
 from typing import Any
 
@@ -19,32 +20,50 @@ from danaz.rules import Rule
 from danaz.server.messages import Push
 
 OUTLIER_RATIO = 100.0  # between a step and the others' median step: no honest batch differs by so much
-RECENT_PUSHES = 32  # of each worker, that its size is judged by
+RECENT_PUSHES = 256  # of the cluster, refused ones included, that sizes are judged by: what is older is forgotten
+RECENT_OF_EACH = 32  # of these, the last of each worker: who pushes more often has no larger say
 ENOUGH_PUSHES = 20  # of the others, before anyone is judged
+HOPELESS_PUSHES = 32  # of one worker, refused in a row: someone should look at it
+
+
+@dataclass
+class Ailments:
+    """What was wrong with one worker's pushes, and what the run lost by it."""
+
+    not_finite: int = 0  # pushes; those whose update would not be finite included
+    outliers: int = 0
+    refused_pushes: int = 0  # of these
+    dropped_batches: int = 0  # of refused pushes: they count as used, and are in no update
+    dropped_samples: int = 0
 
 
 class Health:
     """Counts what sick workers push. ``on_notice`` hears of each worker and each ailment once."""
 
     def __init__(self, on_notice: Callable[[str], None]):
-        self.not_finite: Counter[int] = Counter()  # pushes of each worker
-        self.outliers: Counter[int] = Counter()
         self._on_notice = on_notice
-        self._sizes: dict[int, deque[float]] = {}  # of each worker's recent pushes
+        self._ailments: dict[int, Ailments] = {}  # of each worker that had one
+        self._sizes: deque[tuple[int, float]] = deque(maxlen=RECENT_PUSHES)  # (worker, ‖push‖)
+        self._in_a_row: Counter[int] = Counter()  # of each worker, refused since the last one that was applied
+
+    def _of(self, worker: int) -> Ailments:
+        return self._ailments.setdefault(worker, Ailments())
 
     def saw_not_finite(self, worker: int) -> None:
-        self.not_finite[worker] += 1
-        if self.not_finite[worker] == 1:
+        ailments = self._of(worker)
+        ailments.not_finite += 1
+        if ailments.not_finite == 1:
             self._on_notice(f"worker {worker} is sick: a push is not finite. Such pushes are refused, the run goes on")
 
     def is_outlier(self, worker: int, size: float, refused: bool) -> bool:
         """Whether a push of this size is far outside those of the other workers; counts it if so."""
-        others = [each for other, sizes in self._sizes.items() if other != worker for each in sizes]
-        self._sizes.setdefault(worker, deque(maxlen=RECENT_PUSHES)).append(size)
-        if len(others) < ENOUGH_PUSHES or size <= OUTLIER_RATIO * (usual := median_low(others)):
+        usual = self._usual_beside(worker)
+        self._sizes.append((worker, size))
+        if usual is None or size <= OUTLIER_RATIO * usual:
             return False
-        self.outliers[worker] += 1
-        if self.outliers[worker] == 1:
+        ailments = self._of(worker)
+        ailments.outliers += 1
+        if ailments.outliers == 1:
             fate = "refused" if refused else "applied (--refuse-outliers refuses them)"
             self._on_notice(
                 f"worker {worker} may be sick: a push is {size / usual if usual else float('inf'):.3g} times the size "
@@ -52,26 +71,64 @@ class Health:
             )
         return True
 
+    def _usual_beside(self, worker: int) -> float | None:
+        """The median size of the others' recent pushes; None while these are too few to judge by."""
+        of_each: dict[int, list[float]] = {}
+        for other, size in self._sizes:
+            if other != worker:
+                of_each.setdefault(other, []).append(size)
+        others = [size for sizes in of_each.values() for size in sizes[-RECENT_OF_EACH:]]
+        return median_low(others) if len(others) >= ENOUGH_PUSHES else None
+
+    def forget(self, worker: int) -> None:
+        """A worker is gone: nobody is judged by what it pushed."""
+        self._sizes = deque((entry for entry in self._sizes if entry[0] != worker), maxlen=RECENT_PUSHES)
+        del self._in_a_row[worker]
+
+    def refused(self, push: Push) -> int:
+        """Count what the run loses by a push that is refused as sick; returns how many were in a row."""
+        worker, ailments = push.worker, self._of(push.worker)
+        ailments.refused_pushes += 1
+        ailments.dropped_batches += len(push.batches)
+        ailments.dropped_samples += max(0, push.samples)
+        self._in_a_row[worker] += 1
+        if self._in_a_row[worker] == HOPELESS_PUSHES:
+            self._on_notice(
+                f"worker {worker}: its last {HOPELESS_PUSHES} pushes were all refused, and their batches are in no "
+                "update. Look at that machine; sick_workers in summary.json counts what is lost"
+            )
+        return self._in_a_row[worker]
+
+    def applied(self, worker: int) -> None:
+        """A worker's push was applied: it is not refused in a row any more."""
+        del self._in_a_row[worker]
+
     def summary(self) -> dict[str, dict[str, int]]:
-        """Worker -> what it pushed and how often."""
-        return {
-            str(worker): {"not_finite": self.not_finite[worker], "outliers": self.outliers[worker]}
-            for worker in sorted({*self.not_finite, *self.outliers})
-        }
+        """Worker -> what it pushed and how often, and what the run lost by it."""
+        return {str(worker): asdict(ailments) for worker, ailments in sorted(self._ailments.items())}
 
     def restore(self, summary: Mapping[str, Mapping[str, Any]]) -> None:
         """Take over the counts of a summary; who is named in it was announced already."""
-        for worker, counts in summary.items():
-            self.not_finite[int(worker)], self.outliers[int(worker)] = counts["not_finite"], counts["outliers"]
+        self._ailments = {int(worker): Ailments(**counts) for worker, counts in summary.items()}
+
+
+def measured(push: Push) -> Push:
+    """``push`` with the sum of its squares, in one pass instead of one for each who asks."""
+    if push.square is not None:
+        return push
+    return replace(push, square=torch.dot(push.push, push.push).item())
+
+
+def norm_of(push: Push) -> float:
+    """‖push‖₂, infinite if its square does not fit into float32."""
+    square = measured(push).square
+    assert square is not None
+    return sqrt(square) if isfinite(square) else inf
 
 
 def size_of(push: Push, rule: Rule, params: Tensor) -> float:
     """‖push‖₂ as that of a gradient: a displacement without its rate, parameters by how far they are from ours."""
-    if rule.pushes == "parameters":
-        norm = float(torch.linalg.vector_norm(push.push - params))
-    elif push.square is not None:
-        norm = sqrt(push.square)
-    else:
-        norm = float(torch.linalg.vector_norm(push.push))
+    moved = rule.pushes == "parameters"
+    norm = torch.linalg.vector_norm(push.push - params).item() if moved else norm_of(push)
     lr = 1.0 if rule.pushes == "gradient" else max(push.lr)
     return norm / lr if lr > 0 else 0.0

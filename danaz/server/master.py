@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from math import isfinite
+from math import inf, isfinite, sqrt
 from typing import Literal
 
 import torch
@@ -17,13 +17,22 @@ from danaz.server.gap import Layers
 from danaz.server.members import Member
 from danaz.server.messages import is_announced
 
+# While the norms of all vectors, of a push and its rates are below these, no rule can come to more than float32 holds.
+TAME = 1e9
+TAME_LR = 1e3
+LARGEST = 2.0**120  # that an element may become: sums of a few of these, as in a view, still are finite
+
 
 class Master:
     """All vectors of a server and its version. Knows nothing of messages, batches or time.
 
     An update is applied slice by slice as its result is asked for, so that the first slices of the next view are
     on their way while the last ones are worked out. Whoever asks for ``params`` gets them with every update applied;
-    ask for them before looking at ``shared`` or at a member's vectors.
+    ask for them before looking at ``shared`` or at a member's vectors. So all of it belongs to one thread.
+
+    No update leaves anything that is not finite. The norms of all vectors are known, summed while each slice is in
+    cache if need be; an update that begins with large ones is made at once, on trial, and taken back to the bit if its
+    result is not finite.
 
     ``ahead`` gives γ Σⱼ ηⱼvⱼ f32[P] where the velocities live on workers but are at hand (the simulator): then the
     gap of DANA is measured in θ, as everyone else's.
@@ -42,6 +51,8 @@ class Master:
         self._params = params.clone()  # f32[P], up to _applied of version, behind that of the version before
         self._applied = layout.size
         self._applying: Iterator[int] = iter(())  # applies a slice, and says where it ends
+        self._squares: list[Tensor] = []  # ‖·‖² of each slice of the last update, f32[] each
+        self._norm: float | None = None  # the largest that a vector had; None: to be measured anew
         self.ahead = ahead
         self.view_codec = view_codec
         self.version = 0
@@ -65,22 +76,35 @@ class Master:
     def _zeros(self, names: tuple[str, ...]) -> dict[str, Tensor]:
         return {name: torch.zeros_like(self._params) for name in names}
 
-    def apply(self, push: Tensor, lr: tuple[float, ...], member: Member, lag: int, absent: Spans = ()) -> None:
-        """Apply one update at the rates ``lr`` (one a group), in place; parameters in ``absent`` spans make no step.
+    def apply(
+        self, push: Tensor, norm: float, lr: tuple[float, ...], member: Member, lag: int, absent: Spans = ()
+    ) -> bool:
+        """Apply one update at the rates ``lr`` (one a group), in place; or say that its result is not finite.
 
-        ``push`` f32[P] may be overwritten, and must stay until the parameters or the next view were asked for.
+        Parameters in ``absent`` spans make no step.
+
+        Then nothing has changed. ``push`` f32[P], whose ‖·‖₂ is ``norm``, may be overwritten, and must stay until the
+        parameters or the next view were asked for.
         """
-        self._apply_up_to(self.layout.size)
-        self.max_lr = tuple(map(max, self.max_lr, lr))
-        self._applying = self._apply(push, self._contexts(member, lr, lag), self._vectors(member), absent)
-        self._applied = 0
-        self.version, self.lr = self.version + 1, lr
+        self.settle()
+        max_lr, vectors = tuple(map(max, self.max_lr, lr)), self._vectors(member)
+        slices = self._apply(push, self._contexts(member, lr, lag, max_lr), vectors, absent)
+        if self._is_tame(norm, lr):
+            self._applying, self._applied = slices, 0
+            if self.rule.push_moves_view:
+                self._norm = self._largest_norm + norm
+        elif not self._try(slices, [vectors]):
+            return False
+        self.version, self.lr, self.max_lr = self.version + 1, lr, max_lr
+        return True
 
     def _apply(self, push: Tensor, contexts: list[Context], vectors: dict[str, Tensor], absent: Spans) -> Iterator[int]:
         for group, begin, end in self.layout.slices():
             for start, stop in present(begin, end, absent):
                 own, shared = cut(vectors, start, stop), cut(self.shared, start, stop)
                 self.rule.apply(self._params[start:stop], push[start:stop], own, shared, contexts[group])
+                if not self.rule.push_moves_view:  # else what it adds is known beforehand
+                    self._measure(self._params[start:stop], own, shared)
             yield end
 
     def _apply_up_to(self, stop: int) -> None:
@@ -94,23 +118,97 @@ class Master:
     def apply_round(
         self,
         pushes: Sequence[tuple[Tensor, float]],
+        norm: float,
         lr: tuple[float, ...],
         members: Sequence[Member],
         lag: int,
         absent: Spans = (),
-    ) -> None:
-        """Apply what all ``members`` of a round pushed, each with its weight, as one update; ``absent`` as above."""
-        self._apply_up_to(self.layout.size)
-        self.max_lr = tuple(map(max, self.max_lr, lr))
-        contexts = self._contexts(members[-1], lr, lag)
-        vectors = [self._vectors(member) for member in members]
+    ) -> bool:
+        """Apply what all ``members`` of a round pushed, each with its weight, as one update, as ``apply`` does.
+
+        ``norm`` is the largest ‖·‖₂ of a push.
+        """
+        self.settle()
+        max_lr, vectors = tuple(map(max, self.max_lr, lr)), [self._vectors(member) for member in members]
+        slices = self._apply_round(pushes, self._contexts(members[-1], lr, lag, max_lr), vectors, absent)
+        if self._is_tame(norm, lr):
+            exhaust(slices)
+        elif not self._try(slices, vectors):
+            return False
+        self.version, self.lr, self.max_lr = self.version + 1, lr, max_lr
+        return True
+
+    def _apply_round(
+        self,
+        pushes: Sequence[tuple[Tensor, float]],
+        contexts: list[Context],
+        vectors: Sequence[dict[str, Tensor]],
+        absent: Spans,
+    ) -> Iterator[int]:
         slices = self.layout.layers() if self.rule.per_layer else self.layout.slices()
         pieces = ((group, *piece) for group, begin, end in slices for piece in present(begin, end, absent))
         for group, start, stop in pieces:
             parts = [(push[start:stop], weight) for push, weight in pushes]
             owns, shared = [cut(own, start, stop) for own in vectors], cut(self.shared, start, stop)
             self.rule.apply_round(self._params[start:stop], parts, owns, shared, contexts[group])
-        self.version, self.lr = self.version + 1, lr
+            self._measure(self._params[start:stop], *owns, shared)
+            yield stop
+
+    # ---- nothing that is not finite ------------------------------------------------------------------------------
+
+    def _measure(self, params: Tensor, *vectors: dict[str, Tensor]) -> None:
+        """Sum the squares of slices that an update has just written, while they are in cache."""
+        written = [params, *(vector for each in vectors for name, vector in each.items() if name != "view")]
+        self._squares += [torch.dot(each, each) for each in written]
+
+    def _is_tame(self, norm: float, lr: tuple[float, ...]) -> bool:
+        """Whether an update by a push of this norm, at these rates, is sure to be finite."""
+        return self._largest_norm <= TAME and norm <= TAME and max(lr) <= TAME_LR
+
+    @property
+    def _largest_norm(self) -> float:
+        """At least the ‖·‖₂ of any vector that takes part, those of the last update included."""
+        if self._norm is None:
+            members = (vector for member in self._taking_part for vector in member.vectors.values())
+            norms = [torch.linalg.vector_norm(each).item() for each in (self.params, *self.shared.values(), *members)]
+            self._norm = max(norms) if all(map(isfinite, norms)) else inf
+        elif self._squares:
+            square = torch.stack(self._squares).sum().item()
+            self._norm = max(self._norm, sqrt(square) if isfinite(square) else inf)
+        self._squares.clear()
+        return self._norm
+
+    def _try(self, slices: Iterator[int], vectors: Sequence[dict[str, Tensor]]) -> bool:
+        """Make an update at once; if its result is not finite, or close to that, take it back and say so."""
+        owns = (vector for own in vectors for name, vector in own.items() if name != "view")
+        written = [self._params, *self.shared.values(), *owns]
+        before = [vector.clone() for vector in written]
+        exhaust(slices)
+        self._norm = None
+        if all(is_within(vector, LARGEST) for vector in written):
+            return True
+        for vector, old in zip(written, before, strict=True):
+            vector.copy_(old)
+        return False
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the parameters are. A user's own rule may leave some that are not, or those that it began with."""
+        self.settle()
+        return isfinite(self._largest_norm) or all_finite(self.params)
+
+    def add(self, given: Tensor) -> bool:
+        """Add what a worker gives back, f32[P], which is no update; or say that the sum is not finite, nor made."""
+        total = self.params + given
+        if not is_within(total, LARGEST):
+            return False
+        self.replace(total)
+        return True
+
+    def replace(self, params: Tensor) -> None:
+        """Go on from other parameters f32[P]."""
+        self.params.copy_(params)
+        self._norm = None
 
     def view(self, member: Member, keep: bool, ahead: bool = False) -> Iterator[Tensor]:
         """The parameters ``member`` is to compute on next, slice by slice: f32[n] each, as flat.chunks cuts f32[P].
@@ -152,18 +250,22 @@ class Master:
 
     def resum(self, members: Iterable[Member]) -> None:
         """Sum the velocities of those who take part afresh."""
-        self._apply_up_to(self.layout.size)
-        self._taking_part = list(members)
+        self.settle()
+        before, self._taking_part = self._taking_part, list(members)
+        if list(map(id, before)) != list(map(id, self._taking_part)):
+            self._norm = None  # whoever comes, or comes back, brings vectors
         taking_part = [(m, self._contexts(m, self.lr, lag=0)) for m in self._taking_part]
         for group, start, stop in self.layout.slices():
             workers = [(cut(m.vectors, start, stop), contexts[group]) for m, contexts in taking_part]
             self.rule.resum(cut(self.shared, start, stop), workers)
 
-    def _contexts(self, member: Member, lr: tuple[float, ...], lag: int) -> list[Context]:
+    def _contexts(
+        self, member: Member, lr: tuple[float, ...], lag: int, max_lr: tuple[float, ...] | None = None
+    ) -> list[Context]:
         """The scalars of each parameter group."""
         return [
             Context(*rates, lag, self.version, member.updates, len(self._taking_part), group)
-            for group, rates in enumerate(zip(lr, member.lr, self.max_lr, strict=True))
+            for group, rates in enumerate(zip(lr, member.lr, max_lr or self.max_lr, strict=True))
         ]
 
     def _vectors(self, member: Member) -> dict[str, Tensor]:
@@ -210,6 +312,19 @@ def all_finite(tensor: Tensor) -> bool:
         return True
     low, high = torch.aminmax(tensor)
     return isfinite(low.item()) and isfinite(high.item())
+
+
+def is_within(tensor: Tensor, largest: float) -> bool:
+    """Whether no element is NaN, or larger than that in size."""
+    if tensor.numel() == 0:
+        return True
+    low, high = torch.aminmax(tensor)
+    return -largest <= low.item() and high.item() <= largest
+
+
+def exhaust(slices: Iterator[int]) -> None:
+    for _ in slices:
+        pass
 
 
 def cut(vectors: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -68,10 +67,27 @@ class Member:
         return self.takes_part and not self.awaiting
 
 
-def mean_by_updates(buffers: Sequence[tuple[int, Tensor]], size: int) -> Tensor:
-    """The mean of what workers left behind, f32[size] each, weighted by their updates."""
-    total = sum(updates for updates, _ in buffers)
-    mean = torch.zeros(size)
-    for updates, vector in buffers:
-        mean.add_(vector, alpha=updates / total if total else 1 / len(buffers))
-    return mean
+class MeanBuffers:
+    """Batch-norm statistics at the end: the mean over the workers that are there then, by their updates.
+
+    A worker that leaves while others go on has statistics of a model long gone, and does not count. But if nobody is
+    there at the end, those of the last one that left are better than none. So what is kept does not grow.
+    """
+
+    def __init__(self, size: int):
+        self.updates = 0  # of the workers that count
+        self.total = torch.zeros(size, dtype=torch.float64)  # their buffers, each times its updates
+        self.last = torch.zeros(size)  # of the last worker that left early, or without an update
+
+    def hear(self, member: Member, buffers: Tensor, at_the_end: bool) -> None:
+        """A worker leaves with these buffers f32[B]."""
+        if at_the_end and member.updates:
+            self.updates += member.updates
+            self.total = self.total.to(buffers.device).add_(buffers, alpha=member.updates)
+        else:
+            self.last = buffers.clone()
+
+    @property
+    def mean(self) -> Tensor:
+        """f32[B]; zero if nobody has left."""
+        return (self.total / self.updates).float() if self.updates else self.last

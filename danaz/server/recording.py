@@ -7,9 +7,9 @@ and parameters, bit for bit.
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterator, Sequence
-from os import SEEK_CUR
 from pathlib import Path
 from typing import BinaryIO
 
@@ -39,27 +39,49 @@ class Recorder:
         self._file.close()
 
 
+class RecordingError(ValueError):
+    """A file that is no recording."""
+
+
 def recorded_settings(path: Path) -> str:
-    """The settings that the server was recorded with."""
+    """The settings that the server was recorded with. Raises RecordingError."""
     with path.open("rb") as file:
-        (length,) = LENGTH.unpack(file.read(LENGTH.size))
+        return _read_settings(file, path)
+
+
+def _read_settings(file: BinaryIO, path: Path) -> str:
+    head = file.read(LENGTH.size)
+    length: int = LENGTH.unpack(head)[0] if len(head) == LENGTH.size else -1
+    if not 0 <= length <= _left(file):
+        raise RecordingError(f"{path} is no recording: it ends within the settings that it should begin with")
+    try:
         return file.read(length).decode()
+    except UnicodeDecodeError as error:
+        raise RecordingError(f"{path} is no recording: {error}") from None
+
+
+def _left(file: BinaryIO) -> int:
+    """Bytes from here to the end."""
+    return os.fstat(file.fileno()).st_size - file.tell()
 
 
 def read_recording(path: Path) -> Iterator[tuple[float, bytes, list[bytearray]]]:
-    """The (time, route, frames) of each event. A record cut short by a kill ends the recording."""
+    """The (time, route, frames) of each event. A record cut short by a kill ends the recording.
+
+    Raises RecordingError.
+    """
     with path.open("rb") as file:
-        file.seek(LENGTH.unpack(file.read(LENGTH.size))[0], SEEK_CUR)
+        _read_settings(file, path)
         while len(head := file.read(HEAD.size)) == HEAD.size:
             now, route_length, count = HEAD.unpack(head)
             table = file.read(8 * count)
             if len(table) < 8 * count:
                 return
             lengths = struct.unpack(f"<{count}Q", table)
+            if route_length + sum(lengths) > _left(file):
+                return
             route = file.read(route_length)
             frames = [bytearray(file.read(length)) for length in lengths]
-            if (len(route), *map(len, frames)) != (route_length, *lengths):
-                return
             yield now, route, frames
 
 

@@ -51,10 +51,9 @@ class Recovery:
             for update in self.journal:
                 if update.version <= version:
                     account(core, update, now)
-            core.master.params.copy_(view)
+            core.master.replace(view)
         at = core.master.version
         lost = sum(update.version > at for update in self.journal)
-        core.figures.restarts += 1
         core.figures.lost_updates += lost
         who, cost = "server", f", {lost} updates are lost"
         if core.settings.shard:  # the journal is shard 0's
@@ -78,3 +77,5 @@ def account(core: ServerCore, update: Update, now: float) -> None:
     master.version, master.lr = update.version, update.lr
     master.max_lr = tuple(map(max, master.max_lr, update.lr))
     core.figures.count(update, now)
+    if update.loss is not None:
+        core.figures.hear_loss(update.worker, update.loss)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from danaz.server.admission import NOT_FINITE, OUTLIER, why_not_of_others, why_not_push
+from danaz.server.admission import FRESH_AFTER, OUTLIER, SICK, why_not_of_others, why_not_push
 from danaz.server.health import size_of
 from danaz.server.members import Member
 from danaz.server.messages import Push
@@ -31,16 +31,27 @@ def refuse_push(core: ServerCore, member: Member, push: Push, reason: str) -> No
     """Count a push as refused, and see to the batches that it was made of."""
     core.refuse(reason)
     member.pending, member.refused = None, (push.request, reason)
-    if reason in (NOT_FINITE, OUTLIER):
-        # Computed again, the batch would be as bad: it counts as used.
-        for batch in push.batches:
-            core.leases.complete(member.worker, batch)
-    if reason == NOT_FINITE:
-        core.health.saw_not_finite(member.worker)
-        member.strikes += 1
-        if all(m.strikes >= DIVERGED_STRIKES for m in core.members.values() if m.takes_part):
-            core.diverge(f"the last {DIVERGED_STRIKES} pushes of every worker were not finite")
-    elif reason != OUTLIER:
+    if reason in SICK:
+        _drop(core, member, push, reason)
+    else:
         for batch in push.batches:
             if core.leases.holds(member.worker, batch):
                 core.leases.put_back(member.worker, batch)
+
+
+def _drop(core: ServerCore, member: Member, push: Push, reason: str) -> None:
+    """Computed again, the batches would be as bad: they count as used.
+
+    Where the server keeps a velocity for the worker, it is as suspect as one on the worker, and starts afresh like it.
+    """
+    for batch in push.batches:
+        if core.leases.holds(member.worker, batch):  # not if the run has just ended early
+            core.leases.complete(member.worker, batch)
+    if core.health.refused(push) % FRESH_AFTER == 0 and member.vectors:
+        core.admit(member, afresh=True)
+    if reason == OUTLIER:
+        return
+    core.health.saw_not_finite(member.worker)
+    member.strikes += 1
+    if all(m.strikes >= DIVERGED_STRIKES for m in core.members.values() if m.takes_part):
+        core.diverge(f"the last {DIVERGED_STRIKES} pushes of every worker were not finite")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ class CoreState:
     """A server core at one moment."""
 
     facts: dict[str, Any]  # as JSON has them
-    tensors: dict[str, Tensor]  # f32[P] or f32[B] each
+    tensors: dict[str, Tensor]  # f32[P] or f32[B] each, but for a sum f64[B]
 
     @property
     def version(self) -> int:
@@ -53,6 +54,7 @@ def take(core: ServerCore, reuse: CoreState | None = None) -> CoreState:
     master, job = core.master, core.job
     members = sorted(core.members.values(), key=lambda member: member.worker)
     facts = {
+        "digest": core.settings.digest,
         "algorithm": core.settings.algorithm,
         "sync_period": core.settings.sync_period,
         "shards": core.settings.shards,
@@ -66,15 +68,16 @@ def take(core: ServerCore, reuse: CoreState | None = None) -> CoreState:
         "figures": core.figures.facts(),
         "sick_workers": core.health.summary(),
         "diverged": core.diverged,
+        "sound": list(core.sound),
         "final": core.final,
-        "buffers_of": [updates for updates, _ in core.buffers],
+        "buffers": {"updates": core.buffers.updates},
         "rest_version": core.whole.version,
     }
     tensors = {"params": master.params}
     tensors |= {} if core.whole.rest is None else {"rest": core.whole.rest}
     tensors |= {f"shared.{name}": vector for name, vector in master.shared.items()}
     tensors |= {f"member.{m.worker}.{name}": vector for m in members for name, vector in m.vectors.items()}
-    tensors |= {f"buffers.{number}": buffers for number, (_, buffers) in enumerate(core.buffers)}
+    tensors |= {"buffers.total": core.buffers.total, "buffers.last": core.buffers.last}
     memory = {} if reuse is None else reuse.tensors
     copies = {n: memory[n].copy_(t) if n in memory else t.clone() for n, t in tensors.items()}
     return CoreState(facts, copies)
@@ -86,6 +89,12 @@ def fill(core: ServerCore, state: CoreState, now: float) -> None:
     for name in ("algorithm", "sync_period", "shards", "shard"):
         if facts[name] != (asked := getattr(settings, name)):
             raise ResumeError(f"the checkpoint is of a run with {name} {facts[name]}, this server has {asked}")
+    if facts.get("digest", settings.digest) != settings.digest:  # there is none in one of an earlier version
+        raise ResumeError(
+            "the checkpoint is of a run with another configuration than this server's "
+            f"(digest {facts['digest'][:12] or 'none'}, here {settings.digest[:12] or 'none'}); resume it with the "
+            "config.yaml that it began with"
+        )
     job = facts["job"]
     layout, plan = Layout.from_lists(job["layout"]), Plan(**job["plan"])
     rule, codec = settings.rule(job["momentum"]), view_codec(settings.wire_view)
@@ -100,11 +109,25 @@ def fill(core: ServerCore, state: CoreState, now: float) -> None:
     for name in master.shared:
         master.shared[name].copy_(tensors[f"shared.{name}"])
     for values in facts["members"]:
-        vectors = {n: tensors[f"member.{values['worker']}.{n}"].clone() for n in master.rule.worker_state}
+        kept = () if values["left"] else master.rule.worker_state
+        vectors = {name: tensors[f"member.{values['worker']}.{name}"].clone() for name in kept}
         member = Member(**{**values, "lr": tuple(values["lr"])}, route=b"", vectors=vectors, heard_at=now)
         member.awaiting = "join" if member.takes_part else ""
         core.members[member.worker] = member
     core.figures = Figures.restored(facts["figures"], now)
     core.health.restore(facts["sick_workers"])
     core.diverged, core.final, core.generation = facts["diverged"], facts["final"], facts["generation"]
-    core.buffers = [(updates, tensors[f"buffers.{number}"]) for number, updates in enumerate(facts["buffers_of"])]
+    core.sound = tuple(facts.get("sound", ()))
+    _fill_buffers(core, facts, tensors)
+
+
+def _fill_buffers(core: ServerCore, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Those of a checkpoint of an earlier version are of each worker that had left."""
+    buffers = core.buffers
+    if "buffers" in facts:
+        buffers.updates = facts["buffers"]["updates"]
+        buffers.total, buffers.last = tensors["buffers.total"].clone(), tensors["buffers.last"].clone()
+    for number, updates in enumerate(facts.get("buffers_of", ())):
+        buffers.updates += updates
+        buffers.total.add_(tensors[f"buffers.{number}"], alpha=updates)
+        buffers.last = tensors[f"buffers.{number}"].clone()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 from typing import TYPE_CHECKING
 
 from danaz.flat import common_spans
-from danaz.server.figures import Update
+from danaz.server.figures import Update, mean
+from danaz.server.health import norm_of
 from danaz.server.members import Member
 from danaz.server.messages import Push
 
@@ -14,24 +16,32 @@ if TYPE_CHECKING:
     from danaz.server.core import ServerCore
 
 
-def update_by(core: ServerCore, parts: Sequence[Push]) -> Update:
-    """Apply one update made of ``parts``, the push of one worker or those of a whole round, and complete its leases."""
+def update_by(core: ServerCore, parts: Sequence[Push]) -> Update | None:
+    """Apply one update made of ``parts``, the push of one worker or those of a whole round, and complete its leases.
+
+    None, and nothing is changed, if its result would not be finite.
+    """
     master, last = core.master, parts[-1]
     members = [core.members[p.worker] for p in parts]
     member = members[-1]
     lag = master.version - min(m.sent_version for m in members)
     gap = _gap(core, member, last)
     samples = sum(p.samples for p in parts)
+    norm = max(map(norm_of, parts))
     if master.rule.barrier:
         weighted = [(p.push, p.samples / max(1, samples)) for p in parts]
-        master.apply_round(weighted, last.lr, members, lag, common_spans([p.absent for p in parts]))
+        applied = master.apply_round(weighted, norm, last.lr, members, lag, common_spans([p.absent for p in parts]))
     else:
-        master.apply(last.push, last.lr, member, lag, last.absent)
+        applied = master.apply(last.push, norm, last.lr, member, lag, last.absent)
+    if not applied:
+        return None
     for m, p in zip(members, parts, strict=True):
         m.lr, m.updates, m.applied_request, m.lag, m.gap = last.lr, m.updates + 1, p.request, lag, gap
         for batch in p.batches:
             core.leases.complete(p.worker, batch)
-    losses = [p.loss for p in parts if p.loss is not None]
+    losses = {p.worker: p.loss for p in parts if p.loss is not None}
+    for worker, loss in losses.items():
+        core.figures.hear_loss(worker, loss)
     return Update(
         version=master.version,
         worker=last.worker,
@@ -39,7 +49,7 @@ def update_by(core: ServerCore, parts: Sequence[Push]) -> Update:
         lr=last.lr,
         gap=gap,
         gap_of=master.gap_of,
-        loss=sum(losses) / len(losses) if losses else None,
+        loss=mean(losses.values()),
         batch=last.batch,
         round=tuple((p.worker, p.batch) for p in parts) if master.rule.barrier else None,
         samples=samples,
@@ -63,4 +73,5 @@ def _gap(core: ServerCore, member: Member, push: Push) -> float | None:
     if settings.shards > 1:
         before, member.squares = member.squares, squares
         squares = whole.add_up(before, push.squares) if settings.shard == 0 else None
-    return None if squares is None else whole.layers.gap(squares)
+    gap = None if squares is None else whole.layers.gap(squares)
+    return gap if gap is not None and isfinite(gap) else None

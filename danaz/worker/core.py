@@ -13,6 +13,7 @@ from torch import Tensor
 from danaz.codecs import Compressor
 from danaz.flat import Layout, Spans, parts
 from danaz.rules import Context, WorkerRule
+from danaz.server.admission import FRESH_AFTER, SICK
 from danaz.server.master import all_finite
 from danaz.server.messages import (
     Bye,
@@ -116,6 +117,7 @@ class WorkerCore:
         self._lr = self._current_lr = (0.0,) * len(role.layout.groups)
         self._steps: list[LocalStep] = []  # since the last push
         self._loss: Tensor | None = None  # f64[1], of the push that is made, to be read when it is there
+        self._sick_in_a_row = 0  # pushes that were refused for their values, since one was applied
         self._undecided = 0  # request number of a push that the server has not spoken of yet
         self.applied = False  # whether the last push was, as far as is known
 
@@ -382,12 +384,29 @@ class WorkerCore:
             self._commit(applied, [(start, stop) for start, stop, _ in differing])
             if isinstance(request, Push):
                 self._in_doubt = not applied
+                self._heed(reply)
         elif isinstance(reply, Refusal):
             self._in_doubt = True
         elif isinstance(reply, Final):
             self._state = "left"
         elif isinstance(reply, Noted) and isinstance(request, Bye):
             self._state = "gone"
+
+    def _heed(self, reply: Parameters) -> None:
+        """Start afresh when pushes were refused for their values again and again.
+
+        With the same velocity and residual the next one would be refused, too. Its share of the look-ahead is
+        forfeited, as that of a worker that crashed: to give back what led to such pushes would move the parameters as
+        far.
+        """
+        self._sick_in_a_row = 0 if reply.applied else self._sick_in_a_row + (reply.refused in SICK)
+        if self._sick_in_a_row < FRESH_AFTER:
+            return
+        self._sick_in_a_row = 0
+        for vector in self._committed.values():
+            vector.zero_()
+        if self.compressor:
+            self.compressor.forget()
 
     @property
     def version(self) -> int:
