@@ -65,7 +65,7 @@ class Figures:
                 self.first_loss = update.loss
 
     def report(self, figures: dict[str, float | str | None]) -> None:
-        """Take over what a training script reports; JSON has no NaN and no infinity."""
+        """Take over what a script reports, beside the server's own figures; JSON has no NaN and no infinity."""
         for name, value in figures.items():
             self.reported[name] = None if isinstance(value, float) and not isfinite(value) else value
 
@@ -109,5 +109,5 @@ class Figures:
             "refusals": dict(self.refusals),
             "restarts": self.restarts,
             "lost_updates": self.lost_updates,
-            **self.reported,
+            "reported": dict(self.reported),
         }
