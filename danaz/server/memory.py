@@ -22,7 +22,8 @@ def machine_bytes() -> int:
     found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for limit in map(Path, LIMITS):
         text = limit.read_text().strip() if limit.exists() else ""
-        found += [int(text)] * text.isdigit()  # "max" is none
+        if text.isdigit():  # "max" is none
+            found.append(int(text))
     return min(found)
 
 

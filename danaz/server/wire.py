@@ -33,8 +33,7 @@ from danaz.server.messages import Streamed, announced, is_announced
 MAGIC = b"DANAZ\x02"
 CHUNK = struct.Struct("<8sQI")  # magic, request, number of the chunk within its message
 CHUNK_MAGIC = b"DANAZ\x02+\0"
-MAX_HEADER_BYTES = 2 << 20  # a layer table of some twenty thousand tensors
-MAX_FRAME_BYTES = MAX_HEADER_BYTES  # the largest of all: a slice takes 1 MB, or 1.3 MB in its codec
+MAX_HEADER_BYTES = 3 << 19  # a layer table of some twenty thousand tensors
 
 Frame = bytes | bytearray | memoryview
 
