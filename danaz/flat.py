@@ -18,6 +18,12 @@ from torch import Tensor, nn
 
 Spans = tuple[tuple[int, int], ...]  # (start, stop) each, ascending, without overlap
 
+MAX_TENSORS = 1 << 15  # parameters and buffers of a model, in a layer table
+MAX_DIMENSIONS = 64  # of a tensor, as torch has it
+MAX_GROUPS = 1 << 12  # parameter groups
+MAX_FLOATS = 1 << 40  # in a flat vector
+MAX_LAYER_NAME = 1000  # characters
+RESERVED_NAME = "__metadata__"  # safetensors has another use for it
 SLICE_FLOATS = 1 << 18  # 1 MB: what travels, and what a rule passes over, while it is in cache
 
 
@@ -74,10 +80,13 @@ class Layout:
 
     def layers(self) -> Iterator[tuple[int, int, int]]:
         """(group, start, stop) of each parameter tensor."""
-        for group, (start, stop) in enumerate(self.groups):
-            for entry in self.parameters:
-                if start <= entry.start < stop:
-                    yield group, entry.start, entry.stop
+        group = 0
+        for entry in self.parameters:
+            if entry.start == self.size:
+                return  # it and all after it are empty, and lie in no group
+            while entry.start >= self.groups[group][1]:
+                group += 1
+            yield group, entry.start, entry.stop
 
     def cut(self, start: int, stop: int) -> Layout:
         """The table of the slice f32[stop - start], without buffers: of a tensor that is cut, the flat part.
@@ -105,9 +114,10 @@ class Layout:
 
     @classmethod
     def from_lists(cls, lists: Any) -> Layout:
-        """The inverse of to_lists. Raises ValueError on anything that is no dense, complete layout."""
+        """The inverse of to_lists. Raises ValueError on what is no dense, complete layout, or beyond the limits."""
         try:
             parameters, buffers, group_sizes = lists
+            _check_limits([*parameters, *buffers], group_sizes)
             layout = cls(_place(parameters), _place(buffers), _spans([whole(size) for size in group_sizes]))
         except (TypeError, ValueError) as error:
             raise ValueError(f"not a layer table: {error}") from error
@@ -176,6 +186,32 @@ def spans_within(spans: Spans, start: int, stop: int) -> Spans:
     return tuple((first, last) for first, last in inside if first < last)
 
 
+Rows = Sequence[tuple[str, Sequence[int], Sequence[int]]]  # name, shape and stride of each tensor
+
+
+def _check_limits(rows: Rows, groups: Sequence[int]) -> None:
+    """Raises ValueError for a layer table that no model of a size danaz trains has, or that could not be saved.
+
+    What this lets through can be worked on without more time or memory than the table's own length explains.
+    """
+    if len(rows) > MAX_TENSORS or len(groups) > MAX_GROUPS:
+        raise ValueError(
+            f"{len(rows)} parameters and buffers in {len(groups)} groups; danaz trains models of at most {MAX_TENSORS} "
+            f"parameters and buffers in {MAX_GROUPS} groups"
+        )
+    names = {name for name, _, _ in rows}
+    if len(names) < len(rows) or RESERVED_NAME in names:
+        raise ValueError(f"two parameters or buffers have one name, or one is called {RESERVED_NAME}")
+    for name, shape, stride in rows:
+        if len(name) > MAX_LAYER_NAME or len(shape) > MAX_DIMENSIONS or len(stride) > MAX_DIMENSIONS:
+            raise ValueError(
+                f"{name[:MAX_LAYER_NAME]} has {len(name)} characters in its name and {len(shape)} dimensions; "
+                f"at most {MAX_LAYER_NAME} and {MAX_DIMENSIONS} are possible"
+            )
+        if prod(max(1, whole(n)) for n in shape) > MAX_FLOATS or any(whole(n) > MAX_FLOATS for n in stride):
+            raise ValueError(f"{name} is larger than {MAX_FLOATS} floats")
+
+
 def _spans(sizes: Sequence[int]) -> tuple[tuple[int, int], ...]:
     if any(size < 0 for size in sizes):
         raise ValueError("a negative size")
@@ -183,8 +219,8 @@ def _spans(sizes: Sequence[int]) -> tuple[tuple[int, int], ...]:
     return tuple(zip([0, *stops[:-1]], stops, strict=True)) if stops else ()
 
 
-def _place(rows: Sequence[tuple[str, Sequence[int], Sequence[int]]]) -> tuple[Entry, ...]:
-    """Lay tensors one behind the other."""
+def _place(rows: Rows) -> tuple[Entry, ...]:
+    """Lay tensors one behind the other. Raises ValueError for one that is not dense, or a vector that is too long."""
     entries, start = [], 0
     for name, shape, stride in rows:
         entry = Entry(str(name), start, tuple(map(whole, shape)), tuple(map(whole, stride)))
@@ -192,6 +228,8 @@ def _place(rows: Sequence[tuple[str, Sequence[int], Sequence[int]]]) -> tuple[En
             raise ValueError(f"{name}: shape {entry.shape} with strides {entry.stride} does not tile its slice")
         entries.append(entry)
         start = entry.stop
+        if start > MAX_FLOATS:
+            raise ValueError(f"more than {MAX_FLOATS} floats")
     return tuple(entries)
 
 
@@ -219,7 +257,8 @@ class FlatModel:
     def __init__(self, model: nn.Module, groups: Sequence[Sequence[nn.Parameter]] | None = None):
         """Move the parameters of ``groups`` (default: all that require a gradient, as one group) into a flat vector.
 
-        Raises ValueError when a parameter is not float32, is shared between groups or is not the model's.
+        Raises ValueError when a parameter is not float32, is shared between groups or is not the model's, and for a
+        model of more tensors or groups than a layer table holds.
         """
         self.model = model
         if groups is None:
@@ -233,11 +272,10 @@ class FlatModel:
             for name, b in model.named_buffers()
             if b.is_floating_point() and name in model.state_dict(keep_vars=True)
         }
-        self.layout = Layout(
-            _place(rows),
-            _place([(name, tuple(b.shape), _dense_stride(b)) for name, b in self._buffers.items()]),
-            _spans([sum(p.numel() for p in group) for group in groups]),
-        )
+        buffers = [(name, tuple(b.shape), _dense_stride(b)) for name, b in self._buffers.items()]
+        sizes = [sum(p.numel() for p in group) for group in groups]
+        _check_limits([*rows, *buffers], sizes)
+        self.layout = Layout(_place(rows), _place(buffers), _spans(sizes))
         device = self.trained[0].device
         self.params = torch.empty(0, device=device)  # f32[P]
         # Ranks sum both at once: whether each parameter has a gradient, and the gradients.

@@ -1,7 +1,7 @@
 """A worker that comes later: what it must know, in a file that only its owner can read.
 
 `danaz launch --invite K` writes K of them into RUN/invitations/; `danaz work --join HOST:PORT --key FILE` takes one.
-Each is good for one worker at a time: it is that worker's number and, between machines, its key.
+Each is good for one worker at a time: it is that worker's number and, unless the run is insecure, its key.
 """
 
 from __future__ import annotations

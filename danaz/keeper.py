@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from threading import Thread
 
@@ -186,7 +186,12 @@ class Keeper:
 
     def __init__(self, folder: RunFolder, settings: ServerSettings):
         self.core = ServerCore(
-            settings, self._update, on_milestone=lambda core: self._milestone(), on_notice=say, on_carried=self._hear
+            settings,
+            self._update,
+            on_milestone=lambda core: self._milestone(),
+            on_notice=say,
+            on_carried=self._hear,
+            on_report=self._keep_reported,
         )
         self._folder = folder
         self._checkpoints = Checkpoints(folder.path, self.core)
@@ -219,10 +224,12 @@ class Keeper:
         self._is_undecided = False
         if state is None:
             self._checkpoints.count_restart(0, lost_updates=self._folder.cut(0))
+            self._folder.forget_reported()  # it will be reported again
         else:
             journal = self._folder.journal(after=state.version)
             self.core.restore(state, journal, life=self._checkpoints.number, now=now)
             self._checkpoints.count_restart(0)
+            self.core.figures.reported |= self._folder.reported()
 
     # ---- what the core calls -------------------------------------------------------------------------------------
 
@@ -234,6 +241,13 @@ class Keeper:
     def _hear(self, message: Push | Leave) -> None:
         if isinstance(message, Push):
             self._checkpoints.hear(message.common)
+
+    def _keep_reported(self, reported: Mapping[str, float | str | None]) -> None:
+        """Without a checkpoint of its own: there may be many reports."""
+        try:
+            self._folder.keep_reported(reported)
+        except OSError as error:
+            say(f"reported figures could not be written yet: {error}. They are kept in memory for summary.json")
 
     def _milestone(self) -> None:
         if self._journal_life != self.core.life:

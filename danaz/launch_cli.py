@@ -109,7 +109,7 @@ def launch(
     ] = 1,
     interface: options.Interface = None,
     insecure: Annotated[
-        bool, machines_option("--insecure", help="Let the server listen to the network unencrypted")
+        bool, machines_option("--insecure", help="Let the server believe whoever connects, unencrypted")
     ] = False,
     launcher: options.Launcher = None,
     ssh_port: options.SshPort = None,

@@ -25,7 +25,7 @@ from danaz.server.checkpoint import delete_checkpoints, folder_of
 from danaz.settings import Settings, server_variable
 from launcher.hosts import Host
 from launcher.logs import Echo
-from launcher.machine import Machine, in_url, is_loopback
+from launcher.machine import Machine, in_url
 from launcher.plan import ANNOUNCED, PYTHON, Plan, Returns, Service, plan, slots_of
 from launcher.run import Outcome, Tell, run
 from launcher.supervisor import OnFailure, Policy
@@ -278,7 +278,7 @@ def find_out(cluster: Cluster, settings: Settings) -> tuple[Cluster, list[str]]:
             f"{settings.algorithm} needs IPv4 between the machines, for Horovod speaks nothing else; name hosts by "
             "IPv4 addresses, or a network interface with one by --interface"
         )
-    if needs_server and reach.insecure and not is_loopback(address):
+    if needs_server and reach.insecure:
         notes.append(f"INSECURE: the server listens on {address}, unencrypted, and believes whoever connects")
     return cluster, notes
 
@@ -300,7 +300,7 @@ def make_plan(
     writer = cluster.hosts[0] if all_reduce else reach.server
     run_env = {"DANAZ_RUN": str(run_folder.resolve())} if reach.is_direct(writer) else {}
     returns = None if reach.is_direct(writer) else Returns("DANAZ_RUN", RESULTS)
-    guarded = not all_reduce and not is_loopback(server_address(cluster)) and not reach.insecure
+    guarded = not all_reduce and not reach.insecure  # on one machine, too: others may have accounts there
     server_keys, worker_keys = make_keys(cluster.workers + manner.invite) if guarded else (None, [])
     laid = plan(
         cluster.hosts,

@@ -37,7 +37,7 @@ class Reach:
     server: Host = LAUNCHING_MACHINE
     more_servers: Sequence[Host] = ()  # further machines for its shards, in turn
     server_port: int = 0  # 0: any free one
-    insecure: bool = False  # a server beyond loopback, without encryption
+    insecure: bool = False  # a server without keys and encryption
 
     @property
     def agent_command(self) -> AgentCommand:

@@ -60,6 +60,7 @@ class RunFolder:
         self.path = path
         self.facts = dict(facts)
         self._journal = path / "updates.jsonl"
+        self._reported = path / "reported.json"
 
     @cached_property
     def _updates(self) -> int:
@@ -105,17 +106,37 @@ class RunFolder:
         os.ftruncate(self._updates, sum(map(len, lines[:version])))
         return max(0, len(lines) - version)
 
+    def keep_reported(self, reported: Mapping[str, Any]) -> None:
+        """Let what scripts have reported outlive this process; summary.json takes it over."""
+        part = self._reported.with_suffix(".part")
+        part.write_text(json.dumps(dict(reported)))
+        part.replace(self._reported)
+
+    def reported(self) -> dict[str, Any]:
+        """What scripts had reported to a server that did not come to write summary.json."""
+        try:
+            reported: dict[str, Any] = json.loads(self._reported.read_bytes())
+        except FileNotFoundError:
+            return {}
+        return reported
+
+    def forget_reported(self) -> None:
+        self._reported.unlink(missing_ok=True)
+
     def finish(self, core: ServerCore) -> dict[str, Any]:
-        """Write the final parameters and summary.json; returns the summary."""
+        """Write the final parameters and summary.json; returns the summary as read_summary would."""
         os.close(self._updates)
         if core.started:
             params = core.whole.params(core.master.params)
             if params is not None:
                 named = core.whole.layout.named(params, core.mean_buffers())
                 write_atomically(self.path / "parameters.safetensors", save(named))
-        summary = {**self.facts, "test_error_percent": None, **core.summary()}
+        figures = core.summary()
+        error = _measured(figures["reported"], "test_error_percent", None)
+        summary = {**self.facts, "test_error_percent": error, **figures}
         write_atomically(self.path / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
-        return summary
+        self.forget_reported()
+        return with_measured(summary)
 
 
 def _update_of(line: bytes) -> Update | None:
@@ -130,7 +151,7 @@ def _update_of(line: bytes) -> Update | None:
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """summary.json of a finished run. Raises OSError; ValueError if it is none."""
+    """summary.json of a finished run, as with_measured has it. Raises OSError; ValueError if it is none."""
     path = folder / "summary.json"
     try:
         summary: Any = json.loads(path.read_bytes())
@@ -138,4 +159,20 @@ def read_summary(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read: {error}; danaz writes it whole, so it was changed since") from None
     if not isinstance(summary, dict):
         raise ValueError(f"{path} is no summary of a run: expected a JSON object; it was changed since it was written")
-    return summary
+    return with_measured(summary)
+
+
+def with_measured(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The summary, in which the training loss that a script measured on the trained model stands in for the server's.
+
+    The server's own, the mean of the workers' last losses, is an estimate. In a folder of an earlier version, what was
+    reported stands among the other figures already.
+    """
+    loss = _measured(summary.get("reported", {}), "final_train_loss", summary.get("final_train_loss"))
+    return {**summary, "final_train_loss": loss}
+
+
+def _measured(reported: Mapping[str, Any], name: str, otherwise: float | None) -> float | None:
+    """A reported figure, if it is a number or the absence of one."""
+    value = reported.get(name, otherwise)
+    return value if value is None or isinstance(value, (int, float)) else otherwise

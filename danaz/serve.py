@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from danaz.signals import note_ending_signals
 
 if TYPE_CHECKING:
     from danaz.server.figures import Update
+    from danaz.server.settings import ServerSettings
 
 RECORDING = "recording.bin"
 UNTIL_RESTART = "recording.until-restart.bin"  # a replay begins at the beginning, and would end elsewhere
@@ -32,7 +34,7 @@ def serve(bound: BoundRouter, settings: Settings, run: Path, record: bool, resum
     stopping = note_ending_signals()
     if resume and _see_off(bound, run, stopping):
         return
-    keeper = Keeper(RunFolder(run, settings.facts()), settings.for_server())
+    keeper = Keeper(RunFolder(run, settings.facts()), _settings_here(settings))
     keeper.core.on_update = announcing(telling(keeper.core, keeper.core.on_update))
     served = keeper.resume() if resume else keeper.begin()
     if keeper.core.started and (run / RECORDING).exists():
@@ -56,11 +58,18 @@ def serve_slice(bound: BoundRouter, settings: Settings, shard: int, run: Path, r
     from danaz.server.router import Router
 
     stopping = note_ending_signals()
-    keeper = SliceKeeper(run, settings.for_server(shard=shard))
+    keeper = SliceKeeper(run, _settings_here(settings, shard))
     served = keeper.resume() if resume else keeper.begin()
     Router(bound).serve(served, None, stopping)
     keeper.finish()
     bound.close()
+
+
+def _settings_here(settings: Settings, shard: int = 0) -> ServerSettings:
+    """What a server core needs of the settings, and of this machine."""
+    from danaz.server.memory import machine_bytes
+
+    return replace(settings.for_server(shard=shard), memory_bytes=machine_bytes())
 
 
 def _see_off(bound: BoundRouter, run: Path, stopping: Callable[[], bool]) -> bool:

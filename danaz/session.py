@@ -255,7 +255,6 @@ class Session:
         reach("finish")
         if self._worker.ends_early:
             raise SystemExit(128 + signal.SIGTERM)  # what a script does behind its loop is for a run that is over
-        self._worker.report({"collective": self.group.name})
 
     def report(self, figures: dict[str, float | str | None]) -> None:
         """See danaz.torch.report."""

@@ -135,7 +135,11 @@ def finish() -> None:
 
 
 def report(**figures: float | str | None) -> None:
-    """Add figures, such as ``test_error_percent``, to the run's summary.json."""
+    """Add figures, such as ``test_error_percent``, to ``reported`` in the run's summary.json.
+
+    A run has at most 64 of them, with names of at most 100 characters and texts of at most 1000: raises ValueError for
+    more at once, and RefusedError where the run has too many with those reported before.
+    """
     _session().report(figures)
 
 

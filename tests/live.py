@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from danaz.run_folder import read_summary
+
 ROOT = Path(__file__).parents[1]
 DEADLINE_S = 200.0  # a run takes seconds, but many may share the machine
 
@@ -28,8 +30,7 @@ class Run:
 
     @property
     def summary(self) -> dict[str, Any]:
-        summary: dict[str, Any] = json.loads((self.folder / "summary.json").read_text())
-        return summary
+        return read_summary(self.folder)
 
     @property
     def updates(self) -> list[dict[str, Any]]:

@@ -101,8 +101,8 @@ def test_a_script_alone(alone: None) -> None:
     danaz.finish()  # epochs() has done it already
     danaz.report(test_error_percent=12.5, remark="fine")
     summary = danaz._current.worker._link.core.summary()
-    assert summary["test_error_percent"] == 12.5
-    assert summary["remark"] == "fine"
+    assert summary["reported"]["test_error_percent"] == 12.5
+    assert summary["reported"]["remark"] == "fine"
     assert summary["updates"] == 24
     assert summary["final_train_loss"] == pytest.approx(loss.item())
 

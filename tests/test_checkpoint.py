@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from cluster import DIGEST, Cluster
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from stimuli import JOIN
 
 from danaz.keeper import Checkpoints, Keeper
 from danaz.run_folder import RunFolder, read_summary
@@ -25,6 +27,7 @@ from danaz.server.checkpoint import (
 )
 from danaz.server.core import ServerCore
 from danaz.server.figures import Update
+from danaz.server.messages import Leave, Report
 from danaz.server.settings import ServerSettings
 from danaz.server.state import CoreState, ResumeError
 
@@ -325,3 +328,42 @@ class TestKeeper:
         keeper.core.tick(1e12)  # nobody comes
         assert "could not be written" in capsys.readouterr().err
         assert keeper.core.master.version == 1
+
+    def test_what_was_reported_outlives_a_kill_without_a_checkpoint_of_its_own(self, tmp_path):
+        settings = ServerSettings("asgd", 1, DIGEST, recovery_s=0.0)
+        keeper = Keeper(RunFolder(tmp_path, {}), settings)
+        core = keeper.begin()
+        core.handle(0, JOIN, 0.0)
+        core.handle(0, Leave(0, 1, 2, None, torch.zeros(2)), 0.0)
+        written = complete_numbers(tmp_path / FOLDER)
+        for request in range(3, 20):
+            core.handle(0, Report(0, 1, request, {"accuracy": float(request)}), 0.0)
+        assert complete_numbers(tmp_path / FOLDER) == written
+
+        again = Keeper(RunFolder(tmp_path, {}), settings)  # the process before was killed
+        core = again.resume()
+        assert isinstance(core, ServerCore)
+        assert core.summary()["reported"] == {"accuracy": 19.0}
+        core.tick(time.monotonic())
+        again.finish()
+        summary = json.loads((tmp_path / "summary.json").read_text())
+        assert summary["reported"] == {"accuracy": 19.0}
+        assert not list(tmp_path.glob("reported*"))
+
+    def test_the_error_that_a_script_reported_stands_in_its_own_place_too(self, tmp_path):
+        """And the loss it measured is what comparisons read; the server's own stays what it was."""
+        keeper = Keeper(RunFolder(tmp_path, {}), ServerSettings("asgd", 1, DIGEST))
+        core = keeper.begin()
+        core.handle(0, JOIN, 0.0)
+        core.handle(0, Leave(0, 1, 2, None, torch.zeros(2)), 0.0)
+        core.handle(0, Report(0, 1, 3, {"test_error_percent": 2.5, "final_train_loss": 0.125, "updates": "none"}), 0.0)
+        keeper.finish()
+        summary = json.loads((tmp_path / "summary.json").read_text())
+        assert (summary["test_error_percent"], summary["final_train_loss"], summary["updates"]) == (2.5, None, 0)
+        assert read_summary(tmp_path) == {**summary, "final_train_loss": 0.125}
+
+    @pytest.mark.parametrize("loss", [0.5, None])
+    def test_a_folder_of_an_earlier_version_is_still_read(self, loss, tmp_path):
+        summary = {"test_error_percent": 3.0, "final_train_loss": loss, "updates": 7}
+        (tmp_path / "summary.json").write_text(json.dumps(summary))
+        assert read_summary(tmp_path) == summary

@@ -14,6 +14,8 @@ import pytest
 import yaml
 
 from danaz.server.checkpoint import FOLDER, read_newest
+from danaz.server.messages import Heartbeat, Pull, Refusal
+from danaz.worker.link import DealerLink, ServerLostError
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -97,3 +99,22 @@ def test_a_run_goes_on_when_all_of_it_was_killed(begin: Callable[..., live.Runni
     summary = live.Run(run.folder, 0, "").summary
     assert (summary["updates"], summary["complete"], summary["diverged"]) == (total, True, False)
     assert yaml.safe_load((run.folder / "launch.yaml").read_text())["hosts"] == "localhost:3"
+
+
+@pytest.mark.parametrize("manner", [(), ("--insecure",)], ids=["keys", "insecure"])
+def test_who_has_no_key_gets_nothing_on_this_machine_either(
+    begin: Callable[..., live.Running], manner: tuple[str, ...]
+) -> None:
+    """Another user of this machine can read the address of the server, and connect to it."""
+    run = begin(*manner)
+    server = (run.folder / "logs/localhost/server/stdout").read_text().splitlines()[0].removeprefix("DANAZ_SERVER=")
+    link = DealerLink(server, Heartbeat(1, 1), give_up_s=live.DEADLINE_S if manner else 3.0)
+    try:
+        if manner:
+            assert isinstance(link.exchange(Pull(1, 1, 1)), Refusal), "of another incarnation, but it was heard"
+        else:
+            with pytest.raises(ServerLostError, match="did not answer"):
+                link.exchange(Pull(1, 1, 1))
+    finally:
+        link.close()
+    assert run.launcher.poll() is None

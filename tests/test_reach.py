@@ -117,10 +117,28 @@ def test_a_server_beyond_this_machine_admits_the_keys_of_this_run_alone() -> Non
         assert secret not in repr(plan)
 
 
-def test_on_this_machine_alone_there_are_no_keys() -> None:
+def test_on_this_machine_alone_there_are_keys_too() -> None:
+    """Whoever has another account here can reach loopback."""
     here = Cluster(parse_hosts("localhost:2"), workers_per_host=2)
-    plan = make_plan(TRAIN, DANA, find_out(here, DANA)[0], Path("/run"), Manner())[0]
+    found, notes = find_out(here, DANA)
+    assert notes == []
+    plan, [guest] = make_plan(TRAIN, DANA, found, Path("/run"), Manner(invite=1))
+    [server] = plan.services
+    assert server.argv[-2:] == ("--bind", "tcp://127.0.0.1:*")
+    assert server.secret is not None
+    keys = [json.loads(rank.secret)["public"] for rank in plan.ranks if rank.secret]
+    assert guest.keys is not None
+    assert json.loads(server.secret)["workers"] == [*keys, guest.keys.public]
+    assert len(set(keys)) == 2
+
+
+def test_on_this_machine_alone_keys_are_left_out_if_asked() -> None:
+    here = Cluster(parse_hosts("localhost:2"), workers_per_host=2, reach=Reach(insecure=True))
+    found, notes = find_out(here, DANA)
+    assert notes == ["INSECURE: the server listens on 127.0.0.1, unencrypted, and believes whoever connects"]
+    plan, [guest] = make_plan(TRAIN, DANA, found, Path("/run"), Manner(invite=1))
     assert [process.secret for process in (*plan.services, *plan.ranks)] == [None] * 3
+    assert guest.keys is None
 
 
 def test_a_server_that_believes_everyone_is_to_be_wanted() -> None:

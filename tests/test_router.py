@@ -74,7 +74,7 @@ def test_a_well_formed_stranger_is_refused_too():
 
 
 def test_an_oversized_frame_costs_its_sender_the_connection(monkeypatch):
-    monkeypatch.setattr(socket_module, "MAX_MESSAGE_BYTES", 100_000)
+    monkeypatch.setattr(socket_module, "MAX_FRAME_BYTES", 100_000)
     settings = settings_for(workers=1)
     core = ServerCore(settings)
     with serving(core) as (address, _), stranger(address) as socket:

@@ -9,9 +9,8 @@ import torch
 from cluster import DIGEST, TIMEOUT_S, Cluster, layout_of
 from stimuli import GRADIENT, JOIN, SIZE, answer, arithmetic_of, make_core, parameters, push_on, started
 
-from danaz.server.admission import MAX_WORKERS
 from danaz.server.core import ServerCore
-from danaz.server.messages import Heartbeat, Leave, Parameters, Plan, Pull, Push, Refusal
+from danaz.server.messages import MAX_WORKERS, Heartbeat, Leave, Parameters, Plan, Pull, Push, Refusal
 from danaz.server.settings import ServerSettings
 from danaz.worker.core import Role, WorkerCore
 

@@ -7,7 +7,7 @@ import torch
 from cluster import Cluster
 from stimuli import GRADIENT, INF, NAN, SIZE, answer, arithmetic_of, started
 
-from danaz.server.messages import Final, Leave, Noted, Plan, Pull, Push, Refusal
+from danaz.server.messages import MAX_REPORTED, Bye, Final, Leave, Noted, Plan, Pull, Push, Refusal, announced
 
 
 def run_out(algorithm: str, workers: int = 3) -> Cluster:
@@ -217,5 +217,56 @@ def test_what_a_script_reports_is_in_the_summary():
     cluster.leave(0)
     figures = {"test_error_percent": 1.5, "note": "θ", "perplexity": INF}
     assert isinstance(cluster.say(0, cluster.workers[0].report(figures)), Noted)
-    summary = cluster.server.summary()
-    assert [summary[name] for name in figures] == [1.5, "θ", None], "JSON has no infinity"
+    reported = cluster.server.summary()["reported"]
+    assert reported == {"test_error_percent": 1.5, "note": "θ", "perplexity": None}, "JSON has no infinity"
+
+
+def test_a_report_cannot_override_what_the_server_measured():
+    cluster = run_out("asgd", workers=1)
+    before = cluster.server.summary()
+    cluster.leave(0)
+    cluster.say(0, cluster.workers[0].report(dict.fromkeys(before, "none")))
+    assert cluster.server.summary() == {**before, "reported": dict.fromkeys(before, "none")}
+
+
+def test_a_run_has_a_bounded_number_of_reported_figures():
+    cluster = run_out("asgd", workers=1)
+    cluster.leave(0)
+    whole = {str(n): 1.0 for n in range(MAX_REPORTED)}
+    assert isinstance(cluster.say(0, cluster.workers[0].report(whole)), Noted)
+    assert isinstance(cluster.say(0, cluster.workers[0].report({"0": 2.0})), Noted), "a new value takes no more room"
+    refusal = cluster.say(0, cluster.workers[0].report({"one more": 3.0}))
+    assert isinstance(refusal, Refusal)
+    assert "at most 64" in refusal.reason
+    assert cluster.server.summary()["reported"] == {**whole, "0": 2.0}
+
+
+def test_reports_make_no_checkpoints():
+    cluster = run_out("asgd", workers=1)
+    cluster.leave(0)
+    milestones, kept = [], []
+    cluster.server.on_milestone = lambda core: milestones.append(core.master.version)
+    cluster.server.on_report = lambda reported: kept.append(dict(reported))
+    for number in range(300):
+        cluster.say(0, cluster.workers[0].report({"accuracy": float(number)}))
+    assert milestones == []
+    assert kept == [{"accuracy": float(number)} for number in range(300)], "each is kept before it is acknowledged"
+
+
+def test_a_worker_that_says_goodbye_without_leaving_takes_no_batches_with_it():
+    cluster = Cluster("asgd", 2, torch.ones(SIZE), plan=Plan(4, 1))
+    held = cluster.leases(1)
+    assert isinstance(cluster.server.handle(1, Bye(1, 1, 9), 1.0)[0][1], Noted)
+    while not cluster.server.leases.done:
+        cluster.push(0, GRADIENT, 0.1)
+    assert held[0] in [update.batch for update in cluster.updates]
+    assert {update.worker for update in cluster.updates} == {0}
+
+
+def test_only_a_shard_that_lacks_something_takes_the_end_of_the_model():
+    core, _ = started("dana")
+    refusal = answer(core.handle(0, Bye(0, 1, 2, rest=torch.zeros(5)), 1.0))
+    assert isinstance(refusal, Refusal)
+    assert "does not need" in refusal.reason
+    assert core.whole.rest is None
+    assert not core.takes(Bye(0, 1, 3, rest=announced(1 << 34)))

@@ -12,7 +12,7 @@ from stimuli import GRADIENT, JOIN, NAN, SIZE, answer, parameters, push_on, star
 from danaz.server.admission import OUTLIER
 from danaz.server.core import ServerCore
 from danaz.server.health import ENOUGH_PUSHES, Health
-from danaz.server.messages import Final, Heartbeat, Parameters, Plan, Refusal, Report, Streamed
+from danaz.server.messages import Final, Heartbeat, Noted, Parameters, Plan, Refusal, Report, Streamed
 from danaz.server.state import CoreState
 
 REPORTED = {"not_finite": 0, "outliers": 1, "refused_pushes": 0, "dropped_batches": 0, "dropped_samples": 0}
@@ -79,12 +79,17 @@ class TestGoingOn:
 
     def test_what_was_reported_is_kept_before_it_is_acknowledged(self):
         core, _ = started("dana", workers=1)
-        kept: list[CoreState] = []
-        core.on_milestone = lambda core: kept.append(core.state())
-        for request in (2, 3):
-            core.handle(0, Report(0, 1, request, {"test_error_percent": 2.5}), 0.0)
-        [state] = kept
-        assert state.facts["figures"]["reported"] == {"test_error_percent": 2.5}
+
+        def fail(reported: object) -> None:
+            raise OSError("disk full")
+
+        core.on_report = fail
+        with pytest.raises(OSError, match="disk full"):
+            core.handle(0, Report(0, 1, 2, {"test_error_percent": 2.5}), 0.0)
+        kept: list[dict[str, object]] = []
+        core.on_report = kept.append
+        assert isinstance(answer(core.handle(0, Report(0, 1, 2, {"test_error_percent": 2.5}), 0.0)), Noted)
+        assert kept == [{"test_error_percent": 2.5}]
 
     def test_dana_zero_goes_back_to_the_checkpoint(self):
         cluster = Restartable("dana-zero", 2, torch.ones(SIZE))

@@ -19,7 +19,28 @@ from torch import Tensor
 
 from danaz.flat import Layout
 from danaz.server import wire
-from danaz.server.messages import Heartbeat, Join, Message, Noted, Parameters, Plan, Pull, Push, Refusal, Reply, Request
+from danaz.server.messages import (
+    MAX_REPORTED,
+    AtMost,
+    Bye,
+    Final,
+    GoBack,
+    Heartbeat,
+    Join,
+    Leave,
+    Message,
+    Noted,
+    Offer,
+    Parameters,
+    Plan,
+    Pull,
+    Push,
+    Refusal,
+    Reply,
+    Report,
+    Request,
+    Within,
+)
 from danaz.server.wire import MAGIC, MESSAGES, WireError, decode, encode
 
 # ---- every message, with anything in its fields --------------------------------------------------------------------
@@ -32,35 +53,38 @@ TENSORS = st.lists(st.floats(width=32, allow_nan=False), max_size=9).map(lambda 
 def layouts(draw: st.DrawFn) -> Layout:
     shapes = st.lists(st.lists(st.integers(0, 3), max_size=3), max_size=4)
 
-    def table() -> list[list[object]]:
+    def table(kind: str) -> list[list[object]]:
         rows = []
         for shape in draw(shapes):
             stride = torch.empty(shape).stride()
-            rows.append([draw(st.text(max_size=5)), shape, list(stride)])
+            rows.append([f"{kind}{len(rows)}{draw(st.text(max_size=5))}", shape, list(stride)])
         return rows
 
-    parameters = table()
+    parameters = table("p")
     size = sum(torch.Size(row[1]).numel() for row in parameters)
     first = draw(st.integers(0, size))
-    return Layout.from_lists([parameters, table(), [first, size - first]])
+    return Layout.from_lists([parameters, table("b"), [first, size - first]])
 
 
 PLAIN = {
-    int: st.integers(0, 2**63),
     float: NUMBERS,
     bool: st.booleans(),
     str: st.text(max_size=20),
     type(None): st.none(),
     Tensor: TENSORS,
     Layout: layouts(),
-    Plan: st.builds(Plan, st.integers(0, 2**40), st.integers(0, 2**40)),
+    Plan: st.builds(Plan, st.integers(1, 2**26), st.integers(1, 2**27)),
 }
 
 
 def of_type(hint: typing.Any) -> st.SearchStrategy[typing.Any]:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return in_range(*arguments)
     if origin in (typing.Union, types.UnionType):
         return st.one_of(*map(of_type, arguments))
+    if origin is tuple and arguments[-1] is not Ellipsis:
+        return st.tuples(*map(of_type, arguments))
     if origin is tuple:
         return st.lists(of_type(arguments[0]), max_size=5).map(tuple)
     if origin is dict:
@@ -68,8 +92,17 @@ def of_type(hint: typing.Any) -> st.SearchStrategy[typing.Any]:
     return PLAIN[hint]
 
 
+def in_range(kind: typing.Any, limit: Within | AtMost) -> st.SearchStrategy[typing.Any]:
+    """Values that a field may hold, the bounds among them."""
+    if isinstance(limit, AtMost):
+        return of_type(kind)
+    if kind is int:
+        return st.integers(int(limit.low), int(limit.high))
+    return st.floats(limit.low, limit.high)
+
+
 def messages_of(kind: type) -> st.SearchStrategy[Message]:
-    hints = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind, include_extras=True)
     travelling = [field.name for field in dataclasses.fields(kind) if not field.metadata.get("local")]
     return st.builds(kind, **{name: of_type(hints[name]) for name in travelling})
 
@@ -130,6 +163,20 @@ SAMPLES: list[Message] = [
     Push(1, 1, 2, 0, (0.1, 0.2), 4, 0.5, 3, torch.arange(6.0)),
     Heartbeat(1, 1),
     Parameters(2, 1, True, "", (4, 5), False, 0.5, 1, None, torch.arange(6.0)),
+]
+
+
+EVERY_KIND: list[Message] = [
+    *SAMPLES,
+    Pull(0, 1, 2),
+    Leave(0, 1, 2, None, torch.zeros(1)),
+    Report(0, 1, 2, {}),
+    Bye(0, 1, 2),
+    GoBack(0, 1, -1),
+    Final(2, 1, False, torch.zeros(1), torch.zeros(1)),
+    Noted(1),
+    Refusal(1, "no", False),
+    Offer(1, (0,), 1, False),
 ]
 
 
@@ -223,12 +270,13 @@ class TestGarbage:
 
     def test_a_tensor_over_the_limit(self, monkeypatch):
         frames = through(encode(SAMPLES[1]))
-        monkeypatch.setattr(wire, "MAX_TENSOR_BYTES", 20)
+        monkeypatch.setattr(wire, "MAX_FLOATS", 5)
         rejected(frames, "too large")
 
     def test_a_header_over_the_limit(self, monkeypatch):
+        frames = through(encode(SAMPLES[1]))
         monkeypatch.setattr(wire, "MAX_HEADER_BYTES", 10)
-        rejected(through(encode(SAMPLES[1])), "header too large")
+        rejected(frames, "header too large")
 
     @pytest.mark.parametrize(
         "packed",
@@ -257,14 +305,120 @@ class TestGarbage:
     def test_a_table_that_says_it_is_huge(self):
         """The layout's own numbers allocate nothing either."""
         join = msgpack.unpackb(bytes(encode(SAMPLES[0])[1]))
-        join[1]["layout"] = [[["w", [2**40, 2**20], [2**20, 1]]], [], [2**60]]
+        join[1]["layout"] = [[["w", [2**20, 2**20], [2**20, 1]]], [], [2**40]]
         frames = [MAGIC, msgpack.packb(join), bytes(24)]
         decode(frames)  # the checks of a kind of message are made once
         tracemalloc.start()
-        assert decode(frames).layout.size == 2**60
+        assert decode(frames).layout.size == 2**40
         _, peak_bytes = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert peak_bytes < 100_000
+
+
+def every_number(kind: type) -> typing.Iterator[tuple[str, Within]]:
+    """(field, range) of each field that holds one number."""
+    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+        choices = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else [hint]
+        for choice in choices:
+            if typing.get_origin(choice) is typing.Annotated and isinstance(choice.__metadata__[0], Within):
+                yield name, choice.__metadata__[0]
+
+
+def plain_hints(hint: typing.Any) -> typing.Iterator[typing.Any]:
+    """All types that a hint is made of, but for those whose range is declared."""
+    origin = typing.get_origin(hint)
+    if origin is typing.Annotated:
+        if hint.__metadata__ and isinstance(hint.__metadata__[0], Within):
+            return
+        arguments = typing.get_args(typing.get_args(hint)[0])
+        yield from (each for argument in arguments for each in plain_hints(argument))
+    elif origin is not None:
+        yield origin
+        yield from (each for argument in typing.get_args(hint) for each in plain_hints(argument))
+    else:
+        yield hint
+
+
+# The core judges these itself: a worker whose training has diverged sends what is not finite in good faith.
+ANY_FLOAT = {("Push", "lr"), ("Push", "loss"), ("Report", "figures"), ("Parameters", "gap")}
+
+
+class TestRanges:
+    """Each field declares what it may hold, and nothing else gets past the decoder."""
+
+    def test_every_number_text_and_list_has_a_declared_limit(self):
+        for kind in (*MESSAGES.values(), Plan):
+            hints = typing.get_type_hints(kind, include_extras=True)
+            for field in dataclasses.fields(kind):
+                if field.metadata.get("local"):
+                    continue
+                found = set(plain_hints(hints[field.name]))
+                if (kind.__name__, field.name) in ANY_FLOAT:
+                    found.discard(float)
+                assert not found & {int, float, str, tuple, dict, list}, f"{kind.__name__}.{field.name}"
+
+    @pytest.mark.parametrize("kind", MESSAGES.values(), ids=MESSAGES)
+    def test_a_number_beyond_its_range(self, kind):
+        numbers = list(every_number(kind))
+        assert numbers
+        message = next(m for m in EVERY_KIND if type(m) is kind)
+        for name, limit in numbers:
+            for hostile in (limit.low - 1, limit.high + 1, -(2**63), 2**64 - 1, float("nan")):
+                frames = through(encode(message))
+                kind_name, fields, present = msgpack.unpackb(frames[1])
+                fields[name] = int(hostile) if hostile == hostile and limit.high != float("inf") else hostile
+                rejected([MAGIC, msgpack.packb([kind_name, fields, present]), *frames[2:]], f"field {name} ")
+
+    @pytest.mark.parametrize(
+        ("message", "field", "value"),
+        [
+            (Push(1, 1, 2, 0, (0.1,), 4, 0.5, 3, torch.ones(1)), "lr", [0.1] * 5000),
+            (Push(1, 1, 2, 0, (0.1,), 4, 0.5, 3, torch.ones(1)), "earlier", [1] * 70_000),
+            (Push(1, 1, 2, 0, (0.1,), 4, 0.5, 3, torch.ones(1)), "earlier", [-1]),
+            (Push(1, 1, 2, 0, (0.1,), 4, 0.5, 3, torch.ones(1)), "squares", [float("nan")]),
+            (Push(1, 1, 2, 0, (0.1,), 4, 0.5, 3, torch.ones(1)), "common", [1] * 5000),
+            (Report(0, 1, 2, {}), "figures", {str(n): 1.0 for n in range(MAX_REPORTED + 1)}),
+            (Report(0, 1, 2, {}), "figures", {"x" * 101: 1.0}),
+            (Report(0, 1, 2, {}), "figures", {"x": "y" * 1001}),
+            (Join(0, 1, 1, "", 0.9, Layout.from_lists([[], [], []]), Plan(1, 1), 1), "digest", "d" * 1001),
+            (Join(0, 1, 1, "", 0.9, Layout.from_lists([[], [], []]), Plan(1, 1), 1), "plan", [2**30, 2**30]),
+            (Join(0, 1, 1, "", 0.9, Layout.from_lists([[], [], []]), Plan(1, 1), 1), "plan", [0, 1]),
+        ],
+    )
+    def test_a_list_or_text_beyond_its_range(self, message, field, value):
+        frames = through(encode(message))
+        kind, fields, present = msgpack.unpackb(frames[1])
+        fields[field] = value
+        rejected([MAGIC, msgpack.packb([kind, fields, present]), *frames[2:]], f"field {field} is out of range")
+
+    @pytest.mark.parametrize(
+        "layout",
+        [
+            [[["w", [2**41], [1]]], [], [2**41]],
+            [[["w", [2**21, 2**20], [2**20, 1]]], [], [2**41]],
+            [[["w", [0, 2**41], [1, 1]]], [], [0]],
+            [[["w", [0], [2**41]]], [], [0]],
+            [[["v", [2**39], [1]], ["w", [2**39 + 1], [1]], ["x", [2**39], [1]]], [], [3 * 2**39 + 1]],
+            [[["w", [1] * 65, [1] * 65]], [], [1]],
+            [[["w", [2**63] * 10_000, [1] * 10_000]], [], [1]],
+            [[["w" * 1001, [1], [1]]], [], [1]],
+            [[["w", [1], [1]], ["w", [1], [1]]], [], [2]],
+            [[["__metadata__", [1], [1]]], [], [1]],
+            [[[str(n), [1], [1]] for n in range(40_000)], [], [40_000]],
+            [[], [[str(n), [1], [1]] for n in range(40_000)], []],
+            [[["w", [1], [1]]], [], [1] + [0] * 5000],
+        ],
+        ids=range(13),
+    )
+    def test_a_layer_table_beyond_its_limits(self, layout):
+        join = msgpack.unpackb(bytes(encode(SAMPLES[0])[1]))
+        join[1]["layout"] = layout
+        rejected([MAGIC, msgpack.packb(join), bytes(24)], "layout has the wrong type")
+
+    def test_a_header_that_would_not_travel_is_not_sent(self, monkeypatch):
+        monkeypatch.setattr(wire, "MAX_HEADER_BYTES", 20)
+        with pytest.raises(ValueError, match="header of a Join takes"):
+            encode(SAMPLES[0])
 
 
 class TestFuzz:

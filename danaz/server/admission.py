@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from math import inf, isfinite
@@ -12,12 +13,23 @@ from danaz.flat import Layout
 from danaz.server.leases import Leases
 from danaz.server.master import all_finite
 from danaz.server.members import Member
-from danaz.server.messages import Heartbeat, Join, Leave, Plan, Push, Request
+from danaz.server.messages import (
+    MAX_AHEAD,
+    MAX_REPORTED,
+    MAX_WORKERS,
+    TOO_MANY_REPORTED,
+    Bye,
+    Heartbeat,
+    Join,
+    Leave,
+    Plan,
+    Push,
+    Report,
+    Request,
+)
 from danaz.server.settings import ServerSettings
-from danaz.server.whole import own_part
+from danaz.server.whole import WholeModel, own_part
 
-MAX_WORKERS = 4096
-MAX_AHEAD = 1 << 16  # batches a worker may hold
 MAX_LR = torch.finfo(torch.float32).max
 NOT_FINITE = "push is not finite"
 OUTLIER = "push is far outside the cluster's size"
@@ -37,30 +49,44 @@ class Job:
 
 
 def is_worth_receiving(
-    message: Request, settings: ServerSettings, job: Job | None, member: Member | None, needs_params: bool
+    message: Request,
+    settings: ServerSettings,
+    job: Job | None,
+    whole: WholeModel | None,
+    member: Member | None,
+    needs_params: bool,
 ) -> bool:
     """Whether the vectors that ``message`` announces are: if not, it will be refused unseen."""
     if isinstance(message, Join):
         message = own_part(message, settings)
         brings = 0 if message.params is None else message.params.numel()
         fits = brings in (0, message.layout.size)
-        return fits and not why_not_join(message, settings.digest, job, member, needs_params)
-    if job is None or why_stranger(message, member):
+        return fits and not why_not_join(message, settings, job, member, needs_params)
+    if job is None or whole is None or why_stranger(message, member):
         return False
     if isinstance(message, Push):
         return message.push.numel() == job.layout.size
-    return not isinstance(message, Leave) or not why_not_leave(message, job)
+    if isinstance(message, Bye):
+        return member is not None and not why_not_bye(message, settings, job, whole, member)
+    return isinstance(message, Leave) and not why_not_leave(message, job)
 
 
-def why_not_join(join: Join, digest: str, job: Job | None, member: Member | None, needs_params: bool) -> str:
+def why_not_join(
+    join: Join, settings: ServerSettings, job: Job | None, member: Member | None, needs_params: bool
+) -> str:
     """Whether this worker, of which ``member`` is known, can take part in ``job``, or bring the first parameters."""
-    if join.digest != digest:
+    if join.digest != settings.digest:
         return "worker and server run different configurations"
     if not 0 <= join.worker < MAX_WORKERS:
         return f"worker number is not within 0..{MAX_WORKERS - 1}"
     counts = (join.layout.size, join.plan.batches_per_epoch, join.plan.epochs, join.ahead)
     if not (-1 < join.momentum < 1 and min(counts) > 0 and join.ahead <= MAX_AHEAD):
         return "momentum, model, plan or read-ahead out of range"
+    if least_bytes(join.layout, settings.workers) > settings.memory_bytes:
+        return (
+            f"a model of this size, with {settings.workers} workers, does not fit into the "
+            f"{settings.memory_bytes / 2**30:.1f} GiB of memory of the server's machine"
+        )
     brought = join.params if needs_params else None
     if brought is not None and (brought.numel() != join.layout.size or not all_finite(brought)):
         return "first parameters are not finite or of the wrong size"
@@ -75,6 +101,11 @@ def why_not_join(join: Join, digest: str, job: Job | None, member: Member | None
             "needs a higher DANAZ_INCARNATION"
         )
     return ""
+
+
+def least_bytes(layout: Layout, workers: int) -> int:
+    """What a server needs at the least: θ, its copy for a checkpoint, and what each worker pushes."""
+    return 4 * (layout.size + layout.buffer_size) * (2 + workers)
 
 
 def why_stranger(message: Request, member: Member | None) -> str:
@@ -129,3 +160,21 @@ def why_not_leave(leave: Leave, job: Job) -> str:
     if leave.buffers.numel() != job.layout.buffer_size or (given is not None and given.numel() != job.layout.size):
         return "leaving worker's vectors have the wrong size"
     return ""
+
+
+def why_not_bye(bye: Bye, settings: ServerSettings, job: Job, whole: WholeModel, member: Member) -> str:
+    """Whether what a worker brings with its good-bye is the end of θ, of which this server holds the beginning.
+
+    One brings it to shard 0 of several, once, with the version that it has heard of.
+    """
+    if bye.rest is None or member.said_bye:
+        return ""
+    missing = whole.layout.size - job.layout.size
+    if settings.shard or not missing or bye.rest.numel() != missing:
+        return "this server does not need what the good-bye brings"
+    return ""
+
+
+def why_not_report(report: Report, reported: Collection[str]) -> str:
+    """Whether the figures of a script fit in beside those ``reported`` before."""
+    return TOO_MANY_REPORTED if len({*reported, *report.figures}) > MAX_REPORTED else ""

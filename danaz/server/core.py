@@ -8,14 +8,23 @@ when the last has left the parameters are final, and all get them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from danaz.codecs import travelling_bytes, view_codec
-from danaz.server.admission import OVERFLOW, Job, is_worth_receiving, why_not_join, why_not_leave, why_stranger
+from danaz.server.admission import (
+    OVERFLOW,
+    Job,
+    is_worth_receiving,
+    why_not_bye,
+    why_not_join,
+    why_not_leave,
+    why_not_report,
+    why_stranger,
+)
 from danaz.server.answers import Answers, Replies, Streams, whole
 from danaz.server.figures import Figures, Update
 from danaz.server.health import Health, measured, norm_of
@@ -38,8 +47,8 @@ class ServerCore:
 
     ``now`` is in seconds on any monotonic clock. ``on_update`` is called for each applied update, ``on_milestone``
     when something has come true that a restart must not undo, both before any worker is told; ``on_notice`` hears what
-    a person should know; ``on_carried`` what a worker carries from other shards, before its message is heeded. For
-    ``ahead`` see Master.
+    a person should know; ``on_carried`` what a worker carries from other shards, before its message is heeded;
+    ``on_report`` all figures that scripts have reported, before a report is acknowledged. For ``ahead`` see Master.
     """
 
     def __init__(
@@ -50,12 +59,14 @@ class ServerCore:
         on_milestone: Callable[[ServerCore], None] = lambda core: None,
         on_notice: Callable[[str], None] = lambda text: None,
         on_carried: Callable[[Push | Leave], None] = lambda message: None,
+        on_report: Callable[[Mapping[str, float | str | None]], None] = lambda reported: None,
     ):
         self.settings = settings
         self.on_update = on_update
         self.on_milestone = on_milestone
         self.on_notice = on_notice
         self.on_carried = on_carried
+        self.on_report = on_report
         self.ahead = ahead
         self.members: dict[int, Member] = {}
         self.figures = Figures()
@@ -165,7 +176,9 @@ class ServerCore:
     def takes(self, message: Request) -> bool:
         """Whether the vectors that ``message`` announces are worth receiving: if not, it will be refused unseen."""
         member = self.members.get(message.worker)
-        return is_worth_receiving(message, self.settings, self._job, member, needs_params=self._master is None)
+        return is_worth_receiving(
+            message, self.settings, self._job, self._whole, member, needs_params=self._master is None
+        )
 
     def refuse(self, reason: str) -> None:
         """Count a message that is not served, also one that could not even be read."""
@@ -196,7 +209,7 @@ class ServerCore:
     def _join(self, route: Route, join: Join, now: float) -> None:
         member, whole = self.members.get(join.worker), join.layout
         join = own_part(join, self.settings)
-        reason = why_not_join(join, self.settings.digest, self._job, member, self._master is None)
+        reason = why_not_join(join, self.settings, self._job, member, self._master is None)
         if reason:
             self._answers.refuse(route, join, reason)
             return
@@ -282,13 +295,32 @@ class ServerCore:
                 self._answers.refuse(member.route, message, reason)
             else:
                 self._leave(member, message)
+        elif isinstance(message, Report):
+            self._report(member, message)
         else:
-            if isinstance(message, Report):
-                self.figures.report(message.figures)
-            if isinstance(message, Bye):
-                member.said_bye = True
-                self.whole.hear(message)
-            self._answers.note(member)
+            self._bye(member, message)
+
+    def _report(self, member: Member, report: Report) -> None:
+        reason = why_not_report(report, self.figures.reported)
+        if reason:
+            self._answers.refuse(member.route, report, reason)
+            return
+        self.figures.report(report.figures)
+        self.on_report(self.figures.reported)
+        self._answers.note(member)
+
+    def _bye(self, member: Member, bye: Bye) -> None:
+        """A worker is gone; one that did not leave before takes no batches with it."""
+        reason = why_not_bye(bye, self.settings, self.job, self.whole, member)
+        if reason:
+            self._answers.refuse(member.route, bye, reason)
+            return
+        if not member.said_bye:
+            self.whole.hear(bye)
+        member.said_bye = True
+        self._answers.note(member)
+        if not member.left:
+            self._lose(member)
 
     def _skip(self, member: Member, batch: int) -> None:
         """``batch`` counts as used, without an update."""
@@ -403,11 +435,11 @@ class ServerCore:
     def _mark_milestone(self) -> None:
         """Workers may soon hold a first view, an end, or parameters that a leaving worker has changed for good.
 
-        And what a script has reported, it will not report again, nor will a worker that has gone bring θ.
+        Nor will a worker that has gone bring θ again.
         """
         waiting_for_all = self.leases.done and not self.final
         left = 0 if waiting_for_all else sum(member.left for member in self.members.values())
-        milestone = (self.life, self.leases.done, left, self.whole.version, *self.figures.reported.items())
+        milestone = (self.life, self.leases.done, left, self.whole.version)
         if milestone != self._milestone:
             self._milestone = milestone
             self.on_milestone(self)

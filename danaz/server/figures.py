@@ -68,7 +68,7 @@ class Figures:
         self.last_losses[worker] = loss
 
     def report(self, figures: dict[str, float | str | None]) -> None:
-        """Take over what a training script reports; JSON has no NaN and no infinity."""
+        """Take over what a script reports, beside the server's own figures; JSON has no NaN and no infinity."""
         for name, value in figures.items():
             self.reported[name] = None if isinstance(value, float) and not isfinite(value) else value
 
@@ -127,7 +127,7 @@ class Figures:
             "restarts": self.restarts,
             "lost_updates": self.lost_updates,
             "skipped_batches": self.skipped_batches,
-            **self.reported,
+            "reported": dict(self.reported),
         }
 
 

@@ -5,6 +5,7 @@ G(Δ) = Σ over layers ψ of ‖Δψ‖₂ / √(size of ψ). The squares of a l
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from math import isfinite
 
@@ -19,6 +20,8 @@ class Layers:
 
     def __init__(self, layout: Layout):
         self._entries = [entry for entry in layout.parameters if entry.size]
+        self._starts = [entry.start for entry in self._entries]
+        self._stops = [entry.stop for entry in self._entries]
         self._roots = torch.tensor([entry.size for entry in self._entries], dtype=torch.float64).sqrt()
         self._of_slice = [(self.within(*span), self._spans(*span)) for span in chunks(layout.size)]
 
@@ -27,8 +30,7 @@ class Layers:
 
     def within(self, start: int, stop: int) -> range:
         """The layers that lie in this slice, or reach into it."""
-        within = [number for number, entry in enumerate(self._entries) if entry.start < stop and entry.stop > start]
-        return range(within[0], within[-1] + 1)
+        return range(bisect_right(self._stops, start), bisect_left(self._starts, stop))
 
     def _spans(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Where in the slice each of its layers lies."""

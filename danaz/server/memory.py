@@ -1,8 +1,10 @@
-"""How the C library treats the memory that ZeroMQ allocates for what it receives and sends."""
+"""This machine's memory: how much there is, and how the C library treats what ZeroMQ allocates of it."""
 
 from __future__ import annotations
 
 import ctypes
+import os
+from pathlib import Path
 
 # malloc.h
 M_TRIM_THRESHOLD = -1
@@ -10,6 +12,19 @@ M_MMAP_THRESHOLD = -3
 
 LARGEST_REUSED_BYTES = 32 << 20  # the most that glibc takes
 KEPT_BYTES = 256 << 20
+
+
+LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container, v2 and v1
+
+
+def machine_bytes() -> int:
+    """The memory of this machine, or of the container that this process runs in."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for limit in map(Path, LIMITS):
+        text = limit.read_text().strip() if limit.exists() else ""
+        if text.isdigit():  # "max" is none
+            found.append(int(text))
+    return min(found)
 
 
 def keep_freed_memory() -> bool:

@@ -2,28 +2,104 @@
 
 Every request carries ``request``, a number that grows by one on its worker, and every reply names the request it
 answers: so a repeated request is recognised, and so is a late reply.
+
+The type of each field declares the values that it may hold. danaz.server.wire checks them when it decodes a message, so
+whoever handles a message can rely on them. A plain ``float`` may hold any value, NaN and infinity included: the server
+itself judges those of a push, for a worker whose training has diverged sends them in good faith.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass, field, replace
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from danaz.codecs import FP32, Codec, Encoded
-from danaz.flat import Layout
+from danaz.flat import MAX_GROUPS, MAX_TENSORS, Layout
 
 LOCAL = {"local": True}  # a field that does not travel
+
+
+# ---- what a field may hold -------------------------------------------------------------------------------------------
+
+
+class OutOfRangeError(ValueError):
+    """A value of the right type that its field may not hold."""
+
+
+@dataclass(frozen=True)
+class Within:
+    """Numbers from ``low`` to ``high``, both included. NaN is not among them."""
+
+    low: float
+    high: float
+
+    def check(self, value: float) -> None:
+        """Raises OutOfRangeError."""
+        if not self.low <= value <= self.high:
+            raise OutOfRangeError(f"a number from {self.low} to {self.high} was expected")
+
+
+@dataclass(frozen=True)
+class AtMost:
+    """Texts, lists and tables of at most so many characters or entries."""
+
+    length: int
+
+    def check(self, value: Sized) -> None:
+        """Raises OutOfRangeError."""
+        if len(value) > self.length:
+            raise OutOfRangeError(f"at most {self.length} characters or entries were expected")
+
+
+LARGEST = 1 << 53  # that a float holds exactly, as JSON and the news between ranks have it
+MAX_WORKERS = 4096
+MAX_AHEAD = 1 << 16  # batches that a worker may hold
+MAX_REPORTED = 64  # figures of a run
+MAX_NAME = 100  # characters in the name of a figure
+MAX_TEXT = 1000  # characters in a figure that is a text
+
+TOO_MANY_REPORTED = f"a run has at most {MAX_REPORTED} reported figures"
+
+Count = Annotated[int, Within(0, LARGEST)]  # also versions, lives, generations, batches and requests
+AnyRequest = Annotated[int, Within(-LARGEST, LARGEST)]  # that of a GoBack is below zero
+WorkerNumber = Annotated[int, Within(0, MAX_WORKERS - 1)]
+Ahead = Annotated[int, Within(1, MAX_AHEAD)]
+Samples = Annotated[int, Within(0, 1 << 32)]
+Square = Annotated[float, Within(0, float("inf"))]
+Text = Annotated[str, AtMost(MAX_TEXT)]
+Rates = Annotated[tuple[float, ...], AtMost(MAX_GROUPS)]
+Squares = Annotated[tuple[Square, ...], AtMost(MAX_TENSORS)]
+Batches = Annotated[tuple[Count, ...], AtMost(MAX_AHEAD)]
+Spans = Annotated[tuple[Annotated[tuple[Count, Count], AtMost(2)], ...], AtMost(MAX_TENSORS)]
+Generations = Annotated[tuple[Count, ...], AtMost(1024)]
+Reported = Annotated[dict[Annotated[str, AtMost(MAX_NAME)], float | Text | None], AtMost(MAX_REPORTED)]
+
+
+def check_reported(figures: Mapping[str, object]) -> None:
+    """Raises OutOfRangeError for figures that a server would not take from a training script."""
+    too_long = [name for name, value in figures.items() if isinstance(value, str) and len(value) > MAX_TEXT]
+    too_long += [name for name in figures if len(name) > MAX_NAME]
+    if too_long or len(figures) > MAX_REPORTED:
+        what = f"{too_long[0][:MAX_NAME]!r} is longer" if too_long else f"there are {len(figures)} figures"
+        raise OutOfRangeError(
+            f"danaz.report takes at most {MAX_REPORTED} figures, with names of at most {MAX_NAME} characters and texts "
+            f"of at most {MAX_TEXT}; {what}"
+        )
+
+
+# ---- what workers say ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Plan:
     """The work of a whole run, as batches numbered from 0: batch b is number b % batches_per_epoch of its epoch."""
 
-    batches_per_epoch: int
-    epochs: int
+    batches_per_epoch: Annotated[int, Within(1, LARGEST)]
+    epochs: Annotated[int, Within(1, LARGEST)]
 
     @property
     def batches(self) -> int:
@@ -38,40 +114,40 @@ class Join:
     what a server that was restarted knows.
     """
 
-    worker: int
-    incarnation: int  # larger each time the worker's process starts anew
-    request: int
-    digest: str  # of the configuration; server and workers must agree
-    momentum: float
+    worker: WorkerNumber
+    incarnation: Count  # larger each time the worker's process starts anew
+    request: Count
+    digest: Text  # of the configuration; server and workers must agree
+    momentum: Annotated[float, Within(-1, 1)]
     layout: Layout
     plan: Plan
-    ahead: int  # batches the worker wants to hold at a time, for its data loader to read ahead
+    ahead: Ahead  # batches the worker wants to hold at a time, for its data loader to read ahead
     params: Tensor | None = None  # f32[P]
-    version: int = 0  # of params, in that life of the server
-    life: int = 0
+    version: Count = 0  # of params, in that life of the server
+    life: Count = 0
 
 
 @dataclass(frozen=True)
 class Push:
     """The outcome of one mini-batch."""
 
-    worker: int
-    incarnation: int
-    request: int
-    view_version: int  # of the view it was computed on
-    lr: tuple[float, ...]  # η of each parameter group
-    samples: int
+    worker: WorkerNumber
+    incarnation: Count
+    request: Count
+    view_version: Count  # of the view it was computed on
+    lr: Rates  # η of each parameter group
+    samples: Samples
     loss: float | None
-    batch: int  # the leased number
+    batch: Count  # the leased number
     push: Tensor  # f32[P], a gradient, displacement or parameters as the rule declares
-    earlier: tuple[int, ...] = ()  # batches of the local steps since the last push
-    life: int = 0  # of the server that sent the view
+    earlier: Batches = ()  # batches of the local steps since the last push
+    life: Count = 0  # of the server that sent the view
     wants_view: bool = True  # False: in a pipeline, the next view was fetched already
-    squares: tuple[float, ...] = ()  # to shard 0: of each layer of the model what the others answered the push before
-    elsewhere: int = 0  # to shard 0: bytes that the others' slices of ``push`` take on the wire
-    generation: int = 0  # to the others: of shard 0's newest checkpoint, as it said
-    common: tuple[int, ...] = ()  # to shards: the newest two checkpoints that all of them have, as they said
-    absent: tuple[tuple[int, int], ...] = ()  # (start, stop) of parameters without a gradient, which make no step
+    squares: Squares = ()  # to shard 0: of each layer of the model what the others answered the push before
+    elsewhere: Count = 0  # to shard 0: bytes that the others' slices of ``push`` take on the wire
+    generation: Count = 0  # to the others: of shard 0's newest checkpoint, as it said
+    common: Generations = ()  # to shards: the newest two checkpoints that all of them have, as they said
+    absent: Spans = ()  # (start, stop) of parameters without a gradient, which make no step
     square: float | None = field(default=None, metadata=LOCAL)  # ‖push‖², if it was summed while the push arrived
     encoded: Encoded | None = field(default=None, metadata=LOCAL)  # how ``push`` travels; None: as it is
 
@@ -85,52 +161,52 @@ class Push:
 class Pull:
     """A worker that holds no batch asks for one, with a fresh view; or, in a pipeline, for the view after the next."""
 
-    worker: int
-    incarnation: int
-    request: int
+    worker: WorkerNumber
+    incarnation: Count
+    request: Count
     ahead: bool = False  # it still computes on the view before, and will push what comes of it
-    skipped: tuple[int, ...] = ()  # batches that made no step, such as after an overflow: they count as used
+    skipped: Batches = ()  # batches that made no step, such as after an overflow: they count as used
 
 
 @dataclass(frozen=True)
 class Heartbeat:
     """A worker is alive, computing. Not answered."""
 
-    worker: int
-    incarnation: int
+    worker: WorkerNumber
+    incarnation: Count
 
 
 @dataclass(frozen=True)
 class Leave:
     """A worker leaves in good order, giving back what its rule says."""
 
-    worker: int
-    incarnation: int
-    request: int
+    worker: WorkerNumber
+    incarnation: Count
+    request: Count
     give_back: Tensor | None  # f32[P], to be added to the server's parameters
     buffers: Tensor  # f32[B], batch-norm statistics
     done: bool = False  # it heard that no batches are left: a shard that leases none waits for the others, too
-    generation: int = 0  # as in Push
+    generation: Count = 0  # as in Push
 
 
 @dataclass(frozen=True)
 class Report:
     """Figures for summary.json from the training script, such as its test error."""
 
-    worker: int
-    incarnation: int
-    request: int
-    figures: dict[str, float | str | None]
+    worker: WorkerNumber
+    incarnation: Count
+    request: Count
+    figures: Reported
 
 
 @dataclass(frozen=True)
 class Bye:
     """A worker that left has nothing more to report. To shard 0 it brings the end of θ, which others held."""
 
-    worker: int
-    incarnation: int
-    request: int
-    version: int = 0  # of shard 0, at which it got θ
+    worker: WorkerNumber
+    incarnation: Count
+    request: Count
+    version: Count = 0  # of shard 0, at which it got θ
     rest: Tensor | None = None  # f32[P - slice of shard 0]
 
 
@@ -138,32 +214,35 @@ class Bye:
 class GoBack:
     """To one of several shards: what can it go back to? Or, from a worker that has heard that of all: go back there."""
 
-    worker: int
-    incarnation: int
-    request: int  # below zero: a count of its own
-    generation: int | None = None  # None asks; 0 is the beginning
-    newest: int = 0  # number that a checkpoint of any shard has had: no other will have it again
+    worker: WorkerNumber
+    incarnation: Count
+    request: Annotated[int, Within(-LARGEST, -1)]  # a count of its own
+    generation: Count | None = None  # None asks; 0 is the beginning
+    newest: Count = 0  # number that a checkpoint of any shard has had: no other will have it again
+
+
+# ---- what a server answers -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Parameters:
     """The answer to Join, Push and Pull: a view, and the batches to compute on it and the next ones."""
 
-    request: int
-    version: int
+    request: Count
+    version: Count
     applied: bool  # whether the push that this answers was applied
-    refused: str  # why not, empty if it was
-    leases: tuple[int, ...]  # every batch the worker holds, those it has begun included
+    refused: Text  # why not, empty if it was
+    leases: Batches  # every batch the worker holds, those it has begun included
     done: bool  # the run has no more batches for anyone
-    epoch: float  # epochs of the whole cluster so far
-    lag: int
+    epoch: Annotated[float, Within(0, LARGEST)]  # epochs of the whole cluster so far
+    lag: Count
     gap: float | None
     view: Tensor  # f32[P]; f32[0] for a push that wants none
-    last_applied: int = 0  # request number of this worker's newest push that was applied, however that was answered
-    life: int = 0  # of the server: versions may repeat after a restart, (life, version) never does
-    squares: tuple[float, ...] = ()  # of another shard than 0: ‖θ − view‖² of each layer of its slice, for the gap
-    generation: int = 0  # of shard 0's newest checkpoint: the others keep theirs before they heed what follows
-    kept: tuple[int, ...] = ()  # of several shards: the checkpoints that this one has, ascending
+    last_applied: Count = 0  # request number of this worker's newest push that was applied, however that was answered
+    life: Count = 0  # of the server: versions may repeat after a restart, (life, version) never does
+    squares: Squares = ()  # of another shard than 0: ‖θ − view‖² of each layer of its slice, for the gap
+    generation: Count = 0  # of shard 0's newest checkpoint: the others keep theirs before they heed what follows
+    kept: Generations = ()  # of several shards: the checkpoints that this one has, ascending
     parts: tuple[tuple[int, int, int], ...] = field(default=(), metadata=LOCAL)  # (start, stop, last_applied) of shards
 
 
@@ -171,8 +250,8 @@ class Parameters:
 class Final:
     """The answer to Leave: the trained model."""
 
-    request: int
-    version: int
+    request: Count
+    version: Count
     diverged: bool
     params: Tensor  # f32[P], θ
     buffers: Tensor  # f32[B], the mean over the workers
@@ -182,15 +261,15 @@ class Final:
 class Noted:
     """The answer to Report and Bye."""
 
-    request: int
+    request: Count
 
 
 @dataclass(frozen=True)
 class Refusal:
     """A request that the server will not serve, now or later. The worker must not repeat it."""
 
-    request: int
-    reason: str
+    request: AnyRequest
+    reason: Text
     rejoin: bool  # whether joining anew is the cure
 
 
@@ -198,9 +277,9 @@ class Refusal:
 class Offer:
     """The answer of a shard that was restarted: to everything, until it is told where to go on; to GoBack also then."""
 
-    request: int
-    generations: tuple[int, ...]  # to which it can go back, ascending; 0: to the beginning
-    newest: int  # number that a checkpoint here has had
+    request: AnyRequest
+    generations: Generations  # to which it can go back, ascending; 0: to the beginning
+    newest: Count  # number that a checkpoint here has had
     done: bool  # its newest is of a training that is over
     told: bool = False  # it went back to the one generation that is left
 

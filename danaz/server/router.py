@@ -20,6 +20,7 @@ from danaz.server.socket import ANSWERS_MESSAGES, BoundRouter
 from danaz.server.wire import Frame, Inbox, StrayChunkError, WireError, encode, messages_of, split
 
 TICK_S = 0.25
+MAX_FRAMES = 8  # that are kept of a message; none has so many
 ANSWERS_WAITING = 4  # that a connection may leave unread: ZeroMQ tells of what was read only half as many at a time
 Served = ServerCore | Offering | Concluded
 Peer = tuple[bytes, str]  # a connection, and the key it was made with
@@ -30,6 +31,7 @@ class Router:
 
     def __init__(self, bound: BoundRouter):
         self._socket = bound.socket
+        self._doorkeeper = bound.doorkeeper
         self._worker_of_key = bound.worker_of_key
         self._rooms: dict[int, Tensor] = {}  # worker -> f32[P], where its pushes are received
         self._leaving: dict[bytes, tuple[int, zmq.MessageTracker]] = {}  # route -> request, beginning of its answer
@@ -55,7 +57,8 @@ class Router:
     # ---- hearing -------------------------------------------------------------------------------------------------
 
     def _receive(self, core: Served, inbox: Inbox, recorder: Recorder | None) -> None:
-        route, *frames = self._socket.recv_multipart(copy=False)
+        route, *frames = self._next_message()
+        self._doorkeeper.heard(route.get(zmq.SRCFD), self._key_of(route))
         now = time.monotonic()
         try:
             message = self._read(inbox, route, [frame.buffer for frame in frames])
@@ -72,9 +75,22 @@ class Router:
             recorder.event(now, route.bytes, encode(message))
         self._send(core.stream(route.bytes, message, now))
 
+    def _next_message(self) -> list[zmq.Frame]:
+        """Its route and its frames, or the first of more frames than any message has."""
+        frames = [self._socket.recv(copy=False)]
+        last = frames[0]
+        while last.more:
+            last = self._socket.recv(copy=False)
+            if len(frames) <= MAX_FRAMES:
+                frames.append(last)
+        return frames
+
+    def _key_of(self, route: zmq.Frame) -> str:
+        return "" if self._worker_of_key is None else str(route.get("User-Id"))
+
     def _read(self, inbox: Inbox, route: zmq.Frame, buffers: Sequence[Frame]) -> Request | None:
         """The message that is whole now, if it can be read and its sender is who he says. Raises WireError."""
-        peer = (route.bytes, "" if self._worker_of_key is None else str(route.get("User-Id")))
+        peer = (route.bytes, self._key_of(route))
         try:
             message: Request | None = inbox.take(peer, buffers)
         except StrayChunkError:

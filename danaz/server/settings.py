@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 from danaz.rules import Rule, find_algorithm
@@ -27,6 +28,7 @@ class ServerSettings:
     checkpoint_s: float = 30.0  # between checkpoints, 0 never
     shard: int = 0  # this server's slice of the vector; shard 0 leads: it leases, journals and knows the version
     shards: int = 1
+    memory_bytes: float = inf  # of the server's machine: a model that cannot fit is refused before it is received
     refuse_outliers: bool = False  # refuse pushes far outside the cluster's size, instead of reporting them
 
     def rule(self, momentum: float) -> Rule:

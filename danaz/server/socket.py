@@ -6,10 +6,11 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
 from danaz.keys import ServerKeys
+from danaz.server.doorkeeper import Doorkeeper
 from danaz.server.memory import keep_freed_memory
 
 LINGER_MS = 5000  # for the last replies to leave when the server ends
-MAX_MESSAGE_BYTES = 8 << 30
+MAX_FRAME_BYTES = (3 << 19) + 1024  # the largest header, encrypted; a slice takes 1 MB, or 1.3 MB in its codec
 HANDSHAKE_MS = 10_000  # a peer that does not finish it is dropped
 AHEAD_MESSAGES = 4  # that ZeroMQ receives from each peer before they are asked for: 4 MB of a push
 ANSWERS_MESSAGES = 16  # that wait to be read by one peer; the router raises it for answers of many messages
@@ -32,15 +33,15 @@ class BoundRouter:
     def __init__(self, address: str, keys: ServerKeys | None = None):
         """Bind to ``address`` such as tcp://127.0.0.1:*; with ``keys``, encrypted and for this run's workers alone.
 
-        A peer that sends a larger frame than MAX_MESSAGE_BYTES is disconnected before the frame is read. Raises
-        zmq.ZMQError if the address cannot be bound.
+        A peer that sends a larger frame than MAX_FRAME_BYTES is disconnected before any of it is stored; what else a
+        connection may cost, the Doorkeeper says. Raises zmq.ZMQError if the address cannot be bound.
         """
         keep_freed_memory()
         self._context = zmq.Context()
         self._authenticator: ThreadAuthenticator | None = None
         self.worker_of_key = None if keys is None else {key: number for number, key in enumerate(keys.workers)}
         self.socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
-        self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
         self.socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
         self.socket.setsockopt(zmq.IPV6, "[" in address)
         self.socket.setsockopt(zmq.RCVHWM, AHEAD_MESSAGES)
@@ -51,7 +52,12 @@ class BoundRouter:
         self.socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, SILENCE_S)
         if keys is not None:
             self._guard(keys)
-        self.socket.bind(address)
+        self.doorkeeper = Doorkeeper(self.socket, None if keys is None else len(keys.workers))
+        try:
+            self.socket.bind(address)
+        except zmq.ZMQError:
+            self.close(linger_ms=0)
+            raise
         endpoint = self.socket.getsockopt(zmq.LAST_ENDPOINT)
         assert isinstance(endpoint, bytes)
         self.address = endpoint.decode()
@@ -66,6 +72,7 @@ class BoundRouter:
 
     def close(self, linger_ms: int = LINGER_MS) -> None:
         """Free all; replies that are still on their way have ``linger_ms`` to leave."""
+        self.doorkeeper.close()
         self.socket.close(linger_ms)
         if self._authenticator is not None:
             self._authenticator.stop()

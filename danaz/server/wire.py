@@ -4,8 +4,9 @@ A message with a vector longer than a slice travels as several: the first two fr
 and then each slice of each vector as [magic, request, number of the chunk | bytes]. So the other side receives, checks
 and applies the first slices while the last are on their way, and nobody allocates a message of 100 MB.
 
-Decoding trusts nothing: sizes are checked before anything is allocated, and each field against the type its message
-declares. Whatever does not fit raises WireError; nothing else ever comes out of this module.
+Decoding trusts nothing: each field is checked against the type and the range that its message declares, and the sizes
+of vectors before anything is allocated for them. Whatever does not fit raises WireError; nothing else ever comes out
+of this module.
 """
 
 from __future__ import annotations
@@ -25,15 +26,14 @@ import torch
 from torch import Tensor
 
 from danaz.codecs import FP32, Codec, CodecError, Encoded, UnknownCodecError, push_codec
-from danaz.flat import SLICE_FLOATS, Layout, chunks
+from danaz.flat import MAX_FLOATS, SLICE_FLOATS, Layout, chunks
 from danaz.server import messages
 from danaz.server.messages import Streamed, announced, is_announced
 
 MAGIC = b"DANAZ\x02"
 CHUNK = struct.Struct("<8sQI")  # magic, request, number of the chunk within its message
 CHUNK_MAGIC = b"DANAZ\x02+\0"
-MAX_HEADER_BYTES = 4 << 20  # a layer table of some ten thousand layers
-MAX_TENSOR_BYTES = 64 << 30
+MAX_HEADER_BYTES = 3 << 19  # a layer table of some twenty thousand tensors
 
 Frame = bytes | bytearray | memoryview
 
@@ -50,7 +50,7 @@ MESSAGES: dict[str, type] = {
 def encode(message: messages.Message) -> list[Frame]:
     """Frames of a whole message. Vectors share the tensors' memory, which must not change until they are sent.
 
-    Vectors that are announced stay so.
+    Vectors that are announced stay so. Raises ValueError for a header that is too large to travel.
     """
     vectors = _vectors(message)
     frames = [] if any(map(is_announced, vectors.values())) else [_bytes_of(vector) for vector in vectors.values()]
@@ -102,7 +102,13 @@ def _head(message: messages.Message, vectors: dict[str, Tensor], codec: str = FP
     kind: type = type(message)
     header = {name: _plain(getattr(message, name)) for name in _hints(kind)}
     present = [[name, vector.numel(), codec] for name, vector in vectors.items()]
-    return [MAGIC, msgpack.packb([kind.__name__, header, present])]
+    packed = msgpack.packb([kind.__name__, header, present])
+    if len(packed) > MAX_HEADER_BYTES:
+        raise ValueError(
+            f"the header of a {kind.__name__} takes {len(packed)} bytes, and at most {MAX_HEADER_BYTES} travel; in a "
+            "layer table, shorter names or fewer parameters help"
+        )
+    return [MAGIC, packed]
 
 
 def _plain(value: Any) -> Any:
@@ -169,7 +175,7 @@ def _announcements(present: list[Any]) -> tuple[dict[str, int], dict[str, Codec]
         name, size, codec = entry
         if type(name) is not str or name in sizes or type(size) is not int or size < 0:
             raise WireError("malformed header")
-        if size > MAX_TENSOR_BYTES // 4:
+        if size > MAX_FLOATS:
             raise WireError("tensor is too large")
         if type(codec) is not str:
             raise WireError("malformed header")
@@ -220,7 +226,9 @@ def _build(message_type: type, header: dict[str, Any], tensors: dict[str, Tensor
             raise WireError(f"field {name} is missing")
         try:
             values[name] = _fit(tensors.pop(name, header[name]), hint)
-        except (TypeError, ValueError, OverflowError) as error:
+        except messages.OutOfRangeError as error:
+            raise WireError(f"field {name} is out of range") from error
+        except (TypeError, ValueError) as error:
             raise WireError(f"field {name} has the wrong type") from error
     if tensors or len(values) != len(header):
         raise WireError("fields that this kind of message does not have")
@@ -229,14 +237,24 @@ def _build(message_type: type, header: dict[str, Any], tensors: dict[str, Tensor
 
 @cache
 def _hints(message_type: type) -> dict[str, Any]:
-    """Name -> type of each field that travels."""
-    hints = typing.get_type_hints(message_type)
+    """Name -> type of each field that travels, with the range that it declares."""
+    hints = typing.get_type_hints(message_type, include_extras=True)
     return {f.name: hints[f.name] for f in dataclasses.fields(message_type) if not f.metadata.get("local")}
 
 
 def _fit(value: Any, hint: Any) -> Any:
-    """``value`` as the type that a message's field declares. Raises TypeError or ValueError if it is none."""
+    """``value`` as the type that a message's field declares. Raises TypeError or ValueError if it is none.
+
+    Of the right type but not in the declared range, it raises OutOfRangeError.
+    """
     return _FITTERS[typing.get_origin(hint) or hint](value, *typing.get_args(hint))
+
+
+def _limited(value: Any, kind: Any, *limits: Any) -> Any:
+    """What ``Annotated[kind, *limits]`` stands for. Limits come first: what is too long is not looked through."""
+    for limit in limits:
+        limit.check(value)
+    return _fit(value, kind)
 
 
 def _exactly(kind: type) -> Callable[[Any], Any]:
@@ -254,8 +272,10 @@ def _float(value: Any) -> float:
     return float(value)
 
 
-def _tuple(value: Any, item: Any, *_: Any) -> tuple[Any, ...]:
-    return tuple(_fit(element, item) for element in _exactly(list)(value))
+def _tuple(value: Any, *items: Any) -> tuple[Any, ...]:
+    elements = _exactly(list)(value)
+    kinds = [items[0]] * len(elements) if items[-1] is Ellipsis else items
+    return tuple(_fit(element, kind) for element, kind in zip(elements, kinds, strict=True))
 
 
 def _dict(value: Any, key: Any, item: Any) -> dict[Any, Any]:
@@ -274,7 +294,10 @@ def _union(value: Any, *choices: Any) -> Any:
 
 
 def _plan(value: Any) -> messages.Plan:
-    return messages.Plan(*_tuple(value, int))
+    hints = _hints(messages.Plan).values()
+    plan = messages.Plan(*(_fit(number, hint) for number, hint in zip(_exactly(list)(value), hints, strict=True)))
+    messages.Within(1, messages.LARGEST).check(plan.batches)
+    return plan
 
 
 _FITTERS: dict[Any, Callable[..., Any]] = {
@@ -286,6 +309,8 @@ _FITTERS: dict[Any, Callable[..., Any]] = {
     tuple: _tuple,
     dict: _dict,
     types.UnionType: _union,
+    typing.Union: _union,
+    typing.Annotated: _limited,
     messages.Plan: _plan,
     Layout: Layout.from_lists,
 }

@@ -29,6 +29,7 @@ from danaz.server.messages import (
     Refusal,
     Reply,
     Report,
+    check_reported,
 )
 from danaz.worker.staging import IN_PLACE, Staging
 
@@ -338,7 +339,8 @@ class WorkerCore:
         return self._ask(Leave(self.role.worker, self.role.incarnation, number, given, buffers, self.done))
 
     def report(self, figures: dict[str, float | str | None]) -> Report:
-        """Send figures for summary.json."""
+        """Send figures for summary.json. Raises OutOfRangeError if they are too many or too long."""
+        check_reported(figures)
         return self._ask(Report(self.role.worker, self.role.incarnation, self._next("report", "left"), figures))
 
     def bye(self) -> Bye:

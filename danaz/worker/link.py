@@ -17,6 +17,7 @@ from danaz.keys import WorkerKeys
 from danaz.server.core import ServerCore
 from danaz.server.memory import keep_freed_memory
 from danaz.server.messages import Heartbeat, Parameters, Reply
+from danaz.server.socket import MAX_FRAME_BYTES
 from danaz.server.wire import Inbox, StrayChunkError, WireError, encode, split
 from danaz.worker.core import Backoff, Request, answers
 from danaz.worker.staging import IN_PLACE, Staging
@@ -169,6 +170,7 @@ class DealerLink:
     def _dealer(self, address: str) -> zmq.Socket[bytes]:
         socket = self._context.socket(zmq.DEALER)
         socket.setsockopt(zmq.RCVHWM, AHEAD_MESSAGES)
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
         socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_FIRST_MS)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_LONGEST_MS)
         socket.setsockopt(zmq.IPV6, "[" in address)

@@ -16,7 +16,18 @@ import torch
 from torch import Tensor
 
 from danaz.flat import FlatModel, Spans
-from danaz.server.messages import Bye, Final, Join, Leave, Parameters, Push, Refusal, Reply, Report
+from danaz.server.messages import (
+    TOO_MANY_REPORTED,
+    Bye,
+    Final,
+    Join,
+    Leave,
+    Parameters,
+    Push,
+    Refusal,
+    Reply,
+    Report,
+)
 from danaz.worker.core import LocalStep, Loss, Request, WorkerCore
 from danaz.worker.group import Group
 from danaz.worker.link import Link
@@ -218,9 +229,11 @@ class Worker:
         self.flat.load_buffers(buffers)
 
     def report(self, figures: dict[str, float | str | None]) -> None:
-        """Send figures for summary.json, from the rank that speaks."""
+        """Send figures for summary.json, from the rank that speaks. Raises RefusedError if the run has too many."""
         if self._core is not None:
-            self._exchange(lambda core: core.report(figures))
+            reply = self._exchange(lambda core: core.report(figures))
+            if isinstance(reply, Refusal) and reply.reason == TOO_MANY_REPORTED:
+                raise RefusedError(f"the server refused danaz.report: {reply.reason}")
 
     def close(self, in_good_order: bool) -> None:
         """Say good-bye, unless the process ends before its worker has left."""

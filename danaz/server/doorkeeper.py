@@ -1,0 +1,155 @@
+"""What a connection may cost the server before ZeroMQ hands out a message of it.
+
+ZeroMQ limits the size of a frame and the number of whole messages that wait. It limits neither the frames of a message
+that has no end, nor the connections. So a thread watches each connection through a descriptor of its own, and cuts
+those that cost too much. A worker that is cut connects again by itself.
+
+For P parameters and N keys a stranger, who does not finish the handshake, can hold MAX_STRANGERS frames. A worker can
+hold MAX_UNREAD bytes in each of its WORKER_CONNECTIONS and in each that has not said yet whose it is (2 N + SPARE).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import struct
+import termios
+import threading
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+HEARD = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_MONITOR_STOPPED
+MAX_STRANGERS = 12  # connections that have not finished the handshake, each of which can hold a frame
+MAX_UNREAD = 12 << 20  # bytes of a connection since the last message of it: the most that ZeroMQ receives ahead
+WORKER_CONNECTIONS = 4  # of one key: two in use, and two that a break of the network left behind
+SPARE = 8  # connections beyond two a key that have not said yet whose they are
+LOOK_MS = 50  # between two looks at all connections
+EVENTS = 100  # that are heard between two looks
+
+# The server sends a greeting, a WELCOME to whoever knows its public key, and a READY to whoever it admits.
+WELCOMED_BYTES = 64 + 170
+ADMITTED_BYTES = WELCOMED_BYTES + 32  # an ERROR in the place of READY is shorter
+
+COUNTERS = struct.Struct("=120xQQ")  # the end of what struct tcp_info (Linux) has of it: bytes acked, bytes received
+
+
+@dataclass
+class Connection:
+    """One that the server accepted."""
+
+    number: int  # they are numbered as they come
+    handle: socket.socket  # a descriptor of its own, which no other connection gets while it is open
+    admitted: bool
+    key: str | None = None  # of whose messages have come
+    said: int = 0  # messages that the router took
+    said_at: int = 0  # a count that grows with each message of any connection
+    noticed: int = -1  # of said, at the last look
+    base: int = 0  # bytes that had come by then
+    unread: int = 0  # bytes since
+    cut_off: bool = False
+
+    def look(self) -> None:
+        """Bring the figures up to date. One that is closed keeps them."""
+        with suppress(OSError):
+            acked, received = COUNTERS.unpack_from(self.handle.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256))
+            (in_kernel,) = struct.unpack("i", fcntl.ioctl(self.handle, termios.FIONREAD, bytes(4)))
+            said, here = self.said, received - in_kernel
+            if said != self.noticed:
+                self.noticed, self.base = said, here if said else 0
+            self.unread = here - self.base
+            self.admitted = self.admitted or acked > ADMITTED_BYTES
+
+    def cut(self) -> None:
+        """ZeroMQ finds it closed, and frees what it holds."""
+        self.cut_off = True
+        with suppress(OSError):
+            self.handle.shutdown(socket.SHUT_RDWR)
+
+
+class Doorkeeper:
+    """Watches the connections of a socket that is about to be bound. Call ``close`` before the socket is closed."""
+
+    def __init__(self, watched: zmq.Socket[bytes], keys: int | None):
+        """``keys`` are those that the server admits; with None, which believes everyone, nobody is a stranger."""
+        self._watched = watched
+        self._keys = keys
+        self._connections: dict[int, Connection] = {}  # by ZeroMQ's descriptor
+        self._accepted = self._said = 0
+        self._events = watched.get_monitor_socket(HEARD)
+        self._thread = threading.Thread(target=self._watch, name="danaz-doorkeeper", daemon=True)
+        self._thread.start()
+
+    def heard(self, descriptor: int, key: str) -> None:
+        """The router has taken a message of this connection, which was made with ``key``."""
+        connection = self._connections.get(descriptor)
+        if connection is not None:
+            self._said += 1
+            connection.key, connection.said, connection.said_at = key, connection.said + 1, self._said
+
+    def close(self) -> None:
+        self._watched.disable_monitor()
+        self._thread.join()
+        for connection in self._connections.values():
+            connection.handle.close()
+
+    # ---- the thread ----------------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        while self._hear():
+            self._look()
+        self._events.close(linger=0)
+
+    def _hear(self) -> bool:
+        """Wait until it is time to look again; returns False at the end."""
+        wait_ms = LOOK_MS
+        for _ in range(EVENTS):
+            if not self._events.poll(wait_ms):
+                break
+            event = recv_monitor_message(self._events)
+            if event["event"] == zmq.EVENT_MONITOR_STOPPED:
+                return False
+            if event["event"] == zmq.EVENT_ACCEPTED:
+                self._accept(int(event["value"]))
+            else:
+                self._forget(int(event["value"]))
+            wait_ms = 0
+        return True
+
+    def _accept(self, descriptor: int) -> None:
+        self._forget(descriptor)
+        with suppress(OSError):  # it is gone already
+            handle = socket.socket(fileno=os.dup(descriptor))
+            self._accepted += 1
+            self._connections[descriptor] = Connection(self._accepted, handle, admitted=self._keys is None)
+
+    def _forget(self, descriptor: int) -> None:
+        connection = self._connections.pop(descriptor, None)
+        if connection is not None:
+            connection.handle.close()
+
+    def _look(self) -> None:
+        here = [each for each in self._connections.values() if not each.cut_off]
+        for connection in here:
+            connection.look()
+        for connection in here:
+            if connection.unread > MAX_UNREAD:
+                connection.cut()
+        if self._keys is None:
+            return
+        here = [each for each in here if not each.cut_off]
+        _cut_oldest([each for each in here if not each.admitted], MAX_STRANGERS)
+        _cut_oldest([each for each in here if each.admitted and each.key is None], 2 * self._keys + SPARE)
+        for key in {each.key for each in here} - {None}:
+            _cut_oldest([each for each in here if each.key == key], WORKER_CONNECTIONS)
+
+
+def _cut_oldest(connections: Iterable[Connection], most: int) -> None:
+    """Leave the ``most`` that were heard last, or came last."""
+    latest_first = sorted(connections, key=lambda each: (each.said_at, each.number), reverse=True)
+    for connection in latest_first[most:]:
+        connection.cut()
