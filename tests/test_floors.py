@@ -21,6 +21,8 @@ FLOORS = {
     "danaz.codecs": 0,
     "danaz.schedule": 0,
     "danaz.config": 0,
+    "danaz.plain_yaml": 0,
+    "danaz.reading": 0,
     "danaz.keys": 2,
     "danaz.server.messages": 1,
     "danaz.server.settings": 1,

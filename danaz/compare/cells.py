@@ -9,11 +9,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from danaz.config import Config, ConfigError, load_config
 from danaz.launching import Cluster, check_workers
+from danaz.plain_yaml import YamlError, parse_yaml
+from danaz.reading import read_yaml
 from danaz.rules import find_algorithm
 from danaz.settings import Settings
 from danaz.worker.group import choose_collective
@@ -101,8 +102,8 @@ class Comparison:
 def is_plan(path: Path) -> bool:
     """Whether a YAML file lists the cells of a comparison, rather than the keys of one experiment."""
     try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        content = parse_yaml(path.read_text())
+    except (OSError, UnicodeDecodeError, YamlError):
         return False  # load_config will say what is wrong
     return isinstance(content, Mapping) and "cells" in content
 
@@ -110,9 +111,10 @@ def is_plan(path: Path) -> bool:
 def read_plan(path: Path, overrides: Sequence[str] = (), seeds: int | None = None) -> Comparison:
     """The comparison that a YAML file lists: ``config`` (a path beside it), ``cells`` (a list of grids).
 
-    ``seeds``, if given, replaces that of every grid. Raises ComparisonError, ConfigError, UnknownAlgorithmError.
+    ``seeds``, if given, replaces that of every grid. Raises ComparisonError, ConfigError, UnreadableError,
+    UnknownAlgorithmError.
     """
-    content = yaml.safe_load(path.read_text())
+    content = read_yaml(path)
     if set(content) != {"config", "cells"} or not isinstance(content["cells"], list):
         raise ComparisonError(
             f"{path}: expected the keys config (a path) and cells (a list), found {', '.join(content)}"
