@@ -108,7 +108,7 @@ def serve(
 
         danaz launch configs/digits.yaml --hosts localhost:2 --workers-per-host 2 --dry-run
     """
-    from danaz.run_lock import RunLockedError, lock_run
+    from danaz.run_lock import MODE, RunFolderError, check_server_begins, lock_server
 
     if resume and not run.is_dir():
         fail(f"{run} is no run folder; --resume goes on with a run that was begun")
@@ -116,10 +116,13 @@ def serve(
     typer.echo(f"{'DANAZ_SERVER' if shard == 0 else f'DANAZ_SERVER_{shard}'}={bound.address}")
     sys.stdout.flush()  # workers start now, while the imports below take their seconds
     try:
-        run.mkdir(parents=True, exist_ok=True)
-        lock_run(run, shard=shard)
-    except (RunLockedError, OSError) as error:
+        run.mkdir(mode=MODE, parents=True, exist_ok=True)
+        lock_server(run, shard=shard)
+        if not resume:
+            check_server_begins(run, shard)
+    except (RunFolderError, OSError) as error:
         fail(error)
+    from danaz.run_folder import UnwrittenError
     from danaz.serve import serve as serve_run
     from danaz.serve import serve_slice
     from danaz.server.state import ResumeError
@@ -131,7 +134,7 @@ def serve(
             serve_slice(bound, settings, shard, run, resume)
         else:
             serve_run(bound, settings, run, record, resume)
-    except ResumeError as error:
+    except (ResumeError, UnwrittenError) as error:
         fail(error)
 
 

@@ -11,7 +11,7 @@ import typer
 from danaz.command import fail
 from danaz.invitation import find_server, plan_to_join, read_invitation
 from danaz.launch_cli import show_outcome, tell
-from danaz.run_folder import free_run_folder
+from danaz.run_lock import claimed_run_folder
 from launcher.run import run
 from launcher.supervisor import Policy
 
@@ -26,12 +26,11 @@ def join_run(server: str, key: Path, slots: int | None, out: Path | None) -> int
     try:
         invitation = read_invitation(key)
         plan = plan_to_join(invitation, find_server(server), slots, os.getcwd())
-        folder = free_run_folder(out, "join")
+        with claimed_run_folder(out, "join") as folder:
+            settings = json.loads(plan.env["DANAZ_SETTINGS"])
+            typer.echo(f"worker {invitation.worker} of a run of {settings['algorithm']}; its logs are in {folder}")
+            outcome = run(plan, folder, policy=Policy("restart"), tell=tell, grace_s=LEAVING_S)
     except ValueError as error:
         fail(error)
-    settings = json.loads(plan.env["DANAZ_SETTINGS"])
-    typer.echo(f"worker {invitation.worker} of a run of {settings['algorithm']}; its logs are in {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
-    outcome = run(plan, folder, policy=Policy("restart"), tell=tell, grace_s=LEAVING_S)
     show_outcome(outcome)
     return outcome.exit_code

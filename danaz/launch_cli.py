@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -138,22 +140,25 @@ def launch(
 
         danaz launch --resume runs/20260101-120000-digits-dana
     """
-    from danaz.launch_options import prepare
+    from danaz.launch_options import prepare, prepared
 
     command: list[str] = ctx.obj
     sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
     named = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
-    try:
-        ready, why = prepare(ctx.params, named, command)
-    except (ValueError, RuntimeError) as error:
-        fail(error)
-    typer.echo(why)
-    for note in ready.notes:
-        typer.secho(note, err=True, fg="red" if note.startswith("INSECURE") else "yellow")
-    if dry_run:
+    with ExitStack() as held:
+        try:
+            if dry_run:
+                ready, why = prepare(ctx.params, named, command)
+            else:
+                ready, why = held.enter_context(prepared(ctx.params, named, command))
+        except (ValueError, RuntimeError) as error:
+            fail(error)
+        typer.echo(why)
+        for note in ready.notes:
+            typer.secho(note, err=True, fg="red" if note.startswith("INSECURE") else "yellow")
+        if not dry_run:
+            raise typer.Exit(_play(ready))
         typer.echo(ready.plan.describe())
-        return
-    raise typer.Exit(_play(ready))
 
 
 def doctor(
@@ -198,11 +203,15 @@ def doctor(
 def _play(ready: Launch) -> int:
     from danaz.launching import execute
     from danaz.report.tables import print_summary
+    from danaz.run_lock import RunFolderError
 
     typer.echo(f"run folder: {ready.run}")
     for invitation in ready.invitations:
         typer.echo(f"invitation: {ready.run / FOLDER / invitation.file_name}")
-    outcome, summary = execute(ready, tell=tell)
+    try:
+        outcome, summary = execute(ready, tell=tell)
+    except (RunFolderError, OSError) as error:
+        fail(error)
     show_outcome(outcome)
     if summary is not None:
         print_summary(summary, ready.run)
@@ -210,7 +219,7 @@ def _play(ready: Launch) -> int:
         typer.secho("nothing was trained: the command never iterated over danaz.shard(…)", err=True, fg="yellow")
     elif (ready.run / CHECKPOINTS).is_dir():
         where = " --server-host localhost" if ready.shards_elsewhere else ""  # what they had kept has come here
-        typer.echo(f"to go on from its last checkpoint: danaz launch --resume {ready.run}{where}", err=True)
+        typer.echo(f"to go on from its last checkpoint: danaz launch --resume {quote(str(ready.run))}{where}", err=True)
     return outcome.exit_code
 
 

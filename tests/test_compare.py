@@ -191,7 +191,7 @@ def test_a_half_finished_cell_is_begun_anew(tmp_path):
         run = folder.begin(cell)
         (run / "updates.jsonl").write_text('{"version": 1')
         assert not folder.is_finished(cell)
-        assert [file.name for file in folder.begin(cell).iterdir()] == ["config.yaml"]
+        assert {file.name for file in folder.begin(cell).iterdir()} == {"config.yaml", ".run.lock"}
         assert load_config(run / "config.yaml").digest() == cell.config.digest()
         (run / "summary.json").write_text("{}")
         assert folder.is_finished(cell)

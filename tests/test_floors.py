@@ -58,6 +58,7 @@ FLOORS = {
     "danaz.signals": 2,
     "danaz.units": 0,
     "danaz.run_folder": 2,
+    "danaz.run_lock": 2,
     "danaz.optimizer": 3,
     "danaz.workloads": 3,
     "danaz.session": 3,

@@ -62,7 +62,16 @@ def test_a_word_is_what_yaml_1_2_has_it_be(text, value):
 @pytest.mark.parametrize(
     "text",
     [
-        *("{[1, 2]: 3}", "[" * 10_000, "{a: 1, a: 2}", "!!int x", "!!float x", "!!bool on", "!!timestamp 1", "!!set {a}"),
+        *(
+            "{[1, 2]: 3}",
+            "[" * 10_000,
+            "{a: 1, a: 2}",
+            "!!int x",
+            "!!float x",
+            "!!bool on",
+            "!!timestamp 1",
+            "!!set {a}",
+        ),
         *("!!python/name:os.system", "9" * 5000, "*x", "a: b: c", "!!map [1]", "!!seq {a: 1}", "--- 1\n--- 2", "\x00"),
     ],
 )

@@ -139,7 +139,8 @@ def make_comparison(path: Path, grids: Iterable[Grid], overrides: Sequence[str],
     """The cells of ``grids`` on the experiment in ``path``, each once. Raises as read_plan does."""
     for override in overrides:
         if override.partition("=")[0].strip() in COMPARED[:3]:
-            raise ConfigError(f"--set {override}: this is what is compared; use --algorithms, --workers and --schedule")
+            where = "use --algorithms, --workers and --schedule" if name is None else "edit the cells in the YAML"
+            raise ConfigError(f"--set {override}: this is what is compared; {where}")
     base = load_config(path, overrides)
     cells: dict[str, Cell] = {}
     for grid in grids:
@@ -159,8 +160,8 @@ def _expand(grid: Grid, base: Config, path: Path, overrides: Sequence[str]) -> I
         chosen = {"algorithm": algorithm, "workers": workers, "schedule": grid.schedule or base.schedule, "seed": seed}
         if cluster is None and (only_one or workers == 1):
             chosen |= {"algorithm": BASELINE, "workers": 1, "schedule": Config.model_fields["schedule"].default}
-        config = load_config(path, [*overrides, *(f"{key}={value}" for key, value in chosen.items())])
-        check_workers(Settings.of(config, schedule=config.schedule, collective="none"))
+        config = load_config(path, overrides, chosen)
+        check_workers(Settings.of(config, schedule="live" if cluster else config.schedule, collective="none"))
         yield Cell(config, cluster)
 
 

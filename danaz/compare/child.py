@@ -32,6 +32,7 @@ def main() -> None:
 
 def _simulate(folder: Path, answers: TextIO) -> None:
     from danaz.config import load_config
+    from danaz.run_lock import locked_run_folder
     from danaz.simulate.simulator import simulate
 
     told_at = 0.0
@@ -42,7 +43,8 @@ def _simulate(folder: Path, answers: TextIO) -> None:
             told_at = time.monotonic()
             _tell(answers, share=share, loss=loss)  # raises when the parent is gone, which ends this process too
 
-    simulate(load_config(folder / "config.yaml", ["threads=1"]), folder, tell_progress)
+    with locked_run_folder(folder):
+        simulate(load_config(folder / "config.yaml", ["threads=1"]), folder, tell_progress)
 
 
 def _log_to(folder: Path) -> None:

@@ -8,6 +8,7 @@ from danaz.compare.cells import Cell
 from danaz.compare.display import Display
 from danaz.compare.folder import ComparisonFolder
 from danaz.launching import Manner, execute, prepare_config
+from danaz.run_lock import locked_run_folder
 from launcher.logs import quiet
 
 
@@ -27,9 +28,10 @@ def _run(cell: Cell, folder: ComparisonFolder, display: Display) -> str | None:
     assert cell.cluster is not None
     run = folder.begin(cell)
     try:
-        # Times are compared, and a restart would count against one of them.
-        ready = prepare_config(cell.config, cell.cluster, run, Manner(on_worker_failure="stop"))
-        outcome, summary = execute(ready, echo=quiet)
+        with locked_run_folder(run):
+            # Times are compared, and a restart would count against one of them.
+            ready = prepare_config(cell.config, cell.cluster, run, Manner(on_worker_failure="stop"))
+            outcome, summary = execute(ready, echo=quiet)
     except (ValueError, RuntimeError) as error:  # such hosts or such an algorithm cannot be launched
         return str(error)
     if outcome.signum is not None:

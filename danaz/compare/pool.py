@@ -118,6 +118,7 @@ class Pool:
             cell, status = child.cell, self._drop(child)
             assert cell is not None  # an idle child waits for its next cell
             self.failures[cell.name] = reason = self._reason(cell, status)
+            (self.folder.cell(cell.name) / "summary.json").unlink(missing_ok=True)  # it was not written in full
             self.display.failed(cell, reason)
             return
         for message in messages:
@@ -141,5 +142,6 @@ class Pool:
         if status < 0:
             return f"was killed by {signal.Signals(-status).name}"
         log = self.folder.cell(cell.name) / LOGS / "stderr"
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        text = log.read_text(errors="replace") if log.exists() else ""
+        lines = [line for line in text.splitlines() if line.strip()]
         return lines[-1] if lines else f"ended with exit code {status}"
