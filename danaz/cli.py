@@ -122,6 +122,7 @@ def serve(
             check_server_begins(run, shard)
     except (RunFolderError, OSError) as error:
         fail(error)
+    from danaz.reading import UnreadableError
     from danaz.run_folder import UnwrittenError
     from danaz.serve import serve as serve_run
     from danaz.serve import serve_slice
@@ -134,7 +135,7 @@ def serve(
             serve_slice(bound, settings, shard, run, resume)
         else:
             serve_run(bound, settings, run, record, resume)
-    except (ResumeError, UnwrittenError) as error:
+    except (ResumeError, UnreadableError, UnwrittenError) as error:
         fail(error)
 
 
@@ -174,7 +175,7 @@ def replay(run: Annotated[Path, typer.Argument(help="Folder of a run that was la
 
     try:
         updates, same = replay_run(run)
-    except (ValueError, FileNotFoundError) as error:
+    except ValueError as error:
         fail(error)
     typer.echo(f"{updates} updates replayed; the parameters are {'the same, bit for bit' if same else 'DIFFERENT'}")
     raise typer.Exit(0 if same else 1)

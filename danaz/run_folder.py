@@ -209,6 +209,15 @@ class RunFolder:
             )
         return summary
 
+    def finish_at_exit(self, core: ServerCore) -> None:
+        """As ``finish``, of a process that is about to end, whose exit code cannot be changed otherwise any more."""
+        try:
+            self.finish(core)
+        except UnwrittenError as error:
+            tell_on_stderr(str(error))
+            sys.stdout.flush()
+            os._exit(1)
+
 
 def _update_of(line: bytes) -> Update | None:
     """The inverse of RunFolder.record; None if the line is none, such as one cut short by a full disk."""

@@ -22,6 +22,7 @@ from launcher.transport import AgentCommand, local_agent_command
 __all__ = ["Failure", "Outcome", "Tell", "run"]
 
 Tell = Callable[[str], None]  # one sentence an event
+CANNOT_GO_ON = 2  # the exit code of a service that no restart would help
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,8 @@ class _Run:
         # Behind a connection that broke, the agent still ends its tree.
         settle_s = self.around.timeouts.grace_s + 1 if failure.process is None else 0.0
         self.failures.append((name, failure))
+        if life.unit.world is None and failure.by_itself and failure.exit_code == CANNOT_GO_ON:
+            self.supervisor.cannot_go_on(name)
         decisions = self.supervisor.failed(
             name,
             failure.sentence,

@@ -128,6 +128,10 @@ class Supervisor:
         unit.due_s, then = self._what_next(unit, unreachable, now_s, settle_s)
         return [Decision("end", name, f"{what}; {then}"), *self._stop_if_hopeless(unit)]
 
+    def cannot_go_on(self, name: str) -> None:
+        """A unit that is about to fail has said itself that there is no sense in a restart."""
+        self._units[name].restartable = False
+
     def gone(self, name: str) -> None:
         """Nothing is left of a unit's last life."""
         unit = self._units[name]

@@ -147,7 +147,7 @@ def test_cells_of_earlier_calls_are_remembered(tmp_path):
 
 
 def test_another_config_is_refused_and_fresh_begins_anew(tmp_path):
-    folder = ComparisonFolder(tmp_path)
+    folder = ComparisonFolder(tmp_path, has_fresh=True)
     before = compare_cells(algorithms=["dana"], workers=[4])
     with folder.opened_for(before):
         folder.begin(before.cells[0])

@@ -102,6 +102,7 @@ def test_with_as_many_shards_as_it_began(tmp_path: Path) -> None:
 
 def test_of_a_complete_run_no_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not those of a shard either that was stopped before it knew, on whichever machine."""
+
     def play(complete: bool) -> list[str]:
         def run(plan: object, folder: Path, **options: object) -> Outcome:
             write_checkpoint(folder / "checkpoints.1", 3, CoreState({}, {}))

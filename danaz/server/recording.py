@@ -9,41 +9,73 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from os import SEEK_CUR
 from pathlib import Path
 from typing import BinaryIO
 
+from danaz.run_folder import Tell, tell_on_stderr
 from danaz.server.answers import Replies
 from danaz.server.core import ServerCore
 from danaz.server.messages import Request
-from danaz.server.wire import Frame, decode
+from danaz.server.wire import Frame, WireError, decode
 
 LENGTH = struct.Struct("<I")
 HEAD = struct.Struct("<dII")
 
 
-class Recorder:
-    """Appends events to a file."""
+class RecordingError(ValueError):
+    """A file that is no recording, or a damaged one."""
 
-    def __init__(self, path: Path, settings: str):
-        self._file: BinaryIO = path.open("wb")
-        self._file.write(LENGTH.pack(len(settings.encode())) + settings.encode())
+
+class Recorder:
+    """Appends events to a file, until the disk does not take one: then it tells, and the recording has ended."""
+
+    def __init__(self, path: Path, settings: str, tell: Tell = tell_on_stderr):
+        self._path, self._tell = path, tell
+        self._file: BinaryIO | None = None
+        with self._told():
+            self._file = path.open("wb", buffering=0)
+            self._write(LENGTH.pack(len(settings.encode())) + settings.encode())
 
     def event(self, now: float, route: bytes = b"", frames: Sequence[Frame] = ()) -> None:
         lengths = [len(frame) for frame in frames]
-        self._file.write(HEAD.pack(now, len(route), len(frames)) + struct.pack(f"<{len(frames)}Q", *lengths) + route)
-        for frame in frames:
-            self._file.write(frame)
+        head = HEAD.pack(now, len(route), len(frames)) + struct.pack(f"<{len(frames)}Q", *lengths) + route
+        with self._told():
+            self._write(head)
+            for frame in frames:
+                self._write(frame)
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            with self._told():
+                self._file.close()
+
+    def _write(self, data: Frame) -> None:
+        rest = memoryview(data).cast("B")
+        while self._file is not None and rest:
+            rest = rest[self._file.write(rest) :]
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._file = None
+            self._tell(f"{self._path} cannot be written: {error.strerror}. Training goes on; the recording ends here")
 
 
 def recorded_settings(path: Path) -> str:
-    """The settings that the server was recorded with."""
+    """The settings that the server was recorded with. Raises RecordingError, FileNotFoundError."""
     with path.open("rb") as file:
-        (length,) = LENGTH.unpack(file.read(LENGTH.size))
-        return file.read(length).decode()
+        try:
+            (length,) = LENGTH.unpack(file.read(LENGTH.size))
+            settings = file.read(length).decode()
+        except (struct.error, UnicodeDecodeError):
+            length, settings = 1, ""
+    if len(settings.encode()) != length:
+        raise RecordingError(f"{path} is no whole recording: it breaks off before the first message")
+    return settings
 
 
 def read_recording(path: Path) -> Iterator[tuple[float, bytes, list[bytearray]]]:
@@ -64,6 +96,10 @@ def read_recording(path: Path) -> Iterator[tuple[float, bytes, list[bytearray]]]
 
 
 def replay(path: Path, core: ServerCore) -> Iterator[Replies]:
-    """Feed a recording to a fresh ``core``; yields the replies to each event."""
-    for now, route, frames in read_recording(path):
-        yield core.handle(route, decode(frames, Request), now) if frames else core.tick(now)
+    """Feed a recording to a fresh ``core``; yields the replies to each event. Raises RecordingError."""
+    for number, (now, route, frames) in enumerate(read_recording(path), 1):
+        try:
+            message = decode(frames, Request) if frames else None
+        except WireError as error:
+            raise RecordingError(f"{path} is damaged: its event {number} is no message ({error})") from None
+        yield core.tick(now) if message is None else core.handle(route, message, now)
