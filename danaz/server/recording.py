@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from os import SEEK_CUR
 from pathlib import Path
 from typing import BinaryIO
@@ -61,7 +61,10 @@ class Recorder:
         try:
             yield
         except OSError as error:
-            self._file = None
+            file, self._file = self._file, None
+            if file is not None:
+                with suppress(OSError):
+                    file.close()
             self._tell(f"{self._path} cannot be written: {error.strerror}. Training goes on; the recording ends here")
 
 
