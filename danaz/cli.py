@@ -14,6 +14,7 @@ from danaz.command import fail
 from danaz.compare.cli import compare, tune
 from danaz.horovod_install.cli import app as horovod_app
 from danaz.launch_cli import doctor, launch
+from danaz.mistyped import advice
 from danaz.simulate.cli import simulate, speedup
 
 if TYPE_CHECKING:
@@ -43,10 +44,22 @@ def main() -> None:
     if "--" in words:
         at = words.index("--")
         words, command = words[:at], words[at + 1 :]
+    hint = advice(words[0], words[1:], command, _options_of(words[0])) if words else None
+    if hint is not None:
+        typer.secho(f"danaz: {hint}", err=True, fg="red")
+        sys.exit(2)
     try:
         app(args=words, obj=command)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _options_of(name: str) -> dict[str, bool]:
+    """The options of a command, as they are typed, and whether a value follows; none if there is no such command."""
+    command = getattr(typer.main.get_command(app), "commands", {}).get(name)
+    params = [] if command is None else command.params
+    options = {word: not param.is_flag for param in params if hasattr(param, "is_flag") for word in param.opts}
+    return options | {word: False for param in params for word in param.secondary_opts} | {"--help": False}
 
 
 @app.command()

@@ -260,6 +260,10 @@ def save_config(config: Config, path: str | Path) -> None:
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
+    if path.suffix == ".py":
+        raise ConfigError(
+            f"{path} is a Python script, and no YAML of an experiment; start it by: danaz launch -- python {path}"
+        )
     try:
         values = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -268,19 +272,10 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot read the config: {error}") from None
     except YamlError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}{_not_a_config(path)}") from None
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ConfigError(
-            f"{path}: expected a mapping of keys to values, like 'lr: 0.1' on lines of their own{_not_a_config(path)}"
-        )
+        raise ConfigError(f"{path}: expected a mapping of keys to values, like 'lr: 0.1' on lines of their own")
     return values
-
-
-def _not_a_config(path: Path) -> str:
-    """What to do with a script that stands where the YAML of an experiment should."""
-    if path.suffix != ".py":
-        return ""
-    return f". It is a Python script, and no YAML of an experiment; start it by: danaz launch -- python {path}"
 
 
 def _parse_override(override: str) -> tuple[str, Any]:
