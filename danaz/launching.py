@@ -170,9 +170,10 @@ def check_workers(settings: Settings) -> None:
     _check_pipeline(settings, rule)
     limit = rule.max_workers
     if limit is not None and settings.workers > limit:
+        one = "one host that is not split" if settings.schedule == "live" else "one worker"
         raise LaunchError(
-            f"{settings.algorithm} trains on {limit} worker, {settings.workers} were asked for; "
-            "use --hosts localhost:1, or another --algorithm"
+            f"{settings.algorithm} trains on {limit} worker, {settings.workers} were asked for; use {one}, or another "
+            "algorithm"
         )
 
 
