@@ -15,6 +15,7 @@ from danaz.reach import Reach, ReachError, parse_environment, parse_interfaces
 from danaz.resuming import (
     FIXED,
     OPTIONS,
+    check_all_there,
     check_begun,
     check_checkpoints,
     check_variables,
@@ -205,7 +206,9 @@ def _prepare_resumed(options: LaunchOptions, named: Collection[str], command: Se
     if command:
         raise LaunchError("--resume goes on with what the run began; leave out the command after --")
     given = {field.name: getattr(options, field.name) for field in fields(options)}
-    kept = checked(run / OPTIONS, LaunchOptions, read_options(run))
+    values = read_options(run)
+    kept = checked(run / OPTIONS, LaunchOptions, values)
+    check_all_there(run / OPTIONS, values, [field.name for field in fields(options) if field.name not in NOT_KEPT])
     merged = merge_options(run, given, [name for name in named if name != "resume"])
     merged |= {name: given[name] for name in ("variables", "env_file")}
     check_variables(kept.variables or (), parse_environment(options.variables or (), options.env_file))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -113,11 +113,20 @@ def read_settings(run: Path) -> tuple[Config, None] | tuple[Settings, list[str]]
     """
     values = read_yaml(run / "config.yaml")
     if "command" not in values:
+        check_all_there(run / "config.yaml", values, Config.model_fields)
         return load_config(run / "config.yaml"), None
     path, command = run / "config.yaml", values.pop("command")
     if not isinstance(command, list) or not command or not all(isinstance(word, str) for word in command):
         raise UnreadableError(path, "command should be the words of a command")
+    check_all_there(path, values, [field.name for field in fields(Settings)])
     return checked(path, Settings, values), command
+
+
+def check_all_there(path: Path, values: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raises UnreadableError for a file that was cut or edited: what is missing would silently be a default."""
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise UnreadableError(path, f"it is not whole, or of another version of danaz: it lacks {', '.join(missing)}")
 
 
 def checked(path: Path, kind: type[Kept], values: Mapping[str, Any]) -> Kept:
