@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 import typer
@@ -23,14 +24,18 @@ def join_run(server: str, key: Path, slots: int | None, out: Path | None) -> int
 
     SIGINT and SIGTERM let this machine leave in good order, a second one at once.
     """
-    try:
-        invitation = read_invitation(key)
-        plan = plan_to_join(invitation, find_server(server), slots, os.getcwd())
-        with claimed_run_folder(out, "join") as folder:
-            settings = json.loads(plan.env["DANAZ_SETTINGS"])
-            typer.echo(f"worker {invitation.worker} of a run of {settings['algorithm']}; its logs are in {folder}")
+    with ExitStack() as held:
+        try:
+            invitation = read_invitation(key)
+            plan = plan_to_join(invitation, find_server(server), slots, os.getcwd())
+            folder = held.enter_context(claimed_run_folder(out, "join"))
+        except ValueError as error:
+            fail(error)
+        settings = json.loads(plan.env["DANAZ_SETTINGS"])
+        typer.echo(f"worker {invitation.worker} of a run of {settings['algorithm']}; its logs are in {folder}")
+        try:
             outcome = run(plan, folder, policy=Policy("restart"), tell=tell, grace_s=LEAVING_S)
-    except ValueError as error:
-        fail(error)
+        except OSError as error:
+            fail(f"the folder {folder} cannot be written: {error.strerror}")
     show_outcome(outcome)
     return outcome.exit_code

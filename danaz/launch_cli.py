@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from danaz.launching import Launch
     from launcher.run import Outcome
 
+LARGEST_SEED = 2**63 - 1  # as of a config
 FOLDER, CHECKPOINTS = "invitations", "checkpoints"  # within a run folder
 
 survival_option = partial(typer.Option, rich_help_panel="When things fail")
@@ -77,7 +78,8 @@ def launch(
         float | None, typer.Option(min=0, help="Epochs over which lr rises from lr/N (default 5; for scripts)")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Seed of sample order (for scripts; configs have their own)")
+        int | None,
+        typer.Option(min=0, max=LARGEST_SEED, help="Seed of sample order (for scripts; configs have their own)"),
     ] = None,
     record: options.Record = False,
     dry_run: Annotated[

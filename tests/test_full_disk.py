@@ -245,16 +245,19 @@ def test_a_folder_that_cannot_be_made_is_named(command: str, mount: Mount, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_launch_on_a_disk_that_fills_up_ends_with_a_sentence(mount: Mount) -> None:
+@pytest.mark.parametrize("algorithm", ["dana", "ssgd"])
+def test_a_launch_on_a_disk_that_fills_up_ends_with_a_sentence(algorithm: str, mount: Mount) -> None:
     disk = mount("512k")
     run = disk / "run"
-    process = live.start(str(CONFIG), "--hosts", "localhost:1", "--set", "epochs=60", out=run)
+    process = live.start(str(CONFIG), "--hosts", "localhost:1", "-a", algorithm, "--set", "epochs=60", out=run)
     live.until(lambda: live.read_updates(run) or process.poll() is not None, "it trains")
     fill(disk)
     ended = live.finish(process, run)
     assert ended.exit_code != 0
     assert NO_SPACE in ended.output
     assert "Traceback" not in ended.output
+    assert "restart" not in ended.output, "which would begin afresh, for want of a checkpoint"
+    assert not (run / "summary.json").exists()
 
 
 # ---- a server ----------------------------------------------------------------------------------------------------

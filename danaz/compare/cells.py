@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -160,7 +161,7 @@ def _expand(grid: Grid, base: Config, path: Path, overrides: Sequence[str]) -> I
         chosen = {"algorithm": algorithm, "workers": workers, "schedule": grid.schedule or base.schedule, "seed": seed}
         if cluster is None and (only_one or workers == 1):
             chosen |= {"algorithm": BASELINE, "workers": 1, "schedule": Config.model_fields["schedule"].default}
-        config = load_config(path, overrides, chosen)
+        config = load_config(path, [*overrides, *(f"{key}={json.dumps(value)}" for key, value in chosen.items())])
         check_workers(Settings.of(config, schedule="live" if cluster else config.schedule, collective="none"))
         yield Cell(config, cluster)
 
