@@ -18,6 +18,7 @@ from danaz.mistyped import advice
 from danaz.simulate.cli import simulate, speedup
 
 if TYPE_CHECKING:
+    from danaz.keys import ServerKeys
     from danaz.server.socket import BoundRouter
 
 # Each command imports what it needs when it runs: torch takes seconds, and --help should not.
@@ -125,9 +126,7 @@ def serve(
 
     if resume and not run.is_dir():
         fail(f"{run} is no run folder; --resume goes on with a run that was begun")
-    bound = _listen(bind, insecure)
-    typer.echo(f"{'DANAZ_SERVER' if shard == 0 else f'DANAZ_SERVER_{shard}'}={bound.address}")
-    sys.stdout.flush()  # workers start now, while the imports below take their seconds
+    keys = _take_keys(bind, insecure)
     try:
         run.mkdir(mode=MODE, parents=True, exist_ok=True)
         lock_server(run, shard=shard)
@@ -135,6 +134,10 @@ def serve(
             check_server_begins(run, shard)
     except (RunFolderError, OSError) as error:
         fail(error)
+    # Only now: the server that had this port before has ended.
+    bound = _listen(bind, keys)
+    typer.echo(f"{'DANAZ_SERVER' if shard == 0 else f'DANAZ_SERVER_{shard}'}={bound.address}")
+    sys.stdout.flush()  # workers start now, while the imports below take their seconds
     from danaz.reading import UnreadableError
     from danaz.run_folder import UnwrittenError
     from danaz.serve import serve as serve_run
@@ -152,12 +155,9 @@ def serve(
         fail(error)
 
 
-def _listen(bind: str, insecure: bool) -> BoundRouter:
-    """With the keys of the run; without any, only where nobody but this machine can connect, unless told otherwise."""
-    from zmq import ZMQError
-
+def _take_keys(bind: str, insecure: bool) -> ServerKeys | None:
+    """Those of the run; there may be none only where nobody but this machine can connect, unless told otherwise."""
     from danaz.keys import take_server_keys
-    from danaz.server.socket import BoundRouter
     from launcher.machine import is_loopback
 
     scheme, _, where = bind.partition("://")
@@ -168,10 +168,18 @@ def _listen(bind: str, insecure: bool) -> BoundRouter:
             f"{bind} is open to the network, and there are no keys; `danaz launch` makes them. If you trust every "
             "machine there, say --insecure"
         )
+    return keys
+
+
+def _listen(bind: str, keys: ServerKeys | None) -> BoundRouter:
+    from zmq import ZMQError
+
+    from danaz.server.socket import BoundRouter
+
     try:
         return BoundRouter(bind, keys)
     except ZMQError as error:
-        fail(f"cannot listen on {bind}: {error}")
+        fail(f"cannot listen on {bind}: {error}", code=1)  # it may be free again soon
 
 
 @app.command()

@@ -33,7 +33,7 @@ WRONG = [
     ("simulate", "--pipeline", "-a", "ssgd"),
     ("simulate", "--wire", "bf16", "-a", "easgd"),
     ("simulate", "--set", "lr"),
-    ("simulate", "--set", "hyperparameters={x: 1}"),
+    ("simulate", "--set", "hyperparameters={{x: 1}}"),
     ("simulate", "--set", "workload=null", "--set", "data=torchvision.CIFAR10", "--set", "model=torchvision.resnet18"),
     ("simulate", "--out", "{used}"),
     ("tune", "-a", "baseline", "-n", "2"),
@@ -49,7 +49,7 @@ WRONG = [
     ("compare", "--set", "workers=4"),
     ("compare", "--out", "{used}"),
     ("compare", "--out", "{comparison}", *OTHER_LR),
-    ("launch", "-a", "baseline"),
+    ("launch", "-a", "baseline", "--hosts", "localhost:2", "--workers-per-host", "2"),
     ("launch", "-a", "elastic", "--hosts", "localhost:2", "--workers-per-host", "2"),
     ("launch", "-a", "ssgd", "--invite", "1"),
     ("launch", "-a", "ssgd", "--on-worker-failure", "restart"),
@@ -87,6 +87,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         monkeypatch.delenv(name, raising=False)
     (used := tmp_path / "used").mkdir()
     (used / "config.yaml").touch()
+    (used / "updates.jsonl").touch()
     (comparison := tmp_path / "comparison").mkdir()
     lines = Path(QUADRATIC).read_text()
     (comparison / "comparison.yaml").write_text("cells: []\nconfig:\n  name: x\n" + _indented(lines))
