@@ -14,9 +14,11 @@ from danaz.command import fail
 from danaz.compare.cli import compare, tune
 from danaz.horovod_install.cli import app as horovod_app
 from danaz.launch_cli import doctor, launch
+from danaz.mistyped import advice
 from danaz.simulate.cli import simulate, speedup
 
 if TYPE_CHECKING:
+    from danaz.keys import ServerKeys
     from danaz.server.socket import BoundRouter
 
 # Each command imports what it needs when it runs: torch takes seconds, and --help should not.
@@ -43,10 +45,22 @@ def main() -> None:
     if "--" in words:
         at = words.index("--")
         words, command = words[:at], words[at + 1 :]
+    hint = advice(words[0], words[1:], command, _options_of(words[0])) if words else None
+    if hint is not None:
+        typer.secho(f"danaz: {hint}", err=True, fg="red")
+        sys.exit(2)
     try:
         app(args=words, obj=command)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _options_of(name: str) -> dict[str, bool]:
+    """The options of a command, as they are typed, and whether a value follows; none if there is no such command."""
+    command = getattr(typer.main.get_command(app), "commands", {}).get(name)
+    params = [] if command is None else command.params
+    options = {word: not param.is_flag for param in params if hasattr(param, "is_flag") for word in param.opts}
+    return options | {word: False for param in params for word in param.secondary_opts} | {"--help": False}
 
 
 @app.command()
@@ -108,18 +122,24 @@ def serve(
 
         danaz launch configs/digits.yaml --hosts localhost:2 --workers-per-host 2 --dry-run
     """
-    from danaz.run_lock import RunLockedError, lock_run
+    from danaz.run_lock import MODE, RunFolderError, check_server_begins, lock_server
 
     if resume and not run.is_dir():
         fail(f"{run} is no run folder; --resume goes on with a run that was begun")
-    bound = _listen(bind, insecure)
+    keys = _take_keys(bind, insecure)
+    try:
+        run.mkdir(mode=MODE, parents=True, exist_ok=True)
+        lock_server(run, shard=shard)
+        if not resume:
+            check_server_begins(run, shard)
+    except (RunFolderError, OSError) as error:
+        fail(error)
+    # Only now: the server that had this port before has ended.
+    bound = _listen(bind, keys)
     typer.echo(f"{'DANAZ_SERVER' if shard == 0 else f'DANAZ_SERVER_{shard}'}={bound.address}")
     sys.stdout.flush()  # workers start now, while the imports below take their seconds
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        lock_run(run, shard=shard)
-    except (RunLockedError, OSError) as error:
-        fail(error)
+    from danaz.reading import UnreadableError
+    from danaz.run_folder import UnwrittenError
     from danaz.serve import serve as serve_run
     from danaz.serve import serve_slice
     from danaz.server.state import ResumeError
@@ -131,16 +151,13 @@ def serve(
             serve_slice(bound, settings, shard, run, resume)
         else:
             serve_run(bound, settings, run, record, resume)
-    except ResumeError as error:
+    except (ResumeError, UnreadableError, UnwrittenError) as error:
         fail(error)
 
 
-def _listen(bind: str, insecure: bool) -> BoundRouter:
-    """With the keys of the run; without any, only where nobody but this machine can connect, unless told otherwise."""
-    from zmq import ZMQError
-
+def _take_keys(bind: str, insecure: bool) -> ServerKeys | None:
+    """Those of the run; there may be none only where nobody but this machine can connect, unless told otherwise."""
     from danaz.keys import take_server_keys
-    from danaz.server.socket import BoundRouter
     from launcher.machine import is_loopback
 
     scheme, _, where = bind.partition("://")
@@ -151,10 +168,18 @@ def _listen(bind: str, insecure: bool) -> BoundRouter:
             f"{bind} is open to the network, and there are no keys; `danaz launch` makes them. If you trust every "
             "machine there, say --insecure"
         )
+    return keys
+
+
+def _listen(bind: str, keys: ServerKeys | None) -> BoundRouter:
+    from zmq import ZMQError
+
+    from danaz.server.socket import BoundRouter
+
     try:
         return BoundRouter(bind, keys)
     except ZMQError as error:
-        fail(f"cannot listen on {bind}: {error}")
+        fail(f"cannot listen on {bind}: {error}", code=1)  # it may be free again soon
 
 
 @app.command()
@@ -171,7 +196,7 @@ def replay(run: Annotated[Path, typer.Argument(help="Folder of a run that was la
 
     try:
         updates, same = replay_run(run)
-    except (ValueError, FileNotFoundError) as error:
+    except ValueError as error:
         fail(error)
     typer.echo(f"{updates} updates replayed; the parameters are {'the same, bit for bit' if same else 'DIFFERENT'}")
     raise typer.Exit(0 if same else 1)

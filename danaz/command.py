@@ -12,10 +12,10 @@ from typing import Any, NoReturn, TextIO
 import typer
 
 
-def fail(error: object) -> NoReturn:
-    """Say why on stderr, and end with exit code 2."""
+def fail(error: object, code: int = 2) -> NoReturn:
+    """Say why on stderr, and end. Exit code 2 says that to try again the same would be no use."""
     typer.secho(f"danaz: {error}", err=True, fg="red")
-    raise typer.Exit(2)
+    raise typer.Exit(code)
 
 
 class _Outliving:

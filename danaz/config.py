@@ -11,12 +11,13 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -29,8 +30,14 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from danaz.plain_yaml import YamlError, dump_yaml, parse_yaml
+
 SCHEDULES = ("round-robin", "block-random", "gamma", "gamma-heterogeneous")
 SCHEDULE_FORMS = {"constant": "constant:SPEED,SPEED,…", "trace": "trace:RUN"}
+
+MOST = 2**31 - 1  # of anything that is counted
+MOST_PROCESSES = 1 << 16
+LARGEST_SEED = 2**63 - 1  # torch takes a little more, and what is made of it must fit too
 
 
 class ConfigError(ValueError):
@@ -44,13 +51,21 @@ def suggest(given: object, allowed: Iterable[str]) -> str:
 
 
 def _number(value: object) -> object:
-    if isinstance(value, bool):  # pydantic would read `yes` as 1
-        raise ValueError("should be a number, not yes/no/on/off/true/false")
+    if isinstance(value, bool):  # pydantic would read `true` as 1
+        raise ValueError("should be a number, not true or false")
+    return value
+
+
+def _scalar(value: object) -> object:
+    if not isinstance(value, bool | int | float | str):
+        raise ValueError("should be a number, a word, or true or false")
+    if isinstance(value, int | float) and not (isfinite(value) and abs(value) <= 2.0**63):
+        raise ValueError("should be a finite number, of 64 bits at most")
     return value
 
 
 def _gap(value: object) -> object:
-    if isinstance(value, bool):  # YAML 1.1 reads a bare on or off as one
+    if isinstance(value, bool):
         return "on" if value else "off"
     if not re.fullmatch("on|off|every:[1-9][0-9]*", str(value)):
         raise ValueError(f"should be on, off or every:K with K >= 1{suggest(value, ('on', 'off', 'every:10'))}")
@@ -80,6 +95,7 @@ def _view_codec(name: str) -> str:
 
 Int = Annotated[int, BeforeValidator(_number)]
 Float = Annotated[float, BeforeValidator(_number)]
+Scalar = Annotated[bool | int | float | str, BeforeValidator(_scalar)]
 
 # Fields that may differ from machine to machine (or only label a run): no part of the digest.
 LOCAL: dict[str, Any] = {"local": True}
@@ -124,9 +140,11 @@ class Config(_Checked):
     data_dir: str | None = Field(None, description="folder that holds the data set", json_schema_extra=LOCAL)
     augment: bool | None = Field(None, description="random crops and flips of training images; default: the workload's")
 
-    batch_size: Int = Field(ge=1, description="samples of one update: per worker, shared by its ranks")
-    epochs: Int = Field(ge=1, description="passes over the training data by the whole cluster")
-    seed: Int = Field(0, ge=0, description="of the initial parameters, the order of the samples and the schedule")
+    batch_size: Int = Field(ge=1, le=MOST, description="samples of one update: per worker, shared by its ranks")
+    epochs: Int = Field(ge=1, le=MOST, description="passes over the training data by the whole cluster")
+    seed: Int = Field(
+        0, ge=0, le=LARGEST_SEED, description="of the initial parameters, the order of the samples and the schedule"
+    )
 
     lr: Float = Field(gt=0, description="learning rate, as tuned on one worker")
     momentum: Float = Field(0.9, gt=-1, lt=1, description="Nesterov momentum, above -1 and below 1")
@@ -135,7 +153,7 @@ class Config(_Checked):
     lr_correction: bool = Field(True, description="keep DANA's look-ahead exact while lr changes; false: the paper")
 
     sync_period: Int | None = Field(
-        None, ge=1, description="mini-batches between a worker's pushes; default: the algorithm's own"
+        None, ge=1, le=MOST, description="mini-batches between a worker's pushes; default: the algorithm's own"
     )
     pipeline: bool = Field(
         False, description="compute the next batch on the view at hand while the last one is pushed: a lag one higher"
@@ -148,10 +166,10 @@ class Config(_Checked):
     )
     wire_warmup_epochs: Float = Field(0.0, ge=0, description="epochs of the cluster before pushes are compressed")
     algorithm: str = Field("dana", description="update rule, e.g. dana; or ssgd for synchronous training")
-    hyperparameters: dict[str, bool | int | float | str] = Field(
+    hyperparameters: dict[str, Scalar] = Field(
         default_factory=dict, description="of the algorithm alone, by the names that `danaz algorithms` lists"
     )
-    workers: Int = Field(1, ge=1, description="machines that train asynchronously, each one worker")
+    workers: Int = Field(1, ge=1, le=MOST_PROCESSES, description="machines that train asynchronously, each one worker")
     schedule: Annotated[str, AfterValidator(_schedule)] = Field(
         "block-random", description="order of the workers in a simulation"
     )
@@ -169,10 +187,14 @@ class Config(_Checked):
         "auto", description="cpu or cuda; auto: a GPU if torch sees one", json_schema_extra=LOCAL
     )
     num_workers: Int = Field(
-        0, ge=0, description="loading processes of each rank's DataLoader", json_schema_extra=LOCAL
+        0, ge=0, le=MOST_PROCESSES, description="loading processes of each rank's DataLoader", json_schema_extra=LOCAL
     )
     threads: Int | None = Field(
-        None, ge=1, description="CPU threads of each rank; default: torch's choice", json_schema_extra=LOCAL
+        None,
+        ge=1,
+        le=MOST_PROCESSES,
+        description="CPU threads of each rank; default: torch's choice",
+        json_schema_extra=LOCAL,
     )
 
     @model_validator(mode="after")
@@ -196,13 +218,15 @@ class Config(_Checked):
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), options: Mapping[str, object] | None = None) -> Config:
     """Read and check a YAML file.
 
     Args:
         path: the file. ``name`` defaults to its stem.
         overrides: ``key=value`` each, the value in YAML: ``lr=0.1``, ``lr_schedule.factor=0.2`` or
             ``lr_schedule={milestones: [2, 3]}``. A mapping is merged into the file's, anything else replaces it.
+        options: values of keys that have an option of their own on the command line, such as ``--algorithm``; they
+            come after the overrides.
 
     Raises:
         ConfigError: the file is missing or no mapping, or a key or value is not allowed.
@@ -213,11 +237,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         key, value = _parse_override(override)
         _merge(values, key.split("."), value, override)
-        origin[key] = override
+        origin[key] = f"--set {override}"
+    for key, value in (options or {}).items():
+        values[key] = value
+        origin[key] = f"--{key.replace('_', '-')} {value}"
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        problems = [_explain(problem, path, origin) for problem in error.errors()]
+        problems = [_explain(problem, path, origin) for problem in error.errors(include_url=False)]
         raise ConfigError("\n".join(problems)) from None
 
 
@@ -226,34 +253,25 @@ def save_config(config: Config, path: str | Path) -> None:
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        partial.write_text(dump_yaml(config.model_dump(mode="json")))
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """``yaml.SafeLoader``, but a key given twice is an error rather than silently the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            line = key.start_mark.line + 1
-            if key.value in lines:
-                raise yaml.YAMLError(f"key {key.value!r} stands twice, in lines {lines[key.value]} and {line}")
-            lines[key.value] = line
-        return super().construct_mapping(node, deep)
-
-
 def _read_mapping(path: Path) -> dict[str, Any]:
+    if path.suffix == ".py":
+        raise ConfigError(
+            f"{path} is a Python script, and no YAML of an experiment; start it by: danaz launch -- python {path}"
+        )
     try:
-        values = yaml.load(path.read_text(), _UniqueKeys)  # noqa: S506 - a SafeLoader
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         others = [str(other) for other in sorted(path.parent.glob("*.yaml"))]
         raise ConfigError(f"{path}: no such config file{suggest(path, others)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot read the config: {error}") from None
-    except yaml.YAMLError as error:
+    except YamlError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigError(f"{path}: expected a mapping of keys to values, like 'lr: 0.1' on lines of their own")
@@ -265,8 +283,8 @@ def _parse_override(override: str) -> tuple[str, Any]:
     if not equals or not key.strip():
         raise ConfigError(f"--set {override}: expected key=value, for example --set lr=0.1")
     try:
-        return key.strip(), yaml.load(text, _UniqueKeys)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
+        return key.strip(), parse_yaml(text)
+    except YamlError as error:
         raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from None
 
 
@@ -286,25 +304,32 @@ def _merge(values: dict[str, Any], keys: Sequence[str], value: Any, override: st
 
 def _explain(problem: Mapping[str, Any], path: Path, origin: Mapping[str, str]) -> str:
     """One pydantic problem as a sentence: where, key, value given, what is allowed."""
-    key, given, message = ".".join(map(str, problem["loc"])), problem["input"], problem["msg"]
-    sources = [override for name, override in origin.items() if f"{key}.".startswith(f"{name}.")]
-    where = f"{path}, --set {sources[-1]}" if sources else str(path)
-    message = message.removeprefix("Value error, ").removeprefix("Input ").removeprefix("String ")
+    location, given = problem["loc"], _SHORT.repr(problem["input"])
+    key = ".".join(map(str, location))
+    sources = [said for name, said in origin.items() if f"{key}.".startswith(f"{name}.")]
+    where = f"{path}, {sources[-1]}" if sources else str(path)
+    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ").removeprefix("String ")
     if not key:  # about several keys
         return f"{where}: {message}"
-    fields = _fields_beside(problem["loc"])
-    name = next(part for part in reversed(problem["loc"]) if isinstance(part, str))
+    fields = _fields_beside(location)
+    name = next((part for part in reversed(location) if isinstance(part, str) and part in fields), None)
     match problem["type"]:
         case "extra_forbidden":
             known = ", ".join(sorted(fields))
-            return f"{where}: unknown key {key!r} (= {given!r}){suggest(name, fields) or '.'} Known keys: {known}"
+            return f"{where}: unknown key {key!r} (= {given}){suggest(location[-1], fields) or '.'} Known keys: {known}"
         case "missing":
-            return f"{where}: the key {key!r} is missing ({fields[name].description})"
+            return f"{where}: the key {key!r} is missing ({fields[location[-1]].description})"
         case "literal_error":
-            message += suggest(given, get_args(fields[name].annotation))
-    return f"{where}: {key} = {given!r} {message} ({fields[name].description})"
+            message += suggest(problem["input"], get_args(fields[location[-1]].annotation))
+    described = "" if name is None else f" ({fields[name].description})"
+    return f"{where}: {key} = {given} {message}{described}"
 
 
 def _fields_beside(location: Sequence[str | int]) -> dict[str, FieldInfo]:
-    """The fields of the mapping that a pydantic location ends in."""
+    """The fields of the mapping that a pydantic location ends in, or is somewhere in."""
     return LrSchedule.model_fields if location[0] == "lr_schedule" and len(location) > 1 else Config.model_fields
+
+
+# As `repr`, but of a value of any size or depth a line is left.
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 import typer
@@ -11,7 +12,7 @@ import typer
 from danaz.command import fail
 from danaz.invitation import find_server, plan_to_join, read_invitation
 from danaz.launch_cli import show_outcome, tell
-from danaz.run_folder import free_run_folder
+from danaz.run_lock import claimed_run_folder
 from launcher.run import run
 from launcher.supervisor import Policy
 
@@ -23,15 +24,18 @@ def join_run(server: str, key: Path, slots: int | None, out: Path | None) -> int
 
     SIGINT and SIGTERM let this machine leave in good order, a second one at once.
     """
-    try:
-        invitation = read_invitation(key)
-        plan = plan_to_join(invitation, find_server(server), slots, os.getcwd())
-        folder = free_run_folder(out, "join")
-    except ValueError as error:
-        fail(error)
-    settings = json.loads(plan.env["DANAZ_SETTINGS"])
-    typer.echo(f"worker {invitation.worker} of a run of {settings['algorithm']}; its logs are in {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
-    outcome = run(plan, folder, policy=Policy("restart"), tell=tell, grace_s=LEAVING_S)
+    with ExitStack() as held:
+        try:
+            invitation = read_invitation(key)
+            plan = plan_to_join(invitation, find_server(server), slots, os.getcwd())
+            folder = held.enter_context(claimed_run_folder(out, "join"))
+        except ValueError as error:
+            fail(error)
+        settings = json.loads(plan.env["DANAZ_SETTINGS"])
+        typer.echo(f"worker {invitation.worker} of a run of {settings['algorithm']}; its logs are in {folder}")
+        try:
+            outcome = run(plan, folder, policy=Policy("restart"), tell=tell, grace_s=LEAVING_S)
+        except OSError as error:
+            fail(f"the folder {folder} cannot be written: {error.strerror}")
     show_outcome(outcome)
     return outcome.exit_code

@@ -47,6 +47,7 @@ class Checkpoints:
         self._figures: dict[str, int] = {}  # of the newest
         self._thread = Thread()
         self._state: CoreState | None = None  # the last one that was written
+        self._in_trouble = False  # it could not be
 
     @property
     def busy(self) -> bool:
@@ -172,8 +173,16 @@ class Checkpoints:
         try:
             write_checkpoint(self._folder, number, state, keep)
         except OSError as error:
-            say(f"checkpoint {number} could not be written: {error}. Training goes on; the one before it stays")
+            if not self._in_trouble:
+                say(
+                    f"checkpoint {number} could not be written: {error.strerror}. Training goes on, and the checkpoint "
+                    "before it stays; those to come are tried without further words"
+                )
+            self._in_trouble = True
         else:
+            if self._in_trouble:
+                say(f"checkpoints can be written again: {number} is")
+            self._in_trouble = False
             self._core.kept = tuple(keep)
 
 
@@ -211,7 +220,10 @@ class Keeper:
         return self._checkpoints.resume(self._restore)
 
     def finish(self) -> None:
-        """The server ends: of a run that is complete nothing is kept but the folder, any other can be resumed."""
+        """The server ends: of a run that is complete nothing is kept but the folder, any other can be resumed.
+
+        So can one whose results could not be written. Raises UnwrittenError.
+        """
         if self._is_undecided:
             return
         if self.core.started and self.core.recovery is None and not self.core.finished:

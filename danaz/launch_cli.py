@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from danaz.launching import Launch
     from launcher.run import Outcome
 
+LARGEST_SEED = 2**63 - 1  # as of a config
 FOLDER, CHECKPOINTS = "invitations", "checkpoints"  # within a run folder
 
 survival_option = partial(typer.Option, rich_help_panel="When things fail")
@@ -76,7 +79,8 @@ def launch(
         float | None, typer.Option(min=0, help="Epochs over which lr rises from lr/N to lr (scripts; default: none)")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Seed of sample order (for scripts; configs have their own)")
+        int | None,
+        typer.Option(min=0, max=LARGEST_SEED, help="Seed of sample order (for scripts; configs have their own)"),
     ] = None,
     record: options.Record = False,
     dry_run: Annotated[
@@ -139,22 +143,25 @@ def launch(
 
         danaz launch --resume runs/20260101-120000-digits-dana
     """
-    from danaz.launch_options import prepare
+    from danaz.launch_options import prepare, prepared
 
     command: list[str] = ctx.obj
     sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
     named = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
-    try:
-        ready, why = prepare(ctx.params, named, command)
-    except (ValueError, RuntimeError) as error:
-        fail(error)
-    typer.echo(why)
-    for note in ready.notes:
-        typer.secho(note, err=True, fg="red" if note.startswith("INSECURE") else "yellow")
-    if dry_run:
+    with ExitStack() as held:
+        try:
+            if dry_run:
+                ready, why = prepare(ctx.params, named, command)
+            else:
+                ready, why = held.enter_context(prepared(ctx.params, named, command))
+        except (ValueError, RuntimeError) as error:
+            fail(error)
+        typer.echo(why)
+        for note in ready.notes:
+            typer.secho(note, err=True, fg="red" if note.startswith("INSECURE") else "yellow")
+        if not dry_run:
+            raise typer.Exit(_play(ready))
         typer.echo(ready.plan.describe())
-        return
-    raise typer.Exit(_play(ready))
 
 
 def doctor(
@@ -200,11 +207,15 @@ def _play(ready: Launch) -> int:
     from danaz.launching import execute
     from danaz.report.tables import print_summary
     from danaz.run_folder import read_summary
+    from danaz.run_lock import RunFolderError
 
     typer.echo(f"run folder: {ready.run}")
     for invitation in ready.invitations:
         typer.echo(f"invitation: {ready.run / FOLDER / invitation.file_name}")
-    outcome, _ = execute(ready, tell=tell)
+    try:
+        outcome, _ = execute(ready, tell=tell)
+    except (RunFolderError, OSError) as error:
+        fail(error)
     show_outcome(outcome)
     summary = read_summary(ready.run) if (ready.run / "summary.json").exists() else None
     if summary is not None:
@@ -215,7 +226,7 @@ def _play(ready: Launch) -> int:
     typer.secho(f"the run is incomplete: {lacks}", err=True, fg="red")
     if (ready.run / CHECKPOINTS).is_dir():
         where = " --server-host localhost" if ready.shards_elsewhere else ""  # what they had kept has come here
-        typer.echo(f"to go on from its last checkpoint: danaz launch --resume {ready.run}{where}", err=True)
+        typer.echo(f"to go on from its last checkpoint: danaz launch --resume {quote(str(ready.run))}{where}", err=True)
     return outcome.exit_code or 1
 
 

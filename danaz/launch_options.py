@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
 from danaz.config import Config, load_config
-from danaz.launching import Cluster, Launch, LaunchError, Manner, prepare_config, prepare_script
+from danaz.launching import Cluster, Launch, LaunchError, Manner, name_of, prepare_config, prepare_script
 from danaz.reach import Reach, ReachError, parse_environment, parse_interfaces
-from danaz.resuming import FIXED, check_checkpoints, check_variables, merge_options, read_options, read_settings
+from danaz.resuming import (
+    FIXED,
+    OPTIONS,
+    check_all_there,
+    check_begun,
+    check_checkpoints,
+    check_variables,
+    checked,
+    merge_options,
+    read_options,
+    read_settings,
+)
+from danaz.run_lock import claimed_run_folder, free_run_folder, locked_run_folder
 from danaz.settings import Settings
 from danaz.worker.group import choose_collective
 from launcher.hosts import Host, HostsError, parse_hostfile, parse_hosts
@@ -148,51 +160,71 @@ class LaunchOptions:
 
 
 def prepare(params: Mapping[str, Any], named: Collection[str], command: Sequence[str]) -> tuple[Launch, str]:
-    """The run that the options ask for, ready to start, and which collective was chosen, and why.
+    """The run that the options ask for, and which collective was chosen, and why. Nothing is written or claimed.
 
     ``named`` are the options that stand on the command line. Raises ValueError or RuntimeError with what is wrong.
     """
     options = LaunchOptions(**params)
     if options.resume is not None:
         return _prepare_resumed(options, named, command)
+    task = _task(options, command)
+    return _ready(options, task, command, free_run_folder(options.out, name_of(task, command)))
+
+
+@contextmanager
+def prepared(params: Mapping[str, Any], named: Collection[str], command: Sequence[str]) -> Iterator[tuple[Launch, str]]:
+    """As ``prepare``; as long as the block lasts, the folder of the run belongs to this process alone."""
+    options = LaunchOptions(**params)
+    if options.resume is not None:
+        check_begun(options.resume)
+        with locked_run_folder(options.resume):
+            yield _prepare_resumed(options, named, command)
+        return
+    task = _task(options, command)
+    with claimed_run_folder(options.out, name_of(task, command)) as run:
+        yield _ready(options, task, command, run)
+
+
+def _task(options: LaunchOptions, command: Sequence[str]) -> Config | Settings:
+    """What a new run trains: a config, or the settings of a script."""
     if (options.config is None) == (not command):
-        raise LaunchError("give either a CONFIG or, behind --, a command such as: -- python train.py")
+        raise LaunchError("give either a CONFIG or, after --, a command such as: -- python train.py")
     if options.config is not None:
         if options.warmup_epochs is not None or options.seed is not None:
             raise LaunchError("a config sets these itself: use --set lr_schedule.warmup_epochs=… and --set seed=…")
-        changes = [f"{key}={json.dumps(value)}" for key, value in options.training.items()]
-        config = load_config(options.config, [*(options.overrides or ()), *changes])
-        return _ready(options, config, [])
+        return load_config(options.config, options.overrides or (), options.training)
     if options.overrides:
-        raise LaunchError("--set changes a config, and a script has none; pass its own arguments behind --")
+        raise LaunchError("--set changes a config, and a script has none; pass its own arguments after --")
     training = {"algorithm": "dana", **options.training}
-    settings = Settings(**training, warmup_epochs=options.warmup_epochs or 0.0, seed=options.seed or 0)
-    return _ready(options, settings, command)
+    return Settings(**training, warmup_epochs=options.warmup_epochs or 0.0, seed=options.seed or 0)
 
 
 def _prepare_resumed(options: LaunchOptions, named: Collection[str], command: Sequence[str]) -> tuple[Launch, str]:
     run = options.resume
     assert run is not None
     if command:
-        raise LaunchError("--resume goes on with what the run began; leave out the command behind --")
+        raise LaunchError("--resume goes on with what the run began; leave out the command after --")
     given = {field.name: getattr(options, field.name) for field in fields(options)}
+    values = read_options(run)
+    kept = checked(run / OPTIONS, LaunchOptions, values)
+    check_all_there(run / OPTIONS, values, [field.name for field in fields(options) if field.name not in NOT_KEPT])
     merged = merge_options(run, given, [name for name in named if name != "resume"])
     merged |= {name: given[name] for name in ("variables", "env_file")}
-    check_variables(read_options(run)["variables"], parse_environment(options.variables or (), options.env_file))
+    check_variables(kept.variables or (), parse_environment(options.variables or (), options.env_file))
     paths = {name: merged[name] and Path(merged[name]) for name in ("hostfile", "ssh_identity")}
     task, kept_command = read_settings(run)
-    ready, why = _ready(LaunchOptions(**{**merged, **paths, "resume": run, "out": run}), task, kept_command or [])
-    check_checkpoints(run, read_options(run)["server_host"], merged["server_host"], ready.shards_elsewhere)
+    ready, why = _ready(LaunchOptions(**{**merged, **paths, "resume": run}), task, kept_command or [], run)
+    check_checkpoints(run, kept.server_host, merged["server_host"], ready.shards_elsewhere)
     return ready, why
 
 
-def _ready(options: LaunchOptions, task: Config | Settings, command: Sequence[str]) -> tuple[Launch, str]:
+def _ready(options: LaunchOptions, task: Config | Settings, command: Sequence[str], run: Path) -> tuple[Launch, str]:
     hosts = options.find_hosts()
     reach = options.reach(hosts)
     collective, why = choose_collective(options.collective)
     cluster = Cluster(hosts, options.workers_per_host, collective, reach)
     if isinstance(task, Config):
-        ready = prepare_config(task, cluster, options.out, options.manner)
+        ready = prepare_config(task, cluster, run, options.manner)
     else:
-        ready = prepare_script(command, task, cluster, options.out, options.manner)
+        ready = prepare_script(command, task, cluster, run, options.manner)
     return replace(ready, options=options.kept(reach.env)), why

@@ -20,7 +20,8 @@ from danaz.milestones import MISSING
 from danaz.reach import Reach, find_machines
 from danaz.resuming import write_options
 from danaz.rules import Rule
-from danaz.run_folder import free_run_folder, read_summary, write_settings
+from danaz.run_folder import read_summary, write_settings
+from danaz.run_lock import RunFolderError
 from danaz.server.checkpoint import delete_checkpoints, folder_of
 from danaz.settings import Settings, server_variable
 from launcher.hosts import Host
@@ -103,6 +104,7 @@ class Launch:
     policy: Policy = field(default_factory=Policy)
     notes: Sequence[str] = ()  # what the user should be told
     invitations: Sequence[Invitation] = ()
+    resumes: bool = False  # it goes on with what is in its folder
     options: Mapping[str, Any] = field(default_factory=dict)  # of launch.yaml
 
     @property
@@ -111,8 +113,16 @@ class Launch:
         return [shard for shard, service in enumerate(self.plan.services) if service.returns]
 
 
-def prepare_config(config: Config, cluster: Cluster, out: Path | None, manner: Manner | None = None) -> Launch:
-    """Choose the run folder of a config, and make the plan whose ranks train it."""
+def name_of(task: Config | Settings, command: Sequence[str] = ()) -> str:
+    """What the folder of a run is called after: the config or the script, and the algorithm."""
+    if isinstance(task, Config):
+        return f"{task.name}-{task.algorithm}"
+    script = next((Path(word).stem for word in command if word.endswith(".py")), Path(command[0]).name)
+    return f"{script}-{task.algorithm}"
+
+
+def prepare_config(config: Config, cluster: Cluster, run: Path, manner: Manner | None = None) -> Launch:
+    """The plan whose ranks train a config in the run folder ``run``."""
     manner = manner or Manner()
     if not manner.resumes:  # else it goes on as what it began, with however many machines
         config = config.model_copy(update={"workers": cluster.workers})
@@ -121,25 +131,18 @@ def prepare_config(config: Config, cluster: Cluster, out: Path | None, manner: M
     # A machine of the run need not see this folder.
     env = {"DANAZ_CONFIG": json.dumps(values)}
     command = [PYTHON, "-m", "danaz", "work"]
-    folder = _folder(out, f"{config.name}-{config.algorithm}", manner)
-    return _prepare(Errand(command, env), settings, cluster, folder, manner, values)
+    return _prepare(Errand(command, env), settings, cluster, run, manner, values)
 
 
 def prepare_script(
-    command: Sequence[str], settings: Settings, cluster: Cluster, out: Path | None, manner: Manner | None = None
+    command: Sequence[str], settings: Settings, cluster: Cluster, run: Path, manner: Manner | None = None
 ) -> Launch:
-    """Choose the run folder of a user's own script, and make the plan whose ranks run it."""
+    """The plan whose ranks run a user's own script in the run folder ``run``."""
     manner = manner or Manner()
     if not manner.resumes:
         settings = replace(settings, workers=cluster.workers)
     settings = replace(settings, collective=cluster.collective)
-    name = next((Path(word).stem for word in command if word.endswith(".py")), Path(command[0]).name)
-    folder = _folder(out, f"{name}-{settings.algorithm}", manner)
-    return _prepare(Errand(command), settings, cluster, folder, manner, {"command": list(command)})
-
-
-def _folder(out: Path | None, name: str, manner: Manner) -> Path:
-    return out if out is not None and manner.resumes else free_run_folder(out, name)
+    return _prepare(Errand(command), settings, cluster, run, manner, {"command": list(command)})
 
 
 def _prepare(
@@ -160,7 +163,9 @@ def _prepare(
     plan, invitations = make_plan(errand, settings, cluster, run, manner)
     if "command" in values:
         values = {**asdict(settings), **values}
-    return Launch(run, values, plan, cluster.reach, policy, [*notes, *rate_notes(settings)], invitations)
+    return Launch(
+        run, values, plan, cluster.reach, policy, [*notes, *rate_notes(settings)], invitations, manner.resumes
+    )
 
 
 def rate_notes(settings: Settings) -> list[str]:
@@ -184,9 +189,10 @@ def check_workers(settings: Settings) -> None:
     _check_pipeline(settings, rule)
     limit = rule.max_workers
     if limit is not None and settings.workers > limit:
+        one = "one host that is not split" if settings.schedule == "live" else "one worker"
         raise LaunchError(
-            f"{settings.algorithm} trains on {limit} worker, {settings.workers} were asked for; "
-            "use --hosts localhost:1, or another --algorithm"
+            f"{settings.algorithm} trains on {limit} worker, {settings.workers} were asked for; use {one}, or another "
+            "algorithm"
         )
 
 
@@ -356,14 +362,16 @@ def _returns_of(shard: int) -> Returns:
 
 
 def write_folder(launch: Launch) -> None:
-    """What stands in the run folder before anything is started."""
-    launch.run.mkdir(parents=True, exist_ok=True)
-    if not (launch.run / "config.yaml").exists():
-        write_settings(launch.run, launch.settings)
-    if launch.options:
-        write_options(launch.run, launch.options)
-    write_invitations(launch.run, launch.invitations)
-    (launch.run / "summary.json").unlink(missing_ok=True)  # of the part before a resume
+    """What stands in the run folder before anything is started. Raises RunFolderError if it cannot be written."""
+    try:
+        if not launch.resumes:  # else it goes on with what it began
+            write_settings(launch.run, launch.settings)
+        if launch.options:
+            write_options(launch.run, launch.options)
+        write_invitations(launch.run, launch.invitations)
+        (launch.run / "summary.json").unlink(missing_ok=True)  # of the part before a resume
+    except OSError as error:
+        raise RunFolderError(f"the run folder {launch.run} cannot be written: {error.strerror}") from None
 
 
 def execute(

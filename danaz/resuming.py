@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from danaz.config import Config, load_config
+from danaz.plain_yaml import dump_yaml
+from danaz.reading import UnreadableError, read_yaml
 from danaz.run_folder import read_summary, write_atomically
 from danaz.server.checkpoint import folder_of
 from danaz.settings import Settings
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Kept = TypeVar("Kept", bound="DataclassInstance")
 
 OPTIONS = "launch.yaml"
 WHERE = {"hosts", "hostfile", "include", "exclude"}  # only together do they say which machines
@@ -36,19 +43,21 @@ class ResumeError(ValueError):
 
 def write_options(run: Path, options: Mapping[str, Any]) -> None:
     """Keep how a run was launched."""
-    write_atomically(run / OPTIONS, yaml.safe_dump(dict(options), sort_keys=False).encode())
+    write_atomically(run / OPTIONS, dump_yaml(dict(options)).encode())
+
+
+def check_begun(run: Path) -> None:
+    """Raises ResumeError unless a run was launched in this folder."""
+    if not (run / OPTIONS).exists() or not (run / "config.yaml").exists():
+        raise ResumeError(f"--resume {run}: there is no run of `danaz launch` (no {OPTIONS} and config.yaml)")
 
 
 def read_options(run: Path) -> dict[str, Any]:
-    """How a run was launched. Raises ResumeError if it cannot go on."""
-    if not (run / OPTIONS).exists() or not (run / "config.yaml").exists():
-        raise ResumeError(f"--resume {run}: there is no run of `danaz launch` (no {OPTIONS} and config.yaml)")
+    """How a run was launched. Raises ResumeError if it cannot go on, UnreadableError."""
+    check_begun(run)
     if (run / "summary.json").exists() and read_summary(run).get("complete"):
         raise ResumeError(f"--resume {run}: this run is complete; its figures are in {run / 'summary.json'}")
-    options = yaml.safe_load((run / OPTIONS).read_text())
-    if not isinstance(options, dict):
-        raise ResumeError(f"--resume {run}: {run / OPTIONS} holds no options")
-    return options
+    return read_yaml(run / OPTIONS)
 
 
 def merge_options(run: Path, given: Mapping[str, Any], named: Collection[str]) -> dict[str, Any]:
@@ -98,12 +107,36 @@ def check_checkpoints(run: Path, earlier: str | None, now: str | None, elsewhere
 
 
 def read_settings(run: Path) -> tuple[Config, None] | tuple[Settings, list[str]]:
-    """The config of a run, or the settings and the command of a script's. Raises ResumeError, ConfigError."""
-    values = yaml.safe_load((run / "config.yaml").read_text())
-    if not isinstance(values, dict) or "command" not in values:
+    """The config of a run, or the settings and the command of a script's.
+
+    Raises ResumeError, ConfigError, UnreadableError.
+    """
+    values = read_yaml(run / "config.yaml")
+    if "command" not in values:
+        check_all_there(run / "config.yaml", values, Config.model_fields)
         return load_config(run / "config.yaml"), None
-    command = values.pop("command")
+    path, command = run / "config.yaml", values.pop("command")
+    if not isinstance(command, list) or not command or not all(isinstance(word, str) for word in command):
+        raise UnreadableError(path, "command should be the words of a command")
+    check_all_there(path, values, [field.name for field in fields(Settings)])
+    return checked(path, Settings, values), command
+
+
+def check_all_there(path: Path, values: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raises UnreadableError for a file that was cut or edited: what is missing would silently be a default."""
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise UnreadableError(path, f"it is not whole, or of another version of danaz: it lacks {', '.join(missing)}")
+
+
+def checked(path: Path, kind: type[Kept], values: Mapping[str, Any]) -> Kept:
+    """A dataclass of ``kind`` with the values that a file holds. Raises UnreadableError if they do not fit."""
+    unknown = values.keys() - {field.name for field in fields(kind)}
+    if unknown:
+        raise UnreadableError(path, f"this version of danaz does not know {', '.join(sorted(unknown))}")
     try:
-        return Settings.from_json(json.dumps(values)), command
-    except (TypeError, ValueError) as error:
-        raise ResumeError(f"--resume {run}: {run / 'config.yaml'} cannot be used: {error}") from None
+        return TypeAdapter(kind).validate_python(dict(values))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UnreadableError(path, f"{key} = {first['input']!r}: {first['msg']}") from None

@@ -1,35 +1,220 @@
-"""One server at a time writes a run folder."""
+"""Who may write a run folder: one process that begins or resumes a run, and one server for it.
+
+A new run claims its folder before it does anything else: it makes the folder, which only one process can do, or it
+takes one that holds nothing of a run; and it keeps a lock there until it ends, however it ends. Nobody else begins a
+run in a folder that holds anything of one.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import re
+import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
-LOCK = ".server.lock"
+LOCK = ".run.lock"  # of the process that began the run
+SERVER_LOCK = ".server.lock"
 WAIT_S = 20.0  # the server of a launcher that was killed may take its grace to end
+SHORTLY_S = 0.5  # a question whether somebody holds a lock holds it for a moment
 POLL_S = 0.05
+MODE = 0o700  # of a new run folder: the model, the data's figures and the server's address are nobody else's business
+LONGEST_NAME = 100
+
+SERVERS = re.compile(r"updates\.jsonl|(summary|curves)\.json|parameters\.safetensors|recording.*\.bin|checkpoints")
+BEGUN = re.compile(r"config\.yaml|launch\.yaml")
+OTHER = re.compile(r"checkpoints\.[0-9]+|logs|invitations|comparison\.yaml|cells")
 
 
-class RunLockedError(RuntimeError):
-    """Another server is at work."""
+class RunFolderError(ValueError):
+    """A run folder that cannot be used."""
 
 
-def lock_run(run: Path, wait_s: float = WAIT_S, shard: int = 0) -> int:
+class RunLockedError(RunFolderError):
+    """Another process is at work in it."""
+
+
+# ---- a run -------------------------------------------------------------------------------------------------------
+
+
+def free_run_folder(out: Path | None, name: str) -> Path:
+    """Where a new run may go at this moment: ``out``, or runs/TIME-NAME. Raises RunFolderError if it holds a run."""
+    if out is None:
+        return next(path for path in _names(name) if not path.exists())
+    if out.is_dir():
+        _check_free(out)
+    return out
+
+
+@contextmanager
+def claimed_run_folder(out: Path | None, name: str) -> Iterator[Path]:
+    """The folder of a new run, ``out`` or runs/TIME-NAME, for this process alone as long as the block lasts.
+
+    It is made, with mode 0700, unless ``out`` is there and holds nothing of a run. If the block leaves nothing in a
+    folder that was made for it, the folder goes away. Raises RunFolderError.
+    """
+    folder, is_new = _make(out, name)
+    with locked_run_folder(folder):
+        try:
+            _check_free(folder)
+            yield folder
+        finally:
+            if is_new:
+                _remove_if_empty(folder)
+
+
+@contextmanager
+def locked_run_folder(folder: Path, wait_s: float = SHORTLY_S) -> Iterator[None]:
+    """Keep every other run out of ``folder`` as long as the block lasts. Nothing but the lock is touched.
+
+    Raises RunLockedError if another run is going on there, and does not end within ``wait_s``; RunFolderError.
+    """
+    lock = folder / LOCK
+    try:
+        descriptor = _lock(lock, wait_s)
+    except BlockingIOError as error:
+        raise RunLockedError(
+            f"a run is going on in {folder}{_holder(lock)}; wait until it has ended, or choose another folder"
+        ) from error
+    except OSError as error:
+        raise RunFolderError(f"the run folder {folder} cannot be used: {error.strerror}") from None
+    with suppress(OSError):  # a courtesy, which a full disk may forbid
+        os.truncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _make(out: Path | None, name: str) -> tuple[Path, bool]:
+    """The folder, and whether it is new."""
+    for folder in _names(name) if out is None else [out]:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunFolderError(f"the run folder {folder} cannot be made: {_reason(error)}") from None
+        try:
+            folder.mkdir(MODE)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise RunFolderError(f"the run folder {folder} cannot be made: {_reason(error)}") from None
+        return folder, True
+    assert out is not None  # there is no end of names
+    return out, False
+
+
+def _names(name: str) -> Iterator[Path]:
+    stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{re.sub(r'[^A-Za-z0-9._-]+', '-', name)[:LONGEST_NAME]}"
+    return (Path("runs", f"{stem}-{number}" if number else stem) for number in count())
+
+
+def _reason(error: OSError) -> str:
+    where = f" ({error.filename})" if error.filename else ""
+    return f"{error.strerror}{where}"
+
+
+def _check_free(folder: Path) -> None:
+    """Raises RunFolderError if it holds anything of a run."""
+    check_free_of(folder, SERVERS, BEGUN, OTHER)
+
+
+def check_free_of(folder: Path, *kinds: re.Pattern[str]) -> None:
+    """Raises RunFolderError if ``folder`` holds a file of a run of one of these kinds."""
+    try:
+        found = sorted(name for name in os.listdir(folder) if any(kind.fullmatch(name) for kind in kinds))
+    except OSError as error:
+        raise RunFolderError(f"the run folder {folder} cannot be used: {error.strerror}") from None
+    if found:
+        raise RunFolderError(
+            f"{folder} already holds a run ({', '.join(found)}); choose another folder, or move this one away"
+        )
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):  # it is gone already, or something has come into it
+        if os.listdir(folder) == [LOCK]:
+            (folder / LOCK).unlink()
+            folder.rmdir()
+
+
+# ---- a server ----------------------------------------------------------------------------------------------------
+
+
+def lock_server(run: Path, wait_s: float = WAIT_S, shard: int = 0) -> int:
     """Wait until no other server of this shard writes ``run``, and keep others away until this process ends somehow.
 
-    Returns the descriptor that holds the lock. Raises RunLockedError.
+    Returns the descriptor that holds the lock. Raises RunLockedError, OSError.
     """
-    fd = os.open(run / (f"{LOCK}.{shard}" if shard else LOCK), os.O_WRONLY | os.O_CREAT, 0o644)
+    try:
+        return _lock(run / (f"{SERVER_LOCK}.{shard}" if shard else SERVER_LOCK), wait_s)
+    except BlockingIOError:
+        raise RunLockedError(f"another server writes {run}; end that run, or choose another folder") from None
+
+
+def check_server_begins(run: Path, shard: int = 0) -> None:
+    """Raises RunFolderError if ``run`` holds what a server wrote, or a run that nobody is at work on."""
+    if shard:
+        return check_free_of(run, re.compile(rf"checkpoints\.{shard}"))
+    check_free_of(run, SERVERS)
+    if not _is_locked(run / LOCK):
+        check_free_of(run, BEGUN)
+    return None
+
+
+# ---- locks -------------------------------------------------------------------------------------------------------
+
+
+def _lock(path: Path, wait_s: float) -> int:
+    """The descriptor of a locked file. Raises BlockingIOError if another process has it for ``wait_s``, OSError."""
     deadline = time.monotonic() + wait_s
     while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_file_at(path, descriptor):
+                return descriptor
+            os.close(descriptor)  # whoever had it took the file away meanwhile
         except BlockingIOError:
+            os.close(descriptor)
             if time.monotonic() >= deadline:
-                os.close(fd)
-                raise RunLockedError(f"another server writes {run}; end that run, or choose another folder") from None
+                raise
             time.sleep(POLL_S)
-        else:
-            return fd
+        except OSError:
+            os.close(descriptor)
+            raise
+
+
+def _is_file_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a process has it; nothing is made."""
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _holder(path: Path) -> str:
+    try:
+        text = path.read_text(errors="replace")[:LONGEST_NAME]
+    except OSError:
+        return ""
+    return f" ({text})" if text else ""

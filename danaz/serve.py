@@ -23,7 +23,8 @@ def serve(bound: BoundRouter, settings: Settings, run: Path, record: bool, resum
     """Serve one run on a bound ROUTER, write its folder, and return when it is over or on SIGTERM.
 
     With ``resume``, go on from the newest sound checkpoint in the folder; one of several shards, from the one that a
-    worker names. Of a run that is complete, only see off the workers that do not know it yet. Raises ResumeError.
+    worker names. Of a run that is complete, only see off the workers that do not know it yet. Raises ResumeError,
+    UnwrittenError, UnreadableError.
     """
     from danaz.keeper import Keeper, say
     from danaz.pace import telling
@@ -34,14 +35,14 @@ def serve(bound: BoundRouter, settings: Settings, run: Path, record: bool, resum
     stopping = note_ending_signals()
     if resume and _see_off(bound, run, stopping):
         return
-    keeper = Keeper(RunFolder(run, settings.facts()), _settings_here(settings))
+    keeper = Keeper(RunFolder(run, settings.facts(), say), _settings_here(settings))
     keeper.core.on_update = announcing(telling(keeper.core, keeper.core.on_update))
     served = keeper.resume() if resume else keeper.begin()
     if keeper.core.started and (run / RECORDING).exists():
         (run / RECORDING).rename(run / UNTIL_RESTART)
         say(f"the recording ends here, as {UNTIL_RESTART}: a run that was restarted cannot be replayed")
         record = False
-    recorder = Recorder(run / RECORDING, settings.to_json()) if record else None
+    recorder = Recorder(run / RECORDING, settings.to_json(), say) if record else None
     Router(bound).serve(served, recorder, stopping)
     if recorder:
         recorder.close()
@@ -108,18 +109,32 @@ def announcing(record: Callable[[Update], None]) -> Callable[[Update], None]:
 def replay_run(run: Path) -> tuple[int, bool]:
     """Replay the recording in ``run``; returns the number of updates and whether the parameters are its own.
 
-    Raises FileNotFoundError if there is no recording.
+    Raises RecordingError, UnreadableError for files that are missing or damaged.
     """
     import torch
-    from safetensors.torch import load_file
 
+    from danaz.reading import UnreadableError, read_tensors
+    from danaz.run_folder import read_summary
     from danaz.server.core import ServerCore
-    from danaz.server.recording import recorded_settings, replay
+    from danaz.server.recording import RecordingError, recorded_settings, replay
 
-    settings = Settings.from_json(recorded_settings(run / RECORDING))
+    path = run / RECORDING
+    summary, saved = read_summary(run), read_tensors(run / "parameters.safetensors")
+    try:
+        settings = Settings.from_json(recorded_settings(path))
+    except OSError as error:
+        why = "there is none; `danaz launch --record` makes one" if not path.exists() else error.strerror
+        raise UnreadableError(path, why) from None
+    except TypeError as error:
+        raise RecordingError(f"{path} is no recording of this version of danaz: {error}") from None
     core = ServerCore(settings.for_server())
-    for _ in replay(run / RECORDING, core):
+    for _ in replay(path, core):
         pass
-    saved = load_file(run / "parameters.safetensors")
+    updates = core.figures.updates
+    if not core.started:
+        raise RecordingError(f"{path} holds no training")
+    if updates != summary.get("updates"):
+        raise RecordingError(f"{path} is cut short: it holds {updates} of the {summary.get('updates')} updates")
     replayed = core.job.layout.named(core.master.params, core.mean_buffers())
-    return core.figures.updates, all(torch.equal(saved[name], tensor) for name, tensor in replayed.items())
+    same = saved.keys() == replayed.keys() and all(torch.equal(saved[name], replayed[name]) for name in saved)
+    return updates, same

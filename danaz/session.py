@@ -150,7 +150,7 @@ class Session:
         folder = RunFolder(self.place.run, self.settings.facts())
         core = ServerCore(settings)
         core.on_update = telling(core, folder.record)
-        return LocalLink(core, on_close=partial(folder.finish, core))
+        return LocalLink(core, on_close=partial(folder.finish_at_exit, core))
 
     def _share_of_batch(self) -> Share:
         """This rank's part of a batch; in a world over all machines, first each machine's."""

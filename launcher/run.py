@@ -22,6 +22,7 @@ from launcher.transport import AgentCommand, local_agent_command
 __all__ = ["Failure", "Outcome", "Tell", "run"]
 
 Tell = Callable[[str], None]  # one sentence an event
+CANNOT_GO_ON = 2  # the exit code of a service that no restart would help
 
 
 @dataclass(frozen=True)
@@ -188,6 +189,8 @@ class _Run:
             self.early = self.early or failure
         if life.unit.world is None:
             self.over_s = inf  # it has to come back before anything is over
+        if life.unit.world is None and failure.by_itself and failure.exit_code == CANNOT_GO_ON:
+            self.supervisor.cannot_go_on(name)
         decisions = self.supervisor.failed(
             name,
             failure.sentence,

@@ -138,6 +138,10 @@ class Supervisor:
         unit = self._units[name]
         unit.state, unit.due_s, unit.given_up = _State.ENDING, inf, True
 
+    def cannot_go_on(self, name: str) -> None:
+        """A unit that is about to fail has said itself that there is no sense in a restart."""
+        self._units[name].restartable = False
+
     def gone(self, name: str) -> None:
         """Nothing is left of a unit's last life."""
         unit = self._units[name]

@@ -12,9 +12,9 @@ import shutil
 import sys
 from pathlib import Path
 
-import yaml
-
 from danaz.compare.folder import CELLS, INDEX
+from danaz.plain_yaml import dump_yaml
+from danaz.reading import read_yaml
 from danaz.report.curves import CACHE
 
 KEPT = ("summary.json", CACHE)
@@ -29,9 +29,9 @@ def publish(comparison: Path, where: Path) -> int:
             shutil.copy(kept, where / CELLS / cell.name / kept.name)
     for path in (comparison / "results.csv", *comparison.glob("*.png")):
         shutil.copy(path, where / path.name)
-    index = yaml.safe_load((comparison / INDEX).read_text())
+    index = read_yaml(comparison / INDEX)
     index["config"]["data_dir"] = None  # a path of one machine
-    (where / INDEX).write_text(yaml.safe_dump(index, sort_keys=False))
+    (where / INDEX).write_text(dump_yaml(index))
     return len(finished)
 
 

@@ -147,7 +147,7 @@ def test_cells_of_earlier_calls_are_remembered(tmp_path):
 
 
 def test_another_config_is_refused_and_fresh_begins_anew(tmp_path):
-    folder = ComparisonFolder(tmp_path)
+    folder = ComparisonFolder(tmp_path, has_fresh=True)
     before = compare_cells(algorithms=["dana"], workers=[4])
     with folder.opened_for(before):
         folder.begin(before.cells[0])
@@ -191,7 +191,7 @@ def test_a_half_finished_cell_is_begun_anew(tmp_path):
         run = folder.begin(cell)
         (run / "updates.jsonl").write_text('{"version": 1')
         assert not folder.is_finished(cell)
-        assert [file.name for file in folder.begin(cell).iterdir()] == ["config.yaml"]
+        assert {file.name for file in folder.begin(cell).iterdir()} == {"config.yaml", ".run.lock"}
         assert load_config(run / "config.yaml").digest() == cell.config.digest()
         (run / "summary.json").write_text("{}")
         assert folder.is_finished(cell)

@@ -12,6 +12,7 @@ from danaz.schedule import warmup_factor
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 SHIPPED = [path for path in CONFIGS if "config" not in yaml.safe_load(path.read_text())]  # the others are comparisons
+WRITTEN = {"a": 1000.0, "b": 0.5, "c": 1.0, "d": True, "e": "yes"}
 MINIMAL = "workload: digits\nbatch_size: 32\nepochs: 4\nlr: 0.1\n"
 
 
@@ -51,9 +52,21 @@ class TestLoading:
         assert load_config(path).gap == read
         assert load_config(path, [f"gap={written}"]).gap == read
 
-    def test_a_number_without_a_point_is_a_number(self, path: Path) -> None:
-        """YAML 1.1 reads 1e-4 as a string."""
-        assert load_config(path, ["weight_decay=1e-4"]).weight_decay == 1e-4
+    @pytest.mark.parametrize(
+        ("override", "key", "value"),
+        [
+            ("weight_decay=1e-4", "weight_decay", 1e-4),  # a word in YAML 1.1
+            ("hyperparameters.strength=1e-2", "hyperparameters", {"strength": 1e-2}),
+            ("hyperparameters={a: +1E3, b: .5, c: 1., d: true, e: yes}", "hyperparameters", WRITTEN),
+            ("batch_size=010", "batch_size", 10),  # 8
+            ("batch_size=0x10", "batch_size", 16),
+            ("augment=yes", "augment", True),
+            ("augment=off", "augment", False),
+            ("pipeline=on", "pipeline", True),
+        ],
+    )
+    def test_a_value_is_what_it_looks_like(self, path: Path, override: str, key: str, value: object) -> None:
+        assert getattr(load_config(path, [override]), key) == value
 
 
 class TestOverrides:
@@ -159,7 +172,34 @@ class TestErrors:
             ("batch_size=0", "batch_size = 0 should be greater than or equal to 1"),
             ("batch_size=3.5", "batch_size = 3.5 should be a valid integer"),
             ("epochs=0", "epochs = 0 should be greater than or equal to 1"),
-            ("epochs=yes", "epochs = True should be a number, not yes/no/on/off/true/false"),
+            ("epochs=true", "epochs = True should be a number, not true or false"),
+            ("epochs=yes", "epochs = 'yes' should be a valid integer"),
+            ("epochs=1:30", "epochs = '1:30' should be a valid integer"),
+            ("epochs=100000000000", "epochs = 100000000000 should be less than or equal to 2147483647"),
+            (
+                "seed=18446744073709551616",
+                "seed = 18446744073709551616 should be less than or equal to 922337203685477",
+            ),
+            ("workers=1000000000", "workers = 1000000000 should be less than or equal to 65536"),
+            (
+                "hyperparameters={alpha: {deep: 1}}",
+                "hyperparameters.alpha = {'deep': 1} should be a number, a word, or",
+            ),
+            ("hyperparameters={alpha: null}", "hyperparameters.alpha = None should be a number, a word, or true or"),
+            ("hyperparameters={alpha: .inf}", "hyperparameters.alpha = inf should be a finite number, of 64 bits at"),
+            ("hyperparameters={alpha: 1e30}", "hyperparameters.alpha = 1e+30 should be a finite number, of 64 bits"),
+            ("hyperparameters={1: 2}", "hyperparameters.1.[key] = 1 should be a valid string"),
+            ("hyperparameters={alpha:0.1}", "hyperparameters.alpha:0.1 = None should be a number, a word, or true or"),
+            ("hyperparameters=[1]", "hyperparameters = [1] should be a valid dictionary"),
+            ("lr_schedule={1: 2}", "lr_schedule.1 = 1 Keys should be strings"),
+            ("lr_schedule=1", "lr_schedule = 1 should be a valid dictionary"),
+            ("lr_schedule.milestones={a: 1}", "lr_schedule.milestones = {'a': 1} should be a valid tuple"),
+            ("augment={a: 1}", "augment = {'a': 1} should be a valid boolean"),
+            ("sync_period={a: 1}", "sync_period = {'a': 1} should be a valid integer"),
+            ("threads=[]", "threads = [] should be a valid integer"),
+            ("device=[]", "device = [] should be 'auto', 'cpu' or 'cuda'"),
+            ("wire=[]", "wire = [] should be a valid string"),
+            ("gap={}", "gap = {} should be on, off or every:K with K >= 1"),
             ("lr=0", "lr = 0 should be greater than 0"),
             ("lr=.nan", "lr = nan should be a finite number"),
             ("lr=fast", "lr = 'fast' should be a valid number"),
@@ -197,6 +237,30 @@ class TestErrors:
     def test_missing_file_suggests_a_neighbour(self, path: Path) -> None:
         wrong = path.with_name("tinny.yaml")
         assert error_of(wrong) == f"{wrong}: no such config file; did you mean '{path}'?"
+
+    @pytest.mark.parametrize(
+        "text",
+        ["{[1, 2]: 3}", "? {a: 1}\n: 2\n", "lr: " + "[" * 10_000, "!!int x", "lr: !!timestamp x", "lr: " + "9" * 5000],
+    )
+    def test_yaml_that_makes_no_plain_value(self, path: Path, text: str) -> None:
+        path.write_text(text)
+        assert error_of(path).startswith(f"{path}: not valid YAML: ")
+        assert error_of(path).count("9") < 100
+
+    def test_a_value_of_any_size_is_told_in_a_line(self, path: Path) -> None:
+        path.write_text(MINIMAL + f"momentun: {[list(range(100))] * 100}\n")
+        assert len(error_of(path)) < 1000
+
+    def test_a_script_is_told_how_to_start_it(self, path: Path) -> None:
+        script = path.with_name("train.py")
+        for text in ("import danaz\nfor epoch in danaz.epochs(3):\n    pass\n", "import danaz\n"):
+            script.write_text(text)
+            assert error_of(script).endswith(f"start it by: danaz launch -- python {script}")
+
+    def test_an_option_is_named_as_it_was_typed(self, path: Path) -> None:
+        with pytest.raises(ConfigError, match="--sync-period 0: sync_period = 0 should be greater"):
+            load_config(path, options={"sync_period": 0})
+        assert load_config(path, ["algorithm=ssgd"], {"algorithm": "on"}).algorithm == "on"
 
     @pytest.mark.parametrize("text", ["", "- lr\n", "lr\n", "1: 2\n"])
     def test_file_that_is_no_mapping(self, path: Path, text: str) -> None:

@@ -1,6 +1,8 @@
 """The installer of Horovod: its recipe, CUDA staging, cache and errors; and the real Horovod that it installed."""
 
 import dataclasses
+import hashlib
+import io
 import os
 import select
 import shutil
@@ -8,6 +10,7 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -158,6 +161,29 @@ def test_cache_gives_back_the_wheel_of_exactly_this_target(tmp_path):
         assert cache.find_wheel(other, wheels) is None
 
 
+@pytest.mark.parametrize("harm", ["altered", "torn", "hash missing", "hash of another", "hash that is no text"])
+def test_a_wheel_that_is_not_as_it_was_stored_is_not_taken(harm, tmp_path):
+    wheel = tmp_path / f"horovod-{recipe.full_version(GPU)}-cp311-cp311-linux_x86_64.whl"
+    wheel.write_bytes(b"wheel")
+    stored = cache.store_wheel(wheel, tmp_path / "wheels")
+    [beside] = set(stored.parent.iterdir()) - {stored}
+    assert cache.find_wheel(GPU, stored.parent) == stored
+    match harm:
+        case "altered":
+            stored.write_bytes(b"wheeL")
+        case "torn":
+            stored.write_bytes(b"whe")
+        case "hash missing":
+            beside.unlink()
+        case "hash of another":
+            beside.write_text("0" * 64)
+        case _:
+            beside.write_bytes(b"\xff")
+    assert cache.find_wheel(GPU, stored.parent) is None
+    cache.store_wheel(wheel, stored.parent)
+    assert cache.find_wheel(GPU, stored.parent) == stored
+
+
 def test_a_store_cut_short_leaves_nothing_behind(tmp_path, monkeypatch):
     wheel = tmp_path / f"horovod-{recipe.full_version(GPU)}-cp311-cp311-linux_x86_64.whl"
     wheel.write_bytes(b"wheel")
@@ -287,6 +313,36 @@ def test_a_failed_step_shows_the_cause_a_hint_and_the_log(tmp_path):
     assert "earlier step" not in text
     assert "Building CXX object" not in text
     assert "/usr/bin/c++" not in text
+
+
+def fake_sdist(folder: Path, ran: Path) -> str:
+    """An index's Horovod that leaves a file as soon as any of it is run; returns its SHA-256."""
+    setup = f"import pathlib, setuptools\npathlib.Path({str(ran)!r}).touch()\n"
+    setup += "setuptools.setup(name='horovod', version='0.28.1')\n"
+    info = "Metadata-Version: 2.1\nName: horovod\nVersion: 0.28.1\n"
+    path = folder / "horovod-0.28.1.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        for name, text in {"setup.py": setup, "PKG-INFO": info}.items():
+            entry = tarfile.TarInfo(f"horovod-0.28.1/{name}")
+            entry.size = len(text.encode())
+            archive.addfile(entry, io.BytesIO(text.encode()))
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_nothing_is_run_of_a_horovod_that_is_not_the_known_one(tmp_path, monkeypatch):
+    index, work, ran = tmp_path / "index", tmp_path / "work", tmp_path / "ran"
+    index.mkdir(), work.mkdir()
+    sha256 = fake_sdist(index, ran)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    tools = build.Toolbox(tmp_path / "install.log", lambda step, percent: None)
+    with pytest.raises(HorovodError, match="is not the Horovod that danaz knows"):
+        build.download_source(work, tools)
+    assert not ran.exists()
+    assert not [*work.glob("*.tar.gz")]
+    monkeypatch.setattr(build, "HOROVOD_SHA256", sha256)
+    assert build.download_source(work, tools).name == "horovod-0.28.1.tar.gz"
+    assert ran.exists(), "pip runs a part of what it downloads"
 
 
 def test_a_failing_pip_becomes_an_error_with_its_words(tmp_path):

@@ -59,7 +59,7 @@ class TestTheFile:
     def test_what_is_no_recording_is_named(self, content, path):
         path.write_bytes(content)
         for read in (recorded_settings, lambda path: list(read_recording(path))):
-            with pytest.raises(RecordingError, match=r"recording\.bin is no recording"):
+            with pytest.raises(RecordingError, match=r"recording\.bin is no (whole )?recording"):
                 read(path)
 
     def test_a_length_beyond_the_end_takes_no_memory(self, path):

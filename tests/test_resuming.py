@@ -12,7 +12,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from danaz.cli import app
-from danaz.launch_options import prepare
+from danaz.launch_options import prepare, prepared
 from danaz.launching import Launch, execute, write_folder
 from danaz.resuming import ResumeError, check_checkpoints
 from danaz.server.checkpoint import write_checkpoint
@@ -35,8 +35,8 @@ def begun(tmp_path: Path) -> Path:
 
 
 def begin(run: Path, command: Sequence[str] = (), **options: Any) -> Path:
-    ready, _ = prepare({**options, "out": run}, [], command)
-    write_folder(ready)
+    with prepared({**options, "out": run}, [], command) as (ready, _):
+        write_folder(ready)
     return run
 
 
@@ -102,7 +102,6 @@ def test_with_as_many_shards_as_it_began(tmp_path: Path) -> None:
 
 def test_of_a_complete_run_no_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not those of a shard either that was stopped before it knew, on whichever machine."""
-    ready = prepare({"config": Path(CONFIG), "server_shards": 2, "out": tmp_path / "run"}, [], [])[0]
 
     def play(complete: bool) -> list[str]:
         def run(plan: object, folder: Path, **options: object) -> Outcome:
@@ -111,7 +110,9 @@ def test_of_a_complete_run_no_checkpoint_stays(tmp_path: Path, monkeypatch: pyte
             return Outcome(0)
 
         monkeypatch.setattr("danaz.launching.run", run)
-        execute(ready)
+        options = {"config": Path(CONFIG), "server_shards": 2, "out": tmp_path / f"run-{complete}"}
+        with prepared(options, [], []) as (ready, _):
+            execute(ready)
         return [path.name for path in ready.run.glob("checkpoints*")]
 
     assert play(complete=False) == ["checkpoints.1"]

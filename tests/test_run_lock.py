@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from danaz.run_lock import RunLockedError, lock_run
+from danaz.run_lock import RunLockedError, lock_server
 
-HOLD = "import sys; from pathlib import Path; from danaz.run_lock import lock_run; lock_run(Path(sys.argv[1]))"
+HOLD = "import sys; from pathlib import Path; from danaz.run_lock import lock_server; lock_server(Path(sys.argv[1]))"
 
 
 def test_another_server_is_waited_for_and_the_kernel_frees_its_lock(tmp_path: Path) -> None:
@@ -20,6 +20,6 @@ def test_another_server_is_waited_for_and_the_kernel_frees_its_lock(tmp_path: Pa
         assert other.stdout is not None
         other.stdout.readline()
         with pytest.raises(RunLockedError, match="another server writes"):
-            lock_run(tmp_path, wait_s=0.1)
+            lock_server(tmp_path, wait_s=0.1)
         other.kill()
-    os.close(lock_run(tmp_path, wait_s=0.1))
+    os.close(lock_server(tmp_path, wait_s=0.1))

@@ -23,7 +23,8 @@ from typer.testing import CliRunner
 
 from danaz.cli import app
 from danaz.config import Config
-from danaz.run_folder import RunFolder, RunFolderError, free_run_folder, read_summary, with_measured, write_atomically
+from danaz.run_folder import RunFolder, read_summary, with_measured, write_atomically
+from danaz.run_lock import RunFolderError, free_run_folder
 from danaz.server.figures import Update
 from danaz.simulate.simulator import simulate
 

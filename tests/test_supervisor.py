@@ -56,6 +56,15 @@ def test_the_wait_doubles_up_to_the_longest() -> None:
     assert waits == [2.0, 4.0, 5.0]
 
 
+def test_a_service_that_cannot_go_on_is_not_started_again() -> None:
+    supervisor = running()
+    supervisor.cannot_go_on("server")
+    decisions = supervisor.failed("server", "server ended with exit code 2", 10.0, by_itself=True)
+    assert [(decision.do, decision.unit) for decision in decisions] == [("end", "server"), ("stop", "server")]
+    assert decisions[0].reason == "server ended with exit code 2; the run ends"
+    assert not supervisor.will_restart("server")
+
+
 def test_the_limit_is_one_of_restarts_within_the_window() -> None:
     supervisor = running()
     for _ in range(3):

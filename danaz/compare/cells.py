@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,11 +10,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from danaz.config import Config, ConfigError, load_config
 from danaz.launching import Cluster, check_workers
+from danaz.plain_yaml import YamlError, parse_yaml
+from danaz.reading import read_yaml
 from danaz.rules import find_algorithm
 from danaz.settings import Settings
 from danaz.worker.group import choose_collective
@@ -101,8 +103,8 @@ class Comparison:
 def is_plan(path: Path) -> bool:
     """Whether a YAML file lists the cells of a comparison, rather than the keys of one experiment."""
     try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        content = parse_yaml(path.read_text())
+    except (OSError, UnicodeDecodeError, YamlError):
         return False  # load_config will say what is wrong
     return isinstance(content, Mapping) and "cells" in content
 
@@ -110,9 +112,10 @@ def is_plan(path: Path) -> bool:
 def read_plan(path: Path, overrides: Sequence[str] = (), seeds: int | None = None) -> Comparison:
     """The comparison that a YAML file lists: ``config`` (a path beside it), ``cells`` (a list of grids).
 
-    ``seeds``, if given, replaces that of every grid. Raises ComparisonError, ConfigError, UnknownAlgorithmError.
+    ``seeds``, if given, replaces that of every grid. Raises ComparisonError, ConfigError, UnreadableError,
+    UnknownAlgorithmError.
     """
-    content = yaml.safe_load(path.read_text())
+    content = read_yaml(path)
     if set(content) != {"config", "cells"} or not isinstance(content["cells"], list):
         raise ComparisonError(
             f"{path}: expected the keys config (a path) and cells (a list), found {', '.join(content)}"
@@ -137,7 +140,8 @@ def make_comparison(path: Path, grids: Iterable[Grid], overrides: Sequence[str],
     """The cells of ``grids`` on the experiment in ``path``, each once. Raises as read_plan does."""
     for override in overrides:
         if override.partition("=")[0].strip() in COMPARED[:3]:
-            raise ConfigError(f"--set {override}: this is what is compared; use --algorithms, --workers and --schedule")
+            where = "use --algorithms, --workers and --schedule" if name is None else "edit the cells in the YAML"
+            raise ConfigError(f"--set {override}: this is what is compared; {where}")
     base = load_config(path, overrides)
     cells: dict[str, Cell] = {}
     for grid in grids:
@@ -157,8 +161,8 @@ def _expand(grid: Grid, base: Config, path: Path, overrides: Sequence[str]) -> I
         chosen = {"algorithm": algorithm, "workers": workers, "schedule": grid.schedule or base.schedule, "seed": seed}
         if cluster is None and (only_one or workers == 1):
             chosen |= {"algorithm": BASELINE, "workers": 1, "schedule": Config.model_fields["schedule"].default}
-        config = load_config(path, [*overrides, *(f"{key}={value}" for key, value in chosen.items())])
-        check_workers(Settings.of(config, schedule=config.schedule, collective="none"))
+        config = load_config(path, [*overrides, *(f"{key}={json.dumps(value)}" for key, value in chosen.items())])
+        check_workers(Settings.of(config, schedule="live" if cluster else config.schedule, collective="none"))
         yield Cell(config, cluster)
 
 

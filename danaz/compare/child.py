@@ -2,7 +2,8 @@
 
 Folders of cells, each with its config.yaml, come as lines on stdin; what goes out on stdout are lines of JSON:
 ``{"share": 0.5, "loss": 0.1}`` now and then, ``{"peak_bytes": …}`` when a cell is finished. A cell that fails ends the
-process, with the reason in the cell's log.
+process, with the traceback in the cell's log, and before that with ``{"failed": "the reason"}``: the log's disk may be
+full.
 """
 
 from __future__ import annotations
@@ -25,13 +26,18 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         folder = Path(line.rstrip("\n"))
-        _log_to(folder / LOGS)
-        _simulate(folder, answers)
+        try:
+            _log_to(folder / LOGS)
+            _simulate(folder, answers)
+        except (ValueError, RuntimeError, OSError) as error:
+            _tell(answers, failed=str(error))
+            raise
         _tell(answers, peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 def _simulate(folder: Path, answers: TextIO) -> None:
     from danaz.config import load_config
+    from danaz.run_lock import locked_run_folder
     from danaz.simulate.simulator import simulate
 
     told_at = 0.0
@@ -42,7 +48,8 @@ def _simulate(folder: Path, answers: TextIO) -> None:
             told_at = time.monotonic()
             _tell(answers, share=share, loss=loss)  # raises when the parent is gone, which ends this process too
 
-    simulate(load_config(folder / "config.yaml", ["threads=1"]), folder, tell_progress)
+    with locked_run_folder(folder):
+        simulate(load_config(folder / "config.yaml", ["threads=1"]), folder, tell_progress)
 
 
 def _log_to(folder: Path) -> None:
@@ -53,7 +60,7 @@ def _log_to(folder: Path) -> None:
         os.close(file)
 
 
-def _tell(answers: TextIO, **message: float | None) -> None:
+def _tell(answers: TextIO, **message: float | str | None) -> None:
     answers.write(json.dumps(message) + "\n")
     answers.flush()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -72,12 +73,14 @@ def compare(
     """
     from danaz.compare.cells import ComparisonError, Grid
     from danaz.compare.run import run_comparison
+    from danaz.reading import UnreadableError
+    from danaz.run_lock import RunFolderError
     from danaz.training import choose_device
 
     # The options that make a grid bear the names of its keys.
     given = {name: value for name, value in ctx.params.items() if name in Grid.model_fields and value is not None}
     try:
-        changes = [*(overrides or []), *([] if device is None else [f"device={device}"])]
+        changes = [*(overrides or []), *([] if device is None else [f"device={json.dumps(device)}"])]
         asked = _comparison(config, given, live, changes)
         choose_device(asked.config)
     except (ValueError, RuntimeError) as error:  # also those of config, hosts, algorithms and collective
@@ -86,9 +89,10 @@ def compare(
     typer.echo(f"comparison folder: {folder}", err=True)
     try:
         ending = run_comparison(asked, folder, jobs, fresh)
-    except (ComparisonError, OSError) as error:
+        code = _report(ending)
+    except (ComparisonError, RunFolderError, UnreadableError, OSError) as error:
         fail(error)
-    raise typer.Exit(_report(ending))
+    raise typer.Exit(code)
 
 
 def tune(
@@ -120,12 +124,12 @@ def tune(
     from danaz.settings import Settings
 
     try:
-        chosen = [f"algorithm={algorithm}"] + ([] if workers is None else [f"workers={workers}"])
-        base = load_config(config, [*(overrides or ()), *chosen])
+        chosen = {"algorithm": algorithm} | ({} if workers is None else {"workers": workers})
+        base = load_config(config, overrides or (), chosen)
         check_workers(Settings.of(base, schedule=base.schedule, collective="none"))
         lrs, momenta = _floats(lr, "--lr"), _floats(momentum, "--momentum")
         for rate, inertia in product(lrs, momenta):
-            load_config(config, [*(overrides or ()), *chosen, f"lr={rate}", f"momentum={inertia}"])
+            load_config(config, overrides or (), {**chosen, "lr": rate, "momentum": inertia})
         folder = out or Path("runs", f"tune-{base.name}-{base.algorithm}-{base.workers}")
         tuning = run_grid(base, lrs, momenta, folder, jobs)
     except (ValueError, OSError) as error:
@@ -134,9 +138,12 @@ def tune(
         typer.echo("interrupted: the same command goes on with what is left", err=True)
         raise typer.Exit(130) from None
     print_tuning(tuning)
-    if tuning.summaries:
-        for file in write_tuning(tuning, folder):
-            typer.echo(f"  {file}")
+    try:
+        files = write_tuning(tuning, folder) if tuning.summaries else ()
+    except OSError as error:
+        fail(error)
+    for file in files:
+        typer.echo(f"  {file}")
     raise typer.Exit(1 if tuning.failures else 0)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from danaz.compare.cells import Cell
 from danaz.compare.display import Display
 from danaz.compare.folder import ComparisonFolder
 from danaz.launching import Manner, execute, prepare_config
+from danaz.run_lock import locked_run_folder
 from launcher.logs import quiet
+
+HAS = {"--hosts", "--hostfile", "--workers-per-host", "--collective"}
 
 
 def run_live(cells: Sequence[Cell], folder: ComparisonFolder, display: Display) -> dict[str, str]:
@@ -23,15 +27,26 @@ def run_live(cells: Sequence[Cell], folder: ComparisonFolder, display: Display) 
     return failures
 
 
+def _in_words_of_compare(reason: str) -> str:
+    """A reason may advise options of `danaz launch`, of which `danaz compare` has a few."""
+    if {*re.findall(r"--[a-z][a-z-]+", reason)} <= HAS:
+        return reason
+    return (
+        f"{reason} (These are options of `danaz launch`. `danaz compare` takes users and ports from its hostfile, and "
+        "everything else from ~/.ssh/config)"
+    )
+
+
 def _run(cell: Cell, folder: ComparisonFolder, display: Display) -> str | None:
     assert cell.cluster is not None
     run = folder.begin(cell)
     try:
-        # Times are compared, and a restart would count against one of them.
-        ready = prepare_config(cell.config, cell.cluster, run, Manner(on_worker_failure="stop"))
-        outcome, summary = execute(ready, echo=quiet)
+        with locked_run_folder(run):
+            # Times are compared, and a restart would count against one of them.
+            ready = prepare_config(cell.config, cell.cluster, run, Manner(on_worker_failure="stop"))
+            outcome, summary = execute(ready, echo=quiet)
     except (ValueError, RuntimeError) as error:  # such hosts or such an algorithm cannot be launched
-        return str(error)
+        return _in_words_of_compare(str(error))
     if outcome.signum is not None:
         raise KeyboardInterrupt
     if summary is not None:

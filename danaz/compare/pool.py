@@ -36,6 +36,7 @@ class Child:
             env={**os.environ, **ONE_THREAD},
         )
         self.cell: Cell | None = None
+        self.failed = ""  # why the cell has, as it says
         self._rest = b""
 
     def begin(self, cell: Cell, folder: Path) -> None:
@@ -117,7 +118,8 @@ class Pool:
         if messages is None:
             cell, status = child.cell, self._drop(child)
             assert cell is not None  # an idle child waits for its next cell
-            self.failures[cell.name] = reason = self._reason(cell, status)
+            self.failures[cell.name] = reason = child.failed or self._reason(cell, status)
+            (self.folder.cell(cell.name) / "summary.json").unlink(missing_ok=True)  # it was not written in full
             self.display.failed(cell, reason)
             return
         for message in messages:
@@ -129,6 +131,8 @@ class Pool:
             self.need_bytes = max(self.need_bytes, message["peak_bytes"])
             self.display.finished(child.cell, read_summary(self.folder.cell(child.cell.name)))
             child.cell = None
+        elif "failed" in message:
+            child.failed = message["failed"]
         else:
             self.display.progressed(child.cell, message["share"], message["loss"])
 
@@ -141,5 +145,6 @@ class Pool:
         if status < 0:
             return f"was killed by {signal.Signals(-status).name}"
         log = self.folder.cell(cell.name) / LOGS / "stderr"
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        text = log.read_text(errors="replace") if log.exists() else ""
+        lines = [line for line in text.splitlines() if line.strip()]
         return lines[-1] if lines else f"ended with exit code {status}"

@@ -31,7 +31,7 @@ def run_comparison(comparison: Comparison, path: Path, jobs: int | None = None, 
     ``jobs`` is the most processes that simulate at a time; default: one for each core. Raises ComparisonError when
     the folder cannot be used.
     """
-    folder = ComparisonFolder(path)
+    folder = ComparisonFolder(path, has_fresh=True)
     with folder.opened_for(comparison, fresh):
         todo = [cell for cell in comparison.cells if not folder.is_finished(cell)]
         failures: dict[str, str] = {}

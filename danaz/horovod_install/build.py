@@ -16,6 +16,7 @@ from pathlib import Path
 from danaz.horovod_install.errors import HorovodError
 from danaz.horovod_install.recipe import (
     BUILD_REQUIREMENTS,
+    HOROVOD_SHA256,
     HOROVOD_VERSION,
     RUN_REQUIREMENTS,
     Target,
@@ -44,6 +45,10 @@ _HINTS = (
     (r"unrecognized command.line option.*-std=", "The compiler is too old for C++20: g++ 11 or newer is needed."),
     (r"No space left on device", "The disk is full; the build needs about 1 GB in the temporary folder (TMPDIR)."),
     (r"name resolution|NewConnectionError|Network is unreachable", "pip could not reach the package index."),
+    (
+        r"DO NOT MATCH THE HASHES",
+        "What the package index sent is not the Horovod that danaz knows, and nothing of it was run: ask its keeper.",
+    ),
     (r"No module named pip", "This Python has no pip: run `python -m ensurepip`."),
 )
 
@@ -103,12 +108,7 @@ def build_wheel(target: Target, folder: Path, jobs: int, tools: Toolbox) -> Path
         stage = None if target.cuda is None else stage_toolkit(nvidia_folder(), target.cuda, work / "cuda")
         env = environment(target, os.environ, Path(sysconfig.get_path("scripts")), jobs, stage)
         # Two steps, because pip refuses an index's 0.28.1 that calls itself 0.28.1+torch... once built.
-        tools.pip(
-            f"Downloading Horovod {HOROVOD_VERSION}",
-            *("download", "--no-deps", "--no-build-isolation", "--no-binary", "horovod"),
-            *("--dest", str(work), f"horovod=={HOROVOD_VERSION}"),
-        )
-        (source,) = work.glob("horovod-*.tar.gz")
+        source = download_source(work, tools)
         tools.pip(
             f"Compiling Horovod {HOROVOD_VERSION}",
             *("wheel", "--verbose", "--no-deps", "--no-build-isolation", "--no-cache-dir"),
@@ -117,6 +117,22 @@ def build_wheel(target: Target, folder: Path, jobs: int, tools: Toolbox) -> Path
         )
     (wheel,) = folder.glob("horovod-*.whl")
     return wheel
+
+
+def download_source(folder: Path, tools: Toolbox) -> Path:
+    """Horovod's sdist in ``folder``, if it is the one that is known: pip runs nothing of another.
+
+    Raises HorovodError.
+    """
+    known = folder / "horovod.txt"
+    known.write_text(f"horovod=={HOROVOD_VERSION} --hash=sha256:{HOROVOD_SHA256}\n")
+    tools.pip(
+        f"Downloading Horovod {HOROVOD_VERSION}",
+        *("download", "--no-deps", "--no-build-isolation", "--no-binary", "horovod", "--require-hashes"),
+        *("--dest", str(folder), "--requirement", str(known)),
+    )
+    (source,) = folder.glob("horovod-*.tar.gz")
+    return source
 
 
 def _requirements(target: Target) -> list[str]:

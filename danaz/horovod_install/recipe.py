@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 HOROVOD_VERSION = "0.28.1"
+HOROVOD_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"  # of its sdist on PyPI
 TOOLCHAIN = Path(__file__).with_name("toolchain")
 
 # Horovod's own imports; setuptools because `horovodrun` uses distutils, which left Python in 3.12.

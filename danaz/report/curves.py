@@ -7,8 +7,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
+from danaz.reading import UnreadableError, read_json
 from danaz.report.results import Result
 from danaz.run_folder import write_atomically
 
@@ -28,17 +30,32 @@ class Curves:
 
 
 def read_curves(result: Result) -> Curves | None:
-    """Those of a finished run; None if it made no update. Computed once, then kept in the run folder."""
+    """Those of a finished run; None if it made no update. Computed once, then kept in the run folder.
+
+    Raises UnreadableError for a damaged file, OSError if the curves cannot be kept.
+    """
     cache = result.folder / CACHE
     if cache.exists():
-        return Curves(**json.loads(cache.read_text()))
+        return _cached(cache)
     updates = result.folder / "updates.jsonl"
     if not updates.exists() or not result.summary.get("updates"):
         return None
-    with updates.open() as lines:
-        curves = make_curves(map(json.loads, lines), result.summary["updates"], result.summary["epochs"])
+    try:
+        with updates.open() as lines:
+            curves = make_curves(map(json.loads, lines), result.summary["updates"], result.summary["epochs"])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UnreadableError(updates, f"one of its lines is no update ({error!r})") from None
+    except OSError as error:
+        raise UnreadableError(updates, error.strerror) from None
     write_atomically(cache, json.dumps(asdict(curves)).encode())
     return curves
+
+
+def _cached(path: Path) -> Curves:
+    try:
+        return Curves(**read_json(path))
+    except TypeError as error:
+        raise UnreadableError(path, f"it holds no curves ({error}); delete it, and it is made again") from None
 
 
 def make_curves(updates: Iterable[dict[str, Any]], count: int, epochs: float) -> Curves:

@@ -9,8 +9,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
+from danaz.reading import UnreadableError, read_yaml
 from danaz.run_folder import read_summary
 
 SHOWN_ARGUMENT = 16  # characters of a schedule's argument
@@ -161,16 +160,36 @@ class Outcome:
 
 
 def read_outcome(folder: Path, failed: Sequence[Result] = ()) -> Outcome:
-    """Read the folder of a comparison: all its cells, also those of earlier calls; ``failed`` are added to them."""
-    index = yaml.safe_load((folder / "comparison.yaml").read_text())
+    """Read the folder of a comparison: all its cells, also those of earlier calls; ``failed`` are added to them.
+
+    Raises UnreadableError.
+    """
+    config, names = read_index(folder / "comparison.yaml")
     failures = {result.folder.name: result for result in failed}
     results, pending = [], []
-    for name in index["cells"]:
+    for name in names:
         cell = folder / "cells" / name
         if name in failures:
             results.append(failures[name])
         elif (cell / "summary.json").exists():
-            results.append(Result.of(read_summary(cell), cell))
+            results.append(_result(cell))
         else:
             pending.append(name)
-    return Outcome(folder, index["config"], results, pending)
+    return Outcome(folder, config, results, pending)
+
+
+def read_index(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """What all cells of a comparison have in common, and the names of the cells. Raises UnreadableError."""
+    index = read_yaml(path)
+    config, names = index.get("config"), index.get("cells")
+    if not isinstance(config, dict) or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UnreadableError(path, "a comparison has the keys config, with keys and values, and cells, with names")
+    return config, names
+
+
+def _result(cell: Path) -> Result:
+    try:
+        return Result.of(read_summary(cell), cell)
+    except (KeyError, TypeError) as error:
+        why = f"it is no summary of a run ({error!r}); delete it, and the same command runs this cell again"
+        raise UnreadableError(cell / "summary.json", why) from None

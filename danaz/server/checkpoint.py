@@ -9,6 +9,7 @@ together.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -62,21 +63,33 @@ def worth_keeping(numbers: Sequence[int], common: Collection[int]) -> list[int]:
 
 
 def write_checkpoint(folder: Path, number: int, state: CoreState, keep: Collection[int] = ()) -> None:
-    """Write a checkpoint; then delete all others but those to ``keep``. Raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write a checkpoint; then delete all others but those to ``keep``. Raises OSError, and leaves nothing of it then.
+
+    The run folder must be there: one that was deleted is not made again for a checkpoint's sake.
+    """
+    folder.mkdir(exist_ok=True)
     tensors, facts = _files(folder, number)
-    part = tensors.with_suffix(".part")
     try:
-        save_file(state.tensors, part)
-    except SafetensorError as error:  # a full disk comes as one, too
-        raise OSError(f"{part}: {error}") from error
-    os.chmod(part, 0o644)  # others may read a run
-    digest = _digest(state.facts, part)
-    _publish(part, tensors)
-    part = facts.with_suffix(".part")
-    part.write_text(json.dumps({"format": FORMAT, "sha256": digest, "facts": state.facts}))
-    _publish(part, facts)
+        part = tensors.with_suffix(".part")
+        _save(state, part)
+        os.chmod(part, 0o644)  # others may read a run
+        digest = _digest(state.facts, part)
+        _publish(part, tensors)
+        part = facts.with_suffix(".part")
+        part.write_text(json.dumps({"format": FORMAT, "sha256": digest, "facts": state.facts}))
+        _publish(part, facts)
+    except OSError:
+        _delete(folder, but={other for other in _numbers(folder) if other != number})
+        raise
     _delete(folder, but={number, *keep})
+
+
+def _save(state: CoreState, path: Path) -> None:
+    """Raises OSError, which safetensors keeps to itself: only its words say what the system said."""
+    try:
+        save_file(state.tensors, path)
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error), str(path)) from None
 
 
 def read_newest(folder: Path) -> tuple[CoreState, list[str]] | None:

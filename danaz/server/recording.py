@@ -10,41 +10,66 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from danaz.run_folder import Tell, tell_on_stderr
 from danaz.server.answers import Replies
 from danaz.server.core import ServerCore
 from danaz.server.messages import Request
-from danaz.server.wire import Frame, decode
+from danaz.server.wire import Frame, WireError, decode
 
 LENGTH = struct.Struct("<I")
 HEAD = struct.Struct("<dII")
 
 
-class Recorder:
-    """Appends events to a file."""
+class RecordingError(ValueError):
+    """A file that is no recording, or a damaged one."""
 
-    def __init__(self, path: Path, settings: str):
-        self._file: BinaryIO = path.open("wb")
-        self._file.write(LENGTH.pack(len(settings.encode())) + settings.encode())
+
+class Recorder:
+    """Appends events to a file, until the disk does not take one: then it tells, and the recording has ended."""
+
+    def __init__(self, path: Path, settings: str, tell: Tell = tell_on_stderr):
+        self._path, self._tell = path, tell
+        self._file: BinaryIO | None = None
+        with self._told():
+            self._file = path.open("wb", buffering=0)
+            self._write(LENGTH.pack(len(settings.encode())) + settings.encode())
 
     def event(self, now: float, route: bytes = b"", frames: Sequence[Frame] = ()) -> None:
         lengths = [len(frame) for frame in frames]
-        self._file.write(HEAD.pack(now, len(route), len(frames)) + struct.pack(f"<{len(frames)}Q", *lengths) + route)
-        for frame in frames:
-            self._file.write(frame)
+        head = HEAD.pack(now, len(route), len(frames)) + struct.pack(f"<{len(frames)}Q", *lengths) + route
+        with self._told():
+            self._write(head)
+            for frame in frames:
+                self._write(frame)
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            with self._told():
+                self._file.close()
 
+    def _write(self, data: Frame) -> None:
+        rest = memoryview(data).cast("B")
+        while self._file is not None and rest:
+            rest = rest[self._file.write(rest) :]
 
-class RecordingError(ValueError):
-    """A file that is no recording."""
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            file, self._file = self._file, None
+            if file is not None:
+                with suppress(OSError):
+                    file.close()
+            self._tell(f"{self._path} cannot be written: {error.strerror}. Training goes on; the recording ends here")
 
 
 def recorded_settings(path: Path) -> str:
-    """The settings that the server was recorded with. Raises RecordingError."""
+    """The settings that the server was recorded with. Raises RecordingError, FileNotFoundError."""
     with path.open("rb") as file:
         return _read_settings(file, path)
 
@@ -53,7 +78,7 @@ def _read_settings(file: BinaryIO, path: Path) -> str:
     head = file.read(LENGTH.size)
     length: int = LENGTH.unpack(head)[0] if len(head) == LENGTH.size else -1
     if not 0 <= length <= _left(file):
-        raise RecordingError(f"{path} is no recording: it ends within the settings that it should begin with")
+        raise RecordingError(f"{path} is no whole recording: it breaks off before the first message")
     try:
         return file.read(length).decode()
     except UnicodeDecodeError as error:
@@ -86,6 +111,10 @@ def read_recording(path: Path) -> Iterator[tuple[float, bytes, list[bytearray]]]
 
 
 def replay(path: Path, core: ServerCore) -> Iterator[Replies]:
-    """Feed a recording to a fresh ``core``; yields the replies to each event."""
-    for now, route, frames in read_recording(path):
-        yield core.handle(route, decode(frames, Request), now) if frames else core.tick(now)
+    """Feed a recording to a fresh ``core``; yields the replies to each event. Raises RecordingError."""
+    for number, (now, route, frames) in enumerate(read_recording(path), 1):
+        try:
+            message = decode(frames, Request) if frames else None
+        except WireError as error:
+            raise RecordingError(f"{path} is damaged: its event {number} is no message ({error})") from None
+        yield core.tick(now) if message is None else core.handle(route, message, now)

@@ -40,7 +40,8 @@ def simulate(
     from danaz.launching import check_workers
     from danaz.progress import progress_bar
     from danaz.report.tables import print_summary
-    from danaz.run_folder import free_run_folder, write_settings
+    from danaz.run_folder import UnwrittenError, write_settings
+    from danaz.run_lock import claimed_run_folder
     from danaz.settings import Settings
     from danaz.simulate.simulator import Simulation
 
@@ -54,16 +55,16 @@ def simulate(
         "wire": wire,
         "wire_view": wire_view,
     }
-    chosen = [f"{key}={value}" for key, value in given.items() if value is not None]
+    chosen = {key: value for key, value in given.items() if value is not None}
     try:
-        settings = load_config(config, [*(overrides or ()), *chosen])
+        settings = load_config(config, overrides or (), chosen)
         check_workers(Settings.of(settings, schedule=settings.schedule, collective="none"))
-        run = free_run_folder(out, f"{settings.name}-{settings.algorithm}-{settings.workers}")
-        simulation = Simulation(settings, run)
-        write_settings(run, settings.model_dump(mode="json"))
-        with progress_bar(f"{settings.algorithm}, {settings.workers} workers") as progress:
-            summary = simulation.run(progress)
-    except (ValueError, FileNotFoundError) as error:
+        with claimed_run_folder(out, f"{settings.name}-{settings.algorithm}-{settings.workers}") as run:
+            simulation = Simulation(settings, run)
+            write_settings(run, settings.model_dump(mode="json"))
+            with progress_bar(f"{settings.algorithm}, {settings.workers} workers") as progress:
+                summary = simulation.run(progress)
+    except (ValueError, OSError, UnwrittenError) as error:
         fail(error)
     print_summary(summary, run)
 

@@ -81,7 +81,7 @@ def trace(path: Path, workers: int) -> Iterator[int]:
     file = path / "updates.jsonl" if path.is_dir() else path
     try:
         order = [int(json.loads(line)["worker"]) for line in file.read_text().splitlines()]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ScheduleError(
             f"schedule trace cannot read {file}: {error}; give a run folder or its updates.jsonl"
         ) from error
