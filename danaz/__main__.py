@@ -1,5 +1,13 @@
 """``python -m danaz`` is the ``danaz`` command."""
 
+import os
+import sys
+
+# `-m` searches the working directory first, where a file of the user's may have the name of something imported here.
+if sys.path[0] == os.getcwd():
+    sys.path.append(os.path.dirname(os.path.dirname(__file__)))
+    del sys.path[0]
+
 from danaz.cli import main
 
 main()

@@ -39,7 +39,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launcher.channel import READ_BYTES, Channel, Message, bytes_to_text, wait_ready
@@ -48,6 +48,7 @@ from launcher.plan import PYTHON
 from launcher.processes import adopt_orphans, descendants, die_with_parent, reap, send_signal
 from launcher.rendezvous import Rendezvous
 from launcher.signals import ENDING_SIGNALS, NotedSignals, noted_signals
+from launcher.start import module_command
 
 GRACE_S = 5.0  # between SIGTERM and SIGKILL, unless told otherwise
 KILL_S = 10.0  # SIGKILL works at once, except on a process that hangs in the kernel (a dead NFS mount, a GPU driver)
@@ -168,7 +169,7 @@ class Agent:
         try:
             folder = own_folder(order["folder"]) if order["returns"] else None
             popen = subprocess.Popen(
-                [sys.executable if word == PYTHON else word for word in order["argv"]],
+                command(order["argv"]),
                 env=environment(order, folder, secret),
                 pass_fds=secret,
                 cwd=order["cwd"],
@@ -295,6 +296,13 @@ def keep_in_memory(secret: str | None) -> tuple[int, ...]:
     os.write(fd, secret.encode())
     os.lseek(fd, 0, os.SEEK_SET)
     return (fd,)
+
+
+def command(argv: Sequence[str]) -> list[str]:
+    """What is started here for a process of the plan."""
+    if argv[0] != PYTHON:
+        return list(argv)
+    return module_command(*argv[2:]) if argv[1] == "-m" else [sys.executable, *argv[1:]]
 
 
 def environment(order: Message, folder: Path | None, secret: tuple[int, ...]) -> dict[str, str]:

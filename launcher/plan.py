@@ -30,7 +30,9 @@ __all__ = [
 ]
 
 LAUNCHING_MACHINE = Host("localhost")
-PYTHON = "{python}"  # as the first word of a command: the Python that runs the agent there
+# As the first word of a command: the Python that runs the agent there. `{python} -m MODULE` runs a module of ours, and
+# it imports nothing from the working directory.
+PYTHON = "{python}"
 ANNOUNCED = "{announced}"  # in the command of a service's restart: what it announced at first
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from launcher.channel import READ_BYTES, Channel, Message, wait_ready
 from launcher.hosts import Host
 from launcher.machine import is_this_machine
+from launcher.start import module_command
 
 __all__ = ["AgentCommand", "AgentLink", "TransportError", "local_agent_command"]
 
@@ -33,7 +33,7 @@ def local_agent_command(host: Host) -> Sequence[str]:
     """Start the agent on this machine. Raises TransportError for any other."""
     if not is_this_machine(host.name):
         raise TransportError(f"{host.name} is not this machine, the only one that can be used; write localhost:SLOTS")
-    return [sys.executable, "-m", "launcher.agent"]
+    return module_command("launcher.agent")
 
 
 class AgentLink:
@@ -46,7 +46,6 @@ class AgentLink:
         self.last_words: deque[str] = deque(maxlen=20)  # of its stderr, where ssh complains too
         try:
             # Its own session: Ctrl-C at the terminal is for the launcher alone, which then ends the run in order.
-            # Its working directory is where this package lies, so that nothing in the user's own is imported instead.
             self.popen = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
