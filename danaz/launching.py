@@ -15,7 +15,7 @@ from danaz.codecs import push_codec, view_codec
 from danaz.config import Config
 from danaz.invitation import Errand, Invitation, write_invitations
 from danaz.keys import ServerKeys, make_keys, to_json
-from danaz.reach import Reach, find_machines
+from danaz.reach import Reach, find_machines, replaced_here
 from danaz.resuming import write_options
 from danaz.rules import Rule
 from danaz.run_folder import free_run_folder, read_summary, write_settings
@@ -154,6 +154,7 @@ def _prepare(
     plan, invitations = make_plan(errand, settings, cluster, run, manner)
     if "command" in values:
         values = {**asdict(settings), **values}
+    notes += replaced_here(plan, cluster.reach)
     return Launch(run, values, plan, cluster.reach, policy, notes, invitations)
 
 

@@ -11,13 +11,14 @@ from pathlib import Path
 from danaz.probe import versions
 from launcher.hosts import Host
 from launcher.machine import Machine, local_machines
-from launcher.plan import LAUNCHING_MACHINE, PYTHON
+from launcher.plan import INTERFACE_VARIABLES, LAUNCHING_MACHINE, PYTHON, Plan
 from launcher.slurm import Srun
 from launcher.ssh import Ssh
 from launcher.survey import ANY_HOST, Finding, survey
 from launcher.transport import AgentCommand, local_agent_command
 
 PROBE = (PYTHON, "-m", "danaz.probe")
+OWN = "DANAZ_"  # how the names of danaz's own variables begin
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -112,7 +113,26 @@ def parse_environment(variables: Sequence[str], env_file: Path | None) -> dict[s
         if not equals and name not in os.environ:
             raise ReachError(f"-x {name}: it is not set here; write -x {name}=VALUE")
         found[name] = value if equals else os.environ[name]
+    own = sorted(name for name in found if name.startswith(OWN))
+    if own:
+        raise ReachError(f"{', '.join(own)}: what begins with {OWN} is set by danaz itself; give it another name")
     return found
+
+
+def replaced_here(plan: Plan, reach: Reach) -> list[str]:
+    """What the user should be told of variables of this machine that its ranks do not get."""
+    ranks = [rank for rank in plan.ranks if reach.is_direct(rank.host)]
+    replaced = {
+        name: rank.env[name]
+        for rank in ranks
+        for name in INTERFACE_VARIABLES
+        if name in rank.env and os.environ.get(name) not in (None, rank.env[name])
+    }
+    return [
+        f"{name} is {os.environ[name]} here, but ranks get {value}, the way to those that they speak with; to choose "
+        f"it, use --interface, or -x {name}"
+        for name, value in replaced.items()
+    ]
 
 
 def _read_env_file(path: Path) -> dict[str, str]:

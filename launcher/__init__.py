@@ -15,6 +15,6 @@ It knows nothing of training, and needs nothing but Python:
 
     hosts = parse_hosts("localhost:4")
     command = ["python", "train.py"]
-    todo = plan(hosts, command, one_world=True, env=os.environ, cwd=os.getcwd(), machines=local_machines(hosts))
+    todo = plan(hosts, command, one_world=True, env={}, cwd=os.getcwd(), machines=local_machines(hosts))
     outcome = run(todo, "runs/first")
 """

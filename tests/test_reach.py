@@ -12,11 +12,11 @@ from danaz.doctor import check_up, show
 from danaz.invitation import Errand
 from danaz.launching import Cluster, LaunchError, Manner, check_server_hosts, find_out, make_plan
 from danaz.probe import versions
-from danaz.reach import Reach, ReachError, parse_environment, parse_interfaces
+from danaz.reach import Reach, ReachError, parse_environment, parse_interfaces, replaced_here
 from danaz.settings import Settings
 from launcher.hosts import Host, parse_hosts
 from launcher.machine import Machine
-from launcher.plan import ANNOUNCED
+from launcher.plan import ANNOUNCED, Plan, plan
 from launcher.survey import ANY_HOST, Finding
 
 HERE = versions()
@@ -63,6 +63,8 @@ def test_variables_and_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (["NOWHERE_SET"], None, "-x NOWHERE_SET: it is not set here; write -x NOWHERE_SET=VALUE"),
         (["=1"], None, "-x '=1': expected NAME or NAME=VALUE"),
         (["A B=1"], None, "-x 'A B=1': expected NAME"),
+        (["DANAZ_RUN=/"], None, "DANAZ_RUN: what begins with DANAZ_ is set by danaz itself"),
+        ([], "DANAZ_WORKER=1\n", "DANAZ_WORKER: what begins with DANAZ_ is set by danaz itself"),
         ([], "A=1\nB\n", "line 2: expected NAME=VALUE"),
         ([], "A-B=1\n", "line 1: expected NAME=VALUE"),
     ],
@@ -75,6 +77,19 @@ def test_variables_that_cannot_be_meant(tmp_path: Path, variables: list[str], li
     with pytest.raises(ReachError) as error:
         parse_environment(variables, file)
     assert message in str(error.value)
+
+
+def test_an_interface_of_this_environment_that_ranks_here_do_not_get(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("NCCL_SOCKET_IFNAME", "ib0"), ("GLOO_SOCKET_IFNAME", "lo")):
+        monkeypatch.setenv(name, value)
+    here = Reach(only_here=True)
+
+    def lay(env: dict[str, str]) -> Plan:
+        return plan(parse_hosts("localhost:2"), ["train"], one_world=False, env=env, cwd="/")
+
+    [note] = replaced_here(lay({}), here)
+    assert note.startswith("NCCL_SOCKET_IFNAME is ib0 here, but ranks get lo")
+    assert replaced_here(lay(parse_environment(["NCCL_SOCKET_IFNAME"], None)), here) == []
 
 
 def test_a_missing_env_file(tmp_path: Path) -> None:
