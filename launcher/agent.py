@@ -384,6 +384,7 @@ def main() -> int:
     if os.getppid() != guardian:
         return 1  # it died before it could be watched
     adopt_orphans()
+    os.write(1, b"\n")  # what a login script has printed may lack an end of line
     channel = Channel(read_fd=0, write_fd=os.dup(1))
     os.dup2(2, 1)  # nothing else may write between our messages
     with noted_signals(signal.SIGCHLD, *ENDING_SIGNALS) as signals:

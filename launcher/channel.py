@@ -13,17 +13,22 @@ __all__ = ["Channel", "ChannelError", "Message", "bytes_to_text", "text_to_bytes
 
 Message = dict[str, Any]
 READ_BYTES = 1 << 16
+MAX_NOISE_BYTES = 1 << 16
+SHOWN_BYTES = 200
 
 
 class ChannelError(Exception):
-    """The other end wrote something that is not a message: for example a login script that prints a greeting."""
+    """The other end wrote something that is not a message."""
 
 
 class Channel:
     """One end of a conversation. `send` never blocks: what the pipe does not take yet waits in `pending_bytes`."""
 
-    def __init__(self, read_fd: int, write_fd: int) -> None:
+    def __init__(self, read_fd: int, write_fd: int, awaits: Message | None = None) -> None:
+        """What comes before a message that holds all of `awaits` is noise, as of a login script, and passed over."""
         self.read_fd, self.write_fd = read_fd, write_fd
+        self.noise = ""  # the last line of it
+        self._awaits, self._noise_bytes = awaits, 0
         self.closed = False  # nothing more will come
         self.broken = False  # nothing more can be sent
         self._received = bytearray()
@@ -52,7 +57,7 @@ class Channel:
             self._unsent.clear()
 
     def receive(self) -> list[Message]:
-        """The messages that have come whole. Raises ChannelError on a line that is none."""
+        """The messages that have come whole. Raises ChannelError on a line that is none, and on too much noise."""
         try:
             data = os.read(self.read_fd, READ_BYTES)
         except BlockingIOError:
@@ -61,17 +66,40 @@ class Channel:
         self._received += data
         *lines, rest = self._received.split(b"\n")
         self._received = rest
-        return [_parse(line) for line in lines]
+        messages = [_parse(line) for line in lines if not self._is_noise(line)]
+        if self._awaits is not None and self._noise_bytes + len(rest) > MAX_NOISE_BYTES:
+            raise ChannelError(self.noise or _shown(rest))
+        return messages
+
+    def _is_noise(self, line: bytearray) -> bool:
+        if self._awaits is None:
+            return False
+        message = _message(line)
+        if message is not None and self._awaits.items() <= message.items():
+            self._awaits = None
+            return False
+        self._noise_bytes += len(line) + 1
+        self.noise = _shown(line) or self.noise
+        return True
 
 
 def _parse(line: bytearray) -> Message:
-    try:
-        message = json.loads(line)
-    except ValueError:
-        message = None
-    if not isinstance(message, dict):
+    message = _message(line)
+    if message is None:
         raise ChannelError(line.decode(errors="backslashreplace"))
     return message
+
+
+def _shown(line: bytearray) -> str:
+    return line[:SHOWN_BYTES].decode(errors="backslashreplace").strip()
+
+
+def _message(line: bytearray) -> Message | None:
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return message if isinstance(message, dict) else None
 
 
 def bytes_to_text(data: bytes) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from launcher.hosts import Host, HostsError, parse_hosts
 from launcher.machine import this_machine
 from launcher.plan import LAUNCHING_MACHINE, PYTHON
 from launcher.selection import select_hosts
-from launcher.ssh import Ssh
+from launcher.ssh import NEWER_OPTIONS, Ssh, _version
 from launcher.survey import ANY_HOST, survey
 from launcher.transport import local_agent_command
 
@@ -37,6 +38,34 @@ def test_what_ssh_is_told() -> None:
     assert told(Ssh(python="/two words"), Host("fe80::1")) == [
         *("--", "fe80::1", "cd / && exec '/two words' -m launcher.agent")
     ]
+
+
+def options_of(ssh: Ssh) -> dict[str, str]:
+    words = list(ssh(Host("b")))
+    return dict(words[at + 1].split("=", 1) for at, word in enumerate(words) if word == "-o")
+
+
+def test_every_option_of_ssh_is_one_that_it_knows_and_takes() -> None:
+    """`ssh -G` prints the configuration that it would use, in small letters."""
+    asked = options_of(Ssh())
+    words = [word for name, value in asked.items() for word in ("-o", f"{name}={value}")]
+    told = subprocess.run(["ssh", "-G", *words, "b"], stdout=subprocess.PIPE, text=True, check=True).stdout
+    used = dict(line.split(" ", 1) for line in told.splitlines() if " " in line)
+    for name in ("ForwardAgent", "ForwardX11", "PermitLocalCommand", "StdinNull", "ForkAfterAuthentication", "Tunnel"):
+        assert (asked[name], used[name.lower()]) in (("no", "no"), ("no", "false"))
+    assert used["requesttty"] in ("no", "false")
+
+
+def test_an_older_ssh_is_not_told_what_it_does_not_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = tmp_path / "ssh"
+    old.write_text("#!/bin/sh\necho 'OpenSSH_8.0p1, OpenSSL 1.1.1k' >&2\n")
+    old.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    _version.cache_clear()
+    try:
+        assert not options_of(Ssh()).keys() & NEWER_OPTIONS.keys()
+    finally:
+        _version.cache_clear()
 
 
 def test_this_machine_needs_no_ssh() -> None:
