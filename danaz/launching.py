@@ -253,8 +253,7 @@ def find_out(cluster: Cluster, settings: Settings) -> tuple[Cluster, list[str]]:
     """
     reach, needs_server = cluster.reach, not is_all_reduce(settings)
     hub = reach.server if needs_server else cluster.hosts[0]
-    hosts = [*cluster.hosts, *reach.more_servers]
-    machines, notes = find_machines(hosts, reach, hub=hub, collective=cluster.collective)
+    machines, notes = find_machines(cluster.hosts, reach, hub=hub, collective=cluster.collective)
     cluster = replace(cluster, machines=machines)
     address = server_address(cluster)
     if not needs_server and ":" in (machines.get(hub.name, Machine()).address or ""):

@@ -67,16 +67,50 @@ def find_machines(
 
     Where all is on this machine, nothing has to be asked.
     """
-    if all(reach.is_direct(host) for host in (*hosts, hub)):
-        return local_machines(hosts), []
-    findings = reach.survey(hosts, hub)
+    everybody = (*hosts, *reach.more_servers)
+    if all(reach.is_direct(host) for host in (*everybody, hub)):
+        machines = local_machines(everybody)
+        _check_distinct(hosts, machines)
+        return machines, []
+    findings = reach.survey(everybody, hub)
     problems = [finding.problem for finding in findings.values() if finding.problem]
     if not problems:
         problems = [problem for name, finding in findings.items() for problem in unfit(name, finding, collective)]
     if problems:
         raise ReachError("\n".join(problems))
+    machines = {name: finding.machine for name, finding in findings.items()}
+    _check_distinct(hosts, machines)
     notes = [note for name, finding in findings.items() for note in _differences(name, finding)]
-    return {name: finding.machine for name, finding in findings.items()}, notes
+    return machines, notes
+
+
+def _check_distinct(hosts: Sequence[Host], machines: Mapping[str, Machine]) -> None:
+    """Raises ReachError."""
+    problems = namesakes(hosts, machines)
+    if problems:
+        raise ReachError("\n".join(problems.values()))
+
+
+def namesakes(hosts: Sequence[Host], machines: Mapping[str, Machine]) -> dict[str, str]:
+    """Name of a host that is the same machine as one before it -> the sentence that says so.
+
+    Both would count as workers, and each would use the machine's first GPU.
+    """
+    first: dict[str, Host] = {}  # by identity
+    found = {}
+    for host in hosts:
+        identity = machines.get(host.name, Machine()).identity
+        other = host if identity is None else first.setdefault(identity, host)
+        if other is not host:
+            found[host.name] = (
+                f"{host.name}{_at(host)} and {other.name}{_at(other)} are one machine; name it once, with all its "
+                "slots (--workers-per-host makes several workers of them)"
+            )
+    return found
+
+
+def _at(host: Host) -> str:
+    return f" ({host.place})" if host.place else ""
 
 
 def unfit(name: str, finding: Finding, collective: str) -> list[str]:

@@ -212,7 +212,7 @@ class _Survey:
 
     def _machine(self, name: str) -> Machine:
         hello = self._hello(name)
-        return Machine(hello["cores"], hello["gpus"], interfaces=hello["interfaces"])
+        return Machine(hello["cores"], hello["gpus"], interfaces=hello["interfaces"], identity=hello["identity"])
 
     def _describe_interfaces(self, name: str) -> str:
         return ", ".join(f"{nic} ({address})" for address, nic in self._machine(name).interfaces.items()) or "none"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from launcher import machine
 from launcher.hosts import Host, HostsError, parse_hosts
 from launcher.machine import this_machine
 from launcher.plan import LAUNCHING_MACHINE, PYTHON
@@ -74,6 +76,30 @@ def test_this_machine_needs_no_ssh() -> None:
         assert Ssh(always=True)(host)[0] == "ssh"
     assert Ssh()(Host("localhost", user="somebody-else"))[0] == "ssh"
     assert Ssh()(Host("localhost", ssh_port=2222))[0] == "ssh"
+
+
+NAMES = {"front.cluster.example": ["10.9.8.7"], "front.elsewhere.example": ["10.9.8.6"], "node.example": ["10.9.8.7"]}
+
+
+def test_this_machine_by_its_addresses_and_its_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    def resolve(name: str, port: None, **_: object) -> list[tuple[object, ...]]:
+        if name not in NAMES:
+            raise socket.gaierror
+        return [(None, None, None, None, (address, 0)) for address in NAMES[name]]
+
+    monkeypatch.setattr(socket, "gethostname", lambda: "Front")
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(machine, "_interfaces", lambda: {"127.0.0.1": "lo", "10.9.8.7": "eth0"})
+    monkeypatch.setattr(machine, "_ipv6_interfaces", lambda: {"fd77::7": "eth0"})
+    for own in ("localhost", "127.0.1.1", "::1", "front", "FRONT", "10.9.8.7", "fd77::7", "front.cluster.example"):
+        assert machine.is_this_machine(own), own
+    for other in ("10.9.8.6", "fd77::6", "front.elsewhere.example", "front.nowhere.example", "back", "node.example"):
+        assert not machine.is_this_machine(other), other
+
+
+def test_what_tells_a_machine_from_all_others() -> None:
+    assert this_machine().identity == this_machine().identity is not None
+    assert survey(HOSTS[:1], local_agent_command, hub=HOSTS[0], cwd="/")["localhost"].machine.identity is not None
 
 
 @pytest.mark.parametrize(

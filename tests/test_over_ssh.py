@@ -365,6 +365,22 @@ def test_a_machine_that_lacks_something(network: Namespaces, tmp_path: Path, lac
     assert "1 of 1 hosts cannot take part." in output
 
 
+@pytest.mark.parametrize("command", [["doctor"], ["launch", "configs/digits.yaml", "--dry-run"]])
+def test_a_machine_under_two_names(network: Namespaces, command: list[str]) -> None:
+    process = network.danaz(*command, "--hosts", "a,b,[fd77::2]")
+    output = " ".join(ended(process, TRAINING_S).split())
+    assert process.returncode in (1, 2), output
+    assert "fd77::2 (--hosts entry 3) and a (--hosts entry 1) are one machine; name it once" in output
+    assert nothing_is_left(network)
+
+
+def test_this_machine_by_its_own_address(network: Namespaces) -> None:
+    """No sshd is there, and none is needed."""
+    process = network.danaz("doctor", "--hosts", network["launching"].address)
+    output = ended(process, TRAINING_S)
+    assert process.returncode == 0, output
+
+
 def test_the_doctor_finds_all_well(network: Namespaces) -> None:
     process = network.danaz("doctor", "--hosts", "a:2,b")
     output = ended(process, TRAINING_S)
