@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -39,6 +40,7 @@ app.command()(tune)
 
 def main() -> None:
     """Entry point. What stands behind ``--`` is the user's own command, and no business of the option parser."""
+    _settle_surroundings()
     words, command = sys.argv[1:], []
     if "--" in words:
         at = words.index("--")
@@ -47,6 +49,17 @@ def main() -> None:
         app(args=words, obj=command)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _settle_surroundings() -> None:
+    """Say what is wrong with them, or do without."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a sign that this locale cannot write shall end no run
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        sys.exit("danaz: the working directory is there no more; change into another one")
 
 
 @app.command()
@@ -81,7 +94,11 @@ def work(
 
     if "DANAZ_CONFIG" not in os.environ:
         fail("danaz work is started by `danaz launch CONFIG`, which sets DANAZ_CONFIG; or say --join HOST:PORT")
-    train(Config.model_validate_json(os.environ["DANAZ_CONFIG"]))
+    try:
+        config = Config.model_validate_json(os.environ["DANAZ_CONFIG"])
+    except ValueError as error:
+        fail(f"DANAZ_CONFIG, which `danaz launch` sets, is no config: {error}")
+    train(config)
 
 
 @app.command()
@@ -125,7 +142,10 @@ def serve(
     from danaz.server.state import ResumeError
     from danaz.settings import from_environment
 
-    settings, _ = from_environment()
+    try:
+        settings, _ = from_environment()
+    except ValueError as error:
+        fail(error)
     try:
         if shard:
             serve_slice(bound, settings, shard, run, resume)
@@ -144,7 +164,10 @@ def _listen(bind: str, insecure: bool) -> BoundRouter:
     from launcher.machine import is_loopback
 
     scheme, _, where = bind.partition("://")
-    keys = take_server_keys()
+    try:
+        keys = take_server_keys()
+    except ValueError as error:
+        fail(error)
     is_open = scheme == "tcp" and not is_loopback(where.rpartition(":")[0].strip("[]"))
     if is_open and keys is None and not insecure:
         fail(

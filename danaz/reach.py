@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from launcher.transport import AgentCommand, local_agent_command
 PROBE = (PYTHON, "-m", "danaz.probe")
 OWN = "DANAZ_"  # how the names of danaz's own variables begin
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+QUOTED = re.compile(r"""'(?P<plain>[^']*)'|"(?P<escaped>(?:[^"\\]|\\.)*)\"""")
 
 
 class ReachError(ValueError):
@@ -54,7 +56,11 @@ class Reach:
         return self.only_here or self.transport.reaches_directly(host)
 
     def survey(self, hosts: Sequence[Host], hub: Host) -> dict[str, Finding]:
-        """What each host is, and what keeps it from taking part. Raises KeyboardInterrupt."""
+        """What each host is, and what keeps it from taking part. Raises KeyboardInterrupt, ReachError."""
+        try:
+            tempfile.gettempdir()
+        except FileNotFoundError as error:
+            raise ReachError(f"{error.strerror}; name a folder that you may write to by TMPDIR") from None
         return survey(
             hosts, self.agent_command, hub=hub, cwd=self.cwd, probe=PROBE, env=self.env, interfaces=self.interfaces
         )
@@ -181,8 +187,21 @@ def _read_env_file(path: Path) -> dict[str, str]:
             continue
         if not equals or not NAME.fullmatch(name):
             raise ReachError(f"--env-file {path} line {number}: expected NAME=VALUE")
-        found[name] = value
+        found[name] = _unquoted(value, f"--env-file {path} line {number}")
     return found
+
+
+def _unquoted(value: str, where: str) -> str:
+    """Without a pair of quotes around all of it: in `'…'` everything is meant as it stands, in `"…"` a \\ is escape.
+
+    Raises ReachError for a quote that is not closed, or closed before the end.
+    """
+    if value[:1] not in ("'", '"'):
+        return value
+    match = QUOTED.fullmatch(value)
+    if match is None:
+        raise ReachError(f"{where}: {value} is not one quoted text; close the quote at the end, or leave it out")
+    return match["plain"] if match["plain"] is not None else re.sub(r'\\(["\\$`])', r"\1", match["escaped"])
 
 
 def parse_interfaces(texts: Sequence[str], hosts: Sequence[Host]) -> dict[str, str]:

@@ -172,7 +172,7 @@ class Agent:
                 command(order["argv"]),
                 env=environment(order, folder, secret),
                 pass_fds=secret,
-                cwd=order["cwd"],
+                cwd=os.path.expanduser(order["cwd"]),  # ~ is the home there
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -282,7 +282,7 @@ def hello() -> Message:
     """What the launcher should know of this machine, and of the way from it to here."""
     machine = dataclasses.asdict(this_machine())
     # "client port server port", as sshd sets it
-    client, _, server, _ = os.environ.get("SSH_CONNECTION", "   ").split(" ")
+    client, _, server, _ = (os.environ.get("SSH_CONNECTION", "").split() + [""] * 4)[:4]
     launcher_address = client or os.environ.get("SLURM_LAUNCH_NODE_IPADDR")
     address = server or source_address(launcher_address)
     return {"is": "hello", "pid": os.getpid(), **machine, "launcher_address": launcher_address, "address": address}

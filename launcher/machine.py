@@ -106,7 +106,7 @@ def source_address(destination: str | None) -> str | None:
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((destination, 9))  # the discard port: connecting a UDP socket sends nothing
-        except OSError:
+        except (OSError, UnicodeError):  # no route, no such name, no name at all
             return None
         address: str = probe.getsockname()[0]
         return address

@@ -76,6 +76,9 @@ def test_variables_and_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (["DANAZ_RUN=/"], None, "DANAZ_RUN: what begins with DANAZ_ is set by danaz itself"),
         ([], "DANAZ_WORKER=1\n", "DANAZ_WORKER: what begins with DANAZ_ is set by danaz itself"),
         ([], "A=1\nB\n", "line 2: expected NAME=VALUE"),
+        ([], "A='1\n", "line 1: '1 is not one quoted text; close the quote at the end"),
+        ([], 'A="1" # one\n', 'line 1: "1" # one is not one quoted text'),
+        ([], 'A="\\"\n', "is not one quoted text"),
         ([], "A-B=1\n", "line 1: expected NAME=VALUE"),
     ],
 )
@@ -87,6 +90,26 @@ def test_variables_that_cannot_be_meant(tmp_path: Path, variables: list[str], li
     with pytest.raises(ReachError) as error:
         parse_environment(variables, file)
     assert message in str(error.value)
+
+
+def test_quotes_in_a_file_of_variables(tmp_path: Path) -> None:
+    file = tmp_path / "env"
+    file.write_text(r"""
+A="two words"
+export B='as $it stands \n'
+C="a \"quote\" and a \\"
+D=it's "half" quoted
+E=
+F=""
+""")
+    assert parse_environment([], file) == {
+        "A": "two words",
+        "B": r"as $it stands \n",
+        "C": 'a "quote" and a \\',
+        "D": 'it\'s "half" quoted',
+        "E": "",
+        "F": "",
+    }
 
 
 def test_an_interface_of_this_environment_that_ranks_here_do_not_get(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,7 +101,7 @@ class Comparison:
 def is_plan(path: Path) -> bool:
     """Whether a YAML file lists the cells of a comparison, rather than the keys of one experiment."""
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return False  # load_config will say what is wrong
     return isinstance(content, Mapping) and "cells" in content
@@ -112,7 +112,7 @@ def read_plan(path: Path, overrides: Sequence[str] = (), seeds: int | None = Non
 
     ``seeds``, if given, replaces that of every grid. Raises ComparisonError, ConfigError, UnknownAlgorithmError.
     """
-    content = yaml.safe_load(path.read_text())
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
     if set(content) != {"config", "cells"} or not isinstance(content["cells"], list):
         raise ComparisonError(
             f"{path}: expected the keys config (a path) and cells (a list), found {', '.join(content)}"
