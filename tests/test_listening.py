@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import live
 import pytest
+from namespaces import Namespaces
 
 DEADLINE_S = 120.0
 LISTEN = "0A"  # <net/tcp_states.h>
@@ -58,6 +60,42 @@ def listens_on(pid: int) -> list[str]:
     return found
 
 
+def until_trains(launcher: subprocess.Popen[str], folder: Path) -> None:
+    """Two ranks have done a step, and wait for `go`."""
+    deadline = time.monotonic() + DEADLINE_S
+    while len(list(folder.glob("trains.*"))) < 2:
+        assert launcher.poll() is None, launcher.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def end(launcher: subprocess.Popen[str]) -> None:
+    if launcher.poll() is None:
+        launcher.send_signal(signal.SIGINT)
+        launcher.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("collective", ["torch", "horovod"])
+def test_a_world_over_machines_listens_between_them_alone(network: Namespaces, tmp_path: Path, collective: str) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    options = ["--hosts", "a:1,b:1", "--algorithm", "ssgd", "--collective", collective, "--out", str(tmp_path / "run")]
+    script = ["--", "python", str(tmp_path / "script.py"), str(tmp_path)]
+    launcher = network.danaz("launch", *options, *script)
+    try:
+        until_trains(launcher, tmp_path)
+        pids = {name: network.processes(name) for name in ("a", "b")}
+        found = {name: {address for pid in pids[name] for address in listens_on(pid)} for name in pids}
+        (tmp_path / "go").touch()
+        output, _ = launcher.communicate(timeout=DEADLINE_S)
+    finally:
+        end(launcher)
+    assert launcher.returncode == 0, output
+    assert found == {"a": {network["a"].address}, "b": {network["b"].address}}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("algorithm", "collective"), [("dana", "torch"), ("ssgd", "torch"), ("dana", "horovod"), ("ssgd", "horovod")]
@@ -68,17 +106,11 @@ def test_a_run_on_one_machine_listens_on_loopback_alone(tmp_path: Path, algorith
     options = ["--hosts", "localhost:2", "--algorithm", algorithm, "--collective", collective]
     launcher = live.start(*options, out=tmp_path / "run", script=[str(script), str(tmp_path)])
     try:
-        deadline = time.monotonic() + DEADLINE_S
-        while len(list(tmp_path.glob("trains.*"))) < 2:
-            assert launcher.poll() is None, launcher.communicate()[0]
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        until_trains(launcher, tmp_path)
         found = {address for pid in processes_below(launcher.pid) for address in listens_on(pid)}
         (tmp_path / "go").touch()
         output, _ = launcher.communicate(timeout=DEADLINE_S)
     finally:
-        if launcher.poll() is None:
-            launcher.send_signal(signal.SIGINT)
-            launcher.communicate()
+        end(launcher)
     assert launcher.returncode == 0, output
     assert found == {"127.0.0.1"}

@@ -341,11 +341,11 @@ def test_machines_that_cannot_be_reached(network: Namespaces, tmp_path: Path) ->
 
 @pytest.mark.parametrize("lacks", ["python", "danaz", "the same danaz", "its directory"])
 def test_a_machine_that_lacks_something(network: Namespaces, tmp_path: Path, lacks: str) -> None:
-    other = tmp_path / "danaz-0.0.9.dist-info"
-    other.mkdir()
+    other = tmp_path / "old" / "danaz-0.0.9.dist-info"
+    other.mkdir(parents=True)
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: danaz\nVersion: 0.0.9\n")
     old_python, bare_python = tmp_path / "old-python", tmp_path / "bare-python"
-    old_python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n')
+    old_python.write_text(f'#!/bin/sh\nPYTHONPATH={other.parent} exec {sys.executable} "$@"\n')
     bare_python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
     for script in (old_python, bare_python):
         script.chmod(0o755)
