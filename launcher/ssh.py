@@ -47,7 +47,6 @@ OPTIONS = {
     "ForwardAgent": "no",
     "ForwardX11": "no",
     "Tunnel": "no",
-    "GSSAPIDelegateCredentials": "no",
     # It asks nothing, and changes no file or agent.
     "AddKeysToAgent": "no",
     "UpdateHostKeys": "no",
