@@ -4,6 +4,11 @@ Inside a machine Horovod averages gradients synchronously, so the machine is one
 server applies each worker's update as it arrives, with DANA's look-ahead against staleness.
 """
 
-from importlib.metadata import version
 
-__version__ = version("danaz")
+def __getattr__(name: str) -> str:
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # Not at import, when `python -m danaz` still searches the working directory first.
+    from importlib.metadata import version
+
+    return version("danaz")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -41,6 +42,7 @@ app.command()(tune)
 
 def main() -> None:
     """Entry point. What stands behind ``--`` is the user's own command, and no business of the option parser."""
+    _settle_surroundings()
     words, command = sys.argv[1:], []
     if "--" in words:
         at = words.index("--")
@@ -61,6 +63,17 @@ def _options_of(name: str) -> dict[str, bool]:
     params = [] if command is None else command.params
     options = {word: not param.is_flag for param in params if hasattr(param, "is_flag") for word in param.opts}
     return options | {word: False for param in params for word in param.secondary_opts} | {"--help": False}
+
+
+def _settle_surroundings() -> None:
+    """Say what is wrong with them, or do without."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a sign that this locale cannot write shall end no run
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        sys.exit("danaz: the working directory is there no more; change into another one")
 
 
 @app.command()
@@ -95,7 +108,11 @@ def work(
 
     if "DANAZ_CONFIG" not in os.environ:
         fail("danaz work is started by `danaz launch CONFIG`, which sets DANAZ_CONFIG; or say --join HOST:PORT")
-    train(Config.model_validate_json(os.environ["DANAZ_CONFIG"]))
+    try:
+        config = Config.model_validate_json(os.environ["DANAZ_CONFIG"])
+    except ValueError as error:
+        fail(f"DANAZ_CONFIG, which `danaz launch` sets, is no config: {error}")
+    train(config)
 
 
 @app.command()
@@ -145,7 +162,10 @@ def serve(
     from danaz.server.state import ResumeError
     from danaz.settings import from_environment
 
-    settings, _ = from_environment()
+    try:
+        settings, _ = from_environment()
+    except ValueError as error:
+        fail(error)
     try:
         if shard:
             serve_slice(bound, settings, shard, run, resume)
@@ -161,7 +181,10 @@ def _take_keys(bind: str, insecure: bool) -> ServerKeys | None:
     from launcher.machine import is_loopback
 
     scheme, _, where = bind.partition("://")
-    keys = take_server_keys()
+    try:
+        keys = take_server_keys()
+    except ValueError as error:
+        fail(error)
     is_open = scheme == "tcp" and not is_loopback(where.rpartition(":")[0].strip("[]"))
     if is_open and keys is None and not insecure:
         fail(

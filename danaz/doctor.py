@@ -10,7 +10,7 @@ from rich.table import Table
 
 from danaz.meter import Meter
 from danaz.probe import METER, versions
-from danaz.reach import Reach, unfit
+from danaz.reach import Reach, namesakes, unfit
 from launcher.hosts import Host
 from launcher.plan import slots_of
 from launcher.survey import Finding
@@ -46,7 +46,12 @@ def examine(hosts: Sequence[Host], reach: Reach, collective: str) -> list[Checku
         findings |= {host.name: measured[host.name] for host in well}
     elif findings[hub.name].problem is not None and hub not in hosts:
         hosts = [*hosts, hub]
-    return [check_up(host, findings[host.name], collective) for host in hosts]
+    same = namesakes(hosts, {name: finding.machine for name, finding in findings.items()})
+    return [check_up(host, _with_problem(findings[host.name], same.get(host.name)), collective) for host in hosts]
+
+
+def _with_problem(finding: Finding, problem: str | None) -> Finding:
+    return finding if problem is None or finding.problem is not None else replace(finding, problem=problem)
 
 
 def check_up(host: Host, finding: Finding, collective: str) -> Checkup:

@@ -63,10 +63,13 @@ def take_worker_keys(environment: MutableMapping[str, str] = os.environ) -> Work
 
 
 def _take(environment: MutableMapping[str, str]) -> dict[str, str] | None:
-    """Read the secret once: afterwards neither this process nor its children find it."""
+    """Read the secret once: afterwards neither this process nor its children find it. Raises ValueError."""
     fd = environment.pop(SECRET_FD, None)
     if fd is None:
         return None
-    with open(int(fd), "rb") as file:
-        values: dict[str, str] = json.loads(file.read())
+    try:
+        with open(int(fd), "rb") as file:
+            values: dict[str, str] = json.loads(file.read())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{SECRET_FD} is {fd!r}, where no keys can be read: the launcher's agent sets it") from error
     return values

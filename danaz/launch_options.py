@@ -132,7 +132,7 @@ class LaunchOptions:
             if self._uses_slurm
             else Ssh(self.ssh_port, identity, python, always=self.launcher == "ssh"),
             only_here=self.launcher == "local",
-            cwd=self.chdir or str(Path.cwd()),
+            cwd=self.working_directory,
             env=parse_environment(self.variables or (), self.env_file),
             interfaces=parse_interfaces(self.interface or (), hosts),
             server=server,
@@ -140,6 +140,12 @@ class LaunchOptions:
             server_port=self.server_port,
             insecure=self.insecure,
         )
+
+    @property
+    def working_directory(self) -> str:
+        """Of the ranks, on every machine. A `~` is the home directory there."""
+        chdir = self.chdir or ""
+        return chdir if chdir.startswith("~") else str(Path.cwd() / chdir)
 
     def _servers(self, hosts: Sequence[Host]) -> list[Host]:
         """Each one of the hosts, with its user and ssh port, or any other machine."""
@@ -156,7 +162,7 @@ class LaunchOptions:
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in NOT_KEPT}
         for name in ("hostfile", "ssh_identity"):
             values[name] = None if values[name] is None else str(Path(values[name]).resolve())
-        return {**values, "chdir": self.chdir or str(Path.cwd()), "variables": sorted(environment)}
+        return {**values, "chdir": self.working_directory, "variables": sorted(environment)}
 
 
 def prepare(params: Mapping[str, Any], named: Collection[str], command: Sequence[str]) -> tuple[Launch, str]:

@@ -17,7 +17,7 @@ from danaz.config import Config
 from danaz.invitation import Errand, Invitation, write_invitations
 from danaz.keys import ServerKeys, make_keys, to_json
 from danaz.milestones import MISSING
-from danaz.reach import Reach, find_machines
+from danaz.reach import Reach, find_machines, replaced_here
 from danaz.resuming import write_options
 from danaz.rules import Rule
 from danaz.run_folder import read_summary, write_settings
@@ -163,9 +163,8 @@ def _prepare(
     plan, invitations = make_plan(errand, settings, cluster, run, manner)
     if "command" in values:
         values = {**asdict(settings), **values}
-    return Launch(
-        run, values, plan, cluster.reach, policy, [*notes, *rate_notes(settings)], invitations, manner.resumes
-    )
+    notes += [*replaced_here(plan, cluster.reach), *rate_notes(settings)]
+    return Launch(run, values, plan, cluster.reach, policy, notes, invitations, manner.resumes)
 
 
 def rate_notes(settings: Settings) -> list[str]:
@@ -275,8 +274,7 @@ def find_out(cluster: Cluster, settings: Settings) -> tuple[Cluster, list[str]]:
     """
     reach, needs_server = cluster.reach, not is_all_reduce(settings)
     hub = reach.server if needs_server else cluster.hosts[0]
-    hosts = [*cluster.hosts, *reach.more_servers]
-    machines, notes = find_machines(hosts, reach, hub=hub, collective=cluster.collective)
+    machines, notes = find_machines(cluster.hosts, reach, hub=hub, collective=cluster.collective)
     cluster = replace(cluster, machines=machines)
     address = server_address(cluster)
     if not needs_server and ":" in (machines.get(hub.name, Machine()).address or ""):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,14 +12,16 @@ from pathlib import Path
 from danaz.probe import versions
 from launcher.hosts import Host
 from launcher.machine import Machine, local_machines
-from launcher.plan import LAUNCHING_MACHINE, PYTHON
+from launcher.plan import INTERFACE_VARIABLES, LAUNCHING_MACHINE, PYTHON, Plan
 from launcher.slurm import Srun
 from launcher.ssh import Ssh
 from launcher.survey import ANY_HOST, Finding, survey
 from launcher.transport import AgentCommand, local_agent_command
 
 PROBE = (PYTHON, "-m", "danaz.probe")
+OWN = "DANAZ_"  # how the names of danaz's own variables begin
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+QUOTED = re.compile(r"""'(?P<plain>[^']*)'|"(?P<escaped>(?:[^"\\]|\\.)*)\"""")
 
 
 class ReachError(ValueError):
@@ -53,7 +56,11 @@ class Reach:
         return self.only_here or self.transport.reaches_directly(host)
 
     def survey(self, hosts: Sequence[Host], hub: Host) -> dict[str, Finding]:
-        """What each host is, and what keeps it from taking part. Raises KeyboardInterrupt."""
+        """What each host is, and what keeps it from taking part. Raises KeyboardInterrupt, ReachError."""
+        try:
+            tempfile.gettempdir()
+        except FileNotFoundError as error:
+            raise ReachError(f"{error.strerror}; name a folder that you may write to by TMPDIR") from None
         return survey(
             hosts, self.agent_command, hub=hub, cwd=self.cwd, probe=PROBE, env=self.env, interfaces=self.interfaces
         )
@@ -66,16 +73,50 @@ def find_machines(
 
     Where all is on this machine, nothing has to be asked.
     """
-    if all(reach.is_direct(host) for host in (*hosts, hub)):
-        return local_machines(hosts), []
-    findings = reach.survey(hosts, hub)
+    everybody = (*hosts, *reach.more_servers)
+    if all(reach.is_direct(host) for host in (*everybody, hub)):
+        machines = local_machines(everybody)
+        _check_distinct(hosts, machines)
+        return machines, []
+    findings = reach.survey(everybody, hub)
     problems = [finding.problem for finding in findings.values() if finding.problem]
     if not problems:
         problems = [problem for name, finding in findings.items() for problem in unfit(name, finding, collective)]
     if problems:
         raise ReachError("\n".join(problems))
+    machines = {name: finding.machine for name, finding in findings.items()}
+    _check_distinct(hosts, machines)
     notes = [note for name, finding in findings.items() for note in _differences(name, finding)]
-    return {name: finding.machine for name, finding in findings.items()}, notes
+    return machines, notes
+
+
+def _check_distinct(hosts: Sequence[Host], machines: Mapping[str, Machine]) -> None:
+    """Raises ReachError."""
+    problems = namesakes(hosts, machines)
+    if problems:
+        raise ReachError("\n".join(problems.values()))
+
+
+def namesakes(hosts: Sequence[Host], machines: Mapping[str, Machine]) -> dict[str, str]:
+    """Name of a host that is the same machine as one before it -> the sentence that says so.
+
+    Both would count as workers, and each would use the machine's first GPU.
+    """
+    first: dict[str, Host] = {}  # by identity
+    found = {}
+    for host in hosts:
+        identity = machines.get(host.name, Machine()).identity
+        other = host if identity is None else first.setdefault(identity, host)
+        if other is not host:
+            found[host.name] = (
+                f"{host.name}{_at(host)} and {other.name}{_at(other)} are one machine; name it once, with all its "
+                "slots (--workers-per-host makes several workers of them)"
+            )
+    return found
+
+
+def _at(host: Host) -> str:
+    return f" ({host.place})" if host.place else ""
 
 
 def unfit(name: str, finding: Finding, collective: str) -> list[str]:
@@ -112,7 +153,26 @@ def parse_environment(variables: Sequence[str], env_file: Path | None) -> dict[s
         if not equals and name not in os.environ:
             raise ReachError(f"-x {name}: it is not set here; write -x {name}=VALUE")
         found[name] = value if equals else os.environ[name]
+    own = sorted(name for name in found if name.startswith(OWN))
+    if own:
+        raise ReachError(f"{', '.join(own)}: what begins with {OWN} is set by danaz itself; give it another name")
     return found
+
+
+def replaced_here(plan: Plan, reach: Reach) -> list[str]:
+    """What the user should be told of variables of this machine that its ranks do not get."""
+    ranks = [rank for rank in plan.ranks if reach.is_direct(rank.host)]
+    replaced = {
+        name: rank.env[name]
+        for rank in ranks
+        for name in INTERFACE_VARIABLES
+        if name in rank.env and os.environ.get(name) not in (None, rank.env[name])
+    }
+    return [
+        f"{name} is {os.environ[name]} here, but ranks get {value}, the way to those that they speak with; to choose "
+        f"it, use --interface, or -x {name}"
+        for name, value in replaced.items()
+    ]
 
 
 def _read_env_file(path: Path) -> dict[str, str]:
@@ -127,8 +187,21 @@ def _read_env_file(path: Path) -> dict[str, str]:
             continue
         if not equals or not NAME.fullmatch(name):
             raise ReachError(f"--env-file {path} line {number}: expected NAME=VALUE")
-        found[name] = value
+        found[name] = _unquoted(value, f"--env-file {path} line {number}")
     return found
+
+
+def _unquoted(value: str, where: str) -> str:
+    """Without a pair of quotes around all of it: in `'…'` everything is meant as it stands, in `"…"` a \\ is escape.
+
+    Raises ReachError for a quote that is not closed, or closed before the end.
+    """
+    if value[:1] not in ("'", '"'):
+        return value
+    match = QUOTED.fullmatch(value)
+    if match is None:
+        raise ReachError(f"{where}: {value} is not one quoted text; close the quote at the end, or leave it out")
+    return match["plain"] if match["plain"] is not None else re.sub(r'\\(["\\$`])', r"\1", match["escaped"])
 
 
 def parse_interfaces(texts: Sequence[str], hosts: Sequence[Host]) -> dict[str, str]:

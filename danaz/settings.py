@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import MutableMapping
+import re
+from collections.abc import Mapping, MutableMapping
 from dataclasses import asdict, dataclass, field, fields
 from itertools import chain
 from pathlib import Path
@@ -15,6 +16,8 @@ from danaz.config import Config
 from danaz.flat import Layout, chunks_of_shards
 from danaz.keys import WorkerKeys, take_worker_keys
 from danaz.server.settings import ServerSettings
+
+FROM_LAUNCHER = "`danaz launch` sets it; unset all DANAZ_ variables to train without"
 
 
 @dataclass(frozen=True)
@@ -104,13 +107,13 @@ class Settings:
     @classmethod
     def from_json(cls, text: str) -> Settings:
         """The inverse of to_json. Raises ValueError for what is none of this version."""
+        known = {field.name for field in fields(cls)}
         try:
             values: Any = json.loads(text)
-        except RecursionError:
-            raise ValueError("settings are nested without end; expected a JSON object") from None
+        except (ValueError, RecursionError):
+            values = None
         if not isinstance(values, dict):
-            raise ValueError("settings should be a JSON object")
-        known = {field.name for field in fields(cls)}
+            raise ValueError(f"DANAZ_SETTINGS is {text[:80]!r}, expected JSON: {FROM_LAUNCHER}")
         if set(values) - known:
             raise ValueError(f"DANAZ_SETTINGS holds {sorted(set(values) - known)}, which this version does not know")
         return cls(**values)
@@ -140,18 +143,31 @@ def server_variable(shard: int) -> str:
     return f"DANAZ_SERVER_{shard}" if shard else "DANAZ_SERVER"
 
 
+def _number(environment: Mapping[str, str], name: str, default: int) -> int:
+    text = environment.get(name) or str(default)
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise ValueError(f"{name} is {text!r}, expected a number: {FROM_LAUNCHER}")
+    return int(text)
+
+
+def _text(environment: Mapping[str, str], name: str) -> str:
+    if not environment.get(name):
+        raise ValueError(f"{name} is not set: {FROM_LAUNCHER}")
+    return environment[name]
+
+
 def from_environment(environment: MutableMapping[str, str] = os.environ) -> tuple[Settings, Place]:
-    """Read the launcher's variables; without them, one process trains alone."""
-    settings = Settings.from_json(environment["DANAZ_SETTINGS"]) if "DANAZ_SETTINGS" in environment else Settings()
+    """Read the launcher's variables; without them, one process trains alone. Raises ValueError for odd ones."""
+    settings = Settings.from_json(environment["DANAZ_SETTINGS"]) if environment.get("DANAZ_SETTINGS") else Settings()
     run, server = environment.get("DANAZ_RUN"), environment.get("DANAZ_SERVER")
     others = range(1, settings.server_shards) if server else range(0)
     place = Place(
-        worker=int(environment.get("DANAZ_WORKER", 0)),
-        device=int(environment.get("DANAZ_LOCAL_DEVICE", 0)),
-        incarnation=int(environment.get("DANAZ_INCARNATION", 1)),
+        worker=_number(environment, "DANAZ_WORKER", 0),
+        device=_number(environment, "DANAZ_LOCAL_DEVICE", 0),
+        incarnation=_number(environment, "DANAZ_INCARNATION", 1),
         guest="DANAZ_GUEST" in environment,
-        server=server,
-        followers=tuple(environment[server_variable(shard)] for shard in others),
+        server=server or None,
+        followers=tuple(_text(environment, server_variable(shard)) for shard in others),
         run=Path(run) if run else None,
         keys=take_worker_keys(environment),
     )

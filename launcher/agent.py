@@ -42,7 +42,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from secrets import token_hex
 
@@ -53,6 +53,7 @@ from launcher.processes import adopt_orphans, count_memory_kills, descendants, d
 from launcher.rendezvous import Rendezvous
 from launcher.reports import FILE_PIECE_BYTES, MOST_REACHED, MOST_WORDS, NAME
 from launcher.signals import ENDING_SIGNALS, NotedSignals, noted_signals
+from launcher.start import module_command
 
 GRACE_S = 5.0  # between SIGTERM and SIGKILL, unless told otherwise
 KILL_S = 10.0  # SIGKILL works at once, except on a process that hangs in the kernel (a dead NFS mount, a GPU driver)
@@ -190,10 +191,10 @@ class Agent:
             folder = own_folder(order["folder"]) if order["returns"] else None
             notes = self._new_file(name) if order["milestones"] else None
             popen = subprocess.Popen(
-                [sys.executable if word == PYTHON else word for word in order["argv"]],
+                command(order["argv"]),
                 env=environment(order, folder, secret, notes),
                 pass_fds=secret,
-                cwd=order["cwd"],
+                cwd=os.path.expanduser(order["cwd"]),  # ~ is the home there
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -310,7 +311,7 @@ def hello() -> Message:
     """What the launcher should know of this machine, and of the way from it to here."""
     machine = dataclasses.asdict(this_machine())
     # "client port server port", as sshd sets it
-    client, _, server, _ = os.environ.get("SSH_CONNECTION", "   ").split(" ")
+    client, _, server, _ = (os.environ.get("SSH_CONNECTION", "").split() + [""] * 4)[:4]
     launcher_address = client or os.environ.get("SLURM_LAUNCH_NODE_IPADDR")
     address = server or source_address(launcher_address)
     return {"is": "hello", "pid": os.getpid(), **machine, "launcher_address": launcher_address, "address": address}
@@ -330,6 +331,13 @@ def keep_in_memory(secret: str | None) -> tuple[int, ...]:
     os.write(fd, secret.encode())
     os.lseek(fd, 0, os.SEEK_SET)
     return (fd,)
+
+
+def command(argv: Sequence[str]) -> list[str]:
+    """What is started here for a process of the plan."""
+    if argv[0] != PYTHON:
+        return list(argv)
+    return module_command(*argv[2:]) if argv[1] == "-m" else [sys.executable, *argv[1:]]
 
 
 def environment(order: Message, folder: Path | None, secret: tuple[int, ...], notes: Path | None) -> dict[str, str]:
@@ -422,6 +430,7 @@ def main() -> int:
     if os.getppid() != guardian:
         return 1  # it died before it could be watched
     adopt_orphans()
+    os.write(1, b"\n")  # what a login script has printed may lack an end of line
     channel = Channel(read_fd=0, write_fd=os.dup(1), longest_bytes=ORDER_BYTES)
     os.dup2(2, 1)  # nothing else may write between our messages
     with noted_signals(signal.SIGCHLD, *ENDING_SIGNALS) as signals:

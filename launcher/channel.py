@@ -16,10 +16,11 @@ READ_BYTES = 1 << 16
 REPORT_BYTES = 4 << 20  # more than the largest honest report, a piece of a file, has as JSON
 SHOWN_BYTES = 400  # of what is no message
 ORDER_BYTES = 64 << 20  # an order holds whole environments
+MAX_NOISE_BYTES = 1 << 16  # before the first message
 
 
 class ChannelError(Exception):
-    """The other end wrote something that is not a message: for example a login script that prints a greeting.
+    """The other end wrote something that is not a message.
 
     What it wrote is the message of the error, without a verb: `a report of the kind 'x'`.
     """
@@ -28,10 +29,17 @@ class ChannelError(Exception):
 class Channel:
     """One end of a conversation. `send` never blocks: what the pipe does not take yet waits in `pending_bytes`."""
 
-    def __init__(self, read_fd: int, write_fd: int, longest_bytes: int = REPORT_BYTES) -> None:
-        """`longest_bytes`: a line that is longer is no message, and is not kept."""
+    def __init__(
+        self, read_fd: int, write_fd: int, longest_bytes: int = REPORT_BYTES, awaits: Message | None = None
+    ) -> None:
+        """`longest_bytes`: a line that is longer is no message, and is not kept.
+
+        What comes before a message that holds all of `awaits` is noise, as of a login script, and passed over.
+        """
         self.read_fd, self.write_fd = read_fd, write_fd
         self.longest_bytes = longest_bytes
+        self.noise = ""  # the last line of it
+        self._awaits, self._noise_bytes = awaits, 0
         self.closed = False  # nothing more will come
         self.broken = False  # nothing more can be sent
         self._received = bytearray()
@@ -60,7 +68,7 @@ class Channel:
             self._unsent.clear()
 
     def receive(self) -> list[Message]:
-        """The messages that have come whole. Raises ChannelError on a line that is none."""
+        """The messages that have come whole. Raises ChannelError on a line that is none, and on too much noise."""
         try:
             data = os.read(self.read_fd, READ_BYTES)
         except BlockingIOError:
@@ -70,23 +78,42 @@ class Channel:
         *lines, rest = self._received.split(b"\n")
         if len(rest) > self.longest_bytes:
             self._received.clear()
-            raise ChannelError(f"a line of more than {self.longest_bytes >> 20} MB: {_as_text(rest)}")
+            raise ChannelError(f"a line of more than {self.longest_bytes >> 20} MB: {_shown(rest)}")
         self._received = rest
-        return [_parse(line) for line in lines]
+        messages = [_parse(line) for line in lines if not self._is_noise(line)]
+        if self._awaits is not None and self._noise_bytes + len(rest) > MAX_NOISE_BYTES:
+            raise ChannelError(self.noise or _shown(rest))
+        return messages
+
+    def _is_noise(self, line: bytearray) -> bool:
+        if self._awaits is None:
+            return False
+        message = _message(line)
+        if message is not None and self._awaits.items() <= message.items():
+            self._awaits = None
+            return False
+        self._noise_bytes += len(line) + 1
+        self.noise = _shown(line) or self.noise
+        return True
 
 
 def _parse(line: bytearray) -> Message:
-    try:
-        message = json.loads(line)
-    except (ValueError, RecursionError):
-        message = None
-    if not isinstance(message, dict):
-        raise ChannelError(_as_text(line))
+    message = _message(line)
+    if message is None:
+        raise ChannelError(_shown(line))
     return message
 
 
-def _as_text(line: bytearray) -> str:
-    return line[:SHOWN_BYTES].decode(errors="backslashreplace")
+def _shown(line: bytearray) -> str:
+    return line[:SHOWN_BYTES].decode(errors="backslashreplace").strip()
+
+
+def _message(line: bytearray) -> Message | None:
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return message if isinstance(message, dict) else None
 
 
 def bytes_to_text(data: bytes) -> str:

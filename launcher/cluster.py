@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from launcher.channel import ChannelError, wait_ready
+from launcher.gate import Gate, delay_s
 from launcher.hosts import Host
 from launcher.logs import Logs, printable
 from launcher.machine import is_this_machine
 from launcher.plan import Process, World
 from launcher.reports import Ended, FilePiece, Hello, Output, Report, Started, Stopping, WorldOpened, read_report
 from launcher.signals import NotedSignals
-from launcher.transport import AgentLink
+from launcher.ssh import passing_obstacle
+from launcher.transport import AgentLink, TransportError
 
 __all__ = ["Cluster", "Exit", "LostAgent", "pump"]
 
@@ -47,9 +50,10 @@ class LostAgent:
 class Cluster:
     """Orders go out by `connect`, `open_world`, `start` and `stop`; `pump` takes in what the agents report."""
 
-    def __init__(self, processes: Iterable[Process], logs: Logs) -> None:
+    def __init__(self, processes: Iterable[Process], logs: Logs, gate: Gate | None = None) -> None:
+        """`gate` is common to all that connect at the same time."""
         self.processes = {process.name: process for process in processes}
-        self.logs = logs
+        self.logs, self.gate = logs, gate or Gate()
         self.links: dict[str, AgentLink] = {}  # by host name
         self.announced: dict[str, str] = {}
         self.ports: dict[int, dict[str, str]] = {}  # world -> environment variables that name its ports
@@ -65,11 +69,25 @@ class Cluster:
         self.next_ping_s = time.monotonic() + PING_S
 
     def connect(self, host: Host, command: Sequence[str], grace_s: float) -> None:
-        """Start an agent. Raises TransportError."""
-        link = self.links[host.name] = AgentLink(host, command)
+        """Have an agent started, as soon as the gate admits it."""
         # On this machine the pipe tells all, and Ctrl-Z must not end the run.
         silence_s = None if is_this_machine(host.name) else SILENCE_S
-        link.channel.send({"do": "hello", "grace_s": grace_s, "silence_s": silence_s})
+        greeting = {"do": "hello", "grace_s": grace_s, "silence_s": silence_s}
+        self.links[host.name] = AgentLink(host, command, greeting)
+
+    def dial(self, now_s: float) -> float:
+        """Start the agents that are due, and that the gate admits; returns when to look again."""
+        waiting = [] if self._stopping else [link for link in self.links.values() if now_s >= link.next_attempt_s]
+        for link in waiting:
+            if not self.gate.admits(link, now_s):
+                break
+            try:
+                link.open(now_s)
+            except TransportError as error:
+                self.gate.gave_up(link)
+                self._lose(link, str(error))
+        due_s = min((link.next_attempt_s for link in self.links.values() if not self._stopping), default=math.inf)
+        return due_s if due_s > now_s else self.gate.next_s
 
     def open_world(self, world: World) -> None:
         order = {"do": "world", "world": world.index, "address": world.address}
@@ -106,7 +124,7 @@ class Cluster:
             link.channel.send({"do": "stop", "grace_s": grace_s, "keep_files": keep_files})
 
     def open_links(self) -> list[AgentLink]:
-        return [link for link in self.links.values() if not link.closed]
+        return [link for link in self.links.values() if link.is_open]
 
     def busy_links(self) -> list[AgentLink]:
         """Agents that may have processes: one that never said hello was given none."""
@@ -139,8 +157,22 @@ class Cluster:
                     self._note(link, read_report(message))
         except ChannelError as error:
             self._distrust(link, str(error))
-        if link.closed:
+        if link.closed and not self._will_try_again(link):
+            self.gate.gave_up(link)
             self._lose(link, "ended although nobody asked it to")
+
+    def _will_try_again(self, link: AgentLink) -> bool:
+        """Whether an agent that could not be reached now may be reached soon."""
+        obstacle = None if self._stopping or link.said_hello else passing_obstacle(link, time.monotonic())
+        if obstacle is None:
+            return False
+        link.close(0.0)
+        if obstacle == "crowded":
+            self.gate.dropped(link)
+        else:
+            self.gate.gave_up(link)
+        link.next_attempt_s = time.monotonic() + delay_s(link.attempts)
+        return True
 
     def _note(self, link: AgentLink, report: Report) -> None:
         """Raises ChannelError for what this agent has no right to say."""
@@ -149,6 +181,7 @@ class Cluster:
                 if link.hello is not None:
                     raise ChannelError("a second hello")
                 link.hello = dict(report.facts)
+                self.gate.connected(link)
             case WorldOpened():
                 self._note_ports(link, report)
             case Started():
@@ -233,6 +266,8 @@ def pump(clusters: Iterable[Cluster], signals: NotedSignals, timeout_s: float) -
     It may return early, and is to be called again and again: it also tells the agents that we are alive.
     """
     now_s = time.monotonic()
+    clusters = list(clusters)
+    timeout_s = max(0.0, min([timeout_s, *(cluster.dial(now_s) - now_s for cluster in clusters)]))
     owners = {link: cluster for cluster in clusters for link in cluster.open_links()}
     for cluster in set(owners.values()):
         cluster.ping_if_due(now_s)

@@ -75,7 +75,8 @@ def may_be_pulled_along(failure: Failure, cluster: Cluster, now_s: float) -> boo
 def agent_failure(link: AgentLink, what: str) -> Failure:
     name = link.host.name
     advice = None if link.said_hello else cure(link)
-    reason = f"the agent on {name} {what}" + (f": {advice}" if advice else "")
+    noise = "" if link.said_hello or not link.noise else f", but sent something else than an answer: {link.noise}"
+    reason = f"the agent on {name} {what}{printable(noise)}" + (f": {advice}" if advice else "")
     return Failure(name, None, reason, 1, tuple(map(printable, link.last_words)))
 
 

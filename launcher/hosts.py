@@ -3,6 +3,7 @@
     [user@]host[:N] [slots=N] [max_slots=N] [ssh_port=P] [# comment]
 
 An IPv6 address stands in brackets, `[fe80::1]:4`. A host without a number of slots gets as many as it has GPUs, else 1.
+Node files of PBS, LSF and Open MPI name a host once for each of its slots: where one is repeated, a name is one slot.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 __all__ = ["Host", "HostsError", "parse_hostfile", "parse_hosts"]
@@ -39,6 +40,7 @@ class Host:
     ssh_port: int | None = None
     max_slots: int | None = None
     devices: tuple[int, ...] | None = None  # which of its slots are used (--include, --exclude); None: the first ones
+    place: str = field(default="", compare=False, repr=False)  # where it was named, for a message
 
     def __str__(self) -> str:
         words = [f"{self.user}@" if self.user else "", f"[{self.name}]" if ":" in self.name else self.name]
@@ -56,7 +58,7 @@ def parse_hosts(text: str) -> tuple[Host, ...]:
             raise HostsError(f"{place} is empty in {text!r}; remove the comma")
         if len(entry.split()) > 1:
             raise HostsError(f"{place}: {entry.strip()!r} holds a space; put options such as slots= into a --hostfile")
-    return _unique((place, _parse_line(entry.strip(), place)) for place, entry in entries)
+    return _count_slots(_parse_line(entry.strip(), place) for place, entry in entries)
 
 
 def parse_hostfile(path: str | Path) -> tuple[Host, ...]:
@@ -73,7 +75,7 @@ def parse_hostfile(path: str | Path) -> tuple[Host, ...]:
     hosts = [(f"{path} line {number}", line) for number, line in lines if line]
     if not hosts:
         raise HostsError(f"hostfile {path} names no host; expected lines such as: localhost slots=4")
-    return _unique((place, _parse_line(line, place)) for place, line in hosts)
+    return _count_slots(_parse_line(line, place) for place, line in hosts)
 
 
 def _parse_line(line: str, place: str) -> Host:
@@ -91,7 +93,7 @@ def _parse_line(line: str, place: str) -> Host:
     slots, max_slots = values.get("slots"), values.get("max_slots")
     if slots is not None and max_slots is not None and slots > max_slots:
         raise HostsError(f"{place}: slots={slots} is more than max_slots={max_slots}")
-    return Host(name, slots, user, values.get("ssh_port"), max_slots)
+    return Host(name, slots, user, values.get("ssh_port"), max_slots, place=place)
 
 
 def _parse_address(address: str, place: str) -> tuple[str | None, str, int | None]:
@@ -141,10 +143,27 @@ def _number(text: str, key: str, place: str) -> int:
     return number
 
 
-def _unique(hosts: Iterable[tuple[str, Host]]) -> tuple[Host, ...]:
-    seen: dict[str, tuple[str, Host]] = {}
-    for place, host in hosts:
-        first, _ = seen.setdefault(host.name.lower(), (place, host))
-        if first != place:
-            raise HostsError(f"{host.name} is named twice: {first} and {place}; write it once, with all its slots")
-    return tuple(host for _, host in seen.values())
+def _count_slots(hosts: Iterable[Host]) -> tuple[Host, ...]:
+    """Each host once. One that is named several times, without a number, has so many slots; then any other has one."""
+    named: dict[str, list[Host]] = {}
+    for host in hosts:
+        named.setdefault(host.name.lower(), []).append(host)
+    if all(len(same) == 1 for same in named.values()):
+        return tuple(same[0] for same in named.values())
+    for first, *others in named.values():
+        for other in others:
+            _check_repeats(first, other)
+    counted = [(same[0], len(same)) for same in named.values()]
+    for host, number in counted:
+        if number > (host.max_slots or MOST_SLOTS):
+            raise HostsError(f"{host.name} is named {number} times, more than its {host.max_slots or MOST_SLOTS} slots")
+    return tuple(host if host.slots else replace(host, slots=number) for host, number in counted)
+
+
+def _check_repeats(first: Host, other: Host) -> None:
+    """Raises HostsError for a host that is named again and otherwise, or with a number of slots."""
+    if first.slots is not None or replace(first, name=other.name) != other:
+        raise HostsError(
+            f"{other.name} is named twice: {first.place} and {other.place}; write it once, with all its slots, or "
+            f"once for each slot, without a number"
+        )

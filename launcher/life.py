@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from launcher.cluster import Cluster
 from launcher.failure import Failure, agent_failure, failure_of, may_be_pulled_along, process_failure
+from launcher.gate import Gate
 from launcher.logs import Logs
 from launcher.plan import ANNOUNCED, Plan, Process, Unit
 from launcher.transport import AgentCommand, TransportError
@@ -38,6 +39,7 @@ class Surroundings:
     logs: Logs
     agent_command: AgentCommand
     timeouts: Timeouts
+    gate: Gate = field(default_factory=Gate)
     announced: dict[str, str] = field(default_factory=dict)  # by services, for the ranks' environment
     everybody_answered: bool = False  # before that, nothing is started anywhere
     last_incarnation: int = 0
@@ -62,7 +64,7 @@ class Life:
     def __init__(self, unit: Unit, around: Surroundings, number: int) -> None:
         """`number` counts the lives of the unit from 1."""
         self.unit, self.around, self.number = unit, around, number
-        self.cluster = Cluster(unit.processes, around.logs)
+        self.cluster = Cluster(unit.processes, around.logs, around.gate)
         self.up = False  # all its processes were started
         self.ended = False  # all of them ended well
         self.ending = False

@@ -11,6 +11,7 @@ import socket
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from launcher.hosts import Host
@@ -31,13 +32,28 @@ class Machine:
     address: str | None = None  # where other machines reach it; None: its host name
     interface: str | None = None  # the network interface of that address, for gloo
     interfaces: Mapping[str, str] = field(default_factory=dict)  # each of its addresses, IPv4 first -> interface
+    identity: str | None = None  # the same under all its names, and of no other machine; None: unknown
 
 
 def this_machine() -> Machine:
     """The cores this process may use and the GPUs it may see, asked without CUDA (which a launcher must not start)."""
+    interfaces = {**_interfaces(), **_ipv6_interfaces()}
     return Machine(
-        cores=len(os.sched_getaffinity(0)), gpus=_count_gpus(), interfaces={**_interfaces(), **_ipv6_interfaces()}
+        cores=len(os.sched_getaffinity(0)), gpus=_count_gpus(), interfaces=interfaces, identity=_identity(interfaces)
     )
+
+
+def _identity(addresses: Iterable[str]) -> str | None:
+    """A boot of a kernel; and on it a container, which has its own processes, network or host name.
+
+    With its addresses, for virtual machines that go on from one snapshot share all the rest.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        spaces = [os.readlink(f"/proc/self/ns/{kind}") for kind in ("pid", "net", "uts")]
+    except OSError:  # a /proc that hides them
+        return None
+    return " ".join([boot, *spaces, *sorted(addresses)])
 
 
 def local_machines(hosts: Iterable[Host]) -> dict[str, Machine]:
@@ -90,7 +106,7 @@ def source_address(destination: str | None) -> str | None:
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((destination, 9))  # the discard port: connecting a UDP socket sends nothing
-        except OSError:
+        except (OSError, UnicodeError):  # no route, no such name, no name at all
             return None
         address: str = probe.getsockname()[0]
         return address
@@ -110,5 +126,37 @@ def in_url(address: str) -> str:
 
 
 def is_this_machine(name: str) -> bool:
-    own = socket.gethostname().lower()
-    return is_loopback(name) or name.lower() in (own, own.partition(".")[0])
+    """By a name of loopback, by an address of its own, or by its host name, with a domain or without.
+
+    With another domain than the host name has, the name must lead here: a machine elsewhere may be called alike.
+    """
+    own, name = socket.gethostname().lower(), name.lower()
+    short = own.partition(".")[0]
+    if is_loopback(name) or name in (own, short):
+        return True
+    if not _is_address(name):
+        return name.partition(".")[0] == short and any(map(_is_own_address, _resolve(name)))
+    return _is_own_address(name)
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_own_address(text: str) -> bool:
+    address = ipaddress.ip_address(text)
+    return address.is_loopback or str(address) in {**_interfaces(), **_ipv6_interfaces()}
+
+
+@cache
+def _resolve(name: str) -> tuple[str, ...]:
+    """The addresses of a name; none if it has none. Asked once: where no DNS answers, that takes seconds."""
+    try:
+        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return ()
+    return tuple(str(address[0]) for *_, address in found)

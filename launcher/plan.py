@@ -17,6 +17,7 @@ from launcher.machine import Machine, is_loopback
 
 __all__ = [
     "ANNOUNCED",
+    "INTERFACE_VARIABLES",
     "LAUNCHING_MACHINE",
     "PYTHON",
     "Plan",
@@ -31,7 +32,11 @@ __all__ = [
 ]
 
 LAUNCHING_MACHINE = Host("localhost")
-PYTHON = "{python}"  # as the first word of a command: the Python that runs the agent there
+# As the first word of a command: the Python that runs the agent there. `{python} -m MODULE` runs a module of ours, and
+# it imports nothing from the working directory.
+PYTHON = "{python}"
+INTERFACE_VARIABLES = ("HOROVOD_GLOO_IFACE", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")  # what travels goes before
+FOUND_LATER = ("HOROVOD_GLOO_RENDEZVOUS_PORT", "MASTER_PORT", "DANAZ_INCARNATION", "DANAZ_SECRET_FD")
 ANNOUNCED = "{announced}"  # in the command of a service's restart: what it announced at first
 
 
@@ -231,11 +236,11 @@ def plan(
 ) -> Plan:
     """Lay one rank into every slot of every host.
 
-    `env` is what travels to every process, `machines` what is known of each host by its name (cores, GPUs, address),
-    `first_rank_returns` as `Service.returns`, for rank 0; `secrets` as `Service.secret`, one for the first rank of each
-    world. Workers are counted from `first_worker`; `run_id` names the run on other machines. A rank that ends with exit
-    code 0 has failed all the same unless it reached every one of the `milestones`, each with the words for a rank that
-    did not. Raises PlanError.
+    `env` is what travels to every process (it may choose network interfaces, but no process's place), `machines` what
+    is known of each host by its name (cores, GPUs, address), `first_rank_returns` as `Service.returns`, for rank 0;
+    `secrets` as `Service.secret`, one for the first rank of each world. Workers are counted from `first_worker`;
+    `run_id` names the run on other machines. A rank that ends with exit code 0 has failed all the same unless it
+    reached every one of the `milestones`, each with the words for a rank that did not. Raises PlanError.
     """
     if not command:
         raise PlanError("there is no command to run; write it after --, for example: -- python train.py")
@@ -254,11 +259,14 @@ def plan(
     ranks: list[Process] = []
     for world in worlds:
         for rank, seat in enumerate(by_world[world.index]):
-            names_and_values = {
+            place = {
                 **_worker_env(seat, first_worker, workers),
                 **_world_env(rank, by_world[world.index], world),
-                **_gloo_env(seat, world, known),
+                **_meeting_env(seat, world),
             }
+            _check_is_free(env, place, services)
+            way = _way_env(seat, world, known)
+            names_and_values = {**place, **{name: value for name, value in way.items() if name not in env}}
             number = len(ranks)
             ranks.append(
                 Process(
@@ -349,18 +357,35 @@ def _world_env(rank: int, members: Sequence[_Seat], world: World) -> dict[str, s
     }
 
 
-def _gloo_env(seat: _Seat, world: World, machines: Mapping[str, Machine]) -> dict[str, str]:
-    """Which way to the others. Without an interface, gloo would resolve the host's name, often to 127.0.1.1."""
-    across = not is_loopback(world.address)
-    interface = machines.get(seat.host.name, Machine()).interface if across else "lo"
+def _meeting_env(seat: _Seat, world: World) -> dict[str, str]:
+    """Where Horovod's ranks find each other."""
     return {
         "HOROVOD_HOSTNAME": seat.host.name,
         "HOROVOD_CONTROLLER": "gloo",
         "HOROVOD_CPU_OPERATIONS": "gloo",
         "HOROVOD_GLOO_RENDEZVOUS_ADDR": world.address,
-        **({"HOROVOD_GLOO_IFACE": interface, "GLOO_SOCKET_IFNAME": interface} if interface else {}),
-        **({"NCCL_SOCKET_IFNAME": interface} if interface and across else {}),
     }
+
+
+def _way_env(seat: _Seat, world: World, machines: Mapping[str, Machine]) -> dict[str, str]:
+    """The network interface to the others, on which gloo and NCCL also listen: inside a machine, loopback alone.
+
+    Without one, gloo would resolve the host's name, often to 127.0.1.1.
+    """
+    across = not is_loopback(world.address)
+    interface = machines.get(seat.host.name, Machine()).interface if across else "lo"
+    return dict.fromkeys(INTERFACE_VARIABLES, interface) if interface else {}
+
+
+def _check_is_free(env: Mapping[str, str], place: Mapping[str, str], services: Sequence[Service]) -> None:
+    """Raises PlanError if what travels would change a process's place, which is the plan's."""
+    announced = {service.announces for service in services if service.announces}
+    taken = sorted(env.keys() & {*place, *FOUND_LATER, *announced})
+    if taken:
+        raise PlanError(
+            f"{', '.join(taken)}: each process is told its own by the launcher; leave out what gives another value "
+            "to all of them (-x, --env-file)"
+        )
 
 
 def _defaults(seat: _Seat, machines: Mapping[str, Machine]) -> dict[str, str]:

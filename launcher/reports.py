@@ -228,6 +228,7 @@ REPORTS: Mapping[str, tuple[Callable[..., Report], Mapping[str, Check]]] = {
             "launcher_address": _name_or_none,
             "interface": _name_or_none,
             "interfaces": _interfaces,
+            "identity": _words_or_none,
         },
     ),
     "world": (WorldOpened, {"world": _integer(0, 1 << 31), "rendezvous_port": _port, "master_port": _port}),

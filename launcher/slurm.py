@@ -12,13 +12,16 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
-from launcher.hosts import Host, HostsError
+from launcher.hosts import NAME, Host, HostsError
 from launcher.machine import is_loopback
 from launcher.transport import local_agent_command
 
 __all__ = ["Srun", "expand_nodes", "expand_tasks", "hosts_of_allocation", "is_in_allocation"]
 
+MOST_NODES = 65536  # of a job
+MOST_BRACKETS = 16  # in the name of one
 OPTIONS = (
     "--nodes=1",
     "--ntasks=1",
@@ -49,28 +52,55 @@ class Srun:
 
 def is_in_allocation(env: Mapping[str, str] = os.environ) -> bool:
     """Whether this process runs in a job of Slurm's."""
-    return "SLURM_JOB_ID" in env
+    return bool(env.get("SLURM_JOB_ID"))
 
 
 def hosts_of_allocation(env: Mapping[str, str] = os.environ) -> tuple[Host, ...]:
     """The machines of this job, with as many slots as Slurm has tasks for them. Raises HostsError outside of a job."""
     nodes = env.get("SLURM_JOB_NODELIST")
-    if nodes is None:
+    if not nodes and is_in_allocation(env):
+        raise HostsError(
+            f"SLURM_JOB_ID={env['SLURM_JOB_ID']} says that this is a job of Slurm's, but SLURM_JOB_NODELIST, which "
+            "names its machines, is not set; name them by --hosts, or say --launcher local for this machine alone"
+        )
+    if not nodes:
         raise HostsError("--launcher slurm needs an allocation (sbatch or salloc); SLURM_JOB_NODELIST is not set")
     names = expand_nodes(nodes)
-    # SLURM_TASKS_PER_NODE is always there; where nobody asked for tasks it says one a core, which nobody wished either.
-    asked = "SLURM_NTASKS" in env or "SLURM_NTASKS_PER_NODE" in env
-    tasks: list[int | None] = [*expand_tasks(env["SLURM_TASKS_PER_NODE"])] if asked else [None] * len(names)
-    if len(tasks) != len(names):
-        raise HostsError(f"SLURM_JOB_NODELIST={nodes} names {len(names)} machines, SLURM_TASKS_PER_NODE {len(tasks)}")
-    return tuple(Host(name, slots) for name, slots in zip(names, tasks, strict=True))
+    return tuple(Host(name, slots) for name, slots in zip(names, _tasks(len(names), env), strict=True))
+
+
+def _tasks(nodes: int, env: Mapping[str, str]) -> list[int] | list[None]:
+    """How many tasks each node has; None where nobody asked for tasks. Raises HostsError.
+
+    SLURM_TASKS_PER_NODE then says one a core, which nobody wished.
+    """
+    asked = {name: env[name] for name in ("SLURM_NTASKS", "SLURM_NTASKS_PER_NODE") if env.get(name)}
+    if not asked:
+        return [None] * nodes
+    per_node = env.get("SLURM_TASKS_PER_NODE") or asked.get("SLURM_NTASKS_PER_NODE")
+    if per_node is None and nodes > 1:
+        raise HostsError(
+            f"SLURM_NTASKS={asked['SLURM_NTASKS']} is set, but not SLURM_TASKS_PER_NODE, so that nobody knows how many "
+            f"of them each of the {nodes} machines has; name the machines by --hosts, with their slots"
+        )
+    tasks = expand_tasks(per_node or asked["SLURM_NTASKS"])
+    if len(tasks) == 1 and not env.get("SLURM_TASKS_PER_NODE"):
+        return tasks * nodes
+    if len(tasks) != nodes:
+        raise HostsError(f"SLURM_JOB_NODELIST names {nodes} machines, SLURM_TASKS_PER_NODE {len(tasks)}")
+    return tasks
 
 
 def expand_nodes(text: str) -> list[str]:
     """`n[01-03,7],gpu1` -> n01, n02, n03, n7, gpu1. Raises HostsError."""
-    names = [name for part in _split(text) for name in _expand(part, text)]
-    if not names or len(set(names)) < len(names):
+    parts = _split(text)
+    if any(part.count("[") > MOST_BRACKETS for part in parts):
+        raise HostsError(f"{text[:80]!r} is not a list of Slurm's nodes: a name holds too many brackets")
+    names = list(islice((name for part in parts for name in _expand(part, text)), MOST_NODES + 1))
+    if not names or len(set(names)) < len(names) or not all(map(NAME.fullmatch, names)):
         raise HostsError(f"{text!r} is not a list of Slurm's nodes")
+    if len(names) > MOST_NODES:
+        raise HostsError(f"{text!r} names more than {MOST_NODES} machines")
     return names
 
 
@@ -80,7 +110,7 @@ def expand_tasks(text: str) -> list[int]:
     for part in text.split(","):
         match = re.fullmatch(r"([1-9][0-9]{0,3})(?:\(x([1-9][0-9]{0,4})\))?", part)
         if match is None:
-            raise HostsError(f"SLURM_TASKS_PER_NODE={text!r}; expected such as 4(x2),3")
+            raise HostsError(f"Slurm's tasks per node are {text!r}; expected such as 4(x2),3")
         counts += [int(match[1])] * int(match[2] or 1)
     return counts
 

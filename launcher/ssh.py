@@ -7,29 +7,52 @@ That is all the command line says; what to run, with which environment, reaches 
 
 from __future__ import annotations
 
-import getpass
+import os
+import pwd
 import re
 import shlex
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Literal
 
 from launcher.hosts import Host
 from launcher.machine import is_this_machine
 from launcher.transport import AgentLink, local_agent_command
 
-__all__ = ["Ssh", "cure"]
+__all__ = ["Ssh", "cure", "passing_obstacle"]
 
+# All of ssh_config(5) that concerns stdin, stdout, a terminal, forking or what else a connection would carry: what the
+# user's configuration says of it is meant for sessions that he types into.
 OPTIONS = {
     "BatchMode": "yes",  # nobody is there to type a password or to judge a host key
     "ConnectTimeout": "15",
     "ServerAliveInterval": "15",  # with the count below: 90 s of a dead network, as the agent has it at its end
     "ServerAliveCountMax": "6",
-    "ClearAllForwardings": "yes",  # ports that the user's config forwards are taken by his other sessions
+    "LogLevel": "INFO",  # what it complains of is read: not less, and no debugging
+    "VisualHostKey": "no",
+    # stdin and stdout are the agent's, and no terminal's
     "RequestTTY": "no",
+    "EscapeChar": "none",
     "RemoteCommand": "none",
+    "PermitLocalCommand": "no",  # it would write to our stdout
+    # The connection is this one's own, and carries nothing else.
+    "ControlMaster": "no",
+    "ControlPath": "none",
+    "ControlPersist": "no",
+    "ClearAllForwardings": "yes",  # ports that the user's config forwards are taken by his other sessions
+    "ForwardAgent": "no",
+    "ForwardX11": "no",
+    "Tunnel": "no",
+    # It asks nothing, and changes no file or agent.
+    "AddKeysToAgent": "no",
+    "UpdateHostKeys": "no",
 }
+NEWER_OPTIONS = {"StdinNull": "no", "ForkAfterAuthentication": "no", "SessionType": "default"}
+NEWER_SINCE = (8, 7)  # OpenSSH before knows them neither here nor in the user's configuration
 
 
 @dataclass(frozen=True)
@@ -47,7 +70,7 @@ class Ssh:
         port = host.ssh_port or self.port
         return [
             "ssh",
-            *(word for name, value in OPTIONS.items() for word in ("-o", f"{name}={value}")),
+            *(word for name, value in _options().items() for word in ("-o", f"{name}={value}")),
             *(["-p", str(port)] if port else []),
             *(["-i", str(self.identity)] if self.identity else []),
             "--",
@@ -58,8 +81,31 @@ class Ssh:
 
     def reaches_directly(self, host: Host) -> bool:
         """Whether the host is this machine, and its processes are to be ours."""
-        ours = host.user in (None, getpass.getuser()) and host.ssh_port is None
-        return ours and is_this_machine(host.name) and not self.always
+        ours = host.user in (None, _own_user()) and host.ssh_port is None
+        return ours and not self.always and is_this_machine(host.name)
+
+
+def _own_user() -> str | None:
+    """As ssh has it: by user id, whatever USER and LOGNAME say. None for one without an entry in the list of users."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return None
+
+
+def _options() -> Mapping[str, str]:
+    return {**OPTIONS, **NEWER_OPTIONS} if _version() >= NEWER_SINCE else OPTIONS
+
+
+@cache
+def _version() -> tuple[int, int]:
+    """Of the OpenSSH here; 0.0 if there is none."""
+    try:
+        told = subprocess.run(["ssh", "-V"], stdin=subprocess.DEVNULL, capture_output=True, check=False).stderr
+    except OSError:
+        return 0, 0
+    match = re.search(rb"OpenSSH_(\d+)\.(\d+)", told)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
 # What OpenSSH, the login shell and Python say -> what to do. The first that matches holds.
@@ -74,6 +120,10 @@ CURES = {
     "run: ssh-copy-id {host}, or name a key with --ssh-identity, or a user with user@{host}",
     r"Connection refused": "nothing listens at its ssh port; start sshd there, or name the port with ssh_port= in the "
     "hostfile or --ssh-port",
+    r"[ks][a-z]*_exchange_identification|Connection (closed|reset) by": "sshd there, or that of a jump host, drops "
+    "connections: it has too many at its handshake (MaxStartups in its sshd_config), or shuts this machine out",
+    r"No user exists for uid": "your user id has no entry in the list of users here, which ssh needs; ask your "
+    "administrator for one",
     r"timed out|No route to host|Network is unreachable": "is it up, and does a firewall let ssh through?",
     r"No module named '?launcher|ModuleNotFoundError": "danaz is not installed in {python} there; install the same "
     "version, or name the right Python with --remote-python",
@@ -82,6 +132,32 @@ CURES = {
     r"(?i)bad configuration option|terminating, \d+ bad|unknown option": "your ssh cannot read its configuration; try: "
     "ssh {host} true",
 }
+
+
+# What OpenSSH says of a connection that was not made: it will not be, too many are being made, or the way is not there.
+FINAL = re.compile(
+    r"Host key verification failed|IDENTIFICATION HAS CHANGED|Permission denied|Too many authentication failures"
+)
+AWAY = re.compile(
+    r"open failed: connect failed|Connection refused|No route to host|Network is unreachable|: Connection timed out|"
+    r"Temporary failure in name resolution"
+)
+CROWDED = re.compile(
+    r"[ks][a-z]*_exchange_identification|Connection (?:closed|reset) by|during banner exchange|Exceeded MaxStartups|"
+    r"Not allowed at this time"
+)
+CROWDED_S, AWAY_S, AWAY_ATTEMPTS = 40.0, 20.0, 3
+
+
+def passing_obstacle(link: AgentLink, now_s: float) -> Literal["crowded", "away"] | None:
+    """What kept an agent from coming up, if it is worth another attempt by now; else None."""
+    words = link.read_last_words()
+    tried_s = now_s - link.first_attempt_s
+    if link.command[0] != "ssh" or FINAL.search(words):
+        return None
+    if AWAY.search(words):
+        return "away" if link.attempts < AWAY_ATTEMPTS and tried_s < AWAY_S else None
+    return "crowded" if CROWDED.search(words) and tried_s < CROWDED_S else None
 
 
 def cure(link: AgentLink) -> str | None:

@@ -212,7 +212,7 @@ class _Survey:
 
     def _machine(self, name: str) -> Machine:
         hello = self._hello(name)
-        return Machine(hello["cores"], hello["gpus"], interfaces=hello["interfaces"])
+        return Machine(hello["cores"], hello["gpus"], interfaces=hello["interfaces"], identity=hello["identity"])
 
     def _describe_interfaces(self, name: str) -> str:
         return ", ".join(f"{nic} ({address})" for address, nic in self._machine(name).interfaces.items()) or "none"
@@ -225,7 +225,8 @@ class _Survey:
     def _why_silent(self, link: AgentLink) -> str:
         name = link.host.name
         if link.lost is None:
-            return f"{name}: it did not answer within {self.timeout_s:g} s; try: {shlex.join(link.command[:-1])} true"
+            noise = f", but sent something else: {link.noise}" if link.noise else ""
+            return f"{name}: it did not answer within {self.timeout_s:g} s{noise}; try: {_without_agent(link.command)}"
         advice = cure(link)
         last = next((word for word in reversed(link.last_words) if word.strip()), "")
         said = "; ".join(filter(None, (last.strip(), advice)))
@@ -258,6 +259,11 @@ class _Survey:
             if self.signals.received:
                 raise KeyboardInterrupt
             pump([self.cluster], self.signals, deadline - time.monotonic())
+
+
+def _without_agent(command: Sequence[str]) -> str:
+    """What shows how far one gets there: by ssh, another command in the place of the agent's."""
+    return shlex.join([*command[:-1], "true"] if command[0] == "ssh" else command)
 
 
 def _ipv4_first(addresses: Sequence[str]) -> str | None:

@@ -105,6 +105,11 @@ def test_mistakes_on_the_command_line(text: str, message: str) -> None:
     [
         (b"# nobody\n\n", "names no host; expected lines such as: localhost slots=4"),
         (b"\na slots=2\nb\na:3\n", "a is named twice: {file} line 2 and {file} line 4; write it once"),
+        (b"a\nb\na slots=2\n", "a is named twice: {file} line 1 and {file} line 3; write it once"),
+        (b"a slots=2\na slots=2\n", "a is named twice: {file} line 1 and {file} line 2; write it once"),
+        (b"u@a\nv@a\n", "a is named twice: {file} line 1 and {file} line 2; write it once"),
+        (b"a\na ssh_port=2\n", "a is named twice: {file} line 1 and {file} line 2; write it once"),
+        (b"a max_slots=2\n" * 3, "a is named 3 times, more than its 2 slots"),
         (b"a slots=0", "{file} line 1: zero slots"),
         (b"a slots=two", "{file} line 1: slots is 'two'; expected a number from 1 to 1024"),
         (b"a:2 slots=2", "{file} line 1: slots is given twice; remove one"),
@@ -122,6 +127,16 @@ def test_mistakes_in_a_hostfile(tmp_path: Path, text: bytes, message: str) -> No
     with pytest.raises(HostsError) as error:
         parse_hostfile(file)
     assert message.format(file=file) in str(error.value)
+
+
+def test_a_node_file_names_a_host_once_for_each_slot(tmp_path: Path) -> None:
+    """As PBS ($PBS_NODEFILE), LSF ($LSB_DJOB_HOSTFILE) and Open MPI write it."""
+    file = tmp_path / "nodes"
+    file.write_text("n1\nn1\nn2\nN1\nn3 slots=4\nn2\nn4\n")
+    assert parse_hostfile(file) == (Host("n1", 3), Host("n2", 2), Host("n3", 4), Host("n4", 1))
+    file.write_text("n1\nn2\n")
+    assert parse_hostfile(file) == (Host("n1"), Host("n2")), "where none is repeated, a name says nothing of slots"
+    assert parse_hosts("u@n1,u@n1") == (Host("n1", 2, "u"),)
 
 
 def test_a_hostfile_that_is_not_there(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ LIAR = """
 import json, os, sys, time
 def say(report): os.write(1, (json.dumps(report) + "\\n").encode())
 HELLO = {"is": "hello", "pid": 1, "cores": 1, "gpus": 0, "address": None, "launcher_address": None, "interface": None,
-         "interfaces": {}}
+         "interfaces": {}, "identity": None}
 lies = json.loads(sys.argv[1])
 for line in sys.stdin:
     order = json.loads(line)
@@ -183,7 +183,19 @@ def test_a_line_without_an_end_is_cut_off(tmp_path: Path) -> None:
     script = "while True: __import__('os').write(1, b'x' * (1 << 20))"
     laid = plan(parse_hosts("localhost:1"), ["true"], one_world=True, env={}, cwd="/")
     outcome = run(laid, tmp_path, echo=quiet, agent_command=lambda host: [sys.executable, "-c", script], grace_s=0.1)
-    assert str(outcome.failure).startswith("the agent on localhost sent something else than an answer: a line of more")
+    reason = str(outcome.failure)
+    assert reason.startswith("the agent on localhost sent something else than an answer: xxx")
+    assert len(reason) < 1000
+
+
+def test_nor_is_one_kept_that_comes_after_the_first_message() -> None:
+    read_fd, write_fd = os.pipe()
+    channel = Channel(read_fd, write_fd, longest_bytes=1000)
+    os.write(write_fd, b'{"is": "hello"}\n' + b"x" * 1001)
+    with pytest.raises(ChannelError, match="a line of more than"):
+        channel.receive()
+    os.close(read_fd)
+    os.close(write_fd)
 
 
 def test_a_channel_keeps_no_more_than_its_longest_line() -> None:

@@ -36,7 +36,8 @@ def test_a_world_per_worker() -> None:
     assert column(laid, "HOROVOD_RANK") == column(laid, "RANK") == ["0", "1", "0"]
     assert column(laid, "HOROVOD_SIZE") == column(laid, "WORLD_SIZE") == ["2", "2", "1"]
     assert column(laid, "HOROVOD_CROSS_SIZE") == ["1", "1", "1"]
-    assert column(laid, "HOROVOD_GLOO_IFACE") == ["lo", "lo", "lo"]
+    for name in ("HOROVOD_GLOO_IFACE", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        assert column(laid, name) == ["lo", "lo", "lo"]
     assert column(laid, "HOROVOD_HOSTNAME") == ["a", "a", "b"]
     assert [str(rank.log_folder) for rank in laid.ranks] == ["logs/a/rank.0", "logs/a/rank.1", "logs/b/rank.2"]
 
@@ -54,6 +55,17 @@ def test_one_world_over_unequal_hosts() -> None:
         assert column(laid, name) == ["eth0", "eth0", "ens5", "ens5", "ens5"]
     assert column(laid, "MASTER_ADDR") == column(laid, "HOROVOD_GLOO_RENDEZVOUS_ADDR") == ["10.0.0.1"] * 5
     assert column(laid, "DANAZ_WORKER") == ["0", "0", "1", "1", "1"]
+
+
+def test_what_travels_chooses_interfaces_but_no_place() -> None:
+    machines = {"a": Machine(address="10.0.0.1", interface="eth0"), "b": Machine(interface="ens5")}
+    laid = lay("a:1,b:1", one_world=True, machines=machines, env={"NCCL_SOCKET_IFNAME": "ib0"})
+    assert [{**laid.env, **rank.env}["NCCL_SOCKET_IFNAME"] for rank in laid.ranks] == ["ib0", "ib0"]
+    assert column(laid, "GLOO_SOCKET_IFNAME") == ["eth0", "ens5"]
+    server = Service("server", ["serve"], announces="SERVER")
+    for name in ("RANK", "MASTER_PORT", "HOROVOD_CONTROLLER", "SERVER"):
+        with pytest.raises(PlanError, match=f"^{name}: each process is told its own by the launcher; leave out"):
+            lay("a:1", env={name: "1"}, services=[server])
 
 
 def test_a_host_split_into_workers() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shlex
 import signal
 import sys
 import time
@@ -225,7 +226,10 @@ def test_a_machine_that_cannot_be_reached(tmp_path: Path) -> None:
     ("script", "message"),
     [
         ("echo Permission denied >&2; exit 255", "ended although nobody asked it to\nits last lines:\n  | Permission"),
-        ("echo Welcome; exec sleep 60", "sent something else than an answer: Welcome"),
+        ("echo Welcome", "ended although nobody asked it to, but sent something else than an answer: Welcome"),
+        ("echo Welcome; exec sleep 60", "did not answer within 1 s, but sent something else than an answer: Welcome"),
+        ("exec yes Welcome", "sent something else than an answer: Welcome"),
+        ("exec cat /dev/zero", "sent something else than an answer: "),
         ("exec sleep 60", "did not answer within 1 s"),
     ],
 )
@@ -233,6 +237,12 @@ def test_an_agent_that_does_not_come_up(tmp_path: Path, script: str, message: st
     outcome = play(tmp_path, ["true"], agent_command=lambda host: ["sh", "-c", script], start_timeout_s=1.0)
     assert outcome.exit_code == 1
     assert str(outcome.failure).startswith(f"the agent on localhost {message}")
+
+
+def test_what_a_login_prints_before_the_agent_answers(tmp_path: Path) -> None:
+    agent = shlex.join(local_agent_command(Host("localhost")))
+    script = f"""echo Welcome; echo '{{"is": "a greeting"}}'; echo 1; printf 'no end of line'; exec {agent}"""
+    assert play(tmp_path, ["true"], agent_command=lambda host: ["sh", "-c", script]) == Outcome(0)
 
 
 def test_a_rank_gets_its_machines_environment_and_over_it_what_travels(
@@ -319,7 +329,9 @@ def test_no_returned_file_leads_out_of_the_run_folder(tmp_path: Path, name: str)
 
 
 def test_an_agent_that_hears_nothing_ends_its_tree(tmp_path: Path) -> None:
-    link = AgentLink(Host("localhost"), local_agent_command(Host("localhost")))
+    greeting = {"do": "hello", "grace_s": 1.0, "silence_s": 0.5}
+    link = AgentLink(Host("localhost"), local_agent_command(Host("localhost")), greeting)
+    link.open(time.monotonic())
     said: list[dict[str, object]] = []
 
     def hear(kind: str) -> dict[str, object]:
@@ -332,7 +344,6 @@ def test_an_agent_that_hears_nothing_ends_its_tree(tmp_path: Path) -> None:
 
     start = {"do": "start", "name": "rank.0", "argv": ["sleep", "60"], "cwd": "/", "env": {}, "defaults": {}}
     start["milestones"] = False
-    link.channel.send({"do": "hello", "grace_s": 1.0, "silence_s": 0.5})
     link.channel.send({**start, "returns": None, "folder": "", "secret": None})
     pid = hear("started")["pid"]
     assert hear("stopping")["why"] == "nothing was heard of the launcher for 0.5 s"

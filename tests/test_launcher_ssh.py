@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from launcher import machine
 from launcher.hosts import Host, HostsError, parse_hosts
 from launcher.machine import this_machine
 from launcher.plan import LAUNCHING_MACHINE, PYTHON
 from launcher.selection import select_hosts
-from launcher.ssh import Ssh
+from launcher.ssh import NEWER_OPTIONS, Ssh, _version
 from launcher.survey import ANY_HOST, survey
 from launcher.transport import local_agent_command
 
@@ -39,12 +42,64 @@ def test_what_ssh_is_told() -> None:
     ]
 
 
+def options_of(ssh: Ssh) -> dict[str, str]:
+    words = list(ssh(Host("b")))
+    return dict(words[at + 1].split("=", 1) for at, word in enumerate(words) if word == "-o")
+
+
+def test_every_option_of_ssh_is_one_that_it_knows_and_takes() -> None:
+    """`ssh -G` prints the configuration that it would use, in small letters."""
+    asked = options_of(Ssh())
+    words = [word for name, value in asked.items() for word in ("-o", f"{name}={value}")]
+    told = subprocess.run(["ssh", "-G", *words, "b"], stdout=subprocess.PIPE, text=True, check=True).stdout
+    used = dict(line.split(" ", 1) for line in told.splitlines() if " " in line)
+    for name in ("ForwardAgent", "ForwardX11", "PermitLocalCommand", "StdinNull", "ForkAfterAuthentication", "Tunnel"):
+        assert (asked[name], used[name.lower()]) in (("no", "no"), ("no", "false"))
+    assert used["requesttty"] in ("no", "false")
+
+
+def test_an_older_ssh_is_not_told_what_it_does_not_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = tmp_path / "ssh"
+    old.write_text("#!/bin/sh\necho 'OpenSSH_8.0p1, OpenSSL 1.1.1k' >&2\n")
+    old.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    _version.cache_clear()
+    try:
+        assert not options_of(Ssh()).keys() & NEWER_OPTIONS.keys()
+    finally:
+        _version.cache_clear()
+
+
 def test_this_machine_needs_no_ssh() -> None:
     for host in (Host("localhost"), Host("127.0.0.1"), Host(os.uname().nodename)):
         assert Ssh()(host) == local_agent_command(host)
         assert Ssh(always=True)(host)[0] == "ssh"
     assert Ssh()(Host("localhost", user="somebody-else"))[0] == "ssh"
     assert Ssh()(Host("localhost", ssh_port=2222))[0] == "ssh"
+
+
+NAMES = {"front.cluster.example": ["10.9.8.7"], "front.elsewhere.example": ["10.9.8.6"], "node.example": ["10.9.8.7"]}
+
+
+def test_this_machine_by_its_addresses_and_its_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    def resolve(name: str, port: None, **_: object) -> list[tuple[object, ...]]:
+        if name not in NAMES:
+            raise socket.gaierror
+        return [(None, None, None, None, (address, 0)) for address in NAMES[name]]
+
+    monkeypatch.setattr(socket, "gethostname", lambda: "Front")
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(machine, "_interfaces", lambda: {"127.0.0.1": "lo", "10.9.8.7": "eth0"})
+    monkeypatch.setattr(machine, "_ipv6_interfaces", lambda: {"fd77::7": "eth0"})
+    for own in ("localhost", "127.0.1.1", "::1", "front", "FRONT", "10.9.8.7", "fd77::7", "front.cluster.example"):
+        assert machine.is_this_machine(own), own
+    for other in ("10.9.8.6", "fd77::6", "front.elsewhere.example", "front.nowhere.example", "back", "node.example"):
+        assert not machine.is_this_machine(other), other
+
+
+def test_what_tells_a_machine_from_all_others() -> None:
+    assert this_machine().identity == this_machine().identity is not None
+    assert survey(HOSTS[:1], local_agent_command, hub=HOSTS[0], cwd="/")["localhost"].machine.identity is not None
 
 
 @pytest.mark.parametrize(

@@ -299,11 +299,11 @@ for epoch in danaz.epochs(4):
 
 
 def test_loading_processes_and_a_slow_worker_use_every_sample_once(tmp_path: Path) -> None:
-    """Worker 0 has 3 ranks, which share batches of 8 unevenly and the last of 3 as 1/1/1; worker 1 has one."""
+    """Worker 0 has 3 ranks, which share batches of 8 unevenly and the last of 3 as 1/1/1; worker 1 has two."""
     script = tmp_path / "script.py"
     script.write_text(COUNTED)
     run = live.launch(
-        *("--hosts", "localhost:3,127.0.0.1:1", "--algorithm", "dana"),
+        *("--hosts", "localhost:5", "--workers-per-host", "2", "--algorithm", "dana"),
         out=tmp_path / "run",
         script=[str(script), str(tmp_path)],
     )

@@ -345,11 +345,11 @@ def test_machines_that_cannot_be_reached(network: Namespaces, tmp_path: Path) ->
 
 @pytest.mark.parametrize("lacks", ["python", "danaz", "the same danaz", "its directory"])
 def test_a_machine_that_lacks_something(network: Namespaces, tmp_path: Path, lacks: str) -> None:
-    other = tmp_path / "danaz-0.0.9.dist-info"
-    other.mkdir()
+    other = tmp_path / "old" / "danaz-0.0.9.dist-info"
+    other.mkdir(parents=True)
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: danaz\nVersion: 0.0.9\n")
     old_python, bare_python = tmp_path / "old-python", tmp_path / "bare-python"
-    old_python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n')
+    old_python.write_text(f'#!/bin/sh\nPYTHONPATH={other.parent} exec {sys.executable} "$@"\n')
     bare_python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
     for script in (old_python, bare_python):
         script.chmod(0o755)
@@ -367,6 +367,22 @@ def test_a_machine_that_lacks_something(network: Namespaces, tmp_path: Path, lac
     assert process.returncode == 1, output
     assert message in output
     assert "1 of 1 hosts cannot take part." in output
+
+
+@pytest.mark.parametrize("command", [["doctor"], ["launch", "configs/digits.yaml", "--dry-run"]])
+def test_a_machine_under_two_names(network: Namespaces, command: list[str]) -> None:
+    process = network.danaz(*command, "--hosts", "a,b,[fd77::2]")
+    output = " ".join(ended(process, TRAINING_S).split())
+    assert process.returncode in (1, 2), output
+    assert "fd77::2 (--hosts entry 3) and a (--hosts entry 1) are one machine; name it once" in output
+    assert nothing_is_left(network)
+
+
+def test_this_machine_by_its_own_address(network: Namespaces) -> None:
+    """No sshd is there, and none is needed."""
+    process = network.danaz("doctor", "--hosts", network["launching"].address)
+    output = ended(process, TRAINING_S)
+    assert process.returncode == 0, output
 
 
 def test_the_doctor_finds_all_well(network: Namespaces) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,19 @@ from danaz.doctor import check_up, show
 from danaz.invitation import Errand
 from danaz.launching import Cluster, LaunchError, Manner, check_server_hosts, find_out, make_plan
 from danaz.probe import versions
-from danaz.reach import Reach, ReachError, parse_environment, parse_interfaces
+from danaz.reach import (
+    Reach,
+    ReachError,
+    find_machines,
+    namesakes,
+    parse_environment,
+    parse_interfaces,
+    replaced_here,
+)
 from danaz.settings import Settings
 from launcher.hosts import Host, parse_hosts
 from launcher.machine import Machine
-from launcher.plan import ANNOUNCED
+from launcher.plan import ANNOUNCED, LAUNCHING_MACHINE, Plan, plan
 from launcher.survey import ANY_HOST, Finding
 
 HERE = versions()
@@ -63,7 +73,12 @@ def test_variables_and_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (["NOWHERE_SET"], None, "-x NOWHERE_SET: it is not set here; write -x NOWHERE_SET=VALUE"),
         (["=1"], None, "-x '=1': expected NAME or NAME=VALUE"),
         (["A B=1"], None, "-x 'A B=1': expected NAME"),
+        (["DANAZ_RUN=/"], None, "DANAZ_RUN: what begins with DANAZ_ is set by danaz itself"),
+        ([], "DANAZ_WORKER=1\n", "DANAZ_WORKER: what begins with DANAZ_ is set by danaz itself"),
         ([], "A=1\nB\n", "line 2: expected NAME=VALUE"),
+        ([], "A='1\n", "line 1: '1 is not one quoted text; close the quote at the end"),
+        ([], 'A="1" # one\n', 'line 1: "1" # one is not one quoted text'),
+        ([], 'A="\\"\n', "is not one quoted text"),
         ([], "A-B=1\n", "line 1: expected NAME=VALUE"),
     ],
 )
@@ -75,6 +90,39 @@ def test_variables_that_cannot_be_meant(tmp_path: Path, variables: list[str], li
     with pytest.raises(ReachError) as error:
         parse_environment(variables, file)
     assert message in str(error.value)
+
+
+def test_quotes_in_a_file_of_variables(tmp_path: Path) -> None:
+    file = tmp_path / "env"
+    file.write_text(r"""
+A="two words"
+export B='as $it stands \n'
+C="a \"quote\" and a \\"
+D=it's "half" quoted
+E=
+F=""
+""")
+    assert parse_environment([], file) == {
+        "A": "two words",
+        "B": r"as $it stands \n",
+        "C": 'a "quote" and a \\',
+        "D": 'it\'s "half" quoted',
+        "E": "",
+        "F": "",
+    }
+
+
+def test_an_interface_of_this_environment_that_ranks_here_do_not_get(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("NCCL_SOCKET_IFNAME", "ib0"), ("GLOO_SOCKET_IFNAME", "lo")):
+        monkeypatch.setenv(name, value)
+    here = Reach(only_here=True)
+
+    def lay(env: dict[str, str]) -> Plan:
+        return plan(parse_hosts("localhost:2"), ["train"], one_world=False, env=env, cwd="/")
+
+    [note] = replaced_here(lay({}), here)
+    assert note.startswith("NCCL_SOCKET_IFNAME is ib0 here, but ranks get lo")
+    assert replaced_here(lay(parse_environment(["NCCL_SOCKET_IFNAME"], None)), here) == []
 
 
 def test_a_missing_env_file(tmp_path: Path) -> None:
@@ -174,6 +222,32 @@ def test_shards_on_several_machines_in_turn() -> None:
     assert [server.returns for server in servers] == [None, "DANAZ_RUN", None]
     assert all(server.again[-1] == "--resume" for server in servers)
     assert len({server.secret for server in servers}) == 1
+
+
+def known_as(identity: str | None) -> Finding:
+    return replace(finding(), machine=replace(finding().machine, identity=identity))
+
+
+def test_a_machine_under_two_names() -> None:
+    here = known_as("the launching one")
+    hosts = parse_hosts("a:2,b,c")
+    findings = {"a": known_as("one"), "b": known_as("two"), "c": known_as("one"), "localhost": here}
+    with pytest.raises(ReachError) as error:
+        find_machines(hosts, reach(findings), hub=LAUNCHING_MACHINE, collective="torch")
+    assert "c (--hosts entry 3) and a (--hosts entry 1) are one machine; name it once, with all" in str(error.value)
+    assert list(namesakes(hosts, {name: each.machine for name, each in findings.items()})) == ["c"]
+    for unknown in ({**findings, "c": known_as(None)}, {**findings, "c": known_as("three")}):
+        find_machines(hosts, reach(unknown), hub=LAUNCHING_MACHINE, collective="torch")
+    # The server may well be on a machine that also trains, by another name.
+    server = reach({**findings, "c": known_as("three")}, server=hosts[2], more_servers=[hosts[0]])
+    find_machines(hosts[:2], server, hub=hosts[2], collective="torch")
+
+
+@pytest.mark.parametrize("names", ["localhost,127.0.0.1", "{},localhost", "127.0.0.1,[::1]"])
+def test_this_machine_under_two_names(names: str) -> None:
+    hosts = parse_hosts(names.format(os.uname().nodename))
+    with pytest.raises(ReachError, match=r"\(--hosts entry 2\) and .* \(--hosts entry 1\) are one machine"):
+        find_machines(hosts, Reach(), hub=LAUNCHING_MACHINE, collective="torch")
 
 
 def test_more_servers_than_shards() -> None:

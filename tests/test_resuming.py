@@ -59,7 +59,7 @@ def test_the_same_run_on_the_same_machines(begun: Path) -> None:
 
 def test_the_same_run_elsewhere(begun: Path) -> None:
     """As many machines as there are now; its configuration, which the checkpoint was made under, stays."""
-    ready = resume(begun, hosts="localhost:3,127.0.0.1:3")
+    ready = resume(begun, hosts="localhost:6", workers_per_host=4)
     assert (ready.plan.workers, len(ready.plan.ranks)) == (4, 6)
     assert json.loads(ready.plan.env["DANAZ_CONFIG"])["workers"] == 2
     assert json.loads(ready.plan.env["DANAZ_SETTINGS"])["workers"] == 2

@@ -103,7 +103,7 @@ class Comparison:
 def is_plan(path: Path) -> bool:
     """Whether a YAML file lists the cells of a comparison, rather than the keys of one experiment."""
     try:
-        content = parse_yaml(path.read_text())
+        content = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, YamlError):
         return False  # load_config will say what is wrong
     return isinstance(content, Mapping) and "cells" in content

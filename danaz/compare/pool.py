@@ -7,7 +7,6 @@ import os
 import selectors
 import signal
 import subprocess
-import sys
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from danaz.compare.display import Display
 from danaz.compare.folder import ComparisonFolder
 from danaz.compare.machine import available_bytes, resident_bytes
 from danaz.run_folder import read_summary
+from launcher.start import module_command
 
 FIRST_GUESS_BYTES = 1 << 30  # what a cell may need, until one has shown it
 LOOK_AGAIN_S = 1.0  # for memory that somebody else gave back
@@ -30,7 +30,7 @@ class Child:
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "danaz.compare.child"],
+            module_command("danaz.compare.child"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, **ONE_THREAD},

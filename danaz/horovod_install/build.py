@@ -5,7 +5,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import sysconfig
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +24,7 @@ from danaz.horovod_install.recipe import (
 )
 from danaz.horovod_install.stage import stage_toolkit
 from danaz.horovod_install.target import nvidia_folder
+from launcher.start import module_command
 
 # Called with a step's name and, where it is known, how much of it is done in percent.
 Progress = Callable[[str, int | None], None]
@@ -63,7 +63,7 @@ class Toolbox:
 
     def pip(self, step: str, *arguments: str, env: Mapping[str, str] | None = None) -> None:
         """Run pip of this Python; its output goes to the log, `[ 42%]` lines of make to the progress display."""
-        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
+        command = module_command("pip", "--disable-pip-version-check", *arguments)
         self.progress(step, None)
         with self.log.open("a", errors="replace") as log:
             log.write(f"\n### {step}\n$ {' '.join(command)}\n")

@@ -12,12 +12,18 @@ import tempfile
 from pathlib import Path
 from typing import BinaryIO
 
+from danaz.horovod_install.errors import HorovodError
 from danaz.horovod_install.recipe import Target, full_version
 
 
 def cache_folder() -> Path:
-    """`${XDG_CACHE_HOME:-~/.cache}/danaz`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "danaz"
+    """`${XDG_CACHE_HOME:-~/.cache}/danaz`. Raises HorovodError."""
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"], "danaz")
+    try:
+        return Path.home() / ".cache" / "danaz"
+    except RuntimeError:  # neither HOME nor an entry in the list of users
+        raise HorovodError("you have no home directory; name a folder for built wheels by XDG_CACHE_HOME") from None
 
 
 def find_wheel(target: Target, wheels: Path) -> Path | None:

@@ -12,6 +12,7 @@ from typing import Any
 from danaz.horovod_install.errors import HorovodError
 from danaz.horovod_install.target import installed_horovod, installed_torch
 from launcher.rendezvous import Rendezvous
+from launcher.start import module_command
 
 VECTOR = (1.0, 2.0, 3.0, 4.0)  # rank r contributes (r + 1) times this
 
@@ -64,7 +65,7 @@ def fitting_version() -> str:
 
 def _run_ranks(ranks: int, timeout_s: float) -> list[dict[str, Any]]:
     """Start the ranks on loopback, and return what each printed. None outlives this call."""
-    command = [sys.executable, "-m", "danaz.horovod_install.rank"]
+    command = module_command("danaz.horovod_install.rank")
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
     deadline = time.monotonic() + timeout_s
     processes: list[subprocess.Popen[str]] = []

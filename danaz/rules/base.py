@@ -13,12 +13,13 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from importlib import import_module
 from math import inf
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from danaz.rules.user_module import import_user_module
 
 Vectors = Mapping[str, Tensor]  # name -> f32[n], all slices of the same range
 Pushes = Literal["gradient", "displacement", "parameters"]  # a displacement is added to the server's as it is
@@ -199,7 +200,8 @@ def algorithm(name: str, *, paper: str) -> Callable[[Callable[..., Rule]], Calla
 
 
 def find_algorithm(name: str) -> Algorithm:
-    """Look an algorithm up by name, or import one of the user's own, ``package.module:factory``.
+    """Look an algorithm up by name, or import one of the user's own, ``package.module:factory``, also from the current
+    folder.
 
     Raises UnknownAlgorithmError, with the nearest name.
     """
@@ -215,6 +217,6 @@ def find_algorithm(name: str) -> Algorithm:
 def _imported(path: str) -> Algorithm:
     module, _, factory = path.partition(":")
     try:
-        return Algorithm(path, paper="", build=getattr(import_module(module), factory))
+        return Algorithm(path, paper="", build=getattr(import_user_module(module), factory))
     except (ImportError, AttributeError) as error:
         raise UnknownAlgorithmError(f"algorithm {path!r} cannot be imported: {error}") from error

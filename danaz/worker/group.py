@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import socket
 import time
 from typing import Any, Protocol
 
@@ -93,10 +95,24 @@ class TorchGroup:
     def __init__(self) -> None:
         import torch.distributed as dist
 
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=self._meeting_place(), rank=self.rank, world_size=self.size)
         self._dist = dist
-        self.rank = dist.get_rank()
-        self.size = dist.get_world_size()
+
+    def _meeting_place(self) -> Any:
+        """The store at which the ranks find each other. It listens on the world's own address alone.
+
+        Left to itself, torch's would listen on every network interface of the machine.
+        """
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        if self.rank > 0:
+            return TCPStore(address, port, self.size)
+        family, *_, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.create_server(place[:2], family=family, backlog=self.size)
+        return TCPStore(address, port, self.size, is_master=True, master_listen_fd=listener.detach())
 
     def sum_async(self, tensor: Tensor, name: str) -> Any:
         return self._dist.all_reduce(tensor, async_op=True)

@@ -7,10 +7,7 @@ given ``data_dir`` if it has such a parameter. The training set tells the classe
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +18,7 @@ from torchvision import models
 from torchvision.transforms import v2
 
 from danaz.config import Config, ConfigError, suggest
+from danaz.rules.user_module import import_user_module
 from danaz.workloads.base import Workload
 from danaz.workloads.images import Augmentation, ImageTensors
 from danaz.workloads.torchvision_data import load, pixels
@@ -126,10 +124,8 @@ def _imported(spec: str, key: str) -> Callable[..., Any]:
     module_name, _, name = spec.partition(":")
     if not module_name or not name:
         raise ConfigError(f"{key} = {spec!r}: expected torchvision.<name> or package.module:name")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     try:
-        module = importlib.import_module(module_name)
+        module = import_user_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module is there, but itself imports one that is not

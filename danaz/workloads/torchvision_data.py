@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def load(name: str, data_dir: str | None) -> tuple[Any, Any | None]:
     parameters = inspect.signature(kind).parameters
     if "root" in parameters and not data_dir:
         raise ConfigError(f"data_dir is not set: give the folder that holds {name}, for example --set data_dir=data")
-    root = [str(Path(data_dir).expanduser())] if "root" in parameters and data_dir else []
+    root = [os.path.expanduser(data_dir)] if "root" in parameters and data_dir else []
     if kind is datasets.ImageFolder:
         return _open(kind, f"{root[0]}/train"), _open(kind, f"{root[0]}/val")
     if "train" in parameters:
