@@ -188,16 +188,6 @@ def test_a_line_without_an_end_is_cut_off(tmp_path: Path) -> None:
     assert len(reason) < 1000
 
 
-def test_nor_is_one_kept_that_comes_after_the_first_message() -> None:
-    read_fd, write_fd = os.pipe()
-    channel = Channel(read_fd, write_fd, longest_bytes=1000)
-    os.write(write_fd, b'{"is": "hello"}\n' + b"x" * 1001)
-    with pytest.raises(ChannelError, match="a line of more than"):
-        channel.receive()
-    os.close(read_fd)
-    os.close(write_fd)
-
-
 def test_a_channel_keeps_no_more_than_its_longest_line() -> None:
     reader, writer = os.pipe()
     channel = Channel(reader, writer, longest_bytes=1000)
