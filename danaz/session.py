@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from danaz.data import Batching, LeaseSampler, Portion, Share, batching_of, read_ahead, rebuild
-from danaz.flat import Spans
+from danaz.flat import FlatModel, Spans
 from danaz.milestones import reach
 from danaz.optimizer import DistributedOptimizer, Verdict, effective_lr, weight_decays
 from danaz.pace import telling
@@ -24,6 +24,7 @@ from danaz.server.core import ServerCore
 from danaz.server.messages import Heartbeat
 from danaz.settings import Place, Settings
 from danaz.signals import note_ending_signals
+from danaz.untrained import Untrained
 from danaz.worker.core import Loss, Role, WorkerCore
 from danaz.worker.group import Group, make_group
 from danaz.worker.link import DealerLink, Link, LocalLink
@@ -124,14 +125,31 @@ class Session:
         self._scales_lr = rule.scales_lr
         self._worker = Worker(self.group, optimizer.flat, ahead, core, link, everyone_alike, pipelined)
         self._worker.sync_period = rule.worker_rule.sync_period
-        self.group.broadcast(first_params=optimizer.flat.params)
-        self._worker.join(bring_params=everyone_alike or self.place.worker == 0)
+        self._enter(optimizer.flat)
         self._loader_batches = len(loader)
         one_worker = self.place.server is None or self.settings.workers == 1
         follow([optimizer, optimizer.wrapped], self, one_worker=one_worker)
         reach("shard")
         if self.place.guest:
             self._worker.is_asked_to_end = note_ending_signals()
+
+    def _enter(self, flat: FlatModel) -> None:
+        """Join with a model that is the same on all ranks of all workers, whatever each of them has made."""
+        untrained = Untrained(flat.model, flat.trained)
+        words, has_server = untrained.packed(), self.place.server is not None
+        self.group.broadcast(first_params=flat.params)
+        if self.place.worker == 0 or not has_server:
+            self.worker.join(True, words if has_server and untrained.size else None)
+        else:
+            self.worker.join(False)
+        if not untrained.size:
+            return
+        if has_server and self.group.rank == 0:
+            found = self.worker.fetch_untrained()
+            untrained.load(found)  # or says that this is another model
+            words.copy_(found)
+        self.group.broadcast(untrained=words)
+        untrained.load(words)
 
     @property
     def _machines_per_batch(self) -> int:

@@ -21,6 +21,7 @@ FLOORS = {
     "danaz.codecs": 0,
     "danaz.schedule": 0,
     "danaz.schedulers": 0,
+    "danaz.untrained": 0,
     "danaz.config": 0,
     "danaz.plain_yaml": 0,
     "danaz.reading": 0,

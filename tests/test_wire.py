@@ -23,6 +23,8 @@ from danaz.server.messages import (
     MAX_REPORTED,
     AtMost,
     Bye,
+    Fetch,
+    Fetched,
     Final,
     GoBack,
     Heartbeat,
@@ -169,6 +171,8 @@ SAMPLES: list[Message] = [
 EVERY_KIND: list[Message] = [
     *SAMPLES,
     Pull(0, 1, 2),
+    Fetch(0, 1, 2),
+    Fetched(1, torch.zeros(1)),
     Leave(0, 1, 2, None, torch.zeros(1)),
     Report(0, 1, 2, {}),
     Bye(0, 1, 2),

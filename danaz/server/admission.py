@@ -60,7 +60,7 @@ def is_worth_receiving(
     if isinstance(message, Join):
         message = own_part(message, settings)
         brings = 0 if message.params is None else message.params.numel()
-        fits = brings in (0, message.layout.size)
+        fits = brings in (0, message.layout.size) and (message.untrained is None or needs_params)
         return fits and not why_not_join(message, settings, job, member, needs_params)
     if job is None or whole is None or why_stranger(message, member):
         return False
@@ -82,7 +82,8 @@ def why_not_join(
     counts = (join.layout.size, join.plan.batches_per_epoch, join.plan.epochs, join.ahead)
     if not (-1 < join.momentum < 1 and min(counts) > 0 and join.ahead <= MAX_AHEAD):
         return "momentum, model, plan or read-ahead out of range"
-    if least_bytes(join.layout, settings.workers) > settings.memory_bytes:
+    beside = 0 if join.untrained is None else 4 * join.untrained.numel()
+    if least_bytes(join.layout, settings.workers) + beside > settings.memory_bytes:
         return (
             f"a model of this size, with {settings.workers} workers, does not fit into the "
             f"{settings.memory_bytes / 2**30:.1f} GiB of memory of the server's machine"

@@ -11,6 +11,7 @@ from torch import Tensor
 from danaz.server.master import all_finite
 from danaz.server.members import Member, Route
 from danaz.server.messages import (
+    Fetched,
     Final,
     Heartbeat,
     Noted,
@@ -53,6 +54,9 @@ class Answers:
 
     def note(self, member: Member) -> None:
         self._waiting.append((member.route, Noted(member.request)))
+
+    def fetched(self, member: Member) -> None:
+        self._waiting.append((member.route, Fetched(member.request, self._core.untrained)))
 
     def push(self, member: Member, push: Push, *, applied: bool = False, refused: str = "") -> None:
         """With the next view, or without where that was fetched already."""

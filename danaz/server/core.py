@@ -12,9 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from danaz.codecs import travelling_bytes, view_codec
+from danaz.flat import Layout
 from danaz.server.admission import (
     OVERFLOW,
     Job,
@@ -31,13 +33,15 @@ from danaz.server.health import Health, measured, norm_of
 from danaz.server.leases import LeasedElsewhere, Leases
 from danaz.server.master import Master, all_finite
 from danaz.server.members import MeanBuffers, Member, Route
-from danaz.server.messages import Bye, GoBack, Heartbeat, Join, Leave, Pull, Push, Report, Request
+from danaz.server.messages import Bye, Fetch, GoBack, Heartbeat, Join, Leave, Pull, Push, Report, Request
 from danaz.server.recovery import Recovery
 from danaz.server.refusing import refuse_push, why_refuse
 from danaz.server.settings import ServerSettings
 from danaz.server.state import CoreState, fill, take
 from danaz.server.updating import update_by
 from danaz.server.whole import WholeModel, own_part
+
+Asked = Push | Pull | Fetch | Leave | Report | Bye  # by somebody who takes part
 
 RESUM_EVERY = 1000  # updates between fresh sums of the velocities, against drift
 
@@ -84,6 +88,7 @@ class ServerCore:
         self._leases: Leases | None = None
         self._master: Master | None = None
         self.buffers = MeanBuffers(0)
+        self.untrained = torch.empty(0)  # f32[U], what the model holds beside the parameters, as bytes
         self._milestone: tuple[object, ...] = ()  # the last one
         self._answers = Answers(self)
 
@@ -213,14 +218,7 @@ class ServerCore:
         if reason:
             self._answers.refuse(route, join, reason)
             return
-        if self._job is None:
-            self._job = Job(join.layout, join.plan, join.momentum)
-            self._leases = LeasedElsewhere(join.plan) if self.settings.shard else Leases(join.plan)
-            self._whole = WholeModel(whole)
-            self.buffers = MeanBuffers(join.layout.buffer_size)
-        if self._master is None and join.params is not None:
-            rule = self.settings.rule(join.momentum)
-            self._master = Master(rule, join.layout, join.params, self.ahead, view_codec(self.settings.wire_view))
+        self._take_over(join, whole)
         if member is None or member.incarnation < join.incarnation:
             if member is not None:
                 self._lose(member)
@@ -239,6 +237,19 @@ class ServerCore:
             member.awaiting = "start"
         if self.started and not member.left:
             self.admit(member)
+
+    def _take_over(self, join: Join, whole: Layout) -> None:
+        """Learn what the first workers to join bring: the job and, from worker 0, the model's values."""
+        if self._job is None:
+            self._job = Job(join.layout, join.plan, join.momentum)
+            self._leases = LeasedElsewhere(join.plan) if self.settings.shard else Leases(join.plan)
+            self._whole = WholeModel(whole)
+            self.buffers = MeanBuffers(join.layout.buffer_size)
+        if self._master is None and join.params is not None:
+            rule = self.settings.rule(join.momentum)
+            self._master = Master(rule, join.layout, join.params, self.ahead, view_codec(self.settings.wire_view))
+            if join.untrained is not None:
+                self.untrained = join.untrained.clone()
 
     def admit(self, *members: Member, afresh: bool = False) -> None:
         """Give members the vectors that they lack, or new ones in the place of those that they have."""
@@ -277,7 +288,7 @@ class ServerCore:
 
     # ---- serving -------------------------------------------------------------------------------------------------
 
-    def _serve(self, member: Member, message: Push | Pull | Leave | Report | Bye, repeated: bool, now: float) -> None:
+    def _serve(self, member: Member, message: Asked, repeated: bool, now: float) -> None:
         if member.left and isinstance(message, (Push, Pull)):
             self._answers.refuse(member.route, message, "worker has left")
         elif isinstance(message, Push):
@@ -297,6 +308,8 @@ class ServerCore:
                 self._leave(member, message)
         elif isinstance(message, Report):
             self._report(member, message)
+        elif isinstance(message, Fetch):
+            self._answers.fetched(member)
         else:
             self._bye(member, message)
 

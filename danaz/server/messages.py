@@ -125,6 +125,7 @@ class Join:
     params: Tensor | None = None  # f32[P]
     version: Count = 0  # of params, in that life of the server
     life: Count = 0
+    untrained: Tensor | None = None  # f32[U] from worker 0: what its model holds beside, as bytes
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,15 @@ class Pull:
     request: Count
     ahead: bool = False  # it still computes on the view before, and will push what comes of it
     skipped: Batches = ()  # batches that made no step, such as after an overflow: they count as used
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """A worker asks for what the model holds beside the parameters that are trained, as worker 0 brought it."""
+
+    worker: WorkerNumber
+    incarnation: Count
+    request: Count
 
 
 @dataclass(frozen=True)
@@ -258,6 +268,14 @@ class Final:
 
 
 @dataclass(frozen=True)
+class Fetched:
+    """The answer to Fetch."""
+
+    request: Count
+    untrained: Tensor  # f32[U], frozen parameters and buffers as bytes
+
+
+@dataclass(frozen=True)
 class Noted:
     """The answer to Report and Bye."""
 
@@ -316,6 +334,6 @@ def is_announced(vector: Tensor) -> bool:
     return vector.numel() > 1 and vector.stride() == (0,)
 
 
-Request = Join | Push | Pull | Heartbeat | Leave | Report | Bye | GoBack
-Reply = Parameters | Final | Noted | Refusal | Offer
+Request = Join | Push | Pull | Fetch | Heartbeat | Leave | Report | Bye | GoBack
+Reply = Parameters | Fetched | Final | Noted | Refusal | Offer
 Message = Request | Reply

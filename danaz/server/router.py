@@ -13,7 +13,7 @@ from torch import Tensor
 from danaz.server.answers import Streams
 from danaz.server.concluded import Concluded
 from danaz.server.core import ServerCore
-from danaz.server.messages import Final, Push, Refusal, Request, Streamed
+from danaz.server.messages import Fetched, Final, Push, Refusal, Request, Streamed
 from danaz.server.offering import Offering
 from danaz.server.recording import Recorder
 from danaz.server.socket import ANSWERS_MESSAGES, BoundRouter
@@ -122,7 +122,7 @@ class Router:
     def _send(self, replies: Streams) -> None:
         for route, reply in replies:
             assert isinstance(route, bytes)
-            if not isinstance(reply, (Streamed, Final)):
+            if not isinstance(reply, (Streamed, Final, Fetched)):
                 self._post([route, *encode(reply)])
             elif self._may_leave(route, reply.request):
                 self._send_large(route, reply)
@@ -135,7 +135,7 @@ class Router:
         self._leaving = {each: entry for each, entry in self._leaving.items() if not entry[1].done}
         return route not in self._leaving or self._leaving[route][0] != request
 
-    def _send_large(self, route: bytes, reply: Streamed | Final) -> None:
+    def _send_large(self, route: bytes, reply: Streamed | Final | Fetched) -> None:
         self._make_way(messages_of(reply))
         pieces = split(reply)
         magic, header, *vectors = next(pieces)

@@ -74,6 +74,7 @@ def take(core: ServerCore, reuse: CoreState | None = None) -> CoreState:
         "rest_version": core.whole.version,
     }
     tensors = {"params": master.params}
+    tensors |= {"untrained": core.untrained} if core.untrained.numel() else {}
     tensors |= {} if core.whole.rest is None else {"rest": core.whole.rest}
     tensors |= {f"shared.{name}": vector for name, vector in master.shared.items()}
     tensors |= {f"member.{m.worker}.{name}": vector for m in members for name, vector in m.vectors.items()}
@@ -117,6 +118,7 @@ def fill(core: ServerCore, state: CoreState, now: float) -> None:
     core.figures = Figures.restored(facts["figures"], now)
     core.health.restore(facts["sick_workers"])
     core.diverged, core.final, core.generation = facts["diverged"], facts["final"], facts["generation"]
+    core.untrained = tensors.get("untrained", core.untrained)
     core.sound = tuple(facts.get("sound", ()))
     _fill_buffers(core, facts, tensors)
 

@@ -17,6 +17,7 @@ from danaz.server.admission import FRESH_AFTER, SICK
 from danaz.server.master import all_finite
 from danaz.server.messages import (
     Bye,
+    Fetch,
     Final,
     GoBack,
     Join,
@@ -33,7 +34,7 @@ from danaz.server.messages import (
 )
 from danaz.worker.staging import IN_PLACE, Staging
 
-Request = Join | Push | Pull | Leave | Report | Bye | GoBack
+Request = Join | Push | Pull | Fetch | Leave | Report | Bye | GoBack
 Asked = TypeVar("Asked", bound=Request)
 Loss = float | Tensor | None  # a tensor may be on its way from the device
 
@@ -146,8 +147,10 @@ class WorkerCore:
 
     # ---- requests ------------------------------------------------------------------------------------------------
 
-    def join(self, params: Tensor | None = None) -> Join:
-        """Enter the run, or enter it again after a refusal that said so. Worker 0 brings ``params`` f32[P].
+    def join(self, params: Tensor | None = None, untrained: Tensor | None = None) -> Join:
+        """Enter the run, or enter it again after a refusal that said so.
+
+        Worker 0 brings ``params`` f32[P], and what its model holds beside, ``untrained`` f32[U].
 
         Whoever was in the run brings its last view: a server that was restarted may have none so new.
         """
@@ -165,6 +168,7 @@ class WorkerCore:
                 params if newest is None else newest.params,
                 0 if newest is None else newest.version,
                 0 if newest is None else newest.life,
+                untrained,
             )
         )
 
@@ -330,6 +334,10 @@ class WorkerCore:
         number = self._next("pull", "joined")
         self._ahead = ahead
         return self._ask(Pull(self.role.worker, self.role.incarnation, number, ahead, tuple(skipped)))
+
+    def fetch(self) -> Fetch:
+        """Ask for what worker 0's model holds beside the parameters."""
+        return self._ask(Fetch(self.role.worker, self.role.incarnation, self._next("fetch", "joined")))
 
     def leave(self, buffers: Tensor, edit: Tensor | None = None) -> Leave:
         """Leave in good order, with the batch-norm statistics f32[B], and with the last ``edit`` f32[P]."""

@@ -24,7 +24,21 @@ from danaz.codecs import travelling_bytes
 from danaz.flat import Layout, chunks_of_shards, shard_spans, spans_within
 from danaz.server.gap import Layers
 from danaz.server.master import all_finite
-from danaz.server.messages import Bye, Final, GoBack, Join, Leave, Offer, Parameters, Pull, Push, Refusal, Reply, Report
+from danaz.server.messages import (
+    Bye,
+    Fetch,
+    Final,
+    GoBack,
+    Join,
+    Leave,
+    Offer,
+    Parameters,
+    Pull,
+    Push,
+    Refusal,
+    Reply,
+    Report,
+)
 from danaz.server.offering import choose
 from danaz.worker.core import Backoff, Request
 from danaz.worker.link import GIVE_UP_S, EditedError, Link, ServerLostError
@@ -78,7 +92,7 @@ class ShardedLink:
     def exchange(self, request: Request) -> Reply:
         """As Link has it. The view of the answer stays as it is until the answer after the next one."""
         if isinstance(request, Join):
-            self._join = replace(request, params=None)
+            self._join = replace(request, params=None, untrained=None)
         if isinstance(request, Push) and not all_finite(request.push):
             # Each shard sees its slice alone. Without a loss that is finite, all of them refuse the push as not finite.
             request = replace(request, loss=nan)
@@ -98,7 +112,7 @@ class ShardedLink:
         return reply
 
     def _say_to_all(self, request: Request) -> list[Reply]:
-        if isinstance(request, Report):
+        if isinstance(request, (Report, Fetch)):
             return [self._say(0, request)]
         if isinstance(request, Bye) or (isinstance(request, Pull) and not request.ahead):
             # Shard 0 may keep a Pull waiting; only then are the other slices fetched, to be as fresh. A Bye is said as
@@ -189,7 +203,7 @@ class ShardedLink:
             return None if vector is None else vector[start:stop]
 
         if isinstance(request, Join):
-            return replace(request, params=cut(request.params))
+            return replace(request, params=cut(request.params), untrained=None if number else request.untrained)
         if isinstance(request, Push):
             version, life = self._at_hand[number]
             part = replace(

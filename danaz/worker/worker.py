@@ -19,6 +19,7 @@ from danaz.flat import FlatModel, Spans
 from danaz.server.messages import (
     TOO_MANY_REPORTED,
     Bye,
+    Fetched,
     Final,
     Join,
     Leave,
@@ -121,9 +122,20 @@ class Worker:
         self._since = perf_counter()
         self._ready = self._since  # when the last request was there to be sent: until then the device computed
 
-    def join(self, bring_params: bool) -> None:
-        """Enter the run; returns when training starts, with the first view in the model."""
-        self._ask(lambda core: core.join(core.staging.lift(self.flat.params) if bring_params else None))
+    def join(self, bring_params: bool, untrained: Tensor | None = None) -> None:
+        """Enter the run; returns when training starts, with the first view in the model.
+
+        The worker that brings its parameters brings ``untrained`` f32[U], too: what its model holds beside them.
+        """
+        self._ask(lambda core: core.join(core.staging.lift(self.flat.params) if bring_params else None, untrained))
+
+    def fetch_untrained(self) -> Tensor:
+        """What worker 0 brought beside its parameters, f32[U]; only the rank that speaks can ask."""
+        self._pipeline_end()
+        reply = self._exchange(lambda core: core.fetch())
+        if not isinstance(reply, Fetched):
+            raise RefusedError(f"the server answered with {type(reply).__name__} where a model's buffers were due")
+        return reply.untrained
 
     def is_edited(self) -> bool:
         """Whether the script has changed parameters since the last step; only the rank that speaks can tell."""
