@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import signal
+import sys
 from collections.abc import Iterator
 from functools import partial
 from math import inf
@@ -228,6 +229,12 @@ class Session:
         if self.finished or self._worker is None:
             return
         self._worker.leave()
+        if self._worker.came_late:
+            if self.group.rank == 0:
+                print(
+                    "danaz: the run was complete before this worker came; there is nothing left to do", file=sys.stderr
+                )
+            raise SystemExit(0)  # without the trained model there is nothing to be done with, either
         self.finished = True
         if self._worker.ends_early:
             raise SystemExit(128 + signal.SIGTERM)  # what a script does behind its loop is for a run that is over

@@ -15,7 +15,15 @@ from typing import Any
 from torch import Tensor
 
 from danaz.codecs import travelling_bytes, view_codec
-from danaz.server.admission import OVERFLOW, Job, is_worth_receiving, why_not_join, why_not_leave, why_stranger
+from danaz.server.admission import (
+    NEWER_JOINED,
+    OVERFLOW,
+    Job,
+    is_worth_receiving,
+    why_not_join,
+    why_not_leave,
+    why_stranger,
+)
 from danaz.server.answers import Answers, Replies, Streams, whole
 from danaz.server.figures import Figures, Update
 from danaz.server.health import Health, measured, norm_of
@@ -198,7 +206,8 @@ class ServerCore:
         join = own_part(join, self.settings)
         reason = why_not_join(join, self.settings.digest, self._job, member, self._master is None)
         if reason:
-            self._answers.refuse(route, join, reason)
+            newest = member.incarnation if member is not None and reason == NEWER_JOINED else 0
+            self._answers.refuse(route, join, reason, newest=newest)
             return
         if self._job is None:
             self._job = Job(join.layout, join.plan, join.momentum)

@@ -190,6 +190,7 @@ class Refusal:
     request: int
     reason: str
     rejoin: bool  # whether joining anew is the cure
+    newest: int = 0  # incarnation of this worker that has joined, if the one that asks has a lower one
 
 
 @dataclass(frozen=True)
