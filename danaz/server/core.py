@@ -299,7 +299,7 @@ class ServerCore:
 
     def _give_back(self, given: Tensor) -> None:
         if not self.master.add(given):
-            self.refuse("parameters would not be finite with what a leaving worker gives back")
+            self.refuse("parameters would leave the range of float32 with what a leaving worker gives back")
 
     def _sound(self, vector: Tensor) -> bool:
         """Whether a leaving worker's vector may count. One of a diverged model may not, but its worker still leaves."""
