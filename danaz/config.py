@@ -156,7 +156,7 @@ class Config(_Checked):
         None, ge=1, le=MOST, description="mini-batches between a worker's pushes; default: the algorithm's own"
     )
     pipeline: bool = Field(
-        False, description="compute the next batch on the view at hand while the last one is pushed: a lag one higher"
+        False, description="compute the next batch on the view at hand while the last one is pushed: a higher lag"
     )
     wire: Annotated[str, AfterValidator(_push_codec)] = Field(
         "fp32", description="how pushes travel: fp32, bf16, fp16, onebit or topk:SHARE, with error feedback"

@@ -58,7 +58,7 @@ WireView = Annotated[str | None, exchange_option("--wire-view", help="Send views
 Pipeline = Annotated[
     bool | None,
     exchange_option(
-        "--pipeline/--no-pipeline", help="Compute the next batch while the last one is pushed: a lag one higher"
+        "--pipeline/--no-pipeline", help="Compute the next batch while the last one is pushed: a higher lag"
     ),
 ]
 

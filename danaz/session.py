@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import signal
+import sys
 from collections.abc import Iterator
 from functools import partial
 from math import inf
@@ -269,6 +270,12 @@ class Session:
                 "danaz.shard, on the optimizer that danaz.DistributedOptimizer returned."
             )
         self._worker.leave()
+        if self._worker.came_late:
+            if self.group.rank == 0:
+                print(
+                    "danaz: the run was complete before this worker came; there is nothing left to do", file=sys.stderr
+                )
+            raise SystemExit(0)  # without the trained model there is nothing to be done with, either
         self.finished = True
         reach("finish")
         if self._worker.ends_early:

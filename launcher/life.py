@@ -45,7 +45,10 @@ class Surroundings:
     last_incarnation: int = 0
 
     def next_incarnation(self) -> int:
-        """Higher than all before, those of a run that goes on after its launcher died included: it is the clock."""
+        """Higher than all before, those of a run that goes on after its launcher died included: it is the clock.
+
+        Where a clock was ahead of this one, the server says so, and the worker takes the next number itself.
+        """
         self.last_incarnation = max(self.last_incarnation + 1, time.time_ns() // 1_000_000)
         return self.last_incarnation
 

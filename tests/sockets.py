@@ -69,6 +69,7 @@ class LiveWorker(threading.Thread):
         self.keys = keys
         self.settings, self.address = settings, address
         self.role = Role(number, 1, DIGEST, 0.9, layout_of(size, buffers=1), plan)
+        self.newest: Parameters | None = None  # its last view
         self.final: Final | None = None
         self.error: BaseException | None = None
 
@@ -92,6 +93,7 @@ class LiveWorker(threading.Thread):
         reply = ask(core.join(torch.zeros(self.size) if self.role.worker == 0 else None))
         while True:
             assert isinstance(reply, Parameters), reply
+            self.newest = reply
             if reply.done:
                 break
             if reply.leases:

@@ -127,7 +127,9 @@ def test_what_is_given_back_leaves_the_parameters_finite():
     for worker in (0, 1):
         core.handle(worker, Leave(worker, 1, 2, torch.full((SIZE,), HUGE), torch.zeros(2)), 1.0)
     assert torch.equal(core.master.params, torch.ones(SIZE))
-    assert core.figures.refusals == {"parameters would not be finite with what a leaving worker gives back": 2}
+    assert core.figures.refusals == {
+        "parameters would leave the range of float32 with what a leaving worker gives back": 2
+    }
 
 
 class Reckless(Asgd):

@@ -25,6 +25,7 @@ from danaz.settings import Settings
 from danaz.simulate.simulator import Simulation
 from danaz.worker.core import Request
 from danaz.worker.link import LocalLink, ServerLostError
+from danaz.worker.pipeline import Pipeline
 
 QUADRATIC = Path(__file__).parents[1] / "configs/quadratic.yaml"
 WORKERS = 4
@@ -152,6 +153,40 @@ class TestWhatItComputesOn:
         view = cluster.fetch(0)
         cluster.push_beside(0)
         assert not torch.equal(cluster.point(0), view), "all is well again"
+
+
+class TestHowLateItIsApplied:
+    """N workers in turn: a view that comes as the batch before ends is N versions old when its push is applied, one
+    that comes as that batch begins is 2N − 1. How long before the end it is fetched follows from how even times are.
+    """
+
+    @pytest.mark.parametrize(("fetched", "lag"), [("as the batch ends", WORKERS), ("as it begins", 2 * WORKERS - 1)])
+    def test_the_lag_is_that_of_the_view(self, fetched, lag):
+        cluster = Pipelined("asgd", workers=WORKERS)
+        if fetched == "as it begins":
+            for worker in range(WORKERS):
+                cluster.fetch(worker)
+        for turn in range(5 * WORKERS):
+            worker = turn % WORKERS
+            if fetched == "as the batch ends":
+                cluster.fetch(worker)
+            cluster.push_beside(worker)
+            if fetched == "as it begins":
+                cluster.fetch(worker)
+        assert {update.lag for update in cluster.updates[2 * WORKERS :]} == {lag}
+
+    @pytest.mark.parametrize(
+        ("computing_s", "late"),
+        [([0.1], True), ([0.1, 0.11], True), ([0.02, 0.18], False), ([0.003, 0.003, 0.03], False)],
+    )
+    def test_a_view_is_fetched_late_where_batches_take_even_time(self, computing_s, late):
+        pipeline = Pipeline(lambda make: Parameters(1, 1, True, "", (), True, 0.0, 0, None, torch.empty(0)))
+        for turn in range(100):
+            pipeline._computing.saw(computing_s[turn % len(computing_s)])
+            pipeline._fetching.saw(0.01)
+        pipeline.close()
+        assert (pipeline._patience_s > 0.05) == late
+        assert (pipeline._patience_s <= 0) == (not late), "as the batch begins"
 
 
 class TestFaultsBetweenPushAndFetch:

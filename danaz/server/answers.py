@@ -46,11 +46,11 @@ class Answers:
         generation, kept = self._core.generation, self._core.kept
         return [(route, _dated(reply, generation, kept)) for route, reply in waiting]
 
-    def refuse(self, route: Route, message: Request, reason: str, rejoin: bool = False) -> None:
+    def refuse(self, route: Route, message: Request, reason: str, rejoin: bool = False, newest: int = 0) -> None:
         """Count it, and say so; but a heartbeat awaits no answer."""
         self._core.refuse(reason)
         if not isinstance(message, Heartbeat):
-            self._waiting.append((route, Refusal(message.request, reason, rejoin)))
+            self._waiting.append((route, Refusal(message.request, reason, rejoin, newest)))
 
     def note(self, member: Member) -> None:
         self._waiting.append((member.route, Noted(member.request)))

@@ -18,6 +18,7 @@ from torch import Tensor
 from danaz.codecs import travelling_bytes, view_codec
 from danaz.flat import Layout
 from danaz.server.admission import (
+    NEWER_JOINED,
     OVERFLOW,
     Job,
     is_worth_receiving,
@@ -216,7 +217,8 @@ class ServerCore:
         join = own_part(join, self.settings)
         reason = why_not_join(join, self.settings, self._job, member, self._master is None)
         if reason:
-            self._answers.refuse(route, join, reason)
+            newest = member.incarnation if member is not None and reason == NEWER_JOINED else 0
+            self._answers.refuse(route, join, reason, newest=newest)
             return
         self._take_over(join, whole)
         if member is None or member.incarnation < join.incarnation:
@@ -353,7 +355,7 @@ class ServerCore:
 
     def _give_back(self, given: Tensor) -> None:
         if not self.master.add(given):
-            self.refuse("parameters would not be finite with what a leaving worker gives back")
+            self.refuse("parameters would leave the range of float32 with what a leaving worker gives back")
 
     def _sound(self, vector: Tensor) -> bool:
         """Whether a leaving worker's vector may count. One of a diverged model may not, but its worker still leaves."""

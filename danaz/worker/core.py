@@ -397,6 +397,10 @@ class WorkerCore:
                 self._heed(reply)
         elif isinstance(reply, Refusal):
             self._in_doubt = True
+            if self._state == "new" and reply.newest >= self.role.incarnation:
+                # The clock that this process has its number from is slow. (One that was in the run, and was replaced,
+                # does not come back.)
+                self.role = replace(self.role, incarnation=reply.newest + 1)
         elif isinstance(reply, Final):
             self._state = "left"
         elif isinstance(reply, Noted) and isinstance(request, Bye):

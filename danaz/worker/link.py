@@ -83,12 +83,14 @@ class DealerLink:
         self._give_up_s = give_up_s
         self._staging = staging
         self._rooms = [torch.empty(0), torch.empty(0)]  # f32[P] each: the view at hand, and where the next arrives
+        self._heartbeat = heartbeat
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._beat, args=(heartbeat,), daemon=True, name="danaz-heartbeat")
+        self._thread = threading.Thread(target=self._beat, daemon=True, name="danaz-heartbeat")
         self._thread.start()
 
     def exchange(self, request: Request) -> Reply:
         """As Link has it. The view of the answer stays as it is until the answer after the next one."""
+        self._heartbeat = Heartbeat(request.worker, request.incarnation)  # which may have changed before it joined
         inbox = Inbox(Reply, lambda _, reply: answers(reply, request), self._room, self._arrived)
         backoff = Backoff(RETRY_FIRST_S, RETRY_LONGEST_S, self._seed)
         give_up_at = time.monotonic() + self._give_up_s
@@ -161,10 +163,10 @@ class DealerLink:
         """Let the next view, if it is long, arrive in ``room`` f32[P]."""
         self._rooms[1] = room
 
-    def _beat(self, heartbeat: Heartbeat) -> None:
+    def _beat(self) -> None:
         socket = self._dealer(self._address)
         while not self._closing.wait(HEARTBEAT_S):
-            socket.send_multipart(encode(heartbeat))
+            socket.send_multipart(encode(self._heartbeat))
         socket.close(linger=0)
 
     def _dealer(self, address: str) -> zmq.Socket[bytes]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from danaz.flat import FlatModel, Spans
+from danaz.server.concluded import COMPLETE
 from danaz.server.messages import (
     TOO_MANY_REPORTED,
     Bye,
@@ -24,6 +25,7 @@ from danaz.server.messages import (
     Join,
     Leave,
     Parameters,
+    Pull,
     Push,
     Refusal,
     Reply,
@@ -35,6 +37,7 @@ from danaz.worker.link import Link
 from danaz.worker.pipeline import Pipeline
 
 NEWS = 7  # figures in front of the batch numbers
+ENDS_EARLY, CAME_LATE = 1, 2  # one of these
 
 
 class RefusedError(RuntimeError):
@@ -109,6 +112,7 @@ class Worker:
         self.sync_period = 1
         self.is_asked_to_end: Callable[[], bool] = lambda: False  # of the rank that speaks, for its worker
         self.ends_early = False  # it leaves a run that goes on
+        self.came_late = False  # the run was over before it came, or came back
         self._local_steps = 0  # since the last push
         self._core = core
         self._link = link
@@ -195,6 +199,9 @@ class Worker:
         """Push ``batch``, and go on with the view of the answer or, in a pipeline, the one that was fetched ahead."""
         assert self._core is not None
         fetched = self._pipeline_end()
+        if fetched is not None and self.came_late:
+            self._take(fetched)
+            return
         others = () if fetched is None else tuple(other for other in fetched.leases if other != batch)
         if self.pipeline is None or fetched is None or fetched.done or not others or edit is not None:
             self._take(self._view_from(lambda core: make(core, True)))
@@ -220,9 +227,14 @@ class Worker:
         self._ask(lambda core: core.pull())
 
     def leave(self) -> None:
-        """Give back and put the trained model, θ with the mean batch-norm buffers, into every rank's model."""
+        """Give back and put the trained model, θ with the mean batch-norm buffers, into every rank's model.
+
+        Nobody has that any more for a worker that came late.
+        """
         self._pipeline_end()
         self.flat.bring_home()
+        if self.came_late:
+            return
         buffers = self.flat.buffers()
         if self.group.size > 1:
             handle = self.group.sum_async(buffers, "buffers")
@@ -284,7 +296,8 @@ class Worker:
             self.ends_early = True
             reply = replace(reply, leases=tuple(self.batches.begun_of(reply.leases)))
         self._pack(reply)
-        self._core.compute_on(self.flat.params)
+        if not self.came_late:
+            self._core.compute_on(self.flat.params)
 
     def _share(self) -> None:
         """All ranks go on with rank 0's view; what comes after it is fetched while they compute."""
@@ -299,6 +312,12 @@ class Worker:
         request = make(self._core)
         reply = self._say(request)
         while isinstance(reply, Refusal) and not isinstance(request, (Report, Bye)):
+            if isinstance(request, Join) and 0 < reply.newest < self._core.role.incarnation:
+                reply = self._say(request := make(self._core))  # as a newer incarnation
+                continue
+            if reply.reason == COMPLETE and isinstance(request, (Join, Push, Pull)):
+                self.came_late = True
+                return _nothing_to_do(reply, self._core)
             if not reply.rejoin or isinstance(request, Join):
                 raise RefusedError(f"the server refused this worker's {type(request).__name__.lower()}: {reply.reason}")
             # Given up while it was away, or the server was restarted: it goes on from a fresh view.
@@ -325,21 +344,41 @@ class Worker:
 
     def _pack(self, reply: Parameters) -> None:
         gap = nan if reply.gap is None else reply.gap
-        head = [reply.version, reply.epoch, reply.lag, gap, reply.done, self.ends_early, len(reply.leases)]
+        head = [reply.version, reply.epoch, reply.lag, gap, reply.done, self._ending, len(reply.leases)]
         assert len(head) == NEWS
         self._heard = [*head, *reply.leases]
         if self._news is not None:
             news = torch.tensor(self._heard, dtype=torch.float64)
             self._news[: len(news)].copy_(news, non_blocking=True)
 
+    @property
+    def _ending(self) -> int:
+        return CAME_LATE if self.came_late else ENDS_EARLY * self.ends_early
+
     def _unpack(self) -> None:
         if self._core is None:
             assert self._news is not None
             self._heard = self._news.tolist()
-        version, epoch, lag, gap, done, ends_early, count, *leases = self._heard
+        version, epoch, lag, gap, done, ending, count, *leases = self._heard
         metrics = self.metrics
         metrics.version, metrics.epoch, metrics.lag = int(version), epoch, int(lag)
         metrics.gap = None if isnan(gap) else gap
-        self.ends_early = bool(ends_early)
+        self.ends_early, self.came_late = ending == ENDS_EARLY, ending == CAME_LATE
         self.done = bool(done) or self.ends_early
         self.batches.replace([int(batch) for batch in leases[: int(count)]])
+
+
+def _nothing_to_do(refusal: Refusal, core: WorkerCore) -> Parameters:
+    """What the server would have said to a worker that had been there at the end."""
+    return Parameters(
+        request=refusal.request,
+        version=core.version,
+        applied=False,
+        refused=refusal.reason,
+        leases=(),
+        done=True,
+        epoch=core.epoch,
+        lag=0,
+        gap=None,
+        view=torch.empty(0),
+    )
