@@ -125,7 +125,8 @@ class Doorkeeper:
         with suppress(OSError):  # it is gone already
             handle = socket.socket(fileno=os.dup(descriptor))
             self._accepted += 1
-            self._connections[descriptor] = Connection(self._accepted, handle, admitted=self._keys is None)
+            is_known = self._keys is None or handle.family == socket.AF_UNIX  # of which the kernel counts nothing
+            self._connections[descriptor] = Connection(self._accepted, handle, admitted=is_known)
 
     def _forget(self, descriptor: int) -> None:
         connection = self._connections.pop(descriptor, None)
