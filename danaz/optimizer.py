@@ -58,6 +58,7 @@ class GradientExchange:
         self.flat = flat
         self.group = group
         self.weight = 1.0 / group.size
+        self.asks_to_end = False  # set for this rank; behind `finish`, whether any rank's was
         self._passes = passes
         self._buckets = _buckets(flat)
         self._bucket_of = {i: number for number, bucket in enumerate(self._buckets) for i in bucket}
@@ -110,12 +111,14 @@ class GradientExchange:
         share = 0.0 if loss is None else float(loss) * self.weight
         rates = lr if self.group.rank == 0 else [0.0] * len(lr)
         # float32 like the gradients, so that Horovod can sum both in one go.
-        scalars = torch.tensor([share, float(loss is not None), *(part for r in rates for part in _parts(r))])
+        flags = [float(loss is not None), float(self.asks_to_end)]
+        scalars = torch.tensor([share, *flags, *(part for r in rates for part in _parts(r))])
         self._handles.append(self.group.sum_async(scalars, "scalars"))
         for handle in self._handles:
             self.group.wait(handle)
         self._reset()
-        mean_loss, has_loss, *parts = scalars.tolist()
+        mean_loss, has_loss, asking, *parts = scalars.tolist()
+        self.asks_to_end = asking > 0
         return mean_loss if has_loss else None, [sum(parts[i : i + 3]) for i in range(0, len(parts), 3)]
 
 

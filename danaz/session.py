@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import atexit
+import logging
+import os
 import signal
+import sys
+import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
-from math import inf
+from math import ceil, inf
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torch.utils.hooks import RemovableHandle
 
 from danaz.data import Batching, LeaseSampler, Portion, Share, batching_of, read_ahead, rebuild
+from danaz.loop import Counted, Loop
+from danaz.models import has_batch_norm
 from danaz.optimizer import DistributedOptimizer, effective_lr, weight_decays
 from danaz.pace import telling
 from danaz.run_folder import RunFolder
@@ -21,12 +29,15 @@ from danaz.server.core import ServerCore
 from danaz.server.messages import Heartbeat
 from danaz.settings import Place, Settings
 from danaz.signals import note_ending_signals
+from danaz.worker.between import first_text
 from danaz.worker.core import Loss, Role, WorkerCore
 from danaz.worker.group import Group, make_group
 from danaz.worker.link import DealerLink, Link, LocalLink
 from danaz.worker.sharded import connect
 from danaz.worker.staging import IN_PLACE, Staging, staging_for
 from danaz.worker.worker import Worker
+
+UNFINISHED = 64  # exit code of a process that ends in the midst of a run, or has not trained (EX_USAGE)
 
 
 class NotInitializedError(RuntimeError):
@@ -41,14 +52,22 @@ class Session:
         self.place = place
         self.group: Group = make_group(settings.collective)
         self.epochs = 1
+        self.loop = Loop()
         self.finished = False
+        self._ends = False  # the ranks have agreed to leave a run that has batches left
         self._optimizer: DistributedOptimizer | None = None
         self._worker: Worker | None = None
         self._batching: Batching | None = None
+        self._epoch = 0  # of the loop over batches
         self._portion: Portion | None = None  # of the batch being computed
         self._share = Share()
         self._samples_for_all = 0  # so many in a batch, and each rank of an all-reduce world has one
         self._scales_lr = False
+        self._watches: list[RemovableHandle] = []  # on the model, once its loop was left
+        self._seed: int | None = None  # of the order of the samples; None: that of the settings
+        self._follows_torch = False  # or torch's, as it is when training begins
+        self._loader: tuple[DataLoader[Any], LeaseSampler, DataLoader[Any]] | None = None  # the user's and its double
+        self._pid = os.getpid()
         atexit.register(self._close)
 
     @property
@@ -70,8 +89,23 @@ class Session:
 
     @property
     def over(self) -> bool:
-        """Whether the run has no more batches for anyone."""
-        return self._worker is not None and self._worker.done
+        """Whether there are no more batches for this worker."""
+        return self._ends or (self._worker is not None and self._worker.done)
+
+    def choose_seed(self, seed: int | None) -> None:
+        """Decide the order of the samples; None leaves it to torch's seed. Raises ValueError."""
+        if self.place.launched and seed is not None and seed != self.settings.seed:
+            raise ValueError(
+                f"danaz.init(seed={seed}) in a run that was launched with seed {self.settings.seed}, which decides the "
+                f"order of the samples for all its processes: launch it with --seed {seed}, or give init no seed"
+            )
+        self._seed = None if self.place.launched else seed
+        self._follows_torch = not self.place.launched and seed is None
+
+    def _seed_for(self, loader: DataLoader[Any]) -> int:
+        if self._follows_torch:
+            return torch.initial_seed() if loader.generator is None else loader.generator.initial_seed()
+        return self.settings.seed if self._seed is None else self._seed
 
     def adopt(self, optimizer: DistributedOptimizer) -> None:
         if self._optimizer is not None:
@@ -88,7 +122,9 @@ class Session:
         ahead += rule.worker_rule.sync_period - 1
         pipelined = self.settings.pipeline and self.place.server is not None
         ahead += pipelined  # the batch that is computed while the last one is pushed
-        batching = batching_of(loader, self._machines_per_batch, self.settings.seed)
+        self._seed = self._seed_for(loader)
+        self._follows_torch = False
+        batching = batching_of(loader, self._machines_per_batch, self._seed)
         everyone_alike = self.place.server is None
         core, link = None, None
         if everyone_alike or self.group.rank == 0:
@@ -108,7 +144,8 @@ class Session:
             core = WorkerCore(role, rule.worker_rule, device, staging, compressor, rule.push_moves_view)
             link = self._link(role, staging)
         self._batching = batching
-        self._share = self._share_of_batch()
+        self._share = replace(self._share_of_batch(), least=2 if has_batch_norm(optimizer.flat.model) else 1)
+        self._warn_of_idle_ranks(batching)
         self._scales_lr = rule.scales_lr
         self._worker = Worker(self.group, optimizer.flat, ahead, core, link, everyone_alike, pipelined)
         self._worker.sync_period = rule.worker_rule.sync_period
@@ -148,31 +185,85 @@ class Session:
         mine = [rank for rank, worker in enumerate(workers) if worker == self.place.worker]
         return Share(self.place.worker, self.settings.workers, mine.index(self.group.rank), len(mine))
 
+    # ---- the script's loops ----------------------------------------------------------------------------------------
+
+    def run_epochs(self, count: int) -> Counted[int]:
+        """See danaz.torch.epochs."""
+        self.loop.begin(count)
+        self.epochs = count
+        return Counted(self._epochs(), lambda: count)
+
+    def _epochs(self) -> Iterator[int]:
+        try:
+            yield from self.loop.epochs(0, lambda: self.over)
+        except GeneratorExit:
+            self.watch()
+            raise
+        self.finish()
+
+    def run_batches(self, loader: DataLoader[Any], epoch: int) -> Counted[Any]:
+        """See danaz.torch.shard."""
+        batches = self.loop.batches(epoch, loader.dataset, self.shard(loader, epoch))
+        return Counted(batches, partial(self._expected, loader))
+
+    def _expected(self, loader: DataLoader[Any]) -> int:
+        """Batches of an epoch that this worker computes if all workers are equally fast."""
+        batches = batching_of(loader, self._machines_per_batch, seed=0).batches_per_epoch
+        return ceil(batches * self._machines_per_batch / self.settings.workers)
+
     # ---- training ------------------------------------------------------------------------------------------------
 
     def shard(self, loader: DataLoader[Any], epoch: int) -> Iterator[Any]:
         """See danaz.torch.shard."""
         if self._worker is None:
             self._join(loader)
-        elif batching_of(loader, self._machines_per_batch, self.settings.seed) != self._batching:
-            raise ValueError("danaz.shard: this loader has another size, batch size or order than the run began with")
-        assert self._batching is not None
-        sampler = LeaseSampler(
-            self._batching, self._share, lambda: self._take(epoch), lambda: self._step_without_samples(sampler)
-        )
-        while self._more_in(epoch):
-            for batch in rebuild(loader, sampler):
+        elif batching_of(loader, self._machines_per_batch, self._seed_for(loader)) != self._batching:
+            raise ValueError(
+                "danaz.shard: this loader has another size, batch size or order than the run began with. It is for "
+                "training data alone; to evaluate, iterate the loader itself"
+            )
+        if not torch.is_grad_enabled():
+            raise RuntimeError(
+                "danaz.shard was iterated under torch.no_grad(), where nothing can be trained; to evaluate, iterate "
+                "the loader itself"
+            )
+        sampler, batches = self._double_of(loader)
+        self._epoch = epoch
+        try:
+            while self._more_in(epoch):
+                for batch in batches:
+                    self._step_without_samples(sampler)
+                    if self._is_cut_short:
+                        break
+                    self._begin(sampler.portions.popleft())
+                    yield batch
                 self._step_without_samples(sampler)
-                self._begin(sampler.portions.popleft())
-                yield batch
-            self._step_without_samples(sampler)
+        finally:
+            # A loop that was left has read ahead: these batches come first in the next one.
+            self.worker.batches.put_back([portion.batch for portion in sampler.portions])
+            sampler.portions.clear()
+
+    def _warn_of_idle_ranks(self, batching: Batching) -> None:
+        """Where a rank would get one sample of a batch, which batch norm cannot train on, fewer ranks get two."""
+        here = self._share.ranks_at_work(batching.batch_size)
+        if self.group.rank == 0 and here < self._share.ranks:
+            warnings.warn(
+                f"only {here} of this worker's {self._share.ranks} ranks get samples: batch_size is per worker, its "
+                "ranks share each batch, and batch norm needs two samples a rank. Raise the loader's batch_size.",
+                stacklevel=2,
+            )
 
     def _more_in(self, epoch: int) -> bool:
         """Whether a batch of this epoch (or one left over from before) is at hand, if need be after waiting for one."""
         self._check_stepped()
-        if not self.worker.batches.waiting and not self.worker.done:
+        if not self.worker.batches.waiting and not self.over:
             self.worker.pull()
-        return self._next_epoch <= epoch
+        return not self._is_cut_short and self._next_epoch <= epoch
+
+    @property
+    def _is_cut_short(self) -> bool:
+        """Whether the run has ended although there may be batches that were read ahead."""
+        return self._ends or (self.worker.done and not self.worker.batches.any)
 
     @property
     def _next_epoch(self) -> float:
@@ -180,8 +271,16 @@ class Session:
         assert self._batching is not None
         return self._batching.epoch_of(waiting[0]) if waiting else inf
 
-    def _take(self, epoch: int) -> int | None:
-        return self.worker.batches.begin() if self._next_epoch <= epoch else None
+    def _double_of(self, loader: DataLoader[Any]) -> tuple[LeaseSampler, DataLoader[Any]]:
+        """The loader that delivers leased batches in the place of ``loader``; it keeps its processes if that does."""
+        if self._loader is None or self._loader[0] is not loader:
+            assert self._batching is not None
+            sampler = LeaseSampler(self._batching, self._share, self._take, lambda: self._step_without_samples(sampler))
+            self._loader = (loader, sampler, rebuild(loader, sampler))
+        return self._loader[1:]
+
+    def _take(self) -> int | None:
+        return self.worker.batches.begin() if self._next_epoch <= self._epoch else None
 
     def _begin(self, portion: Portion) -> None:
         self._check_stepped()
@@ -198,7 +297,7 @@ class Session:
 
     def _step_without_samples(self, sampler: LeaseSampler) -> None:
         """Take part in the updates of batches of which this rank has no sample."""
-        while sampler.portions and not sampler.portions[0].here:
+        while sampler.portions and not sampler.portions[0].here and not self._is_cut_short:
             self._begin(sampler.portions.popleft())
             self.optimizer.step()
             # The mean gradient is here now; a loop that clears gradients behind its own steps would add to it.
@@ -208,7 +307,10 @@ class Session:
         """What optimizer.step() ends in."""
         portion, self._portion = self._portion, None
         if portion is None:
-            raise RuntimeError("optimizer.step() was called twice for one batch, or outside of danaz.shard")
+            raise RuntimeError(_why_no_step(self.finished))
+        if self.optimizer.exchange.asks_to_end:
+            self._ends = True
+            return
         applied_lr = effective_lr(
             lr,
             epoch=self.worker.metrics.epoch,
@@ -223,24 +325,127 @@ class Session:
 
     # ---- the end -------------------------------------------------------------------------------------------------
 
+    def stop(self, reason: str) -> None:
+        """See danaz.torch.stop."""
+        if self.finished:
+            return
+        if self._worker is None:
+            raise NotInitializedError("danaz.stop ends a run that has begun, which the first batch of danaz.shard does")
+        self._leave(reason or "the script asked for it")
+
     def finish(self) -> None:
         """See danaz.torch.finish."""
-        if self.finished or self._worker is None:
-            return
-        self._worker.leave()
+        if not self.finished and self._worker is not None:
+            self._leave("")
+
+    def _leave(self, stop: str) -> None:
+        """Leave the run in good order, with all ranks of this worker; ``stop`` says why it is to end for everyone."""
+        self._agree_to_end()
+        self.worker.leave(first_text(self.group, stop) if self._ends else "")
         self.finished = True
-        if self._worker.ends_early:
+        self._portion = None
+        self._stop_watching()
+        if self.worker.ends_early:
             raise SystemExit(128 + signal.SIGTERM)  # what a script does behind its loop is for a run that is over
-        self._worker.report({"collective": self.group.name})
+        self.worker.report({"collective": self.group.name})
+
+    def _agree_to_end(self) -> None:
+        """Bring all ranks to where they leave, though the others may be anywhere in their loops.
+
+        This rank makes the steps that they wait for, without samples, until all have heard in one step that it asks to
+        end. The update of that step is not made.
+        """
+        self.optimizer.exchange.asks_to_end = True
+        self._ends = self._ends or (self.group.size == 1 and not self.worker.done)
+        while not self.over:
+            if self._portion is None and not self.worker.batches.any:
+                self.worker.pull()
+                continue
+            if self._portion is None:
+                self._begin(Portion(batch=-1, samples=1, here=0))
+            self.optimizer.step()
 
     def report(self, figures: dict[str, float | str | None]) -> None:
         """See danaz.torch.report."""
+        self.end_if_left()
         if not self.finished:
             raise NotInitializedError("danaz.report comes after the loop over danaz.epochs(), or after danaz.finish()")
         self.worker.report(figures)
+
+    # ---- a loop that was left --------------------------------------------------------------------------------------
+
+    def watch(self) -> None:
+        """The loop over epochs was left, by ``break`` or by an exception: which of them, only what follows can say."""
+        for module in self.optimizer.flat.model.modules() if self._worker is not None and not self.finished else ():
+            self._watches.append(module.register_forward_pre_hook(lambda *_: self.end_if_left()))
+            self._watches.append(module.register_state_dict_pre_hook(lambda *_: self.end_if_left()))  # type: ignore[no-untyped-call]
+
+    def _stop_watching(self) -> None:
+        for watch in self._watches:
+            watch.remove()
+        self._watches.clear()
+
+    def end_if_left(self) -> None:
+        """End the run if the script has left its loop and goes on without it: the model is to be the trained one."""
+        if self.loop.was_left and not self.finished and self._worker is not None and sys.exc_info()[1] is None:
+            _say(f"{self._left}; the run ends here for every worker. To say so, and why, call danaz.stop(reason) first")
+            self.stop(self._left)
+
+    @property
+    def _left(self) -> str:
+        return f"the script left its loop in epoch {self.loop.reached} of {self.loop.count}"
+
+    def what_is_missing(self) -> str:
+        """What this process has not done that it should have done before it ends; nothing if it has."""
+        if self.finished:
+            return ""
+        if self._worker is not None:
+            return (
+                f"{self._left} and ended before the run was over. To end a run early, call danaz.stop(reason) in the "
+                "loop"
+            )
+        if not self.place.launched:
+            return ""  # a process alone may do without training
+        done = {
+            "danaz.DistributedOptimizer(optimizer, model)": self._optimizer is not None,
+            "danaz.epochs(N)": self.loop.count is not None,
+            "danaz.shard(loader, epoch)": False,
+        }
+        missing = " and ".join(call for call, is_done in done.items() if not is_done)
+        return f"the script ended without training: it calls danaz.init(), but not {missing}"
+
+    def end_process(self) -> None:
+        """At the exit of the process: what looks like a success and is none gets a sentence and an exit code."""
+        # An exception has its traceback, and a copy of the process made by fork is not the one that trains.
+        if os.getpid() != self._pid or getattr(sys, "last_value", None) is not None:
+            return
+        missing = self.what_is_missing()
+        if not missing:
+            return
+        _say(missing)
+        try:
+            if self._worker is not None:
+                self.stop(self._left)
+        except (RuntimeError, OSError) as error:  # of the collective, the link or the server
+            _say(f"and it could not leave the run in good order: {error}")
+        self._close()
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(UNFINISHED)  # at this point, Python has no other way to end with a code
 
     def _close(self) -> None:
         if self._worker is not None:
             self._worker.close(in_good_order=self.finished)
         if self.finished:
             self.group.close()
+
+
+def _say(sentence: str) -> None:
+    print(f"danaz: {sentence}.", file=sys.stderr, flush=True)
+
+
+def _why_no_step(finished: bool) -> str:
+    if finished:
+        return "optimizer.step() was called after the end of the run; after danaz.stop(reason), leave the loop"
+    return "optimizer.step() was called twice for one batch, or outside of danaz.shard"

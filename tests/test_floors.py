@@ -51,6 +51,8 @@ FLOORS = {
     "danaz.simulate.simulator": 3,
     "danaz.simulate.cli": 4,
     "danaz.data": 2,
+    "danaz.loop": 2,
+    "danaz.models": 2,
     "danaz.pace": 2,
     "danaz.settings": 2,
     "danaz.signals": 2,

@@ -22,7 +22,7 @@ from danaz.server.health import Health
 from danaz.server.leases import LeasedElsewhere, Leases
 from danaz.server.master import Master, all_finite
 from danaz.server.members import Member, Route, mean_by_updates
-from danaz.server.messages import Bye, GoBack, Heartbeat, Join, Leave, Pull, Push, Report, Request
+from danaz.server.messages import MAX_REASON, Bye, GoBack, Heartbeat, Join, Leave, Pull, Push, Report, Request
 from danaz.server.recovery import Recovery
 from danaz.server.refusing import refuse_push, why_refuse
 from danaz.server.settings import ServerSettings
@@ -30,6 +30,7 @@ from danaz.server.state import CoreState, fill, take
 from danaz.server.updating import update_by
 from danaz.server.whole import WholeModel, own_part
 
+EVERYBODY_LEFT = "every worker left before the last batch"
 RESUM_EVERY = 1000  # updates between fresh sums of the velocities, against drift
 
 
@@ -66,6 +67,7 @@ class ServerCore:
         self.recovery: Recovery | None = None  # while a restarted server waits for the workers it knew
         self.started = False
         self.diverged = ""  # the reason, if it did
+        self.stopped = ""  # the script's reason, if it ended the run early
         self.final = False  # a worker has the trained model, which who comes back later cannot change
         self._whole: WholeModel | None = None
         self._job: Job | None = None
@@ -182,6 +184,7 @@ class ServerCore:
             "complete": self.finished,
             "diverged": bool(self.diverged),
             "diverged_because": self.diverged or None,
+            "stopped": self.stopped or (EVERYBODY_LEFT if self.finished and not self.leases.done else None),
             "epochs": self.leases.epoch if self._leases else 0.0,
             "gap_of": self.master.gap_of if self._master else None,
             "params_l2": self.master.l2 if self._master else None,
@@ -244,6 +247,8 @@ class ServerCore:
         if member.left:
             return
         member.left, member.pending = True, None
+        if leave.stop and not self.leases.done:
+            self.stop(member.worker, leave.stop[:MAX_REASON])
         if not self.final:
             if leave.give_back is not None and self._sound(leave.give_back):
                 self.master.params.add_(leave.give_back)
@@ -316,6 +321,12 @@ class ServerCore:
         """End the run early."""
         self.diverged = reason
         self.leases.close()
+
+    def stop(self, worker: int, reason: str) -> None:
+        """End the run early, as the script of ``worker`` asks: the others hear of it with their next view."""
+        self.stopped = reason
+        self.on_notice(f"worker {worker} ends the run early: {reason}")
+        self.leases.stop()
 
     # ---- updating ------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from danaz.codecs import FP32, Codec, Encoded
 from danaz.flat import Layout
 
 LOCAL = {"local": True}  # a field that does not travel
+MAX_REASON = 300  # characters of a script's reason to end a run
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ class Leave:
     give_back: Tensor | None  # f32[P], to be added to the server's parameters
     buffers: Tensor  # f32[B], batch-norm statistics
     done: bool = False  # it heard that no batches are left: a shard that leases none waits for the others, too
+    stop: str = ""  # why the script ends the run for all workers, if it does; cut to MAX_REASON characters
     generation: int = 0  # as in Push
 
 

@@ -66,6 +66,7 @@ def take(core: ServerCore, reuse: CoreState | None = None) -> CoreState:
         "figures": core.figures.facts(),
         "sick_workers": core.health.summary(),
         "diverged": core.diverged,
+        "stopped": core.stopped,
         "final": core.final,
         "buffers_of": [updates for updates, _ in core.buffers],
         "rest_version": core.whole.version,
@@ -106,5 +107,6 @@ def fill(core: ServerCore, state: CoreState, now: float) -> None:
         core.members[member.worker] = member
     core.figures = Figures.restored(facts["figures"], now)
     core.health.restore(facts["sick_workers"])
-    core.diverged, core.final, core.generation = facts["diverged"], facts["final"], facts["generation"]
+    core.diverged, core.stopped = facts["diverged"], facts["stopped"]
+    core.final, core.generation = facts["final"], facts["generation"]
     core.buffers = [(updates, tensors[f"buffers.{number}"]) for number, updates in enumerate(facts["buffers_of"])]

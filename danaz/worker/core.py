@@ -276,10 +276,13 @@ class WorkerCore:
         self._ahead = ahead
         return self._ask(Pull(self.role.worker, self.role.incarnation, number, ahead))
 
-    def leave(self, buffers: Tensor) -> Leave:
-        """Leave in good order, with the batch-norm statistics f32[B]."""
-        number = self._next("leave", "joined")
-        return self._ask(Leave(self.role.worker, self.role.incarnation, number, self.given_back(), buffers, self.done))
+    def leave(self, buffers: Tensor, stop: str = "") -> Leave:
+        """Leave in good order, with the batch-norm statistics f32[B]; ``stop`` says why the run is to end for all."""
+        number, done = self._next("leave", "joined"), self.done or bool(stop)
+        given_back = self.given_back()
+        return self._ask(
+            Leave(self.role.worker, self.role.incarnation, number, given_back, buffers, done=done, stop=stop)
+        )
 
     def report(self, figures: dict[str, float | str | None]) -> Report:
         """Send figures for summary.json."""
