@@ -215,7 +215,8 @@ class FlatModel:
         for p, entry in zip(self.trained, self.layout.parameters, strict=True):
             view = entry.of(self.params)
             view.copy_(p.data)
-            p.data = view
+            # With a storage of its own over the same memory: else saving a part of the model would save all of it.
+            p.data = torch.from_dlpack(view)
         return whole
 
     def gather_gradients(self, indices: range) -> None:

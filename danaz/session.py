@@ -94,6 +94,8 @@ class Session:
 
     def choose_seed(self, seed: int | None) -> None:
         """Decide the order of the samples; None leaves it to torch's seed. Raises ValueError."""
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
+            raise ValueError(f"danaz.init takes a seed that is a whole number from 0 up, not {seed!r}")
         if self.place.launched and seed is not None and seed != self.settings.seed:
             raise ValueError(
                 f"danaz.init(seed={seed}) in a run that was launched with seed {self.settings.seed}, which decides the "

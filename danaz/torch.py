@@ -81,6 +81,8 @@ def init(*, digest: str = "", seed: int | None = None) -> None:
         _current = Session(replace(settings, digest=digest) if digest else settings, place)
         _current.choose_seed(seed)
         atexit.register(_current.end_process)
+    elif seed is not None:
+        _current.choose_seed(seed)
 
 
 def device() -> torch.device:

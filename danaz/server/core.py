@@ -177,6 +177,13 @@ class ServerCore:
         over = self.started and (self.leases.done or any(member.said_bye for member in members))
         return over and all(member.said_bye or not member.alive for member in members)
 
+    @property
+    def _is_deserted(self) -> bool:
+        """Whether all workers left in good order, or are gone, while there were batches to train."""
+        members = self.members.values()
+        all_gone = any(m.left for m in members) and not any(m.takes_part for m in members)
+        return self.started and all_gone and not self.leases.done
+
     def summary(self) -> dict[str, Any]:
         """The figures of summary.json that the server knows."""
         return {
@@ -184,7 +191,7 @@ class ServerCore:
             "complete": self.finished,
             "diverged": bool(self.diverged),
             "diverged_because": self.diverged or None,
-            "stopped": self.stopped or (EVERYBODY_LEFT if self.finished and not self.leases.done else None),
+            "stopped": self.stopped or (EVERYBODY_LEFT if self._is_deserted else None),
             "epochs": self.leases.epoch if self._leases else 0.0,
             "gap_of": self.master.gap_of if self._master else None,
             "params_l2": self.master.l2 if self._master else None,
