@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack
 
 SLICE_FLOATS = 1 << 18  # 1 MB: what travels, and what a rule passes over, while it is in cache
 
@@ -216,7 +217,7 @@ class FlatModel:
             view = entry.of(self.params)
             view.copy_(p.data)
             # With a storage of its own over the same memory: else saving a part of the model would save all of it.
-            p.data = torch.from_dlpack(view)
+            p.data = from_dlpack(view)
         return whole
 
     def gather_gradients(self, indices: range) -> None:

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from io import BytesIO
 from pathlib import Path
 
@@ -105,27 +106,39 @@ def test_range_after_danaz_epochs() -> None:
 @pytest.mark.parametrize("wrong", [lambda epoch: epoch + 1, lambda epoch: epoch + 10, lambda epoch: -1])
 def test_numbers_that_are_not_those_of_danaz_epochs(wrong: Callable[[int], int]) -> None:
     script = Script()
-    with pytest.raises(LoopError, match="give it the number that danaz.epochs gives"):
+
+    def loops() -> None:
         for epoch in danaz.epochs(2):
             script.train(wrong(epoch))
+
+    with pytest.raises(LoopError, match=r"give it the number that danaz\.epochs gives"):
+        loops()
 
 
 def test_epochs_numbered_anew_by_enumerate() -> None:
     script = Script()
-    with pytest.raises(LoopError, match=r"shard\(loader, 1\) was iterated in epoch 0"):
+
+    def loops() -> None:
         for number, _ in enumerate(danaz.epochs(2), start=1):
             script.train(number)
+
+    with pytest.raises(LoopError, match=r"shard\(loader, 1\) was iterated in epoch 0"):
+        loops()
 
 
 @pytest.mark.parametrize("nested", [True, False])
 def test_two_loops_over_epochs(nested: bool) -> None:
     script = Script()
-    with pytest.raises(LoopError, match=r"danaz\.epochs\(3\) is called although danaz\.epochs\(1\) was called before"):
+
+    def loops() -> None:
         for epoch in danaz.epochs(1):
             script.train(epoch)
             if nested:
                 danaz.epochs(3)
         danaz.epochs(3)
+
+    with pytest.raises(LoopError, match=r"danaz\.epochs\(3\) is called although danaz\.epochs\(1\) was called before"):
+        loops()
 
 
 @pytest.mark.parametrize("count", [0, -1, 2.0, "5", True, None])
@@ -136,27 +149,39 @@ def test_a_number_of_epochs_that_is_none(count: object) -> None:
 
 def test_a_second_pass_over_an_epoch() -> None:
     script = Script()
-    with pytest.raises(LoopError, match="its batches were all trained"):
+
+    def loops() -> None:
         for epoch in danaz.epochs(2):
             script.train(epoch)
             script.train(epoch)
+
+    with pytest.raises(LoopError, match="its batches were all trained"):
+        loops()
     assert script.seen == [0, 0, 0]
 
 
 def test_two_loaders_at_once() -> None:
     script = Script()
-    with pytest.raises(LoopError, match="another loop over it is under way"):
+
+    def loops() -> None:
         for epoch in danaz.epochs(1):
             for (x, y), _ in zip(danaz.shard(loader(), epoch), danaz.shard(loader(), epoch), strict=True):
                 script.step(x, y)
 
+    with pytest.raises(LoopError, match="another loop over it is under way"):
+        loops()
+
 
 def test_two_data_sets_of_one_size_in_an_epoch() -> None:
     script = Script()
-    with pytest.raises(LoopError, match="another data set than before in epoch 0"):
+
+    def loops() -> None:
         for epoch in danaz.epochs(1):
             script.train(epoch, most=1)
             script.train(epoch, loader(data=TensorDataset(*DATA.tensors)))
+
+    with pytest.raises(LoopError, match="another data set than before in epoch 0"):
+        loops()
 
 
 def test_a_data_set_made_anew_for_each_epoch_is_fine() -> None:
@@ -167,9 +192,10 @@ def test_a_data_set_made_anew_for_each_epoch_is_fine() -> None:
 
 
 def test_an_epoch_without_shard() -> None:
-    with pytest.raises(LoopError, match="epoch 0 of danaz.epochs.3. ended, and nothing was trained in it"):
-        for _ in danaz.epochs(3):
-            pass
+    epochs = danaz.epochs(3)
+    next(epochs)
+    with pytest.raises(LoopError, match=r"epoch 0 of danaz\.epochs\(3\) ended, and nothing was trained in it"):
+        next(epochs)
 
 
 def test_evaluation_by_shard() -> None:
@@ -230,9 +256,7 @@ def test_a_step_after_stop_is_refused() -> None:
     for epoch in danaz.epochs(1):
         for _ in danaz.shard(loader(), epoch):
             danaz.stop("")
-            with pytest.raises(
-                RuntimeError, match="after the end of the run; after danaz.stop.reason., leave the loop"
-            ):
+            with pytest.raises(RuntimeError, match="after the end of the run"):
                 script.optimizer.step()
     assert script.summary["stopped"] == "the script asked for it"
     assert script.summary["updates"] == 0
@@ -364,7 +388,7 @@ def test_persistent_workers_persist(persistent: bool) -> None:
 
 def test_sparse_gradients_are_refused_with_the_cure() -> None:
     model = nn.Sequential(nn.Embedding(5, 2, sparse=True), nn.Linear(2, 1))
-    with pytest.raises(ValueError, match="the model's 0 is made with sparse=True.*sparse=False"):
+    with pytest.raises(ValueError, match=r"the model's 0 is made with sparse=True.*sparse=False"):
         danaz.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
 
 
@@ -376,8 +400,7 @@ def saved_size(what: object) -> int:
 
 def test_saving_a_part_of_the_model_saves_that_part() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(500, 500))
-    copy = pickle.loads(pickle.dumps(model))
-    assert isinstance(copy, nn.Sequential)
+    copy = deepcopy(model)
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
     danaz.DistributedOptimizer(sgd, model)
     assert saved_size(model[0].state_dict()) == saved_size(copy[0].state_dict())
