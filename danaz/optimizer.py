@@ -167,6 +167,11 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._synchronized: tuple[Loss, list[float]] | None = None  # mean loss, lr per group
         super().__init__(optimizer.param_groups, optimizer.defaults)
 
+    @property
+    def has_schedule(self) -> bool:
+        """Whether a learning-rate scheduler of torch's moves the rates: it notes the first rate in every group."""
+        return any("initial_lr" in group for group in self.param_groups)
+
     def connect(self, push: Push) -> None:
         """Send what ``step`` produces to ``push``."""
         self._push = push

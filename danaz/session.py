@@ -26,7 +26,7 @@ from danaz.optimizer import DistributedOptimizer, effective_lr, weight_decays
 from danaz.pace import telling
 from danaz.run_folder import RunFolder
 from danaz.server.core import ServerCore
-from danaz.server.messages import Heartbeat
+from danaz.server.messages import Heartbeat, Inquire, Progress
 from danaz.settings import Place, Settings
 from danaz.signals import note_ending_signals
 from danaz.worker.between import first_text
@@ -197,11 +197,29 @@ class Session:
 
     def _epochs(self) -> Iterator[int]:
         try:
-            yield from self.loop.epochs(0, lambda: self.over)
+            yield from self.loop.epochs(self._first_epoch(), lambda: self.over)
         except GeneratorExit:
             self.watch()
             raise
         self.finish()
+
+    def _first_epoch(self) -> int:
+        """The epoch that the cluster is in: who comes back does not play the ones before again.
+
+        But with a schedule of torch's, which counts the epochs that it sees, it does, and gets no batches in them.
+        """
+        if self.place.server is None or self.optimizer.has_schedule:
+            return 0
+        epoch = torch.zeros(1, dtype=torch.float64)
+        if self.group.rank == 0:
+            inquiry = Inquire(self.place.worker, self.place.incarnation, 1)
+            heartbeat = Heartbeat(self.place.worker, self.place.incarnation)
+            link = DealerLink(self.place.server, heartbeat, keys=self.place.keys)
+            reply = link.exchange(inquiry)
+            link.close()
+            epoch[0] = reply.epoch if isinstance(reply, Progress) else 0.0  # a shard that was restarted cannot say
+        self.group.broadcast(first_epoch=epoch)
+        return min(int(epoch.item()), self.epochs - 1)
 
     def run_batches(self, loader: DataLoader[Any], epoch: int) -> Counted[Any]:
         """See danaz.torch.shard."""

@@ -13,8 +13,10 @@ from danaz.server.members import Member, Route
 from danaz.server.messages import (
     Final,
     Heartbeat,
+    Inquire,
     Noted,
     Parameters,
+    Progress,
     Push,
     Refusal,
     Reply,
@@ -50,6 +52,9 @@ class Answers:
         self._core.refuse(reason)
         if not isinstance(message, Heartbeat):
             self._waiting.append((route, Refusal(message.request, reason, rejoin)))
+
+    def progress(self, route: Route, question: Inquire) -> None:
+        self._waiting.append((route, Progress(question.request, self._core.epoch)))
 
     def note(self, member: Member) -> None:
         self._waiting.append((member.route, Noted(member.request)))

@@ -22,7 +22,7 @@ from danaz.server.health import Health
 from danaz.server.leases import LeasedElsewhere, Leases
 from danaz.server.master import Master, all_finite
 from danaz.server.members import Member, Route, mean_by_updates
-from danaz.server.messages import MAX_REASON, Bye, GoBack, Heartbeat, Join, Leave, Pull, Push, Report, Request
+from danaz.server.messages import MAX_REASON, Bye, GoBack, Heartbeat, Inquire, Join, Leave, Pull, Push, Report, Request
 from danaz.server.recovery import Recovery
 from danaz.server.refusing import refuse_push, why_refuse
 from danaz.server.settings import ServerSettings
@@ -97,6 +97,11 @@ class ServerCore:
         assert self._master is not None, "worker 0 has not brought the first parameters yet"
         return self._master
 
+    @property
+    def epoch(self) -> float:
+        """Completed epochs of the whole cluster."""
+        return self._leases.epoch if self._leases else 0.0
+
     # ---- its state on disk ---------------------------------------------------------------------------------------
 
     def state(self, reuse: CoreState | None = None) -> CoreState:
@@ -137,6 +142,9 @@ class ServerCore:
             return self._settle(now)
         if isinstance(message, GoBack):
             self._answers.refuse(route, message, "this server goes on from where it is", rejoin=True)
+            return self._answers.take()
+        if isinstance(message, Inquire):
+            self._answers.progress(route, message)
             return self._answers.take()
         stranger = why_stranger(message, self.members.get(message.worker))
         if stranger:
@@ -192,7 +200,7 @@ class ServerCore:
             "diverged": bool(self.diverged),
             "diverged_because": self.diverged or None,
             "stopped": self.stopped or (EVERYBODY_LEFT if self._is_deserted else None),
-            "epochs": self.leases.epoch if self._leases else 0.0,
+            "epochs": self.epoch,
             "gap_of": self.master.gap_of if self._master else None,
             "params_l2": self.master.l2 if self._master else None,
             "sick_workers": self.health.summary(),

@@ -146,6 +146,15 @@ class GoBack:
 
 
 @dataclass(frozen=True)
+class Inquire:
+    """How far is the run? A process may ask before it has joined."""
+
+    worker: int
+    incarnation: int
+    request: int
+
+
+@dataclass(frozen=True)
 class Parameters:
     """The answer to Join, Push and Pull: a view, and the batches to compute on it and the next ones."""
 
@@ -183,6 +192,14 @@ class Noted:
     """The answer to Report and Bye."""
 
     request: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The answer to Inquire."""
+
+    request: int
+    epoch: float  # epochs of the whole cluster so far
 
 
 @dataclass(frozen=True)
@@ -237,6 +254,6 @@ def is_announced(vector: Tensor) -> bool:
     return vector.numel() > 1 and vector.stride() == (0,)
 
 
-Request = Join | Push | Pull | Heartbeat | Leave | Report | Bye | GoBack
-Reply = Parameters | Final | Noted | Refusal | Offer
+Request = Join | Push | Pull | Heartbeat | Leave | Report | Bye | GoBack | Inquire
+Reply = Parameters | Final | Noted | Refusal | Offer | Progress
 Message = Request | Reply

@@ -18,6 +18,7 @@ from danaz.server.messages import (
     Bye,
     Final,
     GoBack,
+    Inquire,
     Join,
     Leave,
     Noted,
@@ -31,7 +32,7 @@ from danaz.server.messages import (
 )
 from danaz.worker.staging import IN_PLACE, Staging
 
-Request = Join | Push | Pull | Leave | Report | Bye | GoBack
+Request = Join | Push | Pull | Leave | Report | Bye | GoBack | Inquire
 Asked = TypeVar("Asked", bound=Request)
 Loss = float | Tensor | None  # a tensor may be on its way from the device
 
