@@ -74,9 +74,8 @@ def make_model():
 
 train_set = torch.utils.data.TensorDataset(torch.randn(300, 3), torch.zeros(300, 1))
 """
-    (tmp_path / "train.py").write_text(
-        script.replace("import danaz.torch as danaz\n", f"import danaz.torch as danaz\n{made}")
-    )
+    imports, rest = script.split("danaz.init()")
+    (tmp_path / "train.py").write_text(f"{imports}{made}danaz.init(){rest}")
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "train.py"], cwd=tmp_path, env=env, check=True, timeout=100)
     weight = torch.load(tmp_path / "model.pt")["weight"]
