@@ -58,7 +58,8 @@ class GradientExchange:
         self.flat = flat
         self.group = group
         self.weight = 1.0 / group.size
-        self.asks_to_end = False  # set for this rank; behind `finish`, whether any rank's was
+        self.asks_to_end = False  # this rank
+        self.ends = False  # a rank has asked to, which all ranks have heard in the same step
         self._passes = passes
         self._buckets = _buckets(flat)
         self._bucket_of = {i: number for number, bucket in enumerate(self._buckets) for i in bucket}
@@ -118,7 +119,7 @@ class GradientExchange:
             self.group.wait(handle)
         self._reset()
         mean_loss, has_loss, asking, *parts = scalars.tolist()
-        self.asks_to_end = asking > 0
+        self.ends = asking > 0
         return mean_loss if has_loss else None, [sum(parts[i : i + 3]) for i in range(0, len(parts), 3)]
 
 

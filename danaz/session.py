@@ -61,7 +61,7 @@ class Session:
         self._epoch = 0  # of the loop over batches
         self._portion: Portion | None = None  # of the batch being computed
         self._share = Share()
-        self._samples_for_all = 0  # so many in a batch, and each rank of an all-reduce world has one
+        self._samples_for_all = 0  # so many in a batch, and each rank of an all-reduce world has some
         self._scales_lr = False
         self._watches: list[RemovableHandle] = []  # on the model, once its loop was left
         self._seed: int | None = None  # of the order of the samples; None: that of the settings
@@ -147,6 +147,7 @@ class Session:
             link = self._link(role, staging)
         self._batching = batching
         self._share = replace(self._share_of_batch(), least=2 if has_batch_norm(optimizer.flat.model) else 1)
+        self._samples_for_all *= self._share.least
         self._warn_of_idle_ranks(batching)
         self._scales_lr = rule.scales_lr
         self._worker = Worker(self.group, optimizer.flat, ahead, core, link, everyone_alike, pipelined)
@@ -328,7 +329,7 @@ class Session:
         portion, self._portion = self._portion, None
         if portion is None:
             raise RuntimeError(_why_no_step(self.finished))
-        if self.optimizer.exchange.asks_to_end:
+        if self.optimizer.exchange.ends:
             self._ends = True
             return
         applied_lr = effective_lr(

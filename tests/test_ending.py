@@ -119,7 +119,7 @@ danaz.init()
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2))
 optimizer = danaz.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.01), model)
-loader = DataLoader(TensorDataset(torch.randn(83, 6), torch.randn(83, 2)), batch_size=8, shuffle=True)
+loader = DataLoader(TensorDataset(torch.randn(85, 6), torch.randn(85, 2)), batch_size=8, shuffle=True)
 is_last = danaz.worker_id() == danaz.num_workers() - 1 and danaz.rank() == danaz.size() - 1
 steps = 0
 for epoch in danaz.epochs(1000):
@@ -127,6 +127,8 @@ for epoch in danaz.epochs(1000):
         optimizer.zero_grad()
         loss = nn.functional.mse_loss(model(x), y)
         loss.backward()
+        optimizer.synchronize()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.01)
         if is_last and steps == 3 and manner == "stop before a step":
             danaz.stop(manner)
             break
