@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import atexit
-import logging
-import os
 import signal
-import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torch.utils.hooks import RemovableHandle
 
 from danaz.data import Batching, LeaseSampler, Portion, Share, batching_of, read_ahead, rebuild
+from danaz.ending import Ending
 from danaz.loop import Counted, Loop
 from danaz.models import has_batch_norm
 from danaz.optimizer import DistributedOptimizer, effective_lr, weight_decays
@@ -36,8 +33,6 @@ from danaz.worker.link import DealerLink, Link, LocalLink
 from danaz.worker.sharded import connect
 from danaz.worker.staging import IN_PLACE, Staging, staging_for
 from danaz.worker.worker import Worker
-
-UNFINISHED = 64  # exit code of a process that ends in the midst of a run, or has not trained (EX_USAGE)
 
 
 class NotInitializedError(RuntimeError):
@@ -63,11 +58,10 @@ class Session:
         self._share = Share()
         self._samples_for_all = 0  # so many in a batch, and each rank of an all-reduce world has some
         self._scales_lr = False
-        self._watches: list[RemovableHandle] = []  # on the model, once its loop was left
         self._seed: int | None = None  # of the order of the samples; None: that of the settings
         self._follows_torch = False  # or torch's, as it is when training begins
         self._loader: tuple[DataLoader[Any], LeaseSampler, DataLoader[Any]] | None = None  # the user's and its double
-        self._pid = os.getpid()
+        self.ending = Ending(self, self._close)
         atexit.register(self._close)
 
     @property
@@ -81,6 +75,15 @@ class Session:
         if self._optimizer is None:
             raise NotInitializedError("wrap the optimizer first: danaz.DistributedOptimizer(optimizer, model)")
         return self._optimizer
+
+    @property
+    def has_optimizer(self) -> bool:
+        return self._optimizer is not None
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether this process has entered the run, which it does with its first batch."""
+        return self._worker is not None
 
     @property
     def epoch(self) -> float:
@@ -200,7 +203,7 @@ class Session:
         try:
             yield from self.loop.epochs(self._first_epoch(), lambda: self.over)
         except GeneratorExit:
-            self.watch()
+            self.ending.watch()
             raise
         self.finish()
 
@@ -365,7 +368,7 @@ class Session:
         self.worker.leave(first_text(self.group, stop) if self._ends else "")
         self.finished = True
         self._portion = None
-        self._stop_watching()
+        self.ending.stop_watching()
         if self.worker.ends_early:
             raise SystemExit(128 + signal.SIGTERM)  # what a script does behind its loop is for a run that is over
         self.worker.report({"collective": self.group.name})
@@ -388,82 +391,16 @@ class Session:
 
     def report(self, figures: dict[str, float | str | None]) -> None:
         """See danaz.torch.report."""
-        self.end_if_left()
+        self.ending.end_if_left()
         if not self.finished:
             raise NotInitializedError("danaz.report comes after the loop over danaz.epochs(), or after danaz.finish()")
         self.worker.report(figures)
-
-    # ---- a loop that was left --------------------------------------------------------------------------------------
-
-    def watch(self) -> None:
-        """The loop over epochs was left, by ``break`` or by an exception: which of them, only what follows can say."""
-        for module in self.optimizer.flat.model.modules() if self._worker is not None and not self.finished else ():
-            self._watches.append(module.register_forward_pre_hook(lambda *_: self.end_if_left()))
-            self._watches.append(module.register_state_dict_pre_hook(lambda *_: self.end_if_left()))  # type: ignore[no-untyped-call]
-
-    def _stop_watching(self) -> None:
-        for watch in self._watches:
-            watch.remove()
-        self._watches.clear()
-
-    def end_if_left(self) -> None:
-        """End the run if the script has left its loop and goes on without it: the model is to be the trained one."""
-        if self.loop.was_left and not self.finished and self._worker is not None and sys.exc_info()[1] is None:
-            _say(f"{self._left}; the run ends here for every worker. To say so, and why, call danaz.stop(reason) first")
-            self.stop(self._left)
-
-    @property
-    def _left(self) -> str:
-        return f"the script left its loop in epoch {self.loop.reached} of {self.loop.count}"
-
-    def what_is_missing(self) -> str:
-        """What this process has not done that it should have done before it ends; nothing if it has."""
-        if self.finished:
-            return ""
-        if self._worker is not None:
-            return (
-                f"{self._left} and ended before the run was over. To end a run early, call danaz.stop(reason) in the "
-                "loop"
-            )
-        if not self.place.launched:
-            return ""  # a process alone may do without training
-        done = {
-            "danaz.DistributedOptimizer(optimizer, model)": self._optimizer is not None,
-            "danaz.epochs(N)": self.loop.count is not None,
-            "danaz.shard(loader, epoch)": False,
-        }
-        missing = " and ".join(call for call, is_done in done.items() if not is_done)
-        return f"the script ended without training: it calls danaz.init(), but not {missing}"
-
-    def end_process(self) -> None:
-        """At the exit of the process: what looks like a success and is none gets a sentence and an exit code."""
-        # An exception has its traceback, and a copy of the process made by fork is not the one that trains.
-        if os.getpid() != self._pid or getattr(sys, "last_value", None) is not None:
-            return
-        missing = self.what_is_missing()
-        if not missing:
-            return
-        _say(missing)
-        try:
-            if self._worker is not None:
-                self.stop(self._left)
-        except (RuntimeError, OSError) as error:  # of the collective, the link or the server
-            _say(f"and it could not leave the run in good order: {error}")
-        self._close()
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(UNFINISHED)  # at this point, Python has no other way to end with a code
 
     def _close(self) -> None:
         if self._worker is not None:
             self._worker.close(in_good_order=self.finished)
         if self.finished:
             self.group.close()
-
-
-def _say(sentence: str) -> None:
-    print(f"danaz: {sentence}.", file=sys.stderr, flush=True)
 
 
 def _why_no_step(finished: bool) -> str:

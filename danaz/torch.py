@@ -80,7 +80,7 @@ def init(*, digest: str = "", seed: int | None = None) -> None:
         settings, place = from_environment()
         _current = Session(replace(settings, digest=digest) if digest else settings, place)
         _current.choose_seed(seed)
-        atexit.register(_current.end_process)
+        atexit.register(_current.ending.end_process)
     elif seed is not None:
         _current.choose_seed(seed)
 
@@ -168,8 +168,8 @@ def stop(reason: str = "") -> None:
     """End the run early for every worker, from any rank; returns when the trained model is in this rank's model.
 
     The other ranks of this worker leave their loops at their next step, the other workers at their next view. The
-    reason is in summary.json as ``stopped``. The update that this worker is in the midst of is not made. Leave the loop
-    after it. Nothing happens if the run is over.
+    reason is in summary.json as ``stopped``. The update that this worker is in the midst of may be left out. Leave the
+    loop after it. Nothing happens if the run is over.
     """
     _session().stop(reason)
 

@@ -37,7 +37,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(danaz, "_current", None)
     yield
     if danaz._current is not None:
-        atexit.unregister(danaz._current.end_process)
+        atexit.unregister(danaz._current.ending.end_process)
         atexit.unregister(danaz._current._close)
         danaz._current._close()
 

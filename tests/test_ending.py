@@ -15,9 +15,10 @@ from torch.nn.functional import mse_loss
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader
 
+from danaz.ending import UNFINISHED
 from danaz.optimizer import DistributedOptimizer
 from danaz.server.settings import ServerSettings
-from danaz.session import UNFINISHED, Session
+from danaz.session import Session
 
 BATCHES = 5  # in an epoch
 

@@ -60,6 +60,7 @@ FLOORS = {
     "danaz.run_folder": 2,
     "danaz.optimizer": 3,
     "danaz.workloads": 3,
+    "danaz.ending": 3,
     "danaz.session": 3,
     "danaz.torch": 3,
     "danaz.training": 3,

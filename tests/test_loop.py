@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import danaz.torch as danaz
 from danaz.data import Batching
+from danaz.ending import UNFINISHED
 from danaz.loop import LoopError
-from danaz.session import UNFINISHED, NotInitializedError
+from danaz.session import NotInitializedError
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = 12
@@ -38,7 +39,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     danaz.init()
     yield
     assert danaz._current is not None
-    atexit.unregister(danaz._current.end_process)
+    atexit.unregister(danaz._current.ending.end_process)
     atexit.unregister(danaz._current._close)
     danaz._current._close()
 
