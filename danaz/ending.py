@@ -72,8 +72,8 @@ class Ending:
             "danaz.epochs(N)": session.loop.count is not None,
             "danaz.shard(loader, epoch)": False,
         }
-        missing = " and ".join(call for call, is_made in calls.items() if not is_made)
-        return f"the script ended without training: it calls danaz.init(), but not {missing}"
+        missing = ", ".join(call for call, is_made in calls.items() if not is_made)
+        return f"the script ended without training: it calls danaz.init(), but never came to {missing}"
 
     def end_process(self) -> None:
         """At the exit of the process: what looks like a success and is none gets a sentence and an exit code."""

@@ -165,20 +165,20 @@ def launch(manner: str, tmp_path: Path, *arguments: str, succeeds: bool = True) 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    ("manner", "algorithm", "collective"),
+    ("manner", "algorithm", "options"),
     [
-        ("stop before a step", "ssgd", "horovod"),
-        ("stop after a step", "ssgd", "torch"),
-        ("stop by the main process", "ssgd", "horovod"),
-        ("stop by all", "ssgd", "torch"),
-        ("stop before a step", "dana", "torch"),
-        ("stop after a step", "dana", "horovod"),
-        ("stop by the main process", "dana", "torch"),
-        ("stop by all", "dana", "horovod"),
+        ("stop before a step", "ssgd", ["--collective", "horovod"]),
+        ("stop after a step", "ssgd", ["--collective", "torch"]),
+        ("stop by the main process", "ssgd", ["--collective", "horovod"]),
+        ("stop by all", "ssgd", ["--collective", "torch"]),
+        ("stop before a step", "dana", ["--collective", "torch"]),
+        ("stop after a step", "dana", ["--server-shards", "2"]),
+        ("stop by the main process", "dana", ["--pipeline"]),
+        ("stop by all", "dana", ["--collective", "horovod"]),
     ],
 )
-def test_any_rank_ends_the_run_for_all(manner: str, algorithm: str, collective: str, tmp_path: Path) -> None:
-    run, saved = launch(manner, tmp_path, "--algorithm", algorithm, "--collective", collective)
+def test_any_rank_ends_the_run_for_all(manner: str, algorithm: str, options: list[str], tmp_path: Path) -> None:
+    run, saved = launch(manner, tmp_path, "--algorithm", algorithm, *options)
     assert (run.summary["stopped"], run.summary["complete"]) == (manner, True)
     assert run.summary["updates"] < 11_000
     states = [state for state, *_ in saved]

@@ -427,7 +427,7 @@ def train(epoch):
 """
 WRAP = "optimizer = danaz.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)\n"
 LEFT = "danaz: the script left its loop in epoch 1 of 3 and ended before the run was over. To end a run early, call"
-UNTRAINED = "danaz: the script ended without training: it calls danaz.init(), but not "
+UNTRAINED = "danaz: the script ended without training: it calls danaz.init(), but never came to "
 
 
 @pytest.mark.slow
@@ -441,7 +441,7 @@ UNTRAINED = "danaz: the script ended without training: it calls danaz.init(), bu
         (WRAP + "for e in danaz.epochs(3):\n train(e)\n if e == 1: break", True, UNFINISHED, LEFT),
         (WRAP + "for e in danaz.epochs(3):\n train(e)\n if e == 1: break\ndanaz.finish()", True, 0, ""),
         (WRAP + "for e in danaz.epochs(3):\n train(e)\n if e == 1: raise OSError('own')", True, 1, "OSError: own"),
-        (WRAP, True, UNFINISHED, UNTRAINED + "danaz.epochs(N) and danaz.shard(loader, epoch)"),
+        (WRAP, True, UNFINISHED, UNTRAINED + "danaz.epochs(N), danaz.shard(loader, epoch)"),
         ("", True, UNFINISHED, UNTRAINED + "danaz.DistributedOptimizer(optimizer, model)"),
         ("", False, 0, ""),
         ("sys.exit('no data here')", True, UNFINISHED, "no data here"),
