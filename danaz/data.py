@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil
 from typing import Any
@@ -13,6 +13,8 @@ import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
 from danaz.server.messages import Plan
+
+Indices = np.ndarray[Any, np.dtype[np.int64]]  # i64[samples]
 
 SEED_MIX = 0x9E3779B9  # keeps the stream of permutations apart from others that use the run's seed
 
@@ -42,14 +44,14 @@ class Batching:
     def epoch_of(self, batch: int) -> int:
         return batch // self.batches_per_epoch
 
-    def indices(self, batch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def indices(self, batch: int) -> Indices:
         """Sample numbers of a batch, i64[up to batch_size]."""
         start = batch % self.batches_per_epoch * self.batch_size
         return _order(self, self.epoch_of(batch))[start : start + self.batch_size]
 
 
 @lru_cache(maxsize=4)
-def _order(batching: Batching, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _order(batching: Batching, epoch: int) -> Indices:
     if not batching.shuffle:
         return np.arange(batching.samples)
     return np.random.default_rng((SEED_MIX, batching.seed, epoch)).permutation(batching.samples)
@@ -63,9 +65,19 @@ class Share:
     workers: int = 1
     rank: int = 0
     ranks: int = 1
+    least: int = 1  # samples that a part must have, or else none; a batch that has fewer goes to one rank
 
-    def of(self, indices: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.int64]]:
-        return np.array_split(np.array_split(indices, self.workers)[self.worker], self.ranks)[self.rank]
+    def of(self, indices: Indices) -> Indices:
+        return self._part(self._part(indices, self.workers, self.worker), self.ranks, self.rank)
+
+    def ranks_at_work(self, samples: int) -> int:
+        """How many of this worker's ranks get samples of a batch of so many."""
+        batch = np.arange(samples)
+        return sum(bool(len(replace(self, rank=rank).of(batch))) for rank in range(self.ranks))
+
+    def _part(self, indices: Indices, parts: int, number: int) -> Indices:
+        parts = max(1, min(parts, len(indices) // self.least))
+        return np.array_split(indices, parts)[number] if number < parts else indices[:0]
 
 
 @dataclass(frozen=True)
@@ -86,7 +98,7 @@ class LeaseSampler:
     """A batch sampler for a DataLoader: this rank's part of each batch, as long as ``take`` gives batch numbers.
 
     What it hands out is noted in ``portions``, in the order in which the loader will deliver. A rank for which a short
-    batch has no sample gets the batch's first one, with weight zero: its loop then runs as every other rank's, so that
+    batch has no sample gets the batch's first, with weight zero: its loop then runs as every other rank's, so that
     schedulers, gradient scalers, random numbers and the script's own collectives stay in step.
     """
 
@@ -101,7 +113,7 @@ class LeaseSampler:
             indices = self.batching.indices(batch)
             part = self.share.of(indices)
             self.portions.append(Portion(batch, len(indices), len(part)))
-            yield (part if len(part) else indices[:1]).tolist()
+            yield (part if len(part) else indices[: self.share.least]).tolist()
 
 
 def batching_of(loader: DataLoader[Any], workers: int, seed: int) -> Batching:
@@ -154,6 +166,7 @@ def rebuild(loader: DataLoader[Any], sampler: LeaseSampler) -> DataLoader[Any]:
             "prefetch_factor": loader.prefetch_factor,
             "multiprocessing_context": loader.multiprocessing_context,
             "worker_init_fn": loader.worker_init_fn,
+            "persistent_workers": loader.persistent_workers,
         }
     return DataLoader(
         loader.dataset,

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack
 
 Spans = tuple[tuple[int, int], ...]  # (start, stop) each, ascending, without overlap
 
@@ -313,13 +314,15 @@ class FlatModel:
                     "Move and convert the model before you wrap the optimizer."
                 )
             view.copy_(p.data)
-            p.data = view
+            # With a storage of its own over the same memory: else saving a part of the model would save all of it.
+            p.data = from_dlpack(view)
             self._homes[number] = view.data_ptr()
 
     def gather_gradients(self, indices: range) -> None:
         """Bring the gradients of these parameters into the flat vector, wherever autograd or the user put them.
 
-        A parameter whose gradient is None counts as zero in the vector, and keeps its None: it makes no step.
+        A parameter whose gradient is None counts as zero in the vector, and keeps its None: it makes no step. Raises
+        TypeError for a sparse gradient.
         """
         strays, homes = [], []
         for number in indices:
@@ -328,6 +331,11 @@ class FlatModel:
             if p.grad is None:
                 view.zero_()
                 continue
+            if p.grad.is_sparse:
+                raise TypeError(
+                    f"the gradient of {self.layout.parameters[number].name} is sparse, and danaz sums dense gradients "
+                    "alone; look the rows up with sparse=False"
+                )
             if p.grad is not view:
                 strays.append(p.grad)
                 homes.append(view)

@@ -129,7 +129,8 @@ def launch(
 ) -> None:
     """Train on real processes: Horovod inside each worker, a ZeroMQ server between them.
 
-    Each host is one worker (its slots are the ranks that share every batch); `--workers-per-host` splits it.
+    Each host is one worker (its slots are the ranks that share every batch); `--workers-per-host` splits it. So the
+    batch size is per worker.
 
     Examples:
 

@@ -57,6 +57,7 @@ class Verdict:
     lr: list[float]  # rank 0's rates, one a parameter group
     edited: bool  # some rank's script has changed parameters since the last step
     alike: bool  # all ranks hold the same gradient, as far as that was asked for
+    ends: bool = False  # a rank has asked to end the run, and all hear it in this step
 
 
 class GradientExchange:
@@ -78,6 +79,7 @@ class GradientExchange:
         self.flat = flat
         self.group = group
         self.weight = 1.0 / group.size
+        self.asks_to_end = False  # this rank: its worker leaves the run
         self._passes = passes
         self._alike = alike
         self._buckets = _buckets(flat)
@@ -160,7 +162,7 @@ class GradientExchange:
             self.gather()
             return Verdict(int(not steps), loss, lr, edited, alike=True)
         share = 0.0 if loss is None else float(loss) * self.weight
-        ballot = _Ballot(0, int(not steps), int(edited), int(loss is not None), share, lr)
+        ballot = _Ballot(0, int(not steps), int(edited), int(loss is not None), share, lr, int(self.asks_to_end))
         while True:
             self.settle()
             self.gather()
@@ -179,15 +181,16 @@ class GradientExchange:
         rates = ballot.lr or [0.0] * len(self.flat.layout.groups)
         counted = rates if self.group.rank == 0 else [0.0] * len(rates)
         mark = _mark(self.flat) if self._alike and not ballot.more else [0.0] * MARK_PARTS
-        counts = [ballot.more, ballot.skips, ballot.edited, ballot.has_loss]
+        counts = [ballot.more, ballot.skips, ballot.edited, ballot.ends, ballot.has_loss]
         # float32 like the gradients, so that Horovod can sum both in one go.
         votes = torch.tensor([*counts, ballot.loss, *mark, *(part for rate in counted for part in _parts(rate))])
         self.group.wait(self.group.sum_async(votes, "votes"))
-        more, skips, edited, has_loss, loss, *rest = votes.tolist()
+        more, skips, edited, ends, has_loss, loss, *rest = votes.tolist()
         marks, parts = rest[:MARK_PARTS], rest[MARK_PARTS:]
         lr = [sum(parts[i : i + 3]) for i in range(0, len(parts), 3)]
         alike = marks == [self.group.size * part for part in mark]
-        return Verdict(int(skips), loss if has_loss else None, lr, bool(edited), alike), int(more)
+        mean_loss = loss if has_loss else None
+        return Verdict(int(skips), mean_loss, lr, bool(edited), alike, bool(ends)), int(more)
 
 
 @dataclass(frozen=True)
@@ -200,6 +203,7 @@ class _Ballot:
     has_loss: int = 0
     loss: float = 0.0
     lr: Sequence[float] = ()
+    ends: int = 0
 
 
 def _hook(parameter: nn.Parameter, hook: Callable[[Tensor], None]) -> None:
@@ -252,6 +256,9 @@ class Updates(Protocol):
 
     def skip(self) -> None:
         """The batch makes no step."""
+
+    def end(self) -> None:
+        """The ranks leave the run, and make no step any more."""
 
 
 class DistributedOptimizer(torch.optim.Optimizer):
@@ -358,7 +365,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self.exchange.settle()
         overflow = self._unscale()
         verdict = self._conclude(kept_loss(loss), steps=not overflow)
-        if verdict.skips:
+        if verdict.ends:
+            self._updates.end()
+        elif verdict.skips:
             self._updates.skip()
         else:
             if self._replicated and not verdict.alike:
@@ -373,7 +382,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """The script has gone on to the next batch without ``step()``: no rank makes one."""
         assert self._updates is not None
         self.was_passed_over = True
-        self._conclude(None, steps=False)
+        if self._conclude(None, steps=False).ends:
+            self._updates.end()
+            return
         self._updates.skip()
         self._watch_for_accumulation()
 

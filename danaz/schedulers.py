@@ -36,6 +36,10 @@ class Clock(Protocol):
         """Of the cluster."""
 
     @property
+    def epochs_over(self) -> int:
+        """Epochs that were over before this worker's first."""
+
+    @property
     def ticks(self) -> float:
         """Batches of the script's own loader that the cluster has computed."""
 
@@ -66,7 +70,7 @@ class _Follower:
     def catch_up(self, scheduler: LRScheduler, step: Callable[..., None]) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
-            self._move(scheduler, step, int(self.clock.epoch))
+            self._move(scheduler, step, self.clock.epochs_over)
 
     def _move(self, scheduler: LRScheduler, step: Callable[..., None], steps: int) -> None:
         self.moved += steps

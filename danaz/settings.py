@@ -129,8 +129,11 @@ class Place:
     """This process's place in the cluster."""
 
     worker: int = 0
-    device: int = 0  # index of this rank among the ranks of all workers on its machine
+    device: int = 0  # that this rank uses of its machine's
+    local_rank: int = 0  # among the ranks of all workers on its machine
+    local_size: int = 1
     incarnation: int = 1
+    launched: bool = False  # by a launcher, which decides what all processes must agree on
     guest: bool = False  # it joined a run that goes on without it: when it is to end, it leaves in good order
     server: str | None = None  # tcp://host:port; None: train by all-reduce, or alone
     followers: tuple[str, ...] = ()  # the other shards' addresses, in order
@@ -164,7 +167,10 @@ def from_environment(environment: MutableMapping[str, str] = os.environ) -> tupl
     place = Place(
         worker=_number(environment, "DANAZ_WORKER", 0),
         device=_number(environment, "DANAZ_LOCAL_DEVICE", 0),
+        local_rank=_number(environment, "DANAZ_LOCAL_RANK", 0),
+        local_size=_number(environment, "DANAZ_LOCAL_SIZE", 1),
         incarnation=_number(environment, "DANAZ_INCARNATION", 1),
+        launched="DANAZ_SETTINGS" in environment,
         guest="DANAZ_GUEST" in environment,
         server=server or None,
         followers=tuple(_text(environment, server_variable(shard)) for shard in others),

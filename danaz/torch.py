@@ -10,31 +10,42 @@
             optimizer.zero_grad(); loss(model(x), y).backward(); optimizer.step()
     # here the model is the trained one, on every rank
 
-The same script runs alone with plain ``python``, and on a cluster with ``danaz launch``.
+The same script runs alone with plain ``python``, and on a cluster with ``danaz launch``. How to port a script, call by
+call, is in docs/your-script.md.
 """
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from danaz.loop import LoopError
+from danaz.models import check_model
 from danaz.optimizer import DistributedOptimizer as _DistributedOptimizer
 from danaz.session import NotInitializedError, Session
 from danaz.settings import from_environment
+from danaz.worker import between
 from danaz.worker.worker import Metrics
 
 __all__ = [
     "DistributedOptimizer",
+    "LoopError",
     "NotInitializedError",
+    "broadcast_object",
     "device",
     "epochs",
     "finish",
     "init",
+    "is_main",
+    "local_rank",
+    "local_size",
+    "mean",
     "metrics",
     "num_workers",
     "progress",
@@ -42,8 +53,11 @@ __all__ = [
     "report",
     "shard",
     "size",
+    "stop",
     "worker_id",
 ]
+
+Value = TypeVar("Value", float, Tensor)
 
 _current: Session | None = None
 
@@ -54,15 +68,21 @@ def _session() -> Session:
     return _current
 
 
-def init(*, digest: str = "") -> None:
+def init(*, digest: str = "", seed: int | None = None) -> None:
     """Take this process's place in the cluster. Without ``danaz launch`` it trains alone.
 
-    A ``digest`` stands for the script's configuration: a server that runs another one refuses the worker.
+    A ``digest`` stands for the script's configuration: a server that runs another one refuses the worker. ``seed``
+    decides the order of the samples; without one, that is ``danaz launch --seed`` or, alone, torch.manual_seed. Raises
+    ValueError if the run was launched with another seed: all processes must agree on it.
     """
     global _current
     if _current is None:
         settings, place = from_environment()
         _current = Session(replace(settings, digest=digest) if digest else settings, place)
+        _current.choose_seed(seed)
+        atexit.register(_current.ending.end_process)
+    elif seed is not None:
+        _current.choose_seed(seed)
 
 
 def device() -> torch.device:
@@ -72,8 +92,14 @@ def device() -> torch.device:
     return torch.device("cuda", _session().place.device % torch.cuda.device_count())
 
 
+def is_main() -> bool:
+    """Whether this process is the one that writes files and prints: exactly one of the run, whatever the algorithm."""
+    session = _session()
+    return session.place.worker == 0 and session.group.rank == 0
+
+
 def rank() -> int:
-    """This process's rank within its worker (under ssgd, within the whole cluster)."""
+    """This process's rank within its worker (under ssgd, within the whole cluster). See also ``is_main``."""
     return _session().group.rank
 
 
@@ -82,13 +108,23 @@ def size() -> int:
     return _session().group.size
 
 
+def local_rank() -> int:
+    """This process's number among the run's processes on its machine, whichever workers they belong to."""
+    return _session().place.local_rank
+
+
+def local_size() -> int:
+    """Number of the run's processes on this machine."""
+    return _session().place.local_size
+
+
 def worker_id() -> int:
-    """This machine's number among the workers."""
+    """This process's worker's number among the workers."""
     return _session().place.worker
 
 
 def num_workers() -> int:
-    """Number of workers of the cluster."""
+    """Number of workers that the run was launched with."""
     return _session().settings.workers
 
 
@@ -100,9 +136,11 @@ def DistributedOptimizer(
     Each ``step()`` averages the gradient over this worker's ranks, pushes it, and puts the next view into the model.
     When ``backward()`` has returned, every ``p.grad`` is the worker's mean gradient: clip, unscale or log it as ever.
     ``step(loss=loss)`` adds the loss to the run's records. A batch that is not followed by ``step()`` counts as used.
-    Raises UnsupportedOptimizerError, with the reason, for what DANA cannot stand in for.
+    The loss must be a mean over the samples, not a sum. Raises UnsupportedOptimizerError, with the reason, for what
+    DANA cannot stand in for, and ValueError for a model that danaz cannot train.
     """
     session = _session()
+    check_model(model)
     replicated = session.place.server is None
     wrapped = _DistributedOptimizer(optimizer, model, session.group, backward_passes_per_step, replicated)
     session.adopt(wrapped)
@@ -110,28 +148,58 @@ def DistributedOptimizer(
 
 
 def epochs(count: int) -> Iterator[int]:
-    """Epochs of the whole cluster. Behind the loop, the model is the trained one on every rank (see ``finish``)."""
-    session = _session()
-    session.epochs = count
-    for epoch in range(count):
-        if session.over:
-            break
-        yield epoch
-    session.finish()
+    """Epochs of the whole cluster. Behind the loop, the model is the trained one on every rank (see ``finish``).
+
+    A run has one such loop. Raises LoopError if it is begun a second time, or if an epoch ends without ``shard``.
+    """
+    return _session().run_epochs(count)
 
 
 def shard(loader: DataLoader[Any], epoch: int) -> Iterator[Any]:
-    """This rank's part of the batches that the server leases to this worker in ``epoch``.
+    """This rank's part of the batches that the server leases to this worker in ``epoch``, which ``epochs`` gave.
 
     ``loader`` gives the data set, the batch size (per worker: its ranks share each batch), shuffling and loading
-    processes. Every sample is used once an epoch, whatever the workers' speeds. Raises UnsupportedLoaderError.
+    processes. Every sample is used once an epoch, whatever the workers' speeds; what a loop that is left by ``break``
+    leaves over comes first in the next epoch's. ``len()`` of it is what this worker would compute in an epoch if all
+    workers were equally fast. Raises UnsupportedLoaderError, and LoopError if it is not this loop's turn.
     """
-    return _session().shard(loader, epoch)
+    return _session().run_batches(loader, epoch)
+
+
+def stop(reason: str = "") -> None:
+    """End the run early for every worker, from any rank; returns when the trained model is in this rank's model.
+
+    The other ranks of this worker leave their loops at their next step, the other workers at their next view. The
+    reason is in summary.json as ``stopped``. The update that this worker is in the midst of may be left out. Leave the
+    loop after it. Nothing happens if the run is over.
+    """
+    _session().stop(reason)
 
 
 def finish() -> None:
-    """Leave the run in good order; load θ and the mean batch-norm buffers into every rank's model."""
+    """Leave the run in good order; load θ and the mean batch-norm buffers into every rank's model.
+
+    ``epochs`` does so by itself. Called earlier, this worker leaves (all its ranks, at their next step), the others get
+    its batches, and it waits for them to end.
+    """
     _session().finish()
+
+
+def mean(value: Value) -> Value:
+    """The mean of ``value`` over the ranks of this worker (under ssgd, of the cluster); every rank must call it.
+
+    A float or a tensor of floats; it comes back as what it was. Each rank counts the same, however many samples it had.
+    """
+    return between.mean(_session().group, value)
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's ``value`` on every rank of this worker (under ssgd, of the cluster); every rank must call it.
+
+    It may be made of None, bool, int, float, str, bytes, and lists and dicts of them: it travels as MessagePack, for
+    nothing that comes over a network is unpickled. Raises TypeError for anything else.
+    """
+    return between.broadcast_object(_session().group, value)
 
 
 def report(**figures: float | str | None) -> None:

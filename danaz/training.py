@@ -47,7 +47,7 @@ def train(config: Config) -> None:
             # Other workers may be so fast that this one gets no batch in an epoch, and so no step before this one.
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
             scheduler.step()
-    if danaz.worker_id() == 0 and danaz.rank() == 0:
+    if danaz.is_main():
         danaz.report(**final_figures(model, workload, config, device))
 
 

@@ -46,7 +46,7 @@ for epoch in danaz.epochs(options.epochs):
         optimizer.step(loss=loss)
     scheduler.step()
 
-if danaz.worker_id() == 0 and danaz.rank() == 0:
+if danaz.is_main():
     model.eval()
     x, y = next(iter(DataLoader(test, batch_size=len(test))))
     with torch.no_grad():

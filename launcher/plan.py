@@ -329,6 +329,8 @@ def _worker_env(seat: _Seat, first_worker: int, workers: int) -> dict[str, str]:
     return {
         "DANAZ_WORKER": str(first_worker + seat.worker),
         "DANAZ_WORKERS": str(workers),
+        "DANAZ_LOCAL_RANK": str(seat.slot),
+        "DANAZ_LOCAL_SIZE": str(seat.slots),
         "DANAZ_LOCAL_DEVICE": str(seat.host.devices[seat.slot] if seat.host.devices else seat.slot),
     }
 

@@ -37,6 +37,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(danaz, "_current", None)
     yield
     if danaz._current is not None:
+        atexit.unregister(danaz._current.ending.end_process)
         atexit.unregister(danaz._current._close)
         danaz._current._close()
 
@@ -52,7 +53,10 @@ def make_sgd(model: nn.Module) -> torch.optim.SGD:
 
 def test_all_names_what_there_is() -> None:
     own = {name for name, value in vars(danaz).items() if inspect.isfunction(value) and not name.startswith("_")}
-    assert set(danaz.__all__) == own - {"replace", "from_environment"} | {"NotInitializedError"}
+    assert set(danaz.__all__) == own - {"replace", "from_environment", "check_model"} | {
+        "NotInitializedError",
+        "LoopError",
+    }
     assert danaz.__all__ == sorted(danaz.__all__)
     assert all(inspect.getdoc(getattr(danaz, name)) for name in danaz.__all__)
 

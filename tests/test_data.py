@@ -90,6 +90,22 @@ def test_uneven_parts() -> None:
     assert [Portion(0, 10, here).weight for here in (4, 3, 0)] == [0.4, 0.3, 0.0]
 
 
+@given(st.integers(0, 40), st.integers(1, 5), st.integers(1, 5))
+def test_where_a_step_needs_two_samples_no_rank_gets_one(size: int, workers: int, ranks: int) -> None:
+    batch = np.arange(size)
+    parts = [Share(w, workers, r, ranks, least=2).of(batch) for w in range(workers) for r in range(ranks)]
+    assert np.concatenate(parts).tolist() == batch.tolist()
+    assert 1 not in [len(part) for part in parts] or size == 1
+    plain = [Share(w, workers, r, ranks).of(batch) for w in range(workers) for r in range(ranks)]
+    if min(map(len, plain)) > 1:
+        assert [part.tolist() for part in parts] == [part.tolist() for part in plain]
+
+
+def test_ranks_that_a_batch_leaves_idle() -> None:
+    assert [Share(ranks=4, least=2).ranks_at_work(samples) for samples in (1, 2, 5, 8, 9)] == [1, 1, 2, 4, 4]
+    assert Share(ranks=4).ranks_at_work(5) == 4
+
+
 def test_a_rank_without_samples_computes_on_the_first_one_with_weight_zero() -> None:
     batches = deque([0, 1, 2, 3])
     batching = Batching(samples=5, batch_size=3, shuffle=False)  # batches of 3 and 2 samples
@@ -133,11 +149,14 @@ def test_a_loader_says_how_it_batches() -> None:
 
 
 def test_a_rebuilt_loader_keeps_what_the_user_chose() -> None:
-    loader = DataLoader(DATA, batch_size=4, num_workers=2, prefetch_factor=3, timeout=7, collate_fn=len)
+    loader = DataLoader(
+        DATA, batch_size=4, num_workers=2, prefetch_factor=3, timeout=7, collate_fn=len, persistent_workers=True
+    )
     assert read_ahead(loader) == 1 + 2 * 3
     sampler = LeaseSampler(Batching(10, 4), Share(), lambda: None)
     rebuilt = rebuild(loader, sampler)
-    for name in ("dataset", "num_workers", "prefetch_factor", "timeout", "collate_fn", "pin_memory"):
+    kept = ("dataset", "num_workers", "prefetch_factor", "timeout", "collate_fn", "pin_memory", "persistent_workers")
+    for name in kept:
         assert getattr(rebuilt, name) == getattr(loader, name)
     assert rebuilt.batch_sampler is sampler
     assert read_ahead(DataLoader(DATA)) == 1

@@ -124,7 +124,7 @@ def test_the_description_shows_everything_but_the_environment_of_the_user() -> N
     text = lay("a:2", services=[server], env={"TOKEN": "secret"}).describe()
     assert text.splitlines()[:2] == ["1 worker, 2 ranks, one Horovod world over all", "in /here"]
     assert "[localhost:server] serve 'two words'\n    announces DANAZ_SERVER" in text
-    assert "[a:1] train\n    DANAZ_LOCAL_DEVICE=1\n    HOROVOD_RANK=1" in text
+    assert "[a:1] train\n    DANAZ_LOCAL_RANK=1\n    DANAZ_LOCAL_DEVICE=1\n    HOROVOD_RANK=1" in text
     assert "    MASTER_PORT=<free port on a>\n    DANAZ_SERVER=<from server>" in text
     assert "secret" not in text
     assert "secret" not in repr(lay("a:2", env={"TOKEN": "secret"}))

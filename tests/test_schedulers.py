@@ -62,6 +62,7 @@ class Cluster:
     completed: int = 0
     own_batches: int = 0
     in_loop: bool = True
+    epochs_over: int = 0
 
     @property
     def epoch(self) -> float:
@@ -116,10 +117,10 @@ def test_one_that_is_stepped_between_epochs_makes_a_step_an_epoch() -> None:
 
 
 def test_a_worker_that_comes_back_catches_up() -> None:
-    cluster = Cluster(completed=2 * BATCHES, in_loop=False)
+    cluster = Cluster(completed=2 * BATCHES, epochs_over=2, in_loop=False)
     sgd, _ = followed(lambda sgd: MultiStepLR(sgd, [1, 2], gamma=0.1), cluster)
     assert sgd.param_groups[0]["lr"] == pytest.approx(0.001), "two epochs are over"
-    cluster = Cluster(completed=5)
+    cluster = Cluster(completed=5, epochs_over=1)
     sgd, scheduler = followed(SCHEDULERS["one cycle"], cluster)
     cluster.own_batches, cluster.completed = 1, 6
     scheduler.step()

@@ -5,9 +5,25 @@ from __future__ import annotations
 import pytest
 import torch
 from cluster import Cluster
-from stimuli import GRADIENT, INF, NAN, SIZE, answer, arithmetic_of, started
+from stimuli import GRADIENT, INF, NAN, SIZE, answer, arithmetic_of, make_core, started
 
-from danaz.server.messages import MAX_REPORTED, Bye, Final, Leave, Noted, Plan, Pull, Push, Refusal, announced
+from danaz.server.core import ServerCore
+from danaz.server.messages import (
+    MAX_REASON,
+    MAX_REPORTED,
+    Bye,
+    Final,
+    Inquire,
+    Leave,
+    Noted,
+    Parameters,
+    Plan,
+    Progress,
+    Pull,
+    Push,
+    Refusal,
+    announced,
+)
 
 
 def run_out(algorithm: str, workers: int = 3) -> Cluster:
@@ -157,6 +173,103 @@ def test_leaving_early_others_take_over():
     while not cluster.server.leases.done:
         cluster.push(0, GRADIENT, 0.1)
     assert sorted(update.batch for update in cluster.updates) == [0, 1, 2, 3]
+
+
+# ---- ended by a script ----------------------------------------------------------------------------------------------
+
+
+def stop(cluster: Cluster, worker: int, reason: str = "converged") -> None:
+    cluster.say(worker, cluster.workers[worker].leave(torch.zeros(0), stop=reason))
+
+
+@pytest.mark.parametrize("algorithm", ["asgd", "dana", "ssgd", "easgd"])
+def test_one_worker_ends_the_run_for_all(algorithm):
+    """What the others compute at that moment still counts; then they hear that nothing is left, and leave."""
+    cluster = Cluster(algorithm, 3, torch.ones(SIZE), plan=Plan(100, 2), ahead=3)
+    for worker in range(3):
+        cluster.push(worker, GRADIENT, 0.1)
+    updates = len(cluster.updates)
+    stop(cluster, 1)
+    assert not cluster.final
+    for worker in (0, 2):
+        cluster.push(worker, GRADIENT, 0.1)
+    for worker in (0, 2):
+        reply = cluster.replies[worker]
+        assert isinstance(reply, Parameters)
+        assert (reply.applied, reply.done, reply.leases) == (True, True, ())
+    assert len(cluster.updates) > updates
+    for worker in (0, 2):
+        cluster.leave(worker)
+    assert all(torch.equal(final.params, cluster.server.master.params) for final in cluster.final.values())
+    for worker in range(3):
+        cluster.bye(worker)
+    assert cluster.server.finished
+    summary = cluster.server.summary()
+    assert (summary["complete"], summary["stopped"], summary["refusals"]) == (True, "converged", {})
+
+
+def test_who_waits_for_batches_hears_that_the_run_was_ended():
+    cluster = Cluster("dana", 2, torch.ones(SIZE), plan=Plan(1, 1))
+    assert cluster.pull(1) is None
+    stop(cluster, 0)
+    reply = cluster.replies[1]
+    assert isinstance(reply, Parameters)
+    assert reply.done
+
+
+def test_a_run_is_ended_once_and_not_after_its_end():
+    cluster = Cluster("asgd", 2, torch.ones(SIZE), plan=Plan(10, 2))
+    stop(cluster, 0, "first")
+    stop(cluster, 1, "second")
+    assert cluster.server.summary()["stopped"] == "first"
+    complete = run_out("asgd")
+    complete.say(0, complete.workers[0].leave(torch.zeros(2), stop="too late"))
+    assert complete.server.summary()["stopped"] is None
+
+
+def test_a_reason_is_cut():
+    cluster = Cluster("asgd", 1, torch.ones(SIZE))
+    stop(cluster, 0, "x" * 10_000)
+    assert cluster.server.summary()["stopped"] == "x" * MAX_REASON
+
+
+def test_a_restarted_server_knows_that_the_run_was_ended():
+    cluster = Cluster("asgd", 2, torch.ones(SIZE), plan=Plan(10, 2))
+    stop(cluster, 0)
+    again = ServerCore(cluster.settings)
+    again.restore(cluster.server.state(), [], life=1, now=0.0)
+    assert (again.stopped, again.leases.done) == ("converged", True)
+
+
+def test_a_shard_that_leases_nothing_hears_of_the_end_by_the_leave():
+    """The one that ends the run says to every shard that no batches are left."""
+    cluster = Cluster("asgd", 1, torch.ones(SIZE), plan=Plan(10, 2))
+    leave = cluster.workers[0].leave(torch.zeros(0), stop="converged")
+    assert leave.done
+
+
+def test_a_run_that_all_have_left_was_not_trained_to_its_end():
+    cluster = Cluster("asgd", 3, torch.ones(SIZE), plan=Plan(10, 2))
+    for worker in (0, 1):
+        cluster.leave(worker)
+        assert cluster.server.summary()["stopped"] is None
+    cluster.lose(2)
+    assert cluster.server.summary()["stopped"] == "every worker left before the last batch"
+
+
+# ---- who comes late -------------------------------------------------------------------------------------------------
+
+
+def test_anybody_may_ask_how_far_the_run_is():
+    core = make_core("asgd")
+    assert answer(core.handle(7, Inquire(7, 1, 5), 0.0), 7) == Progress(5, 0.0)
+    cluster = Cluster("asgd", 1, torch.ones(SIZE), plan=Plan(2, 3))
+    for _ in range(3):
+        cluster.push(0, GRADIENT, 0.1)
+    before = arithmetic_of(cluster.server)
+    assert answer(cluster.server.handle(7, Inquire(7, 1, 5), 0.0), 7) == Progress(5, 1.5)
+    assert arithmetic_of(cluster.server) == before
+    assert 7 not in cluster.server.members
 
 
 def test_the_look_ahead_forgets_who_left():

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from danaz.report.results import TEST_ERROR, Group, Outcome, Spread, group, measure_of
@@ -56,6 +57,8 @@ def print_summary(summary: Mapping[str, Any], run: Path) -> None:
         table.add_row("[bold red]incomplete[/]", "it ended before its last batch")
     if summary.get("diverged"):
         table.add_row("[bold red]diverged[/]", str(summary.get("diverged_because")))
+    if summary.get("stopped"):
+        table.add_row("[bold yellow]stopped early[/]", escape(str(summary["stopped"])))
     for reason, count in (summary.get("refusals") or {}).items():
         table.add_row("refused", f"{count} × {reason}")
     console = Console()

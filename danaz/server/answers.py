@@ -14,8 +14,10 @@ from danaz.server.messages import (
     Fetched,
     Final,
     Heartbeat,
+    Inquire,
     Noted,
     Parameters,
+    Progress,
     Push,
     Refusal,
     Reply,
@@ -51,6 +53,9 @@ class Answers:
         self._core.refuse(reason)
         if not isinstance(message, Heartbeat):
             self._waiting.append((route, Refusal(message.request, reason, rejoin, newest)))
+
+    def progress(self, route: Route, question: Inquire) -> None:
+        self._waiting.append((route, Progress(question.request, self._core.epoch)))
 
     def note(self, member: Member) -> None:
         self._waiting.append((member.route, Noted(member.request)))

@@ -34,7 +34,20 @@ from danaz.server.health import Health, measured, norm_of
 from danaz.server.leases import LeasedElsewhere, Leases
 from danaz.server.master import Master, all_finite
 from danaz.server.members import MeanBuffers, Member, Route
-from danaz.server.messages import Bye, Fetch, GoBack, Heartbeat, Join, Leave, Pull, Push, Report, Request
+from danaz.server.messages import (
+    MAX_REASON,
+    Bye,
+    Fetch,
+    GoBack,
+    Heartbeat,
+    Inquire,
+    Join,
+    Leave,
+    Pull,
+    Push,
+    Report,
+    Request,
+)
 from danaz.server.recovery import Recovery
 from danaz.server.refusing import refuse_push, why_refuse
 from danaz.server.settings import ServerSettings
@@ -44,6 +57,7 @@ from danaz.server.whole import WholeModel, own_part
 
 Asked = Push | Pull | Fetch | Leave | Report | Bye  # by somebody who takes part
 
+EVERYBODY_LEFT = "every worker left before the last batch"
 RESUM_EVERY = 1000  # updates between fresh sums of the velocities, against drift
 
 
@@ -83,6 +97,7 @@ class ServerCore:
         self.recovery: Recovery | None = None  # while a restarted server waits for the workers it knew
         self.started = False
         self.diverged = ""  # the reason, if it did
+        self.stopped = ""  # the script's reason, if it ended the run early
         self.final = False  # a worker has the trained model, which who comes back later cannot change
         self._whole: WholeModel | None = None
         self._job: Job | None = None
@@ -112,6 +127,11 @@ class ServerCore:
     def master(self) -> Master:
         assert self._master is not None, "worker 0 has not brought the first parameters yet"
         return self._master
+
+    @property
+    def epoch(self) -> float:
+        """Completed epochs of the whole cluster."""
+        return self._leases.epoch if self._leases else 0.0
 
     # ---- its state on disk ---------------------------------------------------------------------------------------
 
@@ -156,6 +176,9 @@ class ServerCore:
         if isinstance(message, GoBack):
             self._answers.refuse(route, message, "this server goes on from where it is", rejoin=True)
             return self._answers.take()
+        if isinstance(message, Inquire):
+            self._answers.progress(route, message)
+            return self._answers.take()
         stranger = why_stranger(message, self.members.get(message.worker))
         if stranger:
             self._answers.refuse(route, message, stranger, rejoin=True)
@@ -197,6 +220,13 @@ class ServerCore:
         over = self.started and (self.leases.done or any(member.said_bye for member in members))
         return over and all(member.said_bye or not member.alive for member in members)
 
+    @property
+    def _is_deserted(self) -> bool:
+        """Whether all workers left in good order, or are gone, while there were batches to train."""
+        members = self.members.values()
+        all_gone = any(m.left for m in members) and not any(m.takes_part for m in members)
+        return self.started and all_gone and not self.leases.done
+
     def summary(self) -> dict[str, Any]:
         """The figures of summary.json that the server knows."""
         return {
@@ -204,7 +234,8 @@ class ServerCore:
             "complete": self.finished,
             "diverged": bool(self.diverged),
             "diverged_because": self.diverged or None,
-            "epochs": self.leases.epoch if self._leases else 0.0,
+            "stopped": self.stopped or (EVERYBODY_LEFT if self._is_deserted else None),
+            "epochs": self.epoch,
             "gap_of": self.master.gap_of if self._master else None,
             "params_l2": self.master.l2 if self._master else None,
             "sick_workers": self.health.summary(),
@@ -277,6 +308,8 @@ class ServerCore:
             return
         member.left, member.pending, member.vectors = True, None, {}
         member.view = member.ahead_view = None
+        if leave.stop and not self.leases.done:
+            self.stop(member.worker, leave.stop[:MAX_REASON])
         if not self.final:
             if leave.give_back is not None and self._sound(leave.give_back):
                 self._give_back(leave.give_back)
@@ -393,6 +426,12 @@ class ServerCore:
         if not self.diverged:
             self.diverged, self.sound = reason, self.kept
             self.leases.close()
+
+    def stop(self, worker: int, reason: str) -> None:
+        """End the run early, as the script of ``worker`` asks: the others hear of it with their next view."""
+        self.stopped = reason
+        self.on_notice(f"worker {worker} ends the run early: {reason}")
+        self.leases.stop()
 
     # ---- updating ------------------------------------------------------------------------------------------------
 

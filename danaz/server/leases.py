@@ -22,14 +22,14 @@ class Leases:
         self._closed = False
 
     def top_up(self, worker: int, ahead: int) -> tuple[int, ...]:
-        """Lease to ``worker`` until it holds ``ahead`` batches or none are left; returns all it holds."""
+        """Lease to ``worker`` until it holds ``ahead`` batches or none are left; returns all that it is to compute."""
+        if self._closed:
+            return ()
         held = self._held.setdefault(worker, [])
         held.extend(islice(iter(self._take, None), max(0, ahead - len(held))))
         return tuple(held)
 
     def _take(self) -> int | None:
-        if self._closed:
-            return None
         if self._returned:
             return heapq.heappop(self._returned)
         if self._next == self.plan.batches:
@@ -70,8 +70,12 @@ class Leases:
 
     def close(self) -> None:
         """End the run early: nothing more is leased, and what is held is no longer waited for."""
-        self._closed = True
+        self.stop()
         self._held.clear()
+
+    def stop(self) -> None:
+        """Nothing more is leased; but the batches that workers compute now may still be completed."""
+        self._closed = True
 
     def facts(self) -> dict[str, Any]:
         """What is completed and what is not; who holds what does not outlive a server."""

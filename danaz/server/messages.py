@@ -21,6 +21,7 @@ from danaz.codecs import FP32, Codec, Encoded
 from danaz.flat import MAX_GROUPS, MAX_TENSORS, Layout
 
 LOCAL = {"local": True}  # a field that does not travel
+MAX_REASON = 300  # characters of a script's reason to end a run
 
 
 # ---- what a field may hold -------------------------------------------------------------------------------------------
@@ -196,6 +197,7 @@ class Leave:
     give_back: Tensor | None  # f32[P], to be added to the server's parameters
     buffers: Tensor  # f32[B], batch-norm statistics
     done: bool = False  # it heard that no batches are left: a shard that leases none waits for the others, too
+    stop: Annotated[str, AtMost(MAX_REASON)] = ""  # why the script ends the run for all workers, if it does
     generation: Count = 0  # as in Push
 
 
@@ -232,6 +234,15 @@ class GoBack:
 
 
 # ---- what a server answers -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Inquire:
+    """How far is the run? A process may ask before it has joined."""
+
+    worker: WorkerNumber
+    incarnation: Count
+    request: Count
 
 
 @dataclass(frozen=True)
@@ -280,6 +291,14 @@ class Noted:
     """The answer to Report and Bye."""
 
     request: Count
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The answer to Inquire."""
+
+    request: Count
+    epoch: Annotated[float, Within(0, LARGEST)]  # epochs of the whole cluster so far
 
 
 @dataclass(frozen=True)
@@ -335,6 +354,6 @@ def is_announced(vector: Tensor) -> bool:
     return vector.numel() > 1 and vector.stride() == (0,)
 
 
-Request = Join | Push | Pull | Fetch | Heartbeat | Leave | Report | Bye | GoBack
-Reply = Parameters | Fetched | Final | Noted | Refusal | Offer
+Request = Join | Push | Pull | Fetch | Heartbeat | Leave | Report | Bye | GoBack | Inquire
+Reply = Parameters | Fetched | Final | Noted | Refusal | Offer | Progress
 Message = Request | Reply

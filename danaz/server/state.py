@@ -69,6 +69,7 @@ def take(core: ServerCore, reuse: CoreState | None = None) -> CoreState:
         "sick_workers": core.health.summary(),
         "diverged": core.diverged,
         "sound": list(core.sound),
+        "stopped": core.stopped,
         "final": core.final,
         "buffers": {"updates": core.buffers.updates},
         "rest_version": core.whole.version,
@@ -117,7 +118,8 @@ def fill(core: ServerCore, state: CoreState, now: float) -> None:
         core.members[member.worker] = member
     core.figures = Figures.restored(facts["figures"], now)
     core.health.restore(facts["sick_workers"])
-    core.diverged, core.final, core.generation = facts["diverged"], facts["final"], facts["generation"]
+    core.diverged, core.stopped = facts["diverged"], facts.get("stopped", "")
+    core.final, core.generation = facts["final"], facts["generation"]
     core.untrained = tensors.get("untrained", core.untrained)
     core.sound = tuple(facts.get("sound", ()))
     _fill_buffers(core, facts, tensors)

@@ -20,6 +20,7 @@ from danaz.server.messages import (
     Fetch,
     Final,
     GoBack,
+    Inquire,
     Join,
     Leave,
     Noted,
@@ -34,7 +35,7 @@ from danaz.server.messages import (
 )
 from danaz.worker.staging import IN_PLACE, Staging
 
-Request = Join | Push | Pull | Fetch | Leave | Report | Bye | GoBack
+Request = Join | Push | Pull | Fetch | Leave | Report | Bye | GoBack | Inquire
 Asked = TypeVar("Asked", bound=Request)
 Loss = float | Tensor | None  # a tensor may be on its way from the device
 
@@ -339,12 +340,17 @@ class WorkerCore:
         """Ask for what worker 0's model holds beside the parameters."""
         return self._ask(Fetch(self.role.worker, self.role.incarnation, self._next("fetch", "joined")))
 
-    def leave(self, buffers: Tensor, edit: Tensor | None = None) -> Leave:
-        """Leave in good order, with the batch-norm statistics f32[B], and with the last ``edit`` f32[P]."""
-        number, given = self._next("leave", "joined"), self.given_back()
+    def leave(self, buffers: Tensor, edit: Tensor | None = None, stop: str = "") -> Leave:
+        """Leave in good order, with the batch-norm statistics f32[B], and with the last ``edit`` f32[P].
+
+        ``stop`` says why the run is to end for all.
+        """
+        number, done = self._next("leave", "joined"), self.done or bool(stop)
+        given = self.given_back()
         if edit is not None:
             given = self.staging.lift(edit) if given is None else given.add_(edit.to(given.device))
-        return self._ask(Leave(self.role.worker, self.role.incarnation, number, given, buffers, self.done))
+        who = self.role
+        return self._ask(Leave(who.worker, who.incarnation, number, given, buffers, done=done, stop=stop))
 
     def report(self, figures: dict[str, float | str | None]) -> Report:
         """Send figures for summary.json. Raises OutOfRangeError if they are too many or too long."""

@@ -222,7 +222,8 @@ class ShardedLink:
         if isinstance(request, Leave):
             buffers = NO_BUFFERS if number else request.buffers
             generation = self._generation if number else 0
-            return replace(request, give_back=cut(request.give_back), buffers=buffers, generation=generation)
+            given, reason = cut(request.give_back), "" if number else request.stop  # others hear that all is done
+            return replace(request, give_back=given, buffers=buffers, generation=generation, stop=reason)
         if isinstance(request, Bye) and number == 0 and self._final is not None:
             return replace(request, version=self._final.version, rest=self._final.params[stop:])
         return request

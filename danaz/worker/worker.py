@@ -78,6 +78,12 @@ class Batches:
     def end(self, batch: int) -> None:
         self._begun.discard(batch)
 
+    def put_back(self, batches: Sequence[int]) -> None:
+        """These were begun, but not computed: they come first again."""
+        mine = [batch for batch in batches if batch in self._begun]
+        self._begun.difference_update(mine)
+        self.waiting.extendleft(reversed(mine))
+
     @property
     def any(self) -> bool:
         """Whether there is a batch to come."""
@@ -226,10 +232,11 @@ class Worker:
         self._pipeline_end()
         self._ask(lambda core: core.pull())
 
-    def leave(self) -> None:
+    def leave(self, stop: str = "") -> None:
         """Give back and put the trained model, θ with the mean batch-norm buffers, into every rank's model.
 
-        Nobody has that any more for a worker that came late.
+        With ``stop``, the reason, the run ends for all workers. Nobody has the model any more for a worker that came
+        late.
         """
         self._pipeline_end()
         self.flat.bring_home()
@@ -242,7 +249,7 @@ class Worker:
             buffers /= self.group.size
         if self._core is not None:
             edit = self._core.edit(self.flat.params)
-            final = self._exchange(lambda core: core.leave(buffers, edit))
+            final = self._exchange(lambda core: core.leave(buffers, edit, stop))
             if not isinstance(final, Final):
                 raise RefusedError(f"the server answered a worker's leave with {type(final).__name__}")
             self.flat.params.copy_(final.params)
@@ -323,7 +330,7 @@ class Worker:
             # Given up while it was away, or the server was restarted: it goes on from a fresh view.
             reply = self._say(self._core.join())
             if isinstance(request, Leave) and isinstance(reply, Parameters):
-                if not reply.done:
+                if request.done and not request.stop and not reply.done:
                     raise RefusedError(
                         "the server went back to before the end of the run, which this process is behind; start it anew"
                     )
