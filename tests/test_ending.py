@@ -88,7 +88,7 @@ def test_who_comes_late_begins_in_the_clusters_epoch() -> None:
         for epoch in session.run_epochs(4):
             next(session.run_batches(script.loader, epoch))
             assert script.schedule is not None
-            seen |= {"epoch": epoch, "of the schedule": script.schedule.last_epoch}
+            seen.update({"epoch": epoch, "of the schedule": script.schedule.last_epoch})
             joined.set()
             break
         session.finish()
