@@ -46,7 +46,8 @@ def write_atomically(path: Path, content: bytes) -> None:
         part.replace(path)
     except OSError as error:
         part.unlink(missing_ok=True)  # on a full disk it would be in the way of what is smaller
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        error.filename = str(path)
+        raise
 
 
 def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:

@@ -335,7 +335,7 @@ class TestRunFolder:
         write_atomically(path, b"before")
 
         def full_disk(fd: int) -> None:
-            raise OSError("no space left on device")
+            raise OSError(28, "no space left on device")
 
         monkeypatch.setattr(os, "fsync", full_disk)
         with pytest.raises(OSError, match="no space"):
