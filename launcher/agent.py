@@ -8,11 +8,12 @@ It is told everything as JSON lines on stdin, so that no secret stands on a comm
     {"do": "ping"}                                         {"is": "output", "name", "stream", "text"}
     {"do": "signal", "name", "signal": 15}                 {"is": "file", "path", "data", "last"}
                                                            {"is": "exit", "name", "status", "error", "reached", …}
+    {"do": "forget", "folder", "kept": true}               {"is": "returned", "folder"}
     {"do": "stop", "grace_s": 5, "keep_files": false}      {"is": "stopping", "why"}
 
-A process that `returns` leaves its files in a folder here, which several may share. They are sent, and the folder goes
-away, when all of them have ended well and at a stop; with `keep_files`, or when the agent ends unasked, they stay for a
-process that goes on from them.
+A process that `returns` leaves its files in a folder here, which several may share. They are sent when all of them have
+ended well and at a stop, and the folder goes away when the launcher says that it kept them; with `keep_files`, or when
+the agent ends unasked, they stay for a process that goes on from them.
 
 A process with `milestones` finds in DANAZ_MILESTONES the name of a file, to which it adds a line for each one that it
 reaches: its exit tells of them. The last one is "leave", and the exit tells how long before it that came.
@@ -108,6 +109,7 @@ class Agent:
         self.reserved_ports: list[socket.socket] = []
         self.returning: deque[Iterator[Message]] = deque()  # files of processes that have ended, and their exits
         self.kept: set[Path] = set()  # folders of processes that may be started again
+        self.unanswered: dict[str, Path] = {}  # folders that were sent, until the launcher says whether it kept them
         self.returns_all = False
         self.silence_s = math.inf
         self.heard_s = time.monotonic()
@@ -147,7 +149,7 @@ class Agent:
         now = time.monotonic()
         if self.stop_reason is None:
             return max(0.0, self.heard_s + self.silence_s - now)
-        return self.kill_at_s - now if now < self.kill_at_s else self.kill_at_s + KILL_S - now
+        return self.kill_at_s - now if now < self.kill_at_s else max(1.0, self.kill_at_s + KILL_S - now)
 
     # Orders
 
@@ -166,6 +168,10 @@ class Agent:
             case "signal":
                 named = {pid for pid, child in self.children.items() if child.name == order["name"]}
                 send_signal(named, signal.Signals(order["signal"]))
+            case "forget":
+                folder = self.unanswered.pop(order["folder"], None)
+                if folder is not None and order["kept"]:
+                    shutil.rmtree(folder, ignore_errors=True)
             case "stop":
                 if not order["keep_files"]:
                     self._return_kept()
@@ -267,17 +273,22 @@ class Agent:
 
     def _return_files(self) -> bool:
         """As much as the launcher takes, for a model may be large. Returns whether that was anything."""
-        had_some = self._still_returns()
-        while self._still_returns() and self.channel.pending_bytes <= MAX_PENDING_BYTES:
+        had_some = bool(self.returning) and self._can_return()
+        while self.returning and self._can_return() and self.channel.pending_bytes <= MAX_PENDING_BYTES:
             message = next(self.returning[0], None)
             if message is None:
                 self.returning.popleft()
-            else:
-                self.channel.send(message)
+                continue
+            if message["is"] == "returned":
+                self.unanswered[message["folder"]] = Path(tempfile.gettempdir(), message["folder"])
+            self.channel.send(message)
         return had_some and self.channel.pending_bytes <= MAX_PENDING_BYTES
 
     def _still_returns(self) -> bool:
-        return bool(self.returning) and not self.channel.broken and not self.channel.closed
+        return bool(self.returning or self.unanswered) and self._can_return()
+
+    def _can_return(self) -> bool:
+        return not self.channel.broken and not self.channel.closed
 
     # The end
 
@@ -357,9 +368,9 @@ def files_and_exit(folder: Path, exit: Message) -> Iterator[Message]:
 
 
 def files_of(folder: Path) -> Iterator[Message]:
-    """The files in a folder and in those within it, piece by piece; it goes away with the last one, and hidden ones.
+    """The files in a folder and in those within it, piece by piece, and the word that these are all.
 
-    Links are none of them: what they point at is not of this folder.
+    Links and hidden files are none of them: what a link points at is not of this folder.
     """
     folders = [folder, *(path for path in folder.glob("[!.]*") if path.is_dir() and not path.is_symlink())]
     found = (path for each in folders for path in each.glob("[!.]*"))
@@ -377,7 +388,7 @@ def files_of(folder: Path) -> Iterator[Message]:
                 if not following:
                     break
                 data = following
-    shutil.rmtree(folder)
+    yield {"is": "returned", "folder": folder.name}
 
 
 def reserve_port() -> socket.socket:

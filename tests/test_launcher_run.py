@@ -297,6 +297,26 @@ print("DANAZ_SERVER=" + os.environ["FOLDER"], flush=True)
     assert (tmp_path / "last").read_text() == "words"
 
 
+def test_what_cannot_be_kept_here_stays_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder is in the place of one of the files."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    run_folder = tmp_path / "run"
+    (run_folder / "large" / "in the way").mkdir(parents=True)
+    told: list[str] = []
+    service = Service("server", python(ANNOUNCE + RETURNING), announces="DANAZ_SERVER", returns=RETURNS)
+    outcome = play(run_folder, ["true"], services=[service], tell=told.append)
+    assert outcome.exit_code == 1
+    assert str(outcome.failure) == f"{run_folder} lacks what could not be kept: large"
+    [there] = (tmp_path / "tmp").glob("danaz-*-server")
+    assert (there / "large").read_bytes() == bytes(range(256)) * 20_000
+    assert told == [
+        f"the returned file large cannot be kept in {run_folder}: Is a directory",
+        f"what could not be kept is still in {there.name}, among localhost's temporary files",
+    ]
+    assert (run_folder / "empty").exists()
+
+
 def test_a_file_is_returned_by_a_process_that_is_asked_to_end(tmp_path: Path) -> None:
     code = """
 import os, signal, sys
