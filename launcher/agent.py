@@ -34,6 +34,7 @@ import base64
 import dataclasses
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -43,7 +44,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from secrets import token_hex
 
@@ -109,6 +110,7 @@ class Agent:
         self.reserved_ports: list[socket.socket] = []
         self.returning: deque[Iterator[Message]] = deque()  # files of processes that have ended, and their exits
         self.kept: set[Path] = set()  # folders of processes that may be started again
+        self.owed: dict[Path, list[str]] = {}  # patterns of what is returned, by folder
         self.unanswered: dict[str, Path] = {}  # folders that were sent, until the launcher says whether it kept them
         self.returns_all = False
         self.silence_s = math.inf
@@ -194,6 +196,8 @@ class Agent:
         secret = keep_in_memory(order["secret"])
         try:
             folder = own_folder(order["folder"]) if order["returns"] else None
+            if folder is not None:
+                self.owed.setdefault(folder, []).extend(order["files"])
             notes = self._new_file(name) if order["milestones"] else None
             popen = subprocess.Popen(
                 [sys.executable if word == PYTHON else word for word in order["argv"]],
@@ -257,7 +261,7 @@ class Agent:
                 self.kept.add(folder)
             elif folder is not None and not self._is_in_use(folder):
                 self.kept.discard(folder)
-                self.returning.append(files_and_exit(folder, exit))
+                self.returning.append(files_and_exit(folder, self.owed[folder], exit))
                 continue
             self.channel.send(exit)
 
@@ -268,7 +272,7 @@ class Agent:
         """No process will be started again."""
         self.returns_all = True
         ready = [folder for folder in self.kept if not self._is_in_use(folder)]
-        self.returning.extend(files_of(folder) for folder in ready)
+        self.returning.extend(files_of(folder, self.owed[folder]) for folder in ready)
         self.kept.difference_update(ready)
 
     def _return_files(self) -> bool:
@@ -362,19 +366,21 @@ def own_folder(name: str) -> Path:
     return path
 
 
-def files_and_exit(folder: Path, exit: Message) -> Iterator[Message]:
-    yield from files_of(folder)
+def files_and_exit(folder: Path, owed: Sequence[str], exit: Message) -> Iterator[Message]:
+    yield from files_of(folder, owed)
     yield exit
 
 
-def files_of(folder: Path) -> Iterator[Message]:
-    """The files in a folder and in those within it, piece by piece, and the word that these are all.
+def files_of(folder: Path, owed: Sequence[str]) -> Iterator[Message]:
+    """The owed files in a folder and in those within it, piece by piece, and the word that these are all.
 
-    Links and hidden files are none of them: what a link points at is not of this folder.
+    Links are none of them: what they point at is not of this folder.
     """
     folders = [folder, *(path for path in folder.glob("[!.]*") if path.is_dir() and not path.is_symlink())]
     found = (path for each in folders for path in each.glob("[!.]*"))
     for path in sorted(path for path in found if path.is_file() and not path.is_symlink()):
+        if not any(re.fullmatch(pattern, str(path.relative_to(folder)), re.ASCII) for pattern in owed):
+            continue
         with path.open("rb") as file:
             data = file.read(FILE_PIECE_BYTES)
             while True:

@@ -106,6 +106,7 @@ class Cluster:
             "env": dict(env),
             "defaults": dict(process.defaults),
             "returns": None if process.returns is None else process.returns.variable,
+            "files": [] if process.returns is None else process.returns.files,
             "folder": folder,
             "milestones": bool(process.milestones),
             "secret": process.secret,

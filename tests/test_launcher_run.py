@@ -259,6 +259,7 @@ import os, pathlib
 folder = pathlib.Path(os.environ["FOLDER"])
 (folder / "empty").touch()
 (folder / ".lock").touch()
+(folder / "not owed").touch()
 (folder / "large").write_bytes(bytes(range(256)) * 20_000)
 print(folder)
 """
@@ -268,7 +269,7 @@ def test_what_a_process_returns_is_in_the_run_folder(tmp_path: Path) -> None:
     service = Service("server", python(ANNOUNCE + RETURNING), announces="DANAZ_SERVER", returns=RETURNS)
     assert play(tmp_path, ["true"], services=[service]) == Outcome(0)
     assert (tmp_path / "empty").read_bytes() == b""
-    assert not (tmp_path / ".lock").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"empty", "large", "logs"}
     assert (tmp_path / "large").read_bytes() == bytes(range(256)) * 20_000
     folder = Path(written(tmp_path, "server").splitlines()[-1])
     assert folder.name.startswith("danaz-")
@@ -351,7 +352,7 @@ def test_an_agent_that_hears_nothing_ends_its_tree(tmp_path: Path) -> None:
         return found[0]
 
     start = {"do": "start", "name": "rank.0", "argv": ["sleep", "60"], "cwd": "/", "env": {}, "defaults": {}}
-    start["milestones"] = False
+    start |= {"milestones": False, "files": []}
     link.channel.send({"do": "hello", "grace_s": 1.0, "silence_s": 0.5})
     link.channel.send({**start, "returns": None, "folder": "", "secret": None})
     pid = hear("started")["pid"]
