@@ -443,6 +443,7 @@ def main() -> int:
     os.dup2(2, 1)  # nothing else may write between our messages
     with noted_signals(signal.SIGCHLD, *ENDING_SIGNALS) as signals:
         Agent(channel, signals, folder).run()
+    shutil.rmtree(folder, ignore_errors=True)  # its guardian may have been killed
     return 0
 
 
