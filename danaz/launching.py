@@ -355,7 +355,8 @@ def _server(cluster: Cluster, manner: Manner, shard: int, keys: ServerKeys | Non
 
 def _returns_of(shard: int) -> Returns:
     """What a shard, or shard 0 for the server itself, leaves in its folder: its checkpoints, and shard 0 the rest."""
-    checkpoints = rf"{re.escape(folder_of(Path(), shard).name)}/[0-9]{{6,9}}\.(?:json|safetensors)"
+    # One that was being written when its process was killed has the ending .part.
+    checkpoints = rf"{re.escape(folder_of(Path(), shard).name)}/[0-9]{{6,9}}\.(?:json|safetensors|part)"
     return Returns("DANAZ_RUN", (checkpoints, *(() if shard else RESULTS + RECORDINGS)))
 
 

@@ -8,11 +8,12 @@ It is told everything as JSON lines on stdin, so that no secret stands on a comm
     {"do": "ping"}                                         {"is": "output", "name", "stream", "text"}
     {"do": "signal", "name", "signal": 15}                 {"is": "file", "path", "data", "last"}
                                                            {"is": "exit", "name", "status", "error", "reached", …}
+    {"do": "forget", "folder", "kept": true}               {"is": "returned", "folder"}
     {"do": "stop", "grace_s": 5, "keep_files": false}      {"is": "stopping", "why"}
 
-A process that `returns` leaves its files in a folder here, which several may share. They are sent, and the folder goes
-away, when all of them have ended well and at a stop; with `keep_files`, or when the agent ends unasked, they stay for a
-process that goes on from them.
+A process that `returns` leaves its files in a folder here, which several may share. They are sent when all of them have
+ended well and at a stop, and the folder goes away when the launcher says that it kept them; with `keep_files`, or when
+the agent ends unasked, they stay for a process that goes on from them.
 
 A process with `milestones` finds in DANAZ_MILESTONES the name of a file, to which it adds a line for each one that it
 reaches: its exit tells of them. The last one is "leave", and the exit tells how long before it that came.
@@ -33,6 +34,7 @@ import base64
 import dataclasses
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -109,6 +111,8 @@ class Agent:
         self.reserved_ports: list[socket.socket] = []
         self.returning: deque[Iterator[Message]] = deque()  # files of processes that have ended, and their exits
         self.kept: set[Path] = set()  # folders of processes that may be started again
+        self.owed: dict[Path, list[str]] = {}  # patterns of what is returned, by folder
+        self.unanswered: dict[str, Path] = {}  # folders that were sent, until the launcher says whether it kept them
         self.returns_all = False
         self.silence_s = math.inf
         self.heard_s = time.monotonic()
@@ -148,7 +152,7 @@ class Agent:
         now = time.monotonic()
         if self.stop_reason is None:
             return max(0.0, self.heard_s + self.silence_s - now)
-        return self.kill_at_s - now if now < self.kill_at_s else self.kill_at_s + KILL_S - now
+        return self.kill_at_s - now if now < self.kill_at_s else max(1.0, self.kill_at_s + KILL_S - now)
 
     # Orders
 
@@ -167,6 +171,10 @@ class Agent:
             case "signal":
                 named = {pid for pid, child in self.children.items() if child.name == order["name"]}
                 send_signal(named, signal.Signals(order["signal"]))
+            case "forget":
+                folder = self.unanswered.pop(order["folder"], None)
+                if folder is not None and order["kept"]:
+                    shutil.rmtree(folder, ignore_errors=True)
             case "stop":
                 if not order["keep_files"]:
                     self._return_kept()
@@ -189,6 +197,8 @@ class Agent:
         secret = keep_in_memory(order["secret"])
         try:
             folder = own_folder(order["folder"]) if order["returns"] else None
+            if folder is not None:
+                self.owed.setdefault(folder, []).extend(order["files"])
             notes = self._new_file(name) if order["milestones"] else None
             popen = subprocess.Popen(
                 command(order["argv"]),
@@ -252,7 +262,7 @@ class Agent:
                 self.kept.add(folder)
             elif folder is not None and not self._is_in_use(folder):
                 self.kept.discard(folder)
-                self.returning.append(files_and_exit(folder, exit))
+                self.returning.append(files_and_exit(folder, self.owed[folder], exit))
                 continue
             self.channel.send(exit)
 
@@ -263,22 +273,27 @@ class Agent:
         """No process will be started again."""
         self.returns_all = True
         ready = [folder for folder in self.kept if not self._is_in_use(folder)]
-        self.returning.extend(files_of(folder) for folder in ready)
+        self.returning.extend(files_of(folder, self.owed[folder]) for folder in ready)
         self.kept.difference_update(ready)
 
     def _return_files(self) -> bool:
         """As much as the launcher takes, for a model may be large. Returns whether that was anything."""
-        had_some = self._still_returns()
-        while self._still_returns() and self.channel.pending_bytes <= MAX_PENDING_BYTES:
+        had_some = bool(self.returning) and self._can_return()
+        while self.returning and self._can_return() and self.channel.pending_bytes <= MAX_PENDING_BYTES:
             message = next(self.returning[0], None)
             if message is None:
                 self.returning.popleft()
-            else:
-                self.channel.send(message)
+                continue
+            if message["is"] == "returned":
+                self.unanswered[message["folder"]] = Path(tempfile.gettempdir(), message["folder"])
+            self.channel.send(message)
         return had_some and self.channel.pending_bytes <= MAX_PENDING_BYTES
 
     def _still_returns(self) -> bool:
-        return bool(self.returning) and not self.channel.broken and not self.channel.closed
+        return bool(self.returning or self.unanswered) and self._can_return()
+
+    def _can_return(self) -> bool:
+        return not self.channel.broken and not self.channel.closed
 
     # The end
 
@@ -359,19 +374,21 @@ def own_folder(name: str) -> Path:
     return path
 
 
-def files_and_exit(folder: Path, exit: Message) -> Iterator[Message]:
-    yield from files_of(folder)
+def files_and_exit(folder: Path, owed: Sequence[str], exit: Message) -> Iterator[Message]:
+    yield from files_of(folder, owed)
     yield exit
 
 
-def files_of(folder: Path) -> Iterator[Message]:
-    """The files in a folder and in those within it, piece by piece; it goes away with the last one, and hidden ones.
+def files_of(folder: Path, owed: Sequence[str]) -> Iterator[Message]:
+    """The owed files in a folder and in those within it, piece by piece, and the word that these are all.
 
     Links are none of them: what they point at is not of this folder.
     """
     folders = [folder, *(path for path in folder.glob("[!.]*") if path.is_dir() and not path.is_symlink())]
     found = (path for each in folders for path in each.glob("[!.]*"))
     for path in sorted(path for path in found if path.is_file() and not path.is_symlink()):
+        if not any(re.fullmatch(pattern, str(path.relative_to(folder)), re.ASCII) for pattern in owed):
+            continue
         with path.open("rb") as file:
             data = file.read(FILE_PIECE_BYTES)
             while True:
@@ -385,7 +402,7 @@ def files_of(folder: Path) -> Iterator[Message]:
                 if not following:
                     break
                 data = following
-    shutil.rmtree(folder)
+    yield {"is": "returned", "folder": folder.name}
 
 
 def reserve_port() -> socket.socket:
@@ -435,6 +452,7 @@ def main() -> int:
     os.dup2(2, 1)  # nothing else may write between our messages
     with noted_signals(signal.SIGCHLD, *ENDING_SIGNALS) as signals:
         Agent(channel, signals, folder).run()
+    shutil.rmtree(folder, ignore_errors=True)  # its guardian may have been killed
     return 0
 
 

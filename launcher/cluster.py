@@ -14,7 +14,18 @@ from launcher.hosts import Host
 from launcher.logs import Logs, printable
 from launcher.machine import is_this_machine
 from launcher.plan import Process, World
-from launcher.reports import Ended, FilePiece, Hello, Output, Report, Started, Stopping, WorldOpened, read_report
+from launcher.reports import (
+    Ended,
+    FilePiece,
+    Hello,
+    Output,
+    Report,
+    Returned,
+    Started,
+    Stopping,
+    WorldOpened,
+    read_report,
+)
 from launcher.signals import NotedSignals
 from launcher.ssh import passing_obstacle
 from launcher.transport import AgentLink, TransportError
@@ -64,6 +75,7 @@ class Cluster:
         self._started: set[str] = set()  # names of processes of which a start was ordered
         self._opening: dict[int, str] = {}  # world -> the host whose agent was asked to open it
         self._files: set[str] = set()  # paths of files that came, whole or not
+        self._folders: set[tuple[str, str]] = set()  # host and folder of what its processes return
         self._distrusted: set[str] = set()  # hosts whose agents broke the rules, and are not listened to any more
         self._stopping = False
         self.next_ping_s = time.monotonic() + PING_S
@@ -103,6 +115,8 @@ class Cluster:
         """
         self.logs.open(process)
         self._started.add(process.name)
+        if folder:
+            self._folders.add((process.host.name, folder))
         order = {
             "do": "start",
             "name": process.name,
@@ -110,6 +124,7 @@ class Cluster:
             "env": dict(env),
             "defaults": dict(process.defaults),
             "returns": None if process.returns is None else process.returns.variable,
+            "files": [] if process.returns is None else process.returns.files,
             "folder": folder,
             "milestones": bool(process.milestones),
             "secret": process.secret,
@@ -190,6 +205,8 @@ class Cluster:
                 self._take_output(self._own(link, report.name), report.stream, report.text)
             case FilePiece():
                 self._keep_file(link, report)
+            case Returned():
+                self._answer_return(link, report)
             case Ended():
                 self._note_end(self._own(link, report.name), report)
             case Stopping():
@@ -232,6 +249,18 @@ class Cluster:
             self.logs.keep_file(piece.path, piece.data, piece.last)
         except ValueError as error:
             raise ChannelError(str(error)) from error
+
+    def _answer_return(self, link: AgentLink, report: Returned) -> None:
+        """What could not be kept here stays there."""
+        if (link.host.name, report.folder) not in self._folders:
+            raise ChannelError(f"the end of the folder {report.folder!r}, which none of its processes has")
+        self._folders.remove((link.host.name, report.folder))
+        kept = not self.logs.lost_files
+        if not kept:
+            self.logs.note(
+                f"what could not be kept is still in {report.folder}, among {link.host.name}'s temporary files"
+            )
+        link.channel.send({"do": "forget", "folder": report.folder, "kept": kept})
 
     def _take_output(self, process: Process, stream: str, data: bytes) -> None:
         lines = self.logs.write(process, stream, data)

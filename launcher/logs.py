@@ -156,8 +156,12 @@ class Logs:
         with os.fdopen(os.open(part, flags, 0o644), "ab") as file:
             file.write(data)
 
+    def note(self, sentence: str) -> None:
+        """Something for the reader."""
+        self._news.append(sentence)
+
     def take_news(self) -> list[str]:
-        """What could not be kept since the last call, for the reader: the first of the output, and each file."""
+        """What is new for the reader: that output cannot be kept, once, and each file that cannot."""
         news, self._news = self._news, []
         return news
 

@@ -25,6 +25,7 @@ __all__ = [
     "Hello",
     "Output",
     "Report",
+    "Returned",
     "Started",
     "Stopping",
     "WorldOpened",
@@ -83,6 +84,13 @@ class FilePiece:
 
 
 @dataclass(frozen=True)
+class Returned:
+    """All files of a folder were sent."""
+
+    folder: str
+
+
+@dataclass(frozen=True)
 class Ended:
     """A process ended, or could not start."""
 
@@ -101,7 +109,7 @@ class Stopping:
     why: str
 
 
-Report = Hello | WorldOpened | Started | Output | FilePiece | Ended | Stopping
+Report = Hello | WorldOpened | Started | Output | FilePiece | Returned | Ended | Stopping
 Check = Callable[[Any], Any]  # of one field: the value as the launcher uses it. Raises ValueError(what was expected).
 
 
@@ -235,6 +243,7 @@ REPORTS: Mapping[str, tuple[Callable[..., Report], Mapping[str, Check]]] = {
     "started": (Started, {"name": _name, "pid": _pid}),
     "output": (Output, {"name": _name, "stream": _stream, "text": _raw}),
     "file": (FilePiece, {"path": _name, "data": _piece, "last": _flag}),
+    "returned": (Returned, {"folder": _name}),
     "exit": (
         Ended,
         {

@@ -269,6 +269,7 @@ import os, pathlib
 folder = pathlib.Path(os.environ["FOLDER"])
 (folder / "empty").touch()
 (folder / ".lock").touch()
+(folder / "not owed").touch()
 (folder / "large").write_bytes(bytes(range(256)) * 20_000)
 print(folder)
 """
@@ -278,7 +279,7 @@ def test_what_a_process_returns_is_in_the_run_folder(tmp_path: Path) -> None:
     service = Service("server", python(ANNOUNCE + RETURNING), announces="DANAZ_SERVER", returns=RETURNS)
     assert play(tmp_path, ["true"], services=[service]) == Outcome(0)
     assert (tmp_path / "empty").read_bytes() == b""
-    assert not (tmp_path / ".lock").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"empty", "large", "logs"}
     assert (tmp_path / "large").read_bytes() == bytes(range(256)) * 20_000
     folder = Path(written(tmp_path, "server").splitlines()[-1])
     assert folder.name.startswith("danaz-")
@@ -305,6 +306,26 @@ print("DANAZ_SERVER=" + os.environ["FOLDER"], flush=True)
     story = 'import os; os.remove(os.environ["DANAZ_SERVER"] + "/ready")'
     assert play(tmp_path, python(story), services=services, hosts="localhost:1") == Outcome(0)
     assert (tmp_path / "last").read_text() == "words"
+
+
+def test_what_cannot_be_kept_here_stays_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder is in the place of one of the files."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    run_folder = tmp_path / "run"
+    (run_folder / "large" / "in the way").mkdir(parents=True)
+    told: list[str] = []
+    service = Service("server", python(ANNOUNCE + RETURNING), announces="DANAZ_SERVER", returns=RETURNS)
+    outcome = play(run_folder, ["true"], services=[service], tell=told.append)
+    assert outcome.exit_code == 1
+    assert str(outcome.failure) == f"{run_folder} lacks what could not be kept: large"
+    [there] = (tmp_path / "tmp").glob("danaz-*-server")
+    assert (there / "large").read_bytes() == bytes(range(256)) * 20_000
+    assert told == [
+        f"the returned file large cannot be kept in {run_folder}: Is a directory",
+        f"what could not be kept is still in {there.name}, among localhost's temporary files",
+    ]
+    assert (run_folder / "empty").exists()
 
 
 def test_a_file_is_returned_by_a_process_that_is_asked_to_end(tmp_path: Path) -> None:
@@ -343,7 +364,7 @@ def test_an_agent_that_hears_nothing_ends_its_tree(tmp_path: Path) -> None:
         return found[0]
 
     start = {"do": "start", "name": "rank.0", "argv": ["sleep", "60"], "cwd": "/", "env": {}, "defaults": {}}
-    start["milestones"] = False
+    start |= {"milestones": False, "files": []}
     link.channel.send({**start, "returns": None, "folder": "", "secret": None})
     pid = hear("started")["pid"]
     assert hear("stopping")["why"] == "nothing was heard of the launcher for 0.5 s"

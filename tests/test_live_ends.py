@@ -62,8 +62,7 @@ UNTRAINED = {
 }
 
 
-@pytest.mark.parametrize("name", UNTRAINED)
-@pytest.mark.parametrize("where", [TWO_WORKERS, ONE_WORLD], ids=["dana", "ssgd"])
+@pytest.mark.parametrize(("name", "where"), [*((name, TWO_WORKERS) for name in UNTRAINED), ("no shard", ONE_WORLD)])
 def test_a_script_that_trains_nothing_is_told_what_is_missing(
     tmp_path: Path, name: str, where: tuple[str, ...]
 ) -> None:

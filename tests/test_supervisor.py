@@ -197,6 +197,35 @@ def test_behind_the_end_nobody_comes_back() -> None:
     assert decision.reason == f"{DIED}; the run is over"
 
 
+def test_what_no_restart_would_change_is_not_tried_again() -> None:
+    supervisor = running()
+    assert fail(supervisor, "worker 1", 500.0, by_itself=True, is_final=True) == f"{DIED}; the others go on"
+    assert supervisor.next_s == inf
+    assert done(supervisor.failed("worker 0", DIED, 600.0, is_final=True)) == ["end", "stop"], "nobody is left"
+    supervisor = running()
+    supervisor.begun = False
+    assert done(supervisor.failed("worker 1", DIED, 10.0, is_final=True)) == ["end", "stop"]
+
+
+def test_who_hangs_when_all_is_over_is_given_up_without_a_failure() -> None:
+    supervisor = running()
+    supervisor.ended("server")
+    for name in ("worker 0", "worker 1"):
+        supervisor.give_up(name)
+        assert not supervisor.have_ended([name]), "something of it is still there"
+        supervisor.gone(name)
+    assert supervisor.have_ended(["worker 0", "worker 1"])
+    assert supervisor.report() == ["worker 0 did not end by itself", "worker 1 did not end by itself"]
+
+
+def test_nobody_waits_for_a_pause_to_pass_when_all_is_over() -> None:
+    supervisor = running(Policy("restart", backoff_s=600.0, longest_backoff_s=600.0))
+    fail(supervisor, "worker 1", 10.0)
+    supervisor.ended("server")
+    assert supervisor.due(11.0) == []
+    assert supervisor.have_ended(["worker 1"])
+
+
 class Anything(RuleBasedStateMachine):
     """Whatever happens in whatever order: a unit is never started twice, nor while something of it is there."""
 
