@@ -274,8 +274,6 @@ class Session:
 
     def shard(self, loader: DataLoader[Any], epoch: int) -> Iterator[Any]:
         """See danaz.torch.shard."""
-        if self._worker is None:
-            self._join(loader)
         self._epoch = epoch
         if self._worker is None:
             self._join(loader)

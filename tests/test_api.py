@@ -195,8 +195,8 @@ SCRIPT = ["--", "python", "train.py"]
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["launch", QUADRATIC, *SCRIPT], "give either a CONFIG or, behind --, a command"),
-        (["launch"], "give either a CONFIG or, behind --, a command"),
+        (["launch", QUADRATIC, *SCRIPT], "give either a CONFIG or, after --, a command"),
+        (["launch"], "give either a CONFIG or, after --, a command"),
         (["launch", "--set", "lr=1", *SCRIPT], "--set changes a config, and a script has none"),
         (["launch", QUADRATIC, "--seed", "1"], "use --set lr_schedule.warmup_epochs=… and --set seed=…"),
         (["launch", QUADRATIC, "--algorithm", "dama"], "unknown algorithm 'dama'. Did you mean 'dana'?"),

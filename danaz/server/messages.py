@@ -308,7 +308,7 @@ class Refusal:
     request: AnyRequest
     reason: Text
     rejoin: bool  # whether joining anew is the cure
-    newest: int = 0  # incarnation of this worker that has joined, if the one that asks has a lower one
+    newest: Count = 0  # incarnation of this worker that has joined, if the one that asks has a lower one
 
 
 @dataclass(frozen=True)
