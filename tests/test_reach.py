@@ -203,13 +203,14 @@ def test_what_is_written_elsewhere_is_returned() -> None:
     found, notes = find_out(cluster(WELL), SSGD)
     assert notes == []
     plan = make_plan(TRAIN, SSGD, found, Path("/run"), Manner())[0]
-    assert [rank.returns for rank in plan.ranks] == ["DANAZ_RUN", None, None]
+    assert [rank.returns and rank.returns.variable for rank in plan.ranks] == ["DANAZ_RUN", None, None]
     assert "DANAZ_RUN" not in plan.env
     assert plan.worlds[0].address == "10.0.0.2"
     there = cluster(WELL, insecure=True, server=HOSTS[1], server_port=5555)
     [server] = make_plan(TRAIN, DANA, find_out(there, DANA)[0], Path("/run"), Manner(record=True))[0].services
     assert server.argv[-4:] == ("--bind", "tcp://10.0.0.3:5555", "--insecure", "--record")
-    assert (server.host.name, server.returns, server.cwd) == ("b", "DANAZ_RUN", "/there")
+    assert server.returns is not None
+    assert (server.host.name, server.returns.variable, server.cwd) == ("b", "DANAZ_RUN", "/there")
 
 
 def test_shards_on_several_machines_in_turn() -> None:
@@ -219,7 +220,7 @@ def test_shards_on_several_machines_in_turn() -> None:
     binds = [server.argv[server.argv.index("--bind") + 1] for server in servers]
     assert binds == ["tcp://10.0.0.1:5555", "tcp://10.0.0.3:*", "tcp://10.0.0.1:*"]
     assert [server.announces for server in servers] == ["DANAZ_SERVER", "DANAZ_SERVER_1", "DANAZ_SERVER_2"]
-    assert [server.returns for server in servers] == [None, "DANAZ_RUN", None]
+    assert [server.returns and server.returns.variable for server in servers] == [None, "DANAZ_RUN", None]
     assert all(server.again[-1] == "--resume" for server in servers)
     assert len({server.secret for server in servers}) == 1
 
