@@ -14,15 +14,14 @@ from typing import Any
 import live
 import pytest
 import torch
+from cluster import Cluster
 
 from danaz import run_folder
 from danaz.config import load_config
 from danaz.keeper import Checkpoints
 from danaz.run_folder import Journal, write_atomically
 from danaz.server.checkpoint import read_newest, write_checkpoint
-from danaz.server.core import ServerCore
 from danaz.server.recording import Recorder
-from danaz.server.settings import ServerSettings
 from danaz.server.state import CoreState
 from danaz.settings import Settings
 
@@ -152,7 +151,7 @@ def test_checkpoints_that_do_not_fit_are_told_once_and_so_is_that_they_fit_again
     mount: Mount, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = mount("256k")
-    core = ServerCore(ServerSettings("asgd", workers=1))
+    core = Cluster("asgd", 1, torch.zeros(4)).server
     checkpoints = Checkpoints(disk, core)
     monkeypatch.setattr(core, "state", lambda reuse=None: state(10_000))
     filler = fill(disk)
