@@ -423,7 +423,6 @@ class Session:
         self.ending.stop_watching()
         if self.worker.ends_early:
             raise SystemExit(128 + signal.SIGTERM)  # what a script does after its loop is for a run that is over
-        self.worker.report({"collective": self.group.name})
 
     def _agree_to_end(self) -> None:
         """Bring all ranks to where they leave, though the others may be anywhere in their loops.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -53,6 +54,25 @@ def freeze_a_rank(run: WatchedRun, host: str, chance: random.Random) -> None:
         _signal(signal.SIGCONT, pids)
 
 
+def hang_a_rank_for_ever(run: WatchedRun, host: str, chance: random.Random) -> None:
+    """The others go on without its worker, and the run ends all the same."""
+    for pid in run.ranks(host)[:1]:
+        run.hung[host] = pid
+        _signal(signal.SIGSTOP, [pid])
+
+
+def fill_the_disk(run: WatchedRun, host: str, chance: random.Random) -> None:
+    """That of the run folder, to the last byte, for a while."""
+    filler = run.folder / "filler"
+    try:
+        with suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(1 << 16) if shutil.disk_usage(run.folder).free > 1 << 16 else b"0")
+        time.sleep(SLOW_S)
+    finally:
+        filler.unlink()
+
+
 def cut_the_link(run: WatchedRun, host: str, chance: random.Random) -> None:
     run.network.link(host, "down")
     try:
@@ -87,6 +107,8 @@ FAULTS: dict[str, Fault] = {
         kill_the_server,
         kill_ssh,
         freeze_a_rank,
+        hang_a_rank_for_ever,
+        fill_the_disk,
         cut_the_link,
         slow_the_link,
         send_garbage,

@@ -28,6 +28,7 @@ from watched import SLOTS, Broken, WatchedRun
 
 EPOCHS = 400  # of each run: half a minute when nothing happens
 QUIET_S = 1.0  # between a recovery and the next fault, at least
+PLACES = {"kill the server": "server", "fill the disk": "run folder"}  # of what befalls no host
 # Of test error, above that of the undisturbed run: runs that differ in nothing but the order of updates spread over
 # more than a percent (one of the 364 test images is 0.27), and where ranks wait for a core there are lags of hundreds.
 NOISE_PERCENT = 1.5  # in the mean over all runs
@@ -101,7 +102,7 @@ def disturb(run: WatchedRun, kind: str, chance: random.Random, say: Callable[[st
     run.check()
     if run.over:
         return None
-    where = "server" if kind == "kill the server" else host
+    where = PLACES.get(kind, host)
     say(f"{kind} ({where}): everybody trains again after {recovery_s:.1f} s")
     return Survived(kind, where, recovery_s)
 

@@ -191,6 +191,37 @@ def test_a_rank_that_waits_leaves_the_processor_to_others(tmp_path: Path) -> Non
     assert float((tmp_path / "broadcast.1").read_text()) < 0.3
 
 
+THREADS = """
+import os, sys
+from pathlib import Path
+
+import torch
+
+from danaz.worker.group import make_group
+
+ranks = make_group("torch")
+parameter = torch.nn.Parameter(torch.ones(3))
+optimizer = torch.optim.SGD([parameter], lr=0.1)
+parameter.sum().backward()
+ranks.wait(ranks.sum_async(parameter.grad, "sum"))
+optimizer.step()
+ranks.close()
+names = [Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in os.listdir("/proc/self/task")]
+Path(sys.argv[1], f"threads.{ranks.rank}").write_text(" ".join(names))
+"""
+
+
+@pytest.mark.slow
+def test_no_thread_of_a_world_outlives_it(tmp_path: Path) -> None:
+    """One that did would abort its process now and then, when the interpreter ends."""
+    script = tmp_path / "script.py"
+    script.write_text(THREADS)
+    options = ("--hosts", "localhost:2", "--algorithm", "ssgd", "--collective", "torch")
+    live.launch(*options, out=tmp_path / "run", succeeds=False, script=[str(script), str(tmp_path)])
+    for rank in range(2):
+        assert "gloo" not in (tmp_path / f"threads.{rank}").read_text()
+
+
 def test_a_process_alone_is_a_group() -> None:
     solo = SoloGroup()
     tensor = torch.ones(3)

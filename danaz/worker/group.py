@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import socket
@@ -94,6 +95,10 @@ class TorchGroup:
 
     def __init__(self) -> None:
         import torch.distributed as dist
+
+        # torch's optimizers import this sooner or later. If there is a process group by then, something of it is kept:
+        # its threads outlive destroy_process_group(), and now and then abort the process as the interpreter ends.
+        importlib.import_module("torch._dynamo")
 
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
