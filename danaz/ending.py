@@ -58,7 +58,7 @@ class Ending:
     def what_is_missing(self) -> str:
         """What this process should have done before it ends, and has not; nothing if it has."""
         session = self._session
-        if session.finished:
+        if session.finished or session.came_late:
             return ""
         if session.has_begun:
             return (

@@ -58,7 +58,7 @@ def claimed_run_folder(out: Path | None, name: str) -> Iterator[Path]:
     folder that was made for it, the folder goes away. Raises RunFolderError.
     """
     folder, is_new = _make(out, name)
-    if not is_new and not _is_locked(folder / LOCK):
+    if not is_new and folder.is_dir() and not _is_locked(folder / LOCK):
         _check_free(folder)  # before a lock is put into a folder that is none of ours
     with locked_run_folder(folder):
         try:

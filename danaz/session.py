@@ -94,6 +94,11 @@ class Session:
         return self._worker is not None
 
     @property
+    def came_late(self) -> bool:
+        """Whether the run was over before this process entered it."""
+        return self._worker is not None and self._worker.came_late
+
+    @property
     def epoch(self) -> float:
         """The cluster's, as this worker last heard of it."""
         return 0.0 if self._worker is None else self._worker.metrics.epoch
@@ -190,7 +195,7 @@ class Session:
             self.worker.join(True, words if has_server and untrained.size else None)
         else:
             self.worker.join(False)
-        if not untrained.size:
+        if not untrained.size or self.worker.came_late:
             return
         if has_server and self.group.rank == 0:
             found = self.worker.fetch_untrained()
@@ -411,6 +416,7 @@ class Session:
             )
         self._agree_to_end()
         self.worker.leave(first_text(self.group, stop) if self._ends else "")
+        reach("finish")
         if self.worker.came_late:
             if self.group.rank == 0:
                 print(
@@ -419,7 +425,6 @@ class Session:
             raise SystemExit(0)  # without the trained model there is nothing to be done with, either
         self.finished = True
         self._portion = None
-        reach("finish")
         self.ending.stop_watching()
         if self.worker.ends_early:
             raise SystemExit(128 + signal.SIGTERM)  # what a script does after its loop is for a run that is over

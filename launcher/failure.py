@@ -14,6 +14,7 @@ from launcher.transport import AgentLink
 
 __all__ = ["Failure", "agent_failure", "failure_of", "has_failed", "may_be_pulled_along", "process_failure"]
 
+USAGE = 64  # as sysexits.h has it: the command itself is at fault
 RECENT_S = 30.0  # a traceback older than this was not what a process died of
 SHOWN_LINES = 20
 TRACEBACK = "Traceback (most recent call last)"
@@ -59,7 +60,12 @@ def failure_of(cluster: Cluster) -> Failure | None:
     end = cluster.exits[first.name]
     exit_code = 128 - end.status if end.status < 0 else end.status or 1
     failure = process_failure(cluster.logs, first, end.error or _describe(end), exit_code)
-    return replace(failure, by_itself=end.status >= 0, is_final=end.missing is not None, advice=_advice(first, end))
+    return replace(
+        failure,
+        by_itself=end.status >= 0,
+        is_final=end.missing is not None or end.status == USAGE,
+        advice=_advice(first, end),
+    )
 
 
 def may_be_pulled_along(failure: Failure, cluster: Cluster, now_s: float) -> bool:

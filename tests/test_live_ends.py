@@ -10,6 +10,8 @@ from pathlib import Path
 import live
 import pytest
 
+from danaz.ending import UNFINISHED
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 TWO_WORKERS = ("--hosts", "localhost:2", "--workers-per-host", "2", "--algorithm", "dana")
@@ -31,7 +33,6 @@ LINES = {
     "late": "",
 }
 LEAVES = "        if step == 3 and danaz.{who}: sys.exit(0)"
-NEVER = "it never "
 
 
 def write(folder: Path, **changes: str) -> list[str]:
@@ -48,17 +49,27 @@ def test_the_script_as_it_is_ends_well(tmp_path: Path) -> None:
 
 
 UNTRAINED = {
-    "true": ({"import": "raise SystemExit(0)"}, NEVER + "called danaz.init()"),
+    "true": ({"import": "raise SystemExit(0)"}, 1, "ended with exit code 0, but it never called danaz.init()"),
     "alone": (
         {"import": "import torch", **dict.fromkeys(("init", "model", "optimizer", "epochs", "shard", "step"), "")},
-        NEVER + "called danaz.init()",
+        1,
+        "ended with exit code 0, but it never called danaz.init()",
     ),
     "init only": (
         dict.fromkeys(("model", "optimizer", "epochs", "shard", "step"), ""),
-        NEVER + "wrapped its optimizer with danaz.DistributedOptimizer",
+        UNFINISHED,
+        "calls danaz.init(), but never came to danaz.DistributedOptimizer(optimizer, model), danaz.epochs(N)",
     ),
-    "no shard": ({"shard": "    for step, [x] in enumerate(loader):", "step": "        pass"}, NEVER + "iterated over"),
-    "no epochs": ({"epochs": "danaz.epochs(2)", "shard": "", "step": ""}, NEVER + "iterated over danaz.shard"),
+    "no shard": (
+        {"shard": "    for step, [x] in enumerate(loader):", "step": "        pass"},
+        1,
+        "nothing was trained in it: iterate danaz.shard(loader, epoch) in place of the loader",
+    ),
+    "no epochs": (
+        {"epochs": "danaz.epochs(2)", "shard": "", "step": ""},
+        UNFINISHED,
+        "calls danaz.init(), but never came to danaz.shard(loader, epoch)",
+    ),
 }
 
 
@@ -66,39 +77,38 @@ UNTRAINED = {
 def test_a_script_that_trains_nothing_is_told_what_is_missing(
     tmp_path: Path, name: str, where: tuple[str, ...]
 ) -> None:
-    changes, missing = UNTRAINED[name]
+    changes, code, missing = UNTRAINED[name]
     run = live.launch(*where, out=tmp_path / "run", script=write(tmp_path, **changes), succeeds=False)
-    assert run.exit_code == 1
-    assert f"ended with exit code 0, but {missing}" in run.output
+    assert run.exit_code == code
+    assert missing in run.output
     assert "the run is incomplete" in run.output
 
 
 def test_a_worker_that_leaves_early_is_told_at_the_end(tmp_path: Path) -> None:
-    """The others train all that there is."""
+    """Nobody can tell whether it meant to: the run ends in good order, and its exit code says that it was cut short."""
     script = write(tmp_path, early=LEAVES.format(who="worker_id() == 1"))
     run = live.launch(*TWO_WORKERS, out=tmp_path / "run", script=script, succeeds=False)
-    assert run.exit_code == 1
-    assert run.summary["complete"]
-    assert run.summary["updates"] == 40
-    assert "\nrank 1 on localhost ended with exit code 0, but it left the run before its end" in run.output
-    assert "the run is incomplete" not in run.output
+    assert run.exit_code == UNFINISHED
+    assert run.summary["stopped"] == "the script left its loop in epoch 0 of 2"
+    assert run.summary["updates"] < 40
+    assert "rank 1 on localhost ended with exit code 64" in run.output
+    assert "call danaz.stop(reason) in the loop" in run.output
 
 
 def test_the_last_worker_that_leaves_early_ends_the_run(tmp_path: Path) -> None:
     script = write(tmp_path, early=LEAVES.format(who="worker_id() >= 0"))
     run = live.launch(*TWO_WORKERS, out=tmp_path / "run", script=script, succeeds=False)
-    assert run.exit_code == 1
-    assert not run.summary["complete"]
-    assert "the run is incomplete: its last batch was not trained" in run.output
-    assert "incomplete" in run.output.partition("everything is in")[0], "the table says so, too"
+    assert run.exit_code == UNFINISHED
+    assert run.summary["stopped"] == "the script left its loop in epoch 0 of 2"
+    assert "stopped early" in run.output.partition("everything is in")[0], "the table says so, too"
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_rank_that_leaves_early_is_blamed_and_not_the_one_that_needs_it(tmp_path: Path, rank: int) -> None:
     script = write(tmp_path, early=LEAVES.format(who=f"rank() == {rank}"))
     run = live.launch(*ONE_WORLD, out=tmp_path / "run", script=script, succeeds=False)
-    assert run.exit_code == 1
-    assert f"\nrank {rank} on localhost ended with exit code 0, but it left the run before its end" in run.output
+    assert run.exit_code == UNFINISHED
+    assert f"rank {rank} on localhost ended with exit code 64" in run.output
 
 
 def test_a_run_that_is_over_ends_though_a_rank_hangs(tmp_path: Path) -> None:
