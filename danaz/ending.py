@@ -6,14 +6,42 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from torch.utils.hooks import RemovableHandle
 
-if TYPE_CHECKING:
-    from danaz.session import Session
+from danaz.loop import Loop
+from danaz.optimizer import DistributedOptimizer
+from danaz.settings import Place
 
 UNFINISHED = 64  # exit code of a process that ends in the midst of a run, or has not trained (EX_USAGE)
+
+
+class Part(Protocol):
+    """One process's part in a run, as far as its ending must know it."""
+
+    place: Place
+    loop: Loop
+    finished: bool
+
+    @property
+    def optimizer(self) -> DistributedOptimizer:
+        """The wrapped one. Raises NotInitializedError if there is none."""
+
+    @property
+    def has_optimizer(self) -> bool:
+        """Whether the script has wrapped its optimizer."""
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether this process has entered the run."""
+
+    @property
+    def came_late(self) -> bool:
+        """Whether the run was over before."""
+
+    def stop(self, reason: str) -> None:
+        """End the run for every worker, in good order."""
 
 
 class Ending:
@@ -22,7 +50,7 @@ class Ending:
     A loop that is left by ``break`` cannot be told from one that an exception leaves, until the script goes on.
     """
 
-    def __init__(self, session: Session, close: Callable[[], None]):
+    def __init__(self, session: Part, close: Callable[[], None]):
         self._session = session
         self._close = close
         self._pid = os.getpid()
