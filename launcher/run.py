@@ -219,7 +219,9 @@ class _Run:
         if decision.reason:
             self.tell(decision.reason)
         kind = self.services if decision.unit in self.services else self.workers
-        raise _Failed(next(failure for name, failure in self.failures if name in kind))
+        failures = [failure for name, failure in self.failures if name in kind]
+        # A service that was restarted before has survived its earlier failures; workers pull each other along.
+        raise _Failed(failures[-1] if kind is self.services else failures[0])
 
     def _events(self) -> tuple[str, ...]:
         missing = self.around.logs.missing_output

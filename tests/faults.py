@@ -21,6 +21,7 @@ from watched import SERVER_PORT, WatchedRun
 
 CUT_S = (2.0, 15.0)  # the longest is longer than a request's first repetition
 SLOW_S = 4.0
+LATE = 0.7
 SLOW_LINK = ("tbf", "rate", "2mbit", "burst", "16kbit", "latency", "400ms")
 GARBAGE = Path(__file__).with_name("garbage.py")
 
@@ -62,7 +63,9 @@ def hang_a_rank_for_ever(run: WatchedRun, host: str, chance: random.Random) -> N
 
 
 def fill_the_disk(run: WatchedRun, host: str, chance: random.Random) -> None:
-    """That of the run folder, to the last byte, for a while."""
+    """That of the run folder, to the last byte, for a while; not so late that the results would find no room."""
+    if run.share_done > LATE:
+        return
     filler = run.folder / "filler"
     try:
         with suppress(OSError), filler.open("wb", buffering=0) as file:

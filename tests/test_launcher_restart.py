@@ -225,6 +225,16 @@ def test_a_killed_server_goes_on_at_the_same_place_with_its_files(tmp_path: Path
     assert [len(lives(tmp_path, worker)) for worker in (0, 1)] == [1, 1]
 
 
+def test_the_failure_that_ends_a_run_is_told_and_not_one_that_was_survived(tmp_path: Path) -> None:
+    """A server is killed, comes back, and then cannot go on."""
+    code = "import sys\n" + SERVER.replace('(folder / "server.again")', 'sys.exit(2)\n(folder / "server.again")')
+    command = [sys.executable, "-c", code]
+    service = Service("server", command, announces="DANAZ_SERVER", again=[*command, "--bind", ANNOUNCED])
+    outcome, _ = play(tmp_path, "until(lambda: False)", services=[service])
+    assert str(outcome.failure).startswith("server on localhost ended with exit code 2")
+    assert outcome.exit_code == 2
+
+
 @pytest.mark.parametrize(("host", "label"), [("localhost", "both on localhost"), ("127.0.0.1", "both")])
 def test_services_of_one_group_start_again_together_with_their_files(tmp_path: Path, host: str, label: str) -> None:
     """One is killed; the other, which ends well when it is asked to, finds what it had, with an agent of its own too.

@@ -23,6 +23,7 @@ from danaz.server.state import ResumeError
 
 SLOTS = {"a": 2, "b": 1, "c": 1}
 SERVER_PORT = 7071
+BATCHES_PER_EPOCH = 45  # of digits.yaml
 RECOVERY_S = 120.0
 RUN_S = 900.0
 FLAT_BYTES = 64 << 20  # a server may grow so much: its allocator and its table of figures
@@ -54,7 +55,7 @@ class WatchedRun:
             stdout=self.log,
             stderr=subprocess.STDOUT,
         )
-        self.algorithm = algorithm
+        self.algorithm, self.epochs = algorithm, epochs
         self.hung: dict[str, int] = {}  # host -> its rank that was stopped for ever
         self.server_bytes: list[int] = []
         self.sums_checked = 0
@@ -77,6 +78,11 @@ class WatchedRun:
 
     def updates(self) -> list[dict[str, Any]]:
         return live.read_updates(self.folder)
+
+    @property
+    def share_done(self) -> float:
+        """Of the run's updates."""
+        return len(self.updates()) / (self.epochs * BATCHES_PER_EPOCH)
 
     def well(self) -> list[int]:
         """The workers of which no rank hangs."""
