@@ -5,7 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from namespaces import Namespaces, missing, namespaces
+
+# No test asserts a time, and a busy machine takes its own.
+settings.register_profile("danaz", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("danaz")
 
 
 @pytest.fixture(scope="session")
