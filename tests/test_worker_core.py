@@ -311,3 +311,16 @@ class TestBackoff:
 
     def test_two_workers_do_not_wait_alike(self):
         assert Backoff(1.0, 6.0, 1).wait_s() != Backoff(1.0, 6.0, 2).wait_s()
+
+
+def test_a_view_that_comes_beside_a_batch_is_no_edit_of_the_script() -> None:
+    """In a pipeline the worker may have to join anew while the script computes on the view before."""
+    core, params = joined("dana"), torch.zeros(3)
+    core.compute_on(params)
+    join = core.join()
+    core.receive(Parameters(join.request, 7, False, "", (1,), False, 0.0, 0, None, torch.full((3,), 5.0)))
+    assert core.edit(params) is None
+    params.add_(1.0)
+    edit = core.edit(params)
+    assert edit is not None
+    assert edit.tolist() == [1.0] * 3

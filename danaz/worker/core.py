@@ -113,6 +113,7 @@ class WorkerCore:
         self.fetched: View | None = None  # ahead, while a batch is computed on the one at hand
         self._ahead = False  # whether a view that comes now is for after the one at hand
         self._own: Tensor | None = None  # f32[P], the push under way that the view at hand lacks
+        self._loaded: tuple[Tensor, Tensor | None] | None = None  # view and own push that the model was filled from
         self._in_doubt = False  # whether that may be refused: the last one was, or this worker had to join anew
         self._committed = self._zeros(device)  # the rule's vectors after the last applied push
         self._current = self._committed  # and after the local steps since
@@ -187,16 +188,17 @@ class WorkerCore:
         self._steps.append(step)
 
     def edit(self, params: Tensor) -> Tensor | None:
-        """By how much ``params`` f32[P] were changed since they became the view at hand; None if they were not.
+        """By how much ``params`` f32[P] were changed since ``compute_on`` filled them; None if they were not.
 
         After local steps, a push tells of changes together with them: then there is nothing to tell.
         """
-        if self._view is None or self._steps:
+        if self._loaded is None or self._steps:
             return None
         self.staging.catch_up()  # and no sooner: the push cannot be sent before the batch is computed anyway
-        view = self._view.params.to(params.device)
-        if self._own is not None:
-            view = view + self._own.to(params.device)
+        loaded, own = self._loaded
+        view = loaded.to(params.device)
+        if own is not None:
+            view = view + own.to(params.device)
         if torch.equal(params, view) or not all_finite(view):
             return None
         return params - view
@@ -263,6 +265,8 @@ class WorkerCore:
         """Put into ``params`` f32[P] what the next gradient is to be computed on."""
         assert self._view is not None
         self.staging.load(params, self._view.params)
+        # In a pipeline, another view may have come by the time the batch on this one ends.
+        self._loaded = self._view.params, self._own
         if self._own is not None:
             params.add_(self._own.to(params.device))
 
