@@ -29,7 +29,7 @@ test-fast: setup ## Run the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow"
 
 soak: setup ## Train for 10 minutes while ranks, machines, links and the server fail (needs root; Linux)
-	$(BIN)/python tests/soak.py --minutes 10 --faults 50 --epochs 800
+	$(BIN)/python tests/support/soak.py --minutes 10 --faults 50 --epochs 800
 
 lint: $(PACKAGES) ## Check style and types
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from danaz.config import Config, load_config
+from danaz.run.config import Config, load_config
 
 Summary = dict[str, Any]
 Row = tuple[Sequence[str], Sequence[Summary]]  # what tells its runs from others', and the runs

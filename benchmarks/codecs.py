@@ -16,8 +16,8 @@ from collections.abc import Callable
 
 import torch
 
-from danaz.codecs import Compressor, push_codec
-from danaz.flat import SLICE_FLOATS
+from danaz.vectors.codecs import Compressor, push_codec
+from danaz.vectors.flat import SLICE_FLOATS
 
 
 def seconds(act: Callable[[], object]) -> float:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import zmq
 
-from danaz.keys import ServerKeys, WorkerKeys, make_keys
+from danaz.protocol.keys import ServerKeys, WorkerKeys, make_keys
 
 Exchange = Callable[[], object]
 Ready = Callable[[str], None]
@@ -55,9 +55,9 @@ def danaz(algorithm: str, gap: bool = False, encrypted: bool = False, shards: in
 
     def serve(ready: Ready, floats: int, workers: int) -> None:
         from danaz.server.core import ServerCore
-        from danaz.server.router import Router
         from danaz.server.settings import ServerSettings
-        from danaz.server.socket import BoundRouter
+        from danaz.serving.router import Router
+        from danaz.serving.socket import BoundRouter
 
         def serve_slice(shard: int, tell: Ready) -> None:
             bound = BoundRouter("tcp://127.0.0.1:0", _keys()[0] if encrypted else None)
@@ -69,8 +69,8 @@ def danaz(algorithm: str, gap: bool = False, encrypted: bool = False, shards: in
         serve_slice(0, lambda address: ready(" ".join([address, *others])))
 
     def connect(address: str, floats: int, worker: int, workers: int) -> Exchange:
-        from danaz.flat import Layout
-        from danaz.server.messages import Heartbeat, Join, Parameters, Plan, Push
+        from danaz.protocol.messages import Heartbeat, Join, Parameters, Plan, Push
+        from danaz.vectors.flat import Layout
         from danaz.worker.link import DealerLink
         from danaz.worker.sharded import connect as connect_all
 

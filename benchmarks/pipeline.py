@@ -26,13 +26,13 @@ from processes import Processes, hear, write_csv
 from slow_link import SlowLink, missing, slow_link
 from torch import nn
 
-from danaz.flat import FlatModel
+from danaz.protocol.messages import Heartbeat, Plan
 from danaz.rules import find_algorithm
 from danaz.server.core import ServerCore
-from danaz.server.messages import Heartbeat, Plan
-from danaz.server.router import Router
 from danaz.server.settings import ServerSettings
-from danaz.server.socket import BoundRouter
+from danaz.serving.router import Router
+from danaz.serving.socket import BoundRouter
+from danaz.vectors.flat import FlatModel
 from danaz.worker.core import Role, WorkerCore
 from danaz.worker.group import SoloGroup
 from danaz.worker.link import DealerLink

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from accuracy import Row, Summary, make_parser, over_seeds, print_table
 
-from danaz.config import Config
 from danaz.rules import find_algorithm
+from danaz.run.config import Config
 from danaz.simulate.simulator import SimulatedWorker, Simulation
 
 

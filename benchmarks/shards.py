@@ -23,9 +23,9 @@ from processes import Processes, cpu_s, hear, write_csv
 from slow_link import SlowLink, missing, slow_link
 
 from danaz.server.core import ServerCore
-from danaz.server.router import Router
 from danaz.server.settings import ServerSettings
-from danaz.server.socket import BoundRouter
+from danaz.serving.router import Router
+from danaz.serving.socket import BoundRouter
 
 FIGURES = ("exchanges_per_second", "times_one_server", "gigabytes_per_second", "wire_percent", "cores_busy")
 LINE = "{workers:>7} {shards:>6}" + "".join(f" {{{name}:>{len(name)}}}" for name in FIGURES)

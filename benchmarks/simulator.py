@@ -21,11 +21,11 @@ from pathlib import Path
 
 import torch
 
-from danaz.config import Config, load_config
-from danaz.data import Batching
+from danaz.run.config import Config, load_config
 from danaz.simulate.simulator import Simulation
-from danaz.training import batch_loss, choose_device, make_sgd, place
+from danaz.torch.data import Batching
 from danaz.workloads import build
+from danaz.workloads.training import batch_loss, choose_device, make_sgd, place
 
 WARM_UP = 5  # updates before the clock starts
 MEASURED = (("dana", "off"), ("dana", "on"), ("dana-zero", "off"), ("dana-ga", "off"))  # algorithm, gap

@@ -13,6 +13,6 @@ if sys.path[0] == here:
     sys.path.append(os.path.dirname(os.path.dirname(__file__)))
     del sys.path[0]
 
-from danaz.cli import main
+from danaz.cli.main import main
 
 main()

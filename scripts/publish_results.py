@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 from danaz.compare.folder import CELLS, INDEX
-from danaz.plain_yaml import dump_yaml
-from danaz.reading import read_yaml
+from danaz.files.plain_yaml import dump_yaml
+from danaz.files.reading import read_yaml
 from danaz.report.curves import CACHE
 
 KEPT = ("summary.json", CACHE)

@@ -12,12 +12,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from danaz.config import Config, ConfigError, load_config
-from danaz.launching import Cluster, check_workers
-from danaz.plain_yaml import YamlError, parse_yaml
-from danaz.reading import read_yaml
+from danaz.files.plain_yaml import YamlError, parse_yaml
+from danaz.files.reading import read_yaml
+from danaz.launch.prepare import Cluster, check_workers
 from danaz.rules import find_algorithm
-from danaz.settings import Settings
+from danaz.run.config import Config, ConfigError, load_config
+from danaz.run.settings import Settings
 from danaz.worker.group import choose_collective
 from launcher.hosts import parse_hostfile, parse_hosts
 

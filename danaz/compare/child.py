@@ -36,8 +36,8 @@ def main() -> None:
 
 
 def _simulate(folder: Path, answers: TextIO) -> None:
-    from danaz.config import load_config
-    from danaz.run_lock import locked_run_folder
+    from danaz.run.config import load_config
+    from danaz.run.lock import locked_run_folder
     from danaz.simulate.simulator import simulate
 
     told_at = 0.0

@@ -22,9 +22,9 @@ from rich.progress import (
 from rich.text import Text
 
 from danaz.compare.cells import Cell
-from danaz.report.results import TEST_ERROR, Result, measure_of
-from danaz.report.tables import accuracy, figure
-from danaz.units import duration
+from danaz.compare.results import TEST_ERROR, Result, measure_of
+from danaz.compare.tables import accuracy, figure
+from danaz.run.units import duration
 
 PLAIN_EVERY_S = 30.0
 

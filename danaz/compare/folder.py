@@ -16,14 +16,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from danaz import run_lock
 from danaz.compare.cells import Cell, Comparison, ComparisonError
-from danaz.config import Config
-from danaz.plain_yaml import dump_yaml
-from danaz.reading import UnreadableError
-from danaz.report.results import read_index
-from danaz.run_folder import write_atomically, write_settings
-from danaz.run_lock import MODE, WAIT_S, locked_run_folder
+from danaz.compare.results import read_index
+from danaz.files.plain_yaml import dump_yaml
+from danaz.files.reading import UnreadableError
+from danaz.run import lock as run_lock
+from danaz.run.config import Config
+from danaz.run.folder import write_atomically, write_settings
+from danaz.run.lock import MODE, WAIT_S, locked_run_folder
 
 INDEX = "comparison.yaml"
 CELLS = "cells"

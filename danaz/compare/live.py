@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from danaz.compare.cells import Cell
 from danaz.compare.display import Display
 from danaz.compare.folder import ComparisonFolder
-from danaz.launching import Manner, execute, prepare_config
-from danaz.run_lock import locked_run_folder
+from danaz.launch.prepare import Manner, execute, prepare_config
+from danaz.run.lock import locked_run_folder
 from launcher.logs import quiet
 
 HAS = {"--hosts", "--hostfile", "--workers-per-host", "--collective"}

@@ -17,7 +17,7 @@ from danaz.compare.child import LOGS
 from danaz.compare.display import Display
 from danaz.compare.folder import ComparisonFolder
 from danaz.compare.machine import available_bytes, resident_bytes
-from danaz.run_folder import read_summary
+from danaz.run.folder import read_summary
 from launcher.start import module_command
 
 FIRST_GUESS_BYTES = 1 << 30  # what a cell may need, until one has shown it

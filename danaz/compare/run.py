@@ -13,7 +13,7 @@ from danaz.compare.folder import ComparisonFolder
 from danaz.compare.live import run_live
 from danaz.compare.machine import cores
 from danaz.compare.pool import Pool
-from danaz.report.results import Outcome, Result, read_outcome
+from danaz.compare.results import Outcome, Result, read_outcome
 
 
 @dataclass

@@ -17,8 +17,8 @@ from danaz.compare.display import make_display
 from danaz.compare.folder import ComparisonFolder
 from danaz.compare.machine import cores
 from danaz.compare.pool import Pool
-from danaz.config import Config
-from danaz.run_folder import read_summary
+from danaz.run.config import Config
+from danaz.run.folder import read_summary
 
 
 class GridPoint(Cell):

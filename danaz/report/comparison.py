@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from danaz.compare.results import Outcome
 from danaz.report.html import report_html
 from danaz.report.markdown import report_markdown
 from danaz.report.plots import draw
-from danaz.report.results import Outcome
 from danaz.report.results_csv import results_csv
-from danaz.run_folder import write_atomically
+from danaz.run.folder import write_atomically
 
 
 def write_report(outcome: Outcome) -> list[Path]:

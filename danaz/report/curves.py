@@ -10,9 +10,9 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from danaz.reading import UnreadableError, read_json
-from danaz.report.results import Result
-from danaz.run_folder import write_atomically
+from danaz.compare.results import Result
+from danaz.files.reading import UnreadableError, read_json
+from danaz.run.folder import write_atomically
 
 MOST_POINTS = 100  # along the epochs
 LEAST_POINTS = 20

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from danaz.compare.tune import Tuning
 from danaz.report.style import RC, as_files
-from danaz.run_folder import write_atomically
+from danaz.run.folder import write_atomically
 
 LABELS = {"test_error_percent": "test error (%)", "final_train_loss": "final training loss"}
 

@@ -6,11 +6,11 @@ import re
 from collections.abc import Sequence
 from html import escape
 
+from danaz.compare.results import Outcome
+from danaz.compare.tables import comparison_rows
 from danaz.report.markdown import ORIGIN, TEXT_COLUMNS, experiment, heading, remarks
 from danaz.report.matrix import matrices
 from danaz.report.plots import Chart
-from danaz.report.results import Outcome
-from danaz.report.tables import comparison_rows
 
 STYLE = """
 :root { color-scheme: light; }

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from danaz.compare.results import Outcome
+from danaz.compare.tables import comparison_rows
 from danaz.report.matrix import matrices
 from danaz.report.plots import Chart
-from danaz.report.results import Outcome
-from danaz.report.tables import comparison_rows
 
 TEXT_COLUMNS = ("algorithm", "run as", "remark", "workers")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from danaz.compare.results import TEST_ERROR, Group, Outcome, Setting, group, measure_of
 from danaz.report.paper import papers_of
 from danaz.report.plot_data import by_kind
-from danaz.report.results import TEST_ERROR, Group, Outcome, Setting, group, measure_of
 
 
 class Matrix(NamedTuple):

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from danaz.report.results import Setting
+from danaz.compare.results import Setting
 
 RESNET20_CIFAR10 = {
     "workload": "cifar10-resnet20",

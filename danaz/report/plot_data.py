@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from danaz.compare.results import Group, Measure, Outcome, Setting, group, measure_of
 from danaz.report.curves import Curves, read_curves
 from danaz.report.paper import Paper, papers_of
-from danaz.report.results import Group, Measure, Outcome, Setting, group, measure_of
 from danaz.report.style import Look, looks
 
 

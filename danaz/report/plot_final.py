@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from danaz.compare.results import TEST_ERROR, Group, Spread
 from danaz.report.plot_data import Data, by_kind, by_setting
-from danaz.report.results import TEST_ERROR, Group, Spread
 from danaz.report.style import BASELINE, legend_below, make_panels, scale_by_range
 
 if TYPE_CHECKING:

@@ -6,10 +6,10 @@ import io
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
+from danaz.compare.results import Outcome
 from danaz.report.plot_course import draw_gap, draw_lags, draw_loss
 from danaz.report.plot_data import Data, collect
 from danaz.report.plot_final import draw_by_cell, draw_by_time, draw_by_workers
-from danaz.report.results import Outcome
 from danaz.report.style import RC
 
 if TYPE_CHECKING:

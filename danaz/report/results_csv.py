@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 
-from danaz.report.results import Outcome
+from danaz.compare.results import Outcome
 
 KEYS = (
     "test_error_percent",

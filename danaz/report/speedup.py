@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from danaz.report.style import COLOURS, MARKERS, RC, as_files
-from danaz.run_folder import write_atomically
+from danaz.run.folder import write_atomically
 from danaz.simulate.speedup import Speedup
 
 SHOWN = (1, 2, 4, 8, 16, 24, 32, 48, 64, 128, 256)

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from danaz.rules.user_module import import_user_module
+from danaz.files.user_module import import_user_module
 
 Vectors = Mapping[str, Tensor]  # name -> f32[n], all slices of the same range
 Pushes = Literal["gradient", "displacement", "parameters"]  # a displacement is added to the server's as it is

@@ -9,11 +9,7 @@ from math import inf, isfinite
 
 import torch
 
-from danaz.flat import Layout
-from danaz.server.leases import Leases
-from danaz.server.master import all_finite
-from danaz.server.members import Member
-from danaz.server.messages import (
+from danaz.protocol.messages import (
     MAX_AHEAD,
     MAX_REPORTED,
     MAX_WORKERS,
@@ -27,8 +23,12 @@ from danaz.server.messages import (
     Report,
     Request,
 )
+from danaz.server.leases import Leases
+from danaz.server.master import all_finite
+from danaz.server.members import Member
 from danaz.server.settings import ServerSettings
 from danaz.server.whole import WholeModel, own_part
+from danaz.vectors.flat import Layout
 
 MAX_LR = torch.finfo(torch.float32).max
 NOT_FINITE = "push is not finite"

@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from danaz.server.master import all_finite
-from danaz.server.members import Member, Route
-from danaz.server.messages import (
+from danaz.protocol.messages import (
     Fetched,
     Final,
     Heartbeat,
@@ -25,6 +23,8 @@ from danaz.server.messages import (
     Streamed,
     announced,
 )
+from danaz.server.master import all_finite
+from danaz.server.members import Member, Route
 
 if TYPE_CHECKING:
     from danaz.server.core import ServerCore

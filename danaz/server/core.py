@@ -15,8 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from danaz.codecs import travelling_bytes, view_codec
-from danaz.flat import Layout
+from danaz.protocol.messages import (
+    MAX_REASON,
+    Bye,
+    Fetch,
+    GoBack,
+    Heartbeat,
+    Inquire,
+    Join,
+    Leave,
+    Pull,
+    Push,
+    Report,
+    Request,
+)
 from danaz.server.admission import (
     NEWER_JOINED,
     OVERFLOW,
@@ -34,26 +46,14 @@ from danaz.server.health import Health, measured, norm_of
 from danaz.server.leases import LeasedElsewhere, Leases
 from danaz.server.master import Master, all_finite
 from danaz.server.members import MeanBuffers, Member, Route
-from danaz.server.messages import (
-    MAX_REASON,
-    Bye,
-    Fetch,
-    GoBack,
-    Heartbeat,
-    Inquire,
-    Join,
-    Leave,
-    Pull,
-    Push,
-    Report,
-    Request,
-)
 from danaz.server.recovery import Recovery
 from danaz.server.refusing import refuse_push, why_refuse
 from danaz.server.settings import ServerSettings
-from danaz.server.state import CoreState, fill, take
+from danaz.server.snapshot import CoreState, fill, take
 from danaz.server.updating import update_by
 from danaz.server.whole import WholeModel, own_part
+from danaz.vectors.codecs import travelling_bytes, view_codec
+from danaz.vectors.flat import Layout
 
 Asked = Push | Pull | Fetch | Leave | Report | Bye  # by somebody who takes part
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from danaz.protocol.messages import Push
 from danaz.rules import Rule
-from danaz.server.messages import Push
 
 OUTLIER_RATIO = 100.0  # between a step and the others' median step: no honest batch differs by so much
 RECENT_PUSHES = 256  # of the cluster, refused ones included, that sizes are judged by: what is older is forgotten

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
-from danaz.server.messages import Plan
+from danaz.protocol.messages import Plan
 
 
 class Leases:

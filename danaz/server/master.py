@@ -10,12 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from danaz.codecs import FP32, Codec
-from danaz.flat import Layout, Spans, chunks, present
+from danaz.protocol.messages import is_announced
 from danaz.rules import Context, Rule
-from danaz.server.gap import Layers
 from danaz.server.members import Member
-from danaz.server.messages import is_announced
+from danaz.vectors.codecs import FP32, Codec
+from danaz.vectors.flat import Layout, Spans, chunks, present
+from danaz.vectors.gap import Layers
 
 # While the norms of all vectors, of a push and its rates are below these, no rule can come to more than float32 holds.
 TAME = 1e9

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from danaz.server.messages import Push
+from danaz.protocol.messages import Push
 
 Route = bytes | int  # where replies go: opaque to the core, the transport's own
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from danaz.protocol.messages import GoBack, Heartbeat, Offer, Request
 from danaz.server.answers import Streams
 from danaz.server.core import ServerCore
 from danaz.server.members import Route
-from danaz.server.messages import GoBack, Heartbeat, Offer, Request
 
 LARGEST_NUMBER = 1 << 53  # of a checkpoint that is believed
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from danaz.protocol.messages import Join
 from danaz.server.figures import Update
 from danaz.server.master import all_finite
 from danaz.server.members import Member
-from danaz.server.messages import Join
 
 if TYPE_CHECKING:
     from danaz.server.core import ServerCore

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from math import isfinite
 from typing import TYPE_CHECKING
 
-from danaz.flat import common_spans
+from danaz.protocol.messages import Push
 from danaz.server.figures import Update, mean
 from danaz.server.health import norm_of
 from danaz.server.members import Member
-from danaz.server.messages import Push
+from danaz.vectors.flat import common_spans
 
 if TYPE_CHECKING:
     from danaz.server.core import ServerCore

@@ -8,11 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from danaz.flat import Layout, shard_spans
-from danaz.server.gap import Layers
+from danaz.protocol.messages import Bye, Join, is_announced
 from danaz.server.master import all_finite
-from danaz.server.messages import Bye, Join, is_announced
 from danaz.server.settings import ServerSettings
+from danaz.vectors.flat import Layout, shard_spans
+from danaz.vectors.gap import Layers
 
 
 class WholeModel:

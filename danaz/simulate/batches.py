@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from danaz.data import Batching
+from danaz.torch.data import Batching
 from danaz.workloads import collate
 
 

@@ -12,21 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from danaz.config import Config
-from danaz.data import Batching
-from danaz.flat import FlatModel
-from danaz.optimizer import check_supported, decayed_gradient, effective_lr, kept_loss, weight_decays
-from danaz.run_folder import RunFolder
+from danaz.protocol.messages import Final, Parameters
+from danaz.run.config import Config
+from danaz.run.folder import RunFolder
+from danaz.run.settings import Settings
 from danaz.server.answers import Replies
 from danaz.server.core import ServerCore
-from danaz.server.messages import Final, Parameters
-from danaz.settings import Settings
 from danaz.simulate.batches import Batches
 from danaz.simulate.schedules import make_schedule
 from danaz.simulate.step import EagerStep, make_step
-from danaz.training import choose_device, final_figures, make_sgd, place
+from danaz.torch.data import Batching
+from danaz.torch.optimizer import check_supported, decayed_gradient, effective_lr, kept_loss, weight_decays
+from danaz.vectors.flat import FlatModel
 from danaz.worker.core import LocalStep, Loss, Request, Role, WorkerCore
 from danaz.workloads import build
+from danaz.workloads.training import choose_device, final_figures, make_sgd, place
 
 Progress = Callable[[float, float | None], None]  # (share of the run that is done, last loss)
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from danaz.config import Config
-from danaz.flat import FlatModel
-from danaz.training import batch_loss
+from danaz.run.config import Config
+from danaz.vectors.flat import FlatModel
 from danaz.workloads import Workload
+from danaz.workloads.training import batch_loss
 
 WARM_UP = 3  # steps before a capture, in which libraries choose and load their kernels
 

@@ -8,7 +8,7 @@ import msgpack
 import torch
 from torch import Tensor
 
-from danaz.server.messages import MAX_REASON
+from danaz.protocol.messages import MAX_REASON
 from danaz.worker.group import Group
 
 Value = TypeVar("Value", float, Tensor)

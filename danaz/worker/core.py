@@ -10,12 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from danaz.codecs import Compressor
-from danaz.flat import Layout, Spans, parts
-from danaz.rules import Context, WorkerRule
-from danaz.server.admission import FRESH_AFTER, SICK
-from danaz.server.master import all_finite
-from danaz.server.messages import (
+from danaz.protocol.messages import (
     Bye,
     Fetch,
     Final,
@@ -33,6 +28,11 @@ from danaz.server.messages import (
     Report,
     check_reported,
 )
+from danaz.rules import Context, WorkerRule
+from danaz.server.admission import FRESH_AFTER, SICK
+from danaz.server.master import all_finite
+from danaz.vectors.codecs import Compressor
+from danaz.vectors.flat import Layout, Spans, parts
 from danaz.worker.staging import IN_PLACE, Staging
 
 Request = Join | Push | Pull | Fetch | Leave | Report | Bye | GoBack | Inquire

@@ -13,12 +13,12 @@ import zmq
 from torch import Tensor
 from zmq.utils import garbage  # noqa: F401 - its exit handler, which ends zero-copy sends, must be older than ours
 
-from danaz.keys import WorkerKeys
+from danaz.protocol.keys import WorkerKeys
+from danaz.protocol.memory import keep_freed_memory
+from danaz.protocol.messages import Heartbeat, Parameters, Reply
+from danaz.protocol.wire import Inbox, StrayChunkError, WireError, encode, split
 from danaz.server.core import ServerCore
-from danaz.server.memory import keep_freed_memory
-from danaz.server.messages import Heartbeat, Parameters, Reply
-from danaz.server.socket import MAX_FRAME_BYTES
-from danaz.server.wire import Inbox, StrayChunkError, WireError, encode, split
+from danaz.serving.socket import MAX_FRAME_BYTES
 from danaz.worker.core import Backoff, Request, answers
 from danaz.worker.staging import IN_PLACE, Staging
 

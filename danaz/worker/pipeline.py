@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from time import monotonic
 
-from danaz.server.messages import Parameters, Push, Reply
+from danaz.protocol.messages import Parameters, Push, Reply
 from danaz.worker.core import Request, WorkerCore
 
 Exchange = Callable[[Callable[[WorkerCore], Request]], Reply]

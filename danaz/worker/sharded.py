@@ -20,11 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from danaz.codecs import travelling_bytes
-from danaz.flat import Layout, chunks_of_shards, shard_spans, spans_within
-from danaz.server.gap import Layers
-from danaz.server.master import all_finite
-from danaz.server.messages import (
+from danaz.protocol.messages import (
     Bye,
     Fetch,
     Final,
@@ -39,7 +35,11 @@ from danaz.server.messages import (
     Reply,
     Report,
 )
+from danaz.server.master import all_finite
 from danaz.server.offering import choose
+from danaz.vectors.codecs import travelling_bytes
+from danaz.vectors.flat import Layout, chunks_of_shards, shard_spans, spans_within
+from danaz.vectors.gap import Layers
 from danaz.worker.core import Backoff, Request
 from danaz.worker.link import GIVE_UP_S, EditedError, Link, ServerLostError
 from danaz.worker.staging import IN_PLACE, Staging

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from danaz.flat import SLICE_FLOATS
+from danaz.vectors.flat import SLICE_FLOATS
 
 GPU_SLICE_FLOATS = 16 * SLICE_FLOATS  # 16 MB: there is no cache to stay in, and each kernel has its price
 

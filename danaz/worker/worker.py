@@ -15,9 +15,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from danaz.flat import FlatModel, Spans
-from danaz.server.concluded import COMPLETE
-from danaz.server.messages import (
+from danaz.protocol.messages import (
     TOO_MANY_REPORTED,
     Bye,
     Fetched,
@@ -31,6 +29,8 @@ from danaz.server.messages import (
     Reply,
     Report,
 )
+from danaz.server.concluded import COMPLETE
+from danaz.vectors.flat import FlatModel, Spans
 from danaz.worker.core import LocalStep, Loss, Request, WorkerCore
 from danaz.worker.group import Group
 from danaz.worker.link import Link

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
-from danaz.config import Config
+from danaz.run.config import Config
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from torchvision import models
 from torchvision.transforms import v2
 
-from danaz.config import Config, ConfigError, suggest
-from danaz.rules.user_module import import_user_module
+from danaz.files.user_module import import_user_module
+from danaz.run.config import Config, ConfigError, suggest
 from danaz.workloads.base import Workload
 from danaz.workloads.images import Augmentation, ImageTensors
 from danaz.workloads.torchvision_data import load, pixels

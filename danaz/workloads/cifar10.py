@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from danaz.config import Config
+from danaz.run.config import Config
 from danaz.workloads.images import Augmentation, ImageTensors
 from danaz.workloads.torchvision_data import load, pixels
 

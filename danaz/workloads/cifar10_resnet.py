@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from danaz.config import Config
+from danaz.run.config import Config
 from danaz.workloads.base import Workload, workload
 from danaz.workloads.cifar10 import CLASSES, cifar10
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from danaz.config import Config
+from danaz.run.config import Config
 from danaz.workloads.base import Workload, workload
 from danaz.workloads.images import Augmentation, ImageTensors
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from danaz.config import Config
+from danaz.run.config import Config
 from danaz.workloads.base import Workload, workload
 
 DIMENSION = 1000

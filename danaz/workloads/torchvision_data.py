@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchvision import datasets
 
-from danaz.config import ConfigError, suggest
+from danaz.run.config import ConfigError, suggest
 
 
 def load(name: str, data_dir: str | None) -> tuple[Any, Any | None]:

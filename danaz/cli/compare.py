@@ -1,0 +1,198 @@
+"""The `danaz compare` and `danaz tune` commands."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from danaz.cli import options
+from danaz.cli.command import fail
+
+if TYPE_CHECKING:
+    from danaz.compare.cells import Comparison
+    from danaz.compare.run import Ending
+
+ALGORITHMS = "ssgd,nag-asgd,dana"
+
+
+live_option = partial(typer.Option, rich_help_panel="With --live")
+
+
+def compare(
+    ctx: typer.Context,
+    config: Annotated[
+        Path, typer.Argument(help="YAML of an experiment; or of a comparison, which lists its cells", metavar="CONFIG")
+    ],
+    algorithms: Annotated[
+        str | None, typer.Option("--algorithms", "-a", help=f"Separated by commas. Default: {ALGORITHMS}")
+    ] = None,
+    workers: Annotated[
+        str | None,
+        typer.Option("--workers", "-n", help="Numbers of simulated workers, e.g. `1,4,8`. Default: 1 and the config's"),
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="How many, from the config's seed upwards. Default: 1")
+    ] = None,
+    schedule: options.Schedule = None,
+    jobs: options.Jobs = None,
+    device: options.Device = None,
+    overrides: options.Overrides = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder. Default: `runs/compare-NAME`")] = None,
+    live: Annotated[
+        bool, typer.Option("--live", help="Real processes on machines, one algorithm after the other")
+    ] = False,
+    hosts: Annotated[str | None, live_option("--hosts", "-H", help="Machines and their slots, e.g. `a:4,b:4`")] = None,
+    hostfile: Annotated[
+        Path | None, live_option("--hostfile", help="A file of machines, as for `danaz launch`")
+    ] = None,
+    workers_per_host: Annotated[
+        int | None, live_option("--workers-per-host", min=1, help="Split each host's slots into so many workers")
+    ] = None,
+    collective: Annotated[
+        str | None, live_option("--collective", help="Inside a worker: `horovod`, `torch` or `auto`")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Throw away what the folder holds of an earlier call")] = False,
+) -> None:
+    """Run one experiment by several algorithms, numbers of workers and seeds, and report them side by side.
+
+    Simulations run in parallel, one thread each. Finished runs are kept: after Ctrl-C the same command goes on, and
+    with more algorithms, workers or seeds it adds to what is there. With one worker, every algorithm is the baseline.
+
+    Examples:
+
+        danaz compare configs/digits.yaml --algorithms ssgd,asgd,nag-asgd,dana --workers 1,4,8,16 --seeds 5
+
+        danaz compare configs/digits.yaml --live --hosts localhost:4 --workers-per-host 4 --algorithms ssgd,dana
+
+        danaz compare configs/demo.yaml
+    """
+    from danaz.compare.cells import ComparisonError, Grid
+    from danaz.compare.run import run_comparison
+    from danaz.files.reading import UnreadableError
+    from danaz.run.lock import RunFolderError
+    from danaz.workloads.training import choose_device
+
+    # The options that make a grid bear the names of its keys.
+    given = {name: value for name, value in ctx.params.items() if name in Grid.model_fields and value is not None}
+    try:
+        changes = [*(overrides or []), *([] if device is None else [f"device={json.dumps(device)}"])]
+        asked = _comparison(config, given, live, changes)
+        choose_device(asked.config)
+    except (ValueError, RuntimeError) as error:  # also those of config, hosts, algorithms and collective
+        fail(error)
+    folder = out or Path("runs", f"compare-{asked.name}")
+    typer.echo(f"comparison folder: {folder}", err=True)
+    try:
+        ending = run_comparison(asked, folder, jobs, fresh)
+        code = _report(ending)
+    except (ComparisonError, RunFolderError, UnreadableError, OSError) as error:
+        fail(error)
+    raise typer.Exit(code)
+
+
+def tune(
+    config: options.Experiment,
+    algorithm: Annotated[str, typer.Option("--algorithm", "-a", help="What to tune")] = "nag-asgd",
+    workers: options.Workers = None,
+    lr: Annotated[str, typer.Option(help="Learning rates, separated by commas")] = "0.01,0.02,0.05,0.1,0.2",
+    momentum: Annotated[
+        str, typer.Option(help="Momenta, separated by commas; they may be negative")
+    ] = "-0.6,-0.3,0,0.3,0.6,0.9",
+    overrides: options.Overrides = None,
+    jobs: options.Jobs = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder. Default: runs/tune-NAME-ALGORITHM-N")] = None,
+) -> None:
+    """Search learning rate and momentum for an algorithm: what DANA spares its users.
+
+    Simulations run in parallel and finished ones are kept: after Ctrl-C the same command goes on. Ends with a heat map.
+
+    Examples:
+
+        danaz tune configs/digits.yaml --algorithm nag-asgd --workers 8
+
+        danaz tune configs/digits.yaml -a asgd -n 16 --lr 0.05,0.1,0.2 --momentum 0
+    """
+    from danaz.compare.tune import tune as run_grid
+    from danaz.launch.prepare import check_workers
+    from danaz.report.heat_map import print_tuning, write_tuning
+    from danaz.run.config import load_config
+    from danaz.run.settings import Settings
+
+    try:
+        chosen = {"algorithm": algorithm} | ({} if workers is None else {"workers": workers})
+        base = load_config(config, overrides or (), chosen)
+        check_workers(Settings.of(base, schedule=base.schedule, collective="none"))
+        lrs, momenta = _floats(lr, "--lr"), _floats(momentum, "--momentum")
+        for rate, inertia in product(lrs, momenta):
+            load_config(config, overrides or (), {**chosen, "lr": rate, "momentum": inertia})
+        folder = out or Path("runs", f"tune-{base.name}-{base.algorithm}-{base.workers}")
+        tuning = run_grid(base, lrs, momenta, folder, jobs)
+    except (ValueError, OSError) as error:
+        fail(error)
+    except KeyboardInterrupt:
+        typer.echo("interrupted: the same command goes on with what is left", err=True)
+        raise typer.Exit(130) from None
+    print_tuning(tuning)
+    try:
+        files = write_tuning(tuning, folder) if tuning.summaries else ()
+    except OSError as error:
+        fail(error)
+    for file in files:
+        typer.echo(f"  {file}")
+    raise typer.Exit(1 if tuning.failures else 0)
+
+
+def _floats(text: str, option: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{option} {text}: expected numbers separated by commas, e.g. 0.05,0.1") from error
+
+
+def _comparison(path: Path, given: dict[str, Any], live: bool, overrides: list[str]) -> Comparison:
+    """``given`` are the options that were said, by the keys of a grid."""
+    from danaz.compare.cells import ComparisonError, is_plan, make_comparison, make_grid, read_plan
+
+    if is_plan(path):
+        if live or given.keys() - {"seeds"}:
+            raise ComparisonError(f"{path} lists its cells itself; edit it, or name the experiment that it compares")
+        return read_plan(path, overrides, given.get("seeds"))
+    if live != bool(given.keys() & {"hosts", "hostfile"}):
+        raise ComparisonError("--live and --hosts or --hostfile belong together, e.g. --live --hosts localhost:4")
+    if not live and given.keys() & {"workers_per_host", "collective"}:
+        raise ComparisonError("--workers-per-host and --collective are for --live")
+    values = {"algorithms": ALGORITHMS, **given}
+    lists = {name: _words(values[name]) for name in ("algorithms", "workers") if name in values}
+    return make_comparison(path, [make_grid(str(path), {**values, **lists})], overrides)
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _report(ending: Ending) -> int:
+    """Say what came of it; returns the exit code."""
+    from danaz.compare.tables import print_comparison
+    from danaz.report.comparison import write_report
+
+    outcome = ending.outcome
+    cells = len(outcome.results) + len(outcome.pending)
+    if ending.kept:
+        typer.echo(f"finished before: {ending.kept} of {cells}; --fresh runs them again")
+    if outcome.results:
+        print_comparison(outcome)
+    if outcome.finished:
+        written = write_report(outcome)
+        typer.echo(f"report:   {outcome.folder / 'report.html'}  (also report.md and results.csv)")
+        typer.echo(f"pictures: {', '.join(file.name for file in written if file.suffix == '.png')}  (also SVG)")
+        typer.echo(f"runs:     {outcome.folder / 'cells'}")
+    if outcome.pending:
+        typer.echo(f"still to run: {len(outcome.pending)} of {cells}; the same command goes on with them")
+    if ending.interrupted:
+        return 130
+    return 1 if outcome.failed else 0

@@ -1,0 +1,41 @@
+"""This machine as one more worker of a run that is under way."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import ExitStack
+from pathlib import Path
+
+import typer
+
+from danaz.cli.command import fail
+from danaz.cli.launch import show_outcome, tell
+from danaz.launch.invitation import find_server, plan_to_join, read_invitation
+from danaz.run.lock import claimed_run_folder
+from launcher.run import run
+from launcher.supervisor import Policy
+
+LEAVING_S = 30.0  # for the batches that are begun, and for the server to say that it has heard
+
+
+def join_run(server: str, key: Path, slots: int | None, out: Path | None) -> int:
+    """Work for the server at ``server``, HOST:PORT, until its run is over; returns an exit code.
+
+    SIGINT and SIGTERM let this machine leave in good order, a second one at once.
+    """
+    with ExitStack() as held:
+        try:
+            invitation = read_invitation(key)
+            plan = plan_to_join(invitation, find_server(server), slots, os.getcwd())
+            folder = held.enter_context(claimed_run_folder(out, "join"))
+        except ValueError as error:
+            fail(error)
+        settings = json.loads(plan.env["DANAZ_SETTINGS"])
+        typer.echo(f"worker {invitation.worker} of a run of {settings['algorithm']}; its logs are in {folder}")
+        try:
+            outcome = run(plan, folder, policy=Policy("restart"), tell=tell, grace_s=LEAVING_S)
+        except OSError as error:
+            fail(f"the folder {folder} cannot be written: {error.strerror}")
+    show_outcome(outcome)
+    return outcome.exit_code

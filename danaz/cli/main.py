@@ -1,0 +1,238 @@
+"""The ``danaz`` command: arguments in, work done elsewhere, words and exit codes out."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from danaz.cli import options
+from danaz.cli.command import fail
+from danaz.cli.compare import compare, tune
+from danaz.cli.launch import doctor, launch
+from danaz.cli.mistyped import advice
+from danaz.cli.simulate import simulate, speedup
+from danaz.horovod_install.cli import app as horovod_app
+
+if TYPE_CHECKING:
+    from danaz.protocol.keys import ServerKeys
+    from danaz.serving.socket import BoundRouter
+
+# Each command imports what it needs when it runs: torch takes seconds, and --help should not.
+
+app = typer.Typer(
+    name="danaz",
+    help="Cluster training for PyTorch: synchronous Horovod inside a machine, asynchronous DANA between machines.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+app.add_typer(horovod_app, name="horovod")
+app.command()(launch)
+app.command()(doctor)
+app.command()(simulate)
+app.command()(speedup)
+app.command()(compare)
+app.command()(tune)
+
+
+def main() -> None:
+    """Entry point. What stands behind ``--`` is the user's own command, and no business of the option parser."""
+    _settle_surroundings()
+    words, command = sys.argv[1:], []
+    if "--" in words:
+        at = words.index("--")
+        words, command = words[:at], words[at + 1 :]
+    hint = advice(words[0], words[1:], command, _options_of(words[0])) if words else None
+    if hint is not None:
+        typer.secho(f"danaz: {hint}", err=True, fg="red")
+        sys.exit(2)
+    try:
+        app(args=words, obj=command)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _options_of(name: str) -> dict[str, bool]:
+    """The options of a command, as they are typed, and whether a value follows; none if there is no such command."""
+    command = getattr(typer.main.get_command(app), "commands", {}).get(name)
+    params = [] if command is None else command.params
+    options = {word: not param.is_flag for param in params if hasattr(param, "is_flag") for word in param.opts}
+    return options | {word: False for param in params for word in param.secondary_opts} | {"--help": False}
+
+
+def _settle_surroundings() -> None:
+    """Say what is wrong with them, or do without."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a sign that this locale cannot write shall end no run
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        sys.exit("danaz: the working directory is there no more; change into another one")
+
+
+@app.command()
+def work(
+    join: Annotated[
+        str | None, typer.Option("--join", metavar="HOST:PORT", help="Take part in the run of the server there")
+    ] = None,
+    key: Annotated[
+        Path | None, typer.Option("--key", metavar="FILE", help="An invitation to it, as `danaz launch --invite` made")
+    ] = None,
+    slots: Annotated[int | None, typer.Option("--slots", min=1, help="Ranks here. Default: the GPUs, else 1")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for logs. Default: runs/TIME-join")] = None,
+) -> None:
+    """Add this machine to a running job as one more worker. It leaves with the end of the run, or by Ctrl-C.
+
+    (Without --join, train as one rank of a worker: `danaz launch` starts that, and the environment tells its place.)
+
+    Example, on the launching machine and on another one:
+
+        danaz launch configs/digits.yaml --hosts a,b --invite 1 --server-port 5555 --out runs/a
+
+        danaz work --join launching-machine:5555 --key worker-2.json --slots 4
+    """
+    if join is not None or key is not None:
+        if join is None or key is None:
+            fail("--join HOST:PORT and --key FILE belong together")
+        from danaz.cli.join import join_run
+
+        raise typer.Exit(join_run(join, key, slots, out))
+    from danaz.run.config import Config
+    from danaz.workloads.training import train
+
+    if "DANAZ_CONFIG" not in os.environ:
+        fail("danaz work is started by `danaz launch CONFIG`, which sets DANAZ_CONFIG; or say --join HOST:PORT")
+    try:
+        config = Config.model_validate_json(os.environ["DANAZ_CONFIG"])
+    except ValueError as error:
+        fail(f"DANAZ_CONFIG, which `danaz launch` sets, is no config: {error}")
+    train(config)
+
+
+@app.command()
+def serve(
+    run: Annotated[Path, typer.Option(help="Run folder to write", envvar="DANAZ_RUN")],
+    bind: Annotated[str, typer.Option(help="Address to listen on")] = "tcp://127.0.0.1:*",
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen beyond this machine without keys: believe whoever connects")
+    ] = False,
+    record: options.Record = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest sound checkpoint in the run folder")
+    ] = False,
+    shard: Annotated[
+        int, typer.Option("--shard", min=0, help="Which slice of the vector, of as many as DANAZ_SETTINGS says")
+    ] = 0,
+) -> None:
+    """Serve one run. `danaz launch` starts this; its settings come in DANAZ_SETTINGS, its keys from the launcher.
+
+    With --resume a run goes on whose server was killed or stopped: its workers join again by themselves, and tell
+    several shards which checkpoint is sound in all of them.
+
+    Example, to see the whole command and environment:
+
+        danaz launch configs/digits.yaml --hosts localhost:2 --workers-per-host 2 --dry-run
+    """
+    from danaz.run.lock import MODE, RunFolderError, check_server_begins, lock_server
+
+    if resume and not run.is_dir():
+        fail(f"{run} is no run folder; --resume goes on with a run that was begun")
+    keys = _take_keys(bind, insecure)
+    try:
+        run.mkdir(mode=MODE, parents=True, exist_ok=True)
+        lock_server(run, shard=shard)
+        if not resume:
+            check_server_begins(run, shard)
+    except (RunFolderError, OSError) as error:
+        fail(error)
+    # Only now: the server that had this port before has ended.
+    bound = _listen(bind, keys)
+    typer.echo(f"{'DANAZ_SERVER' if shard == 0 else f'DANAZ_SERVER_{shard}'}={bound.address}")
+    sys.stdout.flush()  # workers start now, while the imports below take their seconds
+    from danaz.files.reading import UnreadableError
+    from danaz.run.folder import UnwrittenError
+    from danaz.run.settings import from_environment
+    from danaz.server.snapshot import ResumeError
+    from danaz.serving.serve import serve as serve_run
+    from danaz.serving.serve import serve_slice
+
+    try:
+        settings, _ = from_environment()
+    except ValueError as error:
+        fail(error)
+    try:
+        if shard:
+            serve_slice(bound, settings, shard, run, resume)
+        else:
+            serve_run(bound, settings, run, record, resume)
+    except (ResumeError, UnreadableError, UnwrittenError) as error:
+        fail(error)
+
+
+def _take_keys(bind: str, insecure: bool) -> ServerKeys | None:
+    """Those of the run; there may be none only where nobody but this machine can connect, unless told otherwise."""
+    from danaz.protocol.keys import take_server_keys
+    from launcher.machine import is_loopback
+
+    scheme, _, where = bind.partition("://")
+    try:
+        keys = take_server_keys()
+    except ValueError as error:
+        fail(error)
+    is_open = scheme == "tcp" and not is_loopback(where.rpartition(":")[0].strip("[]"))
+    if is_open and keys is None and not insecure:
+        fail(
+            f"{bind} is open to the network, and there are no keys; `danaz launch` makes them. If you trust every "
+            "machine there, say --insecure"
+        )
+    return keys
+
+
+def _listen(bind: str, keys: ServerKeys | None) -> BoundRouter:
+    from zmq import ZMQError
+
+    from danaz.serving.socket import BoundRouter
+
+    try:
+        return BoundRouter(bind, keys)
+    except ZMQError as error:
+        fail(f"cannot listen on {bind}: {error}", code=1)  # it may be free again soon
+
+
+@app.command()
+def replay(run: Annotated[Path, typer.Argument(help="Folder of a run that was launched with --record")]) -> None:
+    """Feed a recorded run to a fresh server core, and check that the parameters come out the same, bit for bit.
+
+    Example:
+
+        danaz launch configs/digits.yaml --hosts localhost:2 --workers-per-host 2 --record --out runs/a
+
+        danaz replay runs/a
+    """
+    from danaz.serving.serve import replay_run
+
+    try:
+        updates, same = replay_run(run)
+    except ValueError as error:
+        fail(error)
+    typer.echo(f"{updates} updates replayed; the parameters are {'the same, bit for bit' if same else 'DIFFERENT'}")
+    raise typer.Exit(0 if same else 1)
+
+
+@app.command()
+def algorithms() -> None:
+    """List the update rules, what they keep, and where they come from.
+
+    Example:
+
+        danaz algorithms
+    """
+    from danaz.compare.tables import print_algorithms
+
+    print_algorithms()

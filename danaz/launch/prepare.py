@@ -1,0 +1,388 @@
+"""A live run: from what was asked for to processes on machines, and back to a summary."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from danaz.launch.invitation import Errand, Invitation, write_invitations
+from danaz.launch.reach import Reach, find_machines, replaced_here
+from danaz.launch.resume import write_options
+from danaz.protocol.keys import ServerKeys, make_keys, to_json
+from danaz.rules import Rule
+from danaz.run.config import Config
+from danaz.run.folder import read_summary, write_settings
+from danaz.run.lock import RunFolderError
+from danaz.run.milestones import MISSING
+from danaz.run.settings import Settings, server_variable
+from danaz.serving.checkpoint import delete_checkpoints, folder_of
+from danaz.vectors.codecs import push_codec, view_codec
+from launcher.hosts import Host
+from launcher.logs import Echo
+from launcher.machine import Machine, in_url
+from launcher.plan import ANNOUNCED, PYTHON, Plan, Returns, Service, plan, slots_of
+from launcher.run import Outcome, Tell, run
+from launcher.supervisor import OnFailure, Policy
+
+BEGINS = "DANAZ_TRAINS"  # the server prints it with the first update
+# What a run may bring from another machine. Nothing of it is ever executed, nor decides what is: config.yaml and
+# launch.yaml are written on this machine alone.
+RESULTS = (r"updates\.jsonl", r"summary\.json", r"parameters\.safetensors")
+RECORDINGS = (r"recording\.bin", r"recording\.until-restart\.bin")
+
+
+class LaunchError(ValueError):
+    """What was asked for cannot be launched."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where to run."""
+
+    hosts: Sequence[Host]
+    workers_per_host: int = 1
+    collective: str = "horovod"
+    reach: Reach = field(default_factory=Reach)
+    machines: Mapping[str, Machine] = field(default_factory=dict)  # what `find_out` learnt of them, by name
+
+    @property
+    def workers(self) -> int:
+        return len(self.hosts) * self.workers_per_host
+
+    @property
+    def ranks_per_worker(self) -> int:
+        """Of the largest worker."""
+        slots = max(slots_of(host, self.machines) for host in self.hosts)
+        return -(-slots // self.workers_per_host)
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How a run is kept going, and what is kept of it."""
+
+    record: bool = False
+    checkpoint_s: float = 30.0
+    refuse_outliers: bool = False
+    on_worker_failure: OnFailure | None = None  # None: restart, where a worker can come back
+    max_restarts: int = 3
+    invite: int = 0  # workers that may join later
+    resumes: bool = False  # it goes on with what is in its folder
+    server_shards: int = 1
+
+    def policy(self, settings: Settings) -> Policy:
+        """What follows a failure. Raises LaunchError for what an algorithm cannot do."""
+        wanted = self.on_worker_failure
+        if not is_all_reduce(settings):
+            return Policy(wanted or "restart", max_restarts=self.max_restarts)
+        if wanted in ("restart", "continue"):
+            raise LaunchError(
+                f"--on-worker-failure {wanted}: under {settings.algorithm} all machines are one Horovod world, in "
+                "which any failure ends the run; use an asynchronous algorithm, such as dana, or "
+                "--on-worker-failure stop"
+            )
+        if self.invite or self.resumes:
+            what = "nobody can join later" if self.invite else "nothing is kept to go on from"
+            raise LaunchError(f"under {settings.algorithm}, which has no server, {what}; use an asynchronous algorithm")
+        return Policy("stop")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A run that is ready to start. Nothing has been written yet."""
+
+    run: Path
+    settings: Mapping[str, Any]  # of config.yaml
+    plan: Plan
+    reach: Reach
+    policy: Policy = field(default_factory=Policy)
+    notes: Sequence[str] = ()  # what the user should be told
+    invitations: Sequence[Invitation] = ()
+    resumes: bool = False  # it goes on with what is in its folder
+    options: Mapping[str, Any] = field(default_factory=dict)  # of launch.yaml
+
+    @property
+    def shards_elsewhere(self) -> list[int]:
+        """Those that do not write into the run folder themselves."""
+        return [shard for shard, service in enumerate(self.plan.services) if service.returns]
+
+
+def name_of(task: Config | Settings, command: Sequence[str] = ()) -> str:
+    """What the folder of a run is called after: the config or the script, and the algorithm."""
+    if isinstance(task, Config):
+        return f"{task.name}-{task.algorithm}"
+    script = next((Path(word).stem for word in command if word.endswith(".py")), Path(command[0]).name)
+    return f"{script}-{task.algorithm}"
+
+
+def prepare_config(config: Config, cluster: Cluster, run: Path, manner: Manner | None = None) -> Launch:
+    """The plan whose ranks train a config in the run folder ``run``."""
+    manner = manner or Manner()
+    if not manner.resumes:  # else it goes on as what it began, with however many machines
+        config = config.model_copy(update={"workers": cluster.workers})
+    settings = Settings.of(config, schedule="live", collective=cluster.collective)
+    values = config.model_dump(mode="json")
+    # A machine of the run need not see this folder.
+    env = {"DANAZ_CONFIG": json.dumps(values)}
+    command = [PYTHON, "-m", "danaz", "work"]
+    return _prepare(Errand(command, env), settings, cluster, run, manner, values)
+
+
+def prepare_script(
+    command: Sequence[str], settings: Settings, cluster: Cluster, run: Path, manner: Manner | None = None
+) -> Launch:
+    """The plan whose ranks run a user's own script in the run folder ``run``."""
+    manner = manner or Manner()
+    if not manner.resumes:
+        settings = replace(settings, workers=cluster.workers)
+    settings = replace(settings, collective=cluster.collective)
+    return _prepare(Errand(command), settings, cluster, run, manner, {"command": list(command)})
+
+
+def _prepare(
+    errand: Errand, settings: Settings, cluster: Cluster, run: Path, manner: Manner, values: Mapping[str, Any]
+) -> Launch:
+    settings = replace(
+        settings,
+        checkpoint_s=manner.checkpoint_s,
+        refuse_outliers=manner.refuse_outliers,
+        server_shards=manner.server_shards,
+    )
+    check_workers(settings)
+    check_shards(settings, manner)
+    check_server_hosts(cluster.reach, manner)
+    policy = manner.policy(settings)
+    cluster, notes = find_out(cluster, settings)
+    settings = replace(settings, ranks_per_worker=cluster.ranks_per_worker)
+    plan, invitations = make_plan(errand, settings, cluster, run, manner)
+    if "command" in values:
+        values = {**asdict(settings), **values}
+    notes += [*replaced_here(plan, cluster.reach), *rate_notes(settings)]
+    return Launch(run, values, plan, cluster.reach, policy, notes, invitations, manner.resumes)
+
+
+def rate_notes(settings: Settings) -> list[str]:
+    """What the cluster makes of the learning rate of the script or config, in a sentence each."""
+    workers, epochs = settings.workers, settings.warmup_epochs
+    notes = []
+    if is_all_reduce(settings) and workers > 1:
+        notes.append(f"learning rate: {settings.algorithm} multiplies it by {workers}, the number of workers")
+    if epochs and workers > 1:
+        notes.append(f"learning rate: it rises from 1/{workers} to its full size over the first {epochs:g} epochs")
+    return notes
+
+
+def check_workers(settings: Settings) -> None:
+    """Raises LaunchError if the algorithm cannot train on so many workers or not live, UnknownAlgorithmError if there
+    is none, UnsupportedPeriodError."""
+    rule = settings.for_server().rule(momentum=0.9)
+    if settings.schedule == "live" and not rule.live:
+        raise LaunchError(f"{settings.algorithm} has no server, and runs in the simulator only: danaz simulate …")
+    _check_wire(settings, rule)
+    _check_pipeline(settings, rule)
+    limit = rule.max_workers
+    if limit is not None and settings.workers > limit:
+        one = "one host that is not split" if settings.schedule == "live" else "one worker"
+        raise LaunchError(
+            f"{settings.algorithm} trains on {limit} worker, {settings.workers} were asked for; use {one}, or another "
+            "algorithm"
+        )
+
+
+def _check_wire(settings: Settings, rule: Rule) -> None:
+    """Raises LaunchError if vectors of this rule cannot be sent in the codecs asked for, UnknownCodecError."""
+    push_codec(settings.wire), view_codec(settings.wire_view)
+    codecs = {"wire": settings.wire, "wire_view": settings.wire_view}
+    asked = " and ".join(f"{key} {name}" for key, name in codecs.items() if name != "fp32")
+    if asked and rule.pushes == "parameters":
+        raise LaunchError(
+            f"{settings.algorithm} cannot train with {asked}: its workers push parameters, and the model itself would "
+            "be rounded each time, and not a step of it. Use fp32, or an algorithm that pushes gradients or "
+            "displacements, such as dana"
+        )
+    if asked and rule.all_reduce and settings.schedule == "live":
+        raise LaunchError(
+            f"{settings.algorithm} has no use for {asked}: live, its workers average by all-reduce, and "
+            "nothing is sent to a server. Use fp32, or an algorithm with a server, such as dana"
+        )
+
+
+def _check_pipeline(settings: Settings, rule: Rule) -> None:
+    """Raises LaunchError if this rule's exchange cannot be hidden behind the next batch."""
+    reasons = {
+        "its workers wait for each other at every update": rule.barrier or rule.all_reduce,
+        "its workers push parameters, which must hold the step before": rule.pushes == "parameters",
+        "a worker that steps alone between pushes moves what is being exchanged": rule.worker_rule.sync_period > 1,
+    }
+    reason = next((reason for reason, holds in reasons.items() if holds), None)
+    if settings.pipeline and reason:
+        raise LaunchError(
+            f"{settings.algorithm} cannot train with pipeline: {reason}. Leave pipeline out, or use an algorithm such "
+            "as dana with sync_period 1"
+        )
+
+
+def check_shards(settings: Settings, manner: Manner) -> None:
+    """Raises LaunchError for what cannot be cut into slices with a server each."""
+    if manner.server_shards == 1:
+        return
+    rule, shards = settings.for_server().rule(momentum=0.9), f"--server-shards {manner.server_shards}"
+    if rule.all_reduce:
+        raise LaunchError(f"{shards}: {settings.algorithm} has no server; use an asynchronous algorithm, such as dana")
+    if rule.barrier or rule.per_layer or rule.gossips:
+        raise LaunchError(
+            f"{shards}: {settings.algorithm} cannot be cut into slices, for its rounds, layers or neighbours must be "
+            "the same in all of them; use an elementwise asynchronous algorithm, such as dana"
+        )
+    unfit = {
+        "a recording is of one server; leave out --record": manner.record,
+        "a push would be an outlier in one slice and not in another; leave out --refuse-outliers": (
+            manner.refuse_outliers
+        ),
+        "an invitation names one server; leave out --invite": manner.invite,
+    }
+    for reason in [reason for reason, asked in unfit.items() if asked]:
+        raise LaunchError(f"{shards}: {reason}")
+
+
+def check_server_hosts(reach: Reach, manner: Manner) -> None:
+    """Raises LaunchError if there are more machines than shards."""
+    machines = 1 + len(reach.more_servers)
+    if machines > manner.server_shards:
+        raise LaunchError(
+            f"--server-host names {machines} machines, more than there are shards; use --server-shards {machines}"
+        )
+
+
+def is_all_reduce(settings: Settings) -> bool:
+    """Whether one Horovod world over all machines does everything, without a server."""
+    from danaz.rules import find_algorithm
+
+    return find_algorithm(settings.algorithm).rule().all_reduce
+
+
+def find_out(cluster: Cluster, settings: Settings) -> tuple[Cluster, list[str]]:
+    """The cluster with what must be known of its machines, and what the user should be told.
+
+    Raises ReachError for a machine that cannot take part.
+    """
+    reach, needs_server = cluster.reach, not is_all_reduce(settings)
+    hub = reach.server if needs_server else cluster.hosts[0]
+    machines, notes = find_machines(cluster.hosts, reach, hub=hub, collective=cluster.collective)
+    cluster = replace(cluster, machines=machines)
+    address = server_address(cluster)
+    if not needs_server and ":" in (machines.get(hub.name, Machine()).address or ""):
+        raise LaunchError(
+            f"{settings.algorithm} needs IPv4 between the machines, for Horovod speaks nothing else; name hosts by "
+            "IPv4 addresses, or a network interface with one by --interface"
+        )
+    if needs_server and reach.insecure:
+        notes.append(f"INSECURE: the server listens on {address}, unencrypted, and believes whoever connects")
+    return cluster, notes
+
+
+def server_address(cluster: Cluster, shard: int = 0) -> str:
+    """Where the server, or another shard of it, is for all machines of the cluster."""
+    return cluster.machines.get(cluster.reach.server_of(shard).name, Machine()).address or "127.0.0.1"
+
+
+def make_plan(
+    errand: Errand, settings: Settings, cluster: Cluster, run_folder: Path, manner: Manner
+) -> tuple[Plan, list[Invitation]]:
+    """One Horovod world over everything for an all-reduce algorithm; else a server, and a world for each worker.
+
+    And what workers need that join later.
+    """
+    all_reduce, reach, shards = is_all_reduce(settings), cluster.reach, manner.server_shards
+    travels = {**reach.env, "DANAZ_SETTINGS": settings.to_json(), **errand.env}
+    writer = cluster.hosts[0] if all_reduce else reach.server
+    run_env = {"DANAZ_RUN": str(run_folder.resolve())} if reach.is_direct(writer) else {}
+    returns = None if reach.is_direct(writer) else Returns("DANAZ_RUN", RESULTS)
+    guarded = not all_reduce and not reach.insecure  # on one machine, too: others may have accounts there
+    server_keys, worker_keys = make_keys(cluster.workers + manner.invite) if guarded else (None, [])
+    laid = plan(
+        cluster.hosts,
+        errand.command,
+        one_world=all_reduce,
+        env={**travels, **run_env},
+        cwd=reach.cwd,
+        workers_per_host=cluster.workers_per_host,
+        services=[_server(cluster, manner, shard, server_keys) for shard in range(0 if all_reduce else shards)],
+        first_rank_returns=returns if all_reduce else None,
+        secrets=[to_json(keys) for keys in worker_keys[: cluster.workers]],
+        machines=cluster.machines,
+        run_id=_run_id(run_folder),
+        milestones=MISSING,
+    )
+    guests = range(cluster.workers, cluster.workers + manner.invite)
+    keys = [worker_keys[number] if guarded else None for number in guests]
+    errand = replace(errand, env=travels)
+    return laid, [Invitation(number, errand, key) for number, key in zip(guests, keys, strict=True)]
+
+
+def _run_id(run_folder: Path) -> str:
+    """The same whenever the run is resumed: what its server left on another machine is found by it."""
+    place = f"{socket.gethostname()}:{run_folder.resolve()}"
+    return hashlib.sha256(place.encode()).hexdigest()[:16]
+
+
+def _server(cluster: Cluster, manner: Manner, shard: int, keys: ServerKeys | None) -> Service:
+    """The server; with several shards that is shard 0, and all of them are started again together."""
+    reach, host = cluster.reach, cluster.reach.server_of(shard)
+    serve, options = [PYTHON, "-m", "danaz", "serve", "--bind"], [*["--insecure"] * reach.insecure]
+    options += ["--record"] * manner.record + ["--shard", str(shard)] * (shard > 0)
+    port = reach.server_port if shard == 0 else 0
+    bind = f"tcp://{in_url(server_address(cluster, shard))}:{port or '*'}"
+    return Service(
+        f"server.{shard}" if shard else "server",
+        [*serve, bind, *options, *["--resume"] * manner.resumes],
+        announces=server_variable(shard),
+        returns=None if reach.is_direct(host) and reach.is_direct(reach.server) else _returns_of(shard),
+        host=host,
+        cwd=os.getcwd() if reach.is_direct(host) else reach.cwd,
+        secret=None if keys is None else to_json(keys),
+        again=[*serve, ANNOUNCED, *options, "--resume"],
+        begins=None if shard else BEGINS,
+        group="server",
+    )
+
+
+def _returns_of(shard: int) -> Returns:
+    """What a shard, or shard 0 for the server itself, leaves in its folder: its checkpoints, and shard 0 the rest."""
+    # One that was being written when its process was killed has the ending .part.
+    checkpoints = rf"{re.escape(folder_of(Path(), shard).name)}/[0-9]{{6,9}}\.(?:json|safetensors|part)"
+    return Returns("DANAZ_RUN", (checkpoints, *(() if shard else RESULTS + RECORDINGS)))
+
+
+def write_folder(launch: Launch) -> None:
+    """What stands in the run folder before anything is started. Raises RunFolderError if it cannot be written."""
+    try:
+        if not launch.resumes:  # else it goes on with what it began
+            write_settings(launch.run, launch.settings)
+        if launch.options:
+            write_options(launch.run, launch.options)
+        write_invitations(launch.run, launch.invitations)
+        (launch.run / "summary.json").unlink(missing_ok=True)  # of the part before a resume
+    except OSError as error:
+        raise RunFolderError(f"the run folder {launch.run} cannot be written: {error.strerror}") from None
+
+
+def execute(
+    launch: Launch, echo: Echo | None = None, tell: Tell | None = None
+) -> tuple[Outcome, dict[str, Any] | None]:
+    """Run to the end; returns how it ended and, if it ended well and something was trained, its summary."""
+    write_folder(launch)
+    agent_command = launch.reach.agent_command
+    outcome = run(launch.plan, launch.run, policy=launch.policy, echo=echo, tell=tell, agent_command=agent_command)
+    trained = (launch.run / "summary.json").exists()
+    summary = read_summary(launch.run) if outcome.exit_code == 0 and trained else None
+    if summary is not None and summary["complete"]:
+        for shard, _ in enumerate(launch.plan.services):  # one that did not hear of the end may have left its own
+            delete_checkpoints(folder_of(launch.run, shard))
+    return outcome, summary

@@ -1,0 +1,102 @@
+"""What a host says of itself before a run, as one JSON line: `python -m danaz.launch.probe`. It imports no torch."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import socket
+import struct
+import time
+from typing import Any
+
+from launcher.probe import way_to_hub
+
+PACKAGES = ("danaz", "torch", "horovod")
+METER = "DANAZ_METER"  # address:port of a `danaz.launch.meter.Meter`; without it, nothing is measured
+
+PINGS = 21
+CLOCK = struct.Struct("!d")  # seconds since 1970
+TOTAL = struct.Struct("!Q")  # bytes
+SENT_BYTES = 1 << 28  # at most
+SENDING_S = 1.0  # about
+TIMEOUT_S = 60.0  # the meter takes one host after the other, so that they do not share the way
+
+
+def version(package: str) -> str | None:
+    """Of an installed package; None if it is not there."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def versions() -> dict[str, str | None]:
+    """What must be alike on all machines of a run."""
+    return {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
+
+
+def measure(meter: str) -> dict[str, Any]:
+    """The way to the meter (round trip, bandwidth, how far our clock is ahead of its), and what else takes a look."""
+    address, _, port = meter.rpartition(":")
+    with socket.create_connection((address, int(port)), timeout=TIMEOUT_S) as link:
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        receive(link, 1)  # it is our turn
+        rounds = [_ping(link) for _ in range(PINGS)]
+        bandwidth = _send(link)
+    trip_s, ahead_s = min(rounds)  # the quickest answer knows the time best
+    return {
+        "round_trip_ms": 1000 * trip_s,
+        "clock_ahead_s": ahead_s,
+        "bandwidth_mb_s": bandwidth / 1e6,
+        "free_disk_bytes": shutil.disk_usage(".").free,
+        "horovod_problem": _horovod_problem(),
+    }
+
+
+def receive(link: socket.socket, size: int) -> bytes:
+    """So many bytes. Raises EOFError when there are fewer."""
+    data = link.recv(size, socket.MSG_WAITALL)
+    if len(data) < size:
+        raise EOFError(f"the other end closed after {len(data)} of {size} bytes")
+    return data
+
+
+def _ping(link: socket.socket) -> tuple[float, float]:
+    """Seconds of a round trip, and how far our clock is ahead."""
+    sent_s, began_s = time.time(), time.perf_counter()
+    link.sendall(b".")
+    (there_s,) = CLOCK.unpack(receive(link, CLOCK.size))
+    trip_s = time.perf_counter() - began_s
+    return trip_s, sent_s + trip_s / 2 - there_s
+
+
+def _send(link: socket.socket) -> float:
+    """Bytes per second that arrive there."""
+    piece, sent_bytes, began_s = bytes(1 << 18), 0, time.perf_counter()
+    while sent_bytes < SENT_BYTES and time.perf_counter() < began_s + SENDING_S:
+        link.sendall(piece)
+        sent_bytes += len(piece)
+    link.shutdown(socket.SHUT_WR)
+    (arrived_bytes,) = TOTAL.unpack(receive(link, TOTAL.size))
+    return float(arrived_bytes / (time.perf_counter() - began_s))
+
+
+def _horovod_problem() -> str | None:
+    from danaz.horovod_install.check import fitting_version
+    from danaz.horovod_install.errors import HorovodError
+
+    try:
+        fitting_version()
+    except HorovodError as error:
+        return str(error)
+    return None
+
+
+if __name__ == "__main__":
+    found = {**way_to_hub(), "versions": versions()}
+    if METER in os.environ and found["unreachable"] is None:
+        found |= measure(os.environ[METER])
+    print(json.dumps(found))

@@ -1,0 +1,1 @@
+"""What workers and the server say to each other."""

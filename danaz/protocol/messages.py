@@ -1,0 +1,359 @@
+"""What workers and the server say to each other. Field names are the wire's; tensors travel as raw frames.
+
+Every request carries ``request``, a number that grows by one on its worker, and every reply names the request it
+answers: so a repeated request is recognised, and so is a late reply.
+
+The type of each field declares the values that it may hold. danaz.protocol.wire checks them when it decodes a message,
+so whoever handles a message can rely on them. A plain ``float`` may hold any value, NaN and infinity included: the
+server itself judges those of a push, because a worker whose training has diverged sends them in good faith.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sized
+from dataclasses import dataclass, field, replace
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from danaz.vectors.codecs import FP32, Codec, Encoded
+from danaz.vectors.flat import MAX_GROUPS, MAX_TENSORS, Layout
+
+LOCAL = {"local": True}  # a field that does not travel
+MAX_REASON = 300  # characters of a script's reason to end a run
+
+
+# ---- what a field may hold -------------------------------------------------------------------------------------------
+
+
+class OutOfRangeError(ValueError):
+    """A value of the right type that its field may not hold."""
+
+
+@dataclass(frozen=True)
+class Within:
+    """Numbers from ``low`` to ``high``, both included. NaN is not among them."""
+
+    low: float
+    high: float
+
+    def check(self, value: float) -> None:
+        """Raises OutOfRangeError."""
+        if not self.low <= value <= self.high:
+            raise OutOfRangeError(f"a number from {self.low} to {self.high} was expected")
+
+
+@dataclass(frozen=True)
+class AtMost:
+    """Texts, lists and tables of at most so many characters or entries."""
+
+    length: int
+
+    def check(self, value: Sized) -> None:
+        """Raises OutOfRangeError."""
+        if len(value) > self.length:
+            raise OutOfRangeError(f"at most {self.length} characters or entries were expected")
+
+
+LARGEST = 1 << 53  # that a float holds exactly, as JSON and the news between ranks have it
+MAX_WORKERS = 4096
+MAX_AHEAD = 1 << 16  # batches that a worker may hold
+MAX_REPORTED = 64  # figures of a run
+MAX_NAME = 100  # characters in the name of a figure
+MAX_TEXT = 1000  # characters in a figure that is a text
+
+TOO_MANY_REPORTED = f"a run has at most {MAX_REPORTED} reported figures"
+
+Count = Annotated[int, Within(0, LARGEST)]  # also versions, lives, generations, batches and requests
+AnyRequest = Annotated[int, Within(-LARGEST, LARGEST)]  # that of a GoBack is below zero
+WorkerNumber = Annotated[int, Within(0, MAX_WORKERS - 1)]
+Ahead = Annotated[int, Within(1, MAX_AHEAD)]
+Samples = Annotated[int, Within(0, 1 << 32)]
+Square = Annotated[float, Within(0, float("inf"))]
+Text = Annotated[str, AtMost(MAX_TEXT)]
+Rates = Annotated[tuple[float, ...], AtMost(MAX_GROUPS)]
+Squares = Annotated[tuple[Square, ...], AtMost(MAX_TENSORS)]
+Batches = Annotated[tuple[Count, ...], AtMost(MAX_AHEAD)]
+Spans = Annotated[tuple[Annotated[tuple[Count, Count], AtMost(2)], ...], AtMost(MAX_TENSORS)]
+Generations = Annotated[tuple[Count, ...], AtMost(1024)]
+Reported = Annotated[dict[Annotated[str, AtMost(MAX_NAME)], float | Text | None], AtMost(MAX_REPORTED)]
+
+
+def check_reported(figures: Mapping[str, object]) -> None:
+    """Raises OutOfRangeError for figures that a server would not take from a training script."""
+    too_long = [name for name, value in figures.items() if isinstance(value, str) and len(value) > MAX_TEXT]
+    too_long += [name for name in figures if len(name) > MAX_NAME]
+    if too_long or len(figures) > MAX_REPORTED:
+        what = f"{too_long[0][:MAX_NAME]!r} is longer" if too_long else f"there are {len(figures)} figures"
+        raise OutOfRangeError(
+            f"danaz.report takes at most {MAX_REPORTED} figures, with names of at most {MAX_NAME} characters and texts "
+            f"of at most {MAX_TEXT}; {what}"
+        )
+
+
+# ---- what workers say ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The work of a whole run, as batches numbered from 0: batch b is number b % batches_per_epoch of its epoch."""
+
+    batches_per_epoch: Annotated[int, Within(1, LARGEST)]
+    epochs: Annotated[int, Within(1, LARGEST)]
+
+    @property
+    def batches(self) -> int:
+        return self.batches_per_epoch * self.epochs
+
+
+@dataclass(frozen=True)
+class Join:
+    """A worker enters, comes back as a new incarnation, or joins again because it was told to.
+
+    Worker 0 brings the first parameters; whoever joins again brings the newest view it has, which may be newer than
+    what a server that was restarted knows.
+    """
+
+    worker: WorkerNumber
+    incarnation: Count  # larger each time the worker's process starts anew
+    request: Count
+    digest: Text  # of the configuration; server and workers must agree
+    momentum: Annotated[float, Within(-1, 1)]
+    layout: Layout
+    plan: Plan
+    ahead: Ahead  # batches the worker wants to hold at a time, for its data loader to read ahead
+    params: Tensor | None = None  # f32[P]
+    version: Count = 0  # of params, in that life of the server
+    life: Count = 0
+    untrained: Tensor | None = None  # f32[U] from worker 0: what its model holds beside, as bytes
+
+
+@dataclass(frozen=True)
+class Push:
+    """The outcome of one mini-batch."""
+
+    worker: WorkerNumber
+    incarnation: Count
+    request: Count
+    view_version: Count  # of the view it was computed on
+    lr: Rates  # η of each parameter group
+    samples: Samples
+    loss: float | None
+    batch: Count  # the leased number
+    push: Tensor  # f32[P], a gradient, displacement or parameters as the rule declares
+    earlier: Batches = ()  # batches of the local steps since the last push
+    life: Count = 0  # of the server that sent the view
+    wants_view: bool = True  # False: in a pipeline, the next view was fetched already
+    squares: Squares = ()  # to shard 0: of each layer of the model what the others answered the push before
+    elsewhere: Count = 0  # to shard 0: bytes that the others' slices of ``push`` take on the wire
+    generation: Count = 0  # to the others: of shard 0's newest checkpoint, as it said
+    common: Generations = ()  # to shards: the newest two checkpoints that all of them have, as they said
+    absent: Spans = ()  # (start, stop) of parameters without a gradient, which make no step
+    square: float | None = field(default=None, metadata=LOCAL)  # ‖push‖², if it was summed while the push arrived
+    encoded: Encoded | None = field(default=None, metadata=LOCAL)  # how ``push`` travels; None: as it is
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """All that this push completes."""
+        return (*self.earlier, self.batch)
+
+
+@dataclass(frozen=True)
+class Pull:
+    """A worker that holds no batch asks for one, with a fresh view; or, in a pipeline, for the view after the next."""
+
+    worker: WorkerNumber
+    incarnation: Count
+    request: Count
+    ahead: bool = False  # it still computes on the view before, and will push what comes of it
+    skipped: Batches = ()  # batches that made no step, such as after an overflow: they count as used
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """A worker asks for what the model holds beside the parameters that are trained, as worker 0 brought it."""
+
+    worker: WorkerNumber
+    incarnation: Count
+    request: Count
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """A worker is alive, computing. Not answered."""
+
+    worker: WorkerNumber
+    incarnation: Count
+
+
+@dataclass(frozen=True)
+class Leave:
+    """A worker leaves in good order, giving back what its rule says."""
+
+    worker: WorkerNumber
+    incarnation: Count
+    request: Count
+    give_back: Tensor | None  # f32[P], to be added to the server's parameters
+    buffers: Tensor  # f32[B], batch-norm statistics
+    done: bool = False  # it heard that no batches are left: a shard that leases none waits for the others, too
+    stop: Annotated[str, AtMost(MAX_REASON)] = ""  # why the script ends the run for all workers, if it does
+    generation: Count = 0  # as in Push
+
+
+@dataclass(frozen=True)
+class Report:
+    """Figures for summary.json from the training script, such as its test error."""
+
+    worker: WorkerNumber
+    incarnation: Count
+    request: Count
+    figures: Reported
+
+
+@dataclass(frozen=True)
+class Bye:
+    """A worker that left has nothing more to report. To shard 0 it brings the end of θ, which others held."""
+
+    worker: WorkerNumber
+    incarnation: Count
+    request: Count
+    version: Count = 0  # of shard 0, at which it got θ
+    rest: Tensor | None = None  # f32[P - slice of shard 0]
+
+
+@dataclass(frozen=True)
+class GoBack:
+    """To one of several shards: what can it go back to? Or, from a worker that has heard that of all: go back there."""
+
+    worker: WorkerNumber
+    incarnation: Count
+    request: Annotated[int, Within(-LARGEST, -1)]  # a count of its own
+    generation: Count | None = None  # None asks; 0 is the beginning
+    newest: Count = 0  # number that a checkpoint of any shard has had: no other will have it again
+
+
+# ---- what a server answers -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Inquire:
+    """How far is the run? A process may ask before it has joined."""
+
+    worker: WorkerNumber
+    incarnation: Count
+    request: Count
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The answer to Join, Push and Pull: a view, and the batches to compute on it and the next ones."""
+
+    request: Count
+    version: Count
+    applied: bool  # whether the push that this answers was applied
+    refused: Text  # why not, empty if it was
+    leases: Batches  # every batch the worker holds, those it has begun included
+    done: bool  # the run has no more batches for anyone
+    epoch: Annotated[float, Within(0, LARGEST)]  # epochs of the whole cluster so far
+    lag: Count
+    gap: float | None
+    view: Tensor  # f32[P]; f32[0] for a push that wants none
+    last_applied: Count = 0  # request number of this worker's newest push that was applied, however that was answered
+    life: Count = 0  # of the server: versions may repeat after a restart, (life, version) never does
+    squares: Squares = ()  # of another shard than 0: ‖θ − view‖² of each layer of its slice, for the gap
+    generation: Count = 0  # of shard 0's newest checkpoint: the others keep theirs before they heed what follows
+    kept: Generations = ()  # of several shards: the checkpoints that this one has, ascending
+    parts: tuple[tuple[int, int, int], ...] = field(default=(), metadata=LOCAL)  # (start, stop, last_applied) of shards
+
+
+@dataclass(frozen=True)
+class Final:
+    """The answer to Leave: the trained model."""
+
+    request: Count
+    version: Count
+    diverged: bool
+    params: Tensor  # f32[P], θ
+    buffers: Tensor  # f32[B], the mean over the workers
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """The answer to Fetch."""
+
+    request: Count
+    untrained: Tensor  # f32[U], frozen parameters and buffers as bytes
+
+
+@dataclass(frozen=True)
+class Noted:
+    """The answer to Report and Bye."""
+
+    request: Count
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The answer to Inquire."""
+
+    request: Count
+    epoch: Annotated[float, Within(0, LARGEST)]  # epochs of the whole cluster so far
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A request that the server will not serve, now or later. The worker must not repeat it."""
+
+    request: AnyRequest
+    reason: Text
+    rejoin: bool  # whether joining anew is the cure
+    newest: Count = 0  # incarnation of this worker that has joined, if the one that asks has a lower one
+
+
+@dataclass(frozen=True)
+class Offer:
+    """The answer of a shard that was restarted: to everything, until it is told where to go on; to GoBack also then."""
+
+    request: AnyRequest
+    generations: Generations  # to which it can go back, ascending; 0: to the beginning
+    newest: Count  # number that a checkpoint here has had
+    done: bool  # its newest is of a training that is over
+    told: bool = False  # it went back to the one generation that is left
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """Parameters whose view is worked out while it is sent: each slice counts until the next one is asked for."""
+
+    header: Parameters  # its view is announced: it has a size and no values
+    slices: Iterator[Tensor]  # f32[n] each, as flat.chunks cuts a vector and as the worker decodes it
+    codec: Codec = FP32  # it travels in
+
+    @property
+    def request(self) -> int:
+        return self.header.request
+
+    def whole(self) -> Parameters:
+        view: Tensor | None = None
+        start = 0
+        for piece in self.slices:
+            view = piece.new_empty(self.header.view.numel()) if view is None else view
+            view[start : start + piece.numel()] = piece
+            start += piece.numel()
+        assert view is not None
+        return replace(self.header, view=view)
+
+
+def announced(size: int) -> Tensor:
+    """A vector f32[size] that is known by its size alone, and takes no memory."""
+    return torch.zeros(1).expand(size)
+
+
+def is_announced(vector: Tensor) -> bool:
+    return vector.numel() > 1 and vector.stride() == (0,)
+
+
+Request = Join | Push | Pull | Fetch | Heartbeat | Leave | Report | Bye | GoBack | Inquire
+Reply = Parameters | Fetched | Final | Noted | Refusal | Offer | Progress
+Message = Request | Reply

@@ -1,0 +1,1 @@
+"""What a run is: its configuration, its settings, its folder and its locks."""

@@ -1,0 +1,335 @@
+"""The YAML of an experiment, checked: what is trained, how fast it learns, and by whom.
+
+``load_config`` reads a file and ``--set key=value`` overrides into a frozen :class:`Config`; whatever is wrong comes
+back as one :class:`ConfigError` that names the file, the key, the value given and what is allowed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import re
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from math import isfinite
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+
+from danaz.files.plain_yaml import YamlError, dump_yaml, parse_yaml
+
+SCHEDULES = ("round-robin", "block-random", "gamma", "gamma-heterogeneous")
+SCHEDULE_FORMS = {"constant": "constant:SPEED,SPEED,…", "trace": "trace:RUN"}
+
+MOST = 2**31 - 1  # of anything that is counted
+MOST_PROCESSES = 1 << 16
+LARGEST_SEED = 2**63 - 1  # torch takes a little more, and what is made of it must fit too
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message says which key, what was given and what is allowed."""
+
+
+def suggest(given: object, allowed: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the allowed word nearest to ``given``, or nothing when none is near."""
+    nearest = difflib.get_close_matches(str(given), list(allowed), n=1)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def _number(value: object) -> object:
+    if isinstance(value, bool):  # pydantic would read `true` as 1
+        raise ValueError("should be a number, not true or false")
+    return value
+
+
+def _scalar(value: object) -> object:
+    if not isinstance(value, bool | int | float | str):
+        raise ValueError("should be a number, a word, or true or false")
+    if isinstance(value, int | float) and not (isfinite(value) and abs(value) <= 2.0**63):
+        raise ValueError("should be a finite number, of 64 bits at most")
+    return value
+
+
+def _gap(value: object) -> object:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if not re.fullmatch("on|off|every:[1-9][0-9]*", str(value)):
+        raise ValueError(f"should be on, off or every:K with K >= 1{suggest(value, ('on', 'off', 'every:10'))}")
+    return value
+
+
+def _schedule(value: str) -> str:
+    """One of SCHEDULES by name, or of SCHEDULE_FORMS with its argument behind a colon."""
+    form, _, argument = value.partition(":")
+    if value not in SCHEDULES and not (form in SCHEDULE_FORMS and argument):
+        known = (*SCHEDULES, *SCHEDULE_FORMS.values())
+        raise ValueError(f"should be one of {', '.join(known)}{suggest(value, SCHEDULES)}")
+    return value
+
+
+def _push_codec(name: str) -> str:
+    from danaz.vectors.codecs import push_codec  # with torch, which a config alone does not need
+
+    return push_codec(name).name
+
+
+def _view_codec(name: str) -> str:
+    from danaz.vectors.codecs import view_codec
+
+    return view_codec(name).name
+
+
+Int = Annotated[int, BeforeValidator(_number)]
+Float = Annotated[float, BeforeValidator(_number)]
+Scalar = Annotated[bool | int | float | str, BeforeValidator(_scalar)]
+
+# Fields that may differ from machine to machine (or only label a run): no part of the digest.
+LOCAL: dict[str, Any] = {"local": True}
+
+
+class _Checked(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class LrSchedule(_Checked):
+    """Steps of the learning rate, and the warm-up of a cluster."""
+
+    milestones: tuple[Float, ...] = Field(
+        default=(), description="epochs at which lr is multiplied by factor, increasing"
+    )
+    factor: Float = Field(default=0.1, gt=0, description="what lr is multiplied by at each milestone")
+    warmup_epochs: Float = Field(
+        default=5.0,
+        ge=0,
+        description="epochs of the cluster over which lr rises from lr / workers to lr; 0 for no warm-up",
+    )
+
+    @field_validator("milestones")
+    @classmethod
+    def _increasing(cls, milestones: tuple[float, ...]) -> tuple[float, ...]:
+        if any(later <= earlier for earlier, later in pairwise((0.0, *milestones))):
+            raise ValueError("should be epochs above 0, each larger than the one before")
+        return milestones
+
+
+class Config(_Checked):
+    """One experiment. Build it with :func:`load_config`; the fields are the keys of the YAML."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="label of the run, part of its folder's name: letters, digits, '.', '_' and '-'",
+        json_schema_extra=LOCAL,
+    )
+    workload: str | None = Field(None, description="a built-in workload, e.g. digits; or give data and model instead")
+    data: str | None = Field(None, description="torchvision.<Dataset>, or package.module:function for (train, test)")
+    model: str | None = Field(None, description="torchvision.<model>, or package.module:callable for a module")
+    data_dir: str | None = Field(None, description="folder that holds the data set", json_schema_extra=LOCAL)
+    augment: bool | None = Field(None, description="random crops and flips of training images; default: the workload's")
+
+    batch_size: Int = Field(ge=1, le=MOST, description="samples of one update: per worker, shared by its ranks")
+    epochs: Int = Field(ge=1, le=MOST, description="passes over the training data by the whole cluster")
+    seed: Int = Field(
+        0, ge=0, le=LARGEST_SEED, description="of the initial parameters, the order of the samples and the schedule"
+    )
+
+    lr: Float = Field(gt=0, description="learning rate, as tuned on one worker")
+    momentum: Float = Field(0.9, gt=-1, lt=1, description="Nesterov momentum, above -1 and below 1")
+    weight_decay: Float = Field(0.0, ge=0, description="L2 penalty, added to the gradient")
+    lr_schedule: LrSchedule = Field(default_factory=LrSchedule, description="milestones, factor and warmup_epochs")
+    lr_correction: bool = Field(True, description="keep DANA's look-ahead exact while lr changes; false: the paper")
+
+    sync_period: Int | None = Field(
+        None, ge=1, le=MOST, description="mini-batches between a worker's pushes; default: the algorithm's own"
+    )
+    pipeline: bool = Field(
+        False, description="compute the next batch on the view at hand while the last one is pushed: a higher lag"
+    )
+    wire: Annotated[str, AfterValidator(_push_codec)] = Field(
+        "fp32", description="how pushes travel: fp32, bf16, fp16, onebit or topk:SHARE, with error feedback"
+    )
+    wire_view: Annotated[str, AfterValidator(_view_codec)] = Field(
+        "fp32", description="how views travel: fp32, bf16 or fp16"
+    )
+    wire_warmup_epochs: Float = Field(0.0, ge=0, description="epochs of the cluster before pushes are compressed")
+    algorithm: str = Field("dana", description="update rule, e.g. dana; or ssgd for synchronous training")
+    hyperparameters: dict[str, Scalar] = Field(
+        default_factory=dict, description="of the algorithm alone, by the names that `danaz algorithms` lists"
+    )
+    workers: Int = Field(1, ge=1, le=MOST_PROCESSES, description="machines that train asynchronously, each one worker")
+    schedule: Annotated[str, AfterValidator(_schedule)] = Field(
+        "block-random", description="order of the workers in a simulation"
+    )
+    gap: Annotated[str, BeforeValidator(_gap)] = Field(
+        "on",
+        description="measure the gap of each update (on), of every K-th (every:K) or of none (off)",
+        json_schema_extra=LOCAL,
+    )
+
+    precision: Literal["fp32", "tf32", "bf16"] = Field(
+        "fp32", description="tf32: shorter factors in matrix products on a GPU; bf16: mixed precision by autocast"
+    )
+    channels_last: bool = Field(False, description="keep images and convolutions in channels-last memory format")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="cpu or cuda; auto: a GPU if torch sees one", json_schema_extra=LOCAL
+    )
+    num_workers: Int = Field(
+        0, ge=0, le=MOST_PROCESSES, description="loading processes of each rank's DataLoader", json_schema_extra=LOCAL
+    )
+    threads: Int | None = Field(
+        None,
+        ge=1,
+        le=MOST_PROCESSES,
+        description="CPU threads of each rank; default: torch's choice",
+        json_schema_extra=LOCAL,
+    )
+
+    @model_validator(mode="after")
+    def _one_workload(self) -> Config:
+        given = [key for key in ("workload", "data", "model") if getattr(self, key) is not None]
+        if given not in (["workload"], ["data", "model"]):
+            found = ", ".join(f"{key} = {getattr(self, key)!r}" for key in given) or "none of the three"
+            raise ValueError(f"give either the key workload, or both data and model; found {found}")
+        return self
+
+    def lr_at(self, epoch: float) -> float:
+        """The learning rate at a fractional epoch of the cluster: steps only, warm-up is a factor on top."""
+        steps_done = sum(epoch >= milestone for milestone in self.lr_schedule.milestones)
+        return self.lr * self.lr_schedule.factor**steps_done
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of what server and workers must agree on; blind to paths and other matters of one machine."""
+        local = {name for name, field in type(self).model_fields.items() if field.json_schema_extra == LOCAL}
+        shared = self.model_dump(mode="json", exclude=local)
+        canonical = json.dumps(shared, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), options: Mapping[str, object] | None = None) -> Config:
+    """Read and check a YAML file.
+
+    Args:
+        path: the file. ``name`` defaults to its stem.
+        overrides: ``key=value`` each, the value in YAML: ``lr=0.1``, ``lr_schedule.factor=0.2`` or
+            ``lr_schedule={milestones: [2, 3]}``. A mapping is merged into the file's, anything else replaces it.
+        options: values of keys that have an option of their own on the command line, such as ``--algorithm``; they
+            come after the overrides.
+
+    Raises:
+        ConfigError: the file is missing or no mapping, or a key or value is not allowed.
+    """
+    path = Path(path)
+    values = {"name": path.stem, **_read_mapping(path)}
+    origin = {}  # dotted key -> the override that set it, for the error message
+    for override in overrides:
+        key, value = _parse_override(override)
+        _merge(values, key.split("."), value, override)
+        origin[key] = f"--set {override}"
+    for key, value in (options or {}).items():
+        values[key] = value
+        origin[key] = f"--{key.replace('_', '-')} {value}"
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        problems = [_explain(problem, path, origin) for problem in error.errors(include_url=False)]
+        raise ConfigError("\n".join(problems)) from None
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Write ``config`` as YAML that :func:`load_config` reads back equal; the file appears whole or not at all."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(dump_yaml(config.model_dump(mode="json")))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    if path.suffix == ".py":
+        raise ConfigError(
+            f"{path} is a Python script, and no YAML of an experiment; start it by: danaz launch -- python {path}"
+        )
+    try:
+        values = parse_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        others = [str(other) for other in sorted(path.parent.glob("*.yaml"))]
+        raise ConfigError(f"{path}: no such config file{suggest(path, others)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot read the config: {error}") from None
+    except YamlError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigError(f"{path}: expected a mapping of keys to values, like 'lr: 0.1' on lines of their own")
+    return values
+
+
+def _parse_override(override: str) -> tuple[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {override}: expected key=value, for example --set lr=0.1")
+    try:
+        return key.strip(), parse_yaml(text)
+    except YamlError as error:
+        raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from None
+
+
+def _merge(values: dict[str, Any], keys: Sequence[str], value: Any, override: str) -> None:
+    """Set ``values[keys[0]][keys[1]]…``; a mapping is merged into the mapping it meets."""
+    first, *rest = keys
+    if rest or (isinstance(value, dict) and isinstance(values.get(first), dict)):
+        inner = values.get(first) or {}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {override}: {first} = {inner!r} holds no keys, so {'.'.join(rest)} cannot be set")
+        values[first] = inner = dict(inner)
+        for key, item in [(rest, value)] if rest else [([name], item) for name, item in value.items()]:
+            _merge(inner, key, item, override)
+    else:
+        values[first] = value
+
+
+def _explain(problem: Mapping[str, Any], path: Path, origin: Mapping[str, str]) -> str:
+    """One pydantic problem as a sentence: where, key, value given, what is allowed."""
+    location, given = problem["loc"], _SHORT.repr(problem["input"])
+    key = ".".join(map(str, location))
+    sources = [said for name, said in origin.items() if f"{key}.".startswith(f"{name}.")]
+    where = f"{path}, {sources[-1]}" if sources else str(path)
+    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ").removeprefix("String ")
+    if not key:  # about several keys
+        return f"{where}: {message}"
+    fields = _fields_beside(location)
+    name = next((part for part in reversed(location) if isinstance(part, str) and part in fields), None)
+    match problem["type"]:
+        case "extra_forbidden":
+            known = ", ".join(sorted(fields))
+            return f"{where}: unknown key {key!r} (= {given}){suggest(location[-1], fields) or '.'} Known keys: {known}"
+        case "missing":
+            return f"{where}: the key {key!r} is missing ({fields[location[-1]].description})"
+        case "literal_error":
+            message += suggest(problem["input"], get_args(fields[location[-1]].annotation))
+    described = "" if name is None else f" ({fields[name].description})"
+    return f"{where}: {key} = {given} {message}{described}"
+
+
+def _fields_beside(location: Sequence[str | int]) -> dict[str, FieldInfo]:
+    """The fields of the mapping that a pydantic location ends in, or is somewhere in."""
+    return LrSchedule.model_fields if location[0] == "lr_schedule" and len(location) > 1 else Config.model_fields
+
+
+# As `repr`, but of a value of any size or depth a line is left.
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100

@@ -1,0 +1,1 @@
+"""The server as a process: sockets, checkpoints, the journal and the recording."""

@@ -1,0 +1,168 @@
+"""The ROUTER loop: the only place on the server that reads a socket and the clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from math import ceil
+
+import torch
+import zmq
+from torch import Tensor
+
+from danaz.protocol.messages import Fetched, Final, Push, Refusal, Request, Streamed
+from danaz.protocol.wire import Frame, Inbox, StrayChunkError, WireError, encode, messages_of, split
+from danaz.server.answers import Streams
+from danaz.server.concluded import Concluded
+from danaz.server.core import ServerCore
+from danaz.server.offering import Offering
+from danaz.serving.recording import Recorder
+from danaz.serving.socket import ANSWERS_MESSAGES, BoundRouter
+
+TICK_S = 0.25
+MAX_FRAMES = 8  # that are kept of a message; none has so many
+ANSWERS_WAITING = 4  # that a connection may leave unread: ZeroMQ tells of what was read only half as many at a time
+Served = ServerCore | Offering | Concluded
+Peer = tuple[bytes, str]  # a connection, and the key it was made with
+
+
+class Router:
+    """Serves a core on a bound ROUTER."""
+
+    def __init__(self, bound: BoundRouter):
+        self._socket = bound.socket
+        self._doorkeeper = bound.doorkeeper
+        self._worker_of_key = bound.worker_of_key
+        self._rooms: dict[int, Tensor] = {}  # worker -> f32[P], where its pushes are received
+        self._leaving: dict[bytes, tuple[int, zmq.MessageTracker]] = {}  # route -> request, beginning of its answer
+        self._longest_answer = ANSWERS_MESSAGES // ANSWERS_WAITING  # in messages
+
+    def serve(self, core: Served, recorder: Recorder | None, stop: Callable[[], bool]) -> None:
+        """Feed ``core`` until it has finished or ``stop()``."""
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        inbox = Inbox(Request, self._takes(core), self._room)
+        next_tick = time.monotonic() + TICK_S
+        while not (core.finished or stop()):
+            wait_s = max(0.0, next_tick - time.monotonic())
+            if poller.poll(ceil(wait_s * 1000)):
+                self._receive(core, inbox, recorder)
+            now = time.monotonic()
+            if now >= next_tick:
+                next_tick = now + TICK_S
+                if recorder:
+                    recorder.event(now)
+                self._send(core.stream_tick(now))
+
+    # ---- hearing -------------------------------------------------------------------------------------------------
+
+    def _receive(self, core: Served, inbox: Inbox, recorder: Recorder | None) -> None:
+        route, *frames = self._next_message()
+        self._doorkeeper.heard(route.get(zmq.SRCFD), self._key_of(route))
+        now = time.monotonic()
+        try:
+            message = self._read(inbox, route, [frame.buffer for frame in frames])
+        except StrayChunkError as error:
+            core.refuse(str(error))  # no answer: its sender may be well, and about to say all of it again
+            return
+        except WireError as error:
+            core.refuse(str(error))
+            self._send([(route.bytes, Refusal(0, str(error), rejoin=False))])
+            return
+        if message is None:
+            return
+        if recorder:
+            recorder.event(now, route.bytes, encode(message))
+        self._send(core.stream(route.bytes, message, now))
+
+    def _next_message(self) -> list[zmq.Frame]:
+        """Its route and its frames, or the first of more frames than any message has."""
+        frames = [self._socket.recv(copy=False)]
+        last = frames[0]
+        while last.more:
+            last = self._socket.recv(copy=False)
+            if len(frames) <= MAX_FRAMES:
+                frames.append(last)
+        return frames
+
+    def _key_of(self, route: zmq.Frame) -> str:
+        return "" if self._worker_of_key is None else str(route.get("User-Id"))
+
+    def _read(self, inbox: Inbox, route: zmq.Frame, buffers: Sequence[Frame]) -> Request | None:
+        """The message that is whole now, if it can be read and its sender is who he says. Raises WireError."""
+        peer = (route.bytes, self._key_of(route))
+        try:
+            message: Request | None = inbox.take(peer, buffers)
+        except StrayChunkError:
+            raise
+        except WireError as error:
+            raise WireError(f"unreadable: {error}") from error
+        if message is not None and not self._is_himself(peer, message):
+            raise WireError("worker number is not the one of this key")
+        return message
+
+    def _is_himself(self, peer: Peer, message: Request) -> bool:
+        return self._worker_of_key is None or self._worker_of_key.get(peer[1]) == message.worker
+
+    def _takes(self, core: Served) -> Callable[[Peer, Request], bool]:
+        return lambda peer, message: self._is_himself(peer, message) and core.takes(message)
+
+    def _room(self, inbox: Inbox, message: Request, size: int) -> Tensor:
+        """Memory for a vector that is about to arrive. That of a worker's pushes is used again and again."""
+        inbox.forget(lambda other: other.worker == message.worker)
+        if not isinstance(message, Push):
+            return torch.empty(size)
+        room = self._rooms.get(message.worker)
+        if room is None or room.numel() != size:
+            room = self._rooms[message.worker] = torch.empty(size)
+        return room
+
+    # ---- speaking ------------------------------------------------------------------------------------------------
+
+    def _send(self, replies: Streams) -> None:
+        for route, reply in replies:
+            assert isinstance(route, bytes)
+            if not isinstance(reply, (Streamed, Final, Fetched)):
+                self._post([route, *encode(reply)])
+            elif self._may_leave(route, reply.request):
+                self._send_large(route, reply)
+
+    def _may_leave(self, route: bytes, request: int) -> bool:
+        """Whoever repeats a request while the answer still waits to be read gets no second one.
+
+        A new request says that the answers before it were read.
+        """
+        self._leaving = {each: entry for each, entry in self._leaving.items() if not entry[1].done}
+        return route not in self._leaving or self._leaving[route][0] != request
+
+    def _send_large(self, route: bytes, reply: Streamed | Final | Fetched) -> None:
+        self._make_way(messages_of(reply))
+        pieces = split(reply)
+        magic, header, *vectors = next(pieces)
+        tracked = zmq.Frame(header, copy=False, track=True, copy_threshold=0)
+        if not self._post([route, magic, tracked, *vectors]):
+            return
+        self._leaving[route] = (reply.request, tracked.tracker)
+        for head, data in pieces:
+            # Copied, for the next slice is worked out in the same memory; and a copy of what is in cache is cheap.
+            if not self._post([route, head, data]):
+                return
+
+    def _make_way(self, messages: int) -> None:
+        """Let each connection hold as many answers as it may leave unread, each of so many messages."""
+        if messages > self._longest_answer:
+            self._longest_answer = messages
+            self._socket.setsockopt(zmq.SNDHWM, ANSWERS_WAITING * messages)
+
+    def _post(self, frames: Sequence[Frame | zmq.Frame]) -> bool:
+        """Send a message, unless its receiver is gone, or leaves too many unread: then it gets no answer.
+
+        A worker that is well reads an answer before it asks again; what says so in its next request may be a lie.
+        """
+        try:
+            self._socket.send_multipart(frames, zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
+                raise
+            return False
+        return True

@@ -1,0 +1,140 @@
+"""The server process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from danaz.run.settings import Settings
+from danaz.run.signals import note_ending_signals
+from danaz.serving.socket import BoundRouter
+
+if TYPE_CHECKING:
+    from danaz.server.figures import Update
+    from danaz.server.settings import ServerSettings
+
+RECORDING = "recording.bin"
+UNTIL_RESTART = "recording.until-restart.bin"  # a replay begins at the beginning, and would end elsewhere
+
+
+def serve(bound: BoundRouter, settings: Settings, run: Path, record: bool, resume: bool = False) -> None:
+    """Serve one run on a bound ROUTER, write its folder, and return when it is over or on SIGTERM.
+
+    With ``resume``, go on from the newest sound checkpoint in the folder; one of several shards, from the one that a
+    worker names. Of a run that is complete, only see off the workers that do not know it yet. Raises ResumeError,
+    UnwrittenError, UnreadableError.
+    """
+    from danaz.run.folder import RunFolder
+    from danaz.serving.keeper import Keeper, say
+    from danaz.serving.pace import telling
+    from danaz.serving.recording import Recorder
+    from danaz.serving.router import Router
+
+    stopping = note_ending_signals()
+    if resume and _see_off(bound, run, stopping):
+        return
+    keeper = Keeper(RunFolder(run, settings.facts(), say), _settings_here(settings))
+    keeper.core.on_update = announcing(telling(keeper.core, keeper.core.on_update))
+    served = keeper.resume() if resume else keeper.begin()
+    if keeper.core.started and (run / RECORDING).exists():
+        (run / RECORDING).rename(run / UNTIL_RESTART)
+        say(f"the recording ends here, as {UNTIL_RESTART}: a run that was restarted cannot be replayed")
+        record = False
+    recorder = Recorder(run / RECORDING, settings.to_json(), say) if record else None
+    Router(bound).serve(served, recorder, stopping)
+    if recorder:
+        recorder.close()
+    keeper.finish()
+    bound.close()
+
+
+def serve_slice(bound: BoundRouter, settings: Settings, shard: int, run: Path, resume: bool = False) -> None:
+    """As ``serve``, for another slice of the vector than shard 0's: in the folder it keeps its checkpoints alone.
+
+    What it holds at the end, workers bring to shard 0.
+    """
+    from danaz.serving.keeper import SliceKeeper
+    from danaz.serving.router import Router
+
+    stopping = note_ending_signals()
+    keeper = SliceKeeper(run, _settings_here(settings, shard))
+    served = keeper.resume() if resume else keeper.begin()
+    Router(bound).serve(served, None, stopping)
+    keeper.finish()
+    bound.close()
+
+
+def _settings_here(settings: Settings, shard: int = 0) -> ServerSettings:
+    """What a server core needs of the settings, and of this machine."""
+    from danaz.protocol.memory import machine_bytes
+
+    return replace(settings.for_server(shard=shard), memory_bytes=machine_bytes())
+
+
+def _see_off(bound: BoundRouter, run: Path, stopping: Callable[[], bool]) -> bool:
+    """If the run is complete, tell the workers that do not know it yet; returns whether it is."""
+    from danaz.run.folder import read_summary
+    from danaz.server.concluded import Concluded
+    from danaz.serving.checkpoint import delete_checkpoints, folder_of
+    from danaz.serving.keeper import say
+    from danaz.serving.router import Router
+
+    summary = read_summary(run) if (run / "summary.json").exists() else {}
+    if not summary.get("complete"):
+        return False
+    say(f"the run in {run} is complete; its workers are seen off")
+    if not summary.get("diverged"):  # else those from before stay
+        delete_checkpoints(folder_of(run))
+    Router(bound).serve(Concluded(), None, stopping)
+    bound.close()
+    return True
+
+
+def announcing(record: Callable[[Update], None]) -> Callable[[Update], None]:
+    """``record``, and with the first update the word to the launcher that training waits for nobody any more."""
+    announced = False
+
+    def note(update: Update) -> None:
+        nonlocal announced
+        if not announced:
+            announced = True
+            print("DANAZ_TRAINS=1", flush=True)
+        record(update)
+
+    return note
+
+
+def replay_run(run: Path) -> tuple[int, bool]:
+    """Replay the recording in ``run``; returns the number of updates and whether the parameters are its own.
+
+    Raises RecordingError, UnreadableError for files that are missing or damaged.
+    """
+    import torch
+
+    from danaz.files.reading import UnreadableError, read_tensors
+    from danaz.run.folder import read_summary
+    from danaz.server.core import ServerCore
+    from danaz.serving.recording import RecordingError, recorded_settings, replay
+
+    path = run / RECORDING
+    summary, saved = read_summary(run), read_tensors(run / "parameters.safetensors")
+    try:
+        settings = Settings.from_json(recorded_settings(path))
+    except OSError as error:
+        why = "there is none; `danaz launch --record` makes one" if not path.exists() else error.strerror
+        raise UnreadableError(path, why) from None
+    except TypeError as error:
+        raise RecordingError(f"{path} is no recording of this version of danaz: {error}") from None
+    core = ServerCore(settings.for_server())
+    for _ in replay(path, core):
+        pass
+    updates = core.figures.updates
+    if not core.started:
+        raise RecordingError(f"{path} holds no training")
+    if updates != summary.get("updates"):
+        raise RecordingError(f"{path} is cut short: it holds {updates} of the {summary.get('updates')} updates")
+    replayed = core.job.layout.named(core.master.params, core.mean_buffers())
+    same = saved.keys() == replayed.keys() and all(torch.equal(saved[name], replayed[name]) for name in saved)
+    return updates, same

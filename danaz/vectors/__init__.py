@@ -1,0 +1,1 @@
+"""How a model becomes one flat vector, and a vector becomes bytes."""

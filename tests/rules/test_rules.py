@@ -1,0 +1,289 @@
+"""Every algorithm against its formula. A new one is a row here as soon as it is registered: it needs an oracle."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from cluster import Cluster
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import Array, Oracle, Views
+from oracle_local import ORACLES
+from torch import Tensor
+
+from danaz.rules import ALGORITHMS, Context, find_algorithm
+from danaz.vectors import flat
+
+GROUPS = (4, 3)  # a layer each
+WEIGHT_DECAY = (0.1, 0.0)
+SIZE = sum(GROUPS)
+every_algorithm = pytest.mark.parametrize("name", sorted(ALGORITHMS))
+
+
+@dataclass(frozen=True)
+class Run:
+    """What happens: rates are those of update 0, 1, … (repeated), one a group; events are (what, who)."""
+
+    workers: int
+    momentum: float
+    lr_correction: bool
+    rates: tuple[tuple[float, float], ...]
+    events: tuple[tuple[str, int], ...]
+    seed: int
+    sync_period: int = 1  # where the algorithm has one
+
+
+RATE = st.sampled_from([0.1, 0.03, 0.01, 0.001])
+
+
+def runs(*what: str, most_workers: int = 5) -> st.SearchStrategy[Run]:
+    """Random runs whose events are mostly pushes, and otherwise ``what``."""
+
+    def with_workers(workers: int) -> st.SearchStrategy[Run]:
+        kinds = st.sampled_from(["push"] * 8 + ["pull"] + list(what))
+        events = st.lists(st.tuples(kinds, st.integers(0, workers - 1)), min_size=1, max_size=30)
+        return st.builds(
+            Run,
+            workers=st.just(workers),
+            momentum=st.sampled_from([0.9, 0.5, 0.0]),
+            lr_correction=st.booleans(),
+            rates=st.lists(st.tuples(RATE, RATE), min_size=1, max_size=4).map(tuple),
+            events=events.map(tuple),
+            seed=st.integers(0, 2**32 - 1),
+            sync_period=st.integers(1, 3),
+        )
+
+    return st.integers(1, most_workers).flatmap(with_workers)
+
+
+class Pair:
+    """An algorithm and its oracle, living through the same run."""
+
+    def __init__(self, name: str, run: Run):
+        algorithm = find_algorithm(name)
+        self.limit = algorithm.rule().max_workers or run.workers
+        workers = min(run.workers, self.limit)
+        self.run = run
+        self.random = np.random.default_rng(run.seed)
+        first = self.random.normal(size=SIZE).astype(np.float32)
+        self.cluster = Cluster(
+            name,
+            workers,
+            torch.from_numpy(first),
+            groups=GROUPS,
+            momentum=run.momentum,
+            lr_correction=run.lr_correction,
+            sync_period=run.sync_period if "sync_period" in algorithm.hyperparameters else None,
+            weight_decay=WEIGHT_DECAY,
+        )
+        self.oracle: Oracle = ORACLES[name](first, workers, run.momentum, run.lr_correction)
+        self.oracle.weight_decay, self.oracle.layers = per_parameter(WEIGHT_DECAY), (slice(0, 4), slice(4, 7))
+        self.having: set[int] = set()  # workers that have a view to compute on
+        self.agree(self.oracle.start())
+
+    def agree(self, expected: Views) -> None:
+        """The views just sent are those that the oracle sends, to the same workers."""
+        self.having |= expected.keys()
+        assert self.cluster.views.keys() == self.having
+        for worker, view in expected.items():
+            close(self.cluster.views[worker], view)
+
+    def live_through_it(self) -> None:
+        for what, worker in self.run.events:
+            if worker < self.limit:
+                getattr(self, what)(worker)
+        close(self.theta(), self.oracle.final())
+
+    def push(self, worker: int) -> None:
+        if worker not in self.cluster.views:
+            return  # it waits for its round, or is gone
+        rates = self.run.rates[self.cluster.server.master.version % len(self.run.rates)]
+        # Not near zero: there, the ratio of gap and average step is beyond float32.
+        size = (self.cluster.sync_period, SIZE)
+        grads = (self.random.uniform(0.3, 2, size) * self.random.choice([-1, 1], size)).astype(np.float32)
+        samples, lr = 1 + worker % 3, per_parameter(rates)
+        given = torch.from_numpy(grads.copy())
+        self.cluster.push(worker, list(given), rates, samples=samples)
+        assert np.array_equal(given.numpy(), grads), "the worker's gradient is its own"
+        self.having.discard(worker)
+        self.agree(self.oracle.push(worker, [(g.astype(np.float64), lr) for g in grads], samples))
+
+    def pull(self, worker: int) -> None:
+        if worker in self.cluster.views:
+            self.cluster.pull(worker)
+            self.agree(self.oracle.pulled(worker))
+
+    def lose(self, worker: int) -> None:
+        if worker in self.oracle.present and len(self.oracle.present) > 1:
+            self.cluster.lose(worker)
+            self.having.discard(worker)
+            self.agree(self.oracle.lost(worker))
+
+    def come_back(self, worker: int) -> None:
+        if worker not in self.oracle.present and worker not in self.cluster.final:
+            self.cluster.come_back(worker)
+            self.agree(self.oracle.back(worker))
+
+    def start_anew(self, worker: int) -> None:
+        self.cluster.final.pop(worker, None)
+        self.having.discard(worker)
+        self.cluster.join(worker, self.cluster.workers[worker].role.incarnation + 1)
+        self.agree(self.oracle.fresh(worker))
+
+    def leave(self, worker: int) -> None:
+        if worker in self.cluster.views and len(self.oracle.present) > 1:
+            self.cluster.leave(worker)
+            self.having.discard(worker)
+            self.agree(self.oracle.left(worker))
+
+    def theta(self) -> Tensor:
+        """θ: what the server would hold if all who are there gave back."""
+        given = [self.cluster.workers[i].given_back() for i in self.oracle.present]
+        return self.cluster.server.master.params + sum(g for g in given if g is not None)
+
+
+def per_parameter(rates: Sequence[float]) -> Array:
+    return np.repeat(np.array(rates, dtype=np.float64), GROUPS)
+
+
+def close(ours: Tensor, theirs: Array | Tensor, tolerance: float = 1e-5) -> None:
+    theirs = np.asarray(theirs)
+    scale = max(1.0, float(np.abs(theirs).max()))
+    np.testing.assert_allclose(ours.numpy(), theirs, rtol=0, atol=tolerance * scale)
+
+
+# ---- the matrix --------------------------------------------------------------------------------------------------
+
+
+@every_algorithm
+class TestEveryAlgorithm:
+    def test_it_has_an_oracle(self, name):
+        assert name in ORACLES, (
+            f"algorithm {name!r} has no oracle: write its formula in float64 NumPy in tests/support/oracle.py"
+        )
+
+    def test_it_describes_itself(self, name):
+        algorithm = ALGORITHMS[name]
+        assert algorithm.summary.endswith(".")
+        assert algorithm.paper
+        assert all(isinstance(default, (int, float, bool, tuple)) for default in algorithm.hyperparameters.values())
+
+    @given(run=runs())
+    @settings(max_examples=30, deadline=None)
+    def test_it_is_its_formula(self, name, run):
+        """Any order, any number of workers, any rates."""
+        Pair(name, run).live_through_it()
+
+    @given(run=runs(), cut=st.integers(1, SIZE))
+    @settings(max_examples=15, deadline=None)
+    def test_slices_are_the_whole(self, name, run, cut):
+        """Bit for bit, so that sharding and chunking change no rule."""
+        whole, sliced = final_state(name, run, flat.SLICE_FLOATS), final_state(name, run, cut)
+        assert all(torch.equal(whole[key], sliced[key]) for key in whole)
+
+    @given(run=runs())
+    @settings(max_examples=15, deadline=None)
+    def test_its_state_is_in_its_vectors(self, name, run):
+        """A rule object built anew goes on with the vectors of the last one, bit for bit."""
+        assert state_after(name, run, fresh_rule_each_time=False) == state_after(name, run, fresh_rule_each_time=True)
+
+    def test_a_worker_that_was_refused_is_where_it_was(self, name):
+        """Commit on acceptance: a NaN leaves no trace in the velocity, so the next push is as if it had not been."""
+        states = []
+        for gradients in ([1.0, float("nan"), 2.0], [1.0, 2.0]):
+            cluster = Cluster(name, 1, torch.ones(SIZE), groups=GROUPS)
+            for value in gradients:
+                cluster.push(0, [torch.full((SIZE,), value)] * cluster.sync_period, 0.1)
+            states.append([cluster.views[0], cluster.server.master.params, *cluster.workers[0].vectors.values()])
+        assert all(torch.equal(poisoned, clean) for poisoned, clean in zip(*states, strict=True))
+
+
+@pytest.mark.parametrize("name", sorted(name for name, each in ALGORITHMS.items() if not each.rule().per_layer))
+@pytest.mark.parametrize("cuts", [(1, 1003), (7, 64), (1000, 1001)])
+def test_long_slices_are_the_whole(name, cuts):
+    """Lengths at which a vectorised loop has a rest to do by itself. A rule that works per layer is never so cut."""
+    whole = one_update_in_slices(name, [0, 1003])
+    assert whole
+    for sliced in ([0, *cuts, 1003], [*range(0, 1003, 17), 1003]):
+        again = one_update_in_slices(name, sliced)
+        assert all(torch.equal(whole[key], again[key]) for key in whole)
+
+
+# What has no server is simulated, with all its workers.
+LIVE = sorted(name for name, algorithm in ALGORITHMS.items() if algorithm.rule().live)
+
+
+@pytest.mark.parametrize("name", LIVE)
+@given(run=runs("lose", "come_back", "start_anew", "leave"))
+@settings(max_examples=30, deadline=None)
+def test_it_is_its_formula_while_workers_come_and_go(name, run):
+    Pair(name, run).live_through_it()
+
+
+@pytest.mark.parametrize("name", sorted(ALGORITHMS.keys() - set(LIVE)))
+@given(run=runs())
+@settings(max_examples=20, deadline=None)
+def test_without_a_server_the_model_is_the_mean_of_all_workers(name, run):
+    pair = Pair(name, run)
+    pair.live_through_it()
+    server = pair.cluster.server
+    mean = torch.stack([member.vectors["local"] for member in server.members.values()]).mean(0)
+    close(server.master.params, mean)
+
+
+def final_state(name: str, run: Run, slice_floats: int) -> dict[str, Tensor]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flat, "SLICE_FLOATS", slice_floats)
+        pair = Pair(name, run)
+        pair.live_through_it()
+    server = pair.cluster.server
+    members = {f"{m.worker}.{key}": vector for m in server.members.values() for key, vector in m.vectors.items()}
+    views = {f"view.{worker}": view for worker, view in pair.cluster.views.items()}
+    return {"params": server.master.params, **server.master.shared, **members, **views}
+
+
+def one_update_in_slices(name: str, cuts: list[int]) -> dict[str, Tensor]:
+    """All vectors after a push, an update and a view made slice by slice, from a random state."""
+    generator = torch.Generator().manual_seed(7)
+    rule = ALGORITHMS[name].rule()
+    names = ["grad", "params", *(f"worker.{n}" for n in rule.worker_rule.worker_state)]
+    names += [f"{whose}.{n}" for whose in ("own", "other") for n in ("view", "neighbour", *rule.worker_state)]
+    names += [f"shared.{n}" for n in rule.shared_state]
+    vectors = {n: torch.rand(1003, generator=generator) + 0.1 for n in names}  # positive: some are mean squares
+    vectors |= {f"new.{n}": torch.zeros(1003) for n in rule.worker_rule.worker_state}
+    vectors |= {"push": torch.zeros(1003), "out": torch.zeros(1003)}
+    context = Context(lr=0.1, own_lr=0.07, max_lr=0.2, lag=3, version=11, own_updates=4)
+
+    for start, stop in pairwise(cuts):
+        part = {n: vector[start:stop] for n, vector in vectors.items()}
+
+        def of(kind: str, part: dict[str, Tensor] = part) -> dict[str, Tensor]:
+            return {n.removeprefix(kind): vector for n, vector in part.items() if n.startswith(kind)}
+
+        rule.worker_rule.push(part["push"], part["grad"], of("worker."), of("new."), context)
+        if rule.barrier:
+            pushes = [(part["grad"], 0.25), (part["push"], 0.75)]
+            rule.apply_round(part["params"], pushes, [of("own."), of("other.")], of("shared."), context)
+        else:
+            rule.apply(part["params"], part["push"], of("own."), of("shared."), context)
+        rule.view(part["out"], part["params"], of("own."), of("shared."), context)
+    return vectors
+
+
+def state_after(name: str, run: Run, fresh_rule_each_time: bool) -> dict[str, list[float]]:
+    pair = Pair(name, run)
+    for what, worker in run.events:
+        if fresh_rule_each_time:
+            server = pair.cluster.server
+            server.master.rule = server.settings.rule(run.momentum)
+            server.master.shared = copy.deepcopy(server.master.shared)
+        if worker < pair.limit:
+            getattr(pair, what)(worker)
+    vectors = {"theta": pair.theta(), **pair.cluster.server.master.shared}
+    return {key: vector.tolist() for key, vector in vectors.items()}

@@ -1,0 +1,274 @@
+"""Any order of anything: crashes of workers and of the server, silences, lost and repeated messages around one core,
+and what always holds.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from inspect import signature
+from itertools import count
+
+import pytest
+import torch
+from cluster import TIMEOUT_S
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from mortal import WORKERS, MortalCluster
+from stimuli import SIZE
+
+from danaz.protocol.messages import Heartbeat
+
+ALGORITHMS = ["dana-zero", "dana", "asgd", "ssgd", "dana-ga"]
+
+
+class ServerUnderFaults(MortalCluster, RuleBasedStateMachine):
+    """Workers crash, stall, lose messages both ways and repeat themselves, around one core that is killed."""
+
+    @initialize(
+        algorithm=st.sampled_from(ALGORITHMS),
+        ahead=st.integers(1, 3),
+        batches=st.integers(1, 8),
+        pipelined=st.booleans(),
+    )
+    def begin(self, algorithm, ahead, batches, pipelined):
+        super().begin(algorithm, ahead, batches, pipelined)
+
+    # ---- what may happen -----------------------------------------------------------------------------------------
+
+    which = st.integers(0, WORKERS - 1)
+    gradients = st.sampled_from([1.0, -0.5, 2.0, 0.25])
+    rates = st.sampled_from([0.1, 0.05])
+
+    @rule(worker=which, grad=gradients, lr=rates, lost=st.sampled_from([False, False, True]))
+    def works(self, worker, grad, lr, lost):
+        if worker in self.workers:
+            self.take(worker)
+            self.step(worker, grad, lr, lost)
+
+    @rule(worker=which)
+    def repeats(self, worker):
+        """It got no answer in time."""
+        core = self.workers.get(worker)
+        if core is not None and core._outstanding is not None:
+            self.to_server(worker, self.sent[worker][-1])
+
+    @rule(worker=which, age=st.integers(0, 9))
+    def old_message_comes_again(self, worker, age):
+        if self.sent[worker]:
+            self.to_server(worker, self.sent[worker][-1 - age % len(self.sent[worker])])
+
+    @rule(worker=which)
+    def replies_are_lost(self, worker):
+        if worker in self.workers:
+            self.inbox[worker, self.incarnation[worker]].clear()
+
+    @rule(worker=which, grad=st.sampled_from([float("nan"), float("inf")]))
+    def breaks_down_numerically(self, worker, grad):
+        if worker in self.workers:
+            self.take(worker)
+            self.step(worker, grad, 0.1, lost=False)
+
+    @rule(worker=which)
+    def crashes_and_starts_anew(self, worker):
+        core = self.workers.get(worker)
+        if core is None or core._state != "left":
+            self.start(worker)
+
+    @rule(worker=which, lost=st.booleans())
+    def leaves_early(self, worker, lost):
+        core = self.workers.get(worker)
+        if core is not None and core._outstanding is None and core._state == "joined":
+            self.ask(worker, core.leave(torch.full((2,), float(worker))), lost)
+
+    @rule(silent=st.sets(which))
+    def time_passes(self, silent):
+        self.now += TIMEOUT_S + 1
+        for worker in self.workers:
+            if worker not in silent:
+                self.to_server(worker, Heartbeat(worker, self.incarnation[worker]))
+        self.deliver(self.core.tick(self.now))
+
+    @rule()
+    def server_writes_a_checkpoint(self):
+        if self.core.started and self.core.recovery is None:
+            self.write_checkpoint(self.core)
+
+    @precondition(lambda self: self.checkpoint is not None)
+    @rule(later=st.sampled_from([0.0, 5.0, 30.0]))
+    def server_is_killed(self, later):
+        """Between any two messages; what it sent may or may not arrive. The new one may get no message for a while."""
+        self.restart()
+        self.now += later
+        self.deliver(self.core.tick(self.now))
+
+    # ---- what always holds ---------------------------------------------------------------------------------------
+
+    @invariant()
+    def versions_have_no_holes(self):
+        assert [update.version for update in self.updates] == list(range(1, len(self.updates) + 1))
+
+    @invariant()
+    def no_batch_is_done_twice(self):
+        done = [batch for u in self.updates for _, batch in (u.round or ((u.worker, u.batch),))]
+        assert len(done) == len(set(done))
+
+    @invariant()
+    def no_batch_is_in_two_hands(self):
+        if self.core._leases is not None:
+            held = [batch for batches in self.core.leases._held.values() for batch in batches]
+            assert len(held) == len(set(held))
+
+    @invariant()
+    def the_look_ahead_is_the_sum_of_those_who_are_there(self):
+        if self.core.started and "sum" in self.core.master.shared:
+            there = [m for m in self.core.members.values() if m.takes_part]
+            total = sum((m.lr[0] * m.vectors["velocity"] for m in there), torch.zeros(SIZE))
+            assert torch.allclose(self.core.master.shared["sum"], total, atol=1e-5)
+
+    @invariant()
+    def all_is_finite(self):
+        if self.core.started:
+            vectors = [self.core.master.params, *self.core.master.shared.values()]
+            vectors += [vector for m in self.core.members.values() for vector in m.vectors.values()]
+            assert all(vector.isfinite().all() for vector in vectors)
+
+    @invariant()
+    def workers_hold_views_as_they_were_sent(self):
+        """Whatever they compute on: a server that was restarted may go on from such a view. And that is no NaN."""
+        for worker, core in self.workers.items():
+            for view in (core._view, core.fetched):
+                assert view is None or any(torch.equal(view.params, sent) for sent in self.views[worker])
+            if core._view is not None:
+                point = torch.empty(SIZE)
+                core.compute_on(point)
+                assert point.isfinite().all()
+
+    @invariant()
+    def worker_and_server_count_the_same_pushes(self):
+        """Exactly once, seen from both ends: else dana's velocities and its server drift apart."""
+        for worker, core in self.workers.items():
+            member = self.core.members.get(worker)
+            knows_of_restart = core._state == "joined" and core._view.life == self.core.life
+            if member and knows_of_restart and member.incarnation == core.role.incarnation and not self.core.recovery:
+                process = worker, member.incarnation
+                journal = {push for pushes in self.pushes for push in pushes if push[:2] == process}
+                assert member.updates == len(journal)
+                assert self.applied[worker] - self.lost_pushes == journal - {(*process, core._undecided)}
+
+    @invariant()
+    def the_parameters_are_the_sum_of_the_journals_pushes(self):
+        """Where the server adds up what comes, and what is given back."""
+        core = self.core
+        if not core.started or core.recovery or not core.master.rule.view_is_state:
+            return
+        total = 1 + sum(float(given[0]) for given in self.given_back.values() if given is not None)
+        for [push_id] in self.pushes:
+            push = self.sent_pushes[push_id]
+            total += float(push.push[0]) * (1.0 if core.master.rule.pushes == "displacement" else -push.lr[0])
+        assert core.master.params.tolist() == pytest.approx([total] * SIZE, abs=1e-3)
+
+    @invariant()
+    def what_is_lost_is_counted(self):
+        if self.core.started and not self.core.recovery:
+            assert self.core.figures.lost_updates == self.lost
+            assert self.core.master.version == self.core.figures.updates == len(self.updates)
+
+    def teardown(self):
+        """From wherever it stands, the run comes to its end when faults cease."""
+        if not hasattr(self, "core"):
+            return
+        for _ in range(40 * self.plan.batches + 200):
+            if self.core.finished:
+                break
+            self.now += 1
+            for worker in list(self.workers):
+                self.recover(worker)
+        assert self.core.finished, "the run hangs"
+        if not self.core.diverged:
+            assert self.core.leases.completed == self.plan.batches
+        for final in self.finals:  # none if all were given up before they left
+            assert torch.equal(final.params, self.core.master.params)
+
+
+TestServerUnderFaults = ServerUnderFaults.TestCase
+TestServerUnderFaults.settings = settings(
+    max_examples=60, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+
+
+# ---- long runs, with faults often enough to meet each other ----------------------------------------------------------
+
+FAULTS = {
+    ServerUnderFaults.repeats: 4,
+    ServerUnderFaults.old_message_comes_again: 4,
+    ServerUnderFaults.replies_are_lost: 8,
+    ServerUnderFaults.breaks_down_numerically: 1,
+    ServerUnderFaults.crashes_and_starts_anew: 1,
+    ServerUnderFaults.leaves_early: 1,
+    ServerUnderFaults.time_passes: 1,
+    ServerUnderFaults.server_writes_a_checkpoint: 1,
+    ServerUnderFaults.server_is_killed: 3,
+}
+ALWAYS = [
+    ServerUnderFaults.versions_have_no_holes,
+    ServerUnderFaults.no_batch_is_done_twice,
+    ServerUnderFaults.no_batch_is_in_two_hands,
+    ServerUnderFaults.the_look_ahead_is_the_sum_of_those_who_are_there,
+    ServerUnderFaults.all_is_finite,
+    ServerUnderFaults.workers_hold_views_as_they_were_sent,
+    ServerUnderFaults.worker_and_server_count_the_same_pushes,
+    ServerUnderFaults.the_parameters_are_the_sum_of_the_journals_pushes,
+    ServerUnderFaults.what_is_lost_is_counted,
+]
+WORK_PER_FAULT = 2
+FAULTS_EACH = 2500  # of each algorithm
+
+
+def rehearse(algorithm: str, seed: int, pipelined: bool) -> int:
+    """One run to its end in virtual time; returns the number of faults it survived. A failure names its seed."""
+    chance = random.Random(f"{algorithm} {seed}")
+    machine = ServerUnderFaults()
+    machine.begin(algorithm, ahead=chance.randint(1, 3), batches=chance.randint(20, 80), pipelined=pipelined)
+    faults = 0
+    while not machine.core.finished and faults < 300:
+        for _ in range(chance.randint(0, 2 * WORK_PER_FAULT)):
+            if chance.random() < 0.3:
+                act(machine, ServerUnderFaults.repeats, chance)  # after a while without an answer
+            act(machine, ServerUnderFaults.works, chance)
+        [fault] = chance.choices(list(FAULTS), list(FAULTS.values()))
+        faults += act(machine, fault, chance)
+    machine.teardown()
+    return faults
+
+
+def act(machine: ServerUnderFaults, what: Callable[..., None], chance: random.Random) -> bool:
+    """Let one thing happen, with arguments by chance; returns whether it could."""
+    arguments = {
+        "worker": chance.randrange(WORKERS),
+        "grad": chance.choice([float("nan"), float("inf")] if "numerically" in what.__name__ else [1.0, -0.5, 2.0]),
+        "lr": chance.choice([0.1, 0.05]),
+        "lost": chance.random() < 0.1,
+        "age": chance.randint(0, 9),
+        "silent": {worker for worker in range(WORKERS) if chance.random() < 0.3},
+        "later": chance.choice([0.0, 0.0, 0.0, 5.0, 30.0]),
+    }
+    if what is ServerUnderFaults.server_is_killed and machine.checkpoint is None:
+        return False
+    what(machine, **{name: arguments[name] for name in signature(what).parameters if name in arguments})
+    for holds in ALWAYS:
+        holds(machine)
+    return True
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "pipelined"),
+    [*((algorithm, False) for algorithm in ALGORITHMS), ("dana", True), ("asgd", True), ("dana-ga", True)],
+)
+def test_thousands_of_faults_in_long_runs(algorithm, pipelined):
+    faults = 0
+    for seed in count():
+        faults += rehearse(algorithm, seed, pipelined)
+        if faults >= FAULTS_EACH:
+            return

@@ -1,0 +1,138 @@
+"""Real runs for tests: ``danaz launch`` in a process of its own, and what it left in its run folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from danaz.run.folder import read_summary
+
+ROOT = Path(__file__).parents[2]
+DEADLINE_S = 200.0  # a run takes seconds, but many may share the machine
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has ended."""
+
+    folder: Path
+    exit_code: int
+    output: str  # of the launcher, both streams
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return read_summary(self.folder)
+
+    @property
+    def updates(self) -> list[dict[str, Any]]:
+        return read_updates(self.folder)
+
+
+def read_updates(folder: Path) -> list[dict[str, Any]]:
+    """The lines of updates.jsonl so far, but for one that is just being written; raises if another is not whole."""
+    path = folder / "updates.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def start(
+    *arguments: str, out: Path, script: Sequence[str] = (), env: Mapping[str, str] | None = None, **options: Any
+) -> subprocess.Popen[str]:
+    """Begin ``danaz launch``; ``script`` is what goes behind ``--`` (with this Python in front)."""
+    behind = ["--", sys.executable, *script] if script else []
+    # Behind a session of its own: a signal to the test's group is no signal to the run's.
+    return subprocess.Popen(
+        [sys.executable, "-m", "danaz", "launch", *arguments, "--out", str(out), *behind],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        **options,
+    )
+
+
+def finish(process: subprocess.Popen[str], folder: Path) -> Run:
+    """Wait for a run to end; one that does not is ended, and the test with it."""
+    try:
+        output, _ = process.communicate(timeout=DEADLINE_S)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # the launcher takes its processes along
+        output, _ = process.communicate()
+        raise AssertionError(f"the run did not end within {DEADLINE_S:.0f} s:\n{output}") from None
+    return Run(folder, process.returncode, output)
+
+
+def launch(*arguments: str, out: Path, succeeds: bool = True, **options: Any) -> Run:
+    """``danaz launch`` from beginning to end."""
+    run = finish(start(*arguments, out=out, **options), out)
+    assert (run.exit_code == 0) == succeeds, run.output
+    return run
+
+
+def until(condition: Callable[[], object], what: str, deadline_s: float = DEADLINE_S) -> None:
+    """Wait for a condition."""
+    deadline = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {deadline_s:g} s: {what}"
+        time.sleep(0.02)
+
+
+def processes_with(token: str) -> dict[int, dict[str, str]]:
+    """pid -> environment of every process that inherited this word in its environment."""
+    found = {}
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            content = Path("/proc", entry, "environ").read_bytes().decode(errors="replace")
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+        if token in content:
+            found[int(entry)] = dict(item.split("=", 1) for item in content.split("\0") if "=" in item)
+    return found
+
+
+class Running:
+    """A run under way. Its processes are found by a word that all its processes inherit."""
+
+    def __init__(self, folder: Path, *arguments: str):
+        self.folder, self.token = folder, f"run-{uuid.uuid4()}"
+        self.launcher = start(*arguments, out=folder, env={"MARK": self.token})
+
+    @property
+    def processes(self) -> dict[int, dict[str, str]]:
+        return processes_with(self.token)
+
+    @property
+    def trains(self) -> bool:
+        return len(read_updates(self.folder)) > 0
+
+    def pid(self, who: str) -> int:
+        if who == "launcher":
+            return self.launcher.pid
+        for pid, env in self.processes.items():
+            words = Path("/proc", str(pid), "cmdline").read_bytes().decode().split("\0")
+            if who == "server" and "serve" in words and "RANK" not in env:
+                return pid
+            if who == "rank" and "work" in words and env.get("DANAZ_WORKER") == "1":
+                return pid
+        raise AssertionError(f"no {who} among {self.processes.keys()}")
+
+    def end(self) -> None:
+        for pid in self.processes:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self.launcher.wait()
+        assert self.launcher.stdout is not None
+        self.launcher.stdout.close()

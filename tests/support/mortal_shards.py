@@ -1,0 +1,223 @@
+"""The shards of a run and its workers, joined in memory, for tests that kill them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+import torch
+from live import read_updates
+from torch import Tensor
+
+from danaz.protocol.messages import Final, Heartbeat, Leave, Parameters, Plan, Push, Refusal, Reply
+from danaz.run.folder import RunFolder, read_summary
+from danaz.server.answers import whole
+from danaz.server.core import ServerCore
+from danaz.server.offering import Offering
+from danaz.server.settings import ServerSettings
+from danaz.serving.checkpoint import folder_of
+from danaz.serving.keeper import Keeper, SliceKeeper
+from danaz.vectors.flat import Layout
+from danaz.worker.core import Request, Role, WorkerCore, answers
+from danaz.worker.sharded import ShardedLink
+
+LAYOUT = Layout.from_lists([[["a", [40], [1]], ["b", [8, 6], [6, 1]], ["c", [40], [1]]], [], [128]])
+PLAN = Plan(batches_per_epoch=12, epochs=1)
+ALWAYS = 1e-9  # seconds between checkpoints: one an update
+
+
+class Servers:
+    """The shards of one run, each on a machine of its own, as far as they outlive their processes."""
+
+    def __init__(
+        self,
+        run: Path,
+        algorithm: str = "dana-zero",
+        shards: int = 2,
+        checkpoint_s: float = ALWAYS,
+        workers: int = 1,
+    ):
+        self.run, self.shards = run / "0", shards
+        self._settings = [
+            ServerSettings(algorithm, workers, recovery_s=0.0, checkpoint_s=checkpoint_s, shard=shard, shards=shards)
+            for shard in range(shards)
+        ]
+        self.folders = [folder_of(run / str(shard), shard) for shard in range(shards)]
+        self.keepers: list[Keeper | SliceKeeper] = []
+        self._served: list[ServerCore | Offering] = []
+        self.busy = threading.RLock()
+        self.mail: defaultdict[tuple[int, int], Queue[Reply]] = defaultdict(Queue)  # by shard and worker
+        for shard, settings in enumerate(self._settings):
+            (run / str(shard)).mkdir(parents=True)
+            self.keepers.append(self._keeper(settings))
+            self._served.append(self.keepers[-1].begin())
+
+    def _keeper(self, settings: ServerSettings) -> Keeper | SliceKeeper:
+        folder = self.folders[settings.shard].parent
+        return SliceKeeper(folder, settings) if settings.shard else Keeper(RunFolder(folder, {}), settings)
+
+    def handle(self, shard: int, request: Request | Heartbeat, route: int = 0) -> list[tuple[Any, Reply]]:
+        with self.busy:
+            return whole(self._served[shard].stream(route, request, time.monotonic()))
+
+    def tick(self, now: float) -> None:
+        for served in self._served:
+            served.stream_tick(now)
+
+    @property
+    def cores(self) -> list[ServerCore]:
+        return [keeper.core for keeper in self.keepers]
+
+    def settle(self) -> None:
+        """What is being written is written."""
+        for thread in threading.enumerate():
+            if thread.name == "danaz-checkpoint":
+                thread.join()
+
+    def kill(self, *shards: int) -> None:
+        """These processes, all by default, and start them again."""
+        with self.busy:
+            self.settle()
+            for shard in shards or range(self.shards):
+                self.keepers[shard] = self._keeper(self._settings[shard])
+                self._served[shard] = self.keepers[shard].resume()
+
+    @property
+    def versions(self) -> list[int]:
+        return [core.master.version for core in self.cores]
+
+    @property
+    def params(self) -> Tensor:
+        return torch.cat([core.master.params for core in self.cores])
+
+
+class Way:
+    """A worker's way to one shard, whichever process that is."""
+
+    def __init__(self, servers: Servers, shard: int, worker: int = 0):
+        self._servers, self._shard, self._worker = servers, shard, worker
+        self.answered = threading.Event()
+        self.before: Callable[[Request], None] = lambda request: None
+        self.is_lost: Callable[[], bool] = lambda: False  # the answer; the request is said again
+        self.common: tuple[int, ...] | None = None  # what it makes of the push's
+
+    def exchange(self, request: Request) -> Reply:
+        self.before(request)
+        if isinstance(request, Push) and self.common is not None:
+            request = replace(request, common=self.common)
+        replies = self._servers.handle(self._shard, request, self._worker)
+        if self.is_lost():
+            return self.exchange(request)
+        for worker, reply in replies:
+            self._servers.mail[self._shard, worker].put(reply)
+        reply = self._servers.mail[self._shard, self._worker].get(timeout=60.0)
+        assert answers(reply, request)
+        self.answered.set()
+        return reply
+
+    def receive_into(self, room: Tensor) -> None:
+        """Nothing travels."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class Trainer:
+    """One worker, whose gradient is a function of the batch."""
+
+    def __init__(self, servers: Servers, worker: int = 0):
+        self.servers = servers
+        self.ways = [Way(servers, shard, worker) for shard in range(servers.shards)]
+        self.waits: list[float] = []
+        self.while_it_waits: Callable[[], None] = lambda: None
+        self.link = ShardedLink(self.ways, LAYOUT, pause=self._wait)
+        rule = servers.cores[0].settings.rule(0.9).worker_rule
+        self.core = WorkerCore(Role(worker, 1, "", 0.9, LAYOUT, PLAN), rule)
+        self.reply: Any = None
+
+    def _wait(self, wait_s: float) -> None:
+        self.waits.append(wait_s)
+        self.while_it_waits()
+
+    def join(self) -> None:
+        self.reply = self.say(lambda: self.core.join(torch.ones(LAYOUT.size)))
+
+    def say(self, make: Callable[[], Request]) -> Reply:
+        """As a worker's process does: who is refused joins again, and leaves again if it was about to leave."""
+        request = make()
+        reply = self.link.exchange(request)
+        self.core.receive(reply)
+        if isinstance(reply, Refusal):
+            assert reply.rejoin
+            reply = self.link.exchange(self.core.join())
+            self.core.receive(reply)
+            return self.say(make) if isinstance(request, Leave) else reply
+        return reply
+
+    def push(self) -> None:
+        batch = self.reply.leases[0]
+        grad = torch.randn(LAYOUT.size, generator=torch.Generator().manual_seed(batch))
+        self.reply = self.say(lambda: self.core.push(grad, (0.1,), 4, 1.0, batch))
+        assert isinstance(self.reply, Parameters)
+
+    def train(self, pushes: int = 1000) -> None:
+        for _ in range(pushes):
+            if self.reply.done:
+                return
+            self.push()
+            self.servers.settle()
+
+    def leave(self) -> Tensor:
+        final = self.say(lambda: self.core.leave(torch.empty(0)))
+        assert isinstance(final, Final)
+        return final.params
+
+    def bye(self) -> None:
+        self.core.receive(self.link.exchange(self.core.bye()))
+
+
+def undisturbed_end(folder: Path) -> Tensor:
+    """θ at the end of a run in which nothing fails."""
+    with training(folder, checkpoint_s=0.0) as trainer:
+        trainer.train()
+        return trainer.leave()
+
+
+@contextmanager
+def training(folder: Path, **settings: Any) -> Iterator[Trainer]:
+    """A worker that has joined."""
+    trainer = Trainer(Servers(folder, **settings))
+    trainer.join()
+    try:
+        yield trainer
+    finally:
+        trainer.servers.settle()
+        trainer.link.close()
+
+
+def check_end(trainer: Trainer, undisturbed: Tensor, restarts: int = 1) -> None:
+    """The same bits, every batch once, no version left out; and nothing is kept of the checkpoints."""
+    trainer.train()
+    assert torch.equal(trainer.leave(), undisturbed)
+    trainer.bye()
+    check_run(trainer.servers, restarts)
+    assert not any(folder.exists() for folder in trainer.servers.folders)
+
+
+def check_run(servers: Servers, restarts: int) -> None:
+    for keeper in servers.keepers:
+        keeper.finish()
+    updates, run = read_updates(servers.run), servers.run
+    assert [update["version"] for update in updates] == list(range(1, 13))
+    assert sorted(update["batch"] for update in updates) == list(range(12))
+    summary = read_summary(run)
+    assert (summary["complete"], summary["restarts"]) == (True, restarts)
+    assert not servers.folders[0].exists()
+    assert (run / "parameters.safetensors").exists()

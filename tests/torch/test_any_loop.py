@@ -1,0 +1,130 @@
+"""Loops as people write them, under danaz: each comes out as under torch alone, on any number of ranks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import any_loop
+import pytest
+import torch
+from any_loop import (
+    COMMUTING,
+    CURVED,
+    EDITS,
+    FLAT,
+    LOOPS,
+    Loop,
+    Problem,
+    difference,
+    train_with_danaz,
+    train_with_torch,
+)
+
+from danaz.run.settings import Place, Settings
+from danaz.torch.session import Session
+
+TOLERANCE = 1e-5
+ROOT = Path(__file__).parents[2]
+DEADLINE_S = 400.0
+
+# Each rank of each worker runs every loop, one after the other, in one world of the launcher's.
+SCRIPT = """
+import sys
+from any_loop import run_all
+run_all(sys.argv[1], int(sys.argv[2]))
+"""
+
+LAUNCHER = """
+import os, sys
+from launcher.hosts import parse_hosts
+from launcher.logs import quiet
+from launcher.plan import plan
+from launcher.run import run
+
+out, mode, workers, ranks, script = sys.argv[1:]
+laid = plan(
+    parse_hosts(f"localhost:{int(workers) * int(ranks)}"), [sys.executable, "-c", script, out, workers],
+    one_world=mode == "ssgd", workers_per_host=1 if mode == "ssgd" else int(workers), cwd=out,
+    env={**os.environ, "MODE": mode},
+)
+outcome = run(laid, out, echo=quiet)
+print(outcome.failure or "")
+sys.exit(outcome.exit_code)
+"""
+
+
+def run_everywhere(out: Path, mode: str, workers: int, ranks: int, collective: str) -> None:
+    """Run all loops on ``workers`` of ``ranks``, each with real processes, and real servers where there is one."""
+    path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "COLLECTIVE": collective}
+    arguments = [str(out), mode, str(workers), str(ranks), SCRIPT]
+    ended = subprocess.run(
+        [sys.executable, "-c", LAUNCHER, *arguments], env=env, timeout=DEADLINE_S, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def check(loop: Loop, problem: Problem, out: Path, ranks: int) -> None:
+    """All ranks have the same model, and it is torch's."""
+    theirs = train_with_torch(loop, problem)
+    for rank in range(ranks):
+        result = torch.load(out / f"{loop.__name__}.{rank}")
+        ours = problem.model()
+        ours.load_state_dict(result["model"])
+        assert difference(ours, theirs.model) < TOLERANCE, f"{loop.__name__} on rank {rank}"
+        if problem is CURVED:
+            assert result["seen"] == pytest.approx(theirs.seen, rel=1e-3, abs=1e-5), f"{loop.__name__} on rank {rank}"
+        first = torch.load(out / f"{loop.__name__}.0")["model"]
+        assert all(torch.equal(tensor, first[name]) for name, tensor in result["model"].items())
+
+
+@pytest.mark.parametrize("algorithm", ["baseline", "dana", "dana-zero", "nag-asgd", "ssgd"])
+@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
+def test_one_rank_equals_torch(loop: Loop, algorithm: str) -> None:
+    session = Session(Settings(algorithm=algorithm), Place())
+    ours, theirs = train_with_danaz(loop, CURVED, session), train_with_torch(loop, CURVED)
+    assert difference(ours.model, theirs.model) < TOLERANCE
+    assert ours.seen == pytest.approx(theirs.seen, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(DEADLINE_S)
+@pytest.mark.parametrize("collective", ["horovod", "torch"])
+def test_three_ranks_of_an_all_reduce_world_equal_torch(collective: str, tmp_path: Path) -> None:
+    run_everywhere(tmp_path, "ssgd", 1, 3, collective)
+    for loop in LOOPS:
+        check(loop, CURVED, tmp_path, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(DEADLINE_S)
+@pytest.mark.parametrize("collective", ["horovod", "torch"])
+def test_one_worker_of_two_ranks_and_a_server_equal_torch(collective: str, tmp_path: Path) -> None:
+    run_everywhere(tmp_path, "dana", 1, 2, collective)
+    for loop in LOOPS:
+        check(loop, CURVED, tmp_path, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(DEADLINE_S)
+@pytest.mark.parametrize("collective", ["horovod", "torch"])
+def test_two_workers_of_two_ranks_equal_torch_where_their_updates_commute(collective: str, tmp_path: Path) -> None:
+    run_everywhere(tmp_path, "dana", 2, 2, collective)
+    for loop in COMMUTING:
+        check(loop, FLAT, tmp_path, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(DEADLINE_S)
+def test_gradients_that_cannot_carry_an_edit_refuse_it(tmp_path: Path) -> None:
+    """Under a rule whose workers push gradients, an edit is an error that names the cure, and no silent loss."""
+    run_everywhere(tmp_path, "dana-zero", 1, 1, "torch")
+    for loop in LOOPS:
+        if loop in EDITS and loop is not any_loop.edit_at_the_end:  # as a worker leaves, it can
+            error = torch.load(tmp_path / f"{loop.__name__}.0")["error"]
+            assert "parameters were changed outside of optimizer.step()" in error
+        else:
+            check(loop, CURVED, tmp_path, 1)

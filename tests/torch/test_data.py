@@ -1,0 +1,385 @@
+"""Every sample once an epoch: batches and their parts, loaders around leases, and workers of all speeds."""
+
+from __future__ import annotations
+
+import atexit
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zmq
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+import danaz.worker.link
+from danaz.run.settings import Place, Settings
+from danaz.server.core import ServerCore
+from danaz.server.figures import Update
+from danaz.server.settings import ServerSettings
+from danaz.serving.router import Router
+from danaz.serving.socket import BoundRouter
+from danaz.torch.data import (
+    Batching,
+    LeaseSampler,
+    Portion,
+    Share,
+    UnsupportedLoaderError,
+    batching_of,
+    read_ahead,
+    rebuild,
+)
+from danaz.torch.optimizer import DistributedOptimizer
+from danaz.torch.session import Session
+
+DEADLINE_S = 30.0
+
+# ---- batches and parts of them --------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 60), st.integers(1, 20), st.booleans(), st.booleans(), st.integers(0, 3), st.integers(0, 2**40))
+def test_an_epoch_of_batches_is_every_sample_once(
+    samples: int, batch_size: int, shuffle: bool, drop_last: bool, epoch: int, seed: int
+) -> None:
+    batching = Batching(samples, batch_size, shuffle, drop_last, seed)
+    count = batching.batches_per_epoch
+    batches = [batching.indices(epoch * count + number) for number in range(count)]
+    used = np.concatenate([*batches, np.empty(0, np.int64)])
+    assert len(np.unique(used)) == len(used) == (samples // batch_size * batch_size if drop_last else samples)
+    assert {batching.epoch_of(epoch * count + number) for number in range(count)} <= {epoch}
+    assert all(len(batch) == batch_size for batch in batches[:-1])
+    if not shuffle:
+        assert used.tolist() == list(range(len(used)))
+
+
+def test_the_order_is_a_function_of_seed_and_epoch() -> None:
+    orders = {
+        (seed, epoch): tuple(Batching(50, 50, seed=seed).indices(epoch)) for seed in range(3) for epoch in range(3)
+    }
+    assert len(set(orders.values())) == 9
+    assert tuple(Batching(50, 50, seed=2).indices(1)) == orders[2, 1]
+
+
+@given(st.integers(0, 40), st.integers(1, 5), st.integers(1, 5))
+def test_the_parts_of_a_batch_are_the_batch(size: int, workers: int, ranks: int) -> None:
+    batch = np.arange(size)
+    parts = [Share(w, workers, r, ranks).of(batch) for w in range(workers) for r in range(ranks)]
+    assert np.concatenate(parts).tolist() == batch.tolist()
+    for worker in range(workers):
+        sizes = [len(part) for part in parts[worker * ranks : (worker + 1) * ranks]]
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_uneven_parts() -> None:
+    assert [len(Share(rank=rank, ranks=3).of(np.arange(10))) for rank in range(3)] == [4, 3, 3]
+    assert [Portion(0, 10, here).weight for here in (4, 3, 0)] == [0.4, 0.3, 0.0]
+
+
+@given(st.integers(0, 40), st.integers(1, 5), st.integers(1, 5))
+def test_where_a_step_needs_two_samples_no_rank_gets_one(size: int, workers: int, ranks: int) -> None:
+    batch = np.arange(size)
+    parts = [Share(w, workers, r, ranks, least=2).of(batch) for w in range(workers) for r in range(ranks)]
+    assert np.concatenate(parts).tolist() == batch.tolist()
+    assert 1 not in [len(part) for part in parts] or size == 1
+    plain = [Share(w, workers, r, ranks).of(batch) for w in range(workers) for r in range(ranks)]
+    if min(map(len, plain)) > 1:
+        assert [part.tolist() for part in parts] == [part.tolist() for part in plain]
+
+
+def test_ranks_that_a_batch_leaves_idle() -> None:
+    assert [Share(ranks=4, least=2).ranks_at_work(samples) for samples in (1, 2, 5, 8, 9)] == [1, 1, 2, 4, 4]
+    assert Share(ranks=4).ranks_at_work(5) == 4
+
+
+def test_a_rank_without_samples_computes_on_the_first_one_with_weight_zero() -> None:
+    batches = deque([0, 1, 2, 3])
+    batching = Batching(samples=5, batch_size=3, shuffle=False)  # batches of 3 and 2 samples
+    sampler = LeaseSampler(batching, Share(rank=2, ranks=3), lambda: batches.popleft() if batches else None)
+    assert list(sampler) == [[2], [3], [2], [3]]
+    assert list(sampler.portions) == [Portion(0, 3, 1), Portion(1, 2, 0), Portion(2, 3, 1), Portion(3, 2, 0)]
+    assert sampler.portions[1].weight == 0
+
+
+# ---- loaders --------------------------------------------------------------------------------------------------------
+
+DATA = TensorDataset(torch.arange(10.0).unsqueeze(1), torch.arange(10.0).unsqueeze(1))
+
+
+class Stream(IterableDataset[Tensor]):
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(torch.arange(3.0))
+
+
+@pytest.mark.parametrize(
+    ("loader", "reason"),
+    [
+        (DataLoader(Stream(), batch_size=2), "IterableDataset: batches are leased by sample number"),
+        (DataLoader(DATA, batch_size=2, sampler=SubsetRandomSampler(range(5))), "SubsetRandomSampler"),
+        (DataLoader(DATA, batch_size=2, sampler=WeightedRandomSampler([1.0] * 10, 10)), "WeightedRandomSampler"),
+        (DataLoader(DATA, batch_sampler=[[0, 1], [2]]), "sampler of its own \\(list\\)"),
+        (DataLoader(DATA, batch_size=None), "needs a DataLoader with batch_size"),
+        (DataLoader(DATA, batch_size=2, sampler=RandomSampler(DATA, replacement=True)), "draws with replacement"),
+        (DataLoader(DATA, batch_size=2, sampler=RandomSampler(DATA, num_samples=4)), "draws 4 of 10 samples"),
+        (DataLoader(DATA, batch_size=11, drop_last=True), "10 samples do not fill one batch of 11"),
+    ],
+)
+def test_loaders_that_cannot_be_shared_out_are_refused_with_the_reason(loader: DataLoader[Any], reason: str) -> None:
+    with pytest.raises(UnsupportedLoaderError, match=reason):
+        batching_of(loader, 1, seed=0)
+
+
+def test_a_loader_says_how_it_batches() -> None:
+    assert batching_of(DataLoader(DATA, batch_size=3, shuffle=True), 2, seed=5) == Batching(10, 6, True, False, 5)
+    assert batching_of(DataLoader(DATA, batch_size=3, drop_last=True), 1, seed=0) == Batching(10, 3, False, True, 0)
+
+
+def test_a_rebuilt_loader_keeps_what_the_user_chose() -> None:
+    loader = DataLoader(
+        DATA, batch_size=4, num_workers=2, prefetch_factor=3, timeout=7, collate_fn=len, persistent_workers=True
+    )
+    assert read_ahead(loader) == 1 + 2 * 3
+    sampler = LeaseSampler(Batching(10, 4), Share(), lambda: None)
+    rebuilt = rebuild(loader, sampler)
+    kept = ("dataset", "num_workers", "prefetch_factor", "timeout", "collate_fn", "pin_memory", "persistent_workers")
+    for name in kept:
+        assert getattr(rebuilt, name) == getattr(loader, name)
+    assert rebuilt.batch_sampler is sampler
+    assert read_ahead(DataLoader(DATA)) == 1
+
+
+# ---- workers --------------------------------------------------------------------------------------------------------
+
+
+class Counted(Dataset[tuple[Tensor, Tensor]]):
+    """Notes who fetched which sample, and lets a test hold a worker up."""
+
+    def __init__(self, samples: int, worker: int, fetched: list[tuple[int, int]], hold: Callable[[], object]):
+        self.samples, self.worker, self.fetched, self.hold = samples, worker, fetched, hold
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        self.fetched.append((self.worker, index))
+        self.hold()
+        return torch.tensor([index / self.samples]), torch.ones(1)
+
+
+@dataclass
+class Cluster:
+    """A server on a ROUTER socket, and workers on threads of this process."""
+
+    settings: ServerSettings
+    updates: list[Update] = field(default_factory=list)
+    fetched: list[tuple[int, int]] = field(default_factory=list)  # (worker, sample)
+    errors: list[BaseException] = field(default_factory=list)
+    end_s: float = DEADLINE_S  # within which the server must end once its workers have
+    stopping: bool = False
+
+    def __post_init__(self) -> None:
+        self.core = ServerCore(self.settings, on_update=self.updates.append)
+        self.bound = BoundRouter("tcp://127.0.0.1:*")
+        self.address = self.bound.address
+        self.threads = [threading.Thread(target=self._guarded, args=(self._serve,))]
+
+    def _serve(self) -> None:
+        Router(self.bound).serve(self.core, None, lambda: self.stopping)
+
+    def worker(self, number: int, story: Callable[[Session, int], None]) -> None:
+        """Add a worker; ``story`` is what its script does."""
+        self.threads.append(threading.Thread(target=self._guarded, args=(lambda: self._work(number, story),)))
+
+    def _work(self, number: int, story: Callable[[Session, int], None]) -> None:
+        settings = Settings(self.settings.algorithm, self.settings.workers)
+        session = Session(settings, Place(worker=number, server=self.address))
+        atexit.unregister(session._close)
+        try:
+            story(session, number)
+        finally:
+            session._close()
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            self.errors.append(error)
+            raise
+
+    def run(self) -> None:
+        """Returns when everyone has ended."""
+        for thread in self.threads:
+            thread.start()
+        for thread in self.threads[1:]:
+            thread.join(DEADLINE_S)
+        hanging = [thread for thread in self.threads[1:] if thread.is_alive()]
+        if not hanging:
+            self.threads[0].join(self.end_s)
+        self.stopping = self.threads[0].is_alive()
+        self.threads[0].join(DEADLINE_S)
+        self.bound.close(linger_ms=0)
+        assert not hanging, "a worker hangs"
+        assert not self.stopping, "the server does not end"
+        assert not self.errors
+
+    def counts(self) -> Counter[int]:
+        return Counter(sample for _, sample in self.fetched)
+
+    def batches_by_worker(self) -> Counter[int]:
+        return Counter(update.worker for update in self.updates)
+
+
+def make_optimizer(session: Session) -> tuple[nn.Linear, DistributedOptimizer]:
+    model = nn.Linear(1, 1)
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True)
+    optimizer = DistributedOptimizer(sgd, model, session.group)
+    session.adopt(optimizer)
+    return model, optimizer
+
+
+def train(
+    cluster: Cluster,
+    session: Session,
+    number: int,
+    samples: int,
+    epochs: int,
+    hold: Callable[[], object] = lambda: None,
+    after_step: Callable[[], object] = lambda: None,
+    **loader: Any,
+) -> None:
+    """The usual loop."""
+    model, optimizer = make_optimizer(session)
+    session.epochs = epochs
+    data = Counted(samples, number, cluster.fetched, hold)
+    for epoch in range(epochs):
+        for x, y in session.shard(DataLoader(data, shuffle=True, **loader), epoch):
+            optimizer.zero_grad()
+            mse_loss(model(x), y).backward()
+            optimizer.step()
+            after_step()
+    session.finish()
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("algorithm", ["dana", "dana-zero"])
+def test_a_slow_worker_takes_nothing_away(algorithm: str, drop_last: bool) -> None:
+    """Worker 1 is held up within its first batch until worker 0 has done all the others."""
+    samples, batch_size, epochs = 22, 4, 3
+    total = Batching(samples, batch_size, drop_last=drop_last).plan(epochs).batches
+    cluster = Cluster(ServerSettings(algorithm, workers=2))
+    others_done, steps = threading.Event(), Counter[int]()
+
+    def count() -> None:
+        steps[0] += 1
+        if steps[0] == total - 1:
+            others_done.set()
+
+    def fast(session: Session, number: int) -> None:
+        train(cluster, session, number, samples, epochs, after_step=count, batch_size=batch_size, drop_last=drop_last)
+
+    def slow(session: Session, number: int) -> None:
+        hold = lambda: others_done.wait(DEADLINE_S)  # noqa: E731
+        train(cluster, session, number, samples, epochs, hold, batch_size=batch_size, drop_last=drop_last)
+
+    cluster.worker(0, fast)
+    cluster.worker(1, slow)
+    cluster.run()
+    assert sorted(update.batch for update in cluster.updates) == list(range(total))
+    assert cluster.batches_by_worker() == {0: total - 1, 1: 1}
+    assert cluster.updates[-1].lag == total - 1
+    if drop_last:
+        assert sum(cluster.counts().values()) == epochs * (samples // batch_size * batch_size)
+        assert max(cluster.counts().values()) <= epochs
+    else:
+        assert cluster.counts() == dict.fromkeys(range(samples), epochs)
+
+
+@pytest.mark.parametrize(("samples", "batch_size", "epochs"), [(22, 4, 2), (3, 2, 1), (1, 5, 4)])
+def test_data_that_runs_out_unevenly(samples: int, batch_size: int, epochs: int) -> None:
+    """More workers than batches, batches that do not divide: nothing hangs, all end, each sample is used."""
+    cluster = Cluster(ServerSettings("dana", workers=3))
+    for number in range(3):
+        cluster.worker(number, lambda session, n: train(cluster, session, n, samples, epochs, batch_size=batch_size))
+    cluster.run()
+    assert cluster.counts() == dict.fromkeys(range(samples), epochs)
+    assert cluster.core.leases.epoch == epochs
+    assert [update.version for update in cluster.updates] == list(range(1, len(cluster.updates) + 1))
+
+
+def test_batches_of_a_lost_worker_are_given_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(danaz.worker.link, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(danaz.worker.link, "RETRY_FIRST_S", 2 * DEADLINE_S)  # the late answer must find its way at once
+    samples, batch_size, epochs = 20, 4, 2
+    cluster = Cluster(ServerSettings("dana-zero", workers=2, worker_timeout_s=0.5))
+
+    def survivor(session: Session, number: int) -> None:
+        train(cluster, session, number, samples, epochs, batch_size=batch_size)
+
+    def victim(session: Session, number: int) -> None:
+        make_optimizer(session)
+        session.epochs = epochs
+        data = Counted(samples, number, [], lambda: None)
+        next(session.shard(DataLoader(data, shuffle=True, batch_size=batch_size), 0))
+        # It falls silent within its first batch.
+
+    cluster.worker(0, survivor)
+    cluster.worker(1, victim)
+    cluster.run()
+    assert cluster.batches_by_worker() == {0: 10}
+    assert sorted(update.batch for update in cluster.updates) == list(range(10))
+    assert cluster.counts() == dict.fromkeys(range(samples), epochs)
+    assert not cluster.core.members[1].alive
+
+
+def test_a_loop_that_is_left_early_ends_the_run() -> None:
+    cluster = Cluster(ServerSettings("dana", workers=2), end_s=2.0)
+
+    def impatient(session: Session, number: int) -> None:
+        model, optimizer = make_optimizer(session)
+        session.epochs = 3
+        loader = DataLoader(Counted(20, number, cluster.fetched, lambda: None), batch_size=2)
+        for step, (x, y) in enumerate(session.shard(loader, 0)):
+            mse_loss(model(x), y).backward()
+            optimizer.step()
+            if step == 2:
+                break
+        session.finish()
+
+    cluster.worker(0, impatient)
+    cluster.worker(1, impatient)
+    cluster.run()
+    assert len(cluster.updates) == 6
+
+
+def test_another_loader_in_the_midst_of_a_run_is_refused() -> None:
+    session = Session(Settings("dana"), Place())
+    atexit.unregister(session._close)
+    make_optimizer(session)
+    batches = session.shard(DataLoader(DATA, batch_size=5), 0)
+    next(batches)
+    with pytest.raises(ValueError, match="another size, batch size or order than the run began with"):
+        next(session.shard(DataLoader(DATA, batch_size=2), 0))
+    session._close()
+
+
+def test_the_server_socket_is_a_router() -> None:
+    bound = BoundRouter("tcp://127.0.0.1:*")
+    assert bound.socket.type == zmq.ROUTER
+    assert bound.address.startswith("tcp://127.0.0.1:")
+    bound.close(linger_ms=0)

@@ -1,0 +1,383 @@
+"""Several servers, each with a slice of the vector, do what one does."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Sequence
+from dataclasses import replace
+from math import inf, nan
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from live import Running, launch, read_updates, until
+from safetensors.torch import load_file
+from sharded import LAYOUT, PLAN, compressor_of, gradients, linked, make_cores, say
+from torch import Tensor
+
+from danaz.launch.prepare import LaunchError, Manner, check_shards
+from danaz.protocol.messages import Bye, Final, Noted, Parameters, Push, Refusal, Reply
+from danaz.protocol.wire import decode, split
+from danaz.run.settings import Settings
+from danaz.server.core import ServerCore
+from danaz.server.figures import Update
+from danaz.vectors.codecs import Compressor
+from danaz.vectors.flat import Layout, shard_spans
+from danaz.worker.core import Role, WorkerCore
+from danaz.workloads.digits import DigitsNet
+
+ELEMENTWISE = ["asgd", "nag-asgd", "dana", "dana-zero", "dana-ga", "dana-dc", "dana-sa", "dana-nadam", "easgd"]
+
+
+def train(
+    algorithm: str, shards: int, gap_every: int = 1, compressors: Sequence[Compressor | None] = (None, None)
+) -> tuple[list[Tensor], Tensor, ServerCore, list[Update]]:
+    """Two workers take turns of unequal length; returns every view, the end, shard 0 and its journal."""
+    cores, views, journal = make_cores(algorithm, shards, gap_every=gap_every), [], []
+    cores[0].on_update = journal.append
+    one, other = (linked(cores, worker, compressor) for worker, compressor in enumerate(compressors))
+    with one as (first, first_link, _), other as (second, second_link, _):
+        replies = {}
+        grads = gradients()
+        for core, link in ((first, first_link), (second, second_link)):
+            replies[core.role.worker] = say(core, link, core.join(next(grads) if core is first else None))
+        for number in range(11):
+            core, link = (first, first_link) if number % 3 else (second, second_link)
+            batch = replies[core.role.worker].leases[0]
+            lr = (0.1, 0.2, 0.05 / (1 + number))
+            params = replies[core.role.worker].view.clone()
+            reply = say(core, link, core.push(next(grads), lr, 4, 1.0, batch, params))
+            assert reply.applied
+            replies[core.role.worker] = reply
+            views.append(reply.view.clone())
+        return views, torch.cat([each.master.params for each in cores]), cores[0], journal
+
+
+@pytest.mark.parametrize("algorithm", ELEMENTWISE)
+@pytest.mark.parametrize("shards", [2, 3])
+def test_slices_hold_the_same_bits_as_the_whole(algorithm: str, shards: int) -> None:
+    views, params, leader, _ = train(algorithm, shards)
+    whole_views, whole_params, whole, _ = train(algorithm, 1)
+    assert all(torch.equal(view, other) for view, other in zip(views, whole_views, strict=True))
+    assert torch.equal(params, whole_params)
+    assert leader.figures.updates == whole.figures.updates == 11
+    assert leader.leases.completed == whole.leases.completed == 11
+
+
+@pytest.mark.parametrize("wire", ["bf16", "onebit", "topk:0.1"])
+@pytest.mark.parametrize("shards", [2, 3])
+def test_slices_that_travel_encoded_hold_the_same_bits_as_the_whole(wire: str, shards: int) -> None:
+    """Error feedback included, where the whole is compressed in the same chunks."""
+
+    def compressed(servers: int) -> tuple[list[Tensor], ServerCore]:
+        compressors = [compressor_of(wire, shards) for _ in range(2)]
+        views, _, leader, _ = train("dana", servers, compressors=compressors)
+        return views, leader
+
+    (views, leader), (whole_views, whole) = compressed(shards), compressed(1)
+    assert all(torch.equal(view, other) for view, other in zip(views, whole_views, strict=True))
+    plain_views, _, plain, _ = train("dana", shards)
+    assert not torch.equal(views[-1], plain_views[-1]), "something was lost, else this tests nothing"
+    assert leader.figures.push_bytes == whole.figures.push_bytes < plain.figures.push_bytes == 11 * 4 * LAYOUT.size
+    assert leader.figures.view_bytes == whole.figures.view_bytes == 13 * 4 * LAYOUT.size
+
+
+def test_each_shard_is_sent_its_chunks_alone() -> None:
+    cores = make_cores("dana", 3)
+    with linked(cores, compressor=compressor_of("topk:0.1", 3)) as (core, link, links):
+        joined = say(core, link, core.join(torch.zeros(LAYOUT.size)))
+        push = core.push(next(gradients()), (0.1, 0.1, 0.1), 1, 1.0, joined.leases[0])
+        link.exchange(push)
+        for each, (start, stop) in zip(links, shard_spans(LAYOUT.size, 3), strict=True):
+            part = each.said[-1]
+            assert isinstance(part, Push)
+            assert part.encoded is not None
+            sent = [bytes(frame) for frames in split(part) for frame in frames]
+            assert torch.equal(decode(sent).push, push.push[start:stop])
+
+
+def gaps_of(journal: Sequence[Update], worker: int) -> list[float | None]:
+    return [update.gap for update in journal if update.worker == worker]
+
+
+@pytest.mark.parametrize("algorithm", ELEMENTWISE)
+@pytest.mark.parametrize("shards", [2, 3])
+def test_the_gap_is_that_of_the_whole_one_push_later(algorithm: str, shards: int) -> None:
+    *_, leader, journal = train(algorithm, shards)
+    *_, whole = train(algorithm, 1)
+    for worker in (0, 1):
+        known, expected = gaps_of(journal, worker), gaps_of(whole, worker)
+        assert known[0] is None
+        assert known[1:] == pytest.approx(expected[:-1], rel=1e-6)
+    assert any(gap for gap in gaps_of(whole, 0))
+    assert leader.figures.gaps_measured == 11 - 2
+
+
+def test_the_gap_is_measured_as_often_as_asked_in_all_slices() -> None:
+    *_, journal = train("asgd", 2, gap_every=3)
+    *_, always = train("asgd", 2)
+    measured = gaps_of(journal, 0)
+    assert 1 < sum(gap is not None for gap in measured) < len(measured)
+    assert all(gap in (None, each) for gap, each in zip(measured, gaps_of(always, 0), strict=True))
+    *_, never = train("asgd", 2, gap_every=0)
+    assert {update.gap for update in never} == {None}
+
+
+def test_there_is_no_gap_of_a_push_that_a_slice_has_lost() -> None:
+    cores, journal = make_cores("asgd", 2), []
+    cores[0].on_update = journal.append
+    with linked(cores) as (core, link, _):
+        reply = say(core, link, core.join(torch.zeros(LAYOUT.size)))
+        for number in range(4):
+            if number == 1:
+                cores[1].tick(1000.0)  # it gives the worker up
+            reply = say(core, link, core.push(torch.ones(LAYOUT.size), (0.1, 0.1, 0.1), 1, 1.0, reply.leases[0]))
+    assert [update.gap is not None for update in journal] == [False, True, False, True]
+
+
+def refused_by_shard_0(**brought: Any) -> str:
+    """Why it did not apply a push that says this of the other slices."""
+    cores = make_cores("asgd", 2)
+    with linked(cores) as (core, link, _):
+        joined = say(core, link, core.join(torch.zeros(LAYOUT.size)))
+        push = link._part(0, core.push(torch.ones(LAYOUT.size), (0.1, 0.1, 0.1), 1, 1.0, joined.leases[0]))
+        [(_, reply)] = cores[0].handle(0, replace(push, **brought), 0.0)
+        assert isinstance(reply, Parameters)
+        assert cores[0].master.version == 0
+        return reply.refused
+
+
+@pytest.mark.parametrize("squares", [(1.0,), (1.0,) * 5, (1.0, 1.0, nan, 1.0), (1.0, inf, 1.0, 1.0), (-1.0,) * 4])
+def test_squares_that_are_none_of_this_model_are_refused(squares: tuple[float, ...]) -> None:
+    """It has four layers."""
+    assert refused_by_shard_0(squares=squares) == "squares of the other slices do not fit the model"
+
+
+def test_bytes_that_cannot_have_been_sent_are_refused() -> None:
+    assert refused_by_shard_0(elsewhere=-1) == "the other slices took fewer bytes than none"
+
+
+def test_spans_tile_the_vector() -> None:
+    assert shard_spans(128, 3) == [(0, 32), (32, 80), (80, 128)]  # within a, within b, within d
+    assert shard_spans(25_500_000, 2) == [(0, 12_750_000), (12_750_000, 25_500_000)]
+    with pytest.raises(ValueError, match="too small"):
+        shard_spans(31, 3)
+
+
+def test_a_table_is_cut_at_and_within_tensors() -> None:
+    head, tail = LAYOUT.cut(0, 88), LAYOUT.cut(64, 128)
+    assert [(e.name, e.shape) for e in head.parameters] == [("a", (40,)), ("b", (8, 6))]
+    assert [(e.name, e.start, e.shape) for e in tail.parameters] == [("b", 0, (24,)), ("c", 24, ()), ("d", 25, (39,))]
+    assert head.groups == ((0, 40), (40, 40), (40, 88))
+    assert tail.groups == ((0, 0), (0, 0), (0, 64))
+    assert Layout.from_lists(tail.to_lists()) == tail
+
+
+def test_what_no_shard_alone_sees_is_refused_by_all() -> None:
+    cores = make_cores("dana", 2)
+    with linked(cores) as (core, link, _):
+        joined = say(core, link, core.join(torch.zeros(LAYOUT.size)))
+        grad = torch.ones(LAYOUT.size)
+        grad[-1] = nan  # in the slice of shard 1
+        reply = say(core, link, core.push(grad, (0.1, 0.1, 0.1), 1, 1.0, joined.leases[0]))
+        assert reply.refused == "push is not finite"
+        assert [each.master.version for each in cores] == [0, 0]
+        assert not core.vectors["velocity"].any()
+
+
+def test_a_repeated_push_is_applied_once_by_each_shard() -> None:
+    cores = make_cores("dana-zero", 2)
+    with linked(cores) as (core, link, _):
+        joined = say(core, link, core.join(torch.zeros(LAYOUT.size)))
+        push = core.push(torch.ones(LAYOUT.size), (0.1, 0.1, 0.1), 1, 1.0, joined.leases[0])
+        first = link.exchange(push)
+        parts = [link._part(number, push) for number in (0, 1)]
+        for each, part in zip(cores, parts, strict=True):
+            each.handle(0, part, 0.0)
+        assert [each.master.version for each in cores] == [1, 1]
+        assert first.applied
+
+
+def test_a_shard_that_gave_a_worker_up_takes_it_in_again() -> None:
+    """The push is lost in its slice alone, and the worker's velocity stays in step with each."""
+    cores = make_cores("dana", 2)
+    with linked(cores) as (core, link, _):
+        joined = say(core, link, core.join(torch.zeros(LAYOUT.size)))
+        cores[1].tick(1000.0)
+        reply = say(core, link, core.push(torch.ones(LAYOUT.size), (0.1, 0.1, 0.1), 1, 1.0, joined.leases[0]))
+        assert reply.applied
+        assert [each.master.version for each in cores] == [1, 0]
+        (_, stop), _ = shard_spans(LAYOUT.size, 2)
+        velocity = core.vectors["velocity"]
+        assert velocity[:stop].all()
+        assert not velocity[stop:].any()
+        say(core, link, core.push(torch.ones(LAYOUT.size), (0.1, 0.1, 0.1), 1, 1.0, reply.leases[0]))
+        assert [each.master.version for each in cores] == [2, 1]
+        assert core.vectors["velocity"].all()
+
+
+def test_what_another_shard_applied_of_a_refused_push_counts_there() -> None:
+    cores = make_cores("dana", 2)
+    with linked(cores) as (core, link, _):
+        joined = say(core, link, core.join(torch.zeros(LAYOUT.size)))
+        cores[0].leases.give_up(0)  # the batch is somebody else's by now
+        reply = say(core, link, core.push(torch.ones(LAYOUT.size), (0.1, 0.1, 0.1), 1, 1.0, joined.leases[0]))
+        assert "not leased" in reply.refused
+        (_, stop), _ = shard_spans(LAYOUT.size, 2)
+        velocity = core.vectors["velocity"]
+        assert not velocity[:stop].any()
+        assert velocity[stop:].all()
+
+
+def test_what_error_feedback_keeps_moves_on_with_each_slice() -> None:
+    """Of a push that shard 0 refused and the other one applied."""
+    cores = make_cores("dana", 2)
+    compressor = compressor_of("onebit", 2)
+    assert compressor is not None
+    with linked(cores, compressor=compressor) as (core, link, _):
+        joined = say(core, link, core.join(torch.zeros(LAYOUT.size)))
+        cores[0].leases.give_up(0)
+        reply = say(core, link, core.push(next(gradients()), (0.1, 0.1, 0.1), 1, 1.0, joined.leases[0]))
+        assert "not leased" in reply.refused
+        (_, stop), _ = shard_spans(LAYOUT.size, 2)
+        assert not compressor.residual[:stop].any()
+        assert compressor.residual[stop:].all()
+
+
+def test_given_up_by_shard_0_it_joins_everywhere() -> None:
+    cores = make_cores("dana", 2)
+    with linked(cores) as (core, link, _):
+        joined = say(core, link, core.join(torch.zeros(LAYOUT.size)))
+        cores[0].tick(1000.0)
+        push = core.push(torch.ones(LAYOUT.size), (0.1, 0.1, 0.1), 1, 1.0, joined.leases[0])
+        refusal = say(core, link, push)
+        assert isinstance(refusal, Refusal)
+        assert refusal.rejoin
+        again = say(core, link, core.join())
+        assert isinstance(again, Parameters)
+        (_, stop), _ = shard_spans(LAYOUT.size, 2)
+        assert core.vectors["velocity"][stop:].all()  # shard 1 had applied it
+        assert not core.vectors["velocity"][:stop].any()
+
+
+def test_the_end_is_put_together_from_all_slices() -> None:
+    cores = make_cores("dana", 2)
+    with linked(cores) as (core, link, links):
+        reply = say(core, link, core.join(torch.zeros(LAYOUT.size)))
+        while not reply.done:
+            reply = say(core, link, core.push(torch.ones(LAYOUT.size), (0.1, 0.1, 0.1), 1, 1.0, reply.leases[0]))
+        given_back = core.given_back()
+        before = torch.cat([each.master.params for each in cores])
+        final = say(core, link, core.leave(torch.tensor([1.0, 2.0, 3.0])))
+        assert isinstance(final, Final)
+        assert given_back is not None
+        assert torch.equal(final.params, before + given_back)
+        assert final.buffers.tolist() == [1.0, 2.0, 3.0]
+        assert isinstance(say(core, link, core.bye()), Noted)
+        assert all(each.finished for each in cores)
+        whole = cores[0].whole.params(cores[0].master.params)
+        assert whole is not None
+        assert torch.equal(whole, final.params)
+        assert cores[0].whole.layout == LAYOUT
+        assert isinstance(links[1].said[-1], Bye)
+
+
+def test_a_shard_waits_for_the_others_before_it_tells_the_end() -> None:
+    """It leases nothing: that no batches are left it hears from whoever leaves."""
+    cores = make_cores("dana", 2, workers=2)
+    settled: dict[int, Reply] = {}
+    roles = [WorkerCore(Role(n, 1, "", 0.9, LAYOUT, PLAN), cores[0].settings.rule(0.9).worker_rule) for n in (0, 1)]
+    for core in roles:
+        join = replace(core.join(torch.zeros(64)), params=torch.zeros(64) if core is roles[0] else None)
+        settled.update({int(to): reply for to, reply in cores[1].handle(core.role.worker, join, 0.0)})
+    for core in roles:
+        core.receive(settled[core.role.worker])
+        core.done = True
+    give_back = torch.ones(64)
+    leaves = [replace(core.leave(torch.empty(0)), give_back=give_back) for core in roles]
+    assert cores[1].handle(0, leaves[0], 0.0) == []
+    finals = cores[1].handle(1, leaves[1], 0.0)
+    assert [to for to, _ in finals] == [0, 1]
+    for _, final in finals:
+        assert isinstance(final, Final)
+        assert torch.equal(final.params, 2 * give_back)
+
+
+@pytest.mark.parametrize(
+    ("settings", "manner", "reason"),
+    [
+        ({"algorithm": "ssgd"}, {}, "has no server"),
+        ({"algorithm": "ssgd-lars"}, {}, "has no server"),
+        ({}, {"record": True}, "--record"),
+        ({}, {"refuse_outliers": True}, "--refuse-outliers"),
+        ({}, {"invite": 1}, "--invite"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(settings: dict[str, Any], manner: dict[str, Any], reason: str) -> None:
+    values = {"algorithm": "dana", **settings}
+    with pytest.raises(LaunchError, match=reason):
+        check_shards(Settings(**values), Manner(server_shards=2, **manner))
+    check_shards(Settings(**values), Manner(**manner))
+
+
+ARGUMENTS = ("configs/digits.yaml", "--hosts", "localhost:2", "--workers-per-host", "2", "--collective", "torch")
+SHARDED = (*ARGUMENTS, "--server-shards", "2")
+
+
+def test_digits_with_two_shards(tmp_path: Path) -> None:
+    run = launch(*SHARDED, out=tmp_path / "run")
+    assert run.summary["complete"]
+    assert run.summary["test_error_percent"] < 5
+    assert [update["version"] for update in run.updates] == list(range(1, 901))
+    assert sum(update["gap"] is None for update in run.updates) == 2, "the first of each worker"
+    assert run.summary["mean_gap"] > 0
+    assert run.summary["push_bytes_per_update"] == 4 * sum(p.numel() for p in DigitsNet().parameters())
+    tensors = load_file(run.folder / "parameters.safetensors")
+    expected = {name: t.shape for name, t in DigitsNet().state_dict().items() if t.is_floating_point()}
+    assert {name: t.shape for name, t in tensors.items()} == expected
+    assert all(t.isfinite().all() for t in tensors.values())
+    assert (tensors["10.weight"] != 0).all()
+
+
+def test_digits_with_two_shards_and_little_on_the_wire(tmp_path: Path) -> None:
+    run = launch(*SHARDED, "--wire", "onebit", "--wire-view", "bf16", out=tmp_path / "run")
+    assert run.summary["complete"]
+    assert run.summary["test_error_percent"] < 5
+    parameters = sum(p.numel() for p in DigitsNet().parameters())
+    assert 4 * parameters / 29 < run.summary["push_bytes_per_update"] < 4 * parameters / 27
+    assert 2 * parameters <= run.summary["view_bytes_per_update"] < 2.1 * parameters
+
+
+@pytest.mark.parametrize("name", ["server", "server.1"])
+def test_the_death_of_a_shard_ends_a_run_that_is_to_stop(tmp_path: Path, name: str) -> None:
+    run = Running(tmp_path / "run", *SHARDED, "--set", "epochs=2000", "--on-worker-failure", "stop")
+    try:
+        until(lambda: run.trains, "training begins")
+        for pid in run.processes:
+            words = Path("/proc", str(pid), "cmdline").read_bytes().decode().split("\0")
+            if "serve" in words and ("--shard" in words) == (name == "server.1"):
+                os.kill(pid, signal.SIGKILL)
+        output, _ = run.launcher.communicate(timeout=100)
+        assert run.launcher.returncode != 0
+        assert f"{name} on localhost" in output
+        assert "killed" in output.lower()
+        until(lambda: not run.processes, "everything has ended")
+    finally:
+        run.end()
+
+
+def test_a_worker_that_was_killed_comes_back_to_every_shard(tmp_path: Path) -> None:
+    run = Running(tmp_path / "run", *SHARDED, "--set", "epochs=150")
+    try:
+        until(lambda: any(update["worker"] == 1 for update in read_updates(run.folder)), "it takes part")
+        os.kill(run.pid("rank"), signal.SIGKILL)
+        output, _ = run.launcher.communicate(timeout=150)
+        assert run.launcher.returncode == 0, output
+        ended = read_updates(run.folder)
+        assert sorted(update["batch"] for update in ended) == list(range(150 * 45))
+        assert len({update["incarnation"] for update in ended if update["worker"] == 1}) == 2
+        assert (run.folder / "parameters.safetensors").exists()
+    finally:
+        run.end()

@@ -1,0 +1,326 @@
+"""A worker without I/O: which request may follow which, and what it remembers when the server says no."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import isfinite
+
+import pytest
+import torch
+from cluster import DIGEST, layout_of
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from danaz.protocol.messages import Bye, Final, Join, Noted, Parameters, Plan, Pull, Refusal
+from danaz.rules import find_algorithm
+from danaz.vectors.codecs import Compressor, push_codec
+from danaz.worker.core import Backoff, LocalStep, ProtocolError, Role, WorkerCore, answers
+
+SIZE = 3
+ROLE = Role(2, 4, DIGEST, 0.9, layout_of(SIZE, buffers=1), Plan(10, 1), ahead=2)
+NO_BUFFERS = torch.zeros(1)
+
+
+def worker(algorithm: str = "dana", **hyperparameters: object) -> WorkerCore:
+    return WorkerCore(ROLE, find_algorithm(algorithm).rule(**hyperparameters).worker_rule)
+
+
+def view(request: int, *, version: int = 0, applied: bool = False, refused: str = "") -> Parameters:
+    return Parameters(request, version, applied, refused, (0, 1), False, 0.0, 0, None, torch.zeros(SIZE))
+
+
+def joined(algorithm: str = "dana", **hyperparameters: object) -> WorkerCore:
+    core = worker(algorithm, **hyperparameters)
+    core.receive(view(core.join().request))
+    return core
+
+
+def ones(value: float = 1.0) -> Tensor:
+    return torch.full((SIZE,), value)
+
+
+def state(core: WorkerCore) -> list[object]:
+    return [core.lr, {name: vector.tolist() for name, vector in core.vectors.items()}, core.given_back()]
+
+
+class TestRequests:
+    def test_each_says_who_and_has_a_number_of_its_own(self):
+        core = worker()
+        join = core.join(ones())
+        assert (join.worker, join.incarnation, join.request, join.digest, join.ahead) == (2, 4, 1, DIGEST, 2)
+        assert (join.layout, join.plan, join.momentum) == (ROLE.layout, ROLE.plan, 0.9)
+        core.receive(view(1, version=5))
+        push = core.push(ones(), (0.1,), 8, 0.5, 1)
+        assert (push.worker, push.incarnation, push.request, push.view_version) == (2, 4, 2, 5)
+        assert (push.lr, push.samples, push.loss, push.batch) == ((0.1,), 8, 0.5, 1)
+        core.receive(view(2, version=6, applied=True))
+        assert core.pull().request == 3
+
+    def test_a_life(self):
+        core = joined()
+        core.push(ones(), (0.1,), 1, None, 0)
+        core.receive(view(2, applied=True))
+        core.leave(NO_BUFFERS)
+        core.receive(Final(3, 1, False, ones(), NO_BUFFERS))
+        core.report({"test_error_percent": 1.0})
+        core.receive(Noted(4))
+        assert core.bye() == Bye(2, 4, 5)
+        core.receive(Noted(5))
+
+    @pytest.mark.parametrize("event", ["push", "pull", "leave", "report", "bye"])
+    def test_nothing_before_joining(self, event):
+        core = worker()
+        with pytest.raises(ProtocolError, match=f"worker 2 cannot {event} while new"):
+            ask(core, event)
+
+    @pytest.mark.parametrize("event", ["join", "push", "pull", "leave"])
+    def test_no_work_after_leaving(self, event):
+        core = joined()
+        core.leave(NO_BUFFERS)
+        core.receive(Final(2, 1, False, ones(), NO_BUFFERS))
+        with pytest.raises(ProtocolError, match=f"cannot {event} while left"):
+            ask(core, event)
+
+    @pytest.mark.parametrize("event", ["report", "bye"])
+    def test_no_goodbye_before_leaving(self, event):
+        with pytest.raises(ProtocolError, match=f"cannot {event} while joined"):
+            ask(joined(), event)
+
+    @pytest.mark.parametrize("event", ["join", "push", "pull", "leave"])
+    def test_one_at_a_time(self, event):
+        core = joined()
+        core.pull()
+        with pytest.raises(ProtocolError, match="its Pull is not answered yet"):
+            ask(core, event)
+
+    def test_an_answer_that_nobody_asked_for(self):
+        with pytest.raises(ProtocolError, match="asked nothing"):
+            joined().receive(view(1))
+
+    def test_after_a_refusal_it_may_join_again(self):
+        core = joined()
+        core.push(ones(), (0.1,), 1, None, 0)
+        core.receive(Refusal(2, "worker was silent too long and was given up", rejoin=True))
+        again = core.join()
+        assert isinstance(again, Join)
+        assert (again.request, again.incarnation) == (3, 4)
+
+
+def ask(core: WorkerCore, event: str) -> None:
+    if event == "push":
+        core.push(ones(), (0.1,), 1, None, 0)
+    elif event == "leave":
+        core.leave(NO_BUFFERS)
+    elif event == "report":
+        core.report({})
+    else:
+        getattr(core, event)()
+
+
+class TestCommitOnAcceptance:
+    def test_an_applied_push_moves_the_velocity(self):
+        core = joined()
+        push = core.push(ones(2.0), (0.1,), 1, None, 0)
+        assert torch.allclose(push.push, ones(-0.1 * 2.0 * 1.9))
+        assert core.vectors["velocity"].tolist() == [0, 0, 0], "not before the server says so"
+        core.receive(view(2, applied=True))
+        assert core.vectors["velocity"].tolist() == [2, 2, 2]
+        assert core.lr == (0.1,)
+
+    @pytest.mark.parametrize(
+        "reply", [view(3, refused="push is not finite"), view(3), Refusal(3, "given up", rejoin=True)]
+    )
+    def test_a_refused_one_does_not(self, reply):
+        core = joined()
+        core.push(ones(), (0.1,), 1, None, 0)
+        core.receive(view(2, applied=True))
+        before = str(state(core))
+        core.push(ones(float("nan")), (0.7,), 1, None, 1)
+        core.receive(reply)
+        if isinstance(reply, Refusal):
+            core.receive(view(core.join().request))
+        assert str(state(core)) == before
+        after_the_nan = core.push(ones(3.0), (0.1,), 1, None, 1)
+        assert torch.allclose(after_the_nan.push, ones(-0.1 * (0.9 * (0.9 + 3) + 3)))
+
+    @pytest.mark.parametrize("was_applied", [True, False])
+    def test_who_was_given_up_learns_whether_its_last_push_had_been_applied(self, was_applied):
+        core = joined()
+        core.push(ones(), (0.1,), 1, None, 0)
+        core.receive(view(2, applied=True))
+        core.push(ones(), (0.1,), 1, None, 1)  # request 3, whose answer is lost
+        core.receive(Refusal(3, "worker was silent too long and was given up", rejoin=True))
+        join = core.join()
+        core.receive(replace(view(join.request), last_applied=3 if was_applied else 2))
+        assert core.vectors["velocity"].tolist() == ones(1.9 if was_applied else 1.0).tolist()
+
+    def test_other_answers_do_not_commit(self):
+        core = joined()
+        core.pull()
+        core.receive(view(2, applied=True))
+        assert core.vectors["velocity"].tolist() == [0, 0, 0]
+
+    def test_what_is_given_back(self):
+        """γηv of the last applied push."""
+        core = joined()
+        core.push(ones(2.0), (0.1,), 1, None, 0)
+        core.receive(view(2, applied=True))
+        leave = core.leave(NO_BUFFERS)
+        assert leave.give_back is not None
+        assert torch.allclose(leave.give_back, ones(0.9 * 0.1 * 2.0))
+
+    @pytest.mark.parametrize("algorithm", ["asgd", "dana-zero", "ssgd", "easgd", "bmuf"])
+    def test_rules_that_keep_nothing_of_the_model_give_nothing_back(self, algorithm):
+        assert joined(algorithm).leave(NO_BUFFERS).give_back is None
+
+    def test_the_push_is_a_buffer_of_its_own(self):
+        """It may still be sent while the next gradient is computed into the flat vector."""
+        grad = ones()
+        push = joined("asgd").push(grad, (0.1,), 1, None, 0)
+        grad.fill_(9)
+        assert push.push.tolist() == [1, 1, 1]
+
+
+class TestCompressedPushes:
+    """onebit: the mean of what is positive and of what is not."""
+
+    def joined(self, algorithm: str = "asgd", first_epoch: float = 0.0, **hyperparameters: object) -> WorkerCore:
+        rule = find_algorithm(algorithm).rule(**hyperparameters).worker_rule
+        core = WorkerCore(ROLE, rule, compressor=Compressor(push_codec("onebit"), [(0, SIZE)], first_epoch))
+        core.receive(view(core.join().request))
+        return core
+
+    def pushed(self, core: WorkerCore, *grad: float) -> list[float]:
+        return core.push(torch.tensor(grad), (0.1,), 1, None, 0).push.tolist()
+
+    def test_the_server_gets_what_it_would_decode(self):
+        push = self.joined().push(torch.tensor([1.0, 3.0, -1.0]), (0.1,), 1, None, 0)
+        assert push.push.tolist() == [2, 2, -1]
+        assert push.encoded is not None
+        decoded = torch.empty(SIZE)
+        push_codec(push.encoded.codec).decode(push.encoded.chunks[0], decoded)
+        assert decoded.tolist() == [2, 2, -1]
+
+    def test_what_is_lost_goes_with_the_next_push(self):
+        core = self.joined()
+        self.pushed(core, 1.0, 3.0, -1.0)  # lost: -1, 1, 0
+        core.receive(view(2, applied=True))
+        assert self.pushed(core, 2.0, 2.0, -1.0) == [2, 2, -1]  # of 1, 3, -1
+
+    @pytest.mark.parametrize("reply", [view(2, refused="push is not finite"), Refusal(2, "given up", rejoin=True)])
+    def test_but_not_what_a_refused_one_lost(self, reply):
+        core = self.joined()
+        self.pushed(core, 1.0, 3.0, -1.0)
+        core.receive(reply)
+        if isinstance(reply, Refusal):
+            core.receive(view(core.join().request))
+        assert self.pushed(core, 2.0, 4.0, -1.0) == [3, 3, -1]
+
+    def test_who_was_given_up_keeps_it_if_the_push_had_been_applied(self):
+        core = self.joined()
+        self.pushed(core, 1.0, 3.0, -1.0)
+        core.receive(Refusal(2, "worker was silent too long and was given up", rejoin=True))
+        core.receive(replace(view(core.join().request), last_applied=2))
+        assert self.pushed(core, 2.0, 4.0, -1.0) == [3, 3, -1]  # of 1, 5, -1
+        core.receive(view(4, applied=True))
+        assert self.pushed(core, 3.0, 1.0, -1.0) == [2, 2, -1]  # of 1, 3, -1
+
+    def test_not_in_the_first_epochs(self):
+        core = self.joined(first_epoch=1.5)
+        push = core.push(torch.tensor([1.0, 3.0, -1.0]), (0.1,), 1, None, 0)
+        assert (push.push.tolist(), push.encoded) == ([1, 3, -1], None)
+        core.receive(replace(view(2, applied=True), epoch=1.5))
+        assert self.pushed(core, 1.0, 3.0, -1.0) == [2, 2, -1]
+
+    def test_local_steps_are_compressed_as_one(self):
+        core, params = self.joined("asgd", sync_period=2), torch.zeros(SIZE)
+        core.local_step(LocalStep(0, (1.0,), 1, None), params, torch.tensor([1.0, 1.0, 1.0]))
+        push = core.push(torch.tensor([1.0, 3.0, -2.0]), (1.0,), 1, None, 1, params)
+        assert push.push.tolist() == [-3, -3, 1]
+
+    def test_what_is_not_finite_arrives_as_such(self):
+        """For the server to refuse and to count."""
+        core = self.joined()
+        assert any(not isfinite(value) for value in self.pushed(core, 1.0, float("nan"), 2.0))
+        core.receive(view(2, refused="push is not finite"))
+        assert self.pushed(core, 1.0, 3.0, -1.0) == [2, 2, -1]
+
+
+class TestLocalSteps:
+    def walk(self, core: WorkerCore, *values: float) -> Tensor:
+        params = ones(0.0)
+        for batch, value in enumerate(values):
+            core.local_step(LocalStep(batch, (0.1,), 4, float(batch)), params, ones(value))
+        return params
+
+    def test_they_move_the_worker_alone(self):
+        core = joined("asgd", sync_period=3)
+        assert torch.allclose(self.walk(core, 1.0, 2.0), ones(-0.3))
+
+    def test_the_push_tells_of_all(self):
+        core = joined("asgd", sync_period=3)
+        params = self.walk(core, 1.0, 2.0)
+        push = core.push(ones(4.0), (0.1,), 6, 4.0, 7, params)
+        assert torch.allclose(push.push, ones(-0.7))
+        assert (push.samples, push.loss, push.batch, push.earlier, push.batches) == (14, 5 / 3, 7, (0, 1), (0, 1, 7))
+
+    @pytest.mark.parametrize("applied", [True, False])
+    def test_a_refusal_takes_all_of_them_back(self, applied):
+        core = joined("dana", sync_period=3)
+        before = str(state(core))
+        push = core.push(ones(4.0), (0.1,), 6, 4.0, 7, self.walk(core, 1.0, 2.0))
+        core.receive(view(push.request, applied=applied))
+        assert (str(state(core)) == before) is not applied
+        assert core.push(ones(), (0.1,), 1, None, 8).earlier == ()
+
+    def test_many_rounds_of_refusals_and_acceptances(self):
+        """No vector is used for two things."""
+        core, velocity = joined("dana", sync_period=3), torch.zeros(SIZE)
+        for turn in range(12):
+            push = core.push(ones(3.0), (0.1,), 1, None, 7, self.walk(core, 1.0, 2.0))
+            applied = turn % 3 != 1
+            if applied:
+                for value in (1.0, 2.0, 3.0):
+                    velocity = 0.9 * velocity + value
+            core.receive(view(push.request, applied=applied))
+            assert torch.allclose(core.vectors["velocity"], velocity)
+
+    def test_none_while_an_answer_is_awaited(self):
+        core = joined("dana", sync_period=3)
+        core.pull()
+        with pytest.raises(ProtocolError, match="cannot step"):
+            self.walk(core, 1.0)
+
+
+class TestAnswers:
+    def test_only_the_one_to_this_request(self):
+        assert answers(Noted(7), Pull(0, 1, 7))
+        assert not answers(Noted(6), Pull(0, 1, 7)), "a late one"
+
+    def test_a_server_that_could_not_read_the_request_cannot_say_which(self):
+        assert answers(Refusal(0, "unreadable", rejoin=False), Pull(0, 1, 7))
+
+
+class TestBackoff:
+    @given(st.integers(0, 2**32))
+    def test_waits_double_up_to_the_longest_with_jitter_on_top(self, seed):
+        backoff = Backoff(1.0, 6.0, seed)
+        for base in (1.0, 2.0, 4.0, 6.0, 6.0):
+            assert base <= backoff.wait_s() <= 1.5 * base
+
+    def test_two_workers_do_not_wait_alike(self):
+        assert Backoff(1.0, 6.0, 1).wait_s() != Backoff(1.0, 6.0, 2).wait_s()
+
+
+def test_a_view_that_comes_beside_a_batch_is_no_edit_of_the_script() -> None:
+    """In a pipeline the worker may have to join anew while the script computes on the view before."""
+    core, params = joined("dana"), torch.zeros(3)
+    core.compute_on(params)
+    join = core.join()
+    core.receive(Parameters(join.request, 7, False, "", (1,), False, 0.0, 0, None, torch.full((3,), 5.0)))
+    assert core.edit(params) is None
+    params.add_(1.0)
+    edit = core.edit(params)
+    assert edit is not None
+    assert edit.tolist() == [1.0] * 3
