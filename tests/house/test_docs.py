@@ -13,8 +13,6 @@ import torch
 
 import danaz.torch as danaz
 from danaz.rules import ALGORITHMS
-from danaz.run.config import load_config
-from danaz.simulate.simulator import simulate
 
 ROOT = Path(__file__).parents[2]
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
@@ -22,28 +20,6 @@ LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 
 def code_blocks(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-
-
-@pytest.fixture
-def own_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The page's rules as a user's own module."""
-    composed, from_scratch = code_blocks("docs/adding-a-rule.md")
-    imports = "from danaz.rules import Rule\n"
-    factory = "\n\ndef heavy_ball(momentum: float = 0.9):\n    return HeavyBall(momentum)\n"
-    (tmp_path / "own_rules.py").write_text(composed + imports + from_scratch + factory)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("danaz.rules.base.ALGORITHMS", dict(ALGORITHMS))
-
-
-@pytest.mark.usefixtures("own_rules")
-@pytest.mark.parametrize("name", ["my_dana", "heavy_ball"])
-def test_rules_of_ones_own_run_by_import_path(name: str, tmp_path: Path) -> None:
-    config = load_config(ROOT / "configs/quadratic.yaml", [f"algorithm=own_rules:{name}", "workers=2", "lr=0.01"])
-    run = tmp_path / "run"
-    run.mkdir()
-    summary = simulate(config, run)
-    assert summary["updates"] == 400
-    assert summary["final_train_loss"] < 40  # f(0) is 72.8
 
 
 @pytest.mark.parametrize("page", ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md"))])
