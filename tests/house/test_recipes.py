@@ -1,7 +1,7 @@
 """The pages on adding something are followed to the letter: files written, changes made, commands run, results seen.
 
 On such a page, a line that ends in the name of a file and a colon stands before the block that goes into that file: a
-whole file, or (```diff) a change to one. ```sh holds commands, and a ```text after it lines that their output must hold,
+whole file, or (```diff) a change to one. ```sh holds commands, and a ```text after it lines that they must print,
 where … stands for anything. What stands under "In a folder of your own" is tried in an empty folder, with danaz as it
 is; all else in a scratch copy of the sources.
 """
