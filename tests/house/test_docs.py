@@ -18,6 +18,9 @@ from test_floors import ORDER
 import danaz.torch as danaz
 from danaz.cli.main import app
 from danaz.rules import ALGORITHMS
+from danaz.worker.core import Backoff
+from danaz.worker.link import GIVE_UP_S, RETRY_FIRST_S, RETRY_LONGEST_S
+from danaz.worker.sharded import ASK_LONGEST_S
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -207,3 +210,21 @@ train_set = torch.utils.data.TensorDataset(torch.randn(300, 3), torch.zeros(300,
     subprocess.run([sys.executable, "train.py"], cwd=tmp_path, env=env, check=True, timeout=100)
     weight = torch.load(tmp_path / "model.pt")["weight"]
     assert weight.abs().max() < 0.5
+
+
+def test_how_often_a_worker_asks_again_is_what_pages_say() -> None:
+    """Backoff adds up to half of a wait, at random."""
+
+    def waits(seconds: float) -> str:
+        return f"{seconds:g} to {1.5 * seconds:g} s"
+
+    performance, failures = (
+        " ".join(text_of(f"docs/{page}.md").split()) for page in ("performance", "when-things-fail")
+    )
+    first, longest = Backoff(1.0, 1.0, 0), [Backoff(1.0, 1.0, seed).wait_s() for seed in range(1000)]
+    assert 1.0 <= first.wait_s() <= 1.5
+    assert min(longest) < 1.01
+    assert max(longest) > 1.49
+    assert f"within {waits(RETRY_FIRST_S)} after" in performance
+    assert f"doubles with each repetition, up to {waits(RETRY_LONGEST_S)}" in performance
+    assert f"at last every {waits(ASK_LONGEST_S)}, and give up after {GIVE_UP_S:g} s" in failures
