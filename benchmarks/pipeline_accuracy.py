@@ -23,12 +23,12 @@ from danaz.simulate.simulator import SimulatedWorker, Simulation
 class Naive(Simulation):
     """Each batch on the answer to the push before the last, which was there a whole batch earlier."""
 
-    def _turn_in_pipeline(self, worker: SimulatedWorker) -> None:
+    def pipelined_turn(self, worker: SimulatedWorker) -> None:
         if worker.core.fetched is None:
-            self._say(worker, worker.core.pull(ahead=True))
-        self._say(worker, self._push(worker, wants_view=False))
+            self.send(worker, worker.core.pull(ahead=True))
+        self.send(worker, self.make_push(worker, wants_view=False))
         if worker.batches:
-            self._say(worker, worker.core.pull(ahead=True))
+            self.send(worker, worker.core.pull(ahead=True))
 
 
 class Form(NamedTuple):

@@ -24,7 +24,7 @@ def simulate(
     overrides: options.Overrides = None,
     out: options.RunFolder = None,
 ) -> None:
-    """Train with N simulated workers in this one process, through the same server core as a live run.
+    """Train with N simulated workers in one process. The update rules are the same code as in a live run.
 
     Examples:
 
@@ -32,7 +32,7 @@ def simulate(
 
         danaz simulate configs/quadratic.yaml -a nag-asgd -n 4 --schedule round-robin --set lr=0.02
 
-        danaz simulate configs/digits.yaml -n 4 --schedule trace:runs/a    # the order of a real run
+        danaz simulate configs/digits.yaml -n 4 --schedule trace:runs/a    # in the order of the live run in runs/a
 
         danaz simulate configs/digits.yaml -n 4 --wire onebit --set wire_warmup_epochs=2
     """
@@ -70,15 +70,16 @@ def simulate(
 
 
 def speedup(
-    workers: Annotated[str, typer.Option("--workers", "-n", help="Numbers of workers: a list or a range")] = "1-64",
-    repetitions: Annotated[int, typer.Option(min=1, help="Runs to average over")] = 20,
-    iterations: Annotated[int, typer.Option(min=1, help="Batches of each worker in a run")] = 100_000,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    workers: Annotated[str, typer.Option("--workers", "-n", help="Numbers of workers: `1,4,8` or `1-64`")] = "1-64",
+    repetitions: Annotated[int, typer.Option(min=1, help="Random repetitions to average over")] = 20,
+    iterations: Annotated[int, typer.Option(min=1, help="Batches of each worker in a repetition")] = 100_000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random batch times")] = 0,
     out: Annotated[Path, typer.Option("--out", help="Folder for speedup.csv, .png and .svg")] = Path("runs/speedup"),
 ) -> None:
-    """Theoretical speed-up of asynchronous and synchronous training, when batch times follow the gamma model.
+    """Compute the theoretical speed-up of asynchronous and synchronous training over one worker.
 
-    Both panels of the DANA paper's Figure 5: machines of one kind, and machines that differ.
+    Batch times follow a gamma distribution, and communication costs nothing. The result is both panels of the DANA
+    paper's Figure 5: machines of one kind, and machines that differ.
 
     Examples:
 
@@ -90,7 +91,7 @@ def speedup(
     from danaz.simulate.speedup import speedup as compute
 
     try:
-        numbers = _numbers(workers)
+        numbers = parse_numbers(workers)
         panels = [
             compute(numbers, heterogeneous=kind, repetitions=repetitions, iterations=iterations, seed=seed)
             for kind in (False, True)
@@ -102,8 +103,8 @@ def speedup(
         fail(error)
 
 
-def _numbers(text: str) -> list[int]:
-    """``1,4,8`` or ``1-64``, or both."""
+def parse_numbers(text: str) -> list[int]:
+    """Read ``1,4,8``, ``1-64`` or a mix of both. Raises ValueError."""
     numbers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.partition("-")
