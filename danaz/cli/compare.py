@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from danaz.cli import options
 from danaz.cli.command import fail
+from danaz.cli.grouped import given, takes_options
 
 if TYPE_CHECKING:
     from danaz.compare.cells import Comparison
@@ -22,50 +24,53 @@ DEFAULT_ALGORITHMS = "ssgd,nag-asgd,dana"
 live_option = partial(typer.Option, rich_help_panel="With --live")
 
 
-def compare(
-    ctx: typer.Context,
+@dataclass(frozen=True)
+class CompareOptions:
+    """The command line of `danaz compare`; None: not given. Options that describe a grid have the names of its keys."""
+
     config: Annotated[
         Path,
         typer.Argument(help="YAML of an experiment, or of a comparison with its own list of cells", metavar="CONFIG"),
-    ],
+    ]
     algorithms: Annotated[
         str | None,
         typer.Option("--algorithms", "-a", help=f"Algorithms, separated by commas. Default: {DEFAULT_ALGORITHMS}"),
-    ] = None,
+    ] = None
     workers: Annotated[
         str | None,
         typer.Option(
             "--workers", "-n", help="Numbers of simulated workers, e.g. `1,4,8`. Default: 1, and the config's number"
         ),
-    ] = None,
+    ] = None
     seeds: Annotated[
         int | None, typer.Option(min=1, help="Number of seeds, counted from the config's seed. Default: 1")
-    ] = None,
-    schedule: options.Schedule = None,
-    jobs: options.Jobs = None,
-    device: options.Device = None,
-    overrides: options.Overrides = None,
+    ] = None
+    schedule: options.Schedule = None
+    jobs: options.Jobs = None
+    device: options.Device = None
+    overrides: options.Overrides = None
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder of the comparison. Default: `runs/compare-NAME`")
-    ] = None,
+    ] = None
     live: Annotated[
         bool, typer.Option("--live", help="Run real processes on machines, one algorithm after another")
-    ] = False,
-    hosts: Annotated[str | None, live_option("--hosts", "-H", help="Machines and their slots, e.g. `a:4,b:4`")] = None,
-    hostfile: Annotated[
-        Path | None, live_option("--hostfile", help="A file of machines, as for `danaz launch`")
-    ] = None,
+    ] = False
+    hosts: Annotated[str | None, live_option("--hosts", "-H", help="Machines and their slots, e.g. `a:4,b:4`")] = None
+    hostfile: Annotated[Path | None, live_option("--hostfile", help="A file of machines, as for `danaz launch`")] = None
     workers_per_host: Annotated[
         int | None,
         live_option("--workers-per-host", min=1, help="Number of workers that share the slots of a host. Default: 1"),
-    ] = None,
+    ] = None
     collective: Annotated[
         str | None, live_option("--collective", help="What averages inside a worker: `horovod`, `torch` or `auto`")
-    ] = None,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Delete the finished runs in the folder, and start again")
-    ] = False,
-) -> None:
+    ] = None
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete the finished runs in the folder, and start again")] = (
+        False
+    )
+
+
+@takes_options(CompareOptions)
+def compare(asked: CompareOptions) -> None:
     """Run one experiment with several algorithms, numbers of workers and seeds, and report them side by side.
 
     Simulations run in parallel, one thread each. Finished runs are kept: after Ctrl-C, the same command continues; with
@@ -79,24 +84,21 @@ def compare(
 
         danaz compare configs/demo.yaml
     """
-    from danaz.compare.cells import ComparisonError, Grid
+    from danaz.compare.cells import ComparisonError
     from danaz.compare.run import run_comparison
     from danaz.files.reading import UnreadableError
     from danaz.run.lock import RunFolderError
     from danaz.workloads.training import choose_device
 
-    # The options that describe a grid have the names of its keys.
-    given = {name: value for name, value in ctx.params.items() if name in Grid.model_fields and value is not None}
     try:
-        changes = [*(overrides or []), *([] if device is None else [f"device={json.dumps(device)}"])]
-        asked = _comparison(config, given, live, changes)
-        choose_device(asked.config)
+        comparison = _comparison(asked)
+        choose_device(comparison.config)
     except (ValueError, RuntimeError) as error:  # in the config, the hosts, the algorithms or the collective
         fail(error)
-    folder = out or Path("runs", f"compare-{asked.name}")
+    folder = asked.out or Path("runs", f"compare-{comparison.name}")
     typer.echo(f"comparison folder: {folder}", err=True)
     try:
-        code = _report(run_comparison(asked, folder, jobs, fresh))
+        code = _report(run_comparison(comparison, folder, asked.jobs, asked.fresh))
     except (ComparisonError, RunFolderError, UnreadableError, OSError) as error:
         fail(error)
     raise typer.Exit(code)
@@ -164,21 +166,23 @@ def _floats(text: str, option: str) -> list[float]:
         raise ValueError(f"{option} {text}: expected numbers separated by commas, e.g. 0.05,0.1") from error
 
 
-def _comparison(path: Path, given: dict[str, Any], live: bool, overrides: list[str]) -> Comparison:
-    """``given`` has the options of the command line by the keys of a grid; those that were left out are not in it."""
-    from danaz.compare.cells import ComparisonError, is_plan, make_comparison, make_grid, read_plan
+def _comparison(asked: CompareOptions) -> Comparison:
+    """The comparison that the command line describes. Raises the errors of read_plan and make_comparison."""
+    from danaz.compare.cells import ComparisonError, Grid, is_plan, make_comparison, make_grid, read_plan
 
+    path, grid_options = asked.config, given(asked, Grid.model_fields)
+    overrides = [*(asked.overrides or []), *([] if asked.device is None else [f"device={json.dumps(asked.device)}"])]
     if is_plan(path):
-        if live or given.keys() - {"seeds"}:
+        if asked.live or grid_options.keys() - {"seeds"}:
             raise ComparisonError(
                 f"{path} lists its cells itself, so options cannot change them; edit it, or name the experiment in it"
             )
-        return read_plan(path, overrides, given.get("seeds"))
-    if live != bool(given.keys() & {"hosts", "hostfile"}):
+        return read_plan(path, overrides, asked.seeds)
+    if asked.live != bool(grid_options.keys() & {"hosts", "hostfile"}):
         raise ComparisonError("--live and --hosts or --hostfile belong together, e.g. --live --hosts localhost:4")
-    if not live and given.keys() & {"workers_per_host", "collective"}:
+    if not asked.live and grid_options.keys() & {"workers_per_host", "collective"}:
         raise ComparisonError("--workers-per-host and --collective are for --live; add --live and --hosts")
-    values = {"algorithms": DEFAULT_ALGORITHMS, **given}
+    values = {"algorithms": DEFAULT_ALGORITHMS, **grid_options}
     lists = {name: _words(values[name]) for name in ("algorithms", "workers") if name in values}
     return make_comparison(path, [make_grid(str(path), {**values, **lists})], overrides)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -9,21 +10,28 @@ import typer
 
 from danaz.cli import options
 from danaz.cli.command import fail
+from danaz.cli.grouped import given, takes_options
 
 
-def simulate(
-    config: options.Experiment,
-    algorithm: options.Algorithm = None,
-    workers: options.Workers = None,
-    schedule: options.Schedule = None,
-    device: options.Device = None,
-    sync_period: options.SyncPeriod = None,
-    pipeline: options.Pipeline = None,
-    wire: options.Wire = None,
-    wire_view: options.WireView = None,
-    overrides: options.Overrides = None,
-    out: options.RunFolder = None,
-) -> None:
+@dataclass(frozen=True)
+class SimulateOptions:
+    """The command line of `danaz simulate`; None: not given. Most fields have the names of config keys."""
+
+    config: options.Experiment
+    algorithm: options.Algorithm = None
+    workers: options.Workers = None
+    schedule: options.Schedule = None
+    device: options.Device = None
+    sync_period: options.SyncPeriod = None
+    pipeline: options.Pipeline = None
+    wire: options.Wire = None
+    wire_view: options.WireView = None
+    overrides: options.Overrides = None
+    out: options.RunFolder = None
+
+
+@takes_options(SimulateOptions)
+def simulate(asked: SimulateOptions) -> None:
     """Train with N simulated workers in one process. The update rules are the same code as in a live run.
 
     Examples:
@@ -39,30 +47,19 @@ def simulate(
     from danaz.cli.progress import progress_bar
     from danaz.compare.tables import print_summary
     from danaz.launch.prepare import check_workers
-    from danaz.run.config import load_config
+    from danaz.run.config import Config, load_config
     from danaz.run.folder import UnwrittenError, write_settings
     from danaz.run.lock import claimed_run_folder
     from danaz.run.settings import Settings
     from danaz.simulate.simulator import Simulation
 
-    given = {
-        "algorithm": algorithm,
-        "workers": workers,
-        "schedule": schedule,
-        "device": device,
-        "sync_period": sync_period,
-        "pipeline": pipeline,
-        "wire": wire,
-        "wire_view": wire_view,
-    }
-    chosen = {key: value for key, value in given.items() if value is not None}
     try:
-        settings = load_config(config, overrides or (), chosen)
-        check_workers(Settings.of(settings, schedule=settings.schedule, collective="none"))
-        with claimed_run_folder(out, f"{settings.name}-{settings.algorithm}-{settings.workers}") as run:
-            simulation = Simulation(settings, run)
-            write_settings(run, settings.model_dump(mode="json"))
-            with progress_bar(f"{settings.algorithm}, {settings.workers} workers") as progress:
+        config = load_config(asked.config, asked.overrides or (), given(asked, Config.model_fields))
+        check_workers(Settings.of(config, schedule=config.schedule, collective="none"))
+        with claimed_run_folder(asked.out, f"{config.name}-{config.algorithm}-{config.workers}") as run:
+            simulation = Simulation(config, run)
+            write_settings(run, config.model_dump(mode="json"))
+            with progress_bar(f"{config.algorithm}, {config.workers} workers") as progress:
                 summary = simulation.run(progress)
     except (ValueError, OSError, UnwrittenError) as error:
         fail(error)
