@@ -118,7 +118,7 @@ def tune(
         Path | None, typer.Option("--out", help="Folder of the search. Default: `runs/tune-NAME-ALGORITHM-N`")
     ] = None,
 ) -> None:
-    """Search learning rate and momentum for an algorithm on a grid. DANA's users do not need this search.
+    """Search learning rate and momentum for an algorithm on a grid: the search that DANA makes unnecessary.
 
     Simulations run in parallel. Finished ones are kept: after Ctrl-C, the same command continues. The result is a table
     and a heat map.
