@@ -118,9 +118,9 @@ def tune(
         danaz tune configs/digits.yaml -a asgd -n 16 --lr 0.05,0.1,0.2 --momentum 0
     """
     from danaz.compare.tune import tune as run_grid
-    from danaz.launch.prepare import check_workers
     from danaz.report.heat_map import print_tuning, write_tuning
     from danaz.run.config import load_config
+    from danaz.run.fit import check_workers
     from danaz.run.settings import Settings
 
     try:

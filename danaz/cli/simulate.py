@@ -38,8 +38,8 @@ def simulate(
     """
     from danaz.cli.progress import progress_bar
     from danaz.compare.tables import print_summary
-    from danaz.launch.prepare import check_workers
     from danaz.run.config import load_config
+    from danaz.run.fit import check_workers
     from danaz.run.folder import UnwrittenError, write_settings
     from danaz.run.lock import claimed_run_folder
     from danaz.run.settings import Settings

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from danaz.compare.cells import Cell
 from danaz.compare.display import Display
 from danaz.compare.folder import ComparisonFolder
-from danaz.launch.prepare import Manner, execute, prepare_config
+from danaz.launch.prepare import RunOptions, execute, prepare_config
 from danaz.run.lock import locked_run_folder
 from launcher.logs import quiet
 
@@ -43,7 +43,7 @@ def _run(cell: Cell, folder: ComparisonFolder, display: Display) -> str | None:
     try:
         with locked_run_folder(run):
             # Times are compared, and a restart would count against one of them.
-            ready = prepare_config(cell.config, cell.cluster, run, Manner(on_worker_failure="stop"))
+            ready = prepare_config(cell.config, cell.cluster, run, RunOptions(on_worker_failure="stop"))
             outcome, summary = execute(ready, echo=quiet)
     except (ValueError, RuntimeError) as error:  # such hosts or such an algorithm cannot be launched
         return _in_words_of_compare(str(error))

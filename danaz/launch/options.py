@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
-from danaz.launch.prepare import Cluster, Launch, LaunchError, Manner, name_of, prepare_config, prepare_script
+from danaz.launch.prepare import Cluster, Launch, LaunchError, RunOptions, name_of, prepare_config, prepare_script
 from danaz.launch.reach import Reach, ReachError, parse_environment, parse_interfaces
 from danaz.launch.resume import (
     FIXED,
@@ -86,10 +86,10 @@ class LaunchOptions:
         return {name: value for name, value in values.items() if value is not None}
 
     @property
-    def manner(self) -> Manner:
+    def run_options(self) -> RunOptions:
         if self.on_worker_failure not in (None, *ON_FAILURE):
             raise LaunchError(f"--on-worker-failure {self.on_worker_failure}: expected {', '.join(ON_FAILURE)}")
-        return Manner(
+        return RunOptions(
             self.record,
             self.checkpoint_seconds,
             self.refuse_outliers,
@@ -230,7 +230,7 @@ def _ready(options: LaunchOptions, task: Config | Settings, command: Sequence[st
     collective, why = choose_collective(options.collective)
     cluster = Cluster(hosts, options.workers_per_host, collective, reach)
     if isinstance(task, Config):
-        ready = prepare_config(task, cluster, run, options.manner)
+        ready = prepare_config(task, cluster, run, options.run_options)
     else:
-        ready = prepare_script(command, task, cluster, run, options.manner)
+        ready = prepare_script(command, task, cluster, run, options.run_options)
     return replace(ready, options=options.kept(reach.env)), why

@@ -45,7 +45,7 @@ class Settings:
     refuse_outliers: bool = False  # pushes far outside the cluster's size
 
     @classmethod
-    def of(cls, config: Config, *, schedule: str, collective: str, ranks_per_worker: int = 1) -> Settings:
+    def of(cls, config: Config, *, schedule: str, collective: str) -> Settings:
         """The settings of a run of ``config``."""
         return cls(
             algorithm=config.algorithm,
@@ -62,7 +62,6 @@ class Settings:
             gap_every=gap_every(config.gap),
             digest=config.digest(),
             collective=collective,
-            ranks_per_worker=ranks_per_worker,
             schedule=schedule,
         )
 
@@ -125,7 +124,7 @@ def gap_every(gap: str) -> int:
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """This process's place in the cluster."""
 
     worker: int = 0
@@ -159,12 +158,12 @@ def _text(environment: Mapping[str, str], name: str) -> str:
     return environment[name]
 
 
-def from_environment(environment: MutableMapping[str, str] = os.environ) -> tuple[Settings, Place]:
+def from_environment(environment: MutableMapping[str, str] = os.environ) -> tuple[Settings, RankInfo]:
     """Read the launcher's variables; without them, one process trains alone. Raises ValueError for odd ones."""
     settings = Settings.from_json(environment["DANAZ_SETTINGS"]) if environment.get("DANAZ_SETTINGS") else Settings()
     run, server = environment.get("DANAZ_RUN"), environment.get("DANAZ_SERVER")
     others = range(1, settings.server_shards) if server else range(0)
-    place = Place(
+    place = RankInfo(
         worker=_number(environment, "DANAZ_WORKER", 0),
         device=_number(environment, "DANAZ_LOCAL_DEVICE", 0),
         local_rank=_number(environment, "DANAZ_LOCAL_RANK", 0),

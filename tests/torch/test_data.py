@@ -28,7 +28,7 @@ from torch.utils.data import (
 )
 
 import danaz.worker.link
-from danaz.run.settings import Place, Settings
+from danaz.run.settings import RankInfo, Settings
 from danaz.server.core import ServerCore
 from danaz.server.figures import Update
 from danaz.server.settings import ServerSettings
@@ -206,7 +206,7 @@ class Cluster:
 
     def _work(self, number: int, story: Callable[[Session, int], None]) -> None:
         settings = Settings(self.settings.algorithm, self.settings.workers)
-        session = Session(settings, Place(worker=number, server=self.address))
+        session = Session(settings, RankInfo(worker=number, server=self.address))
         atexit.unregister(session._close)
         try:
             story(session, number)
@@ -368,7 +368,7 @@ def test_a_loop_that_is_left_early_ends_the_run() -> None:
 
 
 def test_another_loader_in_the_midst_of_a_run_is_refused() -> None:
-    session = Session(Settings("dana"), Place())
+    session = Session(Settings("dana"), RankInfo())
     atexit.unregister(session._close)
     make_optimizer(session)
     batches = session.shard(DataLoader(DATA, batch_size=5), 0)
