@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from functools import partial
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +12,8 @@ import typer
 
 from danaz.cli import options
 from danaz.cli.command import fail
+from danaz.launch.options import OVERRIDES
+from danaz.run.option import Option
 
 if TYPE_CHECKING:
     from danaz.compare.cells import Comparison
@@ -20,43 +22,42 @@ if TYPE_CHECKING:
 ALGORITHMS = "ssgd,nag-asgd,dana"
 
 
-live_option = partial(typer.Option, rich_help_panel="With --live")
+LIVE = "With --live"
 
 
+@dataclass(frozen=True)
+class CompareOptions:
+    """The options of `danaz compare`; those that make a grid bear the names of its keys."""
+
+    algorithms: Annotated[str | None, Option(f"Separated by commas. Default: {ALGORITHMS}", ("--algorithms", "-a"))] = (
+        None
+    )
+    workers: Annotated[
+        str | None,
+        Option("Numbers of simulated workers, e.g. `1,4,8`. Default: 1 and the config's", ("--workers", "-n")),
+    ] = None
+    seeds: Annotated[int | None, Option("How many, from the config's seed upwards. Default: 1", min=1)] = None
+    schedule: Annotated[str | None, options.SCHEDULE] = None
+    jobs: Annotated[int | None, options.JOBS] = None
+    device: Annotated[str | None, options.DEVICE] = None
+    overrides: Annotated[list[str] | None, OVERRIDES] = None
+    out: Annotated[Path | None, Option("Folder. Default: `runs/compare-NAME`")] = None
+    live: Annotated[bool, Option("Real processes on machines, one algorithm after the other")] = False
+    fresh: Annotated[bool, Option("Throw away what the folder holds of an earlier call")] = False
+    hosts: Annotated[str | None, Option("Machines and their slots, e.g. `a:4,b:4`", ("--hosts", "-H"), LIVE)] = None
+    hostfile: Annotated[Path | None, Option("A file of machines, as for `danaz launch`", panel=LIVE)] = None
+    workers_per_host: Annotated[
+        int | None, Option("Split each host's slots into this number of workers", panel=LIVE, min=1)
+    ] = None
+    collective: Annotated[str | None, Option("Inside a worker: `horovod`, `torch` or `auto`", panel=LIVE)] = None
+
+
+@options.expanded
 def compare(
-    ctx: typer.Context,
     config: Annotated[
         Path, typer.Argument(help="YAML of an experiment; or of a comparison, which lists its cells", metavar="CONFIG")
     ],
-    algorithms: Annotated[
-        str | None, typer.Option("--algorithms", "-a", help=f"Separated by commas. Default: {ALGORITHMS}")
-    ] = None,
-    workers: Annotated[
-        str | None,
-        typer.Option("--workers", "-n", help="Numbers of simulated workers, e.g. `1,4,8`. Default: 1 and the config's"),
-    ] = None,
-    seeds: Annotated[
-        int | None, typer.Option(min=1, help="How many, from the config's seed upwards. Default: 1")
-    ] = None,
-    schedule: options.Schedule = None,
-    jobs: options.Jobs = None,
-    device: options.Device = None,
-    overrides: options.Overrides = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder. Default: `runs/compare-NAME`")] = None,
-    live: Annotated[
-        bool, typer.Option("--live", help="Real processes on machines, one algorithm after the other")
-    ] = False,
-    hosts: Annotated[str | None, live_option("--hosts", "-H", help="Machines and their slots, e.g. `a:4,b:4`")] = None,
-    hostfile: Annotated[
-        Path | None, live_option("--hostfile", help="A file of machines, as for `danaz launch`")
-    ] = None,
-    workers_per_host: Annotated[
-        int | None, live_option("--workers-per-host", min=1, help="Split each host's slots into so many workers")
-    ] = None,
-    collective: Annotated[
-        str | None, live_option("--collective", help="Inside a worker: `horovod`, `torch` or `auto`")
-    ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Throw away what the folder holds of an earlier call")] = False,
+    asked: CompareOptions,
 ) -> None:
     """Run one experiment by several algorithms, numbers of workers and seeds, and report them side by side.
 
@@ -77,18 +78,18 @@ def compare(
     from danaz.run.lock import RunFolderError
     from danaz.workloads.training import choose_device
 
-    # The options that make a grid bear the names of its keys.
-    given = {name: value for name, value in ctx.params.items() if name in Grid.model_fields and value is not None}
+    said = {name: value for name, value in asdict(asked).items() if value is not None}
+    given = {name: value for name, value in said.items() if name in Grid.model_fields}
     try:
-        changes = [*(overrides or []), *([] if device is None else [f"device={json.dumps(device)}"])]
-        asked = _comparison(config, given, live, changes)
-        choose_device(asked.config)
+        changes = [*(asked.overrides or []), *([] if asked.device is None else [f"device={json.dumps(asked.device)}"])]
+        comparison = _comparison(config, given, asked.live, changes)
+        choose_device(comparison.config)
     except (ValueError, RuntimeError) as error:  # also those of config, hosts, algorithms and collective
         fail(error)
-    folder = out or Path("runs", f"compare-{asked.name}")
+    folder = asked.out or Path("runs", f"compare-{comparison.name}")
     typer.echo(f"comparison folder: {folder}", err=True)
     try:
-        ending = run_comparison(asked, folder, jobs, fresh)
+        ending = run_comparison(comparison, folder, asked.jobs, asked.fresh)
         code = _report(ending)
     except (ComparisonError, RunFolderError, UnreadableError, OSError) as error:
         fail(error)

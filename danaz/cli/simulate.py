@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -9,21 +10,23 @@ import typer
 
 from danaz.cli import options
 from danaz.cli.command import fail
+from danaz.launch.options import OVERRIDES, TrainingOptions
+from danaz.run.option import Option
 
 
-def simulate(
-    config: options.Experiment,
-    algorithm: options.Algorithm = None,
-    workers: options.Workers = None,
-    schedule: options.Schedule = None,
-    device: options.Device = None,
-    sync_period: options.SyncPeriod = None,
-    pipeline: options.Pipeline = None,
-    wire: options.Wire = None,
-    wire_view: options.WireView = None,
-    overrides: options.Overrides = None,
-    out: options.RunFolder = None,
-) -> None:
+@dataclass(frozen=True)
+class SimulateOptions(TrainingOptions):
+    """The options of `danaz simulate`."""
+
+    workers: Annotated[int | None, options.WORKERS] = None
+    schedule: Annotated[str | None, options.SCHEDULE] = None
+    device: Annotated[str | None, options.DEVICE] = None
+    overrides: Annotated[list[str] | None, OVERRIDES] = None
+    out: Annotated[Path | None, Option("Run folder. Default: runs/TIME-NAME")] = None
+
+
+@options.expanded
+def simulate(config: options.Experiment, asked: SimulateOptions) -> None:
     """Train with N simulated workers in this one process, through the same server core as a live run.
 
     Examples:
@@ -45,21 +48,12 @@ def simulate(
     from danaz.run.settings import Settings
     from danaz.simulate.simulator import Simulation
 
-    given = {
-        "algorithm": algorithm,
-        "workers": workers,
-        "schedule": schedule,
-        "device": device,
-        "sync_period": sync_period,
-        "pipeline": pipeline,
-        "wire": wire,
-        "wire_view": wire_view,
-    }
-    chosen = {key: value for key, value in given.items() if value is not None}
+    given = {"workers": asked.workers, "schedule": asked.schedule, "device": asked.device}
+    chosen = asked.training | {key: value for key, value in given.items() if value is not None}
     try:
-        settings = load_config(config, overrides or (), chosen)
+        settings = load_config(config, asked.overrides or (), chosen)
         check_workers(Settings.of(settings, schedule=settings.schedule, collective="none"))
-        with claimed_run_folder(out, f"{settings.name}-{settings.algorithm}-{settings.workers}") as run:
+        with claimed_run_folder(asked.out, f"{settings.name}-{settings.algorithm}-{settings.workers}") as run:
             simulation = Simulation(settings, run)
             write_settings(run, settings.model_dump(mode="json"))
             with progress_bar(f"{settings.algorithm}, {settings.workers} workers") as progress:

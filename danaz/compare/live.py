@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from danaz.compare.cells import Cell
 from danaz.compare.display import Display
 from danaz.compare.folder import ComparisonFolder
-from danaz.launch.prepare import RunOptions, execute, prepare_config
+from danaz.launch.options import RunOptions
+from danaz.launch.prepare import execute, prepare_config
 from danaz.run.lock import locked_run_folder
 from launcher.logs import quiet
 

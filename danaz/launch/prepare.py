@@ -10,9 +10,10 @@ import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 from danaz.launch.invitation import Invitation, Task, write_invitations
+from danaz.launch.options import RunOptions
 from danaz.launch.reach import Reach, find_machines, replaced_here
 from danaz.launch.resume import write_options
 from danaz.protocol.keys import ServerKeys, make_keys, to_json
@@ -62,34 +63,23 @@ class Cluster:
         return -(-slots // self.workers_per_host)
 
 
-@dataclass(frozen=True)
-class RunOptions:
-    """How a run is kept going, and what is kept of it."""
-
-    record: bool = False
-    checkpoint_s: float = 30.0
-    refuse_outliers: bool = False
-    on_worker_failure: OnFailure | None = None  # None: restart, where a worker can come back
-    max_restarts: int = 3
-    invite: int = 0  # workers that may join later
-    resumes: bool = False  # it goes on with what is in its folder
-    server_shards: int = 1
-
-    def policy(self, settings: Settings) -> Policy:
-        """What follows a failure. Raises LaunchError for what an algorithm cannot do."""
-        wanted = self.on_worker_failure
-        if not is_all_reduce(settings):
-            return Policy(wanted or "restart", max_restarts=self.max_restarts)
-        if wanted in ("restart", "continue"):
-            raise LaunchError(
-                f"--on-worker-failure {wanted}: under {settings.algorithm} all machines are one Horovod world, in "
-                "which any failure ends the run; use an asynchronous algorithm, such as dana, or "
-                "--on-worker-failure stop"
-            )
-        if self.invite or self.resumes:
-            what = "nobody can join later" if self.invite else "nothing is kept to go on from"
-            raise LaunchError(f"under {settings.algorithm}, which has no server, {what}; use an asynchronous algorithm")
-        return Policy("stop")
+def policy_of(options: RunOptions, settings: Settings) -> Policy:
+    """What follows a failure. Raises LaunchError for what an algorithm cannot do."""
+    wanted = options.on_worker_failure
+    if wanted not in (None, *get_args(OnFailure)):
+        raise LaunchError(f"--on-worker-failure {wanted}: expected {', '.join(get_args(OnFailure))}")
+    if not is_all_reduce(settings):
+        return Policy(cast("OnFailure", wanted or "restart"), max_restarts=options.max_restarts)
+    if wanted in ("restart", "continue"):
+        raise LaunchError(
+            f"--on-worker-failure {wanted}: under {settings.algorithm} all machines are one Horovod world, in "
+            "which any failure ends the run; use an asynchronous algorithm, such as dana, or "
+            "--on-worker-failure stop"
+        )
+    if options.invite or options.resumes:
+        what = "nobody can join later" if options.invite else "nothing is kept to go on from"
+        raise LaunchError(f"under {settings.algorithm}, which has no server, {what}; use an asynchronous algorithm")
+    return Policy("stop")
 
 
 @dataclass(frozen=True)
@@ -149,14 +139,14 @@ def _prepare(
 ) -> Launch:
     settings = replace(
         settings,
-        checkpoint_s=options.checkpoint_s,
+        checkpoint_s=options.checkpoint_seconds,
         refuse_outliers=options.refuse_outliers,
         server_shards=options.server_shards,
     )
     check_workers(settings)
     check_shards(settings, options)
     check_server_hosts(cluster.reach, options)
-    policy = options.policy(settings)
+    policy = policy_of(options, settings)
     cluster, notes = find_out(cluster, settings)
     settings = replace(settings, ranks_per_worker=cluster.ranks_per_worker)
     plan, invitations = make_plan(task, settings, cluster, run, options)

@@ -30,13 +30,13 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from danaz.files.plain_yaml import YamlError, parse_yaml
+from danaz.run.option import LARGEST_SEED
 
 SCHEDULES = ("round-robin", "block-random", "gamma", "gamma-heterogeneous")
 SCHEDULE_FORMS = {"constant": "constant:SPEED,SPEED,…", "trace": "trace:RUN"}
 
 MOST = 2**31 - 1  # of anything that is counted
 MOST_PROCESSES = 1 << 16
-LARGEST_SEED = 2**63 - 1  # torch takes a little more, and what is made of it must fit too
 
 
 class ConfigError(ValueError):

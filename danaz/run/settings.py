@@ -46,19 +46,11 @@ class Settings:
 
     @classmethod
     def of(cls, config: Config, *, schedule: str, collective: str) -> Settings:
-        """The settings of a run of ``config``."""
+        """The settings of a run of ``config``; a field that has the name of a key of the config has its value."""
+        shared = {field.name for field in fields(cls)} & Config.model_fields.keys() - {"schedule"}
         return cls(
-            algorithm=config.algorithm,
-            workers=config.workers,
-            seed=config.seed,
+            **{name: getattr(config, name) for name in shared},
             warmup_epochs=config.lr_schedule.warmup_epochs,
-            lr_correction=config.lr_correction,
-            sync_period=config.sync_period,
-            pipeline=config.pipeline,
-            hyperparameters=config.hyperparameters,
-            wire=config.wire,
-            wire_view=config.wire_view,
-            wire_warmup_epochs=config.wire_warmup_epochs,
             gap_every=gap_every(config.gap),
             digest=config.digest(),
             collective=collective,

@@ -12,7 +12,8 @@ import pytest
 
 from danaz.launch.doctor import check_up, show
 from danaz.launch.invitation import Task
-from danaz.launch.prepare import Cluster, LaunchError, RunOptions, check_server_hosts, find_out, make_plan
+from danaz.launch.options import RunOptions
+from danaz.launch.prepare import Cluster, LaunchError, check_server_hosts, find_out, make_plan, policy_of
 from danaz.launch.probe import versions
 from danaz.launch.reach import (
     Reach,
@@ -332,7 +333,7 @@ def test_a_server_is_started_again_where_it_was() -> None:
     [server] = make_plan(TRAIN, DANA, found, Path("/run"), RunOptions(record=True))[0].services
     assert server.again[3:] == ("serve", "--bind", ANNOUNCED, "--insecure", "--record", "--resume")
     assert "--resume" not in server.argv
-    [server] = make_plan(TRAIN, DANA, found, Path("/run"), RunOptions(resumes=True))[0].services
+    [server] = make_plan(TRAIN, DANA, found, Path("/run"), RunOptions(resume=Path("/run")))[0].services
     assert server.argv[-1] == "--resume"
 
 
@@ -361,18 +362,18 @@ def test_each_invitation_is_a_key_of_its_own() -> None:
             "use an asynchronous algorithm, such as dana, or --on-worker-failure",
         ),
         (RunOptions(invite=1), "under ssgd, which has no server, nobody can join later"),
-        (RunOptions(resumes=True), "under ssgd, which has no server, nothing is kept to go on from"),
+        (RunOptions(resume=Path("/run")), "under ssgd, which has no server, nothing is kept to go on from"),
     ],
 )
 def test_one_world_over_all_machines_survives_nothing(manner: RunOptions, message: str) -> None:
     with pytest.raises(LaunchError, match=message):
-        manner.policy(SSGD)
+        policy_of(manner, SSGD)
 
 
 def test_what_follows_a_failure_unless_said_otherwise() -> None:
-    assert RunOptions().policy(SSGD).on_failure == "stop"
-    assert RunOptions().policy(DANA).on_failure == "restart"
-    assert RunOptions(on_worker_failure="stop").policy(DANA).on_failure == "stop"
+    assert policy_of(RunOptions(), SSGD).on_failure == "stop"
+    assert policy_of(RunOptions(), DANA).on_failure == "restart"
+    assert policy_of(RunOptions(on_worker_failure="stop"), DANA).on_failure == "stop"
 
 
 def test_horovod_speaks_no_ipv6() -> None:

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from sharded import LAYOUT, PLAN, compressor_of, gradients, linked, make_cores, say
 from torch import Tensor
 
-from danaz.launch.prepare import LaunchError, RunOptions, check_shards
+from danaz.launch.options import RunOptions
+from danaz.launch.prepare import LaunchError, check_shards
 from danaz.protocol.messages import Bye, Final, Noted, Parameters, Push, Refusal, Reply
 from danaz.protocol.wire import decode, split
 from danaz.run.settings import Settings
