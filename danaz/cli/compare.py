@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +12,8 @@ import typer
 
 from danaz.cli import options
 from danaz.cli.command import fail
-from danaz.cli.grouped import given, takes_options
+from danaz.launch.options import OVERRIDES
+from danaz.run.option import Option, given
 
 if TYPE_CHECKING:
     from danaz.compare.cells import Comparison
@@ -21,56 +21,47 @@ if TYPE_CHECKING:
 
 DEFAULT_ALGORITHMS = "ssgd,nag-asgd,dana"
 
-live_option = partial(typer.Option, rich_help_panel="With --live")
+LIVE = "With --live"
 
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """The command line of `danaz compare`; None: not given. Options that describe a grid have the names of its keys."""
+    """The options of `danaz compare`. Those that describe a grid have the names of its keys."""
 
-    config: Annotated[
-        Path,
-        typer.Argument(help="YAML of an experiment, or of a comparison with its own list of cells", metavar="CONFIG"),
-    ]
     algorithms: Annotated[
         str | None,
-        typer.Option("--algorithms", "-a", help=f"Algorithms, separated by commas. Default: {DEFAULT_ALGORITHMS}"),
+        Option(f"Algorithms, separated by commas. Default: {DEFAULT_ALGORITHMS}", ("--algorithms", "-a")),
     ] = None
     workers: Annotated[
         str | None,
-        typer.Option(
-            "--workers", "-n", help="Numbers of simulated workers, e.g. `1,4,8`. Default: 1, and the config's number"
-        ),
+        Option("Numbers of simulated workers, e.g. `1,4,8`. Default: 1, and the config's number", ("--workers", "-n")),
     ] = None
-    seeds: Annotated[
-        int | None, typer.Option(min=1, help="Number of seeds, counted from the config's seed. Default: 1")
-    ] = None
-    schedule: options.Schedule = None
-    jobs: options.Jobs = None
-    device: options.Device = None
-    overrides: options.Overrides = None
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Folder of the comparison. Default: `runs/compare-NAME`")
-    ] = None
-    live: Annotated[
-        bool, typer.Option("--live", help="Run real processes on machines, one algorithm after another")
-    ] = False
-    hosts: Annotated[str | None, live_option("--hosts", "-H", help="Machines and their slots, e.g. `a:4,b:4`")] = None
-    hostfile: Annotated[Path | None, live_option("--hostfile", help="A file of machines, as for `danaz launch`")] = None
+    seeds: Annotated[int | None, Option("Number of seeds, counted from the config's seed. Default: 1", min=1)] = None
+    schedule: Annotated[str | None, options.SCHEDULE] = None
+    jobs: Annotated[int | None, options.JOBS] = None
+    device: Annotated[str | None, options.DEVICE] = None
+    overrides: Annotated[list[str] | None, OVERRIDES] = None
+    out: Annotated[Path | None, Option("Folder of the comparison. Default: `runs/compare-NAME`")] = None
+    live: Annotated[bool, Option("Run real processes on machines, one algorithm after another")] = False
+    hosts: Annotated[str | None, Option("Machines and their slots, e.g. `a:4,b:4`", ("--hosts", "-H"), LIVE)] = None
+    hostfile: Annotated[Path | None, Option("A file of machines, as for `danaz launch`", panel=LIVE)] = None
     workers_per_host: Annotated[
-        int | None,
-        live_option("--workers-per-host", min=1, help="Number of workers that share the slots of a host. Default: 1"),
+        int | None, Option("Number of workers that share the slots of a host. Default: 1", panel=LIVE, min=1)
     ] = None
     collective: Annotated[
-        str | None, live_option("--collective", help="What averages inside a worker: `horovod`, `torch` or `auto`")
+        str | None, Option("What averages inside a worker: `horovod`, `torch` or `auto`", panel=LIVE)
     ] = None
-    fresh: Annotated[bool, typer.Option("--fresh", help="Delete the finished runs in the folder, and start again")] = (
-        False
-    )
+    fresh: Annotated[bool, Option("Delete the finished runs in the folder, and start again")] = False
 
 
-@takes_options(CompareOptions)
-def compare(asked: CompareOptions) -> None:
+@options.expanded
+def compare(
+    config: Annotated[
+        Path,
+        typer.Argument(help="YAML of an experiment, or of a comparison with its own list of cells", metavar="CONFIG"),
+    ],
+    asked: CompareOptions,
+) -> None:
     """Run one experiment with several algorithms, numbers of workers and seeds, and report them side by side.
 
     Simulations run in parallel, one thread each. Finished runs are kept: after Ctrl-C, the same command continues; with
@@ -91,7 +82,7 @@ def compare(asked: CompareOptions) -> None:
     from danaz.workloads.training import choose_device
 
     try:
-        comparison = _comparison(asked)
+        comparison = _comparison(config, asked)
         choose_device(comparison.config)
     except (ValueError, RuntimeError) as error:  # in the config, the hosts, the algorithms or the collective
         fail(error)
@@ -130,9 +121,9 @@ def tune(
         danaz tune configs/digits.yaml -a asgd -n 16 --lr 0.05,0.1,0.2 --momentum 0
     """
     from danaz.compare.tune import tune as run_grid
-    from danaz.launch.prepare import check_workers
     from danaz.report.heat_map import print_tuning, write_tuning
     from danaz.run.config import load_config
+    from danaz.run.fit import check_workers
     from danaz.run.settings import Settings
 
     try:
@@ -166,11 +157,11 @@ def _floats(text: str, option: str) -> list[float]:
         raise ValueError(f"{option} {text}: expected numbers separated by commas, e.g. 0.05,0.1") from error
 
 
-def _comparison(asked: CompareOptions) -> Comparison:
+def _comparison(path: Path, asked: CompareOptions) -> Comparison:
     """The comparison that the command line describes. Raises the errors of read_plan and make_comparison."""
     from danaz.compare.cells import ComparisonError, Grid, is_plan, make_comparison, make_grid, read_plan
 
-    path, grid_options = asked.config, given(asked, Grid.model_fields)
+    grid_options = given(asked, Grid.model_fields)
     overrides = [*(asked.overrides or []), *([] if asked.device is None else [f"device={json.dumps(asked.device)}"])]
     if is_plan(path):
         if asked.live or grid_options.keys() - {"seeds"}:

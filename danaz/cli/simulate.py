@@ -10,28 +10,23 @@ import typer
 
 from danaz.cli import options
 from danaz.cli.command import fail
-from danaz.cli.grouped import given, takes_options
+from danaz.launch.options import OVERRIDES, TrainingOptions
+from danaz.run.option import Option, given
 
 
 @dataclass(frozen=True)
-class SimulateOptions:
-    """The command line of `danaz simulate`; None: not given. Most fields have the names of config keys."""
+class SimulateOptions(TrainingOptions):
+    """The options of `danaz simulate`."""
 
-    config: options.Experiment
-    algorithm: options.Algorithm = None
-    workers: options.Workers = None
-    schedule: options.Schedule = None
-    device: options.Device = None
-    sync_period: options.SyncPeriod = None
-    pipeline: options.Pipeline = None
-    wire: options.Wire = None
-    wire_view: options.WireView = None
-    overrides: options.Overrides = None
-    out: options.RunFolder = None
+    workers: Annotated[int | None, options.WORKERS] = None
+    schedule: Annotated[str | None, options.SCHEDULE] = None
+    device: Annotated[str | None, options.DEVICE] = None
+    overrides: Annotated[list[str] | None, OVERRIDES] = None
+    out: Annotated[Path | None, Option("Run folder. Default: runs/TIME-NAME")] = None
 
 
-@takes_options(SimulateOptions)
-def simulate(asked: SimulateOptions) -> None:
+@options.expanded
+def simulate(config: options.Experiment, asked: SimulateOptions) -> None:
     """Train with N simulated workers in one process. The update rules are the same code as in a live run.
 
     Examples:
@@ -46,20 +41,20 @@ def simulate(asked: SimulateOptions) -> None:
     """
     from danaz.cli.progress import progress_bar
     from danaz.compare.tables import print_summary
-    from danaz.launch.prepare import check_workers
     from danaz.run.config import Config, load_config
+    from danaz.run.fit import check_workers
     from danaz.run.folder import UnwrittenError, write_settings
     from danaz.run.lock import claimed_run_folder
     from danaz.run.settings import Settings
     from danaz.simulate.simulator import Simulation
 
     try:
-        config = load_config(asked.config, asked.overrides or (), given(asked, Config.model_fields))
-        check_workers(Settings.of(config, schedule=config.schedule, collective="none"))
-        with claimed_run_folder(asked.out, f"{config.name}-{config.algorithm}-{config.workers}") as run:
-            simulation = Simulation(config, run)
-            write_settings(run, config.model_dump(mode="json"))
-            with progress_bar(f"{config.algorithm}, {config.workers} workers") as progress:
+        settings = load_config(config, asked.overrides or (), given(asked, Config.model_fields))
+        check_workers(Settings.of(settings, schedule=settings.schedule, collective="none"))
+        with claimed_run_folder(asked.out, f"{settings.name}-{settings.algorithm}-{settings.workers}") as run:
+            simulation = Simulation(settings, run)
+            write_settings(run, settings.model_dump(mode="json"))
+            with progress_bar(f"{settings.algorithm}, {settings.workers} workers") as progress:
                 summary = simulation.run(progress)
     except (ValueError, OSError, UnwrittenError) as error:
         fail(error)

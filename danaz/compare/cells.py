@@ -14,9 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from danaz.files.plain_yaml import YamlError, parse_yaml
 from danaz.files.reading import read_yaml
-from danaz.launch.prepare import Cluster, check_workers
+from danaz.launch.prepare import Cluster
 from danaz.rules import find_algorithm
 from danaz.run.config import Config, ConfigError, load_config
+from danaz.run.fit import check_workers
 from danaz.run.settings import Settings
 from danaz.worker.group import choose_collective
 from launcher.hosts import parse_hostfile, parse_hosts

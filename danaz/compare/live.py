@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from danaz.compare.cells import Cell
 from danaz.compare.display import Display
 from danaz.compare.folder import ComparisonFolder
-from danaz.launch.prepare import Manner, execute, prepare_config
+from danaz.launch.options import RunOptions
+from danaz.launch.prepare import execute, prepare_config
 from danaz.run.lock import locked_run_folder
 from launcher.logs import quiet
 
@@ -50,7 +51,7 @@ def _run(cell: Cell, folder: ComparisonFolder, display: Display) -> str | None:
     try:
         with locked_run_folder(run):
             # A restart would lengthen the time of one algorithm, and times are compared.
-            ready = prepare_config(cell.config, cell.cluster, run, Manner(on_worker_failure="stop"))
+            ready = prepare_config(cell.config, cell.cluster, run, RunOptions(on_worker_failure="stop"))
             outcome, summary = execute(ready, echo=quiet)
     except (ValueError, RuntimeError) as error:  # these hosts or this algorithm cannot be launched
         return in_words_of_compare(str(error))

@@ -30,7 +30,7 @@ class InvitationError(ValueError):
 
 
 @dataclass(frozen=True)
-class Errand:
+class Task:
     """What every rank of a run is started with."""
 
     command: Sequence[str]
@@ -42,7 +42,7 @@ class Invitation:
     """One more worker of a run."""
 
     worker: int
-    errand: Errand
+    task: Task
     keys: WorkerKeys | None = None  # None: the server believes everyone
 
     @property
@@ -59,7 +59,9 @@ def write_invitations(run: Path, invitations: Sequence[Invitation]) -> None:
         return
     folder.mkdir(mode=0o700, exist_ok=True)
     for invitation in invitations:
-        content = json.dumps({"format": FORMAT, **asdict(invitation)}, indent=2)
+        values = asdict(invitation)
+        values["errand"] = values.pop("task")  # the name that this format has always had for it
+        content = json.dumps({"format": FORMAT, **values}, indent=2)
         fd = os.open(folder / invitation.file_name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(fd, "w") as file:
             file.write(content + "\n")
@@ -83,8 +85,8 @@ def read_invitation(path: Path) -> Invitation:
         raise InvitationError(f"--key {path} can be read by others, and holds a key; run: chmod 600 {path}")
     try:
         keys = None if values["keys"] is None else WorkerKeys(**values["keys"])
-        errand = Errand([*values["errand"]["command"]], {**values["errand"]["env"]})
-        return Invitation(int(values["worker"]), errand, keys)
+        task = Task([*values["errand"]["command"]], {**values["errand"]["env"]})
+        return Invitation(int(values["worker"]), task, keys)
     except (KeyError, TypeError, ValueError) as error:
         raise InvitationError(f"--key {path} is damaged ({error!r}); copy it again") from None
 
@@ -111,9 +113,9 @@ def plan_to_join(invitation: Invitation, server: str, slots: int | None, cwd: st
     here = replace(here, slots=slots)
     return plan(
         [here],
-        invitation.errand.command,
+        invitation.task.command,
         one_world=False,
-        env={**invitation.errand.env, "DANAZ_SERVER": server, "DANAZ_GUEST": "1"},
+        env={**invitation.task.env, "DANAZ_SERVER": server, "DANAZ_GUEST": "1"},
         cwd=cwd,
         secrets=[] if invitation.keys is None else [to_json(invitation.keys)],
         machines=local_machines([here]),

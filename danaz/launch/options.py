@@ -1,104 +1,140 @@
-"""The options of `danaz launch` as one value, and the run that they ask for."""
+"""The options of `danaz launch` and `danaz doctor`: each declared once, with all that follows from it."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any
 
-from danaz.launch.prepare import Cluster, Launch, LaunchError, Manner, name_of, prepare_config, prepare_script
 from danaz.launch.reach import Reach, ReachError, parse_environment, parse_interfaces
-from danaz.launch.resume import (
-    FIXED,
-    OPTIONS,
-    check_all_there,
-    check_begun,
-    check_checkpoints,
-    check_variables,
-    checked,
-    merge_options,
-    read_options,
-    read_settings,
-)
-from danaz.run.config import Config, load_config
-from danaz.run.lock import claimed_run_folder, free_run_folder, locked_run_folder
-from danaz.run.settings import Settings
-from danaz.worker.group import choose_collective
+from danaz.run.option import LARGEST_SEED, Option, options_of
 from launcher.hosts import Host, HostsError, parse_hostfile, parse_hosts
 from launcher.selection import select_hosts
 from launcher.slurm import Srun, hosts_of_allocation, is_in_allocation
 from launcher.ssh import Ssh
-from launcher.supervisor import OnFailure
 
-NOT_KEPT = {*FIXED, "resume", "dry_run", "variables", "env_file"}
-TRAINING = ("algorithm", "sync_period", "wire", "wire_view", "pipeline")
-ON_FAILURE = ("continue", "stop", "restart")
+EXCHANGE, FAILURES, MACHINES = "Exchange with the server", "When things fail", "Machines"
+SERVER, REMOTE = "The server", "Other machines, by ssh"
+PANELS = (None, EXCHANGE, FAILURES, MACHINES, SERVER, REMOTE)  # in the order of --help
+
+ALGORITHM = Option(
+    "Update rule: dana, nag-asgd, ssgd, …; `danaz algorithms` lists them", ("--algorithm", "-a"), on_resume="fixed"
+)
+SYNC_PERIOD = Option("Push the sum of K local steps", panel=EXCHANGE, metavar="K", min=1, on_resume="fixed")
+WIRE = Option(
+    "Send pushes as fp32, bf16, fp16, onebit or topk:SHARE, with error feedback", panel=EXCHANGE, on_resume="fixed"
+)
+WIRE_VIEW = Option("Send views as fp32, bf16 or fp16", panel=EXCHANGE, on_resume="fixed")
+PIPELINE = Option(
+    "Compute the next batch while the last one is pushed: a higher lag",
+    ("--pipeline/--no-pipeline",),
+    EXCHANGE,
+    on_resume="fixed",
+)
+RECORD = Option("Keep every message for `danaz replay`")
+OVERRIDES = Option(
+    "Override a key of the config, e.g. `--set lr=0.05`. Repeatable.",
+    ("--set",),
+    metavar="KEY=VALUE",
+    on_resume="fixed",
+)
 
 
 @dataclass(frozen=True)
-class LaunchOptions:
-    """By the names of `danaz launch`'s parameters; None where nothing was said."""
+class TrainingOptions:
+    """How the cluster trains. The names are the keys of a config; None leaves the config's value, or the default."""
 
-    config: Path | None = None
-    algorithm: str | None = None
-    sync_period: int | None = None
-    wire: str | None = None
-    wire_view: str | None = None
-    pipeline: bool | None = None
-    overrides: Sequence[str] | None = None
-    out: Path | None = None
-    resume: Path | None = None
-    collective: str = "auto"
-    warmup_epochs: float | None = None
-    seed: int | None = None
-    record: bool = False
-    dry_run: bool = False
-    on_worker_failure: str | None = None
-    max_restarts: int = 3
-    checkpoint_seconds: float = 30.0
-    refuse_outliers: bool = False
-    invite: int = 0
-    hosts: str | None = None
-    hostfile: Path | None = None
-    include: str | None = None
-    exclude: str | None = None
-    workers_per_host: int = 1
-    server_host: str | None = None
-    server_port: int = 0
-    server_shards: int = 1
-    interface: Sequence[str] | None = None
-    insecure: bool = False
-    launcher: str | None = None
-    ssh_port: int | None = None
-    ssh_identity: Path | None = None
-    remote_python: str | None = None
-    chdir: str | None = None
-    variables: Sequence[str] | None = None
-    env_file: Path | None = None
+    algorithm: Annotated[str | None, ALGORITHM] = None
+    sync_period: Annotated[int | None, SYNC_PERIOD] = None
+    wire: Annotated[str | None, WIRE] = None
+    wire_view: Annotated[str | None, WIRE_VIEW] = None
+    pipeline: Annotated[bool | None, PIPELINE] = None
 
     @property
     def training(self) -> dict[str, Any]:
-        """What was said of how the cluster trains, by the keys of a config, whose script or config that ever is."""
-        values = {name: getattr(self, name) for name in TRAINING}
+        """The values that were given, by the keys of a config."""
+        values = {name: getattr(self, name) for name in options_of(TrainingOptions)}
         return {name: value for name, value in values.items() if value is not None}
 
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is kept going, and what is kept of it."""
+
+    resume: Annotated[
+        Path | None,
+        Option(
+            "Go on with the run in this folder, on the same machines unless others are named",
+            panel=FAILURES,
+            metavar="RUN",
+            on_resume="given again",
+        ),
+    ] = None
+    on_worker_failure: Annotated[
+        str | None,
+        Option(
+            "`restart` the worker (default), `continue` without it, or `stop` the run (always so under ssgd)",
+            panel=FAILURES,
+        ),
+    ] = None
+    max_restarts: Annotated[
+        int, Option("Restarts of each worker and of the server within an hour", panel=FAILURES, min=0)
+    ] = 3
+    checkpoint_seconds: Annotated[
+        float, Option("Seconds between checkpoints; 0 for none", panel=FAILURES, metavar="SECONDS", min=0)
+    ] = 30.0
+    refuse_outliers: Annotated[
+        bool, Option("Refuse steps far outside the cluster's size, which are otherwise reported", panel=FAILURES)
+    ] = False
+    invite: Annotated[
+        int,
+        Option(
+            "Write K invitations for workers that join later by `danaz work --join`", panel=FAILURES, metavar="K", min=0
+        ),
+    ] = 0
+    record: Annotated[bool, RECORD] = False
+    server_shards: Annotated[
+        int, Option("Server processes, each with a slice of the parameters", panel=SERVER, metavar="S", min=1)
+    ] = 1
+
     @property
-    def manner(self) -> Manner:
-        if self.on_worker_failure not in (None, *ON_FAILURE):
-            raise LaunchError(f"--on-worker-failure {self.on_worker_failure}: expected {', '.join(ON_FAILURE)}")
-        return Manner(
-            self.record,
-            self.checkpoint_seconds,
-            self.refuse_outliers,
-            cast("OnFailure | None", self.on_worker_failure),
-            self.max_restarts,
-            self.invite,
-            resumes=self.resume is not None,
-            server_shards=self.server_shards,
-        )
+    def resumes(self) -> bool:
+        """Whether the run goes on with what is in its folder."""
+        return self.resume is not None
+
+
+@dataclass(frozen=True)
+class MachineOptions:
+    """Which machines, and how they are reached."""
+
+    collective: Annotated[str, Option("Inside a worker: `horovod`, `torch` (torch.distributed), or `auto`")] = "auto"
+    hosts: Annotated[
+        str | None,
+        Option("Machines and their slots, e.g. `a:4,b:4`. Default: localhost", ("--hosts", "-H"), MACHINES),
+    ] = None
+    hostfile: Annotated[Path | None, Option("Lines of `[user@]host [slots=N] [ssh_port=P]`", panel=MACHINES)] = None
+    include: Annotated[str | None, Option("Only these hosts and slots: `a:0,2@b`", panel=MACHINES)] = None
+    exclude: Annotated[str | None, Option("Not these hosts and slots: `a:0,2@b`", panel=MACHINES)] = None
+    interface: Annotated[
+        list[str] | None,
+        Option(
+            "Network interface to use, of every machine or of one. Default: by route. Repeatable.",
+            panel=MACHINES,
+            metavar="[HOST=]NIC",
+        ),
+    ] = None
+    launcher: Annotated[
+        str | None, Option("`ssh` (even to this machine), `slurm` or `local`. Default: as needed", panel=REMOTE)
+    ] = None
+    ssh_port: Annotated[
+        int | None, Option("Unless the hostfile or ~/.ssh/config says", panel=REMOTE, min=1, max=65535)
+    ] = None
+    ssh_identity: Annotated[Path | None, Option("Private key, as `ssh -i`", panel=REMOTE, exists=True)] = None
+    remote_python: Annotated[str | None, Option("Python there. Default: the same path as here", panel=REMOTE)] = None
+    chdir: Annotated[str | None, Option("Working directory of the ranks. Default: this one", panel=REMOTE)] = None
 
     def find_hosts(self) -> tuple[Host, ...]:
         """Those that were named, else those of the Slurm allocation, else this machine. Raises HostsError."""
@@ -124,7 +160,6 @@ class LaunchOptions:
         if self.launcher not in (None, "ssh", "slurm", "local"):
             raise ReachError(f"--launcher {self.launcher!r} is not known; expected ssh, slurm or local")
         python = self.remote_python or sys.executable
-        server, *more_servers = self._servers(hosts)
         # Agents do not start in this directory.
         identity = None if self.ssh_identity is None else self.ssh_identity.resolve()
         return Reach(
@@ -133,12 +168,7 @@ class LaunchOptions:
             else Ssh(self.ssh_port, identity, python, always=self.launcher == "ssh"),
             only_here=self.launcher == "local",
             cwd=self.working_directory,
-            env=parse_environment(self.variables or (), self.env_file),
             interfaces=parse_interfaces(self.interface or (), hosts),
-            server=server,
-            more_servers=more_servers,
-            server_port=self.server_port,
-            insecure=self.insecure,
         )
 
     @property
@@ -146,6 +176,66 @@ class LaunchOptions:
         """Of the ranks, on every machine. A `~` is the home directory there."""
         chdir = self.chdir or ""
         return chdir if chdir.startswith("~") else str(Path.cwd() / chdir)
+
+
+@dataclass(frozen=True)
+class LaunchOptions(MachineOptions, RunOptions, TrainingOptions):
+    """All options of `danaz launch`."""
+
+    config: Annotated[
+        Path | None,
+        Option(
+            "YAML of an experiment; or put a script of your own after `--`",
+            ("CONFIG",),
+            argument=True,
+            on_resume="fixed",
+        ),
+    ] = None
+    overrides: Annotated[list[str] | None, OVERRIDES] = None
+    out: Annotated[Path | None, Option("Run folder. Default: runs/TIME-NAME", on_resume="fixed")] = None
+    warmup_epochs: Annotated[
+        float | None,
+        Option("Epochs over which lr rises from lr/N to lr (scripts; default: none)", min=0, on_resume="fixed"),
+    ] = None
+    seed: Annotated[
+        int | None,
+        Option(
+            "Seed of sample order (for scripts; configs have their own)", min=0, max=LARGEST_SEED, on_resume="fixed"
+        ),
+    ] = None
+    dry_run: Annotated[bool, Option("Print every process and its environment; start none", on_resume="given again")] = (
+        False
+    )
+    workers_per_host: Annotated[
+        int, Option("Split each host's slots into this number of workers", panel=MACHINES, min=1)
+    ] = 1
+    server_host: Annotated[
+        str | None,
+        Option("Where the server runs, or its shards in turn: `a` or `a,b`. Default: this machine", panel=SERVER),
+    ] = None
+    server_port: Annotated[int, Option("Port of the server. 0: a free one", panel=SERVER, min=0, max=65535)] = 0
+    insecure: Annotated[bool, Option("Let the server believe whoever connects, unencrypted", panel=SERVER)] = False
+    variables: Annotated[
+        list[str] | None,
+        Option(
+            "A variable for all ranks. Repeatable.", ("-x",), REMOTE, metavar="NAME[=VALUE]", on_resume="given again"
+        ),
+    ] = None
+    env_file: Annotated[
+        Path | None, Option("Variables for all ranks, NAME=VALUE a line", panel=REMOTE, on_resume="given again")
+    ] = None
+
+    def reach(self, hosts: Sequence[Host]) -> Reach:
+        """How the machines and the server are reached, and what travels to them. Raises ReachError."""
+        server, *more_servers = self._servers(hosts)
+        return replace(
+            super().reach(hosts),
+            env=parse_environment(self.variables or (), self.env_file),
+            server=server,
+            more_servers=more_servers,
+            server_port=self.server_port,
+            insecure=self.insecure,
+        )
 
     def _servers(self, hosts: Sequence[Host]) -> list[Host]:
         """Each one of the hosts, with its user and ssh port, or any other machine."""
@@ -159,78 +249,21 @@ class LaunchOptions:
 
     def kept(self, environment: Collection[str]) -> dict[str, Any]:
         """What RUN/launch.yaml holds: all that can be asked for again, and of the environment the names alone."""
-        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in NOT_KEPT}
+        values = {name: getattr(self, name) for name in options_of(LaunchOptions) if name in kept_names()}
         for name in ("hostfile", "ssh_identity"):
             values[name] = None if values[name] is None else str(Path(values[name]).resolve())
         return {**values, "chdir": self.working_directory, "variables": sorted(environment)}
 
 
-def prepare(params: Mapping[str, Any], named: Collection[str], command: Sequence[str]) -> tuple[Launch, str]:
-    """The run that the options ask for, and which collective was chosen, and why. Nothing is written or claimed.
-
-    ``named`` are the options that stand on the command line. Raises ValueError or RuntimeError with what is wrong.
-    """
-    options = LaunchOptions(**params)
-    if options.resume is not None:
-        return _prepare_resumed(options, named, command)
-    task = _task(options, command)
-    return _ready(options, task, command, free_run_folder(options.out, name_of(task, command)))
+@cache
+def kept_names() -> frozenset[str]:
+    """The options that launch.yaml keeps."""
+    options = options_of(LaunchOptions).items()
+    return frozenset(name for name, (_, option) in options if option.on_resume == "may change")
 
 
-@contextmanager
-def prepared(params: Mapping[str, Any], named: Collection[str], command: Sequence[str]) -> Iterator[tuple[Launch, str]]:
-    """As ``prepare``; as long as the block lasts, the folder of the run belongs to this process alone."""
-    options = LaunchOptions(**params)
-    if options.resume is not None:
-        check_begun(options.resume)
-        with locked_run_folder(options.resume):
-            yield _prepare_resumed(options, named, command)
-        return
-    task = _task(options, command)
-    with claimed_run_folder(options.out, name_of(task, command)) as run:
-        yield _ready(options, task, command, run)
-
-
-def _task(options: LaunchOptions, command: Sequence[str]) -> Config | Settings:
-    """What a new run trains: a config, or the settings of a script."""
-    if (options.config is None) == (not command):
-        raise LaunchError("give either a CONFIG or, after --, a command such as: -- python train.py")
-    if options.config is not None:
-        if options.warmup_epochs is not None or options.seed is not None:
-            raise LaunchError("a config sets these itself: use --set lr_schedule.warmup_epochs=… and --set seed=…")
-        return load_config(options.config, options.overrides or (), options.training)
-    if options.overrides:
-        raise LaunchError("--set changes a config, and a script has none; pass its own arguments after --")
-    training = {"algorithm": "dana", **options.training}
-    return Settings(**training, warmup_epochs=options.warmup_epochs or 0.0, seed=options.seed or 0)
-
-
-def _prepare_resumed(options: LaunchOptions, named: Collection[str], command: Sequence[str]) -> tuple[Launch, str]:
-    run = options.resume
-    assert run is not None
-    if command:
-        raise LaunchError("--resume goes on with what the run began; leave out the command after --")
-    given = {field.name: getattr(options, field.name) for field in fields(options)}
-    values = read_options(run)
-    kept = checked(run / OPTIONS, LaunchOptions, values)
-    check_all_there(run / OPTIONS, values, [field.name for field in fields(options) if field.name not in NOT_KEPT])
-    merged = merge_options(run, given, [name for name in named if name != "resume"])
-    merged |= {name: given[name] for name in ("variables", "env_file")}
-    check_variables(kept.variables or (), parse_environment(options.variables or (), options.env_file))
-    paths = {name: merged[name] and Path(merged[name]) for name in ("hostfile", "ssh_identity")}
-    task, kept_command = read_settings(run)
-    ready, why = _ready(LaunchOptions(**{**merged, **paths, "resume": run}), task, kept_command or [], run)
-    check_checkpoints(run, kept.server_host, merged["server_host"], ready.shards_elsewhere)
-    return ready, why
-
-
-def _ready(options: LaunchOptions, task: Config | Settings, command: Sequence[str], run: Path) -> tuple[Launch, str]:
-    hosts = options.find_hosts()
-    reach = options.reach(hosts)
-    collective, why = choose_collective(options.collective)
-    cluster = Cluster(hosts, options.workers_per_host, collective, reach)
-    if isinstance(task, Config):
-        ready = prepare_config(task, cluster, run, options.manner)
-    else:
-        ready = prepare_script(command, task, cluster, run, options.manner)
-    return replace(ready, options=options.kept(reach.env)), why
+@cache
+def fixed_names() -> dict[str, str]:
+    """The options that a resumed run cannot change, each with the words for it."""
+    options = options_of(LaunchOptions).items()
+    return {name: option.words(name) for name, (_, option) in options if option.on_resume == "fixed"}

@@ -10,20 +10,20 @@ import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
-from danaz.launch.invitation import Errand, Invitation, write_invitations
+from danaz.launch.invitation import Invitation, Task, write_invitations
+from danaz.launch.options import RunOptions
 from danaz.launch.reach import Reach, find_machines, replaced_here
 from danaz.launch.resume import write_options
 from danaz.protocol.keys import ServerKeys, make_keys, to_json
-from danaz.rules import Rule
 from danaz.run.config import Config
+from danaz.run.fit import check_workers, is_all_reduce
 from danaz.run.folder import read_summary, write_settings
 from danaz.run.lock import RunFolderError
 from danaz.run.milestones import MISSING
 from danaz.run.settings import Settings, server_variable
 from danaz.serving.checkpoint import delete_checkpoints, folder_of
-from danaz.vectors.codecs import push_codec, view_codec
 from launcher.hosts import Host
 from launcher.logs import Echo
 from launcher.machine import Machine, in_url
@@ -63,34 +63,23 @@ class Cluster:
         return -(-slots // self.workers_per_host)
 
 
-@dataclass(frozen=True)
-class Manner:
-    """How a run is kept going, and what is kept of it."""
-
-    record: bool = False
-    checkpoint_s: float = 30.0
-    refuse_outliers: bool = False
-    on_worker_failure: OnFailure | None = None  # None: restart, where a worker can come back
-    max_restarts: int = 3
-    invite: int = 0  # workers that may join later
-    resumes: bool = False  # it goes on with what is in its folder
-    server_shards: int = 1
-
-    def policy(self, settings: Settings) -> Policy:
-        """What follows a failure. Raises LaunchError for what an algorithm cannot do."""
-        wanted = self.on_worker_failure
-        if not is_all_reduce(settings):
-            return Policy(wanted or "restart", max_restarts=self.max_restarts)
-        if wanted in ("restart", "continue"):
-            raise LaunchError(
-                f"--on-worker-failure {wanted}: under {settings.algorithm} all machines are one Horovod world, in "
-                "which any failure ends the run; use an asynchronous algorithm, such as dana, or "
-                "--on-worker-failure stop"
-            )
-        if self.invite or self.resumes:
-            what = "nobody can join later" if self.invite else "nothing is kept to go on from"
-            raise LaunchError(f"under {settings.algorithm}, which has no server, {what}; use an asynchronous algorithm")
-        return Policy("stop")
+def policy_of(options: RunOptions, settings: Settings) -> Policy:
+    """What follows a failure. Raises LaunchError for what an algorithm cannot do."""
+    wanted = options.on_worker_failure
+    if wanted not in (None, *get_args(OnFailure)):
+        raise LaunchError(f"--on-worker-failure {wanted}: expected {', '.join(get_args(OnFailure))}")
+    if not is_all_reduce(settings):
+        return Policy(cast("OnFailure", wanted or "restart"), max_restarts=options.max_restarts)
+    if wanted in ("restart", "continue"):
+        raise LaunchError(
+            f"--on-worker-failure {wanted}: under {settings.algorithm} all machines are one Horovod world, in "
+            "which any failure ends the run; use an asynchronous algorithm, such as dana, or "
+            "--on-worker-failure stop"
+        )
+    if options.invite or options.resumes:
+        what = "nobody can join later" if options.invite else "nothing is kept to go on from"
+        raise LaunchError(f"under {settings.algorithm}, which has no server, {what}; use an asynchronous algorithm")
+    return Policy("stop")
 
 
 @dataclass(frozen=True)
@@ -121,50 +110,50 @@ def name_of(task: Config | Settings, command: Sequence[str] = ()) -> str:
     return f"{script}-{task.algorithm}"
 
 
-def prepare_config(config: Config, cluster: Cluster, run: Path, manner: Manner | None = None) -> Launch:
+def prepare_config(config: Config, cluster: Cluster, run: Path, options: RunOptions | None = None) -> Launch:
     """The plan whose ranks train a config in the run folder ``run``."""
-    manner = manner or Manner()
-    if not manner.resumes:  # else it goes on as what it began, with however many machines
+    options = options or RunOptions()
+    if not options.resumes:  # else it goes on as what it began, with however many machines
         config = config.model_copy(update={"workers": cluster.workers})
     settings = Settings.of(config, schedule="live", collective=cluster.collective)
     values = config.model_dump(mode="json")
     # A machine of the run need not see this folder.
     env = {"DANAZ_CONFIG": json.dumps(values)}
     command = [PYTHON, "-m", "danaz", "work"]
-    return _prepare(Errand(command, env), settings, cluster, run, manner, values)
+    return _prepare(Task(command, env), settings, cluster, run, options, values)
 
 
 def prepare_script(
-    command: Sequence[str], settings: Settings, cluster: Cluster, run: Path, manner: Manner | None = None
+    command: Sequence[str], settings: Settings, cluster: Cluster, run: Path, options: RunOptions | None = None
 ) -> Launch:
     """The plan whose ranks run a user's own script in the run folder ``run``."""
-    manner = manner or Manner()
-    if not manner.resumes:
+    options = options or RunOptions()
+    if not options.resumes:
         settings = replace(settings, workers=cluster.workers)
     settings = replace(settings, collective=cluster.collective)
-    return _prepare(Errand(command), settings, cluster, run, manner, {"command": list(command)})
+    return _prepare(Task(command), settings, cluster, run, options, {"command": list(command)})
 
 
 def _prepare(
-    errand: Errand, settings: Settings, cluster: Cluster, run: Path, manner: Manner, values: Mapping[str, Any]
+    task: Task, settings: Settings, cluster: Cluster, run: Path, options: RunOptions, values: Mapping[str, Any]
 ) -> Launch:
     settings = replace(
         settings,
-        checkpoint_s=manner.checkpoint_s,
-        refuse_outliers=manner.refuse_outliers,
-        server_shards=manner.server_shards,
+        checkpoint_s=options.checkpoint_seconds,
+        refuse_outliers=options.refuse_outliers,
+        server_shards=options.server_shards,
     )
     check_workers(settings)
-    check_shards(settings, manner)
-    check_server_hosts(cluster.reach, manner)
-    policy = manner.policy(settings)
+    check_shards(settings, options)
+    check_server_hosts(cluster.reach, options)
+    policy = policy_of(options, settings)
     cluster, notes = find_out(cluster, settings)
     settings = replace(settings, ranks_per_worker=cluster.ranks_per_worker)
-    plan, invitations = make_plan(errand, settings, cluster, run, manner)
+    plan, invitations = make_plan(task, settings, cluster, run, options)
     if "command" in values:
         values = {**asdict(settings), **values}
     notes += [*replaced_here(plan, cluster.reach), *rate_notes(settings)]
-    return Launch(run, values, plan, cluster.reach, policy, notes, invitations, manner.resumes)
+    return Launch(run, values, plan, cluster.reach, policy, notes, invitations, options.resumes)
 
 
 def rate_notes(settings: Settings) -> list[str]:
@@ -178,61 +167,11 @@ def rate_notes(settings: Settings) -> list[str]:
     return notes
 
 
-def check_workers(settings: Settings) -> None:
-    """Raises LaunchError if the algorithm cannot train on so many workers or not live, UnknownAlgorithmError if there
-    is none, UnsupportedPeriodError."""
-    rule = settings.for_server().rule(momentum=0.9)
-    if settings.schedule == "live" and not rule.live:
-        raise LaunchError(f"{settings.algorithm} has no server, and runs in the simulator only: danaz simulate …")
-    _check_wire(settings, rule)
-    _check_pipeline(settings, rule)
-    limit = rule.max_workers
-    if limit is not None and settings.workers > limit:
-        one = "one host that is not split" if settings.schedule == "live" else "one worker"
-        raise LaunchError(
-            f"{settings.algorithm} trains on {limit} worker, {settings.workers} were asked for; use {one}, or another "
-            "algorithm"
-        )
-
-
-def _check_wire(settings: Settings, rule: Rule) -> None:
-    """Raises LaunchError if vectors of this rule cannot be sent in the codecs asked for, UnknownCodecError."""
-    push_codec(settings.wire), view_codec(settings.wire_view)
-    codecs = {"wire": settings.wire, "wire_view": settings.wire_view}
-    asked = " and ".join(f"{key} {name}" for key, name in codecs.items() if name != "fp32")
-    if asked and rule.pushes == "parameters":
-        raise LaunchError(
-            f"{settings.algorithm} cannot train with {asked}: its workers push parameters, and the model itself would "
-            "be rounded each time, and not a step of it. Use fp32, or an algorithm that pushes gradients or "
-            "displacements, such as dana"
-        )
-    if asked and rule.all_reduce and settings.schedule == "live":
-        raise LaunchError(
-            f"{settings.algorithm} has no use for {asked}: live, its workers average by all-reduce, and "
-            "nothing is sent to a server. Use fp32, or an algorithm with a server, such as dana"
-        )
-
-
-def _check_pipeline(settings: Settings, rule: Rule) -> None:
-    """Raises LaunchError if this rule's exchange cannot be hidden behind the next batch."""
-    reasons = {
-        "its workers wait for each other at every update": rule.barrier or rule.all_reduce,
-        "its workers push parameters, which must hold the step before": rule.pushes == "parameters",
-        "a worker that steps alone between pushes moves what is being exchanged": rule.worker_rule.sync_period > 1,
-    }
-    reason = next((reason for reason, holds in reasons.items() if holds), None)
-    if settings.pipeline and reason:
-        raise LaunchError(
-            f"{settings.algorithm} cannot train with pipeline: {reason}. Leave pipeline out, or use an algorithm such "
-            "as dana with sync_period 1"
-        )
-
-
-def check_shards(settings: Settings, manner: Manner) -> None:
+def check_shards(settings: Settings, options: RunOptions) -> None:
     """Raises LaunchError for what cannot be cut into slices with a server each."""
-    if manner.server_shards == 1:
+    if options.server_shards == 1:
         return
-    rule, shards = settings.for_server().rule(momentum=0.9), f"--server-shards {manner.server_shards}"
+    rule, shards = settings.for_server().rule(momentum=0.9), f"--server-shards {options.server_shards}"
     if rule.all_reduce:
         raise LaunchError(f"{shards}: {settings.algorithm} has no server; use an asynchronous algorithm, such as dana")
     if rule.barrier or rule.per_layer or rule.gossips:
@@ -241,30 +180,23 @@ def check_shards(settings: Settings, manner: Manner) -> None:
             "the same in all of them; use an elementwise asynchronous algorithm, such as dana"
         )
     unfit = {
-        "a recording is of one server; leave out --record": manner.record,
+        "a recording is of one server; leave out --record": options.record,
         "a push would be an outlier in one slice and not in another; leave out --refuse-outliers": (
-            manner.refuse_outliers
+            options.refuse_outliers
         ),
-        "an invitation names one server; leave out --invite": manner.invite,
+        "an invitation names one server; leave out --invite": options.invite,
     }
     for reason in [reason for reason, asked in unfit.items() if asked]:
         raise LaunchError(f"{shards}: {reason}")
 
 
-def check_server_hosts(reach: Reach, manner: Manner) -> None:
+def check_server_hosts(reach: Reach, options: RunOptions) -> None:
     """Raises LaunchError if there are more machines than shards."""
     machines = 1 + len(reach.more_servers)
-    if machines > manner.server_shards:
+    if machines > options.server_shards:
         raise LaunchError(
             f"--server-host names {machines} machines, more than there are shards; use --server-shards {machines}"
         )
-
-
-def is_all_reduce(settings: Settings) -> bool:
-    """Whether one Horovod world over all machines does everything, without a server."""
-    from danaz.rules import find_algorithm
-
-    return find_algorithm(settings.algorithm).rule().all_reduce
 
 
 def find_out(cluster: Cluster, settings: Settings) -> tuple[Cluster, list[str]]:
@@ -293,37 +225,37 @@ def server_address(cluster: Cluster, shard: int = 0) -> str:
 
 
 def make_plan(
-    errand: Errand, settings: Settings, cluster: Cluster, run_folder: Path, manner: Manner
+    task: Task, settings: Settings, cluster: Cluster, run_folder: Path, options: RunOptions
 ) -> tuple[Plan, list[Invitation]]:
     """One Horovod world over everything for an all-reduce algorithm; else a server, and a world for each worker.
 
     And what workers need that join later.
     """
-    all_reduce, reach, shards = is_all_reduce(settings), cluster.reach, manner.server_shards
-    travels = {**reach.env, "DANAZ_SETTINGS": settings.to_json(), **errand.env}
+    all_reduce, reach, shards = is_all_reduce(settings), cluster.reach, options.server_shards
+    travels = {**reach.env, "DANAZ_SETTINGS": settings.to_json(), **task.env}
     writer = cluster.hosts[0] if all_reduce else reach.server
     run_env = {"DANAZ_RUN": str(run_folder.resolve())} if reach.is_direct(writer) else {}
     returns = None if reach.is_direct(writer) else Returns("DANAZ_RUN", RESULTS)
     guarded = not all_reduce and not reach.insecure  # on one machine, too: others may have accounts there
-    server_keys, worker_keys = make_keys(cluster.workers + manner.invite) if guarded else (None, [])
+    server_keys, worker_keys = make_keys(cluster.workers + options.invite) if guarded else (None, [])
     laid = plan(
         cluster.hosts,
-        errand.command,
+        task.command,
         one_world=all_reduce,
         env={**travels, **run_env},
         cwd=reach.cwd,
         workers_per_host=cluster.workers_per_host,
-        services=[_server(cluster, manner, shard, server_keys) for shard in range(0 if all_reduce else shards)],
+        services=[_server(cluster, options, shard, server_keys) for shard in range(0 if all_reduce else shards)],
         first_rank_returns=returns if all_reduce else None,
         secrets=[to_json(keys) for keys in worker_keys[: cluster.workers]],
         machines=cluster.machines,
         run_id=_run_id(run_folder),
         milestones=MISSING,
     )
-    guests = range(cluster.workers, cluster.workers + manner.invite)
+    guests = range(cluster.workers, cluster.workers + options.invite)
     keys = [worker_keys[number] if guarded else None for number in guests]
-    errand = replace(errand, env=travels)
-    return laid, [Invitation(number, errand, key) for number, key in zip(guests, keys, strict=True)]
+    task = replace(task, env=travels)
+    return laid, [Invitation(number, task, key) for number, key in zip(guests, keys, strict=True)]
 
 
 def _run_id(run_folder: Path) -> str:
@@ -332,22 +264,22 @@ def _run_id(run_folder: Path) -> str:
     return hashlib.sha256(place.encode()).hexdigest()[:16]
 
 
-def _server(cluster: Cluster, manner: Manner, shard: int, keys: ServerKeys | None) -> Service:
+def _server(cluster: Cluster, options: RunOptions, shard: int, keys: ServerKeys | None) -> Service:
     """The server; with several shards that is shard 0, and all of them are started again together."""
     reach, host = cluster.reach, cluster.reach.server_of(shard)
-    serve, options = [PYTHON, "-m", "danaz", "serve", "--bind"], [*["--insecure"] * reach.insecure]
-    options += ["--record"] * manner.record + ["--shard", str(shard)] * (shard > 0)
+    serve, flags = [PYTHON, "-m", "danaz", "serve", "--bind"], [*["--insecure"] * reach.insecure]
+    flags += ["--record"] * options.record + ["--shard", str(shard)] * (shard > 0)
     port = reach.server_port if shard == 0 else 0
     bind = f"tcp://{in_url(server_address(cluster, shard))}:{port or '*'}"
     return Service(
         f"server.{shard}" if shard else "server",
-        [*serve, bind, *options, *["--resume"] * manner.resumes],
+        [*serve, bind, *flags, *["--resume"] * options.resumes],
         announces=server_variable(shard),
         returns=None if reach.is_direct(host) and reach.is_direct(reach.server) else _returns_of(shard),
         host=host,
         cwd=os.getcwd() if reach.is_direct(host) else reach.cwd,
         secret=None if keys is None else to_json(keys),
-        again=[*serve, ANNOUNCED, *options, "--resume"],
+        again=[*serve, ANNOUNCED, *flags, "--resume"],
         begins=None if shard else BEGINS,
         group="server",
     )

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from danaz.files.plain_yaml import dump_yaml
 from danaz.files.reading import UnreadableError, read_yaml
+from danaz.launch.options import fixed_names
 from danaz.run.config import Config, load_config
 from danaz.run.folder import read_summary, write_atomically
 from danaz.run.settings import Settings
@@ -23,18 +24,6 @@ Kept = TypeVar("Kept", bound="DataclassInstance")
 
 OPTIONS = "launch.yaml"
 WHERE = {"hosts", "hostfile", "include", "exclude"}  # only together do they say which machines
-FIXED = {  # what a run trains, it trains to its end
-    "config": "the CONFIG",
-    "overrides": "--set",
-    "algorithm": "--algorithm",
-    "sync_period": "--sync-period",
-    "wire": "--wire",
-    "wire_view": "--wire-view",
-    "pipeline": "--pipeline",
-    "warmup_epochs": "--warmup-epochs",
-    "seed": "--seed",
-    "out": "--out",
-}
 
 
 class ResumeError(ValueError):
@@ -65,7 +54,7 @@ def merge_options(run: Path, given: Mapping[str, Any], named: Collection[str]) -
 
     Raises ResumeError.
     """
-    refused = [words for name, words in FIXED.items() if name in named]
+    refused = [words for name, words in fixed_names().items() if name in named]
     if refused:
         raise ResumeError(f"--resume goes on with what the run began; leave out {', '.join(refused)}")
     kept = read_options(run)

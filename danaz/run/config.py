@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import os
 import re
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,12 +29,12 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from danaz.files.plain_yaml import YamlError, dump_yaml, parse_yaml
+from danaz.files.plain_yaml import YamlError, parse_yaml
+from danaz.run.option import LARGEST_SEED
 from danaz.run.schedules import SCHEDULE_FORMS, SCHEDULES
 
 MOST = 2**31 - 1  # of anything that is counted
 MOST_PROCESSES = 1 << 16
-LARGEST_SEED = 2**63 - 1  # torch takes a little more, and what is made of it must fit too
 
 
 class ConfigError(ValueError):
@@ -244,17 +243,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), options: Mappin
     except ValidationError as error:
         problems = [_explain(problem, path, origin) for problem in error.errors(include_url=False)]
         raise ConfigError("\n".join(problems)) from None
-
-
-def save_config(config: Config, path: str | Path) -> None:
-    """Write ``config`` as YAML that :func:`load_config` reads back equal; the file appears whole or not at all."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(dump_yaml(config.model_dump(mode="json")))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:

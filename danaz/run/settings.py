@@ -45,24 +45,15 @@ class Settings:
     refuse_outliers: bool = False  # pushes far outside the cluster's size
 
     @classmethod
-    def of(cls, config: Config, *, schedule: str, collective: str, ranks_per_worker: int = 1) -> Settings:
-        """The settings of a run of ``config``."""
+    def of(cls, config: Config, *, schedule: str, collective: str) -> Settings:
+        """The settings of a run of ``config``; a field that has the name of a key of the config has its value."""
+        shared = {field.name for field in fields(cls)} & Config.model_fields.keys() - {"schedule"}
         return cls(
-            algorithm=config.algorithm,
-            workers=config.workers,
-            seed=config.seed,
+            **{name: getattr(config, name) for name in shared},
             warmup_epochs=config.lr_schedule.warmup_epochs,
-            lr_correction=config.lr_correction,
-            sync_period=config.sync_period,
-            pipeline=config.pipeline,
-            hyperparameters=config.hyperparameters,
-            wire=config.wire,
-            wire_view=config.wire_view,
-            wire_warmup_epochs=config.wire_warmup_epochs,
             gap_every=gap_every(config.gap),
             digest=config.digest(),
             collective=collective,
-            ranks_per_worker=ranks_per_worker,
             schedule=schedule,
         )
 
@@ -125,7 +116,7 @@ def gap_every(gap: str) -> int:
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """This process's place in the cluster."""
 
     worker: int = 0
@@ -159,12 +150,12 @@ def _text(environment: Mapping[str, str], name: str) -> str:
     return environment[name]
 
 
-def from_environment(environment: MutableMapping[str, str] = os.environ) -> tuple[Settings, Place]:
+def from_environment(environment: MutableMapping[str, str] = os.environ) -> tuple[Settings, RankInfo]:
     """Read the launcher's variables; without them, one process trains alone. Raises ValueError for odd ones."""
     settings = Settings.from_json(environment["DANAZ_SETTINGS"]) if environment.get("DANAZ_SETTINGS") else Settings()
     run, server = environment.get("DANAZ_RUN"), environment.get("DANAZ_SERVER")
     others = range(1, settings.server_shards) if server else range(0)
-    place = Place(
+    place = RankInfo(
         worker=_number(environment, "DANAZ_WORKER", 0),
         device=_number(environment, "DANAZ_LOCAL_DEVICE", 0),
         local_rank=_number(environment, "DANAZ_LOCAL_RANK", 0),

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch.utils.hooks import RemovableHandle
 
-from danaz.run.settings import Place
+from danaz.run.settings import RankInfo
 from danaz.torch.loop import Loop
 from danaz.torch.optimizer import DistributedOptimizer
 
@@ -20,7 +20,7 @@ UNFINISHED = 64  # exit code of a process that ends in the midst of a run, or ha
 class Part(Protocol):
     """One process's part in a run, as far as its ending must know it."""
 
-    place: Place
+    place: RankInfo
     loop: Loop
     finished: bool
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from danaz.protocol.messages import Heartbeat, Inquire, Progress
 from danaz.run.folder import RunFolder
 from danaz.run.milestones import reach
-from danaz.run.settings import Place, Settings
+from danaz.run.settings import RankInfo, Settings
 from danaz.run.signals import note_ending_signals
 from danaz.server.core import ServerCore
 from danaz.serving.pace import telling
@@ -48,7 +48,7 @@ class NotInitializedError(RuntimeError):
 class Session:
     """From ``init`` to the end of the process."""
 
-    def __init__(self, settings: Settings, place: Place):
+    def __init__(self, settings: Settings, place: RankInfo):
         self.settings = settings
         self.place = place
         self.group: Group = make_group(settings.collective)

@@ -17,7 +17,8 @@ import yaml
 from typer.testing import CliRunner
 
 from danaz.cli.main import app
-from danaz.launch.options import prepared
+from danaz.launch.begin import prepared
+from danaz.launch.options import LaunchOptions
 from danaz.launch.prepare import write_folder
 from danaz.run import lock as run_lock
 from danaz.run.lock import (
@@ -204,14 +205,14 @@ def test_a_live_run_is_not_touched_by_a_second_resume(tmp_path: Path) -> None:
 def test_a_failed_launch_leaves_nothing_that_another_would_run(tmp_path: Path) -> None:
     """Its folder is refused, and --resume goes on with its own script and no other."""
     run = tmp_path / "run"
-    with prepared({"out": run}, [], ["python", "first.py"]) as (ready, _):
+    with prepared(LaunchOptions(out=run), [], ["python", "first.py"]) as (ready, _):
         write_folder(ready)
     assert CliRunner().invoke(app, ["launch", "--out", str(run)], obj=["python", "second.py"]).exit_code == 2
     said = CliRunner().invoke(app, ["launch", "--resume", str(run), "--dry-run"], obj=[])
     assert said.exit_code == 0, said.output
     assert "python first.py" in said.output
     (other := tmp_path / "other").mkdir()
-    with prepared({"out": other}, [], ["python", "second.py"]) as (ready, _):
+    with prepared(LaunchOptions(out=other), [], ["python", "second.py"]) as (ready, _):
         (other / "config.yaml").write_text("command: [python, first.py]\n")
         write_folder(ready)
     assert yaml.safe_load((other / "config.yaml").read_text())["command"] == ["python", "second.py"]

@@ -9,30 +9,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from packages import ORDER
 
 from danaz.rules import ALGORITHMS
 
 ROOT = Path(__file__).parents[2]
 
-# Each package may import itself and those before it, and nothing else of danaz.
-ORDER = (
-    "files",
-    "rules",
-    "vectors",
-    "protocol",
-    "worker",
-    "server",
-    "run",
-    "serving",
-    "torch",
-    "workloads",
-    "horovod_install",
-    "launch",
-    "simulate",
-    "compare",
-    "report",
-    "cli",
-)
 # Packages that never import each other, in neither direction: they meet in protocol/.
 STRANGERS = (("worker", "server"), ("worker", "serving"))
 

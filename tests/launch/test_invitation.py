@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from danaz.cli.main import app
 from danaz.launch.invitation import (
-    Errand,
     Invitation,
     InvitationError,
+    Task,
     find_server,
     plan_to_join,
     read_invitation,
@@ -22,7 +22,7 @@ from danaz.launch.invitation import (
 from danaz.protocol.keys import make_keys
 
 _, (KEYS, OTHER_KEYS) = make_keys(2)
-ERRAND = Errand(["python", "train.py"], {"DANAZ_SETTINGS": "{}", "TOKEN": "a secret"})
+TASK = Task(["python", "train.py"], {"DANAZ_SETTINGS": "{}", "TOKEN": "a secret"})
 
 
 def written(run: Path, *invitations: Invitation) -> list[Path]:
@@ -31,7 +31,7 @@ def written(run: Path, *invitations: Invitation) -> list[Path]:
 
 
 def test_what_was_written_is_read_by_its_owner_alone(tmp_path: Path) -> None:
-    invitation = Invitation(2, ERRAND, KEYS)
+    invitation = Invitation(2, TASK, KEYS)
     [path] = written(tmp_path, invitation)
     assert (path.name, path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (
         "worker-2.json",
@@ -44,14 +44,14 @@ def test_what_was_written_is_read_by_its_owner_alone(tmp_path: Path) -> None:
 
 def test_those_of_an_earlier_launch_go_away(tmp_path: Path) -> None:
     """No server knows their keys any more."""
-    written(tmp_path, Invitation(2, ERRAND, KEYS), Invitation(3, ERRAND, OTHER_KEYS))
-    assert [path.name for path in written(tmp_path, Invitation(3, ERRAND, KEYS))] == ["worker-3.json"]
+    written(tmp_path, Invitation(2, TASK, KEYS), Invitation(3, TASK, OTHER_KEYS))
+    assert [path.name for path in written(tmp_path, Invitation(3, TASK, KEYS))] == ["worker-3.json"]
     write_invitations(tmp_path, [])
     assert list(tmp_path.rglob("*.json")) == []
 
 
 def test_a_joiner_is_the_worker_of_its_invitation(tmp_path: Path) -> None:
-    laid = plan_to_join(Invitation(5, ERRAND, KEYS), "tcp://10.0.0.1:5555", 2, "/here")
+    laid = plan_to_join(Invitation(5, TASK, KEYS), "tcp://10.0.0.1:5555", 2, "/here")
     assert [rank.env["DANAZ_WORKER"] for rank in laid.ranks] == ["5", "5"]
     assert [unit.label for unit in laid.units] == ["worker 5 on localhost"]
     assert (laid.env["DANAZ_SERVER"], laid.env["TOKEN"], laid.cwd) == ("tcp://10.0.0.1:5555", "a secret", "/here")
@@ -59,7 +59,7 @@ def test_a_joiner_is_the_worker_of_its_invitation(tmp_path: Path) -> None:
     assert first is not None
     assert json.loads(first)["public"] == KEYS.public
     assert second is None
-    assert plan_to_join(Invitation(5, ERRAND), "tcp://[::1]:1", None, "/").ranks[0].secret is None
+    assert plan_to_join(Invitation(5, TASK), "tcp://[::1]:1", None, "/").ranks[0].secret is None
 
 
 @pytest.mark.parametrize(

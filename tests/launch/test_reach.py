@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from danaz.launch.doctor import check_up, show
-from danaz.launch.invitation import Errand
-from danaz.launch.prepare import Cluster, LaunchError, Manner, check_server_hosts, find_out, make_plan
+from danaz.launch.invitation import Task
+from danaz.launch.options import RunOptions
+from danaz.launch.prepare import Cluster, LaunchError, check_server_hosts, find_out, make_plan, policy_of
 from danaz.launch.probe import versions
 from danaz.launch.reach import (
     Reach,
@@ -146,14 +147,14 @@ def cluster(findings: dict[str, Finding], **options: Any) -> Cluster:
 
 
 WELL = {"a": finding(), "b": finding("10.0.0.3"), "localhost": finding("10.0.0.1")}
-TRAIN = Errand(["train"])
+TRAIN = Task(["train"])
 DANA, SSGD = Settings("dana", workers=2), Settings("ssgd", workers=2)
 
 
 def test_a_server_beyond_this_machine_admits_the_keys_of_this_run_alone() -> None:
     found, notes = find_out(cluster(WELL), DANA)
     assert notes == []
-    plan = make_plan(TRAIN, DANA, found, Path("/run"), Manner())[0]
+    plan = make_plan(TRAIN, DANA, found, Path("/run"), RunOptions())[0]
     [server] = plan.services
     assert server.argv[-2:] == ("--bind", "tcp://10.0.0.1:*")
     keys = [json.loads(rank.secret) for rank in plan.ranks if rank.secret]
@@ -170,7 +171,7 @@ def test_on_this_machine_alone_there_are_keys_too() -> None:
     here = Cluster(parse_hosts("localhost:2"), workers_per_host=2)
     found, notes = find_out(here, DANA)
     assert notes == []
-    plan, [guest] = make_plan(TRAIN, DANA, found, Path("/run"), Manner(invite=1))
+    plan, [guest] = make_plan(TRAIN, DANA, found, Path("/run"), RunOptions(invite=1))
     [server] = plan.services
     assert server.argv[-2:] == ("--bind", "tcp://127.0.0.1:*")
     assert server.secret is not None
@@ -184,7 +185,7 @@ def test_on_this_machine_alone_keys_are_left_out_if_asked() -> None:
     here = Cluster(parse_hosts("localhost:2"), workers_per_host=2, reach=Reach(insecure=True))
     found, notes = find_out(here, DANA)
     assert notes == ["INSECURE: the server listens on 127.0.0.1, unencrypted, and believes whoever connects"]
-    plan, [guest] = make_plan(TRAIN, DANA, found, Path("/run"), Manner(invite=1))
+    plan, [guest] = make_plan(TRAIN, DANA, found, Path("/run"), RunOptions(invite=1))
     assert [process.secret for process in (*plan.services, *plan.ranks)] == [None] * 3
     assert guest.keys is None
 
@@ -192,7 +193,7 @@ def test_on_this_machine_alone_keys_are_left_out_if_asked() -> None:
 def test_a_server_that_believes_everyone_is_to_be_wanted() -> None:
     found, notes = find_out(cluster(WELL, insecure=True), DANA)
     assert notes == ["INSECURE: the server listens on 10.0.0.1, unencrypted, and believes whoever connects"]
-    plan = make_plan(TRAIN, DANA, found, Path("/run"), Manner())[0]
+    plan = make_plan(TRAIN, DANA, found, Path("/run"), RunOptions())[0]
     [server] = plan.services
     assert server.argv[-3:] == ("--bind", "tcp://10.0.0.1:*", "--insecure")
     assert (server.host.name, server.returns, plan.env["DANAZ_RUN"]) == ("localhost", None, "/run")
@@ -202,12 +203,12 @@ def test_a_server_that_believes_everyone_is_to_be_wanted() -> None:
 def test_what_is_written_elsewhere_is_returned() -> None:
     found, notes = find_out(cluster(WELL), SSGD)
     assert notes == []
-    plan = make_plan(TRAIN, SSGD, found, Path("/run"), Manner())[0]
+    plan = make_plan(TRAIN, SSGD, found, Path("/run"), RunOptions())[0]
     assert [rank.returns and rank.returns.variable for rank in plan.ranks] == ["DANAZ_RUN", None, None]
     assert "DANAZ_RUN" not in plan.env
     assert plan.worlds[0].address == "10.0.0.2"
     there = cluster(WELL, insecure=True, server=HOSTS[1], server_port=5555)
-    [server] = make_plan(TRAIN, DANA, find_out(there, DANA)[0], Path("/run"), Manner(record=True))[0].services
+    [server] = make_plan(TRAIN, DANA, find_out(there, DANA)[0], Path("/run"), RunOptions(record=True))[0].services
     assert server.argv[-4:] == ("--bind", "tcp://10.0.0.3:5555", "--insecure", "--record")
     assert server.returns is not None
     assert (server.host.name, server.returns.variable, server.cwd) == ("b", "DANAZ_RUN", "/there")
@@ -215,7 +216,7 @@ def test_what_is_written_elsewhere_is_returned() -> None:
 
 def test_shards_on_several_machines_in_turn() -> None:
     there = cluster(WELL, server=Host("localhost"), more_servers=[HOSTS[1]], server_port=5555)
-    servers = make_plan(TRAIN, DANA, find_out(there, DANA)[0], Path("/run"), Manner(server_shards=3))[0].services
+    servers = make_plan(TRAIN, DANA, find_out(there, DANA)[0], Path("/run"), RunOptions(server_shards=3))[0].services
     assert [server.host.name for server in servers] == ["localhost", "b", "localhost"]
     binds = [server.argv[server.argv.index("--bind") + 1] for server in servers]
     assert binds == ["tcp://10.0.0.1:5555", "tcp://10.0.0.3:*", "tcp://10.0.0.1:*"]
@@ -253,20 +254,20 @@ def test_this_machine_under_two_names(names: str) -> None:
 
 def test_more_servers_than_shards() -> None:
     with pytest.raises(LaunchError, match="names 2 machines, more than there are shards; use --server-shards 2"):
-        check_server_hosts(Reach(more_servers=[HOSTS[1]]), Manner())
+        check_server_hosts(Reach(more_servers=[HOSTS[1]]), RunOptions())
 
 
 def test_nothing_of_this_environment_travels_but_what_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "secret")
     found, _ = find_out(cluster(WELL, env={"GIVEN": "1"}), SSGD)
-    assert make_plan(TRAIN, SSGD, found, Path("/run"), Manner())[0].env.keys() == {"GIVEN", "DANAZ_SETTINGS"}
+    assert make_plan(TRAIN, SSGD, found, Path("/run"), RunOptions())[0].env.keys() == {"GIVEN", "DANAZ_SETTINGS"}
 
 
 def test_slots_are_the_gpus_there_for_all_who_count_them() -> None:
     findings = {**WELL, "b": Finding(Machine(gpus=8, address="10.0.0.3"), WELL["b"].report)}
     found, _ = find_out(cluster(findings), SSGD)
     assert found.ranks_per_worker == 8
-    assert len(make_plan(TRAIN, SSGD, found, Path("/run"), Manner())[0].ranks) == 10
+    assert len(make_plan(TRAIN, SSGD, found, Path("/run"), RunOptions())[0].ranks) == 10
 
 
 @pytest.mark.parametrize(
@@ -329,44 +330,50 @@ def test_what_the_doctor_mentions() -> None:
 
 def test_a_server_is_started_again_where_it_was() -> None:
     found, _ = find_out(cluster(WELL, insecure=True), DANA)
-    [server] = make_plan(TRAIN, DANA, found, Path("/run"), Manner(record=True))[0].services
+    [server] = make_plan(TRAIN, DANA, found, Path("/run"), RunOptions(record=True))[0].services
     assert server.again[3:] == ("serve", "--bind", ANNOUNCED, "--insecure", "--record", "--resume")
     assert "--resume" not in server.argv
-    [server] = make_plan(TRAIN, DANA, found, Path("/run"), Manner(resumes=True))[0].services
+    [server] = make_plan(TRAIN, DANA, found, Path("/run"), RunOptions(resume=Path("/run")))[0].services
     assert server.argv[-1] == "--resume"
 
 
 def test_each_invitation_is_a_key_of_its_own() -> None:
     found, _ = find_out(cluster(WELL), DANA)
-    plan, invitations = make_plan(Errand(["train"], {"A": "1"}), DANA, found, Path("/run"), Manner(invite=2))
+    plan, invitations = make_plan(Task(["train"], {"A": "1"}), DANA, found, Path("/run"), RunOptions(invite=2))
     assert [invitation.worker for invitation in invitations] == [2, 3]
     [server] = plan.services
     assert server.secret is not None
     admitted = json.loads(server.secret)["workers"]
     assert len(admitted) == 4
     assert [invitation.keys.public for invitation in invitations if invitation.keys] == admitted[2:]
-    assert invitations[0].errand.env.keys() == {"A", "DANAZ_SETTINGS"}, "but not DANAZ_RUN, a folder of this machine"
+    assert invitations[0].task.env.keys() == {"A", "DANAZ_SETTINGS"}, "but not DANAZ_RUN, a folder of this machine"
     assert [invitation.keys and invitation.keys.secret in repr(invitation) for invitation in invitations] == [False] * 2
 
 
 @pytest.mark.parametrize(
     ("manner", "message"),
     [
-        (Manner(on_worker_failure="restart"), "under ssgd all machines are one Horovod world, in which any failure"),
-        (Manner(on_worker_failure="continue"), "use an asynchronous algorithm, such as dana, or --on-worker-failure"),
-        (Manner(invite=1), "under ssgd, which has no server, nobody can join later"),
-        (Manner(resumes=True), "under ssgd, which has no server, nothing is kept to go on from"),
+        (
+            RunOptions(on_worker_failure="restart"),
+            "under ssgd all machines are one Horovod world, in which any failure",
+        ),
+        (
+            RunOptions(on_worker_failure="continue"),
+            "use an asynchronous algorithm, such as dana, or --on-worker-failure",
+        ),
+        (RunOptions(invite=1), "under ssgd, which has no server, nobody can join later"),
+        (RunOptions(resume=Path("/run")), "under ssgd, which has no server, nothing is kept to go on from"),
     ],
 )
-def test_one_world_over_all_machines_survives_nothing(manner: Manner, message: str) -> None:
+def test_one_world_over_all_machines_survives_nothing(manner: RunOptions, message: str) -> None:
     with pytest.raises(LaunchError, match=message):
-        manner.policy(SSGD)
+        policy_of(manner, SSGD)
 
 
 def test_what_follows_a_failure_unless_said_otherwise() -> None:
-    assert Manner().policy(SSGD).on_failure == "stop"
-    assert Manner().policy(DANA).on_failure == "restart"
-    assert Manner(on_worker_failure="stop").policy(DANA).on_failure == "stop"
+    assert policy_of(RunOptions(), SSGD).on_failure == "stop"
+    assert policy_of(RunOptions(), DANA).on_failure == "restart"
+    assert policy_of(RunOptions(on_worker_failure="stop"), DANA).on_failure == "stop"
 
 
 def test_horovod_speaks_no_ipv6() -> None:
@@ -374,5 +381,5 @@ def test_horovod_speaks_no_ipv6() -> None:
     with pytest.raises(LaunchError, match="ssgd needs IPv4 between the machines"):
         find_out(cluster(only_6), SSGD)
     found, _ = find_out(cluster(only_6), DANA)
-    [server] = make_plan(TRAIN, DANA, found, Path("/run"), Manner())[0].services
+    [server] = make_plan(TRAIN, DANA, found, Path("/run"), RunOptions())[0].services
     assert server.argv[-1] == "tcp://[fd77::1]:*"

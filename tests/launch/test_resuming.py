@@ -12,7 +12,8 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from danaz.cli.main import app
-from danaz.launch.options import prepare, prepared
+from danaz.launch.begin import prepare, prepared
+from danaz.launch.options import LaunchOptions
 from danaz.launch.prepare import Launch, execute, write_folder
 from danaz.launch.resume import ResumeError, check_checkpoints
 from danaz.server.snapshot import CoreState
@@ -35,14 +36,14 @@ def begun(tmp_path: Path) -> Path:
 
 
 def begin(run: Path, command: Sequence[str] = (), **options: Any) -> Path:
-    with prepared({**options, "out": run}, [], command) as (ready, _):
+    with prepared(LaunchOptions(**options, out=run), [], command) as (ready, _):
         write_folder(ready)
     return run
 
 
 def resume(run: Path, **options: Any) -> Launch:
     named = ["resume", "variables", *options]
-    ready, _ = prepare({"resume": run, "variables": ["TOKEN=again"], **options}, named, [])
+    ready, _ = prepare(LaunchOptions(resume=run, variables=["TOKEN=again"], **options), named, [])
     return ready
 
 
@@ -111,7 +112,7 @@ def test_of_a_complete_run_no_checkpoint_stays(tmp_path: Path, monkeypatch: pyte
 
         monkeypatch.setattr("danaz.launch.prepare.run", run)
         options = {"config": Path(CONFIG), "server_shards": 2, "out": tmp_path / f"run-{complete}"}
-        with prepared(options, [], []) as (ready, _):
+        with prepared(LaunchOptions(**options), [], []) as (ready, _):
             execute(ready)
         return [path.name for path in ready.run.glob("checkpoints*")]
 

@@ -11,9 +11,9 @@ import yaml
 from typer.testing import CliRunner
 
 from danaz.cli.main import app
-from danaz.launch.prepare import LaunchError, check_workers
 from danaz.protocol.messages import Parameters, Push
 from danaz.run.config import load_config
+from danaz.run.fit import UnfitError, check_workers
 from danaz.run.settings import Settings
 from danaz.simulate.simulator import Simulation, simulate
 
@@ -128,11 +128,11 @@ class TestRefused:
     @pytest.mark.parametrize("algorithm", ["easgd", "eamsgd", "model-averaging", "bmuf"])
     @pytest.mark.parametrize("override", ["wire=bf16", "wire=onebit", "wire_view=bf16"])
     def test_a_model_is_not_rounded(self, algorithm, override):
-        with pytest.raises(LaunchError, match=rf"{algorithm} cannot train with .* its workers push parameters"):
+        with pytest.raises(UnfitError, match=rf"{algorithm} cannot train with .* its workers push parameters"):
             check_workers(settings_of(f"algorithm={algorithm}", override))
 
     def test_all_reduce_has_no_server_to_send_to(self):
-        with pytest.raises(LaunchError, match="ssgd has no use for wire onebit and wire_view bf16"):
+        with pytest.raises(UnfitError, match="ssgd has no use for wire onebit and wire_view bf16"):
             check_workers(settings_of("algorithm=ssgd", "wire=onebit", "wire_view=bf16", live=True))
         check_workers(settings_of("algorithm=ssgd", "wire=onebit"))  # the simulated one has
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import danaz.torch.session
-from danaz.run.settings import Place, Settings
+from danaz.run.settings import RankInfo, Settings
 from danaz.server.core import ServerCore
 from danaz.torch.data import Batching
 from danaz.torch.optimizer import DistributedOptimizer
@@ -520,7 +520,7 @@ def difference(model: nn.Module, other: nn.Module) -> float:
 
 def run_all(out: str, workers: int) -> None:
     """What each rank does: all loops, each a run of its own, with a server in a thread of worker 0's first rank."""
-    mode, place = os.environ["MODE"], Place(worker=int(os.environ["DANAZ_WORKER"]))
+    mode, place = os.environ["MODE"], RankInfo(worker=int(os.environ["DANAZ_WORKER"]))
     group = make_group(os.environ["COLLECTIVE"])
     close, group.close = group.close, lambda: None  # type: ignore[method-assign]  # the world outlives the sessions
     danaz.torch.session.make_group = lambda collective: group  # type: ignore[assignment]

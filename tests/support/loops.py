@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
-from danaz.run.settings import Place, Settings
+from danaz.run.settings import RankInfo, Settings
 from danaz.torch.data import Batching
 from danaz.torch.optimizer import DistributedOptimizer
 from danaz.torch.session import Session
@@ -67,7 +67,7 @@ def make_sgd_of_groups(model: nn.Module) -> torch.optim.SGD:
 @contextmanager
 def alone(algorithm: str = "dana", **settings: Any) -> Iterator[Session]:
     """A session of a process alone, with no trace left behind."""
-    session = Session(Settings(algorithm=algorithm, **settings), Place())
+    session = Session(Settings(algorithm=algorithm, **settings), RankInfo())
     try:
         yield session
     finally:

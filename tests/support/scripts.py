@@ -13,7 +13,7 @@ from sockets import ANYWHERE, PATIENCE_S
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from danaz.run.settings import Place, Settings
+from danaz.run.settings import RankInfo, Settings
 from danaz.server.core import ServerCore
 from danaz.server.figures import Update
 from danaz.server.settings import ServerSettings
@@ -64,7 +64,7 @@ class ScriptCluster:
 
     def _work(self, number: int, story: Callable[[Session, int], None]) -> None:
         settings = Settings(self.settings.algorithm, self.settings.workers)
-        session = Session(settings, Place(worker=number, server=self.address))
+        session = Session(settings, RankInfo(worker=number, server=self.address))
         atexit.unregister(session._close)
         try:
             story(session, number)

@@ -23,7 +23,7 @@ from any_loop import (
     train_with_torch,
 )
 
-from danaz.run.settings import Place, Settings
+from danaz.run.settings import RankInfo, Settings
 from danaz.torch.session import Session
 
 TOLERANCE = 1e-5
@@ -84,7 +84,7 @@ def check(loop: Loop, problem: Problem, out: Path, ranks: int) -> None:
 @pytest.mark.parametrize("algorithm", ["baseline", "dana", "dana-zero", "nag-asgd", "ssgd"])
 @pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
 def test_one_rank_equals_torch(loop: Loop, algorithm: str) -> None:
-    session = Session(Settings(algorithm=algorithm), Place())
+    session = Session(Settings(algorithm=algorithm), RankInfo())
     ours, theirs = train_with_danaz(loop, CURVED, session), train_with_torch(loop, CURVED)
     assert difference(ours.model, theirs.model) < TOLERANCE
     assert ours.seen == pytest.approx(theirs.seen, rel=1e-3, abs=1e-5)

@@ -27,7 +27,7 @@ from torch.utils.data import (
 )
 
 import danaz.worker.link
-from danaz.run.settings import Place, Settings
+from danaz.run.settings import RankInfo, Settings
 from danaz.server.settings import ServerSettings
 from danaz.serving.socket import BoundRouter
 from danaz.torch.data import (
@@ -274,7 +274,7 @@ def test_a_loop_that_is_left_early_ends_the_run() -> None:
 
 
 def test_another_loader_in_the_midst_of_a_run_is_refused() -> None:
-    session = Session(Settings("dana"), Place())
+    session = Session(Settings("dana"), RankInfo())
     atexit.unregister(session._close)
     make_optimizer(session)
     batches = session.shard(DataLoader(DATA, batch_size=5), 0)

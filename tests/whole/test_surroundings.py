@@ -15,7 +15,7 @@ from danaz.horovod_install.cache import cache_folder
 from danaz.horovod_install.errors import HorovodError
 from danaz.launch.reach import Reach, ReachError
 from danaz.protocol.keys import take_worker_keys
-from danaz.run.settings import Place, Settings, from_environment
+from danaz.run.settings import RankInfo, Settings, from_environment
 from launcher.agent import hello
 from launcher.hosts import Host, HostsError
 from launcher.machine import source_address
@@ -123,7 +123,7 @@ def test_variables_of_the_launcher_that_it_did_not_set(env: dict[str, str], mess
 
 def test_empty_variables_are_none() -> None:
     names = ("DANAZ_SETTINGS", "DANAZ_WORKER", "DANAZ_INCARNATION", "DANAZ_SERVER", "DANAZ_RUN")
-    assert from_environment(dict.fromkeys(names, "")) == (Settings(), Place())
+    assert from_environment(dict.fromkeys(names, "")) == (Settings(), RankInfo())
     assert take_worker_keys({}) is None
 
 

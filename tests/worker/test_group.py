@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 import danaz.torch.session
 from danaz.torch.optimizer import DistributedOptimizer
 from danaz.torch.session import Session
-from danaz.run.settings import Place, from_environment
+from danaz.run.settings import RankInfo, from_environment
 from loops import make_data, make_net, variations
 
 BATCH, EPOCHS = {BATCH}, {EPOCHS}
@@ -53,7 +53,7 @@ class Noted(torch.utils.data.Dataset):
 
 
 def train(name, make, step, passes=1, channels_last=False, **options):
-    session = Session(settings, place if name == "usual_step" else Place())  # one of them writes the run folder
+    session = Session(settings, place if name == "usual_step" else RankInfo())  # one of them writes the run folder
     atexit.unregister(session._close)
     model = make_net()
     if ranks.rank:

@@ -14,10 +14,10 @@ from oracle import ORACLES
 from stimuli import GRADIENT, INF, NAN, SIZE
 from torch import Tensor
 
-from danaz.launch.prepare import LaunchError, check_workers
 from danaz.protocol.messages import Parameters, Pull, Push, Refusal
 from danaz.rules.base import HyperparameterError
 from danaz.run.config import load_config
+from danaz.run.fit import UnfitError, check_workers
 from danaz.run.settings import Settings
 from danaz.server.core import ServerCore
 from danaz.simulate.simulator import Simulation
@@ -326,12 +326,12 @@ def test_what_the_exchange_raises_the_training_loop_hears():
 
 @pytest.mark.parametrize("algorithm", ["ssgd", "easgd", "bmuf"])
 def test_what_cannot_be_pipelined_says_why(algorithm):
-    with pytest.raises(LaunchError, match=rf"{algorithm} cannot train with pipeline: its workers"):
+    with pytest.raises(UnfitError, match=rf"{algorithm} cannot train with pipeline: its workers"):
         check_workers(Settings(algorithm=algorithm, pipeline=True))
 
 
 def test_local_steps_cannot_be_pipelined():
-    with pytest.raises(LaunchError, match="steps alone between pushes"):
+    with pytest.raises(UnfitError, match="steps alone between pushes"):
         check_workers(Settings(algorithm="dana", sync_period=2, pipeline=True))
 
 

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from sharded import LAYOUT, PLAN, compressor_of, gradients, linked, make_cores, say
 from torch import Tensor
 
-from danaz.launch.prepare import LaunchError, Manner, check_shards
+from danaz.launch.options import RunOptions
+from danaz.launch.prepare import LaunchError, check_shards
 from danaz.protocol.messages import Bye, Final, Noted, Parameters, Push, Refusal, Reply
 from danaz.protocol.wire import decode, split
 from danaz.run.settings import Settings
@@ -318,8 +319,8 @@ def test_a_shard_waits_for_the_others_before_it_tells_the_end() -> None:
 def test_what_cannot_be_cut_is_refused(settings: dict[str, Any], manner: dict[str, Any], reason: str) -> None:
     values = {"algorithm": "dana", **settings}
     with pytest.raises(LaunchError, match=reason):
-        check_shards(Settings(**values), Manner(server_shards=2, **manner))
-    check_shards(Settings(**values), Manner(**manner))
+        check_shards(Settings(**values), RunOptions(server_shards=2, **manner))
+    check_shards(Settings(**values), RunOptions(**manner))
 
 
 ARGUMENTS = ("configs/digits.yaml", "--hosts", "localhost:2", "--workers-per-host", "2", "--collective", "torch")

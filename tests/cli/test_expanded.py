@@ -9,32 +9,37 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from danaz.cli.grouped import given, takes_options
+from danaz.cli.options import expanded
+from danaz.run.option import Option, given
 
 
 @dataclass(frozen=True)
 class Cake:
-    flavour: Annotated[str, typer.Argument()]
-    layers: Annotated[int | None, typer.Option("--layers", "-l", min=1)] = None
-    icing: Annotated[bool, typer.Option("--icing")] = False
+    layers: Annotated[int | None, Option("Layers", ("--layers", "-l"), min=1)] = None
+    icing: Annotated[bool, Option("With icing")] = False
 
 
-def bake(*words: str) -> tuple[int, list[Cake]]:
-    baked: list[Cake] = []
+def bake(*words: str) -> tuple[int, list[tuple[str, Cake]]]:
+    baked: list[tuple[str, Cake]] = []
     app = typer.Typer()
-    app.command()(takes_options(Cake)(baked.append))
+
+    @app.command()
+    @expanded
+    def command(flavour: Annotated[str, typer.Argument()], cake: Cake) -> None:
+        baked.append((flavour, cake))
+
     return CliRunner().invoke(app, words).exit_code, baked
 
 
 @pytest.mark.parametrize(
     ("words", "cake"),
     [
-        (["lemon"], Cake("lemon")),
-        (["lemon", "-l", "3", "--icing"], Cake("lemon", 3, True)),
+        (["lemon"], Cake()),
+        (["lemon", "-l", "3", "--icing"], Cake(3, True)),
     ],
 )
 def test_the_command_gets_its_options_as_one_object(words: list[str], cake: Cake) -> None:
-    assert bake(*words) == (0, [cake])
+    assert bake(*words) == (0, [("lemon", cake)])
 
 
 @pytest.mark.parametrize("words", [[], ["lemon", "--layers", "0"], ["lemon", "--candles"]])
@@ -43,5 +48,5 @@ def test_typer_checks_them(words: list[str]) -> None:
 
 
 def test_only_what_the_user_has_given_counts() -> None:
-    assert given(Cake("lemon"), {"flavour", "layers"}) == {"flavour": "lemon"}
-    assert given(Cake("lemon", 2, True), {"layers"}) == {"layers": 2}
+    assert given(Cake(2, True), {"layers"}) == {"layers": 2}
+    assert given(Cake(), {"layers", "icing"}) == {"icing": False}

@@ -1,0 +1,96 @@
+"""From the options of `danaz launch` to a run that is ready to start: a new one, or one that goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+
+from danaz.launch.options import LaunchOptions, kept_names
+from danaz.launch.prepare import Cluster, Launch, LaunchError, name_of, prepare_config, prepare_script
+from danaz.launch.reach import parse_environment
+from danaz.launch.resume import (
+    OPTIONS,
+    check_all_there,
+    check_begun,
+    check_checkpoints,
+    check_variables,
+    checked,
+    merge_options,
+    read_options,
+    read_settings,
+)
+from danaz.run.config import Config, load_config
+from danaz.run.lock import claimed_run_folder, free_run_folder, locked_run_folder
+from danaz.run.settings import Settings
+from danaz.worker.group import choose_collective
+
+
+def prepare(options: LaunchOptions, named: Collection[str], command: Sequence[str]) -> tuple[Launch, str]:
+    """The run that the options ask for, and which collective was chosen, and why. Nothing is written or claimed.
+
+    ``named`` are the options that stand on the command line. Raises ValueError or RuntimeError with what is wrong.
+    """
+    if options.resume is not None:
+        return _prepare_resumed(options, named, command)
+    task = _task(options, command)
+    return _ready(options, task, command, free_run_folder(options.out, name_of(task, command)))
+
+
+@contextmanager
+def prepared(options: LaunchOptions, named: Collection[str], command: Sequence[str]) -> Iterator[tuple[Launch, str]]:
+    """As ``prepare``; as long as the block lasts, the folder of the run belongs to this process alone."""
+    if options.resume is not None:
+        check_begun(options.resume)
+        with locked_run_folder(options.resume):
+            yield _prepare_resumed(options, named, command)
+        return
+    task = _task(options, command)
+    with claimed_run_folder(options.out, name_of(task, command)) as run:
+        yield _ready(options, task, command, run)
+
+
+def _task(options: LaunchOptions, command: Sequence[str]) -> Config | Settings:
+    """What a new run trains: a config, or the settings of a script."""
+    if (options.config is None) == (not command):
+        raise LaunchError("give either a CONFIG or, after --, a command such as: -- python train.py")
+    if options.config is not None:
+        if options.warmup_epochs is not None or options.seed is not None:
+            raise LaunchError("a config sets these itself: use --set lr_schedule.warmup_epochs=… and --set seed=…")
+        return load_config(options.config, options.overrides or (), options.training)
+    if options.overrides:
+        raise LaunchError("--set changes a config, and a script has none; pass its own arguments after --")
+    training = {"algorithm": "dana", **options.training}
+    return Settings(**training, warmup_epochs=options.warmup_epochs or 0.0, seed=options.seed or 0)
+
+
+def _prepare_resumed(options: LaunchOptions, named: Collection[str], command: Sequence[str]) -> tuple[Launch, str]:
+    run = options.resume
+    assert run is not None
+    if command:
+        raise LaunchError("--resume goes on with what the run began; leave out the command after --")
+    given = {field.name: getattr(options, field.name) for field in fields(options)}
+    values = read_options(run)
+    kept = checked(run / OPTIONS, LaunchOptions, values)
+    check_all_there(run / OPTIONS, values, sorted(kept_names()))
+    merged = merge_options(run, given, [name for name in named if name != "resume"])
+    merged |= {name: given[name] for name in ("variables", "env_file")}
+    check_variables(kept.variables or (), parse_environment(options.variables or (), options.env_file))
+    paths = {name: merged[name] and Path(merged[name]) for name in ("hostfile", "ssh_identity")}
+    task, kept_command = read_settings(run)
+    ready, why = _ready(LaunchOptions(**{**merged, **paths, "resume": run}), task, kept_command or [], run)
+    check_checkpoints(run, kept.server_host, merged["server_host"], ready.shards_elsewhere)
+    return ready, why
+
+
+def _ready(options: LaunchOptions, task: Config | Settings, command: Sequence[str], run: Path) -> tuple[Launch, str]:
+    hosts = options.find_hosts()
+    reach = options.reach(hosts)
+    collective, why = choose_collective(options.collective)
+    cluster = Cluster(hosts, options.workers_per_host, collective, reach)
+    if isinstance(task, Config):
+        ready = prepare_config(task, cluster, run, options)
+    else:
+        ready = prepare_script(command, task, cluster, run, options)
+    return replace(ready, options=options.kept(reach.env)), why

@@ -1,0 +1,21 @@
+"""The packages of danaz, lowest first."""
+
+# Each package may import itself and those before it, and nothing else of danaz.
+ORDER = (
+    "files",
+    "rules",
+    "vectors",
+    "protocol",
+    "worker",
+    "server",
+    "run",
+    "serving",
+    "torch",
+    "workloads",
+    "horovod_install",
+    "launch",
+    "simulate",
+    "compare",
+    "report",
+    "cli",
+)
