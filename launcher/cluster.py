@@ -15,6 +15,7 @@ from launcher.logs import Logs, printable
 from launcher.machine import is_this_machine
 from launcher.plan import Process, World
 from launcher.reports import (
+    LEAVING,
     Ended,
     FilePiece,
     Hello,
@@ -48,6 +49,7 @@ class Exit:
     at_s: float  # time.monotonic() here, when it began to end, as far as we heard of it
     missing: str | None = None  # what it left undone, if it ended with exit code 0
     out_of_memory: bool = False  # the kernel of its machine killed processes for want of memory meanwhile
+    said_that_it_leaves: bool = False  # before it ended, so that `at_s` is when it said so
 
 
 @dataclass(frozen=True)
@@ -231,9 +233,9 @@ class Cluster:
         self.logs.close(process)
         missing = process.missing(report.reached) if report.status == 0 else None
         error = None if report.error is None else printable(report.error)
-        self.exits[process.name] = Exit(
-            report.status, error, time.monotonic() - report.leaving_s, missing, report.out_of_memory
-        )
+        began_s = time.monotonic() - report.leaving_s
+        leaves = LEAVING in report.reached
+        self.exits[process.name] = Exit(report.status, error, began_s, missing, report.out_of_memory, leaves)
 
     def _keep_file(self, link: AgentLink, piece: FilePiece) -> None:
         """Raises ChannelError for a file that no process of this agent owes, and for more than a run can have."""

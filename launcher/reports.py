@@ -17,6 +17,7 @@ from launcher.channel import ChannelError, Message, text_to_bytes
 
 __all__ = [
     "FILE_PIECE_BYTES",
+    "LEAVING",
     "MOST_REACHED",
     "MOST_WORDS",
     "NAME",
@@ -32,6 +33,7 @@ __all__ = [
     "read_report",
 ]
 
+LEAVING = "leave"  # the milestone of a process that begins to end
 FILE_PIECE_BYTES = 1 << 20  # the largest piece of a file in one report
 MOST_NAME = 255  # characters of a name: of a process, a file, an address
 MOST_WORDS = 4096  # characters of an explanation
