@@ -24,7 +24,7 @@ from launcher.machine import Machine, is_loopback, is_this_machine, source_addre
 from launcher.plan import PYTHON, Process, World
 from launcher.probe import HUB
 from launcher.signals import ENDING_SIGNALS, NotedSignals, noted_signals
-from launcher.ssh import cure
+from launcher.ssh import by_itself, cure
 from launcher.transport import AgentCommand, AgentLink, TransportError
 
 __all__ = ["ANY_HOST", "Finding", "survey"]
@@ -263,7 +263,7 @@ class _Survey:
 
 def _without_agent(command: Sequence[str]) -> str:
     """What shows how far one gets there: by ssh, another command in the place of the agent's."""
-    return shlex.join([*command[:-1], "true"] if command[0] == "ssh" else command)
+    return shlex.join([*by_itself(command)[:-1], "true"] if command[0] == "ssh" else command)
 
 
 def _ipv4_first(addresses: Sequence[str]) -> str | None:

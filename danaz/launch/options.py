@@ -27,6 +27,7 @@ from danaz.run.config import Config, load_config
 from danaz.run.lock import claimed_run_folder, free_run_folder, locked_run_folder
 from danaz.run.settings import Settings
 from danaz.worker.group import choose_collective
+from launcher.connections import SharedConnections
 from launcher.hosts import Host, HostsError, parse_hostfile, parse_hosts
 from launcher.selection import select_hosts
 from launcher.slurm import Srun, hosts_of_allocation, is_in_allocation
@@ -130,7 +131,7 @@ class LaunchOptions:
         return Reach(
             transport=Srun(python)
             if self._uses_slurm
-            else Ssh(self.ssh_port, identity, python, always=self.launcher == "ssh"),
+            else Ssh(self.ssh_port, identity, python, self.launcher == "ssh", SharedConnections()),
             only_here=self.launcher == "local",
             cwd=self.working_directory,
             env=parse_environment(self.variables or (), self.env_file),
