@@ -49,11 +49,12 @@ from pathlib import Path
 from secrets import token_hex
 
 from launcher.channel import ORDER_BYTES, READ_BYTES, Channel, Message, bytes_to_text, wait_ready
+from launcher.checks import MOST_WORDS, NAME
 from launcher.machine import source_address, this_machine
 from launcher.plan import PYTHON
 from launcher.processes import adopt_orphans, count_memory_kills, descendants, die_with_parent, reap, send_signal
 from launcher.rendezvous import Rendezvous
-from launcher.reports import FILE_PIECE_BYTES, LEAVING, MOST_REACHED, MOST_WORDS, NAME
+from launcher.reports import FILE_PIECE_BYTES, LEAVING, MOST_REACHED
 from launcher.signals import ENDING_SIGNALS, NotedSignals, noted_signals
 from launcher.start import module_command
 
