@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass, field, replace
 from typing import Annotated
 
-import torch
 from torch import Tensor
 
 from danaz.vectors.codecs import FP32, Codec, Encoded
@@ -343,15 +342,6 @@ class Streamed:
             start += piece.numel()
         assert view is not None
         return replace(self.header, view=view)
-
-
-def announced(size: int) -> Tensor:
-    """A vector f32[size] that is known by its size alone, and takes no memory."""
-    return torch.zeros(1).expand(size)
-
-
-def is_announced(vector: Tensor) -> bool:
-    return vector.numel() > 1 and vector.stride() == (0,)
 
 
 Request = Join | Push | Pull | Fetch | Heartbeat | Leave | Report | Bye | GoBack | Inquire

@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from danaz.protocol import messages
-from danaz.protocol.messages import Streamed, announced, is_announced
+from danaz.protocol.messages import Streamed
 from danaz.vectors.codecs import FP32, Codec, CodecError, Encoded, UnknownCodecError, push_codec
+from danaz.vectors.cutting import announced, is_announced
 from danaz.vectors.flat import MAX_FLOATS, SLICE_FLOATS, Layout, chunks
 
 MAGIC = b"DANAZ\x02"

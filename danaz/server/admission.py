@@ -23,20 +23,15 @@ from danaz.protocol.messages import (
     Report,
     Request,
 )
+from danaz.protocol.refusals import NEWER_JOINED, NOT_FINITE
 from danaz.server.leases import Leases
-from danaz.server.master import all_finite
 from danaz.server.members import Member
 from danaz.server.settings import ServerSettings
 from danaz.server.whole import WholeModel, own_part
+from danaz.vectors.cutting import all_finite
 from danaz.vectors.flat import Layout
 
 MAX_LR = torch.finfo(torch.float32).max
-NOT_FINITE = "push is not finite"
-OUTLIER = "push is far outside the cluster's size"
-OVERFLOW = "update by this push would leave the range of float32"
-SICK = frozenset((NOT_FINITE, OUTLIER, OVERFLOW))  # what is wrong is the values of the push, and would be again
-FRESH_AFTER = 2  # pushes in a row that were refused as sick: then a worker's velocity is suspect, and starts afresh
-NEWER_JOINED = "a newer incarnation of this worker has joined"
 
 
 @dataclass(frozen=True)

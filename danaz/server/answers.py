@@ -21,10 +21,9 @@ from danaz.protocol.messages import (
     Reply,
     Request,
     Streamed,
-    announced,
 )
-from danaz.server.master import all_finite
 from danaz.server.members import Member, Route
+from danaz.vectors.cutting import all_finite, announced
 
 if TYPE_CHECKING:
     from danaz.server.core import ServerCore

@@ -9,11 +9,11 @@ from __future__ import annotations
 from math import inf
 
 from danaz.protocol.messages import Heartbeat, Refusal, Request
+from danaz.protocol.refusals import COMPLETE
 from danaz.server.answers import Streams
 from danaz.server.members import Route
 
 QUIET_S = 20.0  # some heartbeats, and the longest wait before a worker connects again
-COMPLETE = "the run is complete"
 
 
 class Concluded:

@@ -29,9 +29,8 @@ from danaz.protocol.messages import (
     Report,
     Request,
 )
+from danaz.protocol.refusals import NEWER_JOINED, OVERFLOW
 from danaz.server.admission import (
-    NEWER_JOINED,
-    OVERFLOW,
     Job,
     is_worth_receiving,
     why_not_bye,
@@ -44,7 +43,7 @@ from danaz.server.answers import Answers, Replies, Streams, whole
 from danaz.server.figures import Figures, Update
 from danaz.server.health import Health, measured, norm_of
 from danaz.server.leases import LeasedElsewhere, Leases
-from danaz.server.master import Master, all_finite
+from danaz.server.master import Master
 from danaz.server.members import MeanBuffers, Member, Route
 from danaz.server.recovery import Recovery
 from danaz.server.refusing import refuse_push, why_refuse
@@ -53,6 +52,7 @@ from danaz.server.snapshot import CoreState, fill, take
 from danaz.server.updating import update_by
 from danaz.server.whole import WholeModel, own_part
 from danaz.vectors.codecs import travelling_bytes, view_codec
+from danaz.vectors.cutting import all_finite
 from danaz.vectors.flat import Layout
 
 Asked = Push | Pull | Fetch | Leave | Report | Bye  # by somebody who takes part

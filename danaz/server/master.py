@@ -10,10 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from danaz.protocol.messages import is_announced
 from danaz.rules import Context, Rule
 from danaz.server.members import Member
 from danaz.vectors.codecs import FP32, Codec
+from danaz.vectors.cutting import all_finite
 from danaz.vectors.flat import Layout, Spans, chunks, present
 from danaz.vectors.gap import Layers
 
@@ -304,14 +304,6 @@ class Master:
         """‖params‖₂, None if it is not finite."""
         norm = float(torch.linalg.vector_norm(self.params.double()))
         return norm if isfinite(norm) else None
-
-
-def all_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite, in one pass without a temporary."""
-    if tensor.numel() == 0 or is_announced(tensor):
-        return True
-    low, high = torch.aminmax(tensor)
-    return isfinite(low.item()) and isfinite(high.item())
 
 
 def is_within(tensor: Tensor, largest: float) -> bool:

@@ -6,7 +6,7 @@ the same choice. Once an update has been made, every shard has been told, and th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 from danaz.protocol.messages import GoBack, Heartbeat, Offer, Request
@@ -64,14 +64,3 @@ class Offering:
         offer = self._offer
         is_new = offer.newest <= message.newest < LARGEST_NUMBER
         return not offer.told and is_new and message.generation in offer.generations
-
-
-def choose(offers: Sequence[Offer]) -> list[int]:
-    """The generation that each shard goes back to, shard 0 first; none if there is no way to go on.
-
-    Once shard 0 has kept that the training is over, nothing is trained again, and each goes on from its own newest.
-    """
-    if offers[0].done and all(offer.generations for offer in offers):
-        return [max(offer.generations) for offer in offers]
-    common = set.intersection(*(set(offer.generations) for offer in offers))
-    return [max(common)] * len(offers) if common else []

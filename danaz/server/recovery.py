@@ -14,8 +14,8 @@ from torch import Tensor
 
 from danaz.protocol.messages import Join
 from danaz.server.figures import Update
-from danaz.server.master import all_finite
 from danaz.server.members import Member
+from danaz.vectors.cutting import all_finite
 
 if TYPE_CHECKING:
     from danaz.server.core import ServerCore

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from danaz.protocol.messages import Push
-from danaz.server.admission import FRESH_AFTER, OUTLIER, SICK, why_not_of_others, why_not_push
+from danaz.protocol.refusals import FRESH_AFTER, OUTLIER, SICK
+from danaz.server.admission import why_not_of_others, why_not_push
 from danaz.server.health import size_of
 from danaz.server.members import Member
 

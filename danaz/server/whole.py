@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from danaz.protocol.messages import Bye, Join, is_announced
-from danaz.server.master import all_finite
+from danaz.protocol.messages import Bye, Join
 from danaz.server.settings import ServerSettings
+from danaz.vectors.cutting import all_finite, is_announced
 from danaz.vectors.flat import Layout, shard_spans
 from danaz.vectors.gap import Layers
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
+from danaz.protocol.frames import MAX_FRAME_BYTES
 from danaz.protocol.keys import ServerKeys
 from danaz.protocol.memory import keep_freed_memory
 from danaz.serving.doorkeeper import Doorkeeper
 
 LINGER_MS = 5000  # for the last replies to leave when the server ends
-MAX_FRAME_BYTES = (3 << 19) + 1024  # the largest header, encrypted; a slice takes 1 MB, or 1.3 MB in its codec
 HANDSHAKE_MS = 10_000  # a peer that does not finish it is dropped
 AHEAD_MESSAGES = 4  # that ZeroMQ receives from each peer before they are asked for: 4 MB of a push
 ANSWERS_MESSAGES = 16  # that wait to be read by one peer; the router raises it for answers of many messages

@@ -23,6 +23,7 @@ from danaz.run.settings import Place, Settings
 from danaz.run.signals import note_ending_signals
 from danaz.server.core import ServerCore
 from danaz.serving.pace import telling
+from danaz.torch.alone import LocalLink
 from danaz.torch.data import Batching, LeaseSampler, Portion, Share, batching_of, read_ahead, rebuild
 from danaz.torch.ending import Ending
 from danaz.torch.loop import Counted, Loop
@@ -34,7 +35,7 @@ from danaz.vectors.untrained import Untrained
 from danaz.worker.between import first_text
 from danaz.worker.core import Loss, Role, WorkerCore
 from danaz.worker.group import Group, make_group
-from danaz.worker.link import DealerLink, Link, LocalLink
+from danaz.worker.link import DealerLink, Link
 from danaz.worker.sharded import connect
 from danaz.worker.staging import IN_PLACE, Staging, staging_for
 from danaz.worker.worker import Worker

@@ -28,10 +28,10 @@ from danaz.protocol.messages import (
     Report,
     check_reported,
 )
+from danaz.protocol.refusals import FRESH_AFTER, SICK
 from danaz.rules import Context, WorkerRule
-from danaz.server.admission import FRESH_AFTER, SICK
-from danaz.server.master import all_finite
 from danaz.vectors.codecs import Compressor
+from danaz.vectors.cutting import all_finite
 from danaz.vectors.flat import Layout, Spans, parts
 from danaz.worker.staging import IN_PLACE, Staging
 

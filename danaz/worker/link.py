@@ -1,10 +1,9 @@
-"""How a worker reaches its server: over a DEALER socket, or within the process."""
+"""How a worker reaches its server: over a DEALER socket."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from math import ceil
 from typing import Protocol
 
@@ -13,12 +12,11 @@ import zmq
 from torch import Tensor
 from zmq.utils import garbage  # noqa: F401 - its exit handler, which ends zero-copy sends, must be older than ours
 
+from danaz.protocol.frames import MAX_FRAME_BYTES
 from danaz.protocol.keys import WorkerKeys
 from danaz.protocol.memory import keep_freed_memory
 from danaz.protocol.messages import Heartbeat, Parameters, Reply
 from danaz.protocol.wire import Inbox, StrayChunkError, WireError, encode, split
-from danaz.server.core import ServerCore
-from danaz.serving.socket import MAX_FRAME_BYTES
 from danaz.worker.core import Backoff, Request, answers
 from danaz.worker.staging import IN_PLACE, Staging
 
@@ -188,25 +186,3 @@ class DealerLink:
         self._thread.join()
         self._socket.close(linger=0)
         self._context.term()
-
-
-class LocalLink:
-    """A server core in this process: one worker alone, or each rank of an all-reduce world with its replica."""
-
-    def __init__(self, core: ServerCore, on_close: Callable[[], object] = lambda: None):
-        self.core = core
-        self._on_close = on_close
-
-    def exchange(self, request: Request) -> Reply:
-        replies = self.core.handle(0, request, time.monotonic())
-        for _, reply in replies:
-            if answers(reply, request):
-                return reply
-        raise ServerLostError("a lone worker waits for others that will never come")
-
-    def edit(self, displacement: Tensor) -> None:
-        """As Link has it."""
-        self.core.edit(displacement)
-
-    def close(self) -> None:
-        self._on_close()

@@ -20,6 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from danaz.protocol.agreement import choose
 from danaz.protocol.messages import (
     Bye,
     Fetch,
@@ -35,9 +36,8 @@ from danaz.protocol.messages import (
     Reply,
     Report,
 )
-from danaz.server.master import all_finite
-from danaz.server.offering import choose
 from danaz.vectors.codecs import travelling_bytes
+from danaz.vectors.cutting import all_finite
 from danaz.vectors.flat import Layout, chunks_of_shards, shard_spans, spans_within
 from danaz.vectors.gap import Layers
 from danaz.worker.core import Backoff, Request

@@ -29,7 +29,7 @@ from danaz.protocol.messages import (
     Reply,
     Report,
 )
-from danaz.server.concluded import COMPLETE
+from danaz.protocol.refusals import COMPLETE
 from danaz.vectors.flat import FlatModel, Spans
 from danaz.worker.core import LocalStep, Loss, Request, WorkerCore
 from danaz.worker.group import Group

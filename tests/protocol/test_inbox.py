@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from danaz.protocol import wire
-from danaz.protocol.messages import Final, Message, Push, is_announced
+from danaz.protocol.messages import Final, Message, Push
 from danaz.protocol.wire import CHUNK, CHUNK_MAGIC, MAGIC, Inbox, StrayChunkError, WireError, decode, encode
+from danaz.vectors.cutting import is_announced
 from danaz.vectors.flat import SLICE_FLOATS
 
 

@@ -10,11 +10,12 @@ from cluster import DIGEST, layout_of
 from sockets import PATIENCE_S, serving
 from torch import Tensor
 
-from danaz.protocol.messages import Heartbeat, Parameters, Plan, Push, Reply, Request, Streamed, announced
+from danaz.protocol.messages import Heartbeat, Parameters, Plan, Push, Reply, Request, Streamed
 from danaz.protocol.wire import CHUNK, Inbox, WireError, decode, encode
 from danaz.server.core import ServerCore
 from danaz.server.settings import ServerSettings
 from danaz.vectors.codecs import Compressor, push_codec, view_codec
+from danaz.vectors.cutting import announced
 from danaz.vectors.flat import SLICE_FLOATS, chunks
 from danaz.worker.core import Role, WorkerCore
 from danaz.worker.link import DealerLink

@@ -12,10 +12,10 @@ from stimuli import GRADIENT, NAN, SIZE, arithmetic_of, parameters, push_on, sta
 from torch import Tensor
 
 from danaz.protocol.messages import Leave, Parameters
+from danaz.protocol.refusals import OVERFLOW
 from danaz.rules import ALGORITHMS
 from danaz.rules.asgd import Asgd
 from danaz.rules.base import Context, Vectors
-from danaz.server.admission import OVERFLOW
 from danaz.server.core import ServerCore
 from danaz.server.figures import DIVERGED_LOSS_RATIO, Figures
 

@@ -30,10 +30,10 @@ from danaz.protocol.messages import (
     Request,
     Streamed,
     Within,
-    announced,
 )
 from danaz.protocol.wire import Inbox, WireError, encode, split
 from danaz.server.core import ServerCore
+from danaz.vectors.cutting import announced
 from danaz.vectors.flat import MAX_GROUPS, MAX_TENSORS, Layout
 from danaz.vectors.gap import Layers
 

@@ -11,7 +11,7 @@ from stimuli import INF, NAN, SIZE
 from torch import Tensor
 
 from danaz.protocol.messages import Parameters
-from danaz.server.admission import FRESH_AFTER, OUTLIER
+from danaz.protocol.refusals import FRESH_AFTER, OUTLIER
 from danaz.server.core import ServerCore
 from danaz.server.health import ENOUGH_PUSHES, HOPELESS_PUSHES, RECENT_PUSHES, Health
 from danaz.vectors.codecs import Compressor, push_codec

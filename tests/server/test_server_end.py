@@ -21,9 +21,9 @@ from danaz.protocol.messages import (
     Pull,
     Push,
     Refusal,
-    announced,
 )
 from danaz.server.core import ServerCore
+from danaz.vectors.cutting import announced
 
 
 def run_out(algorithm: str, workers: int = 3) -> Cluster:

@@ -10,7 +10,7 @@ from cluster import Cluster
 from stimuli import GRADIENT, JOIN, NAN, SIZE, answer, parameters, push_on, started
 
 from danaz.protocol.messages import Final, Heartbeat, Noted, Parameters, Plan, Refusal, Report, Streamed
-from danaz.server.admission import OUTLIER
+from danaz.protocol.refusals import OUTLIER
 from danaz.server.core import ServerCore
 from danaz.server.health import ENOUGH_PUSHES, Health
 from danaz.server.snapshot import CoreState

@@ -12,8 +12,8 @@ import torch
 from mortal_shards import LAYOUT, Servers, Trainer, check_end, check_run, training, undisturbed_end
 from torch import Tensor
 
+from danaz.protocol.agreement import choose
 from danaz.protocol.messages import GoBack, Heartbeat, Offer
-from danaz.server.offering import choose
 from danaz.serving.checkpoint import complete_numbers
 from danaz.worker.core import Request
 from danaz.worker.link import GIVE_UP_S, ServerLostError

@@ -13,10 +13,10 @@ from danaz.protocol.messages import Plan, Reply
 from danaz.server.core import ServerCore
 from danaz.server.settings import ServerSettings
 from danaz.server.snapshot import CoreState
+from danaz.torch.alone import LocalLink
 from danaz.vectors.flat import FlatModel
 from danaz.worker.core import Request, Role, WorkerCore
 from danaz.worker.group import SoloGroup
-from danaz.worker.link import LocalLink
 from danaz.worker.sharded import ShardedLink
 from danaz.worker.worker import Worker
 

@@ -19,24 +19,13 @@ from cluster import DIGEST, layout_of
 from sockets import LiveWorker, received, serving, settings_for, until_done
 
 from danaz.protocol import wire
-from danaz.protocol.messages import (
-    Bye,
-    Heartbeat,
-    Join,
-    Leave,
-    Message,
-    Parameters,
-    Plan,
-    Pull,
-    Push,
-    Refusal,
-    announced,
-)
+from danaz.protocol.frames import MAX_FRAME_BYTES
+from danaz.protocol.messages import Bye, Heartbeat, Join, Leave, Message, Parameters, Plan, Pull, Push, Refusal
 from danaz.protocol.wire import encode
 from danaz.server.core import ServerCore
 from danaz.serving.doorkeeper import MAX_STRANGERS, MAX_UNREAD, SPARE, WORKER_CONNECTIONS
-from danaz.serving.socket import MAX_FRAME_BYTES
 from danaz.vectors.codecs import push_codec
+from danaz.vectors.cutting import announced
 from danaz.vectors.flat import SLICE_FLOATS, Layout
 from danaz.worker.link import DealerLink
 

@@ -21,10 +21,11 @@ from danaz.run.config import load_config
 from danaz.run.settings import Settings
 from danaz.server.core import ServerCore
 from danaz.simulate.simulator import Simulation
+from danaz.torch.alone import LocalLink
 from danaz.vectors.codecs import Compressor, push_codec
 from danaz.vectors.flat import chunks
 from danaz.worker.core import Request
-from danaz.worker.link import LocalLink, ServerLostError
+from danaz.worker.link import ServerLostError
 from danaz.worker.pipeline import Pipeline
 
 QUADRATIC = Path(__file__).parents[2] / "configs/quadratic.yaml"

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from danaz.protocol.messages import Pull, Push
 from danaz.server.figures import Update
+from danaz.torch.alone import LocalLink
 from danaz.worker.core import Request
-from danaz.worker.link import LocalLink
 
 
 def computed_on(algorithm: str, shards: int, wire: str) -> tuple[list[Tensor], Tensor, list[Update]]:

@@ -1,0 +1,18 @@
+"""Which checkpoint the shards of a restarted server go back to: every worker comes to the same choice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from danaz.protocol.messages import Offer
+
+
+def choose(offers: Sequence[Offer]) -> list[int]:
+    """The generation that each shard goes back to, shard 0 first; none if there is no way to go on.
+
+    Once shard 0 has kept that the training is over, nothing is trained again, and each goes on from its own newest.
+    """
+    if offers[0].done and all(offer.generations for offer in offers):
+        return [max(offer.generations) for offer in offers]
+    common = set.intersection(*(set(offer.generations) for offer in offers))
+    return [max(common)] * len(offers) if common else []

@@ -1,0 +1,35 @@
+"""A worker without a server to reach: the server's core runs within its process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from torch import Tensor
+
+from danaz.protocol.messages import Reply
+from danaz.server.core import ServerCore
+from danaz.worker.core import Request, answers
+from danaz.worker.link import ServerLostError
+
+
+class LocalLink:
+    """A server core in this process: one worker alone, or each rank of an all-reduce world with its replica."""
+
+    def __init__(self, core: ServerCore, on_close: Callable[[], object] = lambda: None):
+        self.core = core
+        self._on_close = on_close
+
+    def exchange(self, request: Request) -> Reply:
+        replies = self.core.handle(0, request, time.monotonic())
+        for _, reply in replies:
+            if answers(reply, request):
+                return reply
+        raise ServerLostError("a lone worker waits for others that will never come")
+
+    def edit(self, displacement: Tensor) -> None:
+        """As Link has it."""
+        self.core.edit(displacement)
+
+    def close(self) -> None:
+        self._on_close()
