@@ -2,7 +2,7 @@
 
 OpenSSH keeps a shared connection in a process of its own, which others find by a socket. The sockets lie in a private
 folder; a keeper watches this process through a pipe, and closes the connections and removes the folder as soon as it
-ends in whatever way, SIGKILL included.
+ends in whatever way, SIGKILL included. One that the keeper misses ends 15 seconds after its last session.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ OPTIONS = {
 }
 # With one connection a machine, the first agent's ssh makes it, and leaves it to a process in the background that the
 # others find by its socket. Where sshd takes no further session (MaxSessions), ssh makes a connection of its own.
-SHARING_OPTIONS = {"ControlMaster": "auto", "ControlPersist": "60"}  # seconds after its last session
+SHARING_OPTIONS = {"ControlMaster": "auto", "ControlPersist": "15"}  # seconds after its last session
 NEWER_OPTIONS = {"StdinNull": "no", "ForkAfterAuthentication": "no", "SessionType": "default"}
 NEWER_SINCE = (8, 7)  # OpenSSH before knows them neither here nor in the user's configuration
 
