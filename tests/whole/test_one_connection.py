@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from namespaces import Namespaces
 from test_over_busy_ssh import PORT, another_sshd, ssh_config
-from test_over_ssh import ended, until
+from waiting import ended, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(240)]
 
