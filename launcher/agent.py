@@ -49,17 +49,17 @@ from pathlib import Path
 from secrets import token_hex
 
 from launcher.channel import ORDER_BYTES, READ_BYTES, Channel, Message, bytes_to_text, wait_ready
+from launcher.checks import MOST_WORDS, NAME
 from launcher.machine import source_address, this_machine
 from launcher.plan import PYTHON
 from launcher.processes import adopt_orphans, count_memory_kills, descendants, die_with_parent, reap, send_signal
 from launcher.rendezvous import Rendezvous
-from launcher.reports import FILE_PIECE_BYTES, MOST_REACHED, MOST_WORDS, NAME
+from launcher.reports import FILE_PIECE_BYTES, LEAVING, MOST_REACHED
 from launcher.signals import ENDING_SIGNALS, NotedSignals, noted_signals
 from launcher.start import module_command
 
 GRACE_S = 5.0  # between SIGTERM and SIGKILL, unless told otherwise
 KILL_S = 10.0  # SIGKILL works at once, except on a process that hangs in the kernel (a dead NFS mount, a GPU driver)
-LEAVING = "leave"  # the milestone of a process that begins to end
 MILESTONES_BYTES = 4096  # of a file of milestones; what is beyond is none
 MAX_PENDING_BYTES = 1 << 22  # output the launcher has not taken yet; from here on the ranks' own pipes fill up
 

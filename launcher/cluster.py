@@ -15,6 +15,7 @@ from launcher.logs import Logs, printable
 from launcher.machine import is_this_machine
 from launcher.plan import Process, World
 from launcher.reports import (
+    LEAVING,
     Ended,
     FilePiece,
     Hello,
@@ -27,7 +28,7 @@ from launcher.reports import (
     read_report,
 )
 from launcher.signals import NotedSignals
-from launcher.ssh import passing_obstacle
+from launcher.ssh import forget_connection, passing_obstacle, shared_connection
 from launcher.transport import AgentLink, TransportError
 
 __all__ = ["Cluster", "Exit", "LostAgent", "pump"]
@@ -48,6 +49,7 @@ class Exit:
     at_s: float  # time.monotonic() here, when it began to end, as far as we heard of it
     missing: str | None = None  # what it left undone, if it ended with exit code 0
     out_of_memory: bool = False  # the kernel of its machine killed processes for want of memory meanwhile
+    said_that_it_leaves: bool = False  # before it ended, so that `at_s` is when it said so
 
 
 @dataclass(frozen=True)
@@ -89,17 +91,18 @@ class Cluster:
 
     def dial(self, now_s: float) -> float:
         """Start the agents that are due, and that the gate admits; returns when to look again."""
-        waiting = [] if self._stopping else [link for link in self.links.values() if now_s >= link.next_attempt_s]
-        for link in waiting:
-            if not self.gate.admits(link, now_s):
-                break
+        if self._stopping:
+            return math.inf
+        for link in self.links.values():
+            if link.next_attempt_s > now_s or not self.gate.admits(link, now_s, shared_connection(link.command)):
+                continue
             try:
                 link.open(now_s)
             except TransportError as error:
                 self.gate.gave_up(link)
                 self._lose(link, str(error))
-        due_s = min((link.next_attempt_s for link in self.links.values() if not self._stopping), default=math.inf)
-        return due_s if due_s > now_s else self.gate.next_s
+        due_s = [link.next_attempt_s for link in self.links.values()]
+        return min([each_s if each_s > now_s else self.gate.next_s for each_s in due_s], default=math.inf)
 
     def open_world(self, world: World) -> None:
         order = {"do": "world", "world": world.index, "address": world.address}
@@ -148,6 +151,9 @@ class Cluster:
     def close(self, deadline: float) -> None:
         """Leave the agents, which end by that if they have not yet; by the deadline they are killed."""
         for link in self.links.values():
+            self.gate.gave_up(link)
+            if link.is_open and not link.said_hello:
+                forget_connection(link.command)
             link.close(max(0.0, deadline - time.monotonic()) if link.said_hello else 0.0)
 
     def have_ended(self, processes: Iterable[Process]) -> bool:
@@ -231,9 +237,9 @@ class Cluster:
         self.logs.close(process)
         missing = process.missing(report.reached) if report.status == 0 else None
         error = None if report.error is None else printable(report.error)
-        self.exits[process.name] = Exit(
-            report.status, error, time.monotonic() - report.leaving_s, missing, report.out_of_memory
-        )
+        began_s = time.monotonic() - report.leaving_s
+        leaves = LEAVING in report.reached
+        self.exits[process.name] = Exit(report.status, error, began_s, missing, report.out_of_memory, leaves)
 
     def _keep_file(self, link: AgentLink, piece: FilePiece) -> None:
         """Raises ChannelError for a file that no process of this agent owes, and for more than a run can have."""

@@ -12,7 +12,7 @@ from launcher.plan import Process
 from launcher.ssh import cure
 from launcher.transport import AgentLink
 
-__all__ = ["Failure", "agent_failure", "failure_of", "has_failed", "may_be_pulled_along", "process_failure"]
+__all__ = ["Failure", "agent_failure", "failure_of", "has_failed", "is_settled", "process_failure", "signs_of_trouble"]
 
 USAGE = 64  # as sysexits.h has it: the command itself is at fault
 RECENT_S = 30.0  # a traceback older than this was not what a process died of
@@ -32,6 +32,7 @@ class Failure:
     log_folder: Path | None = None
     by_itself: bool = False  # it ended with an exit code of its own, and was not killed
     is_final: bool = False  # it left the run by its own choice, which it would make again
+    is_cause: bool = False  # no failure of another process can have brought it about
     advice: str | None = None
 
     def __str__(self) -> str:
@@ -50,13 +51,21 @@ class Failure:
 
 
 def failure_of(cluster: Cluster) -> Failure | None:
-    """With what the failure of a unit began, if it has failed."""
+    """The failure with which that of a unit began, as far as it is known; None if nothing has failed.
+
+    What a process did by itself outranks what its neighbours may have made it do, in whatever order the two are heard:
+    a rank that leaves breaks the collectives of the others, and their tracebacks may arrive before its exit code.
+    Among equals, the one whose trouble began first is to blame.
+    """
     if cluster.lost is not None:
         return agent_failure(cluster.lost.link, cluster.lost.reason)
     failed = [cluster.processes[name] for name in cluster.exits if has_failed(cluster, name)]
     if not failed:
         return None
-    first = min(failed, key=lambda process: _trouble_began_s(cluster, process))
+    first = min(
+        failed,
+        key=lambda process: (not _is_cause(cluster.exits[process.name]), _trouble_began_s(cluster, process)),
+    )
     end = cluster.exits[first.name]
     exit_code = 128 - end.status if end.status < 0 else end.status or 1
     failure = process_failure(cluster.logs, first, end.error or _describe(end), exit_code)
@@ -64,18 +73,30 @@ def failure_of(cluster: Cluster) -> Failure | None:
         failure,
         by_itself=end.status >= 0,
         is_final=end.missing is not None or end.status == USAGE,
+        is_cause=_is_cause(end),
         advice=_advice(first, end),
     )
 
 
-def may_be_pulled_along(failure: Failure, cluster: Cluster, now_s: float) -> bool:
-    """Whether a process that still runs may be the one with which it began: what it died of, it has begun to say.
+def is_settled(failure: Failure, cluster: Cluster, now_s: float) -> bool:
+    """Whether no process that still runs, nor a report that is still on its way, can change who is to blame.
 
-    Or it leaves in silence: Horovod keeps it until the others have failed for want of it.
+    A process that ended with an exit code of its own, or by abort() as C++ libraries do, may have been pulled along by
+    one that has not ended yet, or whose end has not been reported yet. One that still runs and has printed a traceback
+    may have been in trouble before all others.
     """
     running = cluster.running()
-    failing = any(_tracebacks_s(cluster.logs, process, now_s) for process in running)
-    return cluster.lost is None and (failing or (failure.by_itself and not failure.is_final and bool(running)))
+    if cluster.lost is not None or failure.is_cause or not running:
+        return True
+    was_aborted = failure.exit_code == 128 + signal.SIGABRT
+    may_be_pulled_along = (failure.by_itself and not failure.is_final) or was_aborted
+    return not may_be_pulled_along and not any(_tracebacks_s(cluster.logs, process, now_s) for process in running)
+
+
+def signs_of_trouble(cluster: Cluster, now_s: float) -> set[str]:
+    """The ends of processes and the tracebacks of those that still run: while more come, more may follow."""
+    raising = [process.name for process in cluster.running() if _tracebacks_s(cluster.logs, process, now_s)]
+    return {*(f"{name} ended" for name in cluster.exits), *(f"{name} raises" for name in raising)}
 
 
 def agent_failure(link: AgentLink, what: str) -> Failure:
@@ -100,6 +121,15 @@ def has_failed(cluster: Cluster, name: str) -> bool:
     announces, end = cluster.processes[name].announces, cluster.exits[name]
     unannounced = announces is not None and announces not in cluster.announced
     return end.status != 0 or end.missing is not None or unannounced
+
+
+def _is_cause(end: Exit) -> bool:
+    """Whether a process ended in a way that no failure of a neighbour leads to.
+
+    It said itself that it left a run that goes on, ended with exit code 0 without a word, or was killed by SIGKILL.
+    """
+    left_in_silence = end.missing is not None and not end.said_that_it_leaves
+    return end.status in (USAGE, -signal.SIGKILL) or left_in_silence
 
 
 def _trouble_began_s(cluster: Cluster, process: Process) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Hashable
+from math import inf
 
 __all__ = ["Gate", "delay_s"]
 
@@ -23,31 +24,43 @@ class Gate:
     def __init__(self) -> None:
         self.limit = MOST
         self._inside: dict[Hashable, float] = {}  # who is connecting, since when
+        self._making: dict[Hashable, Hashable] = {}  # shared connection -> who makes it
 
-    def admits(self, who: Hashable, now_s: float) -> bool:
-        """Whether `who` may connect now, and then does so."""
+    def admits(self, who: Hashable, now_s: float, shared: Hashable = None) -> bool:
+        """Let `who` connect now, if that may be; returns whether it may.
+
+        `shared` names the connection that it shares with others, if any: one of them makes it, and the others wait
+        until that one is connected or has given up.
+        """
         self._inside = {each: since_s for each, since_s in self._inside.items() if now_s < since_s + HANDSHAKE_S}
-        if len(self._inside) >= int(self.limit):
+        if shared in self._making or len(self._inside) >= int(self.limit):
             return False
         self._inside[who] = now_s
+        if shared is not None:
+            self._making[shared] = who
         return True
 
     @property
     def next_s(self) -> float:
-        """When to ask again, though nobody has left."""
-        return min(self._inside.values(), default=-HANDSHAKE_S) + HANDSHAKE_S
+        """When to ask again, though nobody has left; inf: only when somebody has."""
+        return min(self._inside.values(), default=inf) + HANDSHAKE_S
 
     def connected(self, who: Hashable) -> None:
-        if self._inside.pop(who, None) is not None:
+        if self._leaves(who):
             self.limit = min(MOST, self.limit + GROWTH)
 
     def gave_up(self, who: Hashable) -> None:
-        self._inside.pop(who, None)
+        self._leaves(who)
 
     def dropped(self, who: Hashable) -> None:
-        """By an sshd that has too many."""
-        self._inside.pop(who, None)
+        """An sshd that has too many connections dropped this one."""
+        self._leaves(who)
         self.limit = max(1.0, self.limit / 2)
+
+    def _leaves(self, who: Hashable) -> bool:
+        """Returns whether it was still counted among those who are connecting."""
+        self._making = {shared: maker for shared, maker in self._making.items() if maker != who}
+        return self._inside.pop(who, None) is not None
 
 
 def delay_s(attempts: int) -> float:

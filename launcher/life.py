@@ -10,7 +10,7 @@ from math import inf
 from typing import NamedTuple
 
 from launcher.cluster import Cluster
-from launcher.failure import Failure, agent_failure, failure_of, may_be_pulled_along, process_failure
+from launcher.failure import Failure, agent_failure, failure_of, is_settled, process_failure, signs_of_trouble
 from launcher.gate import Gate
 from launcher.logs import Logs
 from launcher.plan import ANNOUNCED, Plan, Process, Unit
@@ -18,7 +18,8 @@ from launcher.transport import AgentCommand, TransportError
 
 __all__ = ["Life", "Surroundings", "Timeouts"]
 
-SETTLE_S = 2.0  # after a first exit: for a rank that raised before it to end too
+SETTLE_S = 3.0  # after the last sign of trouble: for the process with which it began to end, and be reported, too…
+LONGEST_SETTLE_S = 20.0  # …and after the first sign
 AGENT_END_S = 15.0  # after the grace: for SIGKILL to work, the pipes to empty and the agent to end…
 SLOWEST_BYTES_PER_S = 1 << 16  # …and so much longer as the returned files take at this rate
 
@@ -77,6 +78,8 @@ class Life:
         self._wait_until_s = inf
         self._overdue: Failure | None = None
         self._trouble_s = inf  # when the failure was first seen
+        self._signs: set[str] = set()  # of trouble, so far…
+        self._quiet_since_s = -inf  # …and when the last one came
         self._end_by_s = inf
 
     # The story
@@ -166,13 +169,16 @@ class Life:
         return True
 
     def failure(self, now_s: float) -> Failure | None:
-        """Why it cannot go on: with what it began, once that is clear, for a rank that raises may end after others."""
+        """Why it cannot go on, once it is clear with what that began, or nothing more was heard for a while."""
         failure = failure_of(self.cluster) or self._overdue
         if failure is None or self.ending or self.ended:
             return None
+        signs = signs_of_trouble(self.cluster, now_s)
+        if signs - self._signs:
+            self._signs, self._quiet_since_s = self._signs | signs, now_s
         self._trouble_s = min(self._trouble_s, now_s)
-        self.next_s = self._trouble_s + SETTLE_S
-        return None if now_s < self.next_s and may_be_pulled_along(failure, self.cluster, now_s) else failure
+        self.next_s = min(self._quiet_since_s + SETTLE_S, self._trouble_s + LONGEST_SETTLE_S)
+        return failure if now_s >= self.next_s or is_settled(failure, self.cluster, now_s) else None
 
     # The end
 

@@ -9,10 +9,13 @@ import json
 import os
 import socket
 
-__all__ = ["HUB", "way_to_hub"]
+from launcher.checks import address, optional, words
+
+__all__ = ["FIELDS", "HUB", "way_to_hub"]
 
 HUB = "LAUNCHER_HUB"  # address:port, where something listens
 TIMEOUT_S = 5.0
+FIELDS = {"address": optional(address), "unreachable": optional(words)}  # of what `way_to_hub` returns, checked here
 
 
 def way_to_hub() -> dict[str, str | None]:

@@ -14,16 +14,17 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
+from launcher.connections import SharedConnections
 from launcher.hosts import Host
 from launcher.machine import is_this_machine
 from launcher.transport import AgentLink, local_agent_command
 
-__all__ = ["Ssh", "cure", "passing_obstacle"]
+__all__ = ["Ssh", "by_itself", "cure", "forget_connection", "passing_obstacle", "shared_connection"]
 
 # All of ssh_config(5) that concerns stdin, stdout, a terminal, forking or what else a connection would carry: what the
 # user's configuration says of it is meant for sessions that he types into.
@@ -39,7 +40,7 @@ OPTIONS = {
     "EscapeChar": "none",
     "RemoteCommand": "none",
     "PermitLocalCommand": "no",  # it would write to our stdout
-    # The connection is this one's own, and carries nothing else.
+    # The connection is none that the user shares with his other sessions, and carries nothing else.
     "ControlMaster": "no",
     "ControlPath": "none",
     "ControlPersist": "no",
@@ -51,6 +52,9 @@ OPTIONS = {
     "AddKeysToAgent": "no",
     "UpdateHostKeys": "no",
 }
+# With one connection a machine, the first agent's ssh makes it, and leaves it to a process in the background that the
+# others find by its socket. Where sshd takes no further session (MaxSessions), ssh makes a connection of its own.
+SHARING_OPTIONS = {"ControlMaster": "auto", "ControlPersist": "15"}  # seconds after its last session
 NEWER_OPTIONS = {"StdinNull": "no", "ForkAfterAuthentication": "no", "SessionType": "default"}
 NEWER_SINCE = (8, 7)  # OpenSSH before knows them neither here nor in the user's configuration
 
@@ -63,18 +67,25 @@ class Ssh:
     identity: Path | None = None
     python: str = sys.executable  # there
     always: bool = False
+    connections: SharedConnections | None = field(default=None, compare=False)  # None: a connection for each agent
 
     def __call__(self, host: Host) -> Sequence[str]:
         if self.reaches_directly(host):
             return local_agent_command(host)
         port = host.ssh_port or self.port
-        return [
-            "ssh",
-            *(word for name, value in _options().items() for word in ("-o", f"{name}={value}")),
+        target = [
             *(["-p", str(port)] if port else []),
             *(["-i", str(self.identity)] if self.identity else []),
             "--",
             f"{host.user}@{host.name}" if host.user else host.name,
+        ]
+        options = _options()
+        if self.connections is not None:
+            options = {**options, **SHARING_OPTIONS, "ControlPath": self.connections.socket_of(target)}
+        return [
+            "ssh",
+            *(word for name, value in options.items() for word in ("-o", f"{name}={value}")),
+            *target,
             # From /, which holds no Python: `-m` imports from the working directory before all others.
             f"cd / && exec {shlex.quote(self.python)} -m launcher.agent",
         ]
@@ -83,6 +94,26 @@ class Ssh:
         """Whether the host is this machine, and its processes are to be ours."""
         ours = host.user in (None, _own_user()) and host.ssh_port is None
         return ours and not self.always and is_this_machine(host.name)
+
+
+def shared_connection(command: Sequence[str]) -> str | None:
+    """The socket of the connection that an agent shares with the others on its machine; None if it shares none."""
+    if command[0] != "ssh" or "ControlMaster=auto" not in command:
+        return None
+    return next(word.removeprefix("ControlPath=") for word in command if word.startswith("ControlPath="))
+
+
+def forget_connection(command: Sequence[str]) -> None:
+    """Have the next agent there make a new connection: this one led to no answer. Agents that use it keep it."""
+    socket = shared_connection(command)
+    if socket is not None:
+        Path(socket).unlink(missing_ok=True)
+
+
+def by_itself(command: Sequence[str]) -> list[str]:
+    """The same command with a connection of its own, for a user who tries it by hand."""
+    alone = {"ControlMaster=auto": "ControlMaster=no", f"ControlPath={shared_connection(command)}": "ControlPath=none"}
+    return [alone.get(word, word) for word in command]
 
 
 def _own_user() -> str | None:

@@ -7,7 +7,6 @@ learns its own address on that route. A network interface may have another name 
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import tempfile
@@ -17,17 +16,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from launcher.channel import Message
+from launcher.checks import Check, FieldError, check_fields, optional, read_object, words
 from launcher.cluster import Cluster, pump
 from launcher.hosts import Host
 from launcher.logs import Logs, quiet
 from launcher.machine import Machine, is_loopback, is_this_machine, source_address
 from launcher.plan import PYTHON, Process, World
-from launcher.probe import HUB
+from launcher.probe import FIELDS, HUB
 from launcher.signals import ENDING_SIGNALS, NotedSignals, noted_signals
-from launcher.ssh import cure
+from launcher.ssh import by_itself, cure
 from launcher.transport import AgentCommand, AgentLink, TransportError
 
-__all__ = ["ANY_HOST", "Finding", "survey"]
+__all__ = ["ANY_HOST", "Finding", "Probe", "survey"]
 
 ANY_HOST = "*"
 CLOSE_S = 5.0
@@ -41,8 +41,23 @@ class Finding:
     """What one host turned out to be."""
 
     machine: Machine = field(default_factory=Machine)
-    report: Mapping[str, Any] = field(default_factory=dict)  # what the probe printed
+    report: Mapping[str, Any] = field(default_factory=dict)  # what the probe printed, checked
     problem: str | None = None  # why it cannot take part, with its name and what to do
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What runs on each host, and what it may print: a JSON object with the fields of `launcher.probe` and more."""
+
+    command: tuple[str, ...] = (PYTHON, "-m", "launcher.probe")
+    fields: Mapping[str, Check] = field(default_factory=dict)  # that must be there besides
+    may_tell: Mapping[str, Check] = field(default_factory=dict)  # that may; any others are text or null
+
+    def read(self, line: str) -> dict[str, Any]:
+        """Raises FieldError."""
+        told = read_object(line)
+        known = {key: check for key, check in self.may_tell.items() if key in told}
+        return check_fields(told, {**FIELDS, **self.fields, **known}, optional(words))
 
 
 def survey(
@@ -51,22 +66,22 @@ def survey(
     *,
     hub: Host,
     cwd: str,
-    probe: Sequence[str] = (PYTHON, "-m", "launcher.probe"),
+    probe: Probe | None = None,
     env: Mapping[str, str] | None = None,
     interfaces: Mapping[str, str] | None = None,
     timeout_s: float = 60.0,
 ) -> dict[str, Finding]:
     """Name of host -> what it is. The hub is among them, even if it is none of `hosts`.
 
-    `probe` runs on each host in `cwd` and prints a JSON object, with at least what `launcher.probe` prints.
-    `interfaces` names the network interface to use, by name of host or for ANY_HOST. A host that cannot take part has a
-    `problem`.
+    `probe`, by default `Probe()`, runs on each host in `cwd`. `interfaces` names the network interface to use, by name
+    of host or for ANY_HOST. A host that cannot take part has a `problem`; so has one whose probe prints nonsense.
     Raises KeyboardInterrupt on an ending signal.
     """
+    probe = probe or Probe()
     everybody = {host.name: host for host in (*hosts, hub)}
     asked_here = hub if hub not in hosts and is_this_machine(hub.name) else None  # where `cwd` need not exist
     probes = {
-        host.name: Process(f"probe.{number}", host, tuple(probe), {}, cwd=os.getcwd() if host == asked_here else None)
+        host.name: Process(f"probe.{number}", host, probe.command, {}, cwd=os.getcwd() if host == asked_here else None)
         for number, host in enumerate(everybody.values())
     }
     with noted_signals(*ENDING_SIGNALS) as signals, tempfile.TemporaryDirectory() as folder:
@@ -79,7 +94,7 @@ def survey(
         finally:
             cluster.stop(0.0)
             cluster.close(time.monotonic() + CLOSE_S)
-    return {name: asked.finding(name) for name in everybody}
+    return {name: asked.finding(name, probe) for name in everybody}
 
 
 class _Survey:
@@ -143,7 +158,7 @@ class _Survey:
         links, exits = self.cluster.links, self.cluster.exits
         self._wait(lambda: all(process.name in exits or links[process.host.name].lost for process in asked))
 
-    def finding(self, name: str) -> Finding:
+    def finding(self, name: str, probe: Probe) -> Finding:
         if name in self.problems:
             return Finding(problem=self.problems[name])
         process = self.probes[name]
@@ -155,7 +170,10 @@ class _Survey:
             errors = [line.text for line in self.cluster.logs.tail(process, "stderr")[-SHOWN_LINES:]]
             complaint = end.error or "; ".join(errors) or "it said nothing"
             return Finding(problem=f"{name}: {complaint}; {NO_START if end.error else NO_PROBE}")
-        report = json.loads(lines[-1])
+        try:
+            report = probe.read(lines[-1])
+        except FieldError as error:
+            return Finding(problem=f"{name}: its probe sent something else than an answer: {error}; {NO_PROBE}")
         if report["unreachable"] is not None:
             return Finding(self._machine(name), report, self._why_unreachable(name, report["unreachable"]))
         try:
@@ -263,7 +281,7 @@ class _Survey:
 
 def _without_agent(command: Sequence[str]) -> str:
     """What shows how far one gets there: by ssh, another command in the place of the agent's."""
-    return shlex.join([*command[:-1], "true"] if command[0] == "ssh" else command)
+    return shlex.join([*by_itself(command)[:-1], "true"] if command[0] == "ssh" else command)
 
 
 def _ipv4_first(addresses: Sequence[str]) -> str | None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from danaz.launch.reach import Reach, ReachError, parse_environment, parse_interfaces
 from danaz.run.option import LARGEST_SEED, Option, options_of
+from launcher.connections import SharedConnections
 from launcher.hosts import Host, HostsError, parse_hostfile, parse_hosts
 from launcher.selection import select_hosts
 from launcher.slurm import Srun, hosts_of_allocation, is_in_allocation
@@ -165,7 +166,7 @@ class MachineOptions:
         return Reach(
             transport=Srun(python)
             if self._uses_slurm
-            else Ssh(self.ssh_port, identity, python, always=self.launcher == "ssh"),
+            else Ssh(self.ssh_port, identity, python, self.launcher == "ssh", SharedConnections()),
             only_here=self.launcher == "local",
             cwd=self.working_directory,
             interfaces=parse_interfaces(self.interface or (), hosts),

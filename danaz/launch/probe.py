@@ -12,6 +12,7 @@ import struct
 import time
 from typing import Any
 
+from launcher.checks import name, number, optional, record, words
 from launcher.probe import way_to_hub
 
 PACKAGES = ("danaz", "torch", "horovod")
@@ -22,7 +23,18 @@ CLOCK = struct.Struct("!d")  # seconds since 1970
 TOTAL = struct.Struct("!Q")  # bytes
 SENT_BYTES = 1 << 28  # at most
 SENDING_S = 1.0  # about
+MOST = 1e18  # of a measured figure; more is none
 TIMEOUT_S = 60.0  # the meter takes one host after the other, so that they do not share the way
+
+# What the launching machine accepts as an answer, besides `launcher.probe.FIELDS`; measured with a meter only.
+FIELDS = {"versions": record({package: optional(name) for package in ("python", *PACKAGES)})}
+MEASURED = {
+    "round_trip_ms": number(0.0, MOST, "milliseconds"),
+    "clock_ahead_s": number(-MOST, MOST, "seconds"),
+    "bandwidth_mb_s": number(0.0, MOST, "MB/s"),
+    "free_disk_bytes": number(0, MOST, "bytes"),
+    "horovod_problem": optional(words),
+}
 
 
 def version(package: str) -> str | None:

@@ -9,16 +9,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from danaz.launch.probe import versions
+from danaz.launch.probe import FIELDS, MEASURED, versions
 from launcher.hosts import Host
 from launcher.machine import Machine, local_machines
 from launcher.plan import INTERFACE_VARIABLES, LAUNCHING_MACHINE, PYTHON, Plan
 from launcher.slurm import Srun
 from launcher.ssh import Ssh
-from launcher.survey import ANY_HOST, Finding, survey
+from launcher.survey import ANY_HOST, Finding, Probe, survey
 from launcher.transport import AgentCommand, local_agent_command
 
-PROBE = (PYTHON, "-m", "danaz.launch.probe")
+PROBE = Probe((PYTHON, "-m", "danaz.launch.probe"), FIELDS, MEASURED)
 OWN = "DANAZ_"  # how the names of danaz's own variables begin
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 QUOTED = re.compile(r"""'(?P<plain>[^']*)'|"(?P<escaped>(?:[^"\\]|\\.)*)\"""")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 from launcher.gate import HANDSHAKE_S, LONGEST_DELAY_S, MOST, Gate, delay_s
 
 CROWD = range(100)
@@ -19,6 +21,22 @@ def test_only_so_many_at_once() -> None:
     assert admitted(gate, 1.0, first=50) == [50, 51]
     assert gate.next_s == HANDSHAKE_S, "those who say nothing are past sshd's handshake by then"
     assert len(admitted(gate, HANDSHAKE_S, first=60)) == MOST - 2
+
+
+def test_one_makes_the_connection_that_others_share() -> None:
+    gate = Gate()
+    assert gate.admits(0, 0.0, "a")
+    assert gate.admits(1, 0.0, "b")
+    assert not gate.admits(2, 0.0, "a")
+    assert not gate.admits(2, 10 * HANDSHAKE_S, "a"), "however long that takes"
+    assert gate.next_s == inf, "only when somebody has left"
+    gate.connected(1)
+    assert not gate.admits(2, 100.0, "a")
+    gate.gave_up(0)
+    assert gate.admits(2, 100.0, "a")
+    assert not gate.admits(0, 100.0, "a")
+    gate.connected(2)
+    assert gate.admits(0, 100.0, "a")
 
 
 def test_fewer_after_a_drop_and_more_again_after_a_success() -> None:

@@ -159,12 +159,12 @@ def test_a_lie_is_a_failure_of_its_agent(tmp_path: Path, lie: object, said: str)
         (end("rank.1", leaving_s=-1.0), "'leaving_s' is -1.0"),
         (end("rank.1", leaving_s=float("nan")), "'leaving_s' is nan"),
         ({"is": "world", "world": 1, "rendezvous_port": 1, "master_port": 65536}, "'master_port' is 65536"),
-        ({"is": "hello"}, "the kind hello in which 'address' is not right"),
+        ({"is": "hello"}, "the kind hello in which 'address' is missing"),
         ({"is": ["x"]}, "a report of the kind ['x']"),
         ({}, "a report of the kind None"),
         (piece("updates.jsonl", bytes(FILE_PIECE_BYTES + 1)), "expected at most 1048576 bytes in base64"),
         ({**piece("updates.jsonl"), "data": "é"}, "expected at most 1048576 bytes in base64"),
-        ({"is": "stopping", "why": "x", "more": 1}, "in which 'more' is not right"),
+        ({"is": "stopping", "why": "x", "more": 1}, "in which 'more' is not known"),
     ],
 )
 def test_what_no_agent_says_is_named(report: dict[str, object], said: str) -> None:

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from launcher import machine
+from launcher import checks, machine
+from launcher.checks import number, optional, record
 from launcher.hosts import Host, HostsError, parse_hosts
 from launcher.machine import this_machine
 from launcher.plan import LAUNCHING_MACHINE, PYTHON
 from launcher.selection import select_hosts
 from launcher.ssh import NEWER_OPTIONS, Ssh, _version
-from launcher.survey import ANY_HOST, survey
+from launcher.survey import ANY_HOST, Probe, survey
 from launcher.transport import local_agent_command
 
 AGENT = "cd / && exec /there/python -m launcher.agent"
@@ -167,7 +168,7 @@ def test_an_interface_by_name() -> None:
 
 def test_a_probe_may_say_more_and_travels_with_variables(tmp_path: Path) -> None:
     code = "import json, os; print(json.dumps({'address': '127.0.0.1', 'unreachable': None, 'is': os.environ['KEY']}))"
-    probe = [PYTHON, "-c", code]
+    probe = Probe((PYTHON, "-c", code))
     findings = survey(HOSTS, local_agent_command, hub=HOSTS[0], cwd=str(tmp_path), probe=probe, env={"KEY": "value"})
     assert [finding.report["is"] for finding in findings.values()] == ["value", "value"]
 
@@ -186,8 +187,44 @@ def test_a_probe_may_say_more_and_travels_with_variables(tmp_path: Path) -> None
 )
 def test_a_machine_that_cannot_take_part(code: str, problem: str) -> None:
     host = HOSTS[0]
-    findings = survey([host], local_agent_command, hub=host, cwd="/", probe=[PYTHON, "-c", code], timeout_s=2.0)
+    findings = survey([host], local_agent_command, hub=host, cwd="/", probe=Probe((PYTHON, "-c", code)), timeout_s=2.0)
     assert str(findings["localhost"].problem).startswith(problem)
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("what is this?", "'what is this?' is not JSON"),
+        ("[" * 5000, "is not JSON"),
+        ("7", "'7' is not a JSON object"),
+        ('{"address": "127.0.0.1", "size": 1}', "'unreachable' is missing"),
+        ('{"address": "a b", "unreachable": null, "size": 1}', "'address' is 'a b'; expected an IP address"),
+        ('{"address": null, "unreachable": 7, "size": 1}', "'unreachable' is 7; expected text of at most"),
+        ('{"address": null, "unreachable": null}', "'size' is missing"),
+        ('{"address": null, "unreachable": null, "size": -1}', "'size' is -1; expected bytes from 0 to 100"),
+        ('{"address": null, "unreachable": null, "size": NaN}', "'size' is nan"),
+        ('{"address": null, "unreachable": null, "size": true}', "'size' is True"),
+        ('{"address": null, "unreachable": null, "size": "\\u001b[2J"}', r"'size' is '\x1b[2J'"),
+        ('{"address": null, "unreachable": null, "size": 1, "more": []}', "'more' is []; expected text"),
+        ('{"address": null, "unreachable": null, "size": 1, "list": {"a": 7}}', "'a' is 7; expected 1 to 255"),
+        ('{"address": null, "unreachable": null, "size": 1, "list": 7}', "'list' is 7; expected an object with a"),
+    ],
+)
+def test_a_machine_whose_probe_lies_is_named(answer: str, said: str) -> None:
+    may_tell = {"list": record({"a": optional(checks.name)})}
+    code = f"import sys; sys.stdout.write({answer!r})"
+    probe = Probe((PYTHON, "-c", code), {"size": number(0, 100, "bytes")}, may_tell)
+    [finding] = survey(HOSTS[1:], local_agent_command, hub=HOSTS[1], cwd="/", probe=probe).values()
+    assert str(finding.problem).startswith("127.0.0.1: its probe sent something else than an answer: ")
+    assert said in str(finding.problem)
+    assert "\x1b" not in str(finding.problem)
+
+
+def test_what_a_probe_says_cannot_act_on_the_terminal() -> None:
+    code = """print('{"address": null, "unreachable": "no \\\\u001b[2J\\\\ud800 route"}')"""
+    probe = Probe((PYTHON, "-c", code))
+    [finding] = survey(HOSTS[1:], local_agent_command, hub=HOSTS[1], cwd="/", probe=probe).values()
+    assert r"127.0.0.1: no \x1b[2J\ud800 route;" in str(finding.problem)
 
 
 def test_an_agent_that_does_not_come_up() -> None:
@@ -204,5 +241,5 @@ def test_an_agent_that_does_not_come_up() -> None:
 def test_a_survey_is_given_up_by_ctrl_c(tmp_path: Path) -> None:
     code = f"import os, signal, time; os.kill({os.getpid()}, signal.SIGINT); time.sleep(60)"
     with pytest.raises(KeyboardInterrupt):
-        survey([HOSTS[0]], local_agent_command, hub=HOSTS[0], cwd="/", probe=[PYTHON, "-c", code])
+        survey([HOSTS[0]], local_agent_command, hub=HOSTS[0], cwd="/", probe=Probe((PYTHON, "-c", code)))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

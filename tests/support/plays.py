@@ -5,6 +5,7 @@
 LAUNCHER = """
 import json, os, sys
 from launcher import cluster
+from launcher.connections import SharedConnections
 from launcher.hosts import parse_hosts
 from launcher.logs import quiet
 from launcher.plan import plan
@@ -14,6 +15,6 @@ from launcher.ssh import Ssh
 folder, hosts, silence_s, *command = sys.argv[1:]
 cluster.SILENCE_S, cluster.PING_S = float(silence_s), float(silence_s) / 10
 laid = plan(parse_hosts(hosts), command, one_world=False, env={"TRAVELS": os.environ["SENT"]}, cwd="/")
-outcome = run(laid, folder, echo=quiet, agent_command=Ssh(), grace_s=0.2)
+outcome = run(laid, folder, echo=quiet, agent_command=Ssh(connections=SharedConnections()), grace_s=0.2)
 print(json.dumps([outcome.exit_code, str(outcome.failure)]))
 """

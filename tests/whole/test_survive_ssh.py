@@ -26,6 +26,7 @@ TRAINING_S = 200.0
 LAUNCHER = """
 import json, sys
 from launcher import cluster, ssh
+from launcher.connections import SharedConnections
 from launcher.hosts import parse_hosts
 from launcher.logs import quiet
 from launcher.plan import ANNOUNCED, Returns, Service, plan
@@ -42,8 +43,9 @@ server = Service("server", ["sh", "-c", serve, "first"], announces="DANAZ_SERVER
                  host=parse_hosts(server_host)[0], returns=Returns("KEPT", ("lives",)))
 laid = plan(parse_hosts("a:1,b:1"), command, one_world=False, services=[server], env={}, cwd="/")
 told = open(folder + "/told", "w", buffering=1)
-outcome = run(laid, folder, echo=quiet, tell=lambda sentence: print(sentence, file=told), agent_command=ssh.Ssh(),
-              grace_s=1.0, finish_timeout_s=1.0, policy=Policy(**json.loads(policy)))
+outcome = run(laid, folder, echo=quiet, tell=lambda sentence: print(sentence, file=told),
+              agent_command=ssh.Ssh(connections=SharedConnections()), grace_s=1.0, finish_timeout_s=1.0,
+              policy=Policy(**json.loads(policy)))
 print(json.dumps([outcome.exit_code, str(outcome.failure), outcome.events]))
 """
 
@@ -110,8 +112,13 @@ def play(network: Namespaces, tmp_path: Path) -> Iterator[Callable[..., Playing]
 
 
 def kill_ssh(network: Namespaces, name: str) -> None:
+    """Kill the agents' ssh to a machine, and the process that holds the connection which they share."""
     lines = network.processes("launching").items()
-    for pid in [pid for pid, line in lines if line.startswith("ssh ") and f" -- {name} " in line]:
+    agents = {pid: line for pid, line in lines if line.startswith("ssh ") and f" -- {name} " in line}
+    sockets = {word.partition("=")[2] for line in agents.values() for word in line.split() if "ControlPath=" in word}
+    shared = [pid for pid, line in lines if line in {f"ssh: {socket} [mux]" for socket in sockets}]
+    assert len(shared) == 1
+    for pid in (*agents, *shared):
         os.kill(pid, signal.SIGKILL)
 
 

@@ -1,0 +1,151 @@
+"""Checks of what another machine says: each takes a value and returns it as it is used, or says what was expected.
+
+A check raises ValueError with the words for what it expected, such as `seconds from 0 to 100`. What passes as text is
+safe to show: it holds nothing that would make a terminal do more than print it.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+__all__ = [
+    "MOST_NAME",
+    "MOST_WORDS",
+    "NAME",
+    "Check",
+    "FieldError",
+    "address",
+    "check_fields",
+    "flag",
+    "integer",
+    "name",
+    "number",
+    "optional",
+    "read_object",
+    "record",
+    "shown",
+    "words",
+]
+
+Check = Callable[[Any], Any]  # of one field: the value as it is used. Raises ValueError(what was expected).
+
+MOST_NAME = 255  # characters of a name: of a process, a file, an address
+MOST_WORDS = 4096  # characters of an explanation
+UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, and halves of none
+MOST_SHOWN = 80  # characters of a wrong value
+NAME = re.compile(rf"[\x21-\x7e]{{1,{MOST_NAME}}}")
+
+
+class FieldError(ValueError):
+    """A field that is missing, unknown or wrong; the message names it and says what was expected."""
+
+
+def check_fields(
+    values: Mapping[str, object], checks: Mapping[str, Check], others: Check | None = None
+) -> dict[str, Any]:
+    """Every field of `values`, checked. Fields that `checks` does not name must pass `others`; None: there are none.
+
+    Raises FieldError.
+    """
+    missing = sorted(checks.keys() - values.keys())
+    unknown = sorted(values.keys() - checks.keys()) if others is None else []
+    if missing:
+        raise FieldError(f"{shown(missing[0])} is missing")
+    if unknown:
+        raise FieldError(f"{shown(unknown[0])} is not known")
+    return {key: _checked(key, value, checks.get(key, others)) for key, value in values.items()}
+
+
+def _checked(key: str, value: object, check: Check | None) -> Any:
+    assert check is not None
+    try:
+        return check(value)
+    except ValueError as error:
+        raise FieldError(f"{shown(key)} is {shown(value)}; expected {error}") from error
+
+
+def read_object(text: str) -> dict[str, Any]:
+    """The JSON object in `text`. Raises FieldError."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        raise FieldError(f"{shown(text)} is not JSON") from None
+    if not isinstance(found, dict):
+        raise FieldError(f"{shown(text)} is not a JSON object")
+    return found
+
+
+def shown(value: object) -> str:
+    """A wrong value for a message: escaped, and not too long."""
+    text = ascii(value) if isinstance(value, str) else repr(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN - 1]}…"
+
+
+# ---- the checks ------------------------------------------------------------------------------------------------------
+
+
+def integer(low: int, high: int) -> Check:
+    def check(value: object) -> int:
+        if type(value) is not int or not low <= value <= high:
+            raise ValueError(f"a whole number from {low} to {high}")
+        return value
+
+    return check
+
+
+def number(low: float, high: float, unit: str) -> Check:
+    """A finite number of `unit`, such as seconds."""
+
+    def check(value: object) -> float:
+        if type(value) not in (int, float) or not low <= value <= high or not math.isfinite(value):  # type: ignore[operator, arg-type]
+            raise ValueError(f"{unit} from {low:g} to {high:g}")
+        return float(value)  # type: ignore[arg-type]
+
+    return check
+
+
+def flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("true or false")
+    return value
+
+
+def name(value: object) -> str:
+    if not isinstance(value, str) or not NAME.fullmatch(value):
+        raise ValueError(f"1 to {MOST_NAME} printable ASCII characters without spaces")
+    return value
+
+
+def words(value: object) -> str:
+    """Text, with control characters as escapes."""
+    if not isinstance(value, str) or len(value) > MOST_WORDS:
+        raise ValueError(f"text of at most {MOST_WORDS} characters")
+    return UNSHOWN.sub(lambda found: ascii(found[0])[1:-1], value)
+
+
+def address(value: object) -> str:
+    try:
+        return str(ipaddress.ip_address(name(value)))
+    except ValueError:
+        raise ValueError("an IP address") from None
+
+
+def optional(check: Check) -> Check:
+    """Null, or what `check` takes."""
+    return lambda value: None if value is None else check(value)
+
+
+def record(checks: Mapping[str, Check]) -> Check:
+    """An object with exactly these fields."""
+
+    def check(value: object) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise ValueError(f"an object with {', '.join(checks)}")
+        return check_fields(value, checks)
+
+    return check

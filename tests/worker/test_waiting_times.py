@@ -1,0 +1,19 @@
+"""A worker waits a little longer than it must between repetitions, so that workers do not all ask at once."""
+
+from __future__ import annotations
+
+import pytest
+
+from danaz.worker.core import Backoff
+from danaz.worker.link import RETRY_FIRST_S, RETRY_LONGEST_S
+
+MOST = 1.5  # of a wait without the random part
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_each_wait_is_up_to_half_as_long_again(seed: int) -> None:
+    backoff = Backoff(RETRY_FIRST_S, RETRY_LONGEST_S, seed)
+    waits = [backoff.wait_s() for _ in range(200)]
+    assert RETRY_FIRST_S <= waits[0] <= MOST * RETRY_FIRST_S
+    assert all(RETRY_LONGEST_S <= wait <= MOST * RETRY_LONGEST_S for wait in waits[3:])
+    assert max(waits) > 1.4 * RETRY_LONGEST_S
