@@ -75,7 +75,7 @@ def compare(
     from danaz.compare.run import run_comparison
     from danaz.files.reading import UnreadableError
     from danaz.run.lock import RunFolderError
-    from danaz.workloads.training import choose_device
+    from danaz.workloads.computing import choose_device
 
     # The options that make a grid bear the names of its keys.
     given = {name: value for name, value in ctx.params.items() if name in Grid.model_fields and value is not None}

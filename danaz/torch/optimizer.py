@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from danaz.torch.rates import warmup_factor
 from danaz.vectors.flat import FlatModel, Spans
 from danaz.worker.core import Loss
 from danaz.worker.group import Group
@@ -464,11 +463,3 @@ def decayed_gradient(flat: FlatModel, param_groups: Sequence[dict[str, Any]]) ->
         out = flat.decayed[start:stop]
         torch.add(flat.grads[start:stop], flat.params[start:stop], alpha=decay, out=out)
     return flat.decayed
-
-
-def effective_lr(
-    lr: Sequence[float], *, epoch: float, workers: int, warmup_epochs: float, scales_lr: bool
-) -> list[float]:
-    """The user's rates as the cluster applies them: warmed up and, for SSGD, scaled with the number of workers."""
-    factor = warmup_factor(epoch, workers, warmup_epochs) * (workers if scales_lr else 1)
-    return [rate * factor for rate in lr]

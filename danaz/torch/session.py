@@ -28,7 +28,8 @@ from danaz.torch.data import Batching, LeaseSampler, Portion, Share, batching_of
 from danaz.torch.ending import Ending
 from danaz.torch.loop import Counted, Loop
 from danaz.torch.models import has_batch_norm
-from danaz.torch.optimizer import DistributedOptimizer, Verdict, effective_lr, weight_decays
+from danaz.torch.optimizer import DistributedOptimizer, Verdict, weight_decays
+from danaz.torch.rates import effective_lr
 from danaz.torch.schedulers import follow
 from danaz.vectors.flat import FlatModel, Spans
 from danaz.vectors.untrained import Untrained
