@@ -153,7 +153,7 @@ class GradientExchange:
     # ---- at the end of a batch -----------------------------------------------------------------------------------
 
     def conclude(self, lr: list[float], loss: Loss = None, *, steps: bool = True, edited: bool = False) -> Verdict:
-        """Hear whether all ranks ``step``; their gradients are the batch's mean behind it.
+        """Hear whether all ranks ``step``; afterwards, their gradients are the batch's mean.
 
         The rates that count are rank 0's: a rank may have moved its schedule otherwise.
         """
@@ -250,8 +250,8 @@ class Updates(Protocol):
     def is_edited(self) -> bool:
         """Whether the script has changed parameters since the last step, on the rank that can tell."""
 
-    def push(self, grad: Tensor, absent: Spans, lr: list[float], loss: Loss, verdict: Verdict) -> None:
-        """Carry out a step along ``grad`` f32[P], but leave the ``absent`` spans as they are."""
+    def push(self, grad: Tensor, absent: Spans, verdict: Verdict) -> None:
+        """Carry out the step that ``verdict`` allows, along ``grad`` f32[P]; the ``absent`` spans stay as they are."""
 
     def skip(self) -> None:
         """The batch makes no step."""
@@ -372,7 +372,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
             if self._replicated and not verdict.alike:
                 self._take_over_rank_0s()
             grad = decayed_gradient(self.flat, self.param_groups)
-            self._updates.push(grad, self.flat.absent, verdict.lr, verdict.loss, verdict)
+            self._updates.push(grad, self.flat.absent, verdict)
         # A scheduler made for the wrapped optimizer asks whether that one has stepped.
         self.wrapped._opt_called = True  # type: ignore[attr-defined]
         return result
