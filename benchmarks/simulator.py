@@ -25,7 +25,8 @@ from danaz.run.config import Config, load_config
 from danaz.simulate.simulator import Simulation
 from danaz.torch.data import Batching
 from danaz.workloads import build
-from danaz.workloads.training import batch_loss, choose_device, make_sgd, place
+from danaz.workloads.computing import batch_loss, choose_device, place
+from danaz.workloads.train import make_sgd
 
 WARM_UP = 5  # updates before the clock starts
 MEASURED = (("dana", "off"), ("dana", "on"), ("dana-zero", "off"), ("dana-ga", "off"))  # algorithm, gap

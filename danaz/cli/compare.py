@@ -79,7 +79,7 @@ def compare(
     from danaz.compare.run import run_comparison
     from danaz.files.reading import UnreadableError
     from danaz.run.lock import RunFolderError
-    from danaz.workloads.training import choose_device
+    from danaz.workloads.computing import choose_device
 
     try:
         comparison = _comparison(config, asked)

@@ -104,7 +104,7 @@ def work(
 
         raise typer.Exit(join_run(join, key, slots, out))
     from danaz.run.config import Config
-    from danaz.workloads.training import train
+    from danaz.workloads.train import train
 
     if "DANAZ_CONFIG" not in os.environ:
         fail("danaz work is started by `danaz launch CONFIG`, which sets DANAZ_CONFIG; or say --join HOST:PORT")

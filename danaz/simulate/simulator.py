@@ -27,11 +27,14 @@ from danaz.simulate.batch_reader import BatchReader
 from danaz.simulate.orders import make_order
 from danaz.simulate.step import EagerStep, make_step
 from danaz.torch.data import Batching
-from danaz.torch.optimizer import check_supported, decayed_gradient, effective_lr, kept_loss, weight_decays
+from danaz.torch.optimizer import check_supported, decayed_gradient, kept_loss, weight_decays
+from danaz.torch.rates import effective_lr
 from danaz.vectors.flat import FlatModel
 from danaz.worker.core import LocalStep, Loss, Request, Role, WorkerCore
 from danaz.workloads import build
-from danaz.workloads.training import choose_device, final_figures, make_sgd, place
+from danaz.workloads.computing import choose_device, place
+from danaz.workloads.evaluate import final_figures
+from danaz.workloads.train import make_sgd
 
 Progress = Callable[[float, float | None], None]  # (share of the run that is done, from 0 to 1; last loss)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from danaz.run.config import Config
 from danaz.vectors.flat import FlatModel
 from danaz.workloads import Workload
-from danaz.workloads.training import batch_loss
+from danaz.workloads.computing import batch_loss
 
 WARM_UP = 3  # eager steps before the capture, in which libraries choose and load their kernels
 

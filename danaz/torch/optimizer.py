@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from danaz.torch.rates import warmup_factor
 from danaz.vectors.flat import FlatModel, Spans
 from danaz.worker.core import Loss
 from danaz.worker.group import Group
@@ -154,7 +153,7 @@ class GradientExchange:
     # ---- at the end of a batch -----------------------------------------------------------------------------------
 
     def conclude(self, lr: list[float], loss: Loss = None, *, steps: bool = True, edited: bool = False) -> Verdict:
-        """Hear whether all ranks ``step``; their gradients are the batch's mean behind it.
+        """Hear whether all ranks ``step``; afterwards, their gradients are the batch's mean.
 
         The rates that count are rank 0's: a rank may have moved its schedule otherwise.
         """
@@ -251,8 +250,8 @@ class Updates(Protocol):
     def is_edited(self) -> bool:
         """Whether the script has changed parameters since the last step, on the rank that can tell."""
 
-    def push(self, grad: Tensor, absent: Spans, lr: list[float], loss: Loss, verdict: Verdict) -> None:
-        """Carry out a step along ``grad`` f32[P], but leave the ``absent`` spans as they are."""
+    def push(self, grad: Tensor, absent: Spans, verdict: Verdict) -> None:
+        """Carry out the step that ``verdict`` allows, along ``grad`` f32[P]; the ``absent`` spans stay as they are."""
 
     def skip(self) -> None:
         """The batch makes no step."""
@@ -373,7 +372,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
             if self._replicated and not verdict.alike:
                 self._take_over_rank_0s()
             grad = decayed_gradient(self.flat, self.param_groups)
-            self._updates.push(grad, self.flat.absent, verdict.lr, verdict.loss, verdict)
+            self._updates.push(grad, self.flat.absent, verdict)
         # A scheduler made for the wrapped optimizer asks whether that one has stepped.
         self.wrapped._opt_called = True  # type: ignore[attr-defined]
         return result
@@ -464,11 +463,3 @@ def decayed_gradient(flat: FlatModel, param_groups: Sequence[dict[str, Any]]) ->
         out = flat.decayed[start:stop]
         torch.add(flat.grads[start:stop], flat.params[start:stop], alpha=decay, out=out)
     return flat.decayed
-
-
-def effective_lr(
-    lr: Sequence[float], *, epoch: float, workers: int, warmup_epochs: float, scales_lr: bool
-) -> list[float]:
-    """The user's rates as the cluster applies them: warmed up and, for SSGD, scaled with the number of workers."""
-    factor = warmup_factor(epoch, workers, warmup_epochs) * (workers if scales_lr else 1)
-    return [rate * factor for rate in lr]

@@ -1,6 +1,11 @@
-"""The warm-up of the learning rate, as a pure function of progress."""
+"""The learning rate that the cluster applies: the script's or the config's own, warmed up and scaled.
+
+A config's own rate steps down at its milestones (``Config.lr_at``); a script's is whatever its optimizer holds.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 def warmup_factor(epoch: float, workers: int, warmup_epochs: float) -> float:
@@ -19,3 +24,11 @@ def warmup_factor(epoch: float, workers: int, warmup_epochs: float) -> float:
         return 1.0
     start = 1.0 / workers
     return start + (1.0 - start) * min(1.0, epoch / warmup_epochs)
+
+
+def effective_lr(
+    lr: Sequence[float], *, epoch: float, workers: int, warmup_epochs: float, scales_lr: bool
+) -> list[float]:
+    """The user's rates as the cluster applies them: warmed up and, for SSGD, scaled with the number of workers."""
+    factor = warmup_factor(epoch, workers, warmup_epochs) * (workers if scales_lr else 1)
+    return [rate * factor for rate in lr]

@@ -28,12 +28,13 @@ from danaz.torch.data import Batching, LeaseSampler, Portion, Share, batching_of
 from danaz.torch.ending import Ending
 from danaz.torch.loop import Counted, Loop
 from danaz.torch.models import has_batch_norm
-from danaz.torch.optimizer import DistributedOptimizer, Verdict, effective_lr, weight_decays
+from danaz.torch.optimizer import DistributedOptimizer, Verdict, weight_decays
+from danaz.torch.rates import effective_lr
 from danaz.torch.schedulers import follow
 from danaz.vectors.flat import FlatModel, Spans
 from danaz.vectors.untrained import Untrained
 from danaz.worker.between import first_text
-from danaz.worker.core import Loss, Role, WorkerCore
+from danaz.worker.core import Role, WorkerCore
 from danaz.worker.group import Group, make_group
 from danaz.worker.link import DealerLink, Link
 from danaz.worker.sharded import connect
@@ -361,12 +362,13 @@ class Session:
         """See Updates."""
         return self.worker.is_edited()
 
-    def push(self, grad: Tensor, absent: Spans, lr: list[float], loss: Loss, verdict: Verdict) -> None:
+    def push(self, grad: Tensor, absent: Spans, verdict: Verdict) -> None:
         """See Updates."""
         portion = self._end_batch()
         if verdict.edited and self.worker.replicated:
             self.group.broadcast(edited_params=self.optimizer.flat.params)  # each rank may have made its own edit
-        self.worker.push(grad, self._applied_lr(lr), portion.samples, loss, portion.batch, absent)
+        lr = self._applied_lr(verdict.lr)
+        self.worker.push(grad, lr, portion.samples, verdict.loss, portion.batch, absent)
 
     def skip(self) -> None:
         """See Updates."""

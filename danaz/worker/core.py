@@ -13,6 +13,7 @@ from torch import Tensor
 from danaz.protocol.messages import (
     Bye,
     Fetch,
+    Fetched,
     Final,
     GoBack,
     Inquire,
@@ -34,14 +35,27 @@ from danaz.vectors.codecs import Compressor
 from danaz.vectors.cutting import all_finite
 from danaz.vectors.flat import Layout, Spans, parts
 from danaz.worker.staging import IN_PLACE, Staging
+from danaz.worker.states import WORKER_TRANSITIONS, WorkerEvent, WorkerState
 
 Request = Join | Push | Pull | Fetch | Leave | Report | Bye | GoBack | Inquire
 Asked = TypeVar("Asked", bound=Request)
 Loss = float | Tensor | None  # a tensor may be on its way from the device
 
 
-class ProtocolError(RuntimeError):
-    """A request in a state that does not allow it: a fault of the caller."""
+EVENT_OF: dict[type, WorkerEvent] = {
+    Join: WorkerEvent.JOIN,
+    Push: WorkerEvent.PUSH,
+    Pull: WorkerEvent.PULL,
+    Fetch: WorkerEvent.FETCH,
+    Leave: WorkerEvent.LEAVE,
+    Report: WorkerEvent.REPORT,
+    Bye: WorkerEvent.BYE,
+    Parameters: WorkerEvent.VIEW,
+    Fetched: WorkerEvent.FETCHED,
+    Final: WorkerEvent.FINAL,
+    Noted: WorkerEvent.NOTED,
+    Refusal: WorkerEvent.REFUSAL,
+}
 
 
 @dataclass(frozen=True)
@@ -80,13 +94,14 @@ class WorkerCore:
     """One worker's half of the protocol, and of its rule.
 
     A request method returns the message to send; ``complete`` waits for what of it is still on its way from the
-    device. The reply to it goes to ``receive``. In between, no other request may be made. The rule's vectors move only
-    when the server says that the push was applied.
+    device. The reply to it goes to ``receive``. ``state`` says what may come next: see ``worker/states.py``. A request
+    or a reply that does not fit the state raises IllegalTransitionError. The rule's vectors move only when the server
+    says that the push was applied.
 
     In a pipeline the view after the next is fetched ahead, while a batch is computed on the view at hand: ``pull``
     with ``ahead``, then ``push`` without ``wants_view``, which puts the fetched one in the place of the one at hand.
     That one was sent before the push; where pushes move views (``Rule.push_moves_view``), the worker computes on what
-    the view will be behind it.
+    the view will be after the push.
     """
 
     def __init__(
@@ -106,9 +121,9 @@ class WorkerCore:
         self.epoch = 0.0  # of the whole cluster, as it last heard
         self.compressor = compressor  # of pushes
         self.push_moves_view = push_moves_view
-        self._state = "new"  # -> joined -> left -> gone
+        self.state = WorkerState.NEW
+        self.unanswered: Request | None = None  # the request whose reply this worker waits for
         self._request = 0
-        self._outstanding: Request | None = None
         self._view: View | None = None  # at hand
         self.fetched: View | None = None  # ahead, while a batch is computed on the one at hand
         self._ahead = False  # whether a view that comes now is for after the one at hand
@@ -161,7 +176,7 @@ class WorkerCore:
             Join(
                 role.worker,
                 role.incarnation,
-                self._next("join", "new", "joined"),
+                self._number(WorkerEvent.JOIN),
                 role.digest,
                 role.momentum,
                 role.layout,
@@ -179,8 +194,7 @@ class WorkerCore:
 
         Parameters in ``absent`` spans stay; without a gradient, all do.
         """
-        if self._state != "joined" or self._outstanding is not None:
-            raise ProtocolError(f"worker {self.role.worker} cannot step while {self._state}, or while it waits")
+        self._move(WorkerEvent.LOCAL_STEP)
         if grad is not None:
             out = torch.empty_like(grad)
             for start, stop in self._displace(out, grad, step.lr, absent):
@@ -220,7 +234,7 @@ class WorkerCore:
         After local steps, the push tells of all of them: ``params`` f32[P] are where these have led, and the last batch
         may have no gradient. Parameters in ``absent`` spans make no step. A displacement takes ``edit`` f32[P] along.
         """
-        number = self._next("push", "joined")
+        number = self._number(WorkerEvent.PUSH)
         assert self._view is not None
         assert wants_view or self.fetched is not None, "without a view, nothing can be computed next"
         step, who = LocalStep(batch, tuple(lr), samples, loss), self.role
@@ -336,20 +350,20 @@ class WorkerCore:
 
         It tells the server of batches that were ``skipped``: they count as used, without a step.
         """
-        number = self._next("pull", "joined")
+        number = self._number(WorkerEvent.PULL)
         self._ahead = ahead
         return self._ask(Pull(self.role.worker, self.role.incarnation, number, ahead, tuple(skipped)))
 
     def fetch(self) -> Fetch:
         """Ask for what worker 0's model holds beside the parameters."""
-        return self._ask(Fetch(self.role.worker, self.role.incarnation, self._next("fetch", "joined")))
+        return self._ask(Fetch(self.role.worker, self.role.incarnation, self._number(WorkerEvent.FETCH)))
 
     def leave(self, buffers: Tensor, edit: Tensor | None = None, stop: str = "") -> Leave:
         """Leave in good order, with the batch-norm statistics f32[B], and with the last ``edit`` f32[P].
 
         ``stop`` says why the run is to end for all.
         """
-        number, done = self._next("leave", "joined"), self.done or bool(stop)
+        number, done = self._number(WorkerEvent.LEAVE), self.done or bool(stop)
         given = self.given_back()
         if edit is not None:
             given = self.staging.lift(edit) if given is None else given.add_(edit.to(given.device))
@@ -359,11 +373,11 @@ class WorkerCore:
     def report(self, figures: dict[str, float | str | None]) -> Report:
         """Send figures for summary.json. Raises OutOfRangeError if they are too many or too long."""
         check_reported(figures)
-        return self._ask(Report(self.role.worker, self.role.incarnation, self._next("report", "left"), figures))
+        return self._ask(Report(self.role.worker, self.role.incarnation, self._number(WorkerEvent.REPORT), figures))
 
     def bye(self) -> Bye:
         """End the conversation."""
-        return self._ask(Bye(self.role.worker, self.role.incarnation, self._next("bye", "left")))
+        return self._ask(Bye(self.role.worker, self.role.incarnation, self._number(WorkerEvent.BYE)))
 
     def complete(self, request: Asked) -> Asked:
         """``request`` when all of it is there: the one wait for the device in a step."""
@@ -373,48 +387,45 @@ class WorkerCore:
         loss, self._loss = self._loss.item(), None
         return replace(request, loss=loss)
 
-    def _next(self, event: str, *allowed: str) -> int:
-        if self._outstanding is not None:
-            waiting = type(self._outstanding).__name__
-            raise ProtocolError(f"worker {self.role.worker} cannot {event}: its {waiting} is not answered yet")
-        if self._state not in allowed:
-            raise ProtocolError(f"worker {self.role.worker} cannot {event} while {self._state}")
+    def _number(self, event: WorkerEvent) -> int:
+        """The number of a new request. Raises IllegalTransitionError if the worker may not make it now."""
+        WORKER_TRANSITIONS.after(self.state, event, str(self.role.worker))
         self._request += 1
         return self._request
 
     def _ask(self, request: Asked) -> Asked:
-        self._outstanding = request
+        self._move(EVENT_OF[type(request)])
+        self.unanswered = request
         return request
+
+    def _move(self, event: WorkerEvent) -> None:
+        self.state = WORKER_TRANSITIONS.after(self.state, event, str(self.role.worker))
 
     # ---- replies -------------------------------------------------------------------------------------------------
 
     def receive(self, reply: Reply) -> None:
-        """Take the reply to the outstanding request."""
-        request, self._outstanding = self._outstanding, None
-        if request is None:
-            raise ProtocolError(f"worker {self.role.worker} got a {type(reply).__name__} but asked nothing")
+        """Take the reply to the last request. Raises IllegalTransitionError for one that does not answer it."""
+        asked = self.state
+        self._move(EVENT_OF[type(reply)])
+        self.unanswered = None
         if isinstance(reply, Parameters):
-            self._state, self.epoch, self.done = "joined", reply.epoch, reply.done
+            self.epoch, self.done = reply.epoch, reply.done
             if reply.view.numel():
                 self._keep(View(reply.version, reply.life, reply.view))
             # A push whose answer was lost may have been applied before this worker was given up and joined anew.
-            applied = reply.applied if isinstance(request, Push) else reply.last_applied == self._undecided != 0
+            applied = reply.applied if asked is WorkerState.PUSHING else reply.last_applied == self._undecided != 0
             differing = [part for part in reply.parts if (part[2] == self._undecided != 0) != applied]
             self.applied = applied
             self._commit(applied, [(start, stop) for start, stop, _ in differing])
-            if isinstance(request, Push):
+            if asked is WorkerState.PUSHING:
                 self._in_doubt = not applied
                 self._heed(reply)
         elif isinstance(reply, Refusal):
             self._in_doubt = True
-            if self._state == "new" and reply.newest >= self.role.incarnation:
+            if asked is WorkerState.JOINING and reply.newest >= self.role.incarnation:
                 # The clock that this process has its number from is slow. (One that was in the run, and was replaced,
                 # does not come back.)
                 self.role = replace(self.role, incarnation=reply.newest + 1)
-        elif isinstance(reply, Final):
-            self._state = "left"
-        elif isinstance(reply, Noted) and isinstance(request, Bye):
-            self._state = "gone"
 
     def _heed(self, reply: Parameters) -> None:
         """Start afresh when pushes were refused for their values again and again.

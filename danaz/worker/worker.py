@@ -58,7 +58,7 @@ class Metrics:
     exchanging_s: float = 0.0
 
 
-class Batches:
+class LeasedBatches:
     """The batches leased to this worker: which are waiting, which are begun."""
 
     def __init__(self) -> None:
@@ -112,7 +112,7 @@ class Worker:
     ):
         self.group = group
         self.flat = flat
-        self.batches = Batches()
+        self.batches = LeasedBatches()
         self.metrics = Metrics()
         self.done = False
         self.sync_period = 1
@@ -124,7 +124,7 @@ class Worker:
         self._link = link
         self.pipeline = Pipeline(self._exchange) if pipelined and core is not None else None
         self.replicated = replicated or group.size == 1
-        # What all ranks must hear travels behind the view, so that one broadcast brings both.
+        # What all ranks must hear travels after the view, so that one broadcast brings both.
         news_floats = 2 * (NEWS + ahead)  # two to an f64
         self._whole = flat.make_room(0 if self.replicated else news_floats + flat.layout.size % 2)
         self._news: Tensor | None = None if self.replicated else self._whole[-news_floats:].view(torch.float64)

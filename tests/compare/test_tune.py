@@ -11,7 +11,7 @@ from torch import nn
 from danaz.compare.tune import Tuning, tune
 from danaz.report.heat_map import print_tuning, write_tuning
 from danaz.run.config import load_config
-from danaz.workloads.training import make_sgd
+from danaz.workloads.train import make_sgd
 
 QUADRATIC = Path(__file__).parents[2] / "configs" / "quadratic.yaml"
 

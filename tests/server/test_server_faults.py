@@ -19,6 +19,7 @@ from mortal import WORKERS, MortalCluster
 from stimuli import SIZE
 
 from danaz.protocol.messages import Heartbeat
+from danaz.worker.states import WorkerState
 
 ALGORITHMS = ["dana-zero", "dana", "asgd", "ssgd", "dana-ga"]
 
@@ -51,7 +52,7 @@ class ServerUnderFaults(MortalCluster, RuleBasedStateMachine):
     def repeats(self, worker):
         """It got no answer in time."""
         core = self.workers.get(worker)
-        if core is not None and core._outstanding is not None:
+        if core is not None and core.unanswered is not None:
             self.to_server(worker, self.sent[worker][-1])
 
     @rule(worker=which, age=st.integers(0, 9))
@@ -73,13 +74,13 @@ class ServerUnderFaults(MortalCluster, RuleBasedStateMachine):
     @rule(worker=which)
     def crashes_and_starts_anew(self, worker):
         core = self.workers.get(worker)
-        if core is None or core._state != "left":
+        if core is None or core.state is not WorkerState.LEFT:
             self.start(worker)
 
     @rule(worker=which, lost=st.booleans())
     def leaves_early(self, worker, lost):
         core = self.workers.get(worker)
-        if core is not None and core._outstanding is None and core._state == "joined":
+        if core is not None and core.state is WorkerState.JOINED:
             self.ask(worker, core.leave(torch.full((2,), float(worker))), lost)
 
     @rule(silent=st.sets(which))
@@ -150,7 +151,8 @@ class ServerUnderFaults(MortalCluster, RuleBasedStateMachine):
         """Exactly once, seen from both ends: else dana's velocities and its server drift apart."""
         for worker, core in self.workers.items():
             member = self.core.members.get(worker)
-            knows_of_restart = core._state == "joined" and core._view.life == self.core.life
+            is_in = core._view is not None and core.state is not WorkerState.LEFT
+            knows_of_restart = is_in and core._view.life == self.core.life
             if member and knows_of_restart and member.incarnation == core.role.incarnation and not self.core.recovery:
                 process = worker, member.incarnation
                 journal = {push for pushes in self.pushes for push in pushes if push[:2] == process}

@@ -14,6 +14,7 @@ from danaz.protocol.refusals import OUTLIER
 from danaz.server.core import ServerCore
 from danaz.server.health import ENOUGH_PUSHES, Health
 from danaz.server.snapshot import CoreState
+from danaz.worker.states import WorkerState
 
 REPORTED = {"not_finite": 0, "outliers": 1, "refused_pushes": 0, "dropped_batches": 0, "dropped_samples": 0}
 
@@ -197,7 +198,7 @@ class TestGoingOn:
         assert not cluster.server.finished
         for worker in (0, 1):
             core = cluster.workers[worker]
-            core._state = "joined"  # it never heard of the end
+            core.state = WorkerState.JOINED  # it never heard of the end
             cluster.come_back(worker)
         for worker in (0, 1):
             cluster.leave(worker)

@@ -20,6 +20,7 @@ from danaz.server.concluded import Concluded
 from danaz.server.core import ServerCore
 from danaz.worker import link as link_module
 from danaz.worker.link import DealerLink, Link
+from danaz.worker.states import WorkerState
 from danaz.worker.worker import RefusedError, Worker
 
 FUTURE = 1 << 45  # milliseconds: a clock that is centuries ahead
@@ -67,7 +68,7 @@ class TestAClockThatIsSlow:
         cluster.join(1, incarnation=FUTURE)
         newer = cluster.workers[1]
         cluster.workers[1] = replaced
-        replaced._outstanding = None
+        replaced.state = WorkerState.JOINED
         refusal = cluster.say(1, replaced.join())
         assert isinstance(refusal, Refusal)
         assert refusal.newest == FUTURE

@@ -19,7 +19,7 @@ from danaz.simulate.step import WARM_UP, EagerStep, GraphedStep, Work, make_step
 from danaz.torch.data import Batching
 from danaz.vectors.flat import FlatModel
 from danaz.workloads import build
-from danaz.workloads.training import place
+from danaz.workloads.computing import place
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
 CPU = torch.device("cpu")

@@ -131,7 +131,7 @@ class Cluster:
     def come_back(self, worker: int) -> None:
         """A worker that was given up says something, is refused, and joins again as the one it was."""
         core = self.workers[worker]
-        request = core._outstanding or core.pull()
+        request = core.unanswered or core.pull()
         refusal = self.say(worker, request)
         if not isinstance(request, Join):
             assert isinstance(refusal, Refusal)

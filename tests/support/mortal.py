@@ -9,11 +9,12 @@ import torch
 from cluster import DIGEST, TIMEOUT_S
 from stimuli import LAYOUT, SIZE
 
-from danaz.protocol.messages import Final, Join, Leave, Parameters, Plan, Push, Refusal, Reply, Request
+from danaz.protocol.messages import Final, Leave, Parameters, Plan, Push, Refusal, Reply, Request
 from danaz.server.core import ServerCore
 from danaz.server.settings import ServerSettings
 from danaz.server.snapshot import CoreState
 from danaz.worker.core import Role, WorkerCore
+from danaz.worker.states import WorkerState
 
 WORKERS = 3
 WAITS_FOR_OTHERS = {"ssgd"}  # and cannot be pipelined
@@ -128,9 +129,9 @@ class MortalCluster:
         inbox = self.inbox[worker, self.incarnation[worker]]
         while inbox:
             reply = inbox.pop(0)
-            if core._outstanding is None or reply.request != core._outstanding.request:
+            if core.unanswered is None or reply.request != core.unanswered.request:
                 continue
-            asked, undecided = core._outstanding, core._undecided
+            before, undecided = core.state, core._undecided
             core.receive(reply)
             if isinstance(reply, Parameters):
                 self.last[worker] = reply
@@ -140,14 +141,14 @@ class MortalCluster:
                     self.applied[worker].add((worker, core.role.incarnation, undecided))
             elif isinstance(reply, Final):
                 self.finals += [reply] * (worker in self.leaving)
-            elif isinstance(reply, Refusal) and not isinstance(asked, Join):
+            elif isinstance(reply, Refusal) and before not in (WorkerState.JOINING, WorkerState.REJOINING):
                 assert reply.rejoin, reply.reason
-                assert core._state == "joined", "nobody who has left is sent away"
+                assert core.state is WorkerState.JOINED, "nobody who has left is sent away"
                 self.ask(worker, core.join(), lost=False)
 
     def step(self, worker, grad, lr, lost):
         core, view = self.workers[worker], self.last.get(worker)
-        if core._outstanding is not None or core._state != "joined" or view is None:
+        if core.state is not WorkerState.JOINED or view is None:
             return
         if view.done:
             self.leaving[worker] = core.leave(torch.full((2,), float(worker)))
@@ -164,10 +165,10 @@ class MortalCluster:
     def recover(self, worker):
         """Without faults: it asks again what nobody answered, reads, and goes on, to the last word."""
         core = self.workers[worker]
-        if core._outstanding is not None:
+        if core.unanswered is not None:
             self.to_server(worker, self.sent[worker][-1])
         self.take(worker)
-        if core._outstanding is None and core._state == "left":
+        if core.state is WorkerState.LEFT:
             self.ask(worker, core.bye(), lost=False)
             self.take(worker)
         else:

@@ -33,7 +33,8 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, MultiStepLR
 from torch.utils.data import DataLoader
 
 from danaz.torch.data import Batching
-from danaz.torch.optimizer import DistributedOptimizer, UnsupportedOptimizerError, effective_lr, kept_loss
+from danaz.torch.optimizer import DistributedOptimizer, UnsupportedOptimizerError, kept_loss
+from danaz.torch.rates import effective_lr
 from danaz.torch.session import NotInitializedError
 from danaz.worker.group import SoloGroup
 

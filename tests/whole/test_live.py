@@ -24,8 +24,8 @@ from danaz.serving.serve import replay_run
 from danaz.torch.data import Batching
 from danaz.workloads import build
 from danaz.workloads.digits import DigitsNet
+from danaz.workloads.evaluate import evaluate
 from danaz.workloads.quadratic import DIMENSION
-from danaz.workloads.training import evaluate
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -23,7 +23,7 @@ from danaz.server.settings import ServerSettings
 from danaz.torch.optimizer import DistributedOptimizer, Verdict
 from danaz.vectors.codecs import Compressor, push_codec
 from danaz.vectors.flat import SLICE_FLOATS, FlatModel, Spans, chunks
-from danaz.worker.core import Loss, Request, Role, WorkerCore
+from danaz.worker.core import Request, Role, WorkerCore
 from danaz.worker.group import SoloGroup
 from danaz.worker.link import DealerLink
 from danaz.worker.sharded import connect
@@ -216,8 +216,8 @@ class Live:
     def is_edited(self) -> bool:
         return self.worker.is_edited()
 
-    def push(self, grad: Tensor, absent: Spans, lr: list[float], loss: Loss, verdict: Verdict) -> None:
-        self.worker.push(grad, lr, 1, loss, self.worker.batches.begin(), absent)
+    def push(self, grad: Tensor, absent: Spans, verdict: Verdict) -> None:
+        self.worker.push(grad, verdict.lr, 1, verdict.loss, self.worker.batches.begin(), absent)
 
     def skip(self) -> None:
         raise AssertionError("every batch makes a step")

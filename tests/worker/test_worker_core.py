@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from danaz.protocol.messages import Bye, Final, Join, Noted, Parameters, Plan, Pull, Refusal
+from danaz.protocol.transitions import IllegalTransitionError
 from danaz.rules import find_algorithm
 from danaz.vectors.codecs import Compressor, push_codec
-from danaz.worker.core import Backoff, LocalStep, ProtocolError, Role, WorkerCore, answers
+from danaz.worker.core import Backoff, LocalStep, Role, WorkerCore, answers
 
 SIZE = 3
 ROLE = Role(2, 4, DIGEST, 0.9, layout_of(SIZE, buffers=1), Plan(10, 1), ahead=2)
@@ -71,7 +72,9 @@ class TestRequests:
     @pytest.mark.parametrize("event", ["push", "pull", "leave", "report", "bye"])
     def test_nothing_before_joining(self, event):
         core = worker()
-        with pytest.raises(ProtocolError, match=f"worker 2 cannot {event} while new"):
+        with pytest.raises(
+            IllegalTransitionError, match=f"worker 2: the event '{event}' is not allowed in the state 'new'"
+        ):
             ask(core, event)
 
     @pytest.mark.parametrize("event", ["join", "push", "pull", "leave"])
@@ -79,23 +82,23 @@ class TestRequests:
         core = joined()
         core.leave(NO_BUFFERS)
         core.receive(Final(2, 1, False, ones(), NO_BUFFERS))
-        with pytest.raises(ProtocolError, match=f"cannot {event} while left"):
+        with pytest.raises(IllegalTransitionError, match=f"worker 2: the event '{event}' .* the state 'left'"):
             ask(core, event)
 
     @pytest.mark.parametrize("event", ["report", "bye"])
     def test_no_goodbye_before_leaving(self, event):
-        with pytest.raises(ProtocolError, match=f"cannot {event} while joined"):
+        with pytest.raises(IllegalTransitionError, match=f"worker 2: the event '{event}' .* the state 'joined'"):
             ask(joined(), event)
 
     @pytest.mark.parametrize("event", ["join", "push", "pull", "leave"])
     def test_one_at_a_time(self, event):
         core = joined()
         core.pull()
-        with pytest.raises(ProtocolError, match="its Pull is not answered yet"):
+        with pytest.raises(IllegalTransitionError, match=f"worker 2: the event '{event}' .* the state 'pulling'"):
             ask(core, event)
 
     def test_an_answer_that_nobody_asked_for(self):
-        with pytest.raises(ProtocolError, match="asked nothing"):
+        with pytest.raises(IllegalTransitionError, match=r"worker 2: the event 'view' .* the state 'joined'"):
             joined().receive(view(1))
 
     def test_after_a_refusal_it_may_join_again(self):
@@ -289,7 +292,7 @@ class TestLocalSteps:
     def test_none_while_an_answer_is_awaited(self):
         core = joined("dana", sync_period=3)
         core.pull()
-        with pytest.raises(ProtocolError, match="cannot step"):
+        with pytest.raises(IllegalTransitionError, match="worker 2: the event 'local step'"):
             self.walk(core, 1.0)
 
 

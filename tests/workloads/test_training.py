@@ -11,7 +11,7 @@ from torch import nn
 from danaz.run.config import load_config
 from danaz.simulate.simulator import simulate
 from danaz.workloads import build
-from danaz.workloads.training import batch_loss, place
+from danaz.workloads.computing import batch_loss, place
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
 CPU = torch.device("cpu")

@@ -1,0 +1,52 @@
+"""How good a trained model is: its loss and its share of right answers over a data set."""
+
+from __future__ import annotations
+
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from danaz.run.config import Config
+from danaz.workloads.base import Workload, collate
+from danaz.workloads.computing import precision
+
+EVALUATION_BATCH = 500  # samples
+TRAIN_LOSS_SAMPLES = 2048  # of the training set, for final_train_loss
+
+
+@torch.no_grad()
+def final_figures(
+    model: nn.Module, workload: Workload, config: Config, device: torch.device
+) -> dict[str, float | str | None]:
+    """The figures of summary.json that only a model in hand can give: measured at θ."""
+    model.eval()
+    samples = len(workload.train)  # type: ignore[arg-type]
+    train = Subset(workload.train, range(min(TRAIN_LOSS_SAMPLES, samples)))
+    loss, _ = evaluate(model, workload, train, config, device)
+    error = None
+    if workload.test is not None and workload.classes is not None:
+        _, correct = evaluate(model, workload, workload.test, config, device)
+        error = 100 * (1 - correct)
+    model.train()
+    return {"final_train_loss": loss if isfinite(loss) else None, "test_error_percent": error}
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, workload: Workload, data: Dataset[Any], config: Config, device: torch.device
+) -> tuple[float, float]:
+    """Mean loss, and share of right answers (0 where there are no classes), over a data set."""
+    samples = right = 0
+    total = 0.0
+    for x, y in DataLoader(data, batch_size=EVALUATION_BATCH, collate_fn=collate):
+        x, y = x.to(device), y.to(device)
+        with precision(config, device):
+            output = model(x)
+            total += workload.loss(output, y).item() * len(x)
+        if workload.classes is not None:
+            right += int((output.argmax(1) == y).sum())
+        samples += len(x)
+    return total / samples, right / samples

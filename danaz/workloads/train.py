@@ -1,0 +1,58 @@
+"""The loop that configs run: a script like any user's, built from a config instead of code."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+import danaz.torch as danaz
+from danaz.files.seeds import derived
+from danaz.run.config import Config
+from danaz.workloads import build, collate
+from danaz.workloads.computing import batch_loss, choose_device, place
+from danaz.workloads.evaluate import final_figures
+
+
+def train(config: Config) -> None:
+    """Train what ``config`` says, as the rank that this process was launched as."""
+    danaz.init(digest=config.digest())
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    workload, device = build(config), choose_device(config, danaz.device())
+    model = place(workload.model, config, device)
+    # Each rank augments its samples with random numbers of its own.
+    torch.manual_seed(derived(config.seed, danaz.worker_id(), danaz.rank()))
+    optimizer = danaz.DistributedOptimizer(make_sgd(model, config), model)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: config.lr_at(epoch) / config.lr)
+    loader = DataLoader(
+        workload.train,
+        batch_size=config.batch_size,
+        shuffle=True,
+        num_workers=config.num_workers,
+        collate_fn=collate,
+    )
+    model.train()
+    for epoch in danaz.epochs(config.epochs):
+        for x, y in danaz.shard(loader, epoch):
+            optimizer.zero_grad()
+            loss = batch_loss(model, workload, x, y, config, device)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step(loss=loss)
+        with warnings.catch_warnings():
+            # Other workers may be so fast that this one gets no batch in an epoch, and so no step before this one.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
+            scheduler.step()
+    if danaz.is_main():
+        danaz.report(**final_figures(model, workload, config, device))
+
+
+def make_sgd(model: nn.Module, config: Config) -> torch.optim.SGD:
+    """The optimizer that a config describes, as a user would tune it on one worker."""
+    sgd = torch.optim.SGD(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    for group in sgd.param_groups:
+        # Set here because torch's constructor refuses the negative momentum that asynchrony can ask for.
+        group.update(momentum=config.momentum, nesterov=True)
+    return sgd
