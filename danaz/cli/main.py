@@ -103,7 +103,7 @@ def work(
         from danaz.cli.join import join_run
 
         raise typer.Exit(join_run(join, key, slots, out))
-    from danaz.run.config import Config
+    from danaz.run.config import Config, ConfigError
     from danaz.workloads.train import train
 
     if "DANAZ_CONFIG" not in os.environ:
@@ -112,7 +112,10 @@ def work(
         config = Config.model_validate_json(os.environ["DANAZ_CONFIG"])
     except ValueError as error:
         fail(f"DANAZ_CONFIG, which `danaz launch` sets, is no config: {error}")
-    train(config)
+    try:
+        train(config)
+    except ConfigError as error:  # its data or model, which only a rank makes
+        fail(error)
 
 
 @app.command()

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from danaz.protocol import messages
 from danaz.protocol.messages import Streamed
-from danaz.vectors.codecs import FP32, Codec, CodecError, Encoded, UnknownCodecError, push_codec
+from danaz.vectors.codecs import FP32, Codec, CodecError, Encoded, UnknownCodecError, bytes_of, push_codec
 from danaz.vectors.cutting import announced, is_announced
 from danaz.vectors.flat import MAX_FLOATS, SLICE_FLOATS, Layout, chunks
 
@@ -54,7 +54,7 @@ def encode(message: messages.Message) -> list[Frame]:
     Vectors that are announced stay so. Raises ValueError for a header that is too large to travel.
     """
     vectors = _vectors(message)
-    frames = [] if any(map(is_announced, vectors.values())) else [_bytes_of(vector) for vector in vectors.values()]
+    frames = [] if any(map(is_announced, vectors.values())) else [_checked_bytes(vector) for vector in vectors.values()]
     return [*_head(message, vectors), *frames]
 
 
@@ -86,7 +86,7 @@ def _encoded(message: messages.Message | Streamed, vectors: dict[str, Tensor]) -
         return message.codec.name, map(message.codec.encode, message.slices)
     if isinstance(message, messages.Push) and message.encoded is not None:
         return message.encoded.codec, iter(message.encoded.chunks)
-    return FP32.name, (_bytes_of(piece) for vector in vectors.values() for piece in _slices(vector))
+    return FP32.name, (_checked_bytes(piece) for vector in vectors.values() for piece in _slices(vector))
 
 
 def _slices(vector: Tensor) -> Iterator[Tensor]:
@@ -122,10 +122,10 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _bytes_of(tensor: Tensor) -> Frame:
+def _checked_bytes(tensor: Tensor) -> Frame:
     if tensor.dtype != torch.float32 or tensor.dim() != 1:
         raise TypeError(f"only flat float32 vectors travel, not {tensor.dtype} of shape {tuple(tensor.shape)}")
-    return tensor.detach().contiguous().numpy().data.cast("B") if tensor.numel() else b""
+    return bytes_of(tensor.detach().contiguous())
 
 
 def decode(frames: Sequence[Frame], expect: type | types.UnionType = messages.Message) -> Any:

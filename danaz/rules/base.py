@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from danaz.files.user_module import import_user_module
+from danaz.files.user_module import UserModuleError, import_user_name
 
 Vectors = Mapping[str, Tensor]  # name -> f32[n], all slices of the same range
 Pushes = Literal["gradient", "displacement", "parameters"]  # a displacement is added to the server's as it is
@@ -144,7 +144,9 @@ class Algorithm:
     def rule(self, *, sync_period: int | None = None, **hyperparameters: Any) -> Rule:
         """Build the rule from those of the given hyper-parameters that it has (ASGD has no momentum, say).
 
-        Raises UnsupportedPeriodError for a ``sync_period`` above 1 where a rule must see every gradient.
+        Raises:
+            UnsupportedPeriodError: ``sync_period`` is above 1, and the rule must see every gradient.
+            UserModuleError: what the user's own factory returns is no Rule.
         """
         given = {k: v for k, v in hyperparameters.items() if k in self.hyperparameters}
         if sync_period is not None and "sync_period" in self.hyperparameters:
@@ -154,7 +156,10 @@ class Algorithm:
                 f"{self.name} cannot push every {sync_period} mini-batches: its server must see each gradient. "
                 "Use sync_period 1, or an algorithm that steps on the worker, such as dana, asgd or easgd."
             )
-        return self.build(**given)
+        rule = self.build(**given)
+        if not isinstance(rule, Rule):
+            raise UserModuleError(f"{self.name!r} returned {type(rule).__name__}, expected a danaz.rules.Rule")
+        return rule
 
     def check(self, hyperparameters: Mapping[str, Any]) -> None:
         """Raises HyperparameterError for a name that this algorithm lacks or a value of another kind."""
@@ -200,23 +205,16 @@ def algorithm(name: str, *, paper: str) -> Callable[[Callable[..., Rule]], Calla
 
 
 def find_algorithm(name: str) -> Algorithm:
-    """Look an algorithm up by name, or import one of the user's own, ``package.module:factory``, also from the current
-    folder.
+    """Look an algorithm up by name, or import one of the user's own: ``package.module:factory``.
 
-    Raises UnknownAlgorithmError, with the nearest name.
+    Raises:
+        UnknownAlgorithmError: there is none of this name; the message proposes the nearest one.
+        UserModuleError: the user's own cannot be imported.
     """
     if name in ALGORITHMS:
         return ALGORITHMS[name]
     if ":" in name:
-        return _imported(name)
+        return Algorithm(name, paper="", build=import_user_name(name, f"algorithm {name!r}"))
     nearest = get_close_matches(name, ALGORITHMS, n=1)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
     raise UnknownAlgorithmError(f"unknown algorithm {name!r}.{hint} There are: {', '.join(sorted(ALGORITHMS))}.")
-
-
-def _imported(path: str) -> Algorithm:
-    module, _, factory = path.partition(":")
-    try:
-        return Algorithm(path, paper="", build=getattr(import_user_module(module), factory))
-    except (ImportError, AttributeError) as error:
-        raise UnknownAlgorithmError(f"algorithm {path!r} cannot be imported: {error}") from error

@@ -36,25 +36,25 @@ Restore = Callable[[CoreState | None, float], None]  # of a core, at this time; 
 
 
 class Checkpoints:
-    """Those of one core. They are written by a thread: training waits for the copy of the vectors only."""
+    """The checkpoints of one core. A thread writes them: training waits only while the vectors are copied."""
 
     def __init__(self, run: Path, core: ServerCore):
         self._folder = folder_of(run, core.settings.shard)
         self._core = core
-        self.number = newest_number(self._folder)  # that one has had, of any shard: no other will have it again
+        self.number = newest_number(self._folder)  # the largest that any shard has used: it is never used again
         self._core.kept = tuple(complete_numbers(self._folder))
-        self._common: tuple[int, ...] = ()  # the newest that all shards have, as this one has heard
-        self._figures: dict[str, int] = {}  # of the newest
+        self._common: tuple[int, ...] = ()  # the newest checkpoints that all shards have, as workers have said
+        self._figures: dict[str, int] = {}  # what restarts have cost, as the newest checkpoint says
         self._thread = Thread()
-        self._state: CoreState | None = None  # the last one that was written
-        self._in_trouble = False  # it could not be
+        self._state: CoreState | None = None  # what was written last
+        self._in_trouble = False  # whether the last checkpoint could not be written
 
     @property
     def busy(self) -> bool:
         return self._thread.is_alive()
 
     def begin(self) -> ServerCore:
-        """A run begins. What an earlier one left here, several shards would take for a generation of theirs."""
+        """Begin a run. Several shards would take an earlier run's checkpoints for their own, so these are deleted."""
         if self._core.settings.shards > 1:
             self.delete()
             self.number, self._core.kept = 0, ()
@@ -63,7 +63,10 @@ class Checkpoints:
     # ---- going back ----------------------------------------------------------------------------------------------
 
     def resume(self, restore: Restore) -> ServerCore | Offering:
-        """Go on from the newest; one of several shards, as soon as it is told from which. Raises ResumeError."""
+        """Go on from the newest checkpoint. One of several shards first waits until a worker names the checkpoint.
+
+        Raises ResumeError.
+        """
         if self._core.settings.shards > 1:
             offering = Offering(self._core, offer := self._offer(), lambda *choice: self._go_back(restore, *choice))
             if offer.done and self._core.settings.shard == 0:
@@ -76,27 +79,27 @@ class Checkpoints:
             return self._core
         state, damaged = found
         for each in damaged:
-            say(f"{each}; the one before it is taken")
+            log(f"{each}; the one before it is taken")
         restore(state, time.monotonic())
         return self._core
 
     def _begin_afresh(self, restore: Restore, now: float) -> None:
-        say(f"no checkpoint in {self._folder}: training begins afresh")
+        log(f"no checkpoint in {self._folder}: training begins afresh")
         self._core.kept = ()
         restore(None, now)
 
     def _offer(self) -> Offer:
-        """What is sound; and the beginning, unless training has gone on so far that it is kept no more."""
+        """The sound checkpoints; and 0, the beginning, if a shard may still have to go back there."""
         sound: dict[int, CoreState] = {}
         numbers = complete_numbers(self._folder)
         for number in numbers:
             try:
                 sound[number] = CoreState(read_facts(self._folder, number), {})
             except DamagedError as error:
-                say(str(error))
+                log(str(error))
         newest = sound[max(sound)] if sound else None
         if newest is not None:
-            # What restarts have cost is not forgotten by going back to before them.
+            # Going back to an earlier checkpoint does not forget what restarts have cost.
             figures = newest.facts["figures"]
             self._figures = {name: figures[name] for name in ("restarts", "lost_updates")}
         is_beginning = not numbers or any(state.version == 0 for state in sound.values())
@@ -121,24 +124,26 @@ class Checkpoints:
     # ---- writing -------------------------------------------------------------------------------------------------
 
     def hear(self, common: tuple[int, ...]) -> None:
-        """What all shards have, as a worker says; believed of what this one has, for it may err, or lie."""
+        """A worker names the checkpoints that all shards have. Only those that this shard has are believed."""
         if common and max(common) > max(self._common, default=0) and {*common} <= {*self._core.kept}:
             self._common = common
 
     @property
-    def rarity(self) -> int:
-        """How many times longer than else to wait for the next one: twice for each of many that not all shards have.
+    def backoff_factor(self) -> int:
+        """How many times longer than usual to wait before the next checkpoint.
 
-        Workers that are slow to carry word of them, or a shard with a full disk, would make the others keep too many.
+        The factor doubles with each checkpoint, beyond the first few, that not all shards are known to have.
+
+        Otherwise slow workers, which carry the news, or one shard with a full disk would make the others keep too many.
         """
         pending = [number for number in self._core.kept if number > max(self._common, default=0)]
         return 1 if self._core.settings.shards == 1 else 1 << max(0, len(pending) - KEPT)
 
     def write(self, number: int) -> None:
-        """Begin to write the state that the core is in, as soon as the one before is written."""
+        """Begin to write the core's present state, after the checkpoint before it is written."""
         self.wait()
         if not self._core.master.is_finite:
-            say("the parameters are not finite, and no checkpoint is written of them; the one before stays")
+            log("the parameters are not finite, and no checkpoint is written of them; the one before stays")
             return
         self._core.generation = self.number = number
         self._state = self._core.state(reuse=self._state)
@@ -146,17 +151,17 @@ class Checkpoints:
         self._thread.start()
 
     def wait(self) -> None:
-        """Until the last one is written."""
+        """Wait until the last checkpoint is written."""
         if self._thread.is_alive():
             self._thread.join()
 
     def delete(self) -> None:
-        """Nobody is to go back to them any more, but a person to those from before training diverged."""
+        """Delete all checkpoints: the run is complete. Those from before training diverged stay for people."""
         self.wait()
         delete_checkpoints(self._folder, but=self._core.sound)
 
     def count_restart(self, restarts: int = 1, lost_updates: int = 0) -> None:
-        """Let the core know what restarts have cost, those included that came to no checkpoint."""
+        """Tell the core what restarts have cost, also those after which no checkpoint was written."""
         counted, lost = read_restarts(self._folder)
         counted, lost = counted + restarts, lost + lost_updates
         figures = self._core.figures
@@ -164,7 +169,7 @@ class Checkpoints:
         try:
             write_restarts(self._folder, figures.restarts, lost)
         except OSError as error:
-            say(f"this restart could not be counted: {error}. Training goes on")
+            log(f"this restart could not be counted: {error}. Training goes on")
 
     def _write(self, number: int, state: CoreState) -> None:
         kept = [*self._core.kept, number]
@@ -174,14 +179,14 @@ class Checkpoints:
             write_checkpoint(self._folder, number, state, keep)
         except OSError as error:
             if not self._in_trouble:
-                say(
+                log(
                     f"checkpoint {number} could not be written: {error.strerror}. Training goes on, and the checkpoint "
                     "before it stays; those to come are tried without further words"
                 )
             self._in_trouble = True
         else:
             if self._in_trouble:
-                say(f"checkpoints can be written again: {number} is")
+                log(f"checkpoints can be written again: {number} is")
             self._in_trouble = False
             self._core.kept = tuple(keep)
 
@@ -198,7 +203,7 @@ class Keeper:
             settings,
             self._update,
             on_milestone=lambda core: self._milestone(),
-            on_notice=say,
+            on_notice=log,
             on_carried=self._hear,
             on_report=self._keep_reported,
         )
@@ -220,9 +225,9 @@ class Keeper:
         return self._checkpoints.resume(self._restore)
 
     def finish(self) -> None:
-        """The server ends: of a run that is complete nothing is kept but the folder, any other can be resumed.
+        """Write the results. The checkpoints of a complete run are deleted; any other run can be resumed.
 
-        So can one whose results could not be written. Raises UnwrittenError.
+        A run whose results could not be written can be resumed, too. Raises UnwrittenError.
         """
         if self._is_undecided:
             return
@@ -259,7 +264,7 @@ class Keeper:
         try:
             self._folder.keep_reported(reported)
         except OSError as error:
-            say(f"reported figures could not be written yet: {error}. They are kept in memory for summary.json")
+            log(f"reported figures could not be written yet: {error}. They are kept in memory for summary.json")
 
     def _milestone(self) -> None:
         if self._journal_life != self.core.life:
@@ -271,19 +276,19 @@ class Keeper:
 
     def _begin_to_write(self) -> None:
         self._checkpoints.write(self._checkpoints.number + 1)
-        self._due_at = time.monotonic() + self._every_s * self._checkpoints.rarity
+        self._due_at = time.monotonic() + self._every_s * self._checkpoints.backoff_factor
 
 
 class SliceKeeper:
-    """Makes the core of a shard other than 0, which keeps a checkpoint for each of shard 0's, and one of its end.
+    """Makes the core of a shard other than 0. It writes a checkpoint for each of shard 0's, and one at its end.
 
-    Workers bring word of shard 0's, which holds all that its sender had heard: what a worker does behind that one is
-    to be behind the one here, too.
+    Workers tell it of shard 0's checkpoints. What a worker does after shard 0's checkpoint must come after this shard's
+    checkpoint of that number, too.
     """
 
     def __init__(self, run: Path, settings: ServerSettings):
         self.core = ServerCore(
-            settings, on_milestone=lambda core: self._milestone(), on_notice=say, on_carried=self._hear
+            settings, on_milestone=lambda core: self._milestone(), on_notice=log, on_carried=self._hear
         )
         self._checkpoints = Checkpoints(run, self.core)
         self._keeps = settings.checkpoint_s > 0
@@ -297,7 +302,7 @@ class SliceKeeper:
         return self._checkpoints.resume(self._restore)
 
     def finish(self) -> None:
-        """The process ends. What was merely interrupted can be resumed."""
+        """The process ends. A run that was interrupted can be resumed."""
         self._checkpoints.wait()
         if self.core.finished:
             self._checkpoints.delete()
@@ -316,7 +321,7 @@ class SliceKeeper:
 
     @property
     def _largest(self) -> int:
-        """The number that shard 0 can have come to since it was heard of, an update or two of each worker ago."""
+        """The largest number that shard 0 can have reached since a worker last named one, an update or two ago."""
         return self._checkpoints.number + AT_ONCE * (1 + len(self.core.members))
 
     def _milestone(self) -> None:
@@ -326,6 +331,6 @@ class SliceKeeper:
             self._checkpoints.wait()
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """Tell whoever watches the run."""
     print(f"danaz server: {text}", file=sys.stderr, flush=True)

@@ -22,12 +22,12 @@ UNTIL_RESTART = "recording.until-restart.bin"  # a replay begins at the beginnin
 def serve(bound: BoundRouter, settings: Settings, run: Path, record: bool, resume: bool = False) -> None:
     """Serve one run on a bound ROUTER, write its folder, and return when it is over or on SIGTERM.
 
-    With ``resume``, go on from the newest sound checkpoint in the folder; one of several shards, from the one that a
-    worker names. Of a run that is complete, only see off the workers that do not know it yet. Raises ResumeError,
+    With ``resume``, go on from the newest sound checkpoint in the folder; with several shards, a worker chooses which
+    checkpoint to restore. If the run is complete, only tell the workers that do not know it yet. Raises ResumeError,
     UnwrittenError, UnreadableError.
     """
     from danaz.run.folder import RunFolder
-    from danaz.serving.keeper import Keeper, say
+    from danaz.serving.keeper import Keeper, log
     from danaz.serving.pace import telling
     from danaz.serving.recording import Recorder
     from danaz.serving.router import Router
@@ -35,14 +35,14 @@ def serve(bound: BoundRouter, settings: Settings, run: Path, record: bool, resum
     stopping = note_ending_signals()
     if resume and _see_off(bound, run, stopping):
         return
-    keeper = Keeper(RunFolder(run, settings.facts(), say), _settings_here(settings))
+    keeper = Keeper(RunFolder(run, settings.facts(), log), _settings_here(settings))
     keeper.core.on_update = announcing(telling(keeper.core, keeper.core.on_update))
     served = keeper.resume() if resume else keeper.begin()
     if keeper.core.started and (run / RECORDING).exists():
         (run / RECORDING).rename(run / UNTIL_RESTART)
-        say(f"the recording ends here, as {UNTIL_RESTART}: a run that was restarted cannot be replayed")
+        log(f"the recording ends here, as {UNTIL_RESTART}: a run that was restarted cannot be replayed")
         record = False
-    recorder = Recorder(run / RECORDING, settings.to_json(), say) if record else None
+    recorder = Recorder(run / RECORDING, settings.to_json(), log) if record else None
     Router(bound).serve(served, recorder, stopping)
     if recorder:
         recorder.close()
@@ -78,13 +78,13 @@ def _see_off(bound: BoundRouter, run: Path, stopping: Callable[[], bool]) -> boo
     from danaz.run.folder import read_summary
     from danaz.server.concluded import Concluded
     from danaz.serving.checkpoint import delete_checkpoints, folder_of
-    from danaz.serving.keeper import say
+    from danaz.serving.keeper import log
     from danaz.serving.router import Router
 
     summary = read_summary(run) if (run / "summary.json").exists() else {}
     if not summary.get("complete"):
         return False
-    say(f"the run in {run} is complete; its workers are seen off")
+    log(f"the run in {run} is complete; its workers are seen off")
     if not summary.get("diverged"):  # else those from before stay
         delete_checkpoints(folder_of(run))
     Router(bound).serve(Concluded(), None, stopping)

@@ -61,7 +61,7 @@ class Fp32:
         return 4 * n
 
     def encode(self, chunk: Tensor) -> Data:
-        return _bytes_of(chunk)
+        return bytes_of(chunk)
 
     def decode(self, data: Data, out: Tensor) -> None:
         _expect_bytes(self, data, out)
@@ -88,7 +88,7 @@ class Half:
             low, high = map(Tensor.item, torch.aminmax(chunk))
             if not -self._largest <= low <= high <= self._largest:
                 chunk = torch.where(chunk.isinf(), chunk, chunk.clamp(-self._largest, self._largest))
-        return _bytes_of(chunk.to(self.dtype).view(torch.int16))
+        return bytes_of(chunk.to(self.dtype).view(torch.int16))
 
     def decode(self, data: Data, out: Tensor) -> None:
         _expect_bytes(self, data, out)
@@ -328,7 +328,8 @@ class Compressor:
 # ---- memory --------------------------------------------------------------------------------------------------------
 
 
-def _bytes_of(chunk: Tensor) -> Data:
+def bytes_of(chunk: Tensor) -> Data:
+    """The memory of ``chunk``, which must be contiguous and on the CPU. It is not copied."""
     return chunk.numpy().data.cast("B") if chunk.numel() else b""
 
 

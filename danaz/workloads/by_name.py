@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torchvision import models
 from torchvision.transforms import v2
 
-from danaz.files.user_module import import_user_module
+from danaz.files.user_module import UserModuleError, import_user_name
 from danaz.run.config import Config, ConfigError, suggest
 from danaz.workloads.base import Workload
 from danaz.workloads.images import Augmentation, ImageTensors
@@ -120,20 +120,12 @@ def _number_of_classes(dataset: Any, what: str) -> int:
 
 
 def _imported(spec: str, key: str) -> Callable[..., Any]:
-    """``package.module:name``, looked for in the current folder too, as ``python -m`` does."""
-    module_name, _, name = spec.partition(":")
-    if not module_name or not name:
+    if ":" not in spec:
         raise ConfigError(f"{key} = {spec!r}: expected torchvision.<name> or package.module:name")
     try:
-        module = import_user_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module is there, but itself imports one that is not
-        raise ConfigError(f"{key} = {spec!r}: no module {error.name!r} here or on PYTHONPATH") from None
-    if not callable(getattr(module, name, None)):
-        raise ConfigError(f"{key} = {spec!r}: {module_name} has no callable {name!r}{suggest(name, vars(module))}")
-    found: Callable[..., Any] = getattr(module, name)
-    return found
+        return import_user_name(spec, f"{key} = {spec!r}")
+    except UserModuleError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _call(function: Callable[..., Any], **offered: Any) -> Any:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from pair import GROUPS, SIZE, Pair, Run, close, runs
 from torch import Tensor
 
+from danaz.files.user_module import UserModuleError
 from danaz.rules import Context, UnknownAlgorithmError, chain, dana_zero, find_algorithm, scale_gradient
 from danaz.rules.asgd import Asgd
 
@@ -107,9 +108,15 @@ class TestLookup:
         """By import path: here, one of ours."""
         assert find_algorithm("danaz.rules.dana:dana_zero").rule(momentum=0.5).momentum == 0.5
 
-    @pytest.mark.parametrize("path", ["no.such.module:rule", "danaz.rules:no_such_rule"])
-    def test_an_import_path_that_leads_nowhere(self, path):
-        with pytest.raises(UnknownAlgorithmError, match="cannot be imported"):
+    @pytest.mark.parametrize(
+        ("path", "complaint"),
+        [
+            ("no.such.module:rule", "algorithm 'no.such.module:rule': no module 'no' here or on PYTHONPATH"),
+            ("danaz.rules:no_such_rule", "danaz.rules has no callable 'no_such_rule'"),
+        ],
+    )
+    def test_an_import_path_that_leads_nowhere(self, path, complaint):
+        with pytest.raises(UserModuleError, match=complaint):
             find_algorithm(path)
 
     def test_a_rule_gets_those_hyperparameters_that_it_has(self):
