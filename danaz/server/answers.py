@@ -100,6 +100,8 @@ class Answers:
     def final(self, members: Sequence[Member]) -> None:
         """Send the trained model to workers that have left."""
         core = self._core
+        if members:
+            core.settle()
         for member in members:
             member.awaiting, core.final = "", core.leases.done
             params, buffers = core.master.params.clone(), core.mean_buffers()

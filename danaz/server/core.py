@@ -135,8 +135,14 @@ class ServerCore:
 
     # ---- its state on disk ---------------------------------------------------------------------------------------
 
+    def settle(self) -> None:
+        """Finish the last update, whose view nobody may have taken. Call this before you read parameters or summary."""
+        if self._master is not None:
+            self._master.settle()
+
     def state(self, reuse: CoreState | None = None) -> CoreState:
         """A copy of everything that a server started anew must know; in the memory of ``reuse`` it is made faster."""
+        self.settle()
         return take(self, reuse)
 
     def restore(self, state: CoreState, journal: Sequence[Update], life: int, now: float) -> None:
@@ -170,6 +176,7 @@ class ServerCore:
 
         Until a Streamed is used up, or given up, ``message`` must stay as it is and nothing else be asked of the core.
         """
+        self.settle()
         if isinstance(message, Join):
             self._join(route, message, now)
             return self._settle(now)
@@ -197,6 +204,7 @@ class ServerCore:
 
     def stream_tick(self, now: float) -> Streams:
         """As ``tick``, but views are worked out while they are sent."""
+        self.settle()
         for member in self.members.values():
             if member.alive and not member.said_bye and now - member.heard_at > self.settings.worker_timeout_s:
                 self._lose(member)
@@ -381,6 +389,7 @@ class ServerCore:
 
         That is no update and takes no version.
         """
+        self.settle()
         self.master.replace(self.master.params + displacement)
         for member in self.members.values():
             if member.view is not None:

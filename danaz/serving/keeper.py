@@ -137,6 +137,7 @@ class Checkpoints:
     def write(self, number: int) -> None:
         """Begin to write the state that the core is in, as soon as the one before is written."""
         self.wait()
+        self._core.settle()
         if not self._core.master.is_finite:
             say("the parameters are not finite, and no checkpoint is written of them; the one before stays")
             return
@@ -228,6 +229,7 @@ class Keeper:
             return
         if self.core.started and self.core.recovery is None and not self.core.finished:
             self._milestone()
+        self.core.settle()
         self._folder.finish(self.core)
         if self.core.finished:
             self._checkpoints.delete()
