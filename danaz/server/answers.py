@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -22,11 +21,9 @@ from danaz.protocol.messages import (
     Request,
     Streamed,
 )
-from danaz.server.members import Member, Route
+from danaz.server.members import Member, MemberEvent, Route
+from danaz.server.state import ServerState
 from danaz.vectors.cutting import all_finite, announced
-
-if TYPE_CHECKING:
-    from danaz.server.core import ServerCore
 
 Replies = list[tuple[Route, Reply]]
 Streams = list[tuple[Route, Reply | Streamed]]
@@ -35,77 +32,77 @@ Streams = list[tuple[Route, Reply | Streamed]]
 class Answers:
     """Answers that wait to be sent, each to the newest request of its worker."""
 
-    def __init__(self, core: ServerCore):
-        self._core = core
+    def __init__(self, state: ServerState):
+        self._state = state
         self._waiting: Streams = []
 
     def take(self) -> Streams:
         """All that wait, in order; views of several shards name the checkpoint that holds them, and all there are."""
         waiting, self._waiting = self._waiting, []
-        if self._core.settings.shards == 1:
+        if self._state.settings.shards == 1:
             return waiting
-        generation, kept = self._core.generation, self._core.kept
+        generation, kept = self._state.generation, self._state.kept
         return [(route, _dated(reply, generation, kept)) for route, reply in waiting]
 
     def refuse(self, route: Route, message: Request, reason: str, rejoin: bool = False, newest: int = 0) -> None:
         """Count it, and say so; but a heartbeat awaits no answer."""
-        self._core.refuse(reason)
+        self._state.refuse(reason)
         if not isinstance(message, Heartbeat):
             self._waiting.append((route, Refusal(message.request, reason, rejoin, newest)))
 
-    def progress(self, route: Route, question: Inquire) -> None:
-        self._waiting.append((route, Progress(question.request, self._core.epoch)))
+    def send_progress(self, route: Route, question: Inquire) -> None:
+        self._waiting.append((route, Progress(question.request, self._state.epoch)))
 
-    def note(self, member: Member) -> None:
+    def confirm(self, member: Member) -> None:
         self._waiting.append((member.route, Noted(member.request)))
 
-    def fetched(self, member: Member) -> None:
-        self._waiting.append((member.route, Fetched(member.request, self._core.untrained)))
+    def send_untrained(self, member: Member) -> None:
+        self._waiting.append((member.route, Fetched(member.request, self._state.untrained)))
 
-    def push(self, member: Member, push: Push, *, applied: bool = False, refused: str = "") -> None:
+    def answer_push(self, member: Member, push: Push, *, applied: bool = False, refused: str = "") -> None:
         """With the next view, or without where that was fetched already."""
         if push.wants_view:
-            self.view(member, applied=applied, refused=refused)
+            self.send_view(member, applied=applied, refused=refused)
             return
-        self._core.master.settle()  # no view is asked for, and the transport uses the push's memory again
+        self._state.master.settle()  # no view is asked for, and the transport uses the push's memory again
         self._waiting.append((member.route, self._parameters(member, applied, refused, size=0)))
 
-    def view(self, member: Member, *, applied: bool = False, refused: str = "", ahead: bool = False) -> None:
+    def send_view(self, member: Member, *, applied: bool = False, refused: str = "", ahead: bool = False) -> None:
         """Send the newest view; the worker computes on it from now on, or from its next push on."""
-        core, codec, size = self._core, self._core.master.view_codec, self._core.job.layout.size
-        view = core.master.view(member, bool(core.settings.gap_every) or core.master.rule.needs_view, ahead)
-        core.figures.view_bytes += codec.encoded_bytes(core.whole.layout.size)
-        member.awaiting = ""
-        member.sees(core.master.version, ahead)
+        state, codec, size = self._state, self._state.master.view_codec, self._state.job.layout.size
+        view = state.master.view(member, bool(state.settings.gap_every) or state.master.rule.needs_view, ahead)
+        state.figures.view_bytes += codec.encoded_bytes(state.full_model.layout.size)
+        member.be_shown(state.master.version, ahead)
         self._waiting.append((member.route, Streamed(self._parameters(member, applied, refused, size), view, codec)))
 
     def _parameters(self, member: Member, applied: bool, refused: str, size: int) -> Parameters:
-        core = self._core
+        state = self._state
         return Parameters(
             request=member.request,
-            version=core.master.version,
+            version=state.master.version,
             applied=applied,
             refused=refused,
-            leases=core.leases.top_up(member.worker, member.ahead),
-            done=core.leases.done,
-            epoch=core.leases.epoch,
+            leases=state.leases.top_up(member.worker, member.ahead),
+            done=state.leases.done,
+            epoch=state.leases.epoch,
             lag=member.lag,
             gap=member.gap,
             view=announced(size),
             last_applied=member.applied_request,
-            life=core.life,
-            squares=_to_send(member.squares) if core.settings.shard else (),
+            life=state.life,
+            squares=_to_send(member.squares) if state.settings.shard else (),
         )
 
-    def final(self, members: Sequence[Member]) -> None:
+    def send_final(self, members: Sequence[Member]) -> None:
         """Send the trained model to workers that have left."""
-        core = self._core
+        state = self._state
         if members:
-            core.settle()
+            state.settle()
         for member in members:
-            member.awaiting, core.final = "", core.leases.done
-            params, buffers = core.master.params.clone(), core.mean_buffers()
-            final = Final(member.request, core.master.version, bool(core.diverged), params, buffers)
+            member.on(MemberEvent.END)
+            state.final = state.leases.done
+            params, buffers = state.master.params.clone(), state.buffers.mean
+            final = Final(member.request, state.master.version, bool(state.diverged), params, buffers)
             self._waiting.append((member.route, final))
 
 
@@ -120,6 +117,6 @@ def _dated(reply: Reply | Streamed, generation: int, kept: tuple[int, ...]) -> R
     return replace(reply, generation=generation, kept=kept) if isinstance(reply, Parameters) else reply
 
 
-def whole(replies: Streams) -> Replies:
+def materialize(replies: Streams) -> Replies:
     """The same replies with each view in one piece."""
-    return [(route, reply.whole() if isinstance(reply, Streamed) else reply) for route, reply in replies]
+    return [(route, reply.materialize() if isinstance(reply, Streamed) else reply) for route, reply in replies]

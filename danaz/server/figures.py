@@ -33,7 +33,7 @@ class Update:
 
 
 @dataclass
-class Figures:
+class RunTotals:
     """Totals of a run so far, for summary.json."""
 
     updates: int = 0
@@ -99,7 +99,7 @@ class Figures:
         return {name: value for name, value in values.items() if name not in ("started_at", "updated_at")}
 
     @classmethod
-    def restored(cls, facts: Mapping[str, Any], now: float) -> Figures:
+    def restored(cls, facts: Mapping[str, Any], now: float) -> RunTotals:
         """The inverse of facts."""
         values = dict(facts)
         started_at = now - values.pop("seconds")

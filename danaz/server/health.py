@@ -1,7 +1,7 @@
 """Which workers are sick: their pushes are not finite, or far outside the cluster's size.
 
 A worker's size is compared with what the others pushed lately, so one worker alone is never an outlier; what diverges
-as a whole is the affair of Figures.
+as a whole is for RunTotals to judge.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Ailments:
     dropped_samples: int = 0
 
 
-class Health:
+class PushHealth:
     """Counts what sick workers push. ``on_notice`` hears of each worker and each ailment once."""
 
     def __init__(self, on_notice: Callable[[str], None]):
@@ -55,21 +55,33 @@ class Health:
         if ailments.not_finite == 1:
             self._on_notice(f"worker {worker} is sick: a push is not finite. Such pushes are refused, the run goes on")
 
-    def is_outlier(self, worker: int, size: float, refused: bool) -> bool:
-        """Whether a push of this size is far outside those of the other workers; counts it if so."""
-        usual = self._usual_beside(worker)
+    def judge(self, worker: int, size: float, refused: bool) -> bool:
+        """Remember the size of a push, and count the push if it is an outlier; returns whether it is.
+
+        ``refused`` says what becomes of outliers.
+        """
+        ratio = self._outlier_ratio(worker, size)
         self._sizes.append((worker, size))
+        if ratio is not None:
+            self._count_outlier(worker, ratio, refused)
+        return ratio is not None
+
+    def _outlier_ratio(self, worker: int, size: float) -> float | None:
+        """How many times the usual size of the others' pushes ``size`` is; None if it is no outlier."""
+        usual = self._usual_beside(worker)
         if usual is None or size <= OUTLIER_RATIO * usual:
-            return False
+            return None
+        return size / usual if usual else inf
+
+    def _count_outlier(self, worker: int, ratio: float, refused: bool) -> None:
         ailments = self._of(worker)
         ailments.outliers += 1
         if ailments.outliers == 1:
             fate = "refused" if refused else "applied (--refuse-outliers refuses them)"
             self._on_notice(
-                f"worker {worker} may be sick: a push is {size / usual if usual else float('inf'):.3g} times the size "
+                f"worker {worker} may be sick: a push is {ratio:.3g} times the size "
                 f"of the others'. Such pushes are {fate}, the run goes on"
             )
-        return True
 
     def _usual_beside(self, worker: int) -> float | None:
         """The median size of the others' recent pushes; None while these are too few to judge by."""

@@ -37,9 +37,9 @@ class Leases:
         self._next += 1
         return self._next - 1
 
-    def has_news(self, worker: int, ahead: int) -> bool:
-        """Whether a worker that asks for batches is to be answered now."""
-        return self.done or bool(self.top_up(worker, ahead))
+    def has_news(self, worker: int) -> bool:
+        """Whether a worker that asks for batches can be answered now: it has one, can get one, or none will come."""
+        return self.done or bool(self._held.get(worker)) or bool(self._returned) or self._next < self.plan.batches
 
     def holds(self, worker: int, batch: int) -> bool:
         return batch in self._held.get(worker, ())
@@ -107,7 +107,7 @@ class LeasedElsewhere(Leases):
     def top_up(self, worker: int, ahead: int) -> tuple[int, ...]:
         return ()
 
-    def has_news(self, worker: int, ahead: int) -> bool:
+    def has_news(self, worker: int) -> bool:
         return True
 
     def holds(self, worker: int, batch: int) -> bool:

@@ -15,7 +15,7 @@ from danaz.vectors.flat import Layout, shard_spans
 from danaz.vectors.gap import Layers
 
 
-class WholeModel:
+class FullModel:
     """The table of all parameters, and θ of the other shards as the last worker to leave brought it."""
 
     def __init__(self, layout: Layout, rest: Tensor | None = None, version: int = -1):

@@ -154,6 +154,10 @@ def circles(modules: dict[str, Module]) -> list[list[str]]:
     return sorted(map(sorted, found))
 
 
+def test_no_files_import_each_other_in_a_circle():
+    none_of([f"a circle: {', '.join(circle)}" for circle in circles(DANAZ)])
+
+
 def reach(start: str, arrows: dict[str, set[str]]) -> set[str]:
     seen: set[str] = set()
     waiting = set(arrows[start])

@@ -17,7 +17,7 @@ from danaz.rules import ALGORITHMS
 from danaz.rules.asgd import Asgd
 from danaz.rules.base import Context, Vectors
 from danaz.server.core import ServerCore
-from danaz.server.figures import DIVERGED_LOSS_RATIO, Figures
+from danaz.server.figures import DIVERGED_LOSS_RATIO, RunTotals
 
 HUGE = 3e38
 SERVED = [name for name, each in ALGORITHMS.items() if each.rule().live]
@@ -154,7 +154,7 @@ def test_a_rule_of_ones_own_that_leaves_nan_ends_the_run():
 
 
 def judged(first: list[float], latest: list[float]) -> bool:
-    figures = Figures()
+    figures = RunTotals()
     for losses in (first, latest):
         for worker, loss in enumerate(losses):
             figures.hear_loss(worker, loss)

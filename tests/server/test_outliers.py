@@ -13,7 +13,7 @@ from torch import Tensor
 from danaz.protocol.messages import Parameters
 from danaz.protocol.refusals import FRESH_AFTER, OUTLIER
 from danaz.server.core import ServerCore
-from danaz.server.health import ENOUGH_PUSHES, HOPELESS_PUSHES, RECENT_PUSHES, Health
+from danaz.server.health import ENOUGH_PUSHES, HOPELESS_PUSHES, RECENT_PUSHES, PushHealth
 from danaz.vectors.codecs import Compressor, push_codec
 
 LR = 0.05
@@ -119,7 +119,7 @@ def test_what_is_dropped_is_said():
     [(worker, figures)] = cluster.server.summary()["sick_workers"].items()
     assert (worker, figures["outliers"], figures["refused_pushes"]) == ("1", 3, 3)
     assert (figures["dropped_batches"], figures["dropped_samples"]) == (3, 48)
-    cluster.server.health.restore(cluster.server.summary()["sick_workers"])
+    cluster.server.state.health.restore(cluster.server.summary()["sick_workers"])
     assert cluster.server.summary()["sick_workers"] == {"1": figures}
 
 
@@ -135,24 +135,24 @@ def test_a_worker_that_is_always_refused_is_named():
 
 
 class TestTheJudgeForgets:
-    def judge(self) -> Health:
-        health = Health(lambda text: None)
+    def judge(self) -> PushHealth:
+        health = PushHealth(lambda text: None)
         for _ in range(ENOUGH_PUSHES):
-            assert not health.is_outlier(0, 1e-3, refused=True)
+            assert not health.judge(0, 1e-3, refused=True)
         return health
 
     def test_what_is_long_ago(self):
         """The only other worker hangs, and all that is known of it is from before."""
         health = self.judge()
-        refused = [health.is_outlier(1, 1.0, refused=True) for _ in range(2 * RECENT_PUSHES)]
+        refused = [health.judge(1, 1.0, refused=True) for _ in range(2 * RECENT_PUSHES)]
         assert refused[0]
         assert not any(refused[RECENT_PUSHES:])
 
     def test_who_is_gone(self):
         health = self.judge()
-        assert health.is_outlier(1, 1.0, refused=True)
+        assert health.judge(1, 1.0, refused=True)
         health.forget(0)
-        assert not health.is_outlier(1, 1.0, refused=True)
+        assert not health.judge(1, 1.0, refused=True)
 
     @pytest.mark.parametrize("how", ["lose", "leave"])
     def test_who_is_gone_from_the_cluster(self, how):
@@ -167,7 +167,7 @@ class TestTheJudgeForgets:
         """All gradients grow at once, as when the rate rises: the window moves on with what is refused, too."""
         health = self.judge()
         for _ in range(ENOUGH_PUSHES):
-            health.is_outlier(1, 1e-3, refused=True)
-        refused = [health.is_outlier(worker, 1.0, refused=True) for _ in range(100) for worker in (0, 1)]
+            health.judge(1, 1e-3, refused=True)
+        refused = [health.judge(worker, 1.0, refused=True) for _ in range(100) for worker in (0, 1)]
         assert refused[0]
         assert not any(refused[80:])

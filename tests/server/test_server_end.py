@@ -90,7 +90,7 @@ def test_nothing_is_kept_of_who_left():
             cluster.join(guest)
             cluster.push(guest, GRADIENT, 0.1)
             cluster.leave(guest, torch.full((2,), float(guest)))
-        sizes.append(sum(tensor.nbytes for tensor in cluster.server.state().tensors.values()))
+        sizes.append(sum(tensor.nbytes for tensor in cluster.server.snapshot().tensors.values()))
         assert all(
             not member.vectors and member.view is None for member in cluster.server.members.values() if member.left
         )
@@ -237,8 +237,8 @@ def test_a_restarted_server_knows_that_the_run_was_ended():
     cluster = Cluster("asgd", 2, torch.ones(SIZE), plan=Plan(10, 2))
     stop(cluster, 0)
     again = ServerCore(cluster.settings)
-    again.restore(cluster.server.state(), [], life=1, now=0.0)
-    assert (again.stopped, again.leases.done) == ("converged", True)
+    again.restore(cluster.server.snapshot(), [], life=1, now=0.0)
+    assert (again.state.stopped, again.leases.done) == ("converged", True)
 
 
 def test_a_shard_that_leases_nothing_hears_of_the_end_by_the_leave():
@@ -381,5 +381,5 @@ def test_only_a_shard_that_lacks_something_takes_the_end_of_the_model():
     refusal = answer(core.handle(0, Bye(0, 1, 2, rest=torch.zeros(5)), 1.0))
     assert isinstance(refusal, Refusal)
     assert "does not need" in refusal.reason
-    assert core.whole.rest is None
+    assert core.full_model.rest is None
     assert not core.takes(Bye(0, 1, 3, rest=announced(1 << 34)))

@@ -116,9 +116,9 @@ class ServerUnderFaults(MortalCluster, RuleBasedStateMachine):
 
     @invariant()
     def no_batch_is_in_two_hands(self):
-        if self.core._leases is not None:
-            held = [batch for batches in self.core.leases._held.values() for batch in batches]
-            assert len(held) == len(set(held))
+        if self.core.state.has_job:
+            to_do = self.core.leases.facts()["returned"]  # held by a worker, or given back
+            assert len(to_do) == len(set(to_do))
 
     @invariant()
     def the_look_ahead_is_the_sum_of_those_who_are_there(self):
