@@ -148,7 +148,7 @@ def why_not_leave(leave: Leave, job: Job) -> str:
 def why_not_bye(bye: Bye, state: ServerState, member: Member) -> str:
     """Why what a worker brings with its good-bye is not the end of θ, of which this server holds the beginning.
 
-    A worker brings it to shard 0 of several, once, with the version that it has heard of.
+    With several shards, a worker brings it to shard 0, once, with the version that it has heard of.
     """
     if bye.rest is None or member.said_bye:
         return ""

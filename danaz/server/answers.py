@@ -30,14 +30,17 @@ Streams = list[tuple[Route, Reply | Streamed]]
 
 
 class Answers:
-    """Answers that wait to be sent, each to the newest request of its worker."""
+    """The answers that wait to be sent, each to the newest request of its worker."""
 
     def __init__(self, state: ServerState):
         self._state = state
         self._waiting: Streams = []
 
     def take(self) -> Streams:
-        """All that wait, in order; views of several shards name the checkpoint that holds them, and all there are."""
+        """Hand out all answers that wait, in order.
+
+        With several shards, each view names shard 0's newest checkpoint and all checkpoints that this shard has.
+        """
         waiting, self._waiting = self._waiting, []
         if self._state.settings.shards == 1:
             return waiting
@@ -45,7 +48,7 @@ class Answers:
         return [(route, _dated(reply, generation, kept)) for route, reply in waiting]
 
     def refuse(self, route: Route, message: Request, reason: str, rejoin: bool = False, newest: int = 0) -> None:
-        """Count it, and say so; but a heartbeat awaits no answer."""
+        """Count a refused message and answer it with the reason; a heartbeat gets no answer."""
         self._state.refuse(reason)
         if not isinstance(message, Heartbeat):
             self._waiting.append((route, Refusal(message.request, reason, rejoin, newest)))
@@ -60,15 +63,15 @@ class Answers:
         self._waiting.append((member.route, Fetched(member.request, self._state.untrained)))
 
     def answer_push(self, member: Member, push: Push, *, applied: bool = False, refused: str = "") -> None:
-        """With the next view, or without where that was fetched already."""
+        """Answer a push, with the next view if the worker asks for one."""
         if push.wants_view:
             self.send_view(member, applied=applied, refused=refused)
             return
-        self._state.master.settle()  # no view is asked for, and the transport uses the push's memory again
+        self._state.master.settle()  # no view finishes the update, and the transport reuses the memory of the push
         self._waiting.append((member.route, self._parameters(member, applied, refused, size=0)))
 
     def send_view(self, member: Member, *, applied: bool = False, refused: str = "", ahead: bool = False) -> None:
-        """Send the newest view; the worker computes on it from now on, or from its next push on."""
+        """Send the newest view. The worker computes on it from now on; with ``ahead``, after its next push."""
         state, codec, size = self._state, self._state.master.view_codec, self._state.job.layout.size
         view = state.master.view(member, bool(state.settings.gap_every) or state.master.rule.needs_view, ahead)
         state.figures.view_bytes += codec.encoded_bytes(state.full_model.layout.size)
@@ -107,7 +110,7 @@ class Answers:
 
 
 def _to_send(squares: Tensor | None) -> tuple[float, ...]:
-    """A model that has diverged has none."""
+    """``squares`` as they travel; none if the model has diverged."""
     return () if squares is None or not all_finite(squares) else tuple(squares.tolist())
 
 

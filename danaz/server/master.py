@@ -17,10 +17,10 @@ from danaz.vectors.cutting import all_finite
 from danaz.vectors.flat import Layout, Spans, chunks, present
 from danaz.vectors.gap import Layers
 
-# While the norms of all vectors, of a push and its rates are below these, no rule can come to more than float32 holds.
+# While the norms of all vectors and of a push, and its rates, are below these, no rule can leave the range of float32.
 TAME = 1e9
 TAME_LR = 1e3
-LARGEST = 2.0**120  # that an element may become: sums of a few of these, as in a view, still are finite
+LARGEST = 2.0**120  # that an element may become: the sum of a few of these, as in a view, is still finite
 
 
 class UnsettledError(RuntimeError):
@@ -100,12 +100,11 @@ class Master:
     def apply(
         self, push: Tensor, norm: float, lr: tuple[float, ...], member: Member, lag: int, absent: Spans = ()
     ) -> bool:
-        """Apply one update at the rates ``lr`` (one a group), in place; or say that its result is not finite.
+        """Apply one update at the rates ``lr`` (one for each group), in place.
 
-        Parameters in ``absent`` spans make no step.
-
-        Then nothing has changed. ``push`` f32[P], whose ‖·‖₂ is ``norm``, may be overwritten, and must stay until the
-        parameters or the next view were asked for.
+        Returns False, and changes nothing, if the result would not be finite. Parameters in ``absent`` spans make no
+        step. ``push`` f32[P], whose ‖·‖₂ is ``norm``, may be overwritten. It must stay until the next view is taken, or
+        ``settle`` is called.
         """
         self.settle()
         max_lr, vectors = tuple(map(max, self.max_lr, lr)), self._vectors(member)
@@ -124,7 +123,7 @@ class Master:
             for start, stop in present(begin, end, absent):
                 own, shared = cut(vectors, start, stop), cut(self.shared, start, stop)
                 self.rule.apply(self._params[start:stop], push[start:stop], own, shared, contexts[group])
-                if not self.rule.push_moves_view:  # else what it adds is known beforehand
+                if not self.rule.push_moves_view:  # else the norm of the push bounds what the update adds
                     self._measure(self._params[start:stop], own, shared)
             yield end
 
@@ -191,7 +190,7 @@ class Master:
         return self._norm
 
     def _try(self, slices: Iterator[int], vectors: Sequence[dict[str, Tensor]]) -> bool:
-        """Make an update at once; if its result is not finite, or close to that, take it back and say so."""
+        """Make an update at once. If its result is not finite, or nearly so, restore the vectors and return False."""
         owns = (vector for own in vectors for name, vector in own.items() if name != "view")
         written = [self._params, *self.shared.values(), *owns]
         before = [vector.clone() for vector in written]
@@ -232,9 +231,9 @@ class Master:
         self._norm = None
 
     def view(self, member: Member, keep: bool, ahead: bool = False) -> Iterator[Tensor]:
-        """The parameters ``member`` is to compute on next, slice by slice: f32[n] each, as flat.chunks cuts f32[P].
+        """The parameters that ``member`` computes on next, slice by slice: f32[n] each, as flat.chunks cuts f32[P].
 
-        A slice counts until the next one is asked for. With ``keep``, the view becomes ``member.view``, or
+        A slice is valid until the next one is taken. With ``keep``, the view becomes ``member.view``, or
         ``member.ahead_view`` if it is sent ``ahead`` of its time. Raises
         RuntimeError if another update came in between: a view is of one version.
         """
@@ -264,17 +263,17 @@ class Master:
                 self.rule.view(out[at - start : end - start], self._params[at:end], own, shared, contexts[group])
                 at = end
             if self.view_codec is not FP32:
-                seen = out.cpu()  # by the worker
+                seen = out.cpu()  # by the worker, once it has decoded it
                 self.view_codec.decode(self.view_codec.encode(seen), seen)
                 out.copy_(seen)
             yield out
 
     def resum(self, members: Iterable[Member]) -> None:
-        """Sum the velocities of those who take part afresh."""
+        """Sum the velocities of the members that take part afresh."""
         self.settle()
         before, self._taking_part = self._taking_part, list(members)
         if list(map(id, before)) != list(map(id, self._taking_part)):
-            self._norm = None  # whoever comes, or comes back, brings vectors
+            self._norm = None  # a member that joins, or comes back, has vectors of its own
         taking_part = [(m, self._contexts(m, self.lr, lag=0)) for m in self._taking_part]
         for group, start, stop in self.layout.slices():
             workers = [(cut(m.vectors, start, stop), contexts[group]) for m, contexts in taking_part]
@@ -290,7 +289,7 @@ class Master:
         ]
 
     def _vectors(self, member: Member) -> dict[str, Tensor]:
-        """The member's vectors, with those that its rule asks for beside them."""
+        """The member's vectors, and the others that its rule asks for."""
         vectors = dict(member.vectors)
         if self.rule.needs_view:
             assert member.view is not None, "a rule that needs views sees every one that is sent"
@@ -313,7 +312,7 @@ class Master:
 
     @property
     def gap_of(self) -> Literal["parameters", "lookahead"]:
-        """What the gap is a difference of: θ, or Θ where only that is at hand."""
+        """Which vector the gap is measured in: θ, or Θ where only that is at hand."""
         return "lookahead" if self._on_lookahead and self.ahead is None else "parameters"
 
     @property
@@ -328,7 +327,7 @@ class Master:
 
 
 def is_within(tensor: Tensor, largest: float) -> bool:
-    """Whether no element is NaN, or larger than that in size."""
+    """Whether no element is NaN, or has an absolute value above ``largest``."""
     if tensor.numel() == 0:
         return True
     low, high = torch.aminmax(tensor)

@@ -173,10 +173,10 @@ class Member:
 
 
 class MeanBuffers:
-    """Batch-norm statistics at the end: the mean over the workers that are there then, by their updates.
+    """Batch-norm statistics at the end: their mean over the workers that stay to the end, weighted by their updates.
 
-    A worker that leaves while others go on has statistics of a model long gone, and does not count. But if nobody is
-    there at the end, those of the last one that left are better than none. So what is kept does not grow.
+    A worker that leaves while others go on has statistics of an old model, and does not count. But if no worker stays
+    to the end, those of the last one that left are better than none. The memory does not grow with the workers.
     """
 
     def __init__(self, size: int):
@@ -185,7 +185,7 @@ class MeanBuffers:
         self.last = torch.zeros(size)  # of the last worker that left early, or without an update
 
     def hear(self, member: Member, buffers: Tensor, at_the_end: bool) -> None:
-        """A worker leaves with these buffers f32[B]."""
+        """Take over the buffers f32[B] of a worker that leaves."""
         if at_the_end and member.updates:
             self.updates += member.updates
             self.total = self.total.to(buffers.device).add_(buffers, alpha=member.updates)

@@ -28,14 +28,14 @@ class AwaitingRollback:
         self._core = core
         self._offer = offer
         self._go_back = go_back
-        self._version = 0  # that it went back to
+        self._version = 0  # the version that the core went back to
 
     @property
     def finished(self) -> bool:
         return self._offer.told and self._core.finished
 
     def go_back(self, generation: int, newest: int, now: float) -> None:
-        """Let the core take over."""
+        """Restore the core, which takes over from here."""
         self._go_back(generation, newest, now)
         self._offer = replace(self._offer, generations=(generation,), told=True)
         self._version = self._core.master.version if self._core.started else 0
@@ -96,8 +96,8 @@ class CompletedRun:
         return []
 
     def takes(self, message: Request) -> bool:
-        """No vector is worth receiving."""
+        """Receive no vectors."""
         return False
 
     def refuse(self, reason: str) -> None:
-        """Nothing is counted any more."""
+        """Count nothing any more."""

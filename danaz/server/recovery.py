@@ -1,8 +1,8 @@
-"""How a restarted server finds out where to go on: from its checkpoint, or from the newest view that a worker brings.
+"""How a restarted server finds where to go on: at its checkpoint, or at the newest view that a worker brings.
 
-Where a view is all that a rule's server holds, a worker's view of version n is the server's state at version n; the
-journal (updates.jsonl) says which pushes are in it. Only what nobody holds a view of is lost. Under the other rules
-the server goes back to its checkpoint.
+Under some rules the server holds nothing but what a view shows. Then a worker's view of version n is the server's state
+at version n, and the journal (updates.jsonl) says which pushes are in it: only updates that are in no worker's view are
+lost. Under all other rules the server goes back to its checkpoint.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from danaz.vectors.cutting import all_finite
 
 
 class Recovery:
-    """From a restart until the workers that the server knew are back, or have had their time."""
+    """Lasts from a restart until all workers that the server knew are back, or their time is up."""
 
     def __init__(self, journal: Sequence[Update], size: int, until: float):
         """``journal`` holds the updates since the checkpoint, ``size`` is P."""
@@ -30,7 +30,7 @@ class Recovery:
         self._newest: tuple[int, Tensor] | None = None  # version and f32[P]
 
     def brought(self, join: Join) -> None:
-        """Look at what a worker brings. A view counts if the journal has its version, made in the same life."""
+        """Keep the newest view that workers bring. It counts if the journal has its version, made in the same life."""
         view = join.params
         if view is None or join.life != self._life_of.get(join.version):
             return
@@ -39,6 +39,7 @@ class Recovery:
             self._newest = (join.version, view)
 
     def over(self, members: Iterable[Member], now: float) -> bool:
+        """Whether all workers that the server knew are back, or their time is up."""
         return now >= self._until or not any(m.state is MemberState.EXPECTED for m in members)
 
     def conclude(self, state: ServerState, now: float) -> None:
@@ -53,13 +54,13 @@ class Recovery:
         lost = sum(update.version > at for update in self.journal)
         state.figures.lost_updates += lost
         who, cost = "server", f", {lost} updates are lost"
-        if state.settings.shard:  # the journal is shard 0's
+        if state.settings.shard:  # shard 0 keeps the journal, so only shard 0 knows what is lost
             who, cost = f"shard {state.settings.shard}", ""
         state.on_notice(f"{who} restarted: it goes on at version {at}{cost}")
 
 
 def account(state: ServerState, update: Update, now: float) -> None:
-    """Do everything for an update but its arithmetic, which the view has in it."""
+    """Do all the bookkeeping of an update. Its arithmetic is in the view already."""
     master, member = state.master, state.members.get(update.worker)
     if member is None or member.incarnation < update.incarnation:
         # It joined after the checkpoint, and is not back yet.

@@ -1,4 +1,4 @@
-"""The whole server core as plain values and tensors: what a checkpoint holds."""
+"""The server's state as plain values and tensors: what a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class ResumeError(ValueError):
 
 @dataclass(frozen=True)
 class CoreState:
-    """A server core at one moment."""
+    """The state of a server at one moment."""
 
     facts: dict[str, Any]  # as JSON has them
-    tensors: dict[str, Tensor]  # f32[P] or f32[B] each, but for a sum f64[B]
+    tensors: dict[str, Tensor]  # f32[P] or f32[B] each, except for a sum f64[B]
 
     @property
     def version(self) -> int:
@@ -46,7 +46,10 @@ class CoreState:
 
 
 def take(state: ServerState, reuse: CoreState | None = None) -> CoreState:
-    """Copy the state of a core that has started, into the memory of a state that nobody needs any more."""
+    """Copy the state of a server that has started, into the memory of ``reuse``, which nobody needs any more.
+
+    Raises UnsettledError.
+    """
     master, job = state.master, state.job
     members = sorted(state.members.values(), key=lambda member: member.worker)
     facts = {
@@ -82,12 +85,12 @@ def take(state: ServerState, reuse: CoreState | None = None) -> CoreState:
 
 
 def fill(state: ServerState, saved: CoreState, now: float) -> None:
-    """Put a state into a core that is new. Raises ResumeError if that one has other settings."""
+    """Put what was saved into a new state. Raises ResumeError if the two have different settings."""
     facts, tensors, settings = saved.facts, saved.tensors, state.settings
     for name in ("algorithm", "sync_period", "shards", "shard"):
         if facts[name] != (asked := getattr(settings, name)):
             raise ResumeError(f"the checkpoint is of a run with {name} {facts[name]}, this server has {asked}")
-    if facts.get("digest", settings.digest) != settings.digest:  # there is none in one of an earlier version
+    if facts.get("digest", settings.digest) != settings.digest:  # a checkpoint of an earlier version has none
         raise ResumeError(
             "the checkpoint is of a run with another configuration than this server's "
             f"(digest {facts['digest'][:12] or 'none'}, here {settings.digest[:12] or 'none'}); resume it with the "
@@ -125,7 +128,7 @@ def _member(values: Mapping[str, Any], now: float) -> Member:
 
 
 def _fill_buffers(state: ServerState, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Those of a checkpoint of an earlier version are of each worker that had left."""
+    """A checkpoint of an earlier version of danaz holds separate buffers for each worker that had left."""
     buffers = state.buffers
     if "buffers" in facts:
         buffers.updates = facts["buffers"]["updates"]

@@ -1,4 +1,4 @@
-"""From pushes that may be applied to one update: the master's next version, and what is noted of it."""
+"""Makes one update of pushes that may be applied: the next version of the master, and the record of it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from danaz.vectors.flat import common_spans
 def update_by(state: ServerState, parts: Sequence[Push]) -> Update | None:
     """Apply one update made of ``parts``, the push of one worker or those of a whole round, and complete its leases.
 
-    None, and nothing is changed, if its result would not be finite.
+    Returns None, and changes nothing, if the result would not be finite.
     """
     master, last = state.master, parts[-1]
     members = [state.members[p.worker] for p in parts]
@@ -60,10 +60,11 @@ def update_by(state: ServerState, parts: Sequence[Push]) -> Update | None:
 def _gap(state: ServerState, member: Member, push: Push) -> float | None:
     """The gap of the view that ``push`` was computed on, if it is to be measured.
 
-    With several shards, the one of the worker's push before: of that one, ``push`` brings what the others saw.
+    With several shards, it is the gap of the worker's previous push: ``push`` brings what the other shards measured
+    for that one.
     """
     settings, full = state.settings, state.full_model
-    # All shards must measure the same pushes: a worker's number is the same to all of them, a version is their own.
+    # All shards must measure the same pushes. They agree on a worker's request numbers, but not on versions.
     number = state.master.version if settings.shards == 1 else push.request
     measured = settings.gap_every and number % settings.gap_every == 0 and member.view is not None
     squares = state.master.squares(member.view) if measured and member.view is not None else None

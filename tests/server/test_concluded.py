@@ -1,4 +1,4 @@
-"""The server of a run that is complete, started again: it refuses, and ends when nobody is left."""
+"""A server that is started again after its run is complete refuses everything, and ends when no worker is left."""
 
 from __future__ import annotations
 

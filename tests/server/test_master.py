@@ -34,7 +34,7 @@ def test_parameters_cannot_be_read_during_an_update():
 
 
 def test_another_thread_that_reads_does_not_drive_the_update(monkeypatch):
-    """The view's own thread stands in the midst of a slice, and another one asks for the parameters."""
+    """One thread takes a view and is within a slice; another thread reads the parameters."""
     master, member = master_with_member()
     in_the_slice, go_on = threading.Event(), threading.Event()
     apply = type(master.rule).apply

@@ -1,4 +1,4 @@
-"""The states of a worker on the server: one table, the same as its picture in the docs, and no way around it."""
+"""The states of a worker on the server follow one table, and the docs show the picture of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def member_in(state: MemberState) -> Member:
 
 
 def test_the_page_shows_the_tables():
-    """If not: PYTHONPATH=. python tests/support/pictures.py."""
+    """If it does not, run: PYTHONPATH=. python tests/support/pictures.py"""
     page = PAGE.read_text()
     assert re.findall(r"<!-- picture of (\w+) -->", page) == list(TABLES)
     assert page == drawn(page)
@@ -46,7 +46,7 @@ def test_an_event_follows_the_table_or_is_an_error(event: MemberEvent, state: Me
 
 @pytest.mark.parametrize("state", MemberState)
 def test_a_checkpoint_holds_who_has_left_and_who_is_awaited(state: MemberState):
-    """A worker that takes part is expected to join again; what has left has left, and what was silent is silent."""
+    """A worker that takes part is expected to join again; all others are as they were."""
     before = member_in(state)
     after = member_in(restored_state(*(getattr(before, name) for name in STATE_FACTS)))
     assert {name: getattr(after, name) for name in STATE_FACTS} == {name: getattr(before, name) for name in STATE_FACTS}

@@ -1,4 +1,4 @@
-"""Refusing outliers, in virtual time: no honest worker is trapped, and what is dropped is said."""
+"""Refusing outliers, in virtual time: no honest worker is refused for ever, and what is dropped is reported."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Refusing(Cluster):
 
 @pytest.mark.parametrize("algorithm", ["dana", "dana-zero", "asgd", "eamsgd"])
 def test_a_worker_that_paused_gets_back_in(algorithm):
-    """Its velocity is of the beginning, a thousand times what the others push by now: refused, it is as large again."""
+    """A worker comes late: its velocity is a thousand times what the others push by now. Refused, it starts afresh."""
     cluster = Refusing(algorithm)
     for _ in range(10):
         for worker in (0, 1):
@@ -81,7 +81,7 @@ def test_one_bad_batch_costs_no_velocity():
 
 
 def test_a_fresh_velocity_forfeits_its_share_of_the_look_ahead():
-    """As that of a worker that crashed: what is sent stays where it is, and the others' sum defines θ."""
+    """As after a crash of the worker: what it sent stays, and the sum of the others defines θ."""
     cluster = Refusing("dana")
     for _ in range(ENOUGH_PUSHES):
         for worker in (0, 1):
@@ -142,7 +142,7 @@ class TestTheJudgeForgets:
         return health
 
     def test_what_is_long_ago(self):
-        """The only other worker hangs, and all that is known of it is from before."""
+        """The only other worker hangs, and only its old pushes are known."""
         health = self.judge()
         refused = [health.judge(1, 1.0, refused=True) for _ in range(2 * RECENT_PUSHES)]
         assert refused[0]
@@ -164,7 +164,7 @@ class TestTheJudgeForgets:
         assert cluster.step(1, factor=1e6).applied, "nobody is left to compare it with"
 
     def test_and_follows_those_who_change_together(self):
-        """All gradients grow at once, as when the rate rises: the window moves on with what is refused, too."""
+        """All gradients grow at once, as when the rate rises: refused pushes move the window, too."""
         health = self.judge()
         for _ in range(ENOUGH_PUSHES):
             health.judge(1, 1e-3, refused=True)

@@ -1,4 +1,4 @@
-"""A server started anew with time as a number: where it goes on, what is lost, and who is sick."""
+"""A restarted server, with time as a number: where it goes on, what is lost, and which workers are sick."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REPORTED = {"not_finite": 0, "outliers": 1, "refused_pushes": 0, "dropped_batche
 
 
 class Restartable(Cluster):
-    """Its server can be killed and started anew from a state."""
+    """A cluster whose server can be killed and started again from a checkpoint."""
 
     def __init__(self, *args, **kwargs):
         self.notices: list[str] = []
@@ -104,7 +104,7 @@ class TestGoingOn:
         assert cluster.server.leases.completed == 4
 
     def test_a_view_from_before_another_restart_is_not_believed(self):
-        """Its version has been made again since, with other pushes."""
+        """The view's version has been made again since, from other pushes."""
         cluster = Restartable("asgd", 2, torch.ones(SIZE))
         state = cluster.server.snapshot()
         cluster.train(4)
@@ -184,7 +184,7 @@ class TestGoingOn:
         assert torch.allclose(cluster.views[0], theta - 0.9 * 0.1 * velocity), "its velocity starts at zero"
 
     def test_the_end_survives(self):
-        """Everyone has left but nobody heard of it; the parameters are the same, each share given back once."""
+        """All workers have left, but none got the answer: same parameters, each share given back once."""
         plan = Plan(2, 1)
         cluster = Restartable("dana", 2, torch.ones(SIZE), plan=plan)
         for worker in (0, 1):
@@ -246,7 +246,7 @@ class TestSickWorkers:
         assert cluster.notices == []
 
     def test_a_rate_that_rises_is_no_sickness(self):
-        """Displacements are judged without their rate: a schedule may begin anew."""
+        """Displacements are compared without their rate, because a schedule may begin anew."""
         cluster = Restartable("dana", 2, torch.zeros(SIZE))
         for _ in range(2 * ENOUGH_PUSHES):
             for worker in (0, 1):

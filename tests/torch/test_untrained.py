@@ -119,7 +119,7 @@ def test_a_guest_and_a_restarted_server_have_it_too() -> None:
     restored = ServerCore(settings)
     restored.restore(server.snapshot(), [], life=1, now=0.0)
     for each in (server, restored):
-        assert bits_of(each.untrained) == bits_of(beside)
+        assert bits_of(each.state.untrained) == bits_of(beside)
     [(_, reply)] = server.handle(0, core.fetch(), 1.0)
     assert isinstance(reply, Fetched)
     assert bits_of(reply.untrained) == bits_of(beside)
