@@ -1,37 +1,45 @@
-# `make` lists the targets. Each installs what it needs first; what is up to date is not done again.
+# `make` lists the targets. Each first installs what it needs and is not yet there.
 PYTHON ?= python3
 
 VENV := .venv
 BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-# Stamps: each says that a step of the set-up is done for the files it depends on.
+# Stamps: each says that a step of the set-up is done for the files that it depends on.
 PACKAGES := $(VENV)/.packages-installed
 HOROVOD  := $(VENV)/.horovod-installed
 RECIPE   := $(wildcard danaz/horovod_install/recipe.py danaz/horovod_install/toolchain/*)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast lint format soak bench-server bench-simulator bench-scale bench-shards bench-pipeline bench-step clean
+.PHONY: help setup demo test test-rest test-all lint format soak bench-server bench-simulator bench-scale bench-shards bench-pipeline bench-step clean
 
 help: ## List these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(HOROVOD) ## Create .venv with torch, danaz and Horovod (first time: 3 GB download, about 10 minutes)
 
 demo: setup ## Train digits with SSGD, DANA and NAG-ASGD on this machine and compare them (3 minutes)
 	$(BIN)/danaz compare configs/demo.yaml
 
-test: setup ## Run all tests
-	$(BIN)/python -m pytest
+# T=tests/x/test_y.py (files or folders) runs all tests there, the long ones too; K=words those whose names match.
+T ?=
+K ?=
+PYTEST := $(BIN)/python -m pytest
 
-test-fast: setup ## Run the tests that take seconds
-	$(BIN)/python -m pytest -m "not slow"
+test: setup ## Run the tests that show that danaz works (10 minutes on 2 cores); T=FILE runs one file, K=WORDS matching names
+	$(PYTEST) $(if $(T)$(K),,-m "not slow") $(if $(K),-k "$(K)") $(T)
+
+test-rest: setup ## Run the long tests that `make test` leaves out: soak, chaos, accuracy (40 minutes)
+	$(PYTEST) -m slow
+
+test-all: setup ## Run all tests, the long ones too (50 minutes)
+	$(PYTEST)
 
 soak: setup ## Train for 10 minutes while ranks, machines, links and the server fail (needs root; Linux)
 	$(BIN)/python tests/support/soak.py --minutes 10 --faults 50 --epochs 800
 
-lint: $(PACKAGES) ## Check style and types
+lint: $(PACKAGES) ## Check style and types with ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy danaz launcher
@@ -40,26 +48,26 @@ format: $(PACKAGES) ## Rewrite the sources in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench-server: setup ## Measure the server beside its peers (40 minutes; leave the machine alone meanwhile)
+bench-server: setup ## Measure the server and compare it with others (40 minutes; leave the machine alone meanwhile)
 	$(BIN)/python benchmarks/server.py
 
 bench-simulator: setup ## Measure a simulated update against a plain PyTorch loop (1 minute)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/simulator.py configs/digits.yaml
 
-bench-scale: setup ## Measure how many workers one server carries (2 minutes; leave the machine alone meanwhile)
+bench-scale: setup ## Measure how many workers one server can serve (2 minutes; leave the machine alone meanwhile)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/scale.py
 
-bench-shards: setup ## Measure servers with a slice each behind wires of their own (5 minutes; needs root; Linux)
+bench-shards: setup ## Measure a server cut into shards, each on a network link of its own (5 minutes; needs root; Linux)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/shards.py
 
-bench-pipeline: setup ## Measure how much of an exchange --pipeline hides, and its accuracy (8 minutes; needs root; Linux)
+bench-pipeline: setup ## Measure how much of an exchange --pipeline hides, and what it costs in accuracy (8 minutes; needs root; Linux)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/pipeline.py
 	$(BIN)/python benchmarks/pipeline_accuracy.py configs/digits.yaml
 
-bench-step: setup ## Measure a ResNet-50 step on a GPU with and without danaz (some minutes; needs a GPU)
+bench-step: setup ## Measure a ResNet-50 step on a GPU with and without danaz (a few minutes; needs a GPU)
 	$(BIN)/python benchmarks/step_gpu.py
 
-clean: ## Remove .venv, runs and caches; wheels kept in ~/.cache/danaz stay
+clean: ## Remove .venv, runs and caches, but keep the wheels in ~/.cache/danaz
 	rm -rf $(VENV) runs build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -1,6 +1,6 @@
-"""Test errors of simulated runs over several seeds: what the benchmarks of accuracy have in common.
+"""What the benchmarks of accuracy share: they simulate runs with several seeds, and print a table of test errors.
 
-Errors are means over the seeds and, in brackets, their least and largest.
+An error is the mean over the seeds, with the smallest and the largest in brackets.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Any
 from danaz.run.config import Config, load_config
 
 Summary = dict[str, Any]
-Row = tuple[Sequence[str], Sequence[Summary]]  # what tells its runs from others', and the runs
+Row = tuple[Sequence[str], Sequence[Summary]]  # (the cells that identify the row, the summaries of its runs)
 
 
 def make_parser(description: str | None, seeds: int) -> argparse.ArgumentParser:
-    """The options that all have; ``seeds`` is a default."""
+    """A parser with the options that all these benchmarks have; ``seeds`` is the default number of seeds."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config")
-    parser.add_argument("--workers", type=int, nargs="+", default=[4, 8])
-    parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("config", help="YAML of an experiment")
+    parser.add_argument("--workers", type=int, nargs="+", default=[4, 8], help="numbers of workers")
+    parser.add_argument("--seeds", type=int, default=seeds, help="number of seeds, from 0 upwards")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     return parser
 
@@ -31,7 +31,7 @@ def make_parser(description: str | None, seeds: int) -> argparse.ArgumentParser:
 def over_seeds(
     simulate: Callable[[Config, Path], Summary], config: str, overrides: Sequence[str], seeds: int
 ) -> list[Summary]:
-    """One run of a config for each seed, in a folder of its own that nobody keeps."""
+    """Run a config once for each seed, in temporary folders. Returns the summaries."""
     summaries = []
     for seed in range(seeds):
         with tempfile.TemporaryDirectory() as folder:
@@ -40,7 +40,7 @@ def over_seeds(
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Row]) -> None:
-    """Each row as soon as its runs are over; ``columns`` names what tells rows apart."""
+    """Print each row as soon as its runs are over; ``columns`` has the titles of the cells that identify rows."""
     headings = [*columns, "test error %", "mean gap"]
     _print_line(headings)
     _print_line(["---"] * len(headings))

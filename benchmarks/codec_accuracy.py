@@ -1,10 +1,10 @@
-"""What the codecs cost in accuracy: simulated runs of one config, a row for each way to send, beside its bytes.
+"""What the codecs cost in accuracy: simulated runs of one config, with one row per combination of codecs.
 
     python benchmarks/codec_accuracy.py configs/digits.yaml --workers 4 8 --seeds 5
     python benchmarks/codec_accuracy.py configs/cifar10-small.yaml --workers 8 --seeds 1 --set epochs=4 \\
         --set data_dir=… --rows wire=fp32 wire=onebit wire=onebit,wire_warmup_epochs=1
 
-Errors are means over the seeds and, in brackets, their least and largest. Bytes are those of an update's vectors.
+An error is the mean over the seeds, with the smallest and the largest in brackets. Bytes are per update.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
 
 def main() -> None:
     parser = make_parser(__doc__, seeds=5)
-    parser.add_argument("--rows", nargs="+", default=WAYS, metavar="KEY=VALUE,…", help="ways to send")
+    parser.add_argument("--rows", nargs="+", default=WAYS, metavar="KEY=VALUE,…", help="config keys of each row")
     torch.set_num_threads(1)
     print_table(("algorithm", "workers", "sent as", "push bytes", "view bytes"), rows(parser.parse_args()))
 

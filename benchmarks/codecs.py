@@ -1,9 +1,9 @@
-"""What each codec of pushes saves and costs: bytes for each float, MB/s of float32 in and out, and what it loses.
+"""What each codec of pushes saves and costs: bytes per float, speed in MB/s of float32, and error.
 
     python benchmarks/codecs.py
 
-A chunk as it goes over the wire, of normal values, on one thread. Repetitions of all codecs alternate; the figures are
-medians. `push` is what a worker does to it: error feedback, encoding and decoding.
+The data are one chunk as it is sent over the wire, with normally distributed values, on one thread. Repetitions of the
+codecs alternate, and the figures are medians. `push` is all that a worker does: error feedback, encoding and decoding.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
             times[codec.name, "encode"].append(seconds(lambda codec=codec: codec.encode(chunk)))  # type: ignore[misc]
             times[codec.name, "decode"].append(seconds(lambda codec=codec, data=data: codec.decode(data, out)))  # type: ignore[misc]
             times[codec.name, "push"].append(seconds(lambda c=compressor, push=push: c.compress(push, 0.0)))  # type: ignore[misc]
-    print("| codec | bytes a float | times fewer | encode MB/s | decode MB/s | push MB/s | lost of the norm |")
+    print("| codec | bytes per float | compression | encode MB/s | decode MB/s | push MB/s | relative error (norm) |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for codec in codecs:
         data = codec.encode(chunk)

@@ -1,7 +1,7 @@
-"""Parameter servers to measure danaz beside: each answers a vector f32[P] with a vector f32[P].
+"""danaz and other parameter servers, to be compared: each answers a vector f32[P] with a vector f32[P].
 
-A peer is two functions: ``serve(ready, floats, workers)`` calls ``ready(address)`` once and then serves until it is
-ended; ``connect(address, floats, worker, workers)`` returns a function that makes one exchange.
+A peer consists of two functions. ``serve(ready, floats, workers)`` calls ``ready(address)`` once and then serves until
+its process is killed. ``connect(address, floats, worker, workers)`` returns a function that makes one exchange.
 """
 
 from __future__ import annotations
@@ -27,14 +27,16 @@ Ready = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Peer:
+    """A parameter server that can be measured."""
+
     name: str
     serve: Callable[[Ready, int, int], None]
     connect: Callable[[str, int, int, int], Exchange]
-    needs: str = ""  # a package of the extra `bench`
+    needs: str = ""  # a package in the extra `bench`
 
     @property
     def missing(self) -> str:
-        """Why it cannot be measured here, if it cannot."""
+        """Why it cannot be measured here; empty if it can."""
         there = not self.needs or importlib.util.find_spec(self.needs)
         return "" if there else f"{self.name} is left out: {self.needs} is not installed (pip install 'danaz[bench]')"
 
@@ -51,7 +53,7 @@ def _keys() -> tuple[ServerKeys, list[WorkerKeys]]:
 
 
 def danaz(algorithm: str, gap: bool = False, encrypted: bool = False, shards: int = 1) -> Peer:
-    """The real server loop and link; the push is at hand, as it is for every peer, and always the same."""
+    """danaz with its real server loop and link. Like every peer, it pushes the same vector again and again."""
 
     def serve(ready: Ready, floats: int, workers: int) -> None:
         from danaz.server.core import ServerCore
@@ -94,14 +96,14 @@ def danaz(algorithm: str, gap: bool = False, encrypted: bool = False, shards: in
         return exchange
 
     if encrypted:
-        _keys()  # before any process is forked
+        _keys()  # made before any process is forked, so that all have the same
     many = [f"{shards} shards"] if shards > 1 else []
     name = " ".join(["danaz", algorithm, *["gap on"] * gap, *["encrypted"] * encrypted, *many])
     return Peer(name, serve, connect)
 
 
 def _fork(serve: Callable[[Ready], None]) -> str:
-    """Serve in a process of its own, which this one's end takes along; returns the address."""
+    """Serve in a child process, which the benchmark kills in the end. Returns the address."""
     read, write = os.pipe()
     if os.fork() == 0:
         with os.fdopen(write, "w", buffering=1) as pipe:
@@ -111,7 +113,7 @@ def _fork(serve: Callable[[Ready], None]) -> str:
         return pipe.readline().strip()
 
 
-# ---- the same bytes without arithmetic -------------------------------------------------------------------------------
+# ---- the same bytes, without arithmetic ------------------------------------------------------------------------------
 
 
 def _serve_echo(ready: Ready, floats: int, workers: int) -> None:
@@ -170,7 +172,7 @@ def _receive(connection: socket.socket, buffer: memoryview) -> bool:
     return True
 
 
-# ---- what torch offers: both apply θ ← θ − ηg, as danaz asgd does ----------------------------------------------------
+# ---- torch: both apply θ ← θ − ηg, as danaz asgd does ----------------------------------------------------------------
 
 
 def _free_port() -> int:
@@ -208,7 +210,7 @@ _params = torch.empty(0)
 
 
 def _apply(grad: torch.Tensor) -> torch.Tensor:
-    """Called on the RPC server."""
+    """Apply a gradient f32[P]; called on the RPC server."""
     global _params
     if not _params.numel():
         _params = torch.zeros_like(grad)
@@ -218,7 +220,7 @@ def _apply(grad: torch.Tensor) -> torch.Tensor:
 def _init_rpc(address: str, name: str, rank: int, workers: int) -> None:
     from torch.distributed import rpc
 
-    # Over TCP as everyone else; left to itself, TensorPipe takes shared memory between processes of one machine.
+    # TCP, like all other peers. By default, TensorPipe uses shared memory between processes of one machine.
     options = rpc.TensorPipeRpcBackendOptions(init_method=address, _transports=["uv"], _channels=["basic"])
     rpc.init_rpc(name, rank=rank, world_size=workers + 1, rpc_backend_options=options)
 
@@ -241,7 +243,7 @@ def _connect_rpc(address: str, floats: int, worker: int, workers: int) -> Exchan
 # ---- Ray: an actor that applies θ ← θ − ηg; arrays travel through its shared-memory store --------------------------
 
 
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # processes that join a cluster of Ray's here have no token file
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # there is no token file for processes that join Ray's cluster
 
 
 def _serve_ray(ready: Ready, floats: int, workers: int) -> None:
@@ -289,7 +291,7 @@ PEERS = [
 
 
 def exchanges_per_second(exchange: Exchange, seconds: float) -> float:
-    """Rate of one worker over about ``seconds``, after one exchange that does not count."""
+    """Rate of one worker, measured for about ``seconds`` after one exchange that is not counted."""
     exchange()
     count, began = 0, time.perf_counter()
     while (now := time.perf_counter()) - began < seconds:

@@ -1,12 +1,13 @@
-"""How much of an exchange ``--pipeline`` hides behind computing, on a link of 1 Gbit/s and 1 ms. Needs root.
+"""How much of the exchange with the server ``--pipeline`` hides, on a link of 1 Gbit/s and 1 ms. Needs root.
 
     sudo .venv/bin/python benchmarks/pipeline.py
     sudo .venv/bin/python benchmarks/pipeline.py --workers 1 --ratios 1.5 --repetitions 5 --csv pipeline.csv
 
-A server and its workers are processes in network namespaces, with real sockets, the real training-loop half of a
-worker and pushes and views of 11 MB; computing a batch is a timed wait. First the exchange of one worker without
-computing is measured; then batches that take a multiple of that, with a pipeline and without, in turns. Hidden is
-1 - (pipelined - compute) / (plain - compute), each in seconds for a batch, where compute is the wait as it came out.
+A server and its workers are processes in network namespaces. They have real sockets and the real worker code, and push
+and receive vectors of 11 MB; computing a batch is a sleep. The benchmark first measures the exchange of one worker that
+computes nothing. Then it measures batches that compute for a multiple of this time, with and without the pipeline in
+turns. The hidden share is 1 - (pipelined - compute) / (plain - compute), in seconds per batch, where compute is the
+measured time of the sleep.
 """
 
 from __future__ import annotations
@@ -38,20 +39,20 @@ from danaz.worker.group import SoloGroup
 from danaz.worker.link import DealerLink
 from danaz.worker.worker import Worker
 
-SETTLE = 10  # batches before those that count: until the pipeline knows how long computing and fetching take
+SETTLE = 10  # batches that are not measured, in which the pipeline learns how long computing and fetching take
 FIGURES = ("compute_ms", "plain_ms", "pipelined_ms", "hidden_percent")
 LINE = "{workers:>7} {ratio:>16}" + "".join(f" {{{name}:>{len(name)}}}" for name in FIGURES)
 
 
 class Window(NamedTuple):
-    """Seconds, for a batch in the mean."""
+    """Mean seconds per batch."""
 
     batch_s: float
     computing_s: float
 
 
 def window(link: SlowLink, workers: int, computing_s: float, pipelined: bool, options: argparse.Namespace) -> Window:
-    """Start a server and its workers, and let each compute and exchange for a while."""
+    """Start a server and its workers, and let each compute and exchange for a number of batches."""
     with Processes() as processes:
         server = processes.start(_serve, link, workers, options)
         address = hear(server)
@@ -91,8 +92,8 @@ def _work(
     worker = make_worker(address, number, pipelined, options)
     grad = torch.full_like(worker.flat.params, 1e-6)
     worker.join(bring_params=number == 0)
-    times = []  # of beginning and computed, for each batch
-    for done in itertools.count():  # until the parent ends it, so that the others' link stays as busy as it was
+    times = []  # (begin, end) of computing each batch
+    for done in itertools.count():  # until the parent kills it, so that the link stays as busy for the others
         batch, began = worker.batches.begin(), time.monotonic()
         time.sleep(computing_s)
         times.append((began, time.monotonic()))
@@ -102,13 +103,13 @@ def _work(
 
 
 def _window(times: Sequence[tuple[float, float]]) -> Window:
-    """The last batch says when the one before it was over."""
+    """The figures of all batches but the last, whose beginning is the end of the one before."""
     (first, _), *_, (last, _) = times
     return Window((last - first) / (len(times) - 1), statistics.mean(computed - began for began, computed in times))
 
 
 def make_worker(address: str, number: int, pipelined: bool, options: argparse.Namespace) -> Worker:
-    """The worker as a training loop has it, alone on its machine."""
+    """A worker as a training loop uses it, with one rank."""
     flat = FlatModel(nn.Linear(round(options.megabytes * 250_000), 1, bias=False))
     rule, ahead = find_algorithm(options.algorithm).rule(), 2 if pipelined else 1
     role = Role(number, 1, "", 0.9, flat.layout, Plan(1 << 40, 1), ahead)
@@ -117,7 +118,7 @@ def make_worker(address: str, number: int, pipelined: bool, options: argparse.Na
 
 
 def measure(link: SlowLink, options: argparse.Namespace) -> list[dict[str, float]]:
-    """A row for each number of workers and each time to compute, medians over the repetitions."""
+    """A row for each number of workers and each ratio: medians over the repetitions."""
     exchange_s = window(link, 1, 0.0, False, options).batch_s
     print(f"{link.manner}; an exchange of {options.megabytes:g} MB each way takes {1000 * exchange_s:.0f} ms")
     print(LINE.format(workers="workers", ratio="compute/exchange", **{name: name for name in FIGURES}))
@@ -142,14 +143,16 @@ def measure(link: SlowLink, options: argparse.Namespace) -> list[dict[str, float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 1.0, 1.5], help="computing / exchange")
-    parser.add_argument("--megabytes", type=float, default=11.0, help="of the model; default: WRN-16-4")
+    parser.add_argument(
+        "--ratios", type=float, nargs="+", default=[0.5, 1.0, 1.5], help="time to compute over time to exchange"
+    )
+    parser.add_argument("--megabytes", type=float, default=11.0, help="size of the model; default: WRN-16-4")
     parser.add_argument("--algorithm", default="dana")
-    parser.add_argument("--gbit", type=float, default=1.0, help="per second, each way")
-    parser.add_argument("--delay-ms", type=float, default=1.0, help="one way")
-    parser.add_argument("--batches", type=int, default=15, help="of each worker that count")
+    parser.add_argument("--gbit", type=float, default=1.0, help="rate of the link in Gbit/s, each way")
+    parser.add_argument("--delay-ms", type=float, default=1.0, help="delay of the link, one way")
+    parser.add_argument("--batches", type=int, default=15, help="measured batches of each worker")
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--csv", type=Path, help="write the table there, too")
+    parser.add_argument("--csv", type=Path, help="file to write the table to")
     options = parser.parse_args()
     if reason := missing():
         sys.exit(f"benchmarks/pipeline.py: {reason}")

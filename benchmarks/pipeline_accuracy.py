@@ -1,8 +1,9 @@
-"""What ``--pipeline`` costs in accuracy, beside the naive way to compute while exchanging, in simulated runs.
+"""What ``--pipeline`` costs in accuracy, compared with a naive way to compute while exchanging, in simulated runs.
 
     python benchmarks/pipeline_accuracy.py configs/digits.yaml --workers 4 8 --seeds 3
 
-Workers take turns, which fixes the lag. Errors are means over the seeds and, in brackets, their least and largest.
+Workers push in round-robin order, which fixes the lag. An error is the mean over the seeds, with the smallest and the
+largest in brackets.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from danaz.simulate.simulator import SimulatedWorker, Simulation
 
 
 class Naive(Simulation):
-    """Each batch on the answer to the push before the last, which was there a whole batch earlier."""
+    """Compute each batch on the view from before the last push, which has arrived a whole batch earlier."""
 
-    def _turn_in_pipeline(self, worker: SimulatedWorker) -> None:
+    def pipelined_turn(self, worker: SimulatedWorker) -> None:
         if worker.core.fetched is None:
-            self._say(worker, worker.core.pull(ahead=True))
-        self._say(worker, self._push(worker, wants_view=False))
+            self.send(worker, worker.core.pull(ahead=True))
+        self.send(worker, self.make_push(worker, wants_view=False))
         if worker.batches:
-            self._say(worker, worker.core.pull(ahead=True))
+            self.send(worker, worker.core.pull(ahead=True))
 
 
 class Form(NamedTuple):
@@ -36,7 +37,7 @@ class Form(NamedTuple):
 
     kind: type[Simulation]
     pipeline: bool
-    own_push: bool  # whether the worker's push on its way is added, where pushes move views
+    own_push: bool  # add the worker's own push to the view while it is under way, if pushes move views
 
     def simulate(self, config: Config, run: Path) -> Summary:
         simulation = self.kind(config, run)
@@ -55,7 +56,7 @@ FORMS = {
 
 
 def forms_of(algorithm: str) -> list[str]:
-    """Those that differ under this algorithm."""
+    """Names of the forms that differ from each other under this algorithm."""
     moves = find_algorithm(algorithm).rule().push_moves_view
     return [name for name in FORMS if moves or "own push" not in name]
 

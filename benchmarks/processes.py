@@ -1,4 +1,4 @@
-"""What benchmarks of several processes share: they are forked, speak through pipes, and are ended together."""
+"""What benchmarks with several processes share: processes are forked, talk through pipes, and are killed together."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from typing import Any
 
 import psutil
 
-# Children inherit the imports; the parent has computed nothing, so no thread of torch's is lost in the fork.
+# Children inherit the imports. The parent has computed nothing, so torch has no threads that a fork would lose.
 CONTEXT = multiprocessing.get_context("fork")
-PATIENCE_S = 300.0  # with a process that starts, or counts
+PATIENCE_S = 300.0  # longest time to wait for a message
 
 
 class Processes:
-    """Started within a block, and killed at its end with all that they have started."""
+    """Processes that are started within a block; at its end they are killed, with all their descendants."""
 
     def __init__(self) -> None:
         self.all: list[ForkProcess] = []
 
     def start(self, target: Callable[..., None], *arguments: Any) -> Connection:
-        """``target(*arguments, pipe)`` in a process of its own; returns the pipe's other end."""
+        """Call ``target(*arguments, pipe)`` in a new process. Returns the other end of the pipe."""
         here, there = CONTEXT.Pipe()
         self.all.append(CONTEXT.Process(target=target, args=(*arguments, there), daemon=True))
         self.all[-1].start()
@@ -46,20 +46,20 @@ class Processes:
 
 
 def hear(pipe: Connection) -> Any:
-    """What the process at the other end says next. Raises TimeoutError."""
+    """The next message from the process at the other end. Raises TimeoutError after PATIENCE_S."""
     if not pipe.poll(PATIENCE_S):
         raise TimeoutError("a server or worker did not answer")
     return pipe.recv()
 
 
 def cpu_s(processes: Iterable[ForkProcess]) -> float:
-    """User and system time of processes and of all below them."""
+    """User plus system time of processes and of all their descendants, in seconds."""
     times = [each.cpu_times() for each in _with_descendants(processes)]
     return sum(t.user + t.system for t in times)
 
 
 def resident_bytes(processes: Iterable[ForkProcess]) -> int:
-    """Memory of processes and of all below them."""
+    """Resident memory of processes and of all their descendants."""
     return sum(each.memory_info().rss for each in _with_descendants(processes))
 
 
@@ -69,7 +69,7 @@ def _with_descendants(processes: Iterable[ForkProcess]) -> list[psutil.Process]:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """A table with the keys of the first row as its head."""
+    """Write rows as CSV, with the keys of the first row as titles."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()

@@ -1,13 +1,13 @@
-"""How many workers one server carries: N workers with real sockets and payloads whose computing is a timed wait.
+"""How many workers one server can serve: N workers with real sockets and payloads, whose computing is a sleep.
 
     python benchmarks/scale.py                                   # 1 to 64 workers, ResNet-20's 0.27 M floats
     python benchmarks/scale.py --workers 1 24 --seconds 20 --algorithm dana-zero
 
-Each worker is a thread with a socket of its own, a few processes hold them all, and a process of its own is the
-server. A batch takes a time drawn from the gamma model of machines (mean 100 ms, variation 0.1), in which the worker
-sleeps; then it pushes, and waits for the next view. Counted are the batches of all workers within a window of time,
-against those of one worker. Beside it, what waiting for the slowest of N costs synchronous training, with an all-reduce
-that takes no time. It writes scale.csv, scale.png and scale.svg into --out.
+Each worker is a thread with its own socket; a few processes run these threads, and one process is the server. For each
+batch, a worker sleeps for a random time from the gamma model (mean 100 ms, coefficient of variation 0.1), pushes, and
+waits for the next view. The speed-up compares the batches of all workers in a window of time with those of one worker.
+The table also has the speed-up of synchronous training, which waits for the slowest of N, with an all-reduce that takes
+no time. The benchmark writes scale.csv, scale.png and scale.svg into --out.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from danaz.report.style import COLOURS, MARKERS, RC, as_files
 from danaz.simulate.execution_time import gamma_times
 from danaz.simulate.speedup import speedup
 
-SETTLE_S = 1.0  # from the first batch to the window: until workers are out of step
-DRAWS = 1000  # batch times of a worker, again from the start when they are used up
+SETTLE_S = 1.0  # from the first batch to the window, in which workers get out of step
+DRAWS = 1000  # batch times of a worker, which repeat after the last
 FIGURES = ("batches_per_second", "speedup", "synchronous", "server_busy", "workers_busy", "exchange_ms")
 LINE = "{workers:>8}" + "".join(f" {{{name}:>{len(name)}}}" for name in FIGURES)
 
 
 class Window(NamedTuple):
-    """What a number of workers did in a window of time."""
+    """The figures of all workers in a window of time."""
 
     batches_per_second: float
     exchange_ms: float  # median
-    server_busy: float  # CPU time of the server's process over wall time, all its threads
-    workers_busy: float  # and of those of the workers
+    server_busy: float  # CPU time of the server's process, divided by wall time
+    workers_busy: float  # CPU time of the workers' processes, divided by wall time
 
 
 def window(peer: Peer, workers: int, options: argparse.Namespace) -> Window:
-    """Start a server and its workers, and count."""
+    """Start a server and its workers, and measure them."""
     with Processes() as processes:
         address = hear(processes.start(_serve, peer, options.floats, workers))
         holders = [range(first, workers, options.processes) for first in range(min(workers, options.processes))]
@@ -63,7 +63,7 @@ def window(peer: Peer, workers: int, options: argparse.Namespace) -> Window:
 
 
 def _busy_shares(groups: Sequence[Sequence[Any]], begin: float, seconds: float) -> list[float]:
-    """CPU time of each group of processes over the time of the window."""
+    """CPU time of each group of processes in the window, divided by the length of the window."""
     time.sleep(max(0.0, begin - time.monotonic()))
     began, before = time.monotonic(), [cpu_s(group) for group in groups]
     time.sleep(seconds)
@@ -79,7 +79,7 @@ def _serve(peer: Peer, floats: int, workers: int, tell: Connection) -> None:
 def _hold(
     peer: Peer, address: str, numbers: range, workers: int, options: argparse.Namespace, pipe: Connection
 ) -> None:
-    """Some of the workers, each in a thread; says how long each exchange within the window took, in seconds."""
+    """Run some of the workers, each in a thread. Sends the seconds that each exchange in the window took."""
     torch.set_num_threads(1)
     waits: list[float] = []
     joined, go, begin = threading.Barrier(len(numbers) + 1), threading.Barrier(len(numbers) + 1), [0.0]
@@ -101,11 +101,11 @@ def _hold(
     for thread in threads:
         thread.join()
     pipe.send(waits)
-    threading.Event().wait()  # the parent ends it
+    threading.Event().wait()  # until the parent kills it
 
 
 def _batches(exchange: Exchange, times_s: Sequence[float], begin: float, end: float) -> list[float]:
-    """Compute and exchange until the window is over; the seconds of each exchange that ended within it."""
+    """Compute and exchange until the window is over. Returns the seconds of each exchange that ended in it."""
     waits, number = [], 0
     while True:
         time.sleep(times_s[number % DRAWS])
@@ -120,7 +120,7 @@ def _batches(exchange: Exchange, times_s: Sequence[float], begin: float, end: fl
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, float]]:
-    """A row for each number of workers, medians over the repetitions."""
+    """A row for each number of workers: medians over the repetitions."""
     peer = danaz(options.algorithm, gap=options.gap)
     synchronous = speedup(options.workers, heterogeneous=False, repetitions=3, iterations=20_000).synchronous
     windows: dict[int, list[Window]] = {n: [] for n in options.workers}
@@ -147,7 +147,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, float]]:
 
 
 def draw(rows: list[dict[str, float]], algorithm: str) -> dict[str, bytes]:
-    """Speed-up beside the ideal, synchronous training and the paper's measurement; below it, how busy the server is."""
+    """Draw the speed-up, with the ideal, synchronous training and the paper's figure; and how busy the server is."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -158,7 +158,7 @@ def draw(rows: list[dict[str, float]], algorithm: str) -> dict[str, bytes]:
         figure, (ax, below) = pyplot.subplots(
             2, 1, figsize=(6.4, 6), sharex=True, height_ratios=[3, 1], layout="constrained"
         )
-        ax.plot([1, workers[-1]], [1, workers[-1]], color="#bbbbbb", linestyle="--", label="one batch each, no waiting")
+        ax.plot([1, workers[-1]], [1, workers[-1]], color="#bbbbbb", linestyle="--", label="ideal: nobody waits")
         labels = {"speedup": f"danaz {algorithm}, one server", "synchronous": "SSGD, slowest of N"}
         for look, (key, label) in enumerate(labels.items()):
             ax.plot(workers, [row[key] for row in rows], color=COLOURS[look], marker=MARKERS[look], label=label)
@@ -175,13 +175,13 @@ def draw(rows: list[dict[str, float]], algorithm: str) -> dict[str, bytes]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8, 16, 24, 32, 48, 64])
-    parser.add_argument("--floats", type=int, default=272_474, help="of the model; default: ResNet-20")
-    parser.add_argument("--mean-s", type=float, default=0.1, help="of a batch")
+    parser.add_argument("--floats", type=int, default=272_474, help="size of the model; default: ResNet-20")
+    parser.add_argument("--mean-s", type=float, default=0.1, help="mean time to compute a batch")
     parser.add_argument("--algorithm", default="dana")
     parser.add_argument("--gap", action="store_true", help="measure the gap of each update")
-    parser.add_argument("--seconds", type=float, default=8.0, help="of each window")
+    parser.add_argument("--seconds", type=float, default=8.0, help="length of each window")
     parser.add_argument("--repetitions", type=int, default=1)
-    parser.add_argument("--processes", type=int, default=4, help="that hold the workers")
+    parser.add_argument("--processes", type=int, default=4, help="processes that run the workers")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/bench-scale"))
     options = parser.parse_args()

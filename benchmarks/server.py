@@ -1,12 +1,12 @@
-"""Update exchanges per second of danaz' server, beside its peers and the bare transports, in one run.
+"""Exchanges per second of danaz' server, compared with other parameter servers and with bare transports.
 
     python benchmarks/server.py                                    # 1.1, 11 and 102 MB; 1, 2, 4 and 8 workers
     python benchmarks/server.py --megabytes 1.1 --workers 1 --repetitions 3
-    python benchmarks/server.py --shards 1 2 --only 'danaz dana'   # beside two servers with a slice each
+    python benchmarks/server.py --shards 1 2 --only 'danaz dana'   # also two servers with a slice each
 
-One exchange: a worker process pushes P floats over TCP loopback, the server applies them and sends P floats back.
-Repetitions of all peers alternate; the figures are medians. GB/s counts both ways. CPU is user and system time for one
-exchange. It writes results.csv and a bar chart into --out.
+In one exchange, a worker process pushes P floats over TCP loopback; the server applies them and sends P floats back.
+Repetitions of all peers alternate, and the figures are medians. GB/s counts both directions. CPU is user plus system
+time per exchange. The benchmark writes results.csv and a bar chart into --out.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LINE = (
 
 
 class Measured(NamedTuple):
-    """One repetition."""
+    """The figures of one repetition."""
 
     exchanges_per_second: float
     server_cpu_s: float  # per exchange
@@ -41,7 +41,7 @@ def measure(peer: Peer, floats: int, workers: int, seconds: float) -> Measured:
     """Start a server and its workers, and let them exchange for about ``seconds``."""
     with Processes() as processes:
         address = hear(processes.start(_serve, peer, floats, workers))
-        server = processes.all[:1]  # some peers' are several processes
+        server = processes.all[:1]  # some peers start several processes
         pipes = [processes.start(_work, peer, address, floats, n, workers, seconds) for n in range(workers)]
         for pipe in pipes:
             hear(pipe)
@@ -63,7 +63,7 @@ def _work(peer: Peer, address: str, floats: int, worker: int, workers: int, seco
     pipe.send("ready")
     pipe.recv()
     pipe.send(exchanges_per_second(exchange, seconds))
-    pipe.recv()  # until the parent ends it; leaving first would end some peers' worlds under the others
+    pipe.recv()  # until the parent kills it: with some peers, a worker that leaves ends the world of the others
 
 
 def rows(options: argparse.Namespace) -> Iterator[dict[str, object]]:
@@ -93,7 +93,7 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, object]]:
 
 
 def draw(table: list[dict[str, object]], path: Path) -> None:
-    """Bars of GB/s, a panel for each size, at the largest number of workers."""
+    """Draw bars of GB/s at the largest number of workers, with a panel for each size."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -120,9 +120,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.5)
-    parser.add_argument("--only", nargs="+", help="names of peers")
+    parser.add_argument("--only", nargs="+", help="names of the peers to measure; default: all")
     parser.add_argument(
-        "--shards", type=int, nargs="+", default=[1], help="servers with a slice each, 1 is always there"
+        "--shards", type=int, nargs="+", default=[1], help="numbers of server shards; 1 is always measured"
     )
     parser.add_argument("--sharded", nargs="+", default=["dana"], help="algorithms to measure with --shards")
     parser.add_argument("--out", type=Path, default=Path("runs/bench-server"))

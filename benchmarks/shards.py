@@ -1,11 +1,11 @@
-"""Exchanges per second of 1, 2 and 4 servers with a slice each, every machine on a wire of its own. Needs root.
+"""Exchanges per second with 1, 2 and 4 server shards, each on a machine with its own link. Needs root.
 
     sudo .venv/bin/python benchmarks/shards.py
     sudo .venv/bin/python benchmarks/shards.py --workers 4 --shards 1 4 --megabytes 102 --gbit 2.5
 
-Servers and workers are processes in network namespaces, one a machine, with real sockets and links of 1 Gbit/s each
-way. Workers compute nothing: each pushes and receives as fast as it can. Counted are the exchanges of all of them;
-beside them stand the share of a server's wire that is full, each way, and how many cores everything keeps busy.
+Servers and workers are processes in network namespaces, one per machine, with real sockets and links of 1 Gbit/s each
+way. Workers compute nothing; each pushes and receives as fast as it can. The table shows the exchanges of all workers,
+how much of a server's link they use in each direction, and how many cores are busy.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ LINE = "{workers:>7} {shards:>6}" + "".join(f" {{{name}:>{len(name)}}}" for name
 
 
 class Window(NamedTuple):
-    """What all workers together did."""
+    """The figures of all workers together."""
 
     exchanges_per_second: float
-    cores_busy: float  # CPU time of servers and workers over wall time
+    cores_busy: float  # CPU time of servers and workers, divided by wall time
 
 
 def window(link: SlowLink, shards: int, workers: int, options: argparse.Namespace) -> Window:
-    """Start the servers, each on a machine, and the workers on others, and let them exchange for a while."""
+    """Start servers and workers, each on its own machine, and let them exchange for a while."""
     with Processes() as processes:
         servers = [processes.start(_serve, link, shard, shards, workers, options) for shard in range(shards)]
         addresses = " ".join(hear(pipe) for pipe in servers)
@@ -74,11 +74,11 @@ def _work(
     pipe.send("ready")
     pipe.recv()
     pipe.send(exchanges_per_second(exchange, options.seconds))
-    pipe.recv()  # until the parent ends it: the others are still counting
+    pipe.recv()  # until the parent kills it: the others are still measuring
 
 
 def measure(link: SlowLink, options: argparse.Namespace) -> list[dict[str, float]]:
-    """A row for each number of workers and shards, medians over the repetitions, which take turns."""
+    """A row for each number of workers and shards: medians over the repetitions, which alternate."""
     print(LINE.format(workers="workers", shards="shards", **{name: name for name in FIGURES}))
     rows = []
     for workers in options.workers:
@@ -106,12 +106,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 4, 8])
-    parser.add_argument("--megabytes", type=float, default=11.0, help="of the model; default: WRN-16-4")
+    parser.add_argument("--megabytes", type=float, default=11.0, help="size of the model; default: WRN-16-4")
     parser.add_argument("--algorithm", default="dana")
-    parser.add_argument("--gbit", type=float, default=1.0, help="per second, each way, of every machine")
-    parser.add_argument("--seconds", type=float, default=6.0, help="of each window")
+    parser.add_argument("--gbit", type=float, default=1.0, help="rate of each machine's link in Gbit/s, each way")
+    parser.add_argument("--seconds", type=float, default=6.0, help="length of each measurement")
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--csv", type=Path, help="write the table there, too")
+    parser.add_argument("--csv", type=Path, help="file to write the table to")
     options = parser.parse_args()
     options.shards = sorted({1, *options.shards})
     if reason := missing():

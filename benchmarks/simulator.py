@@ -1,13 +1,13 @@
-"""What a simulated update costs, beside the same mini-batch step of a plain PyTorch loop with torch.optim.SGD.
+"""What a simulated update costs, compared with the same step in a plain PyTorch loop with torch.optim.SGD.
 
     python benchmarks/simulator.py configs/digits.yaml
     python benchmarks/simulator.py configs/cifar10-resnet20.yaml --set data_dir=… --updates 6
     python benchmarks/simulator.py configs/cifar10-resnet20.yaml --set data_dir=… --set precision=bf16 --set device=cuda
 
-Both take their batches from the same data set in the same way, on the same device, in the same memory format and
-precision; on a GPU, the plain loop launches its kernels one by one. All are built once and take turns, a few updates
-each, so that a machine whose speed drifts slows all alike; the figure is the median of the ratios within a turn. On a
-CPU, times are the processor's: they do not count what other processes take of it.
+Both read the same data set in the same way and use the same device, memory format and precision. On a GPU, the plain
+loop launches its kernels one by one. All are built once and then take turns of a few updates, so that a drift in the
+machine's speed affects all alike. The result is the median of the ratios of each turn. On a CPU, times are CPU times,
+which do not count other processes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Advance = Callable[[int], None]
 
 
 def plain_loop(config: Config) -> Advance:
-    """Makes so many steps of a plain loop."""
+    """A function that makes a number of steps of a plain loop."""
     device = choose_device(config)
     workload = build(config).with_data_on(device)
     model = place(workload.model, config, device).train()
@@ -49,13 +49,13 @@ def plain_loop(config: Config) -> Advance:
             loss = batch_loss(model, workload, x, y, config, device)
             loss.backward()
             optimizer.step()
-            loss.item()  # as whoever prints or records the loss does
+            loss.item()  # a loop that prints or records the loss does this, too
 
     return advance
 
 
 def simulation(config: Config, run: Path) -> Advance:
-    """Makes so many simulated updates."""
+    """A function that makes a number of simulated updates."""
     made = Simulation(config, run)
     made.start()
     return made.advance
@@ -69,9 +69,9 @@ def seconds(advance: Advance, updates: int, clock: Callable[[], float]) -> float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config")
+    parser.add_argument("config", help="YAML of an experiment")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--updates", type=int, default=100, help="of each in a turn")
+    parser.add_argument("--updates", type=int, default=100, help="updates in each turn")
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()

@@ -1,7 +1,8 @@
-"""Machines on a slow link: network namespaces of this one, each with an interface on one bridge. Needs root, and tc.
+"""Machines on a slow link: network namespaces of this machine, each with an interface on one bridge.
 
-What leaves an interface, and what the bridge sends to it, is shaped to the link's rate, each way by itself. Delay is
-the kernel's (netem) or, where it has none, that of a relay: a process on the machine that passes every byte on late.
+It needs root, and the programs ip and tc. The rate of the link limits what leaves an interface and, separately, what
+the bridge sends to it. The kernel adds the delay (netem). If it has no netem, a relay does: a process on the machine
+that passes on every byte with a delay.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from queue import Queue
 
 NETWORK = "10.79.0"
 CLONE_NEWNET = 0x40000000
-BURST = "128kb"  # that may leave at once
-QUEUE = "20ms"  # of data that waits for the link before the sender is held up
-RELAYED_BYTES = 64 * 1024  # at a time
-RELAYED_AHEAD = 8  # times that, on their way through a relay: more than 1 Gbit/s brings in a few ms
-_numbers = itertools.count()  # of the networks that this process makes
+BURST = "128kb"  # data that may leave at once
+QUEUE = "20ms"  # data may wait for the link for this long before the sender has to wait
+RELAYED_BYTES = 64 * 1024  # of one read
+RELAYED_AHEAD = 8  # reads that are in a relay at a time: more than 1 Gbit/s brings in a few ms
+_numbers = itertools.count()  # number the networks that this process makes
 
 
 def missing() -> str | None:
-    """Why there can be no slow link here; None if there can."""
+    """Why this machine cannot have a slow link; None if it can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     absent = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
@@ -43,7 +44,7 @@ class SlowLink:
         self._names = [f"{self._prefix}m{number}" for number in range(machines)]
         self._rate, self._delay = f"{1000 * gbit_per_s:g}mbit", f"{delay_ms:g}ms"
         self._delay_s = delay_ms / 1000
-        self._has_netem = delay_ms > 0  # known once it is up
+        self._has_netem = delay_ms > 0  # known once the link is up
 
     @property
     def manner(self) -> str:
@@ -56,7 +57,10 @@ class SlowLink:
         return self._delay_s > 0 and not self._has_netem
 
     def relay(self, machine: int, address: str, ready: Callable[[str], None]) -> None:
-        """Pass on late, both ways, what goes from this machine to ``address``; tell ``ready`` where. Never returns."""
+        """Relay connections from this machine to ``address``, with the delay each way. Never returns.
+
+        ``ready`` is called with the address of the relay.
+        """
         self.enter(machine)
         host, port = address.removeprefix("tcp://").split(":")
         with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -72,7 +76,7 @@ class SlowLink:
         return f"{NETWORK}.{machine + 1}"
 
     def enter(self, machine: int) -> None:
-        """Move this process, which must have one thread, to a machine for good."""
+        """Move this process, which must have a single thread, to a machine permanently."""
         with open(f"/run/netns/{self._names[machine]}") as namespace:
             if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), CLONE_NEWNET):
                 raise OSError(ctypes.get_errno(), "setns")
@@ -107,7 +111,7 @@ class SlowLink:
 
 
 def _pass_on(source: socket.socket, sink: socket.socket, delay_s: float) -> None:
-    """Beside the caller, until one of the two ends."""
+    """Pass on bytes with a delay, in two threads, until one of the two connections ends."""
     under_way: Queue[tuple[float, bytes]] = Queue(RELAYED_AHEAD)
 
     def receive() -> None:
@@ -136,7 +140,7 @@ def _succeeds(*command: str) -> bool:
 
 @contextmanager
 def slow_link(machines: int, gbit_per_s: float, delay_ms: float) -> Iterator[SlowLink]:
-    """A slow link until the end of the block, by when all that runs on its machines should have ended."""
+    """A slow link for the length of a block. Everything on its machines should end within the block."""
     link = SlowLink(machines, gbit_per_s, delay_ms)
     try:
         link.up()

@@ -1,12 +1,12 @@
-"""What a training step costs with danaz on a GPU: the usual loop alone, with danaz, and with danaz --pipeline.
+"""What a training step costs with danaz on a GPU: a plain loop, the same with danaz, and with danaz --pipeline.
 
     python benchmarks/step_gpu.py                                       # ResNet-50, bf16, batches of 256
-    python benchmarks/step_gpu.py --device cpu --model small --batch 8  # tries the script where there is no GPU
+    python benchmarks/step_gpu.py --device cpu --model small --batch 8  # try the script without a GPU
 
-One worker trains on one GPU, against a server on the same machine over loopback, as `danaz launch --hosts localhost:1`
-starts them. The batch is on the device beforehand, so that no reading of data is measured. Each way runs in processes
-of its own, and all take turns; the figure is the median over the turns of the mean step between two looks at the clock,
-before each of which the device has finished.
+One worker trains on one GPU with a server on the same machine, over loopback, as `danaz launch --hosts localhost:1`
+starts them. The batch is on the device from the beginning, so that no reading of data is measured. Each way runs in
+its own processes, and all ways take turns. The result is the median over the turns; a turn gives the mean time of its
+steps, and waits for the device before it reads the clock.
 """
 
 from __future__ import annotations
@@ -30,8 +30,12 @@ from torch.utils.data import DataLoader
 import danaz.torch as danaz
 from danaz.workloads.cifar10_resnet import ResNet
 
-WAYS: dict[str, list[str] | None] = {"alone": None, "danaz": [], "danaz --pipeline": ["--pipeline"]}  # to launch with
-AFTER = 2  # steps behind the measured ones, for the last push of a run has nothing to be hidden behind
+WAYS: dict[str, list[str] | None] = {
+    "alone": None,
+    "danaz": [],
+    "danaz --pipeline": ["--pipeline"],
+}  # options of `danaz launch`; None: without danaz
+AFTER = 2  # steps after the measured ones, because nothing hides the last push of a run
 
 
 class Bottleneck(nn.Module):
@@ -66,10 +70,14 @@ def resnet50() -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 1000))
 
 
-MODELS = {"resnet50": (resnet50, 224), "small": (lambda: ResNet(blocks_per_stage=1), 32)}  # and pixels each way
+MODELS = {
+    "resnet50": (resnet50, 224),
+    "small": (lambda: ResNet(blocks_per_stage=1), 32),
+}  # with the width and height of images in pixels
 
 
 def batches(way: str, loader: DataLoader[Any]) -> Iterator[Any]:
+    """The batches of one epoch, as this way shares them out."""
     if WAYS[way] is None:
         yield from loader
         return
@@ -78,7 +86,7 @@ def batches(way: str, loader: DataLoader[Any]) -> Iterator[Any]:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Train, as one of the ways; write milliseconds a step."""
+    """Train in one of the ways, and write the milliseconds per step into the file ``figures``."""
     alone = WAYS[options.way] is None
     if not alone:
         danaz.init()
@@ -90,7 +98,7 @@ def measure(options: argparse.Namespace) -> None:
     optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4)
     if not alone:
         optimizer = danaz.DistributedOptimizer(optimizer, model)
-    numbers: Any = range(options.warm_up + options.steps + AFTER)  # the batch itself is always the same
+    numbers: Any = range(options.warm_up + options.steps + AFTER)  # the batch is always the same
     clock = []
     for step, _ in enumerate(batches(options.way, DataLoader(numbers, batch_size=1))):
         if step in (options.warm_up, options.warm_up + options.steps):
@@ -107,7 +115,7 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def run(way: str, options: argparse.Namespace) -> float:
-    """Milliseconds a step of one way, in processes of its own."""
+    """Milliseconds per step of one way, measured in new processes."""
     with tempfile.TemporaryDirectory() as folder:
         figures = Path(folder, "figures.json")
         script = [sys.executable, __file__, "--way", way, "--figures", str(figures), *sys.argv[1:]]
@@ -125,8 +133,8 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--model", choices=MODELS, default="resnet50")
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=100, help="that are measured, in a turn")
-    parser.add_argument("--warm-up", type=int, default=20, help="steps before them")
+    parser.add_argument("--steps", type=int, default=100, help="measured steps in each turn")
+    parser.add_argument("--warm-up", type=int, default=20, help="steps before the measured ones")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--figures", type=Path, help=argparse.SUPPRESS)

@@ -1,4 +1,4 @@
-"""Handwritten digits: a PyTorch script of the usual kind, which alone or on a cluster trains the same model.
+"""Train on handwritten digits: an ordinary PyTorch script, which trains the same model alone and on a cluster.
 
 python examples/train_digits.py
 danaz launch --hosts localhost:2 --algorithm ssgd -- python examples/train_digits.py
@@ -18,7 +18,7 @@ import danaz.torch as danaz
 parser = argparse.ArgumentParser(description="Train a small convolutional net on scikit-learn's digits.")
 parser.add_argument("--epochs", type=int, default=10)
 parser.add_argument("--lr", type=float, default=0.05)
-parser.add_argument("--save", default="digits.pt", help="where the trained model goes")
+parser.add_argument("--save", default="digits.pt", help="file for the trained model")
 options = parser.parse_args()
 
 danaz.init()

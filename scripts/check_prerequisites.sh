@@ -1,10 +1,10 @@
 #!/bin/sh
-# What danaz needs from the system before anything is installed, checked first so that set-up does not fail half-way.
+# Check that the system has what danaz needs, before anything is installed, so that set-up does not fail half-way.
 # usage: check_prerequisites.sh [python]
 set -u
 python=${1:-python3}
-missing=    # what is not there, in words
-debian=     # and the packages that bring it
+missing=    # what is missing, as lines of text
+debian=     # the packages that contain it
 fedora=
 
 lacks() { missing="${missing}  - $1

@@ -1,9 +1,9 @@
-"""Copy of a finished comparison what is worth keeping in the repository: figures, curves and charts of every cell.
+"""Copy what is worth keeping of a finished comparison into the repository: figures, curves and charts of every cell.
 
     python scripts/publish_results.py runs/compare-cifar10-small docs/results/cifar10-small
 
-Journals and parameters stay behind. What is published is a comparison's folder still: with it as --out, the same
-`danaz compare` goes on with the cells that are missing.
+Journals and parameters are not copied. The copy is still a comparison's folder: given as --out, the same
+`danaz compare` continues with the cells that are missing.
 """
 
 from __future__ import annotations
@@ -12,26 +12,23 @@ import shutil
 import sys
 from pathlib import Path
 
-from danaz.compare.folder import CELLS, INDEX
-from danaz.files.plain_yaml import dump_yaml
-from danaz.files.reading import read_yaml
-from danaz.report.curves import CACHE
+from danaz.compare.index import CELLS, read_index, write_index
+from danaz.report.curves import CURVES
 
-KEPT = ("summary.json", CACHE)
+KEPT = ("summary.json", CURVES)
 
 
 def publish(comparison: Path, where: Path) -> int:
-    """Returns the number of cells."""
+    """Copy the comparison to the folder ``where``. Returns the number of finished cells."""
     finished = sorted(path.parent for path in (comparison / CELLS).glob("*/summary.json"))
     for cell in finished:
         (where / CELLS / cell.name).mkdir(parents=True, exist_ok=True)
-        for kept in filter(Path.exists, (cell / name for name in KEPT)):  # no curves of a cell that was published so
+        for kept in filter(Path.exists, (cell / name for name in KEPT)):  # a published cell may lack curves
             shutil.copy(kept, where / CELLS / cell.name / kept.name)
     for path in (comparison / "results.csv", *comparison.glob("*.png")):
         shutil.copy(path, where / path.name)
-    index = read_yaml(comparison / INDEX)
-    index["config"]["data_dir"] = None  # a path of one machine
-    (where / INDEX).write_text(dump_yaml(index))
+    config, names = read_index(comparison)
+    write_index(where, {**config, "data_dir": None}, names)  # data_dir is a path on one machine
     return len(finished)
 
 

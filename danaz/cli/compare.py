@@ -3,65 +3,78 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from danaz.cli import options
 from danaz.cli.command import fail
+from danaz.cli.grouped import given, takes_options
 
 if TYPE_CHECKING:
     from danaz.compare.cells import Comparison
-    from danaz.compare.run import Ending
+    from danaz.compare.run import CompletedCall
 
-ALGORITHMS = "ssgd,nag-asgd,dana"
-
+DEFAULT_ALGORITHMS = "ssgd,nag-asgd,dana"
 
 live_option = partial(typer.Option, rich_help_panel="With --live")
 
 
-def compare(
-    ctx: typer.Context,
+@dataclass(frozen=True)
+class CompareOptions:
+    """The command line of `danaz compare`; None: not given. Options that describe a grid have the names of its keys."""
+
     config: Annotated[
-        Path, typer.Argument(help="YAML of an experiment; or of a comparison, which lists its cells", metavar="CONFIG")
-    ],
+        Path,
+        typer.Argument(help="YAML of an experiment, or of a comparison with its own list of cells", metavar="CONFIG"),
+    ]
     algorithms: Annotated[
-        str | None, typer.Option("--algorithms", "-a", help=f"Separated by commas. Default: {ALGORITHMS}")
-    ] = None,
+        str | None,
+        typer.Option("--algorithms", "-a", help=f"Algorithms, separated by commas. Default: {DEFAULT_ALGORITHMS}"),
+    ] = None
     workers: Annotated[
         str | None,
-        typer.Option("--workers", "-n", help="Numbers of simulated workers, e.g. `1,4,8`. Default: 1 and the config's"),
-    ] = None,
+        typer.Option(
+            "--workers", "-n", help="Numbers of simulated workers, e.g. `1,4,8`. Default: 1, and the config's number"
+        ),
+    ] = None
     seeds: Annotated[
-        int | None, typer.Option(min=1, help="How many, from the config's seed upwards. Default: 1")
-    ] = None,
-    schedule: options.Schedule = None,
-    jobs: options.Jobs = None,
-    device: options.Device = None,
-    overrides: options.Overrides = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder. Default: `runs/compare-NAME`")] = None,
+        int | None, typer.Option(min=1, help="Number of seeds, counted from the config's seed. Default: 1")
+    ] = None
+    schedule: options.Schedule = None
+    jobs: options.Jobs = None
+    device: options.Device = None
+    overrides: options.Overrides = None
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the comparison. Default: `runs/compare-NAME`")
+    ] = None
     live: Annotated[
-        bool, typer.Option("--live", help="Real processes on machines, one algorithm after the other")
-    ] = False,
-    hosts: Annotated[str | None, live_option("--hosts", "-H", help="Machines and their slots, e.g. `a:4,b:4`")] = None,
-    hostfile: Annotated[
-        Path | None, live_option("--hostfile", help="A file of machines, as for `danaz launch`")
-    ] = None,
+        bool, typer.Option("--live", help="Run real processes on machines, one algorithm after another")
+    ] = False
+    hosts: Annotated[str | None, live_option("--hosts", "-H", help="Machines and their slots, e.g. `a:4,b:4`")] = None
+    hostfile: Annotated[Path | None, live_option("--hostfile", help="A file of machines, as for `danaz launch`")] = None
     workers_per_host: Annotated[
-        int | None, live_option("--workers-per-host", min=1, help="Split each host's slots into so many workers")
-    ] = None,
+        int | None,
+        live_option("--workers-per-host", min=1, help="Number of workers that share the slots of a host. Default: 1"),
+    ] = None
     collective: Annotated[
-        str | None, live_option("--collective", help="Inside a worker: `horovod`, `torch` or `auto`")
-    ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Throw away what the folder holds of an earlier call")] = False,
-) -> None:
-    """Run one experiment by several algorithms, numbers of workers and seeds, and report them side by side.
+        str | None, live_option("--collective", help="What averages inside a worker: `horovod`, `torch` or `auto`")
+    ] = None
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete the finished runs in the folder, and start again")] = (
+        False
+    )
 
-    Simulations run in parallel, one thread each. Finished runs are kept: after Ctrl-C the same command goes on, and
-    with more algorithms, workers or seeds it adds to what is there. With one worker, every algorithm is the baseline.
+
+@takes_options(CompareOptions)
+def compare(asked: CompareOptions) -> None:
+    """Run one experiment with several algorithms, numbers of workers and seeds, and report them side by side.
+
+    Simulations run in parallel, one thread each. Finished runs are kept: after Ctrl-C, the same command continues; with
+    more algorithms, workers or seeds, it adds to the finished runs. With one worker, every algorithm is the baseline.
 
     Examples:
 
@@ -71,25 +84,21 @@ def compare(
 
         danaz compare configs/demo.yaml
     """
-    from danaz.compare.cells import ComparisonError, Grid
+    from danaz.compare.cells import ComparisonError
     from danaz.compare.run import run_comparison
     from danaz.files.reading import UnreadableError
     from danaz.run.lock import RunFolderError
     from danaz.workloads.training import choose_device
 
-    # The options that make a grid bear the names of its keys.
-    given = {name: value for name, value in ctx.params.items() if name in Grid.model_fields and value is not None}
     try:
-        changes = [*(overrides or []), *([] if device is None else [f"device={json.dumps(device)}"])]
-        asked = _comparison(config, given, live, changes)
-        choose_device(asked.config)
-    except (ValueError, RuntimeError) as error:  # also those of config, hosts, algorithms and collective
+        comparison = _comparison(asked)
+        choose_device(comparison.config)
+    except (ValueError, RuntimeError) as error:  # in the config, the hosts, the algorithms or the collective
         fail(error)
-    folder = out or Path("runs", f"compare-{asked.name}")
+    folder = asked.out or Path("runs", f"compare-{comparison.name}")
     typer.echo(f"comparison folder: {folder}", err=True)
     try:
-        ending = run_comparison(asked, folder, jobs, fresh)
-        code = _report(ending)
+        code = _report(run_comparison(comparison, folder, asked.jobs, asked.fresh))
     except (ComparisonError, RunFolderError, UnreadableError, OSError) as error:
         fail(error)
     raise typer.Exit(code)
@@ -97,7 +106,7 @@ def compare(
 
 def tune(
     config: options.Experiment,
-    algorithm: Annotated[str, typer.Option("--algorithm", "-a", help="What to tune")] = "nag-asgd",
+    algorithm: Annotated[str, typer.Option("--algorithm", "-a", help="Algorithm to tune")] = "nag-asgd",
     workers: options.Workers = None,
     lr: Annotated[str, typer.Option(help="Learning rates, separated by commas")] = "0.01,0.02,0.05,0.1,0.2",
     momentum: Annotated[
@@ -105,11 +114,14 @@ def tune(
     ] = "-0.6,-0.3,0,0.3,0.6,0.9",
     overrides: options.Overrides = None,
     jobs: options.Jobs = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder. Default: runs/tune-NAME-ALGORITHM-N")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the search. Default: `runs/tune-NAME-ALGORITHM-N`")
+    ] = None,
 ) -> None:
-    """Search learning rate and momentum for an algorithm: what DANA spares its users.
+    """Search learning rate and momentum for an algorithm on a grid: the search that DANA makes unnecessary.
 
-    Simulations run in parallel and finished ones are kept: after Ctrl-C the same command goes on. Ends with a heat map.
+    Simulations run in parallel. Finished ones are kept: after Ctrl-C, the same command continues. The result is a table
+    and a heat map.
 
     Examples:
 
@@ -135,7 +147,7 @@ def tune(
     except (ValueError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:
-        typer.echo("interrupted: the same command goes on with what is left", err=True)
+        typer.echo("interrupted; the same command continues with the runs that are left", err=True)
         raise typer.Exit(130) from None
     print_tuning(tuning)
     try:
@@ -154,19 +166,23 @@ def _floats(text: str, option: str) -> list[float]:
         raise ValueError(f"{option} {text}: expected numbers separated by commas, e.g. 0.05,0.1") from error
 
 
-def _comparison(path: Path, given: dict[str, Any], live: bool, overrides: list[str]) -> Comparison:
-    """``given`` are the options that were said, by the keys of a grid."""
-    from danaz.compare.cells import ComparisonError, is_plan, make_comparison, make_grid, read_plan
+def _comparison(asked: CompareOptions) -> Comparison:
+    """The comparison that the command line describes. Raises the errors of read_plan and make_comparison."""
+    from danaz.compare.cells import ComparisonError, Grid, is_plan, make_comparison, make_grid, read_plan
 
+    path, grid_options = asked.config, given(asked, Grid.model_fields)
+    overrides = [*(asked.overrides or []), *([] if asked.device is None else [f"device={json.dumps(asked.device)}"])]
     if is_plan(path):
-        if live or given.keys() - {"seeds"}:
-            raise ComparisonError(f"{path} lists its cells itself; edit it, or name the experiment that it compares")
-        return read_plan(path, overrides, given.get("seeds"))
-    if live != bool(given.keys() & {"hosts", "hostfile"}):
+        if asked.live or grid_options.keys() - {"seeds"}:
+            raise ComparisonError(
+                f"{path} lists its cells itself, so options cannot change them; edit it, or name the experiment in it"
+            )
+        return read_plan(path, overrides, asked.seeds)
+    if asked.live != bool(grid_options.keys() & {"hosts", "hostfile"}):
         raise ComparisonError("--live and --hosts or --hostfile belong together, e.g. --live --hosts localhost:4")
-    if not live and given.keys() & {"workers_per_host", "collective"}:
-        raise ComparisonError("--workers-per-host and --collective are for --live")
-    values = {"algorithms": ALGORITHMS, **given}
+    if not asked.live and grid_options.keys() & {"workers_per_host", "collective"}:
+        raise ComparisonError("--workers-per-host and --collective are for --live; add --live and --hosts")
+    values = {"algorithms": DEFAULT_ALGORITHMS, **grid_options}
     lists = {name: _words(values[name]) for name in ("algorithms", "workers") if name in values}
     return make_comparison(path, [make_grid(str(path), {**values, **lists})], overrides)
 
@@ -175,15 +191,15 @@ def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def _report(ending: Ending) -> int:
-    """Say what came of it; returns the exit code."""
+def _report(call: CompletedCall) -> int:
+    """Print the results and write the report. Returns the exit code."""
     from danaz.compare.tables import print_comparison
     from danaz.report.comparison import write_report
 
-    outcome = ending.outcome
+    outcome = call.outcome
     cells = len(outcome.results) + len(outcome.pending)
-    if ending.kept:
-        typer.echo(f"finished before: {ending.kept} of {cells}; --fresh runs them again")
+    if call.kept:
+        typer.echo(f"finished before: {call.kept} of {cells} runs; --fresh runs them again")
     if outcome.results:
         print_comparison(outcome)
     if outcome.finished:
@@ -192,7 +208,7 @@ def _report(ending: Ending) -> int:
         typer.echo(f"pictures: {', '.join(file.name for file in written if file.suffix == '.png')}  (also SVG)")
         typer.echo(f"runs:     {outcome.folder / 'cells'}")
     if outcome.pending:
-        typer.echo(f"still to run: {len(outcome.pending)} of {cells}; the same command goes on with them")
-    if ending.interrupted:
+        typer.echo(f"still to run: {len(outcome.pending)} of {cells}; the same command continues with them")
+    if call.interrupted:
         return 130
     return 1 if outcome.failed else 0

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from danaz.run.schedules import SCHEDULE_FORMS, SCHEDULES
+
 # An option in a panel of its own kind, where `--help` would otherwise be one long list.
 exchange_option = partial(typer.Option, rich_help_panel="Exchange with the server")
 machines_option = partial(typer.Option, rich_help_panel="Machines")
@@ -36,8 +38,8 @@ Workers = Annotated[int | None, typer.Option("--workers", "-n", help="Number of 
 Schedule = Annotated[
     str | None,
     typer.Option(
-        help="Order of simulated pushes: block-random, round-robin, gamma, gamma-heterogeneous, constant:1,2,…, "
-        "trace:RUN. Default: the config's"
+        help=f"Order in which simulated workers push: {', '.join((*SCHEDULES, *SCHEDULE_FORMS.values()))}. "
+        "Default: the config's"
     ),
 ]
 Device = Annotated[

@@ -1,1 +1,1 @@
-"""Comparisons: the same experiment by several algorithms, numbers of workers and seeds, side by side."""
+"""Comparisons: one experiment run with several algorithms, numbers of workers and seeds, side by side."""

@@ -1,4 +1,4 @@
-"""What a comparison is made of: cells, each one run of the same experiment, told apart by what is compared."""
+"""A comparison consists of cells. Each cell is one run of the same experiment, and differs in what is compared."""
 
 from __future__ import annotations
 
@@ -21,34 +21,37 @@ from danaz.run.settings import Settings
 from danaz.worker.group import choose_collective
 from launcher.hosts import parse_hostfile, parse_hosts
 
-BASELINE = "baseline"  # what every algorithm is with one worker
-COMPARED = ("algorithm", "workers", "schedule", "seed")  # the keys of a config in which cells may differ
+BASELINE = "baseline"  # with one worker, every algorithm is this one
+COMPARED = ("algorithm", "workers", "schedule", "seed")  # the config keys in which cells may differ
 
 
 class ComparisonError(ValueError):
-    """A comparison that cannot be made; the message says why and what to do."""
+    """This comparison cannot be run; the message says why, and what to do."""
 
 
 class Grid(BaseModel):
-    """All combinations of some algorithms, numbers of workers and seeds: simulated, or live on ``hosts``."""
+    """All combinations of some algorithms, numbers of workers and seeds: simulated, or live on some hosts."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     algorithms: tuple[str, ...] = Field(min_length=1)
-    workers: tuple[int, ...] = ()  # of a simulation; empty: one, and the config's
-    seeds: int = Field(1, ge=1)  # as many, from the config's own seed upwards
-    schedule: str | None = None  # of a simulation; None: the config's
-    hosts: str | None = None  # as for `danaz launch`; without these and a hostfile: simulate
+    workers: tuple[int, ...] = ()  # simulated workers; empty: one worker, and the config's number
+    seeds: int = Field(1, ge=1)  # number of seeds, counted from the config's seed
+    schedule: str | None = None  # order of simulated workers; None: the config's
+    hosts: str | None = None  # as in `danaz launch`; without hosts and hostfile, cells are simulated
     hostfile: Path | None = None
     workers_per_host: int = Field(1, ge=1)
     collective: str = "auto"
 
     @model_validator(mode="after")
-    def _of_one_kind(self) -> Grid:
+    def _live_or_simulated(self) -> Grid:
         if self.is_live and (self.workers or self.schedule):
-            raise ValueError("a live cell gets its workers from hosts and workers_per_host, and its order from reality")
+            raise ValueError(
+                "a live cell takes its workers from hosts and workers_per_host, and has no schedule: leave out workers "
+                "and schedule"
+            )
         if self.hosts is not None and self.hostfile is not None:
-            raise ValueError("give either hosts or a hostfile, with all machines in it")
+            raise ValueError("give either hosts or a hostfile, not both")
         if any(workers < 1 for workers in self.workers):
             raise ValueError(f"workers should be 1 or more each, not {', '.join(map(str, self.workers))}")
         return self
@@ -60,14 +63,14 @@ class Grid(BaseModel):
 
 @dataclass(frozen=True)
 class Cell:
-    """One run."""
+    """One run of a comparison."""
 
     config: Config
-    cluster: Cluster | None = None  # where it runs live; None: simulated
+    cluster: Cluster | None = None  # the machines of a live cell; None: simulated
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of its folder, which also identifies it in the comparison."""
         config, cluster = self.config, self.cluster
         if cluster is not None:
             how = f"live-{cluster.workers}x{cluster.ranks_per_worker}"
@@ -77,11 +80,11 @@ class Cell:
 
     @property
     def variant(self) -> str:
-        """What else tells it apart, for people."""
+        """What else distinguishes this cell, as a prefix for messages, such as "lr 0.1, "; usually empty."""
         return ""
 
     def facts(self) -> dict[str, Any]:
-        """What summary.json will say of it, known before it runs."""
+        """The entries of summary.json that are known before the cell has run."""
         return {
             "algorithm": self.config.algorithm,
             "workers": self.config.workers,
@@ -93,27 +96,28 @@ class Cell:
 
 @dataclass(frozen=True)
 class Comparison:
-    """An experiment and the cells in which it is run."""
+    """An experiment, and the cells that it consists of."""
 
     name: str
-    config: Config  # what all cells have in common; the compared keys at their defaults
+    config: Config  # shared by all cells; the compared keys have their defaults
     cells: tuple[Cell, ...]
 
 
 def is_plan(path: Path) -> bool:
-    """Whether a YAML file lists the cells of a comparison, rather than the keys of one experiment."""
+    """Whether a YAML file describes a comparison by its cells, and not one experiment."""
     try:
         content = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, YamlError):
-        return False  # load_config will say what is wrong
+        return False  # load_config reports the error
     return isinstance(content, Mapping) and "cells" in content
 
 
 def read_plan(path: Path, overrides: Sequence[str] = (), seeds: int | None = None) -> Comparison:
-    """The comparison that a YAML file lists: ``config`` (a path beside it), ``cells`` (a list of grids).
+    """Read a comparison from YAML: ``config`` (a path relative to the file) and ``cells`` (a list of grids).
 
-    ``seeds``, if given, replaces that of every grid. Raises ComparisonError, ConfigError, UnreadableError,
-    UnknownAlgorithmError.
+    ``seeds``, if given, replaces the number of seeds of every grid.
+
+    Raises ComparisonError, ConfigError, UnreadableError and UnknownAlgorithmError.
     """
     content = read_yaml(path)
     if set(content) != {"config", "cells"} or not isinstance(content["cells"], list):
@@ -126,7 +130,7 @@ def read_plan(path: Path, overrides: Sequence[str] = (), seeds: int | None = Non
 
 
 def make_grid(where: str, values: Any, changes: Mapping[str, Any] | None = None) -> Grid:
-    """Check the values of a grid. Raises ComparisonError, which begins with ``where``."""
+    """Check the values of a grid. Raises ComparisonError, whose message begins with ``where``."""
     if not isinstance(values, Mapping):
         raise ComparisonError(f"{where}: expected keys and values, found {values!r}")
     try:
@@ -137,11 +141,14 @@ def make_grid(where: str, values: Any, changes: Mapping[str, Any] | None = None)
 
 
 def make_comparison(path: Path, grids: Iterable[Grid], overrides: Sequence[str], name: str | None = None) -> Comparison:
-    """The cells of ``grids`` on the experiment in ``path``, each once. Raises as read_plan does."""
+    """The comparison of all ``grids`` on the experiment in the file ``path``; a cell of two grids is run once.
+
+    Raises the errors that read_plan raises.
+    """
     for override in overrides:
         if override.partition("=")[0].strip() in COMPARED[:3]:
             where = "use --algorithms, --workers and --schedule" if name is None else "edit the cells in the YAML"
-            raise ConfigError(f"--set {override}: this is what is compared; {where}")
+            raise ConfigError(f"--set {override}: cells are compared by this key, so it cannot be set for all; {where}")
     base = load_config(path, overrides)
     cells: dict[str, Cell] = {}
     for grid in grids:
@@ -152,7 +159,7 @@ def make_comparison(path: Path, grids: Iterable[Grid], overrides: Sequence[str],
 
 
 def _expand(grid: Grid, base: Config, path: Path, overrides: Sequence[str]) -> Iterator[Cell]:
-    """Seed by seed, so that whoever stops early has every algorithm."""
+    """The cells of a grid, seed by seed: a comparison that is stopped early has run every algorithm."""
     cluster = _cluster(grid)
     numbers = (cluster.workers,) if cluster else grid.workers or (1, base.workers)
     seeds = range(base.seed, base.seed + grid.seeds)

@@ -1,9 +1,9 @@
-"""A process that simulates one cell after the other: `python -m danaz.compare.child`, started by the pool.
+"""A process that simulates one cell after another. The pool starts it as `python -m danaz.compare.child`.
 
-Folders of cells, each with its config.yaml, come as lines on stdin; what goes out on stdout are lines of JSON:
-``{"share": 0.5, "loss": 0.1}`` now and then, ``{"peak_bytes": …}`` when a cell is finished. A cell that fails ends the
-process, with the traceback in the cell's log, and before that with ``{"failed": "the reason"}``: the log's disk may be
-full.
+It reads folders of cells from stdin, one per line; each folder holds a config.yaml. It writes JSON to stdout, one
+object per line: ``{"share": 0.5, "loss": 0.1}`` now and then, and ``{"peak_bytes": …}`` when a cell is finished. If a
+cell fails, it writes ``{"failed": "the reason"}`` and ends, with the traceback in the cell's log. The reason is
+sent too because the disk of the log may be full.
 """
 
 from __future__ import annotations
@@ -17,39 +17,39 @@ import time
 from pathlib import Path
 from typing import TextIO
 
-LOGS = Path("logs", "localhost", "simulation")
-TELL_EVERY_S = 0.2
+LOGS = Path("logs", "localhost", "simulation")  # in the folder of a cell
+REPORT_EVERY_S = 0.2
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business, and its end is ours
-    answers = os.fdopen(os.dup(1), "w")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and then ends this process
+    messages = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         folder = Path(line.rstrip("\n"))
         try:
             _log_to(folder / LOGS)
-            _simulate(folder, answers)
+            _simulate(folder, messages)
         except (ValueError, RuntimeError, OSError) as error:
-            _tell(answers, failed=str(error))
+            _send(messages, failed=str(error))
             raise
-        _tell(answers, peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        _send(messages, peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
-def _simulate(folder: Path, answers: TextIO) -> None:
+def _simulate(folder: Path, messages: TextIO) -> None:
     from danaz.run.config import load_config
     from danaz.run.lock import locked_run_folder
     from danaz.simulate.simulator import simulate
 
-    told_at = 0.0
+    sent_at = 0.0
 
-    def tell_progress(share: float, loss: float | None) -> None:
-        nonlocal told_at
-        if time.monotonic() - told_at > TELL_EVERY_S:
-            told_at = time.monotonic()
-            _tell(answers, share=share, loss=loss)  # raises when the parent is gone, which ends this process too
+    def report_progress(share: float, loss: float | None) -> None:
+        nonlocal sent_at
+        if time.monotonic() - sent_at > REPORT_EVERY_S:
+            sent_at = time.monotonic()
+            _send(messages, share=share, loss=loss)  # raises if the parent has ended, which ends this process too
 
     with locked_run_folder(folder):
-        simulate(load_config(folder / "config.yaml", ["threads=1"]), folder, tell_progress)
+        simulate(load_config(folder / "config.yaml", ["threads=1"]), folder, report_progress)
 
 
 def _log_to(folder: Path) -> None:
@@ -60,9 +60,9 @@ def _log_to(folder: Path) -> None:
         os.close(file)
 
 
-def _tell(answers: TextIO, **message: float | str | None) -> None:
-    answers.write(json.dumps(message) + "\n")
-    answers.flush()
+def _send(messages: TextIO, **message: float | str | None) -> None:
+    messages.write(json.dumps(message) + "\n")
+    messages.flush()
 
 
 if __name__ == "__main__":

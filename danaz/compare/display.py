@@ -1,4 +1,4 @@
-"""Progress of a comparison: bars on a terminal, plain lines where there is none."""
+"""Progress of a comparison: bars on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from danaz.compare.results import TEST_ERROR, Result, measure_of
 from danaz.compare.tables import accuracy, figure
 from danaz.run.units import duration
 
-PLAIN_EVERY_S = 30.0
+PLAIN_EVERY_S = 30.0  # least time between two progress lines of one cell, without a terminal
 
 
 class Display(Protocol):
-    """What is told to the user while cells run."""
+    """Shows the user what happens to the cells of a comparison."""
 
     def started(self, cell: Cell, updates: Path | None = None) -> None:
-        """``updates``: a file that grows by a line for each update, of a cell that tells no progress itself."""
+        """``updates`` is a file that grows by one line per update, for a cell that does not call ``progressed``."""
 
     def progressed(self, cell: Cell, share: float, loss: float | None) -> None: ...
 
@@ -43,32 +43,33 @@ class Display(Protocol):
 
 
 def make_display(cells: int) -> AbstractContextManager[Display]:
-    """The display for so many cells that are still to run."""
+    """The display for ``cells`` cells that are still to run."""
     console = Console(stderr=True)
     return Bars(cells, console) if console.is_terminal else nullcontext(Lines(cells))
 
 
 def describe(cell: Cell) -> str:
+    """The algorithm, setting and seed of a cell, in one line."""
     setting = Result.of(cell.facts(), Path()).setting
     return f"{cell.config.algorithm}, {cell.variant}{setting.label}, seed {cell.config.seed}"
 
 
 def outcome(cell: Cell, summary: Mapping[str, Any]) -> str:
-    """A finished cell in a line."""
+    """The figures of a finished cell, in one line."""
     result = Result.of(summary, Path())
-    measure = measure_of([result])
+    measure = measure_of([summary])
     value = summary.get(measure.key)
     good = f"accuracy {accuracy(value)} %" if measure is TEST_ERROR else f"{measure.label} {figure(value)}"
     diverged = ", diverged" if result.diverged else ""
     return f"{describe(cell)}: {good}{diverged}, {duration(summary['wall_seconds'])}"
 
 
-class Pace:
-    """How much is done of so many cells, and how long the rest will take if it goes on like this."""
+class OverallProgress:
+    """How many cells have ended, and how long the others will take at the same speed."""
 
     def __init__(self, cells: int):
         self.cells, self.ended = cells, 0
-        self.running: dict[str, float] = {}  # name of cell -> share done
+        self.running: dict[str, float] = {}  # name of a running cell -> share that is done, from 0 to 1
         self.began_s = time.monotonic()
 
     def end(self, cell: Cell) -> None:
@@ -77,63 +78,65 @@ class Pace:
 
     @property
     def done(self) -> float:
+        """Cells that are done; a running cell counts by its share."""
         return self.ended + sum(self.running.values())
 
     @property
     def left_s(self) -> float | None:
+        """Estimated time until all cells are done; None as long as nothing is known."""
         if self.done == 0:
             return None
         return (time.monotonic() - self.began_s) * (self.cells - self.done) / self.done
 
 
 class Lines:
-    """Where there is no terminal: a line for each cell that starts and ends, and now and then one for a long one."""
+    """Without a terminal: prints a line when a cell starts and when it ends, and now and then one while it runs."""
 
     def __init__(self, cells: int):
-        self.pace = Pace(cells)
-        self._said_s: dict[str, float] = {}
+        self.overall = OverallProgress(cells)
+        self._printed_s: dict[str, float] = {}  # name of a cell -> time of its last line
 
     def started(self, cell: Cell, updates: Path | None = None) -> None:
-        self._said_s[cell.name] = time.monotonic()
-        self.pace.running[cell.name] = 0.0
-        self._say(f"{describe(cell)} …")
+        self._printed_s[cell.name] = time.monotonic()
+        self.overall.running[cell.name] = 0.0
+        self._print(f"{describe(cell)} …")
 
     def progressed(self, cell: Cell, share: float, loss: float | None) -> None:
-        self.pace.running[cell.name] = share
-        if time.monotonic() - self._said_s[cell.name] > PLAIN_EVERY_S:
-            self._said_s[cell.name] = time.monotonic()
-            self._say(f"{describe(cell)}: {share:.0%}, loss {figure(loss)}{self._left()}")
+        self.overall.running[cell.name] = share
+        if time.monotonic() - self._printed_s[cell.name] > PLAIN_EVERY_S:
+            self._printed_s[cell.name] = time.monotonic()
+            self._print(f"{describe(cell)}: {share:.0%}, loss {figure(loss)}{self._left()}")
 
     def finished(self, cell: Cell, summary: Mapping[str, Any]) -> None:
-        self.pace.end(cell)
-        self._say(f"{outcome(cell, summary)}{self._left()}")
+        self.overall.end(cell)
+        self._print(f"{outcome(cell, summary)}{self._left()}")
 
     def failed(self, cell: Cell, reason: str) -> None:
-        self.pace.end(cell)
-        self._say(f"{describe(cell)}: FAILED, {reason}{self._left()}")
+        self.overall.end(cell)
+        self._print(f"{describe(cell)}: FAILED, {reason}{self._left()}")
 
     def _left(self) -> str:
-        left_s = self.pace.left_s
+        left_s = self.overall.left_s
         return f"; about {duration(left_s)} to go" if left_s else ""
 
-    def _say(self, text: str) -> None:
-        print(f"[{self.pace.ended}/{self.pace.cells}] {text}", file=sys.stderr, flush=True)
+    def _print(self, text: str) -> None:
+        print(f"[{self.overall.ended}/{self.overall.cells}] {text}", file=sys.stderr, flush=True)
 
 
 class Bars(AbstractContextManager["Bars"]):
-    """On a terminal: a bar over all cells, one for each that runs, and a line above them for each that has ended."""
+    """On a terminal: one bar for all cells and one for each running cell; above them, a line for each ended cell."""
 
     def __init__(self, cells: int, console: Console):
-        self.pace = Pace(cells)
+        self.overall = OverallProgress(cells)
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             TaskProgressColumn(),
-            _Detail(self.pace),
+            _Detail(self.overall),
             console=console,
             transient=True,
         )
-        self._overall = self.progress.add_task(f"{cells} cells", total=cells)
+        self._overall_task = self.progress.add_task(f"{cells} cells", total=cells)
         self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> Bars:
@@ -144,14 +147,14 @@ class Bars(AbstractContextManager["Bars"]):
         self.progress.stop()
 
     def started(self, cell: Cell, updates: Path | None = None) -> None:
-        self.pace.running[cell.name] = 0.0
-        total = None if updates else 1.0  # None: a bar that only shows that something is going on
+        self.overall.running[cell.name] = 0.0
+        total = None if updates else 1.0  # None: the bar moves without showing a share
         self._tasks[cell.name] = self.progress.add_task(f"  {describe(cell)}", total=total, updates=updates)
 
     def progressed(self, cell: Cell, share: float, loss: float | None) -> None:
-        self.pace.running[cell.name] = share
+        self.overall.running[cell.name] = share
         self.progress.update(self._tasks[cell.name], completed=share, loss=loss)
-        self.progress.update(self._overall, completed=self.pace.done)
+        self.progress.update(self._overall_task, completed=self.overall.done)
 
     def finished(self, cell: Cell, summary: Mapping[str, Any]) -> None:
         self._end(cell, Text(f"✓ {outcome(cell, summary)}", "yellow" if summary.get("diverged") else "green"))
@@ -160,22 +163,22 @@ class Bars(AbstractContextManager["Bars"]):
         self._end(cell, Text(f"✗ {describe(cell)}: {reason}", "bold red"))
 
     def _end(self, cell: Cell, line: Text) -> None:
-        self.pace.end(cell)
+        self.overall.end(cell)
         self.progress.remove_task(self._tasks.pop(cell.name))
-        self.progress.update(self._overall, completed=self.pace.done)
+        self.progress.update(self._overall_task, completed=self.overall.done)
         self.progress.console.print(line)
 
 
 class _Detail(ProgressColumn):
-    """Behind each bar: of all cells the time to go, of a simulated one its loss, of a live one its updates so far."""
+    """The text after a bar: the time to go for all cells; the loss of a simulated cell; the updates of a live one."""
 
-    def __init__(self, pace: Pace):
+    def __init__(self, overall: OverallProgress):
         super().__init__()
-        self.pace = pace
+        self.overall = overall
 
     def render(self, task: Task) -> Text:
         if "updates" not in task.fields:
-            left_s = self.pace.left_s
+            left_s = self.overall.left_s
             return Text(f"{duration(left_s)} to go" if left_s else "", "cyan")
         if task.fields["updates"] is None:
             return Text(f"loss {figure(task.fields.get('loss'))}")

@@ -1,4 +1,7 @@
-"""Live cells: real processes on real hosts, one cell after the other, so that their times can be compared."""
+"""Run live cells: real processes on real hosts.
+
+Live cells run one after another, so that they do not slow each other down and their times can be compared.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,15 @@ from danaz.launch.prepare import Manner, execute, prepare_config
 from danaz.run.lock import locked_run_folder
 from launcher.logs import quiet
 
-HAS = {"--hosts", "--hostfile", "--workers-per-host", "--collective"}
+# The options of `danaz launch` that `danaz compare` has too.
+OPTIONS = {"--hosts", "--hostfile", "--workers-per-host", "--collective"}
 
 
 def run_live(cells: Sequence[Cell], folder: ComparisonFolder, display: Display) -> dict[str, str]:
-    """Returns name of cell -> why it failed. To be called from the main thread; Ctrl-C becomes KeyboardInterrupt."""
+    """Run ``cells`` one after another. Returns {name of a failed cell: why it failed}.
+
+    Call it from the main thread: it handles Ctrl-C, and then raises KeyboardInterrupt.
+    """
     failures = {}
     for cell in cells:
         display.started(cell, folder.cell(cell.name) / "updates.jsonl")
@@ -27,9 +34,9 @@ def run_live(cells: Sequence[Cell], folder: ComparisonFolder, display: Display) 
     return failures
 
 
-def _in_words_of_compare(reason: str) -> str:
-    """A reason may advise options of `danaz launch`, of which `danaz compare` has a few."""
-    if {*re.findall(r"--[a-z][a-z-]+", reason)} <= HAS:
+def in_words_of_compare(reason: str) -> str:
+    """``reason``, with a note if it advises options of `danaz launch` that `danaz compare` does not have."""
+    if {*re.findall(r"--[a-z][a-z-]+", reason)} <= OPTIONS:
         return reason
     return (
         f"{reason} (These are options of `danaz launch`. `danaz compare` takes users and ports from its hostfile, and "
@@ -42,17 +49,17 @@ def _run(cell: Cell, folder: ComparisonFolder, display: Display) -> str | None:
     run = folder.begin(cell)
     try:
         with locked_run_folder(run):
-            # Times are compared, and a restart would count against one of them.
+            # A restart would lengthen the time of one algorithm, and times are compared.
             ready = prepare_config(cell.config, cell.cluster, run, Manner(on_worker_failure="stop"))
             outcome, summary = execute(ready, echo=quiet)
-    except (ValueError, RuntimeError) as error:  # such hosts or such an algorithm cannot be launched
-        return _in_words_of_compare(str(error))
+    except (ValueError, RuntimeError) as error:  # these hosts or this algorithm cannot be launched
+        return in_words_of_compare(str(error))
     if outcome.signum is not None:
         raise KeyboardInterrupt
     if summary is not None:
         display.finished(cell, summary)
         return None
-    (run / "summary.json").unlink(missing_ok=True)  # a process failed after it was written: do not take it for finished
+    (run / "summary.json").unlink(missing_ok=True)  # written before a process failed: the cell is not finished
     if outcome.failure is None:
         return f"ended with exit code {outcome.exit_code}"
     return ": ".join([outcome.failure.reason, *outcome.failure.last_lines[-1:]])

@@ -1,4 +1,4 @@
-"""What this machine has to run cells on."""
+"""CPU cores and memory of this machine that are free to run cells."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def cores() -> int:
 
 
 def available_bytes() -> int:
-    """Memory that could be had without swapping: of the machine, and of this container if it has a limit."""
+    """Memory that is available without swapping, on the machine and within this container's limit, if it has one."""
     lines = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
     free = int(lines["MemAvailable"].split()[0]) * 1024
     limit = CGROUP / "memory.max"
@@ -25,7 +25,7 @@ def available_bytes() -> int:
 
 
 def resident_bytes(pid: int) -> int:
-    """Memory that a process holds now; 0 if it has ended."""
+    """Memory that a process occupies now; 0 if it has ended."""
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     except (FileNotFoundError, ProcessLookupError):

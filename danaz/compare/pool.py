@@ -1,4 +1,4 @@
-"""Simulated cells in parallel processes, one thread each, as many as cores and memory allow."""
+"""Run simulated cells in parallel: one process with one thread per cell, as many as cores and memory allow."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from danaz.compare.machine import available_bytes, resident_bytes
 from danaz.run.folder import read_summary
 from launcher.start import module_command
 
-FIRST_GUESS_BYTES = 1 << 30  # what a cell may need, until one has shown it
-LOOK_AGAIN_S = 1.0  # for memory that somebody else gave back
+FIRST_GUESS_BYTES = 1 << 30  # memory of a cell, until the first finished one has shown how much it needs
+CHECK_MEMORY_EVERY_S = 1.0  # other programs may have released some
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 class Child:
-    """A process that simulates cells, and the one that it is at."""
+    """A process that simulates cells, and the cell that it simulates now."""
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
@@ -36,8 +36,8 @@ class Child:
             env={**os.environ, **ONE_THREAD},
         )
         self.cell: Cell | None = None
-        self.failed = ""  # why the cell has, as it says
-        self._rest = b""
+        self.failure = ""  # why the cell failed, as the process has reported it
+        self._rest = b""  # of its output, without a newline so far
 
     def begin(self, cell: Cell, folder: Path) -> None:
         assert self.process.stdin is not None
@@ -46,14 +46,14 @@ class Child:
         self.process.stdin.flush()
 
     def read(self) -> list[dict[str, Any]] | None:
-        """The messages that have come; None: the process has ended. To be called when there is something to read."""
+        """The messages that have come; None if the process has ended. Blocks until there is something to read."""
         assert self.process.stdout is not None
         data = os.read(self.process.stdout.fileno(), 1 << 16)
         *lines, self._rest = (self._rest + data).split(b"\n")
         return [json.loads(line) for line in lines] if data else None
 
     def wait(self) -> int:
-        """Wait until it has ended, which without stdin it does; returns its exit status."""
+        """Close its stdin, which ends the process, and wait for it. Returns its exit status."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.close()
@@ -62,23 +62,23 @@ class Child:
 
 
 class Pool:
-    """Runs ``cells`` in at most ``jobs`` processes; ``failures`` says which failed, and why."""
+    """Runs ``cells`` in at most ``jobs`` processes at a time."""
 
     def __init__(self, cells: Sequence[Cell], folder: ComparisonFolder, jobs: int, display: Display):
         self.waiting = deque(cells)
         self.folder, self.jobs, self.display = folder, jobs, display
         self.children: list[Child] = []
-        self.failures: dict[str, str] = {}
-        self.need_bytes = 0  # the most that a cell has taken so far
+        self.failures: dict[str, str] = {}  # name of a failed cell -> why it failed
+        self.need_bytes = 0  # peak memory of the largest cell so far; 0 before the first has finished
         self.selector = selectors.DefaultSelector()
 
     def run(self) -> dict[str, str]:
-        """Returns name of cell -> why it failed. A KeyboardInterrupt ends all processes and passes through."""
+        """Run all cells. Returns {name of a failed cell: why it failed}. KeyboardInterrupt ends all processes."""
         try:
             self._fill()
             while self._busy():
-                for key, _ in self.selector.select(LOOK_AGAIN_S):
-                    self._hear(key.data)
+                for key, _ in self.selector.select(CHECK_MEMORY_EVERY_S):
+                    self._receive(key.data)
                 self._fill()
         finally:
             for child in list(self.children):
@@ -91,18 +91,21 @@ class Pool:
         return [child for child in self.children if child.cell is not None]
 
     def _fill(self) -> None:
-        """Give waiting cells to idle children, and make children while there is room."""
+        """Give waiting cells to idle processes, and start processes while there is room."""
         while self.waiting:
             child = next((child for child in self.children if child.cell is None), None)
-            if child is None and (len(self.children) >= self.jobs or not self._has_room()):
+            if child is None and (len(self.children) >= self.jobs or not self.has_room()):
                 return
             child = child or self._new_child()
             cell = self.waiting.popleft()
             self.display.started(cell)
             child.begin(cell, self.folder.begin(cell))
 
-    def _has_room(self) -> bool:
-        """Memory for one more, when those at work have taken all they will need; the first one has it always."""
+    def has_room(self) -> bool:
+        """Whether memory suffices for one more process, once those that run have taken all that they need.
+
+        The first process always has room.
+        """
         need = self.need_bytes or FIRST_GUESS_BYTES
         still_to_come = sum(max(0, need - resident_bytes(child.process.pid)) for child in self.children)
         return not self.children or available_bytes() - still_to_come > need
@@ -113,26 +116,26 @@ class Pool:
         self.selector.register(child.process.stdout, selectors.EVENT_READ, child)  # type: ignore[arg-type]
         return child
 
-    def _hear(self, child: Child) -> None:
+    def _receive(self, child: Child) -> None:
         messages = child.read()
         if messages is None:
             cell, status = child.cell, self._drop(child)
-            assert cell is not None  # an idle child waits for its next cell
-            self.failures[cell.name] = reason = child.failed or self._reason(cell, status)
-            (self.folder.cell(cell.name) / "summary.json").unlink(missing_ok=True)  # it was not written in full
+            assert cell is not None  # an idle process waits for its next cell and does not end
+            self.failures[cell.name] = reason = child.failure or self._reason(cell, status)
+            (self.folder.cell(cell.name) / "summary.json").unlink(missing_ok=True)  # the cell is not finished
             self.display.failed(cell, reason)
             return
         for message in messages:
-            self._note(child, message)
+            self._handle(child, message)
 
-    def _note(self, child: Child, message: dict[str, Any]) -> None:
+    def _handle(self, child: Child, message: dict[str, Any]) -> None:
         assert child.cell is not None
         if "peak_bytes" in message:
             self.need_bytes = max(self.need_bytes, message["peak_bytes"])
             self.display.finished(child.cell, read_summary(self.folder.cell(child.cell.name)))
             child.cell = None
         elif "failed" in message:
-            child.failed = message["failed"]
+            child.failure = message["failed"]
         else:
             self.display.progressed(child.cell, message["share"], message["loss"])
 

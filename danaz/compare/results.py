@@ -1,4 +1,4 @@
-"""The runs of a comparison as figures: one result a cell, and cells that differ in their seed alone as one group."""
+"""The figures of a comparison: one result per cell, and one group for all cells that differ only in their seed."""
 
 from __future__ import annotations
 
@@ -9,22 +9,24 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from danaz.files.reading import UnreadableError, read_yaml
+from danaz.compare.index import CELLS, read_index
+from danaz.files.reading import UnreadableError
 from danaz.run.folder import read_summary
 
-SHOWN_ARGUMENT = 16  # characters of a schedule's argument
+LIVE = "live"  # the schedule of live runs in summary.json
+SHOWN_ARGUMENT = 16  # characters of a schedule's argument that are shown
 
 
 class Setting(NamedTuple):
-    """How cells are run: what a reader compares algorithms within."""
+    """How cells are run. Algorithms are compared with each other within one setting."""
 
     workers: int
     ranks_per_worker: int
-    schedule: str  # live, or that of the simulation
+    schedule: str  # the config key of a simulated cell; "live" for a live one
 
     @property
     def is_live(self) -> bool:
-        return self.schedule == "live"
+        return self.schedule == LIVE
 
     @property
     def is_baseline(self) -> bool:
@@ -32,29 +34,32 @@ class Setting(NamedTuple):
 
     @property
     def label(self) -> str:
-        """As tables say it."""
+        """The name in tables."""
         if self.is_live:
             return f"live {self.workers}×{self.ranks_per_worker}"
         return "one worker" if self.is_baseline else f"simulated {self.workers}, {self.order}"
 
     @property
     def title(self) -> str:
-        """As charts say it."""
+        """The name in charts."""
         if self.is_live:
-            ranks = f"{self.ranks_per_worker} rank{'s' * (self.ranks_per_worker > 1)}"
-            return f"live: {self.workers} workers × {ranks}"
+            return f"live: {self.workers} workers × {_ranks(self.ranks_per_worker)}"
         return "one worker" if self.is_baseline else f"{self.workers} simulated workers, {self.order}"
 
     @property
     def order(self) -> str:
-        """The schedule; of a long argument, such as a path, only the end."""
+        """The schedule; only the end of a long argument, such as a path."""
         name, _, argument = self.schedule.partition(":")
         return f"{name}:…{argument[-SHOWN_ARGUMENT:]}" if len(argument) > SHOWN_ARGUMENT else self.schedule
 
 
+def _ranks(count: int) -> str:
+    return f"{count} rank{'s' * (count > 1)}"
+
+
 @dataclass(frozen=True)
 class Result:
-    """One cell: its summary, or why there is none."""
+    """One cell: its summary, or why it failed."""
 
     algorithm: str
     setting: Setting
@@ -65,7 +70,7 @@ class Result:
 
     @classmethod
     def of(cls, facts: Mapping[str, Any], folder: Path, failure: str | None = None) -> Result:
-        """``facts`` is a summary, or of a failed cell what is known without one."""
+        """``facts`` is the summary of a cell; for a failed cell, the entries that are known without a summary."""
         setting = Setting(facts["workers"], facts["ranks_per_worker"], facts["schedule"])
         return cls(facts["algorithm"], setting, facts["seed"], folder, {} if failure else facts, failure)
 
@@ -76,10 +81,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and standard deviation of a figure over seeds."""
+    """Mean and sample standard deviation of a figure over seeds."""
 
     mean: float
-    std: float | None  # None: a single seed
+    std: float | None  # None if there is a single seed
 
     def text(self, decimals: int) -> str:
         mean = f"{self.mean:.{decimals}f}"
@@ -103,7 +108,7 @@ class Group:
         return sum(result.diverged for result in self.results)
 
     def spread(self, key: str) -> Spread | None:
-        """Of a figure of the summaries; None where no cell has it."""
+        """The spread of the figure ``key`` of the summaries; None if no cell has it. Ignores infinities and NaN."""
         values = [result.summary.get(key) for result in self.results]
         numbers = [float(value) for value in values if value is not None and isfinite(value)]
         if not numbers:
@@ -112,9 +117,9 @@ class Group:
 
 
 class Measure(NamedTuple):
-    """The figure by which a comparison judges."""
+    """The figure by which runs are judged."""
 
-    key: str  # of summary.json
+    key: str  # in summary.json
     label: str
     decimals: int
 
@@ -123,14 +128,14 @@ TEST_ERROR = Measure("test_error_percent", "test error (%)", 2)
 TRAIN_LOSS = Measure("final_train_loss", "final training loss", 4)
 
 
-def measure_of(results: Iterable[Result]) -> Measure:
-    """The test error, where the workload has one."""
-    has_error = any(result.summary.get(TEST_ERROR.key) is not None for result in results)
+def measure_of(summaries: Iterable[Mapping[str, Any]]) -> Measure:
+    """The test error if a summary has one, else the final training loss."""
+    has_error = any(summary.get(TEST_ERROR.key) is not None for summary in summaries)
     return TEST_ERROR if has_error else TRAIN_LOSS
 
 
 def group(results: Iterable[Result]) -> list[Group]:
-    """Group by algorithm and setting, settings together, in order of first appearance."""
+    """Group results by algorithm and setting. Groups of one setting follow each other, in order of first appearance."""
     settings: dict[Setting, dict[str, list[Result]]] = {}
     for result in results:
         settings.setdefault(result.setting, {}).setdefault(result.algorithm, []).append(result)
@@ -141,14 +146,45 @@ def group(results: Iterable[Result]) -> list[Group]:
     ]
 
 
+def by_setting(groups: Iterable[Group]) -> dict[Setting, list[Group]]:
+    """The groups of each setting: algorithms that were run in the same way."""
+    settings: dict[Setting, list[Group]] = {}
+    for each in groups:
+        settings.setdefault(each.setting, []).append(each)
+    return settings
+
+
+class Kind(NamedTuple):
+    """A setting without its number of workers."""
+
+    ranks_per_worker: int
+    schedule: str
+
+    @property
+    def is_live(self) -> bool:
+        return self.schedule == LIVE
+
+    @property
+    def label(self) -> str:
+        return f"live, {_ranks(self.ranks_per_worker)} per worker" if self.is_live else self.schedule
+
+
+def by_kind(groups: Iterable[Group]) -> dict[Kind, list[Group]]:
+    """The groups of each kind: they differ only in algorithm and number of workers."""
+    kinds: dict[Kind, list[Group]] = {}
+    for each in groups:
+        kinds.setdefault(Kind(each.setting.ranks_per_worker, each.setting.schedule), []).append(each)
+    return kinds
+
+
 @dataclass(frozen=True)
-class Outcome:
-    """What a comparison came to, so far."""
+class ComparisonOutcome:
+    """The results of a comparison so far."""
 
     folder: Path
-    config: Mapping[str, Any]  # what all cells have in common
+    config: Mapping[str, Any]  # shared by all cells
     results: Sequence[Result]
-    pending: Sequence[str]  # names of cells that were not run yet, or not to their end
+    pending: Sequence[str]  # names of the cells that are not finished and have not failed
 
     @property
     def finished(self) -> list[Result]:
@@ -158,38 +194,34 @@ class Outcome:
     def failed(self) -> list[Result]:
         return [result for result in self.results if result.failure is not None]
 
+    @property
+    def measure(self) -> Measure:
+        """The figure by which this comparison judges."""
+        return measure_of(result.summary for result in self.results)
 
-def read_outcome(folder: Path, failed: Sequence[Result] = ()) -> Outcome:
-    """Read the folder of a comparison: all its cells, also those of earlier calls; ``failed`` are added to them.
+
+def read_outcome(folder: Path, failed: Sequence[Result] = ()) -> ComparisonOutcome:
+    """Read all cells in the folder of a comparison, those of earlier calls too. ``failed`` has the cells that failed.
 
     Raises UnreadableError.
     """
-    config, names = read_index(folder / "comparison.yaml")
+    config, names = read_index(folder)
     failures = {result.folder.name: result for result in failed}
     results, pending = [], []
     for name in names:
-        cell = folder / "cells" / name
+        cell = folder / CELLS / name
         if name in failures:
             results.append(failures[name])
         elif (cell / "summary.json").exists():
             results.append(_result(cell))
         else:
             pending.append(name)
-    return Outcome(folder, config, results, pending)
-
-
-def read_index(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """What all cells of a comparison have in common, and the names of the cells. Raises UnreadableError."""
-    index = read_yaml(path)
-    config, names = index.get("config"), index.get("cells")
-    if not isinstance(config, dict) or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UnreadableError(path, "a comparison has the keys config, with keys and values, and cells, with names")
-    return config, names
+    return ComparisonOutcome(folder, config, results, pending)
 
 
 def _result(cell: Path) -> Result:
     try:
         return Result.of(read_summary(cell), cell)
     except (KeyError, TypeError) as error:
-        why = f"it is no summary of a run ({error!r}); delete it, and the same command runs this cell again"
+        why = f"it is not the summary of a run ({error!r}); delete it, and the same command runs this cell again"
         raise UnreadableError(cell / "summary.json", why) from None

@@ -1,4 +1,4 @@
-"""A comparison from its cells to its report."""
+"""Run all cells of a comparison."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from danaz.compare.folder import ComparisonFolder
 from danaz.compare.live import run_live
 from danaz.compare.machine import cores
 from danaz.compare.pool import Pool
-from danaz.compare.results import Outcome, Result, read_outcome
+from danaz.compare.results import ComparisonOutcome, Result, read_outcome
 
 
 @dataclass
-class Ending:
-    """How a comparison ended."""
+class CompletedCall:
+    """What one call of run_comparison did."""
 
-    outcome: Outcome
+    outcome: ComparisonOutcome
     kept: int  # cells that earlier calls had finished
-    interrupted: bool
+    interrupted: bool  # by Ctrl-C
 
 
-def run_comparison(comparison: Comparison, path: Path, jobs: int | None = None, fresh: bool = False) -> Ending:
-    """Run the cells that are not finished: the live ones alone, one by one, then the simulated ones side by side.
+def run_comparison(comparison: Comparison, path: Path, jobs: int | None = None, fresh: bool = False) -> CompletedCall:
+    """Run the cells that are not finished: first the live ones, one by one, then the simulated ones in parallel.
 
-    ``jobs`` is the most processes that simulate at a time; default: one for each core. Raises ComparisonError when
-    the folder cannot be used.
+    ``jobs`` is the largest number of simulations at a time; default: one per core. ``fresh`` runs finished cells again.
+    Raises ComparisonError if the folder ``path`` cannot be used; also UnreadableError and OSError.
     """
     folder = ComparisonFolder(path, has_fresh=True)
     with folder.opened_for(comparison, fresh):
@@ -41,7 +41,7 @@ def run_comparison(comparison: Comparison, path: Path, jobs: int | None = None, 
     failed = [
         Result.of(cell.facts(), folder.cell(cell.name), failures[cell.name]) for cell in todo if cell.name in failures
     ]
-    return Ending(read_outcome(path, failed), len(comparison.cells) - len(todo), interrupt.came)
+    return CompletedCall(read_outcome(path, failed), len(comparison.cells) - len(todo), interrupt.came)
 
 
 @dataclass

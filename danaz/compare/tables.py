@@ -1,4 +1,4 @@
-"""Tables on the terminal."""
+"""Tables on the terminal: the summary of a run, the results of a comparison, the list of algorithms."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from danaz.compare.results import TEST_ERROR, Group, Outcome, Spread, group, measure_of
+from danaz.compare.results import TEST_ERROR, ComparisonOutcome, Group, Spread, group
 
 
 def figure(value: Any, digits: int = 4, unit: str = "") -> str:
-    """A figure as people read it; a dash where there is none."""
+    """A figure as text for people; a dash if there is none."""
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -27,11 +27,11 @@ def figure(value: Any, digits: int = 4, unit: str = "") -> str:
 
 
 def accuracy(error_percent: float | None) -> str:
-    """Test accuracy in percent."""
+    """The test accuracy in percent that belongs to a test error."""
     return "–" if error_percent is None else f"{100 - error_percent:.2f}"
 
 
-SUMMARY_ROWS = (
+SUMMARY_ROWS = (  # title, key of summary.json, unit
     ("algorithm", "algorithm", ""),
     ("workers", "workers", ""),
     ("ranks per worker", "ranks_per_worker", ""),
@@ -49,12 +49,12 @@ SUMMARY_ROWS = (
 
 
 def print_summary(summary: Mapping[str, Any], run: Path) -> None:
-    """What a run came to."""
+    """Print the figures of a run, and anything unusual about it."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for title, key, unit in SUMMARY_ROWS:
         table.add_row(title, figure(summary.get(key), unit=unit))
     if not summary.get("complete", True):
-        table.add_row("[bold red]incomplete[/]", "it ended before its last batch")
+        table.add_row("[bold red]incomplete[/]", "the run ended before its last batch")
     if summary.get("diverged"):
         table.add_row("[bold red]diverged[/]", str(summary.get("diverged_because")))
     if summary.get("stopped"):
@@ -67,12 +67,12 @@ def print_summary(summary: Mapping[str, Any], run: Path) -> None:
 
 
 class Column(NamedTuple):
-    """A column of the table of a comparison: a figure of the summaries, over the seeds."""
+    """A column in the table of a comparison: a figure of the summaries, as the mean over the seeds."""
 
     title: str
     key: str
     decimals: int
-    of_hundred: bool = False  # shown as what is missing to 100: an error as an accuracy
+    of_hundred: bool = False  # show 100 minus the figure: an error in percent as an accuracy
 
     def cell(self, each: Group, with_std: bool) -> str:
         spread = each.spread(self.key)
@@ -82,7 +82,7 @@ class Column(NamedTuple):
         return Spread(mean, spread.std if with_std else None).text(self.decimals)
 
 
-PLAIN_WIDTH = 120
+PLAIN_WIDTH = 120  # characters, without a terminal
 COLUMNS = (
     Column("test accuracy %", TEST_ERROR.key, 2, of_hundred=True),
     Column("train loss", "final_train_loss", 4),
@@ -93,9 +93,9 @@ COLUMNS = (
 )
 
 
-def comparison_rows(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
-    """Titles and rows of the table of a comparison, one row a group; for the terminal, Markdown and HTML alike."""
-    measure = measure_of(outcome.results)
+def comparison_rows(outcome: ComparisonOutcome) -> tuple[list[str], list[list[str]]]:
+    """Titles and rows of a comparison's table, one row per group. Terminal, Markdown and HTML show the same table."""
+    measure = outcome.measure
     columns = [column for column in COLUMNS if measure is TEST_ERROR or column.key != TEST_ERROR.key]
     titles = ["algorithm", "run as", *(column.title for column in columns), "remark"]
     rows = [
@@ -111,7 +111,7 @@ def comparison_rows(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
 
 
 def remark(each: Group) -> str:
-    """What the figures of a group do not say: how many seeds, and whether a cell diverged or failed."""
+    """What the figures of a group do not show: how many seeds it has, and how many cells diverged or failed."""
     seeds = len(each.results)
     of = f" {{}} of {seeds}" if seeds > 1 else ""
     failed = seeds - len(each.finished)
@@ -122,8 +122,8 @@ def remark(each: Group) -> str:
     return ", ".join(words)
 
 
-def print_comparison(outcome: Outcome) -> None:
-    """The table of a comparison; what failed, and where its log is, below."""
+def print_comparison(outcome: ComparisonOutcome) -> None:
+    """Print the table of a comparison, and below it each failed cell with its reason and logs."""
     (_, _, *titles), rows = comparison_rows(outcome)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("algorithm", no_wrap=True)
@@ -138,7 +138,7 @@ def print_comparison(outcome: Outcome) -> None:
         table.add_section()
     console = Console()
     if not console.is_terminal:
-        console.width = PLAIN_WIDTH  # rich would take it for 80 columns wide
+        console.width = PLAIN_WIDTH  # rich would assume 80 columns
     console.print(table)
     for failed in outcome.failed:
         console.print(f"[bold red]failed:[/] {failed.algorithm}, {failed.setting.label}, seed {failed.seed}:", end=" ")
@@ -146,11 +146,11 @@ def print_comparison(outcome: Outcome) -> None:
         console.print(f"  its logs: {failed.folder / 'logs'}", soft_wrap=True)
 
 
-FROM_THE_OPTIMIZER = ("momentum", "lr_correction", "weight_decay")  # users have tuned these for one worker
+FROM_THE_OPTIMIZER = ("momentum", "lr_correction", "weight_decay")  # not shown: not specific to an algorithm
 
 
 def print_algorithms() -> None:
-    """Every rule with what it declares; what a rule's line does not mention, it does not have."""
+    """Print every algorithm with what its rule declares. What is not mentioned, the rule does not use."""
     from danaz.rules import ALGORITHMS
 
     table = Table(show_header=False, box=None, padding=(0, 2, 1, 0))

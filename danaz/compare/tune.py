@@ -1,7 +1,7 @@
-"""A grid over learning rate and momentum: what users of other rules than DANA have to search.
+"""Run a grid over learning rate and momentum: the search that rules other than DANA need.
 
-It is the Gap-Aware paper's "Tuned ASGD" (Barkai et al., arXiv 1909.10802). Momentum may be negative: asynchrony has a
-momentum of its own, which that can offset (Mitliagkas et al., arXiv 1605.09774).
+This is "Tuned ASGD" of the Gap-Aware paper (Barkai et al., arXiv 1909.10802). Momentum may be negative: asynchrony
+itself acts like momentum, and a negative value can offset it (Mitliagkas et al., arXiv 1605.09774).
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from danaz.compare.display import make_display
 from danaz.compare.folder import ComparisonFolder
 from danaz.compare.machine import cores
 from danaz.compare.pool import Pool
+from danaz.compare.results import Measure, measure_of
 from danaz.run.config import Config
 from danaz.run.folder import read_summary
 
 
 class GridPoint(Cell):
-    """A run at one learning rate and momentum."""
+    """A cell with its own learning rate and momentum."""
 
     @property
     def name(self) -> str:
@@ -35,35 +36,36 @@ class GridPoint(Cell):
 
 @dataclass(frozen=True)
 class Tuning:
-    """What the grid gave: a figure for each momentum (row) and learning rate (column), None where a cell failed."""
+    """The results of a grid: rows are momenta, columns are learning rates."""
 
     config: Config
     lrs: tuple[float, ...]
     momenta: tuple[float, ...]
-    summaries: dict[tuple[float, float], dict[str, Any]]  # (lr, momentum) -> summary.json
-    failures: dict[str, str]
+    summaries: dict[tuple[float, float], dict[str, Any]]  # (lr, momentum) -> summary.json, of the finished cells
+    failures: dict[str, str]  # name of a failed cell -> why it failed
 
     @property
-    def measure(self) -> str:
-        """The test error, or the training loss of a workload that has none."""
-        errors = [summary["test_error_percent"] for summary in self.summaries.values()]
-        return "test_error_percent" if any(error is not None for error in errors) else "final_train_loss"
+    def measure(self) -> Measure:
+        """The figure by which points are judged."""
+        return measure_of(self.summaries.values())
 
     def figure(self, lr: float, momentum: float) -> float | None:
-        figure: float | None = self.summaries.get((lr, momentum), {}).get(self.measure)
+        """The measure at one point; None if its cell failed or diverged without a figure."""
+        figure: float | None = self.summaries.get((lr, momentum), {}).get(self.measure.key)
         return figure
 
     @property
     def best(self) -> tuple[float, float] | None:
-        """(lr, momentum) of the smallest figure."""
+        """(lr, momentum) of the point with the smallest figure; None if no point has one."""
         known = [(figure, point) for point in self.summaries if (figure := self.figure(*point)) is not None]
         return min(known)[1] if known else None
 
 
 def tune(config: Config, lrs: Sequence[float], momenta: Sequence[float], path: Path, jobs: int | None = None) -> Tuning:
-    """Simulate ``config`` at every point of the grid; finished points in the folder ``path`` are kept.
+    """Simulate ``config`` at every point of the grid. Points that are finished in the folder ``path`` are kept.
 
-    Raises ComparisonError when the folder cannot be used.
+    ``jobs`` is the largest number of simulations at a time; default: one per core. Raises ComparisonError if the folder
+    cannot be used; also UnreadableError and OSError.
     """
     points = {
         (lr, momentum): GridPoint(config.model_copy(update={"lr": lr, "momentum": momentum}))

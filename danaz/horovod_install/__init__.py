@@ -1,1 +1,1 @@
-"""Build Horovod for the torch at hand, keep the wheel, and check that it works."""
+"""Build Horovod for the installed torch, keep the wheel, and check that it works."""

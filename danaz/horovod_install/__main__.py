@@ -1,4 +1,4 @@
-"""`python -m danaz.horovod_install install`: the installer before anything else of danaz can be imported."""
+"""`python -m danaz.horovod_install install` runs the installer when the rest of danaz cannot be imported yet."""
 
 from danaz.horovod_install.cli import app
 

@@ -1,4 +1,4 @@
-"""Build and install Horovod: each step is a subprocess whose output goes to one log file."""
+"""Build and install Horovod. Each step is a subprocess, and all write to one log file."""
 
 import os
 import re
@@ -26,28 +26,29 @@ from danaz.horovod_install.stage import stage_toolkit
 from danaz.horovod_install.target import nvidia_folder
 from launcher.start import module_command
 
-# Called with a step's name and, where it is known, how much of it is done in percent.
+# Called with the name of a step, and with the percentage that is done if it is known.
 Progress = Callable[[str, int | None], None]
 
-# Program -> the package that brings it (Debian and Ubuntu; Fedora and RHEL).
+# Program -> the package that contains it (Debian and Ubuntu; Fedora and RHEL).
 _TOOLS = {"g++": ("g++", "gcc-c++"), "make": ("make", "make")}
 _HEADERS = ("python3-dev", "python3-devel")
 
 _RELEVANT = re.compile(
     r"\berror\b|Error:|fatal|not found|could not find|undefined reference|killed|no space", re.IGNORECASE
 )
-# Chatter of make and CMake: commands, and progress lines that may name a file like error.cc.
+# Lines of make and CMake that are no errors: commands, and progress lines that may name a file like error.cc.
 _NOISE = re.compile(
     r"\s*(cd /|/\S+/(c\+\+|g\+\+|gcc|cc|nvcc|cmake|gmake|make) |\[\s*\d+%]|-- Could not find CCache|raise )"
 )
 _HINTS = (
-    (r"Killed|cc1plus.*terminated", "A compiler was killed, most likely for want of memory: try --jobs 1."),
+    (r"Killed|cc1plus.*terminated", "A compiler was killed, most likely because memory ran out: try --jobs 1."),
     (r"unrecognized command.line option.*-std=", "The compiler is too old for C++20: g++ 11 or newer is needed."),
     (r"No space left on device", "The disk is full; the build needs about 1 GB in the temporary folder (TMPDIR)."),
     (r"name resolution|NewConnectionError|Network is unreachable", "pip could not reach the package index."),
     (
         r"DO NOT MATCH THE HASHES",
-        "What the package index sent is not the Horovod that danaz knows, and nothing of it was run: ask its keeper.",
+        "What the package index sent is not the Horovod release that danaz knows. Nothing of it was run. Ask the "
+        "administrator of the index.",
     ),
     (r"No module named pip", "This Python has no pip: run `python -m ensurepip`."),
 )
@@ -55,19 +56,22 @@ _HINTS = (
 
 @dataclass(frozen=True)
 class Toolbox:
-    """What every step of a build shares."""
+    """What all steps of a build share: log, progress display and options of pip."""
 
     log: Path
     progress: Progress
     pip_options: tuple[str, ...] = ()  # such as ("--constraint", "constraints.txt")
 
     def pip(self, step: str, *arguments: str, env: Mapping[str, str] | None = None) -> None:
-        """Run pip of this Python; its output goes to the log, `[ 42%]` lines of make to the progress display."""
+        """Run pip of this Python. The log gets its output; the progress display gets make's `[ 42%]` lines.
+
+        Raises HorovodError if pip fails.
+        """
         command = module_command("pip", "--disable-pip-version-check", *arguments)
         self.progress(step, None)
         with self.log.open("a", errors="replace") as log:
             log.write(f"\n### {step}\n$ {' '.join(command)}\n")
-            code = _run(command, env, lambda line: self._note(log.write, step, line))
+            code = run_command(command, env, lambda line: self._note(log.write, step, line))
         if code != 0:
             raise HorovodError(explain_failure(step, code, self.log))
 
@@ -78,13 +82,13 @@ class Toolbox:
 
 
 def missing_tools(search_path: str, include: Path) -> list[str]:
-    """What the build needs from the system and lacks: programs on `search_path`, Python's headers in `include`."""
+    """What the build needs and the system lacks: programs on `search_path`, and Python's headers in `include`."""
     missing = [program for program in _TOOLS if shutil.which(program, path=search_path) is None]
     return missing if (include / "Python.h").is_file() else [*missing, "Python.h"]
 
 
 def require_tools(search_path: str | None = None, include: Path | None = None) -> None:
-    """Raise HorovodError naming each missing tool and the command that installs it."""
+    """Raise HorovodError if tools are missing; it names each of them and the command that installs it."""
     search_path = os.environ.get("PATH", "") if search_path is None else search_path
     missing = missing_tools(search_path, include or Path(sysconfig.get_path("include")))
     if missing:
@@ -97,9 +101,9 @@ def require_tools(search_path: str | None = None, include: Path | None = None) -
 
 
 def build_wheel(target: Target, folder: Path, jobs: int, tools: Toolbox) -> Path:
-    """Build Horovod for `target`; the wheel lies in `folder`. Takes minutes.
+    """Build Horovod for `target` into a wheel in `folder`, which takes minutes. Returns the wheel's path.
 
-    Raises HorovodError with the cause, from the log.
+    Raises HorovodError with the cause from the log.
     """
     require_tools()
     tools.pip("Installing build tools", "install", *tools.pip_options, *_requirements(target))
@@ -107,7 +111,7 @@ def build_wheel(target: Target, folder: Path, jobs: int, tools: Toolbox) -> Path
         work = Path(name)
         stage = None if target.cuda is None else stage_toolkit(nvidia_folder(), target.cuda, work / "cuda")
         env = environment(target, os.environ, Path(sysconfig.get_path("scripts")), jobs, stage)
-        # Two steps, because pip refuses an index's 0.28.1 that calls itself 0.28.1+torch... once built.
+        # Download and build apart: pip refuses to build a 0.28.1 of an index that then calls itself 0.28.1+torch...
         source = download_source(work, tools)
         tools.pip(
             f"Compiling Horovod {HOROVOD_VERSION}",
@@ -120,9 +124,9 @@ def build_wheel(target: Target, folder: Path, jobs: int, tools: Toolbox) -> Path
 
 
 def download_source(folder: Path, tools: Toolbox) -> Path:
-    """Horovod's sdist in ``folder``, if it is the one that is known: pip runs nothing of another.
+    """Download Horovod's sdist into ``folder``. Returns its path.
 
-    Raises HorovodError.
+    Raises HorovodError if its hash is not HOROVOD_SHA256; pip runs nothing of such an sdist.
     """
     known = folder / "horovod.txt"
     known.write_text(f"horovod=={HOROVOD_VERSION} --hash=sha256:{HOROVOD_SHA256}\n")
@@ -143,25 +147,27 @@ def _requirements(target: Target) -> list[str]:
 
 
 def install_wheel(wheel: Path, tools: Toolbox) -> None:
-    """Install a built wheel and what it imports at run time into this Python."""
+    """Install a built wheel, and the packages that it imports, into this Python. Raises HorovodError."""
     tools.pip("Installing run-time packages", "install", *tools.pip_options, *RUN_REQUIREMENTS)
     tools.pip("Installing Horovod", "install", "--no-deps", "--force-reinstall", "--no-index", str(wheel))
 
 
 def explain_failure(step: str, code: int, log: Path) -> str:
-    """What failed, the lines of the log that say why, a hint where they are known, and where the log is."""
+    """A message that says what failed, quotes the lines of the log that say why, and gives a hint for known causes."""
     text = log.read_text(errors="replace").rpartition("\n### ")[2]
     lines = [line.strip() for line in text.splitlines() if line.strip() and not _NOISE.match(line)]
     relevant = [line for line in lines if _RELEVANT.search(line)] or lines
-    # The first name the cause; the last are pip's summary of it.
+    # The first lines name the cause; the last ones are pip's summary.
     shown = relevant if len(relevant) <= 12 else [*relevant[:8], "…", *relevant[-3:]]
     hints = [hint for pattern, hint in _HINTS if re.search(pattern, text)]
     causes = [f"  {line[:200]}" for line in shown]
-    return "\n".join([f"{step} failed (pip ended with {code}):", *causes, *hints, f"The whole log: {log}"])
+    return "\n".join(
+        [f"{step} failed (pip ended with exit code {code}):", *causes, *hints, f"The whole log is in {log}"]
+    )
 
 
-def _run(command: Sequence[str], env: Mapping[str, str] | None, on_line: Callable[[str], None]) -> int:
-    """Run a command in a session of its own, so that stopping it stops make and the compilers below it as well."""
+def run_command(command: Sequence[str], env: Mapping[str, str] | None, on_line: Callable[[str], None]) -> int:
+    """Run a command and return its exit code. If an exception interrupts it, all processes that it started end too."""
     with subprocess.Popen(
         command,
         env=env,
@@ -170,7 +176,7 @@ def _run(command: Sequence[str], env: Mapping[str, str] | None, on_line: Callabl
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        start_new_session=True,
+        start_new_session=True,  # so that killpg reaches make and the compilers
     ) as process:
         assert process.stdout is not None
         try:

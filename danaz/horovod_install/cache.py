@@ -1,7 +1,8 @@
-"""Built wheels, kept for the next set-up.
+"""A cache of built wheels for the next set-up.
 
-A wheel's own name is its key: it holds Horovod's version, torch's, the recipe's hash, the Python and the platform.
-Beside it stands its SHA-256: a wheel that is torn, altered or put there by something else is not taken.
+The file name of a wheel is its key: it contains the versions of Horovod and torch, the hash of the recipe, the Python
+and the platform. A second file holds the SHA-256 of the wheel. A wheel that does not match its hash is ignored: it may
+be incomplete, altered, or written by another program.
 """
 
 import hashlib
@@ -23,11 +24,13 @@ def cache_folder() -> Path:
     try:
         return Path.home() / ".cache" / "danaz"
     except RuntimeError:  # neither HOME nor an entry in the list of users
-        raise HorovodError("you have no home directory; name a folder for built wheels by XDG_CACHE_HOME") from None
+        raise HorovodError(
+            "there is no home directory for the cache of wheels; set XDG_CACHE_HOME to a folder"
+        ) from None
 
 
 def find_wheel(target: Target, wheels: Path) -> Path | None:
-    """The wheel built for exactly this target, or None: also if it is not as it was stored."""
+    """The wheel that was built for exactly this target; None if there is none, or if it does not match its hash."""
     wheel = wheels / f"horovod-{full_version(target)}-{target.python_tag}-{target.python_tag}-{target.platform}.whl"
     try:
         return wheel if _sha256(wheel) == _hash_file(wheel).read_text().strip() else None
@@ -48,10 +51,9 @@ def _sha256(path: Path) -> str:
 
 
 def store_wheel(wheel: Path, wheels: Path) -> Path:
-    """Copy a built wheel into the cache, atomically: a reader, or a run cut short, never meets half a wheel.
+    """Copy a built wheel into the cache and return its path there. An interrupted call leaves no half wheel.
 
-    Its hash comes last, so that no hash stands beside a wheel of another build for longer than a moment, in which
-    nobody takes that wheel.
+    The hash is written after the wheel. Between the two, the new wheel has no hash or an old one and is ignored.
     """
     wheels.mkdir(parents=True, exist_ok=True)
     stored = wheels / wheel.name
@@ -66,7 +68,7 @@ def _store(source: BinaryIO, path: Path) -> None:
     try:
         with os.fdopen(descriptor, "wb") as sink:
             shutil.copyfileobj(source, sink)
-        Path(partial).chmod(0o644)  # mkstemp's 0600 would lock out a cache that users share
+        Path(partial).chmod(0o644)  # mkstemp's 0600 would not let other users of a shared cache read it
         os.replace(partial, path)
     except BaseException:
         Path(partial).unlink(missing_ok=True)

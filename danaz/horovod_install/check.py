@@ -1,4 +1,7 @@
-"""Does the installed Horovod work? Ask ranks of it, in processes of their own: a broken build may not even import."""
+"""Check whether the installed Horovod works.
+
+Ranks in processes of their own use it, because importing a broken build can crash the process.
+"""
 
 import json
 import os
@@ -14,17 +17,17 @@ from danaz.horovod_install.target import installed_horovod, installed_torch
 from launcher.rendezvous import Rendezvous
 from launcher.start import module_command
 
-VECTOR = (1.0, 2.0, 3.0, 4.0)  # rank r contributes (r + 1) times this
+VECTOR = (1.0, 2.0, 3.0, 4.0)  # f32[4]; rank r contributes (r + 1) times this
 
 _INSTALL = "Run: danaz horovod install"
 
 
 @dataclass(frozen=True)
-class Health:
-    """What a working Horovod says of itself."""
+class CheckedHorovod:
+    """What a check has found out about a Horovod that works."""
 
     version: str  # "0.28.1+torch2.14.1.cu130.r1f0c22ab"
-    torch: str  # the torch it was built for, which is the torch at hand
+    torch: str  # the version it was built for, which is the installed one
     ranks: int
     gloo: bool
     mpi: bool
@@ -32,10 +35,10 @@ class Health:
     sums: dict[str, list[float]]  # kind of device -> VECTOR summed over the ranks
 
 
-def check_horovod(ranks: int = 2, timeout_s: float = 120) -> Health:
-    """Let `ranks` ranks on this machine all-reduce a vector, and report what they found.
+def check_horovod(ranks: int = 2, timeout_s: float = 120) -> CheckedHorovod:
+    """Let `ranks` ranks on this machine all-reduce a vector, and return what they found.
 
-    Raises HorovodError when Horovod is missing, was built for another torch, lacks gloo, fails, or sums wrongly.
+    Raises HorovodError if Horovod is missing, was built for another torch, fails, or computes a wrong sum.
     """
     version = fitting_version()
     answers = _run_ranks(ranks, timeout_s)
@@ -43,13 +46,15 @@ def check_horovod(ranks: int = 2, timeout_s: float = 120) -> Health:
     for rank, answer in enumerate(answers):
         if answer["size"] != ranks or any(total != expected for total in answer["sums"].values()):
             raise HorovodError(
-                f"Rank {rank} of {ranks} got {answer} where a sum of {expected} was expected. {_INSTALL} --force"
+                f"Rank {rank} of {ranks} got {answer}; expected was a sum of {expected}. {_INSTALL} --force"
             )
-    return Health(version, installed_torch(), ranks, *(answers[0][fact] for fact in ("gloo", "mpi", "nccl", "sums")))
+    return CheckedHorovod(
+        version, installed_torch(), ranks, *(answers[0][fact] for fact in ("gloo", "mpi", "nccl", "sums"))
+    )
 
 
 def fitting_version() -> str:
-    """The version of the installed Horovod, if it was built for the torch at hand; else HorovodError with the cure."""
+    """The version of the installed Horovod. Raises HorovodError if it is missing or was built for another torch."""
     horovod = installed_horovod()
     if horovod is None:
         raise HorovodError(f"Horovod is not installed in {sys.prefix}. {_INSTALL}")
@@ -64,7 +69,7 @@ def fitting_version() -> str:
 
 
 def _run_ranks(ranks: int, timeout_s: float) -> list[dict[str, Any]]:
-    """Start the ranks on loopback, and return what each printed. None outlives this call."""
+    """Start the ranks on loopback, and return what each printed. All of them have ended when this returns."""
     command = module_command("danaz.horovod_install.rank")
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
     deadline = time.monotonic() + timeout_s
@@ -72,7 +77,7 @@ def _run_ranks(ranks: int, timeout_s: float) -> list[dict[str, Any]]:
     with closing(Rendezvous()) as rendezvous:
         try:
             for rank in range(ranks):
-                env = os.environ | _rank_environment(rank, ranks, rendezvous.port)
+                env = os.environ | rank_environment(rank, ranks, rendezvous.port)
                 processes.append(subprocess.Popen(command, env=env, **pipes))
             return [_answer(rank, process, deadline - time.monotonic()) for rank, process in enumerate(processes)]
         finally:
@@ -88,13 +93,13 @@ def _answer(rank: int, process: subprocess.Popen[str], timeout_s: float) -> dict
         raise HorovodError(f"Rank {rank} did not finish its all-reduce in time. {_INSTALL} --force") from error
     if process.returncode != 0:
         last = "\n".join(f"  {line}" for line in err.strip().splitlines()[-8:])
-        raise HorovodError(f"Rank {rank} ended with {process.returncode}:\n{last}\n{_INSTALL} --force")
+        raise HorovodError(f"Rank {rank} ended with exit code {process.returncode}:\n{last}\n{_INSTALL} --force")
     answer: dict[str, Any] = json.loads(out.splitlines()[-1])
     return answer
 
 
-def _rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """One machine's world, on loopback."""
+def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """Environment of one rank in a Horovod world on one machine, over loopback."""
     number = {
         "RANK": rank,
         "SIZE": ranks,

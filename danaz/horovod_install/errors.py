@@ -1,5 +1,5 @@
-"""The one error of the installer: its text says what happened, what was expected, and what to do."""
+"""The error of the installer."""
 
 
 class HorovodError(Exception):
-    """Horovod could not be installed, or does not work. The text is for the user and names the cure."""
+    """Horovod could not be installed, or does not work. The message says what happened and what to do."""

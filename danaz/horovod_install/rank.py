@@ -1,4 +1,4 @@
-"""One rank of `danaz horovod check`: join the world, sum a vector over it, print what was seen as one line of JSON."""
+"""One rank of `danaz horovod check`: join the world, sum a vector over it, and print the findings as a line of JSON."""
 
 import json
 
@@ -11,7 +11,7 @@ from danaz.horovod_install.check import VECTOR
 def main() -> None:
     hvd.init()
     devices = [torch.device("cpu")]
-    if hvd.nccl_built() and torch.cuda.device_count() >= hvd.local_size():  # NCCL wants a GPU per rank
+    if hvd.nccl_built() and torch.cuda.device_count() >= hvd.local_size():  # NCCL needs one GPU per rank
         devices.append(torch.device("cuda", hvd.local_rank()))
     sums = {}
     for device in devices:

@@ -1,8 +1,8 @@
-"""Stage a CUDA toolkit out of what pip installed: links in the layout that nvcc, CMake and torch expect.
+"""Stage the CUDA toolkit that pip installed: make links in the layout that nvcc, CMake and torch expect.
 
-The pip packages hold a whole toolkit, but spread over `nvidia/cu13` and `nvidia/nccl`, without `lib64` and without the
-unversioned `lib*.so` that a linker asks for. Staged, they serve on every machine, whatever toolkit it has or lacks, and
-always in the version torch was built with.
+The pip packages contain a whole toolkit, but it is spread over `nvidia/cu13` and `nvidia/nccl`, and has neither `lib64`
+nor the unversioned `lib*.so` that a linker needs. The staged toolkit works on every machine, whatever toolkit is
+installed there, and always has the version that torch was built with.
 """
 
 import re
@@ -13,14 +13,14 @@ from danaz.horovod_install.recipe import CudaStage
 
 
 def stage_toolkit(nvidia: Path, cuda: str, root: Path) -> CudaStage:
-    """Lay out the toolkit of `nvidia` (site-packages/nvidia) for CUDA `cuda` ("13.0") under the new folder `root`.
+    """Stage the toolkit in `nvidia` (site-packages/nvidia) for CUDA version `cuda` ("13.0") in the new folder `root`.
 
-    Raises HorovodError naming the missing files when the pip packages are not complete.
+    Raises HorovodError, which names the missing files, if the pip packages are incomplete.
     """
     toolkit = nvidia / f"cu{cuda.split('.')[0]}"
     nccl = nvidia / "nccl"
     _require(toolkit, nccl, cuda)
-    # A real folder of links: nvcc and CMake look for headers and libraries beside the folder that nvcc is called from.
+    # bin is a real folder of links: nvcc and CMake look for headers and libraries next to the folder of nvcc.
     (root / "bin").mkdir(parents=True)
     (root / "lib64").mkdir()
     (root / "lib").symlink_to("lib64")
@@ -54,7 +54,7 @@ def _require(toolkit: Path, nccl: Path, cuda: str) -> None:
 
 
 def _link_unversioned(folder: Path) -> None:
-    """`libcudart.so -> libcudart.so.13`: what `-lcudart` looks for, and what the pip packages leave out."""
+    """Make links such as `libcudart.so -> libcudart.so.13`: `-lcudart` needs them, and the pip packages lack them."""
     for library in sorted(folder.iterdir()):
         if match := re.match(r"(lib.+?\.so)\.[\d.]+$", library.name):
             link = folder / match[1]

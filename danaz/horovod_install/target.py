@@ -1,4 +1,4 @@
-"""Look at this Python, its torch, its Horovod and this machine: the facts that the recipe turns into a build."""
+"""Find out what a build depends on: this Python, its torch, its Horovod and this machine."""
 
 import importlib.metadata
 import json
@@ -13,22 +13,22 @@ from pathlib import Path
 from danaz.horovod_install.errors import HorovodError
 from danaz.horovod_install.recipe import Target
 
-_COMPILER_MEMORY_BYTES = 2 * 2**30  # one compiler on torch's headers, with room to spare
+_COMPILER_MEMORY_BYTES = 2 * 2**30  # what one compiler needs for torch's headers, with a margin
 
 
 @dataclass(frozen=True)
 class InstalledHorovod:
-    """The Horovod in this Python."""
+    """The Horovod that is installed in this Python."""
 
-    version: str  # "0.28.1+torch2.14.1.cu130.r1f0c22ab" when danaz built it
-    built_for: str | None  # the torch it was compiled against: "2.14.1+cu130"; None when it was built without PyTorch
+    version: str  # "0.28.1+torch2.14.1.cu130.r1f0c22ab" if danaz built it
+    built_for: str | None  # the torch it was compiled against: "2.14.1+cu130"; None if without PyTorch
 
 
 def installed_horovod() -> InstalledHorovod | None:
-    """What is installed, without importing it: a Horovod built for another torch crashes on import.
+    """The installed Horovod; None if there is none. It is not imported, as one built for another torch would crash.
 
-    The torch it was built for is Horovod's own record: its CMake writes the torch it compiles against into
-    horovod/metadata.json inside the wheel, so the record holds for a Horovod built by any means.
+    The version of torch comes from horovod/metadata.json, which Horovod's own build writes into every wheel. It is
+    therefore known for a Horovod that danaz has not built, too.
     """
     try:
         distribution = importlib.metadata.distribution("horovod")
@@ -40,9 +40,9 @@ def installed_horovod() -> InstalledHorovod | None:
 
 
 def installed_torch() -> str:
-    """The full version of the torch at hand: "2.14.1+cu130". Raises HorovodError when it cannot be imported."""
+    """The full version of the installed torch: "2.14.1+cu130". Raises HorovodError if torch cannot be imported."""
     try:
-        import torch  # takes seconds, and `--help` needs none of it
+        import torch  # imported here, because it takes seconds that `--help` does not need
     except ImportError as error:
         raise HorovodError(
             f"torch cannot be imported ({error}). Horovod is compiled against it: install torch first."
@@ -51,7 +51,7 @@ def installed_torch() -> str:
 
 
 def target_at_hand() -> Target:
-    """The target of a build for this Python on this machine. Raises HorovodError when torch cannot be imported."""
+    """The target of a build for this Python on this machine. Raises HorovodError if torch cannot be imported."""
     version = installed_torch()
     import torch
 
@@ -69,17 +69,17 @@ def target_at_hand() -> Target:
 
 
 def nvidia_folder() -> Path:
-    """site-packages/nvidia, beside torch: where pip puts the CUDA libraries and tools."""
+    """site-packages/nvidia, where pip installs the CUDA libraries and tools that torch uses."""
     return Path(str(importlib.metadata.distribution("torch").locate_file("nvidia")))
 
 
 def compile_jobs() -> int:
-    """How many compilers fit on this machine's cores and memory."""
+    """The number of compilers that this machine's cores and memory allow at a time."""
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return max(1, min(len(os.sched_getaffinity(0)), memory_bytes // _COMPILER_MEMORY_BYTES))
 
 
 def _cpu_flags() -> frozenset[str]:
-    """The processor's instruction sets; empty where /proc/cpuinfo lists none by that name (Arm)."""
+    """The processor's instruction sets; empty if /proc/cpuinfo has no "flags", as on Arm."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return frozenset(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), []))

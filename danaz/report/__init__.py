@@ -1,1 +1,1 @@
-"""What runs came to, for people: tables, charts, Markdown, HTML and CSV."""
+"""Reports on comparisons and grids: charts, Markdown, HTML and CSV."""

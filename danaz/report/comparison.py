@@ -1,10 +1,10 @@
-"""All files of a comparison's report."""
+"""Write the report of a comparison."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from danaz.compare.results import Outcome
+from danaz.compare.results import ComparisonOutcome
 from danaz.report.html import report_html
 from danaz.report.markdown import report_markdown
 from danaz.report.plots import draw
@@ -12,8 +12,8 @@ from danaz.report.results_csv import results_csv
 from danaz.run.folder import write_atomically
 
 
-def write_report(outcome: Outcome) -> list[Path]:
-    """Write report.html, report.md, results.csv and the charts into the comparison's folder; returns the files."""
+def write_report(outcome: ComparisonOutcome) -> list[Path]:
+    """Write report.html, report.md, results.csv and the charts into the comparison's folder. Returns their paths."""
     charts = draw(outcome)
     files: dict[str, str | bytes] = {
         "report.html": report_html(outcome, charts),

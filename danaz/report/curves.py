@@ -1,4 +1,4 @@
-"""updates.jsonl in a few numbers: training loss and gap over the epochs, and how often each lag occurred."""
+"""Condense updates.jsonl into curves: training loss and gap over the epochs, and how often each lag occurred."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from danaz.compare.results import Result
 from danaz.files.reading import UnreadableError, read_json
 from danaz.run.folder import write_atomically
 
-MOST_POINTS = 100  # along the epochs
+MOST_POINTS = 100  # of a curve; fewer if there are fewer epochs
 LEAST_POINTS = 20
-CACHE = "curves.json"  # beside updates.jsonl, which may hold a million lines
+CURVES = "curves.json"  # kept beside updates.jsonl, which may hold a million lines
 
 
 @dataclass(frozen=True)
 class Curves:
-    """Of one run. The means are over equal parts of the run; None where a part has no figure."""
+    """The curves of one run. Each point is a mean over one of several equal parts of the run."""
 
     epochs: list[float]  # the middle of each part
-    loss: list[float | None]
-    gap: list[float | None]
-    lags: list[tuple[int, int]]  # (lag, number of updates), by lag
+    loss: list[float | None]  # None: no update of this part has a loss
+    gap: list[float | None]  # None: no update of this part has a gap
+    lags: list[tuple[int, int]]  # (lag, number of updates with it), sorted by lag
 
 
 def read_curves(result: Result) -> Curves | None:
-    """Those of a finished run; None if it made no update. Computed once, then kept in the run folder.
+    """The curves of a finished run; None if it made no update. They are computed once and kept in the run folder.
 
-    Raises UnreadableError for a damaged file, OSError if the curves cannot be kept.
+    Raises UnreadableError for a damaged file, and OSError if the curves cannot be written.
     """
-    cache = result.folder / CACHE
+    cache = result.folder / CURVES
     if cache.exists():
         return _cached(cache)
     updates = result.folder / "updates.jsonl"
@@ -44,7 +44,7 @@ def read_curves(result: Result) -> Curves | None:
         with updates.open() as lines:
             curves = make_curves(map(json.loads, lines), result.summary["updates"], result.summary["epochs"])
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UnreadableError(updates, f"one of its lines is no update ({error!r})") from None
+        raise UnreadableError(updates, f"one of its lines is not an update ({error!r})") from None
     except OSError as error:
         raise UnreadableError(updates, error.strerror) from None
     write_atomically(cache, json.dumps(asdict(curves)).encode())
@@ -55,11 +55,13 @@ def _cached(path: Path) -> Curves:
     try:
         return Curves(**read_json(path))
     except TypeError as error:
-        raise UnreadableError(path, f"it holds no curves ({error}); delete it, and it is made again") from None
+        raise UnreadableError(
+            path, f"it holds no curves ({error}); delete it, and the next report makes it again"
+        ) from None
 
 
 def make_curves(updates: Iterable[dict[str, Any]], count: int, epochs: float) -> Curves:
-    """Sum ``count`` updates up, which are spread evenly over ``epochs``."""
+    """Condense ``count`` updates, spread evenly over ``epochs``. Figures that are not finite are left out."""
     parts = min(count, max(LEAST_POINTS, min(MOST_POINTS, round(epochs))))
     losses: list[list[float]] = [[] for _ in range(parts)]
     gaps: list[list[float]] = [[] for _ in range(parts)]

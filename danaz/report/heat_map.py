@@ -1,4 +1,4 @@
-"""A grid over learning rate and momentum as a table, a CSV file and a heat map."""
+"""Show a grid over learning rate and momentum: as a table, a CSV file and a heat map."""
 
 from __future__ import annotations
 
@@ -15,12 +15,10 @@ from danaz.compare.tune import Tuning
 from danaz.report.style import RC, as_files
 from danaz.run.folder import write_atomically
 
-LABELS = {"test_error_percent": "test error (%)", "final_train_loss": "final training loss"}
-
 
 def print_tuning(tuning: Tuning) -> None:
-    """Rows of momentum, columns of learning rate; the best in bold."""
-    table = Table("momentum \\ lr", title=f"{tuning.config.algorithm}, {LABELS[tuning.measure]}")
+    """Print the grid, with momenta as rows and learning rates as columns and the best figure in bold."""
+    table = Table("momentum \\ lr", title=f"{tuning.config.algorithm}, {tuning.measure.label}")
     for lr in tuning.lrs:
         table.add_column(f"{lr:g}", justify="right")
     for momentum in tuning.momenta:
@@ -43,7 +41,7 @@ def _cell(tuning: Tuning, lr: float, momentum: float) -> str:
 
 
 def write_tuning(tuning: Tuning, folder: Path) -> list[Path]:
-    """Write tune.csv, tune.png and tune.svg; returns their paths."""
+    """Write tune.csv, tune.png and tune.svg into ``folder``. Returns their paths."""
     files = {"tune.csv": _as_csv(tuning), **_as_figures(tuning)}
     for name, content in files.items():
         write_atomically(folder / name, content)
@@ -53,7 +51,7 @@ def write_tuning(tuning: Tuning, folder: Path) -> list[Path]:
 def _as_csv(tuning: Tuning) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(["lr", "momentum", tuning.measure, "diverged"])
+    writer.writerow(["lr", "momentum", tuning.measure.key, "diverged"])
     for (lr, momentum), summary in tuning.summaries.items():
         writer.writerow([lr, momentum, tuning.figure(lr, momentum), summary["diverged"]])
     return text.getvalue().encode()
@@ -72,7 +70,7 @@ def _as_figures(tuning: Tuning) -> dict[str, bytes]:
         figure, ax = pyplot.subplots(figsize=size, layout="constrained")
         image = ax.imshow(values, cmap="cividis_r", aspect="auto")
         known = [value for row in values for value in row if not math.isnan(value)] or [0.0]
-        middle = (min(known) + max(known)) / 2  # where the colours turn dark
+        middle = (min(known) + max(known)) / 2  # above this figure, the background is dark
         for row, column in product(range(len(values)), range(len(values[0]))):
             value = values[row][column]
             text, colour = (
@@ -83,7 +81,7 @@ def _as_figures(tuning: Tuning) -> dict[str, bytes]:
         ax.set_yticks(range(len(tuning.momenta)), [f"{momentum:g}" for momentum in tuning.momenta])
         workers = f"{tuning.config.workers} workers"
         ax.set(xlabel="learning rate", ylabel="momentum", title=f"{tuning.config.algorithm}, {workers}")
-        figure.colorbar(image, label=LABELS[tuning.measure])
+        figure.colorbar(image, label=tuning.measure.label)
         contents = as_files(figure, "tune")
         pyplot.close(figure)
     return contents

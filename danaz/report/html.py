@@ -1,4 +1,4 @@
-"""report.html: one file that needs no other, its charts inline."""
+"""report.html: a single file with its charts inline, which loads nothing else."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from html import escape
 
-from danaz.compare.results import Outcome
+from danaz.compare.results import ComparisonOutcome
 from danaz.compare.tables import comparison_rows
 from danaz.report.markdown import ORIGIN, TEXT_COLUMNS, experiment, heading, remarks
 from danaz.report.matrix import matrices
@@ -37,8 +37,8 @@ figcaption, footer { color: #5b656f; font-size: .9rem; margin-top: .6rem; }
 """
 
 
-def report_html(outcome: Outcome, charts: Sequence[Chart]) -> str:
-    """The report as one page."""
+def report_html(outcome: ComparisonOutcome, charts: Sequence[Chart]) -> str:
+    """The report as one HTML page."""
     title = escape(heading(outcome))
     sections = [_section(matrix.title, _table(matrix.header, matrix.rows)) for matrix in matrices(outcome)]
     missing = "".join(f'<p class="warning">{escape(line)}</p>' for line in remarks(outcome))
@@ -61,7 +61,7 @@ def _figure(chart: Chart) -> str:
 
 
 def inline_svg(chart: Chart) -> str:
-    """The <svg> element alone. Within HTML it needs no prologue and no namespaces, which look like addresses."""
+    """The <svg> element of a chart, for use inside HTML: without prologue, namespaces and fixed size."""
     element = chart.svg[chart.svg.index("<svg") :].strip()
     element = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", element, count=2)
     size = re.compile(r'\s(?:width|height)="[^"]*pt"')

@@ -1,10 +1,10 @@
-"""report.md."""
+"""report.md, and the sentences that report.html shares with it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from danaz.compare.results import Outcome
+from danaz.compare.results import ComparisonOutcome
 from danaz.compare.tables import comparison_rows
 from danaz.report.matrix import matrices
 from danaz.report.plots import Chart
@@ -12,8 +12,8 @@ from danaz.report.plots import Chart
 TEXT_COLUMNS = ("algorithm", "run as", "remark", "workers")
 
 
-def report_markdown(outcome: Outcome, charts: Sequence[Chart]) -> str:
-    """The report; its pictures are the PNG files beside it."""
+def report_markdown(outcome: ComparisonOutcome, charts: Sequence[Chart]) -> str:
+    """The report as Markdown; its pictures are the PNG files in the same folder."""
     parts = [f"# {heading(outcome)}", experiment(outcome)]
     for matrix in matrices(outcome):
         parts += [f"## {matrix.title}", _table(matrix.header, matrix.rows)]
@@ -25,15 +25,15 @@ def report_markdown(outcome: Outcome, charts: Sequence[Chart]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-ORIGIN = "Written by `danaz compare`. A row a cell is in results.csv, the runs themselves are in cells/."
+ORIGIN = "Written by `danaz compare`. results.csv has one row per cell; the runs themselves are in cells/."
 
 
-def heading(outcome: Outcome) -> str:
+def heading(outcome: ComparisonOutcome) -> str:
     return f"Comparison on {outcome.config['name']}"
 
 
-def experiment(outcome: Outcome) -> str:
-    """What all cells have in common, in a sentence."""
+def experiment(outcome: ComparisonOutcome) -> str:
+    """What all cells have in common, as a sentence."""
     config = outcome.config
     what = config["workload"] or f"{config['model']} on {config['data']}"
     steps, factor = config["lr_schedule"]["milestones"], config["lr_schedule"]["factor"]
@@ -48,15 +48,15 @@ def experiment(outcome: Outcome) -> str:
     )
 
 
-def remarks(outcome: Outcome) -> list[str]:
-    """What is missing from the figures."""
+def remarks(outcome: ComparisonOutcome) -> list[str]:
+    """Sentences about the cells that have no figures: those that failed or have not run."""
     lines = [
         f"{each.algorithm}, {each.setting.label}, seed {each.seed} failed: {each.failure} "
         f"(logs in {(each.folder / 'logs').relative_to(outcome.folder)})"
         for each in outcome.failed
     ]
     if outcome.pending:
-        lines.append(f"{len(outcome.pending)} cells were not run yet.")
+        lines.append(f"Cells that have not run yet: {len(outcome.pending)}.")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""What the papers measured, to print beside ours where the experiment is theirs.
+"""Figures from the papers, which reports show beside ours if the experiment is the same.
 
 DANA: Hakimi et al., arXiv 1907.11612. Gap-Aware: Barkai et al., ICLR 2020, arXiv 1909.10802.
 """
@@ -23,16 +23,16 @@ RESNET20_CIFAR10 = {
 
 @dataclass(frozen=True)
 class Paper:
-    """Test errors in percent, means over seeds, of one experiment under one schedule."""
+    """Test errors in percent (means over seeds) of one experiment with one order of workers."""
 
     source: str
-    experiment: Mapping[str, Any]  # the keys of a config that make it the paper's
-    schedule: str
-    baseline: float
+    experiment: Mapping[str, Any]  # config keys with the paper's values
+    schedule: str  # the config key
+    baseline: float  # test error with one worker
     errors: Mapping[str, Mapping[int, float]]  # algorithm -> number of workers -> test error
 
     def error(self, algorithm: str, setting: Setting) -> float | None:
-        """Its figure for a cell, if it has one."""
+        """The paper's figure for an algorithm in a setting, if it has one."""
         if setting.is_baseline:
             return self.baseline
         return self.errors.get(algorithm, {}).get(setting.workers) if setting.schedule == self.schedule else None
@@ -53,7 +53,7 @@ DANA = Paper(
     },
 )
 
-# Published as accuracies.
+# The paper gives accuracies.
 GAP_AWARE = Paper(
     source="Gap-Aware paper",
     experiment=RESNET20_CIFAR10,
@@ -73,12 +73,12 @@ GAP_AWARE = Paper(
     },
 )
 
-# DANA paper: ResNet-20 on V100s, one server.
+# Measured in the DANA paper: ResNet-20 on V100s with one server.
 MEASURED_SPEEDUP: Mapping[int, float] = {24: 16.0}  # number of workers -> speed-up over one
 
 
 def papers_of(config: Mapping[str, Any]) -> list[Paper]:
-    """The papers whose experiment this config is."""
+    """The papers that ran the experiment of this config."""
     return [paper for paper in (DANA, GAP_AWARE) if _agrees(paper.experiment, config)]
 
 

@@ -1,4 +1,4 @@
-"""Charts of how runs went."""
+"""Charts of the course of runs: loss, gap and lag."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
+from danaz.compare.results import by_setting
 from danaz.report.curves import Curves
-from danaz.report.plot_data import Data, by_setting
+from danaz.report.plot_data import ChartData
 from danaz.report.style import BASELINE, PANELS_A_ROW, legend_below, logarithmic, make_panels
 
 if TYPE_CHECKING:
@@ -17,21 +18,23 @@ if TYPE_CHECKING:
 
 Pick = Callable[[Curves], Sequence[float | None]]
 MARKERS_A_LINE = 8
-ALIKE: dict[str, Any] = {"color": "#444444", "marker": "o", "linestyle": "solid"}  # several algorithms in one line
-MANY = 4  # algorithms: too many to name in a legend
-SHOWN_LAGS = 0.995  # of the updates; the tail beyond is left out
+ALIKE: dict[str, Any] = {"color": "#444444", "marker": "o", "linestyle": "solid"}  # one line for several algorithms
+MANY = 4  # algorithms that are too many to name in a legend
+SHOWN_LAGS = 0.995  # share of the updates that is shown; those with the largest lags are left out
 
 
-def draw_loss(data: Data) -> Figure | None:
+def draw_loss(data: ChartData) -> Figure | None:
+    """Training loss over the epochs; None if no run has one."""
     return _over_epochs(data, lambda curves: curves.loss, "training loss")
 
 
-def draw_gap(data: Data) -> Figure | None:
+def draw_gap(data: ChartData) -> Figure | None:
+    """Gap over the epochs; None if no run has one."""
     return _over_epochs(data, lambda curves: curves.gap, "gap")
 
 
-def _over_epochs(data: Data, pick: Pick, label: str) -> Figure | None:
-    """A panel for each setting, a line for each algorithm, logarithmic."""
+def _over_epochs(data: ChartData, pick: Pick, label: str) -> Figure | None:
+    """A panel for each setting and a line for each algorithm, on a logarithmic scale."""
     from matplotlib.ticker import MaxNLocator
 
     groups = [each for each in data.groups if any(_positive(pick(curves)) for curves in data.curves_of(each))]
@@ -58,7 +61,7 @@ def _over_epochs(data: Data, pick: Pick, label: str) -> Figure | None:
     return figure
 
 
-def _baseline(axes: Axes, data: Data, pick: Pick) -> None:
+def _baseline(axes: Axes, data: ChartData, pick: Pick) -> None:
     runs = data.curves_of(data.baseline) if data.baseline is not None else []
     if runs:
         axes.plot(*_mean_curve(runs, pick), label="one worker", **BASELINE)
@@ -69,15 +72,15 @@ def _positive(values: Iterable[float | None]) -> list[float]:
 
 
 def _mean_curve(runs: Sequence[Curves], pick: Pick) -> tuple[list[float], list[float]]:
-    """The mean over the seeds that have a figure at this part of the run; a diverged one has fewer parts."""
+    """At each part of the run, the mean over the seeds that have a figure there; a diverged run has fewer parts."""
     epochs = max((run.epochs for run in runs), key=lambda epochs: epochs[-1])
     columns = [_positive(values) for values in zip_longest(*(pick(run) for run in runs))]
     points = [(epoch, sum(column) / len(column)) for epoch, column in zip(epochs, columns, strict=False) if column]
     return [epoch for epoch, _ in points], [value for _, value in points]
 
 
-def draw_lags(data: Data) -> Figure | None:
-    """A panel for each setting, a line for each asynchronous algorithm."""
+def draw_lags(data: ChartData) -> Figure | None:
+    """A panel for each setting and a line for each asynchronous algorithm; None if there are none."""
     from matplotlib.ticker import MaxNLocator
 
     lags = {(each.algorithm, each.setting): _count_lags(data.curves_of(each)) for each in data.groups}
@@ -100,7 +103,7 @@ def draw_lags(data: Data) -> Figure | None:
 
 
 def _alike(lags: Mapping[str, Counter[int]]) -> list[list[str]]:
-    """Algorithms with the same lags together, as they are when a simulation gave them the same schedule."""
+    """Group algorithms that have equal lags, as they do if they were simulated with the same order of workers."""
     groups: dict[frozenset[tuple[int, int]], list[str]] = {}
     for algorithm, counts in lags.items():
         groups.setdefault(frozenset(counts.items()), []).append(algorithm)
@@ -108,7 +111,7 @@ def _alike(lags: Mapping[str, Counter[int]]) -> list[list[str]]:
 
 
 def _shares(counts: Counter[int]) -> tuple[range, list[float]]:
-    """Lags from 0 up, and the percentage of updates that had each; without the tail."""
+    """Lags from 0 upwards, and the percentage of updates with each; without the largest lags (SHOWN_LAGS)."""
     shares: list[float] = []
     so_far = 0
     for lag in range(max(counts) + 1):

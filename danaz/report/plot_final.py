@@ -1,12 +1,12 @@
-"""Charts of how runs ended."""
+"""Charts of the final figures of runs: error, speed and time."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from danaz.compare.results import TEST_ERROR, Group, Spread
-from danaz.report.plot_data import Data, by_kind, by_setting
+from danaz.compare.results import TEST_ERROR, Group, Kind, Spread, by_kind, by_setting
+from danaz.report.plot_data import ChartData
 from danaz.report.style import BASELINE, legend_below, make_panels, scale_by_range
 
 if TYPE_CHECKING:
@@ -14,27 +14,31 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ROW_INCHES = 0.27
-PAPER: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}  # behind text that a line may cross
+TEXT_BACKGROUND: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}  # a line may cross the text
 
 
-def draw_by_workers(data: Data) -> Figure | None:
-    """A panel for each kind of run, a line for each algorithm; where there is more than one number of workers."""
-    kinds = {kind: groups for kind, groups in by_kind(data.groups).items() if len(_numbers(groups)) > 1}
+def _kinds_by_workers(data: ChartData) -> dict[Kind, list[Group]]:
+    """The kinds of run that have more than one number of workers."""
+    return {kind: groups for kind, groups in by_kind(data.groups).items() if len(_numbers(groups)) > 1}
+
+
+def draw_by_workers(data: ChartData) -> Figure | None:
+    """A panel for each kind of run and a line for each algorithm; None if no kind has several numbers of workers."""
+    kinds = _kinds_by_workers(data)
     if not kinds:
         return None
     figure, panels = make_panels(len(kinds), inches=(7.2, 4.4))
-    for axes, ((ranks, schedule), groups) in zip(panels, kinds.items(), strict=True):
+    for axes, (kind, groups) in zip(panels, kinds.items(), strict=True):
         for algorithm in dict.fromkeys(each.algorithm for each in groups):
             _line(axes, data, [each for each in groups if each.algorithm == algorithm])
         if data.baseline_mean is not None:
             axes.axhline(data.baseline_mean, label="one worker", zorder=1.5, **BASELINE)
-        for source in dict.fromkeys(paper.source for paper in data.papers if paper.schedule == schedule):
+        for source in dict.fromkeys(paper.source for paper in data.papers if paper.schedule == kind.schedule):
             axes.plot([], [], "o", color="#666666", markerfacecolor="white", markersize=9, label=source)
         numbers = _numbers(groups)
         axes.set_xticks(numbers, [str(number) for number in numbers])
         axes.set_xlabel("workers")
-        live = f"live, {ranks} rank{'s' * (ranks > 1)} per worker"
-        axes.set_title(f"{data.name}, {live if schedule == 'live' else schedule}")
+        axes.set_title(f"{data.name}, {kind.label}")
         axes.set_ylabel(data.measure.label)
         spreads = [each.spread(data.measure.key) for each in groups]
         scale_by_range(axes, "y", [spread.mean for spread in spreads if spread is not None])
@@ -46,8 +50,8 @@ def _numbers(groups: Sequence[Group]) -> list[int]:
     return sorted({each.setting.workers for each in groups})
 
 
-def _line(axes: Axes, data: Data, groups: Sequence[Group]) -> None:
-    """One algorithm: means, a band of a standard deviation, and the papers' figures as hollow markers."""
+def _line(axes: Axes, data: ChartData, groups: Sequence[Group]) -> None:
+    """Draw one algorithm: means, a band of one standard deviation, and the papers' figures as hollow markers."""
     spreads = [(each.setting.workers, spread) for each in groups if (spread := each.spread(data.measure.key))]
     spreads.sort(key=lambda point: point[0])
     workers = [number for number, _ in spreads]
@@ -67,9 +71,12 @@ def _line(axes: Axes, data: Data, groups: Sequence[Group]) -> None:
             axes.plot(*zip(*known, strict=True), zorder=1.8, **hollow)
 
 
-def draw_by_cell(data: Data) -> Figure | None:
-    """A row for each algorithm in each setting: how good, and how fast the live ones were. For few settings."""
-    if not data.groups or draw_by_workers(data) is not None:
+def draw_by_cell(data: ChartData) -> Figure | None:
+    """A row for each algorithm in each setting, with its error, and its speed if it is live.
+
+    None if there are no groups, or if draw_by_workers shows them.
+    """
+    if not data.groups or _kinds_by_workers(data):
         return None
     from matplotlib.figure import Figure
 
@@ -92,14 +99,14 @@ def draw_by_cell(data: Data) -> Figure | None:
 
 
 def _rows(groups: Sequence[Group]) -> list[Group | str]:
-    """The groups, below a heading for each setting."""
+    """The groups, with a heading above those of each setting."""
     rows: list[Group | str] = []
     for setting, members in by_setting(groups).items():
         rows += [setting.title, *members]
     return rows
 
 
-def _dots(axes: Axes, data: Data, rows: Sequence[Group | str]) -> None:
+def _dots(axes: Axes, data: ChartData, rows: Sequence[Group | str]) -> None:
     means = [data.baseline_mean] if data.baseline_mean else []
     for place, row in enumerate(rows):
         spread = row.spread(data.measure.key) if isinstance(row, Group) else None
@@ -110,7 +117,7 @@ def _dots(axes: Axes, data: Data, rows: Sequence[Group | str]) -> None:
             axes.errorbar(spread.mean, place, xerr=spread.std, capsize=3, **point)
             text = f"{spread.mean:.{data.measure.decimals}f}" + (" (diverged)" if row.diverged else "")
             beside: dict[str, Any] = {"xytext": (9, 0), "textcoords": "offset points", "va": "center", "fontsize": 9}
-            axes.annotate(text, (spread.mean, place), bbox=PAPER, **beside)
+            axes.annotate(text, (spread.mean, place), bbox=TEXT_BACKGROUND, **beside)
     if data.baseline_mean is not None:
         axes.axvline(data.baseline_mean, label="one worker", zorder=1.5, **BASELINE)
     axes.margins(x=0.22)
@@ -118,7 +125,7 @@ def _dots(axes: Axes, data: Data, rows: Sequence[Group | str]) -> None:
     axes.set_xlabel(data.measure.label)
 
 
-def _speeds(axes: Axes, data: Data, rows: Sequence[Group | str]) -> None:
+def _speeds(axes: Axes, data: ChartData, rows: Sequence[Group | str]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     for place, row in enumerate(rows):
@@ -132,8 +139,8 @@ def _speeds(axes: Axes, data: Data, rows: Sequence[Group | str]) -> None:
     axes.set_xlabel("images/s (live)")
 
 
-def draw_by_time(data: Data) -> Figure | None:
-    """A panel for each setting of live runs: how good, and after how long."""
+def draw_by_time(data: ChartData) -> Figure | None:
+    """A panel for each live setting, with error and wall time of each algorithm; None if there are no live runs."""
     live = {setting: groups for setting, groups in by_setting(data.groups).items() if setting.is_live}
     figures = [
         [
@@ -162,5 +169,5 @@ def draw_by_time(data: Data) -> Figure | None:
     return figure
 
 
-def _error(data: Data, each: Group) -> Spread | None:
+def _error(data: ChartData, each: Group) -> Spread | None:
     return each.spread(data.measure.key)

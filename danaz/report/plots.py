@@ -1,4 +1,4 @@
-"""The charts of a comparison, as PNG and SVG."""
+"""Draw the charts of a comparison, as PNG and SVG."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import io
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-from danaz.compare.results import Outcome
+from danaz.compare.results import ComparisonOutcome
 from danaz.report.plot_course import draw_gap, draw_lags, draw_loss
-from danaz.report.plot_data import Data, collect
+from danaz.report.plot_data import ChartData, collect
 from danaz.report.plot_final import draw_by_cell, draw_by_time, draw_by_workers
 from danaz.report.style import RC
 
@@ -16,52 +16,55 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class Plan(NamedTuple):
-    """How a chart comes about."""
+class ChartSpec(NamedTuple):
+    """A chart that a report may have."""
 
-    name: str  # of its files
+    name: str  # of its files, without ending
     title: str
     caption: str
-    draw: Callable[[Data], Figure | None]  # None: the results hold nothing for it
+    draw: Callable[[ChartData], Figure | None]  # returns None if the results have no figures for it
 
 
 CHARTS = (
-    Plan(
+    ChartSpec(
         "error-by-workers",
         "Final error over the number of workers",
-        "Mean over seeds; the band is one standard deviation. Dashed: one worker. Hollow markers: the paper.",
+        "Means over seeds; the bands are one standard deviation. The dashed line is one worker; hollow markers are the "
+        "paper's figures.",
         draw_by_workers,
     ),
-    Plan(
+    ChartSpec(
         "error-by-cell",
-        "How good, and how fast",
-        "Mean over seeds; the whisker is one standard deviation. Dashed: one worker.",
+        "Final error, and speed of live runs",
+        "Means over seeds; the whiskers are one standard deviation. The dashed line is one worker.",
         draw_by_cell,
     ),
-    Plan(
+    ChartSpec(
         "error-by-time",
-        "How good, and after how long",
-        "Live runs of all epochs: the mean over seeds, whiskers of one standard deviation. The lower left is best.",
+        "Final error over wall time",
+        "Live runs: means over seeds; the whiskers are one standard deviation. The lower left is best.",
         draw_by_time,
     ),
-    Plan(
+    ChartSpec(
         "loss-by-epoch",
         "Training loss over the epochs",
-        "Loss of the batches as the workers saw it, a mean over parts of the run and over seeds. Dashed: one worker.",
+        "Loss of the batches on the workers' views: means over parts of the run and over seeds. The dashed line is one "
+        "worker.",
         draw_loss,
     ),
-    Plan(
+    ChartSpec(
         "gap-by-epoch",
         "Gap over the epochs",
-        "How far the parameters had moved when a gradient arrived: root mean square of each layer, summed "
-        "over layers. That of a live dana is measured in its look-ahead, the others in the parameters.",
+        "How far the parameters had moved when a gradient arrived: the root mean square of each layer, summed over "
+        "layers. For live runs of dana it is measured at the look-ahead, for all others at the parameters.",
         draw_gap,
     ),
-    Plan(
+    ChartSpec(
         "lag",
         "How stale gradients were",
-        "Share of updates by lag: how many others were applied between sending parameters and applying their gradient. "
-        "The last half per cent, and synchronous algorithms, which have no lag, are left out.",
+        "Share of updates by lag: the number of other updates between sending parameters and applying their gradient. "
+        "The half per cent of updates with the largest lags is left out, and so are synchronous algorithms, which have "
+        "no lag.",
         draw_lags,
     ),
 )
@@ -69,7 +72,7 @@ NO_METADATA = {"Creator": None, "Date": None, "Format": None, "Type": None}
 
 
 class Chart(NamedTuple):
-    """A chart, drawn."""
+    """A chart that has been drawn."""
 
     name: str
     title: str
@@ -78,18 +81,18 @@ class Chart(NamedTuple):
     svg: str
 
 
-def draw(outcome: Outcome) -> list[Chart]:
-    """All charts that the results hold something for."""
+def draw(outcome: ComparisonOutcome) -> list[Chart]:
+    """All charts for which the results have figures. Raises UnreadableError, OSError."""
     import matplotlib as mpl
 
     data = collect(outcome)
     charts = []
-    for plan in CHARTS:
-        with mpl.rc_context({**RC, "svg.hashsalt": plan.name}):  # the salt keeps ids apart when charts share a page
-            figure = plan.draw(data)
+    for spec in CHARTS:
+        with mpl.rc_context({**RC, "svg.hashsalt": spec.name}):  # so that the ids of charts on one page differ
+            figure = spec.draw(data)
             if figure is not None:
                 png, svg = io.BytesIO(), io.StringIO()
                 figure.savefig(png, format="png", metadata={"Software": None})
                 figure.savefig(svg, format="svg", metadata=NO_METADATA)
-                charts.append(Chart(plan.name, plan.title, plan.caption, png.getvalue(), svg.getvalue()))
+                charts.append(Chart(spec.name, spec.title, spec.caption, png.getvalue(), svg.getvalue()))
     return charts

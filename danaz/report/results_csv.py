@@ -1,13 +1,13 @@
-"""results.csv: one row a cell, for whoever wants to go on with other tools."""
+"""results.csv: one row per cell, for other tools."""
 
 from __future__ import annotations
 
 import csv
 import io
 
-from danaz.compare.results import Outcome
+from danaz.compare.results import ComparisonOutcome
 
-KEYS = (
+KEYS = (  # of summary.json
     "test_error_percent",
     "final_train_loss",
     "diverged",
@@ -25,8 +25,8 @@ KEYS = (
 COLUMNS = ("algorithm", "workers", "ranks_per_worker", "schedule", "seed", "status", *KEYS, "folder")
 
 
-def results_csv(outcome: Outcome) -> str:
-    """The whole file. ``status`` is ``finished`` or why the cell failed; a figure that a cell lacks is empty."""
+def results_csv(outcome: ComparisonOutcome) -> str:
+    """The content of results.csv. ``status`` is ``finished``, or why the cell failed; missing figures are empty."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)

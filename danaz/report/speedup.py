@@ -1,4 +1,4 @@
-"""The theoretical speed-up as a table, a CSV file and a figure."""
+"""Show the theoretical speed-up: as a table, a CSV file and a figure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from danaz.report.style import COLOURS, MARKERS, RC, as_files
 from danaz.run.folder import write_atomically
 from danaz.simulate.speedup import Speedup
 
-SHOWN = (1, 2, 4, 8, 16, 24, 32, 48, 64, 128, 256)
+SHOWN = (1, 2, 4, 8, 16, 24, 32, 48, 64, 128, 256)  # numbers of workers in the table, if there are many
 
 
 def _title(panel: Speedup) -> str:
@@ -22,7 +22,7 @@ def _title(panel: Speedup) -> str:
 
 
 def print_speedup(panels: Sequence[Speedup]) -> None:
-    """A row for each usual number of workers."""
+    """Print a row for each number of workers in SHOWN, or for every number if there are few."""
     table = Table("workers")
     for panel in panels:
         table.add_column(f"asynchronous\n{_title(panel)}", justify="right")
@@ -36,7 +36,7 @@ def print_speedup(panels: Sequence[Speedup]) -> None:
 
 
 def write_speedup(panels: Sequence[Speedup], folder: Path) -> list[Path]:
-    """Write speedup.csv, speedup.png and speedup.svg; returns their paths."""
+    """Write speedup.csv, speedup.png and speedup.svg into ``folder``. Returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     files = {"speedup.csv": _as_csv(panels), **_as_figures(panels)}
     for name, content in files.items():

@@ -1,4 +1,4 @@
-"""How charts look: colours that the colour-blind tell apart (Okabe and Ito 2008), and a marker for each as well."""
+"""The look of charts: markers, and colours that colour-blind readers can distinguish (Okabe and Ito 2008)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's, without the yellow, which white swallows; black is the baseline's.
+# The colours of Okabe and Ito without yellow, which is hard to see on white. Black is for the baseline.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "osD^vPX*<>hp"
-DASHES: tuple[Any, ...] = ("solid", (0, (5, 1.5)), (0, (1, 1.2)))  # when the colours begin again
+DASHES: tuple[Any, ...] = ("solid", (0, (5, 1.5)), (0, (1, 1.2)))  # the next one each time that the colours repeat
 BASELINE: dict[str, Any] = {"color": "#000000", "linestyle": (0, (6, 3)), "linewidth": 1.4}
-FAVOURITES = ("dana", "nag-asgd", "ssgd", "asgd", "multi-asgd", "dana-ga")  # these have the same looks in every report
+FAVOURITES = ("dana", "nag-asgd", "ssgd", "asgd", "multi-asgd", "dana-ga")  # each looks the same in every report
 
 RC: dict[Any, Any] = {
     "font.size": 10,
@@ -29,7 +29,7 @@ RC: dict[Any, Any] = {
     "grid.linewidth": 0.8,
     "legend.frameon": False,
     "legend.fontsize": 9.5,
-    "legend.handlelength": 3.2,  # long enough to show dashes on both sides of a marker
+    "legend.handlelength": 3.2,  # long enough to show the dashes on both sides of the marker
     "lines.linewidth": 1.7,
     "lines.markersize": 5.5,
     "savefig.dpi": 150,
@@ -40,12 +40,12 @@ PANEL_INCHES = (4.3, 3.0)
 PANELS_A_ROW = 3
 LEAST_WIDTH_INCHES = 6.4
 LEGEND_ENTRY_INCHES = 1.6
-MANY_DECADES = 300.0  # times the smallest figure
-LOGARITHMIC_FROM = 8.0  # times the smallest figure
+MANY_DECADES = 300.0  # largest over smallest figure, from which only powers of ten are labelled
+LOGARITHMIC_FROM = 8.0  # largest over smallest figure, from which a scale is logarithmic
 
 
 class Look(NamedTuple):
-    """Of one algorithm, in every chart."""
+    """The look of one algorithm in every chart."""
 
     color: str
     marker: str
@@ -53,12 +53,15 @@ class Look(NamedTuple):
 
     @property
     def line(self) -> dict[str, Any]:
-        """For Axes.plot."""
+        """Keyword arguments for Axes.plot."""
         return self._asdict()
 
 
 def looks(algorithms: Iterable[str]) -> dict[str, Look]:
-    """A look for each, no two alike; the others take the colours of favourites that are there last."""
+    """A different look for each algorithm.
+
+    FAVOURITES keep their looks. The others share the colours of favourites in ``algorithms`` last.
+    """
     names, colours = list(dict.fromkeys(algorithms)), len(COLOURS)
     favourites = {name: number for number, name in enumerate(FAVOURITES) if name in names}
     others = [name for name in names if name not in FAVOURITES]
@@ -78,7 +81,7 @@ def looks(algorithms: Iterable[str]) -> dict[str, Look]:
 def make_panels(
     count: int, inches: tuple[float, float] = PANEL_INCHES, share: bool = False
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of ``count`` panels of that width and height, which may share their scales."""
+    """A figure with ``count`` panels, each ``inches`` (width, height) in size; ``share`` gives all the same scales."""
     from matplotlib.figure import Figure
 
     columns = min(count, PANELS_A_ROW)
@@ -92,7 +95,7 @@ def make_panels(
 
 
 def legend_below(figure: Figure, panels: Sequence[Axes]) -> None:
-    """One for all panels."""
+    """Draw one legend for all panels, below them."""
     entries: dict[str, Any] = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -103,7 +106,7 @@ def legend_below(figure: Figure, panels: Sequence[Axes]) -> None:
 
 
 def scale_by_range(axes: Axes, which: Literal["x", "y"], figures: Iterable[float]) -> None:
-    """From zero; or logarithmic, where the largest figure is many times the smallest."""
+    """Scale an axis from zero, or logarithmically if the largest figure is LOGARITHMIC_FROM times the smallest."""
     known = list(figures)
     if not known or min(known) <= 0 or max(known) < LOGARITHMIC_FROM * min(known):
         axes.set(**{f"{which}lim": (0, None)})
@@ -112,7 +115,7 @@ def scale_by_range(axes: Axes, which: Literal["x", "y"], figures: Iterable[float
 
 
 def logarithmic(axes: Axes, which: Literal["x", "y"]) -> None:
-    """A logarithmic scale whose labels are plain numbers: at 1, 2 and 5 of each decade, or of many decades at 1."""
+    """Use a logarithmic scale with plain numbers as labels: 1, 2 and 5 of each decade, or 1 if there are many."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     axes.set(**{f"{which}scale": "log"})
@@ -124,7 +127,7 @@ def logarithmic(axes: Axes, which: Literal["x", "y"]) -> None:
 
 
 def as_files(figure: Any, stem: str) -> dict[str, bytes]:
-    """A matplotlib figure as stem.png and stem.svg: name -> content."""
+    """Save a matplotlib figure as PNG and SVG. Returns {name of a file: its content}."""
     contents = {}
     for kind in ("png", "svg"):
         buffer = io.BytesIO()

@@ -31,9 +31,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from danaz.files.plain_yaml import YamlError, dump_yaml, parse_yaml
-
-SCHEDULES = ("round-robin", "block-random", "gamma", "gamma-heterogeneous")
-SCHEDULE_FORMS = {"constant": "constant:SPEED,SPEED,…", "trace": "trace:RUN"}
+from danaz.run.schedules import SCHEDULE_FORMS, SCHEDULES
 
 MOST = 2**31 - 1  # of anything that is counted
 MOST_PROCESSES = 1 << 16

@@ -1,1 +1,1 @@
-"""Many workers in one process: who pushes when, and what that does to training."""
+"""The simulator: many workers in one process that take turns, through the same server core as a live run."""

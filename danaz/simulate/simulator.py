@@ -1,4 +1,9 @@
-"""N workers in one process, one after the other, through the same server core and worker cores as a live run."""
+"""Simulate N workers in one process.
+
+The workers take turns, in the order that the config key ``schedule`` names. In its turn, a worker computes the gradient
+of a real batch on its view and pushes it. Server and workers are the same cores as in a live run; only the sockets
+between them are replaced by function calls.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +23,8 @@ from danaz.run.folder import RunFolder
 from danaz.run.settings import Settings
 from danaz.server.answers import Replies
 from danaz.server.core import ServerCore
-from danaz.simulate.batches import Batches
-from danaz.simulate.schedules import make_schedule
+from danaz.simulate.batch_reader import BatchReader
+from danaz.simulate.orders import make_order
 from danaz.simulate.step import EagerStep, make_step
 from danaz.torch.data import Batching
 from danaz.torch.optimizer import check_supported, decayed_gradient, effective_lr, kept_loss, weight_decays
@@ -28,20 +33,21 @@ from danaz.worker.core import LocalStep, Loss, Request, Role, WorkerCore
 from danaz.workloads import build
 from danaz.workloads.training import choose_device, final_figures, make_sgd, place
 
-Progress = Callable[[float, float | None], None]  # (share of the run that is done, last loss)
+Progress = Callable[[float, float | None], None]  # (share of the run that is done, from 0 to 1; last loss)
 
 
 class SimulatedWorker:
-    """A worker core and what the server last told it."""
+    """A worker core, and what the server last told it."""
 
     def __init__(self, core: WorkerCore):
         self.core = core
-        self.batches: deque[int] = deque()
-        self.waits = True  # for an answer, with which it gets a view
-        self.epoch = 0.0  # of the cluster, as it last heard
-        self.done = False
+        self.batches: deque[int] = deque()  # numbers of the batches that it has leased
+        self.waits = True  # until a reply brings a view
+        self.epoch = 0.0  # the cluster's epoch in the last reply
+        self.done = False  # no batches are left
 
     def receive(self, reply: Any) -> None:
+        """Take in a reply of the server."""
         self.core.receive(reply)
         if isinstance(reply, Parameters):
             self.waits, self.epoch, self.done = False, reply.epoch, reply.done
@@ -49,11 +55,12 @@ class SimulatedWorker:
 
 
 class Simulation:
-    """One simulated run of ``config`` (its algorithm, workers and schedule). Everything follows from the seed.
+    """One simulated run of ``config``, written into the folder ``run``. The seed decides every bit of it.
 
-    On a GPU everything is there: the model, data that is held in memory, the server's and all workers' vectors.
+    If the run uses a GPU, the GPU holds the model, any data set that is kept in memory, and the vectors of the server
+    and of all workers.
 
-    Raises ConfigError and ScheduleError for what cannot be run; the folder ``run`` is made when nothing is wrong.
+    Raises ConfigError or OrderError if the config cannot be run. The folder is made only after all checks have passed.
     """
 
     def __init__(self, config: Config, run: Path):
@@ -68,14 +75,14 @@ class Simulation:
         self.step = make_step(EagerStep(self.model, self.flat, self.workload, config, self.device))
         samples = len(self.workload.train)  # type: ignore[arg-type]
         self.batching = Batching(samples, config.batch_size, seed=config.seed)
-        self.batches = Batches(self.workload.train, self.batching, config.epochs, config.num_workers)
+        self.batches = BatchReader(self.workload.train, self.batching, config.epochs, config.num_workers)
         self.settings = Settings.of(config, schedule=config.schedule, collective="none")
-        self._ahead = torch.zeros_like(self.flat.params)  # γ Σⱼ ηⱼvⱼ, where velocities live on workers
+        self._ahead = torch.zeros_like(self.flat.params)  # f32[P], γ Σⱼ ηⱼvⱼ if the workers keep the velocities
         for_server = self.settings.for_server(weight_decay=weight_decays(self.optimizer.param_groups))
         self.server = ServerCore(for_server, on_update=self._record, ahead=lambda: self._ahead)
         self.rule = for_server.rule(check_supported(self.optimizer))
         self.workers = [self._make_worker(number) for number in range(config.workers)]
-        self._order = make_schedule(config.schedule, config.workers, config.seed)
+        self._order = make_order(config.schedule, config.workers, config.seed)
         run.mkdir(parents=True, exist_ok=True)
         self.folder = RunFolder(run, self.settings.facts())
         self._last_loss: float | None = None
@@ -108,7 +115,7 @@ class Simulation:
     # ---- the run -------------------------------------------------------------------------------------------------
 
     def run(self, progress: Progress = lambda share, loss: None) -> dict[str, Any]:
-        """Train to the end; returns what summary.json holds."""
+        """Train to the end. Returns the content of summary.json."""
         self.start()
         while not all(worker.done for worker in self.workers):
             self.advance(self.config.workers)
@@ -116,13 +123,13 @@ class Simulation:
         return self._finish()
 
     def start(self) -> None:
-        """All workers join."""
+        """Let all workers join; worker 0 brings the initial parameters."""
         self.model.train()
         for worker in self.workers:
-            self._say(worker, worker.core.join(self.flat.params if worker is self.workers[0] else None))
+            self.send(worker, worker.core.join(self.flat.params if worker is self.workers[0] else None))
 
     def advance(self, turns: int) -> None:
-        """Let the next ``turns`` workers of the schedule compute and push."""
+        """Give a turn to each of the next ``turns`` workers in the order."""
         for number in islice(self._order, turns):
             self._turn(self.workers[number])
 
@@ -130,19 +137,19 @@ class Simulation:
         if worker.waits or worker.done:
             return
         if worker.batches and self.config.pipeline:
-            self._turn_in_pipeline(worker)
+            self.pipelined_turn(worker)
         elif worker.batches:
-            self._say(worker, self._push(worker))
+            self.send(worker, self.make_push(worker))
         else:
-            self._say(worker, worker.core.pull())
+            self.send(worker, worker.core.pull())
 
-    def _turn_in_pipeline(self, worker: SimulatedWorker) -> None:
-        """The view for the next batch arrives as this one ends."""
-        self._say(worker, worker.core.pull(ahead=True))
-        self._say(worker, self._push(worker, wants_view=False))
+    def pipelined_turn(self, worker: SimulatedWorker) -> None:
+        """One turn under ``pipeline``: fetch the view for the next batch, then compute and push this batch."""
+        self.send(worker, worker.core.pull(ahead=True))
+        self.send(worker, self.make_push(worker, wants_view=False))
 
-    def _push(self, worker: SimulatedWorker, wants_view: bool = True) -> Request:
-        """Compute on the worker's view; after local steps with the batches before it, push the last one's."""
+    def make_push(self, worker: SimulatedWorker, wants_view: bool = True) -> Request:
+        """Compute on the worker's view. Make a local step with every leased batch but the last, and push the last."""
         worker.core.compute_on(self.flat.params)
         *earlier, last = worker.batches
         for batch in earlier:
@@ -164,13 +171,13 @@ class Simulation:
         )
 
     def _gradient(self, batch: int) -> tuple[Tensor, int, Loss]:
-        """The gradient f32[P] of ``batch``, weight decay included, the number of its samples, and its loss."""
+        """Gradient f32[P] of ``batch`` including weight decay, its number of samples, and its mean loss."""
         x, y = self.batches.take(batch)
         loss = self.step(x.to(self.device), y.to(self.device))
         return decayed_gradient(self.flat, self.optimizer.param_groups), len(y), kept_loss(loss)
 
-    def _say(self, worker: SimulatedWorker, request: Request) -> None:
-        """Bring a request to the server, and whatever it sets free to the workers."""
+    def send(self, worker: SimulatedWorker, request: Request) -> None:
+        """Hand a request to the server, and its replies to the workers that they are for."""
         worker.waits = True
         measures_ahead = self.rule.worker_rule.worker_state and self.settings.gap_every
         before = worker.core.given_back() if measures_ahead else None
@@ -188,17 +195,17 @@ class Simulation:
                 self.flat.params.copy_(reply.params)
 
     def _finish(self) -> dict[str, Any]:
-        """Everyone gives back and leaves; the figures are measured at θ."""
-        buffers = self.flat.buffers()  # one model ran for all: its batch-norm statistics are everyone's
+        """Let all workers give back and leave, then measure the final figures at θ."""
+        buffers = self.flat.buffers()  # all workers share one model, and so its batch-norm statistics
         for worker in self.workers:
-            self._say(worker, worker.core.leave(buffers))
+            self.send(worker, worker.core.leave(buffers))
         first = self.workers[0]
-        self._say(first, first.core.report(final_figures(self.model, self.workload, self.config, self.device)))
+        self.send(first, first.core.report(final_figures(self.model, self.workload, self.config, self.device)))
         for worker in self.workers:
-            self._say(worker, worker.core.bye())
+            self.send(worker, worker.core.bye())
         return self.folder.finish(self.server)
 
 
 def simulate(config: Config, run: Path, progress: Progress = lambda share, loss: None) -> dict[str, Any]:
-    """Simulate ``config`` into the run folder ``run``; returns the summary."""
+    """Simulate ``config`` into the run folder ``run``. Returns the content of summary.json."""
     return Simulation(config, run).run(progress)

@@ -1,7 +1,8 @@
 """The theoretical speed-up of asynchronous and synchronous training, from execution times alone.
 
-The DANA paper's Figure 5 (arXiv 1907.11612) and the Gap-Aware paper's Figure 12 (arXiv 1909.10802): with no cost of
-communication, N workers do in T time units as many batches as one worker in S·T.
+It is Figure 5 of the DANA paper (arXiv 1907.11612) and Figure 12 of the Gap-Aware paper (arXiv 1909.10802).
+Communication costs nothing. A speed-up of S means that N workers do as many batches in T time units as one worker in
+S·T.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import numpy as np
 from danaz.simulate.execution_time import Times, gamma_times, machine_means
 
 MEAN = 128.0  # a batch of 128 takes 128 time units
-CHUNK = 10_000  # batches of each worker held in memory at once
+CHUNK = 10_000  # batches of each worker that are held in memory at once
 
 
 @dataclass(frozen=True)
 class Speedup:
-    """For each number of workers, mean and standard deviation over the repetitions, f64[len(workers)] each."""
+    """Mean and standard deviation over the repetitions, for each number of workers: f64[len(workers)] each."""
 
     workers: tuple[int, ...]
     heterogeneous: bool
@@ -32,11 +33,13 @@ class Speedup:
 def speedup(
     workers: Sequence[int], *, heterogeneous: bool, repetitions: int = 20, iterations: int = 100_000, seed: int = 0
 ) -> Speedup:
-    """Draw ``iterations`` batches for each worker, ``repetitions`` times.
+    """Draw the times of ``iterations`` batches for each worker, ``repetitions`` times.
 
-    Asynchronous workers never wait: they do as much as each does alone. Synchronous ones wait for the slowest at each
-    batch. Both are counted against one worker of the mean throughput, so the asynchronous figure is N by definition.
-    Raises ValueError for a number of workers below 1.
+    Asynchronous workers never wait, so each does as many batches as it would alone. Synchronous workers wait for the
+    slowest one at every batch. Both are compared with one worker of mean throughput; the asynchronous speed-up is
+    therefore N by definition.
+
+    Raises ValueError if ``workers`` is empty, or if a number of workers, ``repetitions`` or ``iterations`` is below 1.
     """
     if not workers or min(workers) < 1 or repetitions < 1 or iterations < 1:
         raise ValueError("workers, repetitions and iterations must be at least 1")
@@ -45,7 +48,7 @@ def speedup(
     for repetition, rng in enumerate(np.random.default_rng(seed).spawn(repetitions)):
         means = machine_means(rng, MEAN, (most,)) if heterogeneous else np.full(most, MEAN)
         worker_total, slowest_total = _totals(rng, means, iterations, workers)
-        rates = iterations / worker_total  # batches a time unit of each worker alone
+        rates = iterations / worker_total  # batches per time unit of each worker alone
         asynchronous[repetition] = [rates[:n].sum() / rates[:n].mean() for n in workers]
         synchronous[repetition] = [
             n * iterations / total / rates[:n].mean() for n, total in zip(workers, slowest_total, strict=True)
@@ -61,7 +64,8 @@ def speedup(
 
 
 def _totals(rng: np.random.Generator, means: Times, iterations: int, workers: Sequence[int]) -> tuple[Times, Times]:
-    """Time of each worker for all its batches, and of all rounds that wait for the slowest of the first n."""
+    """Time of each worker for all its batches, f64[largest number of workers]; and, for each n in ``workers``, time of
+    ``iterations`` rounds in which the first n workers wait for the slowest of them, f64[len(workers)]."""
     worker_total, slowest_total = np.zeros(len(means)), np.zeros(len(workers))
     for done in range(0, iterations, CHUNK):
         times = gamma_times(rng, means[:, None], (len(means), min(CHUNK, iterations - done)))

@@ -1,4 +1,7 @@
-"""The simulator's mini-batch step, forwards and backwards: launched kernel by kernel, or on a GPU as one CUDA graph."""
+"""The simulator's mini-batch step, forward and backward.
+
+Kernels are launched one by one; on a GPU they are captured once, as a CUDA graph, and replayed.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,13 @@ from danaz.vectors.flat import FlatModel
 from danaz.workloads import Workload
 from danaz.workloads.training import batch_loss
 
-WARM_UP = 3  # steps before a capture, in which libraries choose and load their kernels
+WARM_UP = 3  # eager steps before the capture, in which libraries choose and load their kernels
 
 Work = Callable[[], Tensor]
 
 
 class EagerStep:
-    """The gradient of a batch into ``flat.grads`` f32[P], its mean loss f32[] as the result."""
+    """Compute the gradient of a batch into ``flat.grads`` f32[P] and return its mean loss f32[]."""
 
     def __init__(self, model: nn.Module, flat: FlatModel, workload: Workload, config: Config, device: torch.device):
         self.model = model
@@ -36,14 +39,15 @@ class EagerStep:
 
 
 class GraphedStep:
-    """The same, captured once and replayed: one launch instead of some hundred, from buffers that stay where they are.
+    """An EagerStep that is captured once and then replayed: one launch in place of hundreds.
 
-    A graph knows one shape. The shorter last batch of an epoch is stepped eagerly, and so are the first few batches,
-    which warm up on a stream of their own as torch.cuda.graph asks for. Every batch is stepped exactly once, so that
-    batch-norm statistics are those of an eager run.
+    A graph has one batch shape and reads from fixed buffers. The shorter last batch of an epoch is therefore computed
+    eagerly. So are the first WARM_UP batches, on a stream of their own, as torch.cuda.graph requires. Every batch is
+    computed exactly once, which keeps batch-norm statistics equal to those of an eager run.
     """
 
     def __init__(self, eager: EagerStep, capture: Callable[[Work], Work], apart: Callable[[Work], Tensor]):
+        """``capture`` records some work and returns its replay; ``apart`` runs some work on a stream of its own."""
         self.eager = eager
         self._capture = capture
         self._apart = apart
@@ -67,7 +71,7 @@ class GraphedStep:
 
 
 def cuda_graph(work: Work) -> Work:
-    """Capture ``work``, which is not carried out by that; the result replays it and gives the same tensor each time."""
+    """Capture ``work`` without running it. The result replays it, and returns the same tensor each time."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = work()
@@ -80,7 +84,7 @@ def cuda_graph(work: Work) -> Work:
 
 
 def on_a_stream_apart(work: Work) -> Tensor:
-    """Do ``work`` on a stream of its own; the current one goes on behind it."""
+    """Run ``work`` on a stream of its own; the current stream continues after it."""
     current, apart = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
     apart.wait_stream(current)
     with torch.cuda.stream(apart):
@@ -90,5 +94,5 @@ def on_a_stream_apart(work: Work) -> Tensor:
 
 
 def make_step(eager: EagerStep) -> EagerStep | GraphedStep:
-    """The fastest form of ``eager`` on its device."""
+    """The fastest form of ``eager`` on its device: a graph on a GPU, ``eager`` itself on a CPU."""
     return GraphedStep(eager, cuda_graph, on_a_stream_apart) if eager.device.type == "cuda" else eager

@@ -10,7 +10,7 @@ from shipped import CONFIGS
 from typer.testing import CliRunner
 
 from danaz.cli.main import _options_of, app
-from danaz.compare.live import _in_words_of_compare
+from danaz.compare.live import in_words_of_compare
 
 QUADRATIC, DEMO = str(CONFIGS / "quadratic.yaml"), str(CONFIGS / "demo.yaml")
 MENTIONED = re.compile(r"`?danaz ([a-z]+)[^`]*?(--[a-z][a-z-]+)|(--[a-z][a-z-]+)")
@@ -114,5 +114,5 @@ def test_the_issue_of_one_simulated_worker() -> None:
 
 
 def test_a_comparison_says_whose_options_are_advised() -> None:
-    assert _in_words_of_compare("use --collective torch") == "use --collective torch"
-    assert "options of `danaz launch`" in _in_words_of_compare("name another way with --interface b=NAME")
+    assert in_words_of_compare("use --collective torch") == "use --collective torch"
+    assert "options of `danaz launch`" in in_words_of_compare("name another way with --interface b=NAME")

@@ -1,4 +1,4 @@
-"""`danaz compare`: which cells there are, how they run, and that stopping costs no finished cell."""
+"""`danaz compare`: which cells a comparison has, how they run, and that finished cells survive a stop."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from shipped import CONFIGS
 from danaz.cli.compare import compare
 from danaz.compare import pool as pool_module
 from danaz.compare.cells import ComparisonError, is_plan, make_comparison, make_grid, read_plan
-from danaz.compare.display import Lines, Pace
+from danaz.compare.display import Lines, OverallProgress
 from danaz.compare.folder import ComparisonFolder
 from danaz.compare.machine import available_bytes, cores, resident_bytes
 from danaz.rules import UnknownAlgorithmError
@@ -106,7 +106,7 @@ def test_more_workers_than_an_algorithm_takes_are_refused_before_anything_runs()
 
 
 def test_what_is_compared_cannot_be_set_too():
-    with pytest.raises(ConfigError, match="this is what is compared"):
+    with pytest.raises(ConfigError, match="cells are compared by this key"):
         compare_cells(["workers=4"], algorithms=["dana"])
 
 
@@ -169,7 +169,7 @@ def test_what_does_not_change_the_runs_may_change(tmp_path):
 def test_a_folder_of_other_things_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     comparison = compare_cells(algorithms=["dana"])
-    with pytest.raises(ComparisonError, match="holds other things"), ComparisonFolder(tmp_path).opened_for(comparison):
+    with pytest.raises(ComparisonError, match="holds no comparison"), ComparisonFolder(tmp_path).opened_for(comparison):
         pass
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -178,7 +178,7 @@ def test_two_at_a_time_in_one_folder_are_refused(tmp_path):
     comparison = compare_cells(algorithms=["dana"])
     with (
         ComparisonFolder(tmp_path).opened_for(comparison),
-        pytest.raises(ComparisonError, match="at work"),
+        pytest.raises(ComparisonError, match="is running in"),
         ComparisonFolder(tmp_path).opened_for(comparison),
     ):
         pass
@@ -218,19 +218,19 @@ def test_what_running_cells_have_yet_to_take_counts_against_the_next(monkeypatch
     for running, available, room in cases:
         pool.children = [Running()] * running
         monkeypatch.setattr(pool_module, "available_bytes", lambda available=available: available)
-        assert pool._has_room() is room
+        assert pool.has_room() is room
     pool.selector.close()
 
 
 def test_time_to_go_counts_what_running_cells_have_done(monkeypatch):
     cells = compare_cells(algorithms=["dana"], workers=[2, 4, 8, 16]).cells
-    pace = Pace(4)
-    assert pace.left_s is None
-    pace.running[cells[0].name] = 0.5
-    pace.end(cells[0])
-    pace.running[cells[1].name] = 0.6
-    pace.began_s = time.monotonic() - 16
-    assert pace.left_s == pytest.approx(24, abs=0.5)  # 1.6 of 4 cells took 16 s
+    progress = OverallProgress(4)
+    assert progress.left_s is None
+    progress.running[cells[0].name] = 0.5
+    progress.end(cells[0])
+    progress.running[cells[1].name] = 0.6
+    progress.began_s = time.monotonic() - 16
+    assert progress.left_s == pytest.approx(24, abs=0.5)  # 1.6 of 4 cells took 16 s
 
 
 # ---- the command -------------------------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ def run(*words, out: Path) -> tuple[int, str, str]:
 
 
 def summaries(out: Path) -> dict[str, int]:
-    """Name of cell -> when it was finished."""
+    """{name of a finished cell: time at which it was finished, in ns}."""
     return {file.parent.name: file.stat().st_mtime_ns for file in out.glob("cells/*/summary.json")}
 
 
@@ -297,7 +297,7 @@ def test_a_killed_comparison_goes_on_where_it_was(tmp_path):
 
 
 def wait_for_the_end_of(pids: list[str]) -> None:
-    """Of processes that are not ours; they have ended when they are gone, or wait to be buried."""
+    """Wait until processes that are not our children have ended: until they are gone or zombies."""
     assert pids
     deadline = time.monotonic() + 30
     for pid in pids:
@@ -319,7 +319,7 @@ def test_ctrl_c_reports_what_there_is_and_ends_all_processes(tmp_path):
     process.send_signal(signal.SIGINT)
     stdout, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "the same command goes on with them" in stdout
+    assert "the same command continues with them" in stdout
     assert (out / "report.html").exists()
     wait_for_the_end_of(children)
 
@@ -327,7 +327,7 @@ def test_ctrl_c_reports_what_there_is_and_ends_all_processes(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_cell_that_breaks_does_not_break_the_comparison(tmp_path):
-    """A trace of eight workers fits eight, and not four."""
+    """A trace of eight workers fits a run of eight, but not one of four."""
     trace = tmp_path / "updates.jsonl"
     trace.write_text("".join(json.dumps({"worker": worker}) + "\n" for worker in range(8)))
     out = tmp_path / "c"

@@ -1,4 +1,4 @@
-"""A grid over learning rate and momentum, from simulations to the heat map."""
+"""A grid over learning rate and momentum, from the simulations to the heat map."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def tuning(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tuning, Path]:
 def test_every_point_is_a_run_and_the_best_is_found(tuning: tuple[Tuning, Path]) -> None:
     found, _ = tuning
     assert found.failures == {}
-    assert found.measure == "final_train_loss"
+    assert found.measure.key == "final_train_loss"
     figures = {point: found.figure(*point) for point in found.summaries}
     assert len(figures) == 4
-    # At 0.9, four workers without look-ahead are slowed by the larger rate, which helps them at a negative momentum.
+    # Without look-ahead, a larger rate slows four workers down at momentum 0.9, and speeds them up at a negative one.
     assert found.best == min(figures, key=lambda point: figures[point] or 0) == (0.01, 0.9)
     assert (figures[0.05, -0.3] or 0) < (figures[0.01, -0.3] or 0)
 

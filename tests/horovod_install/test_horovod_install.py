@@ -1,4 +1,4 @@
-"""The installer of Horovod: its recipe, CUDA staging, cache and errors; and the real Horovod that it installed."""
+"""The Horovod installer: its recipe, CUDA staging, cache and errors, and the real Horovod that it has installed."""
 
 import dataclasses
 import hashlib
@@ -36,7 +36,7 @@ SCRIPTS = Path("/venv/bin")
 STAGE = CudaStage(Path("/stage"), Path("/nccl/include"))
 
 
-# The recipe: what environment for which torch.
+# The recipe: the build environment for each torch.
 
 
 def test_cpu_torch_gets_no_gpu_operations():
@@ -91,7 +91,7 @@ def test_toolkit_has_the_version_that_torch_pins():
 
 
 def test_gethostname_answers_with_the_address_of_the_named_interface(tmp_path):
-    """The cure of Horovod's multi-host bug, compiled and run as every Horovod source is: force-included."""
+    """The workaround for Horovod's multi-host bug, force-included as in every source of Horovod."""
     source, program = tmp_path / "name.cc", tmp_path / "name"
     source.write_text(
         "#include <cstdio>\n#include <unistd.h>\n"
@@ -109,7 +109,7 @@ def test_gethostname_answers_with_the_address_of_the_named_interface(tmp_path):
     assert name("no-such-interface") == socket.gethostname()
 
 
-# Names of wheels: the key of the cache.
+# Names of wheels, which are the keys of the cache.
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_cache_folder_follows_xdg(monkeypatch):
     assert cache.cache_folder() == Path.home() / ".cache/danaz"
 
 
-# Staging the CUDA toolkit that pip spread out.
+# Staging the CUDA toolkit, which pip installs in several folders.
 
 
 @pytest.fixture
@@ -259,7 +259,7 @@ def test_an_incomplete_toolkit_is_refused_by_name(nvidia, tmp_path, gone):
 
 
 def only(folder: Path, *programs: str) -> str:
-    """A PATH on which nothing but these programs is found."""
+    """A PATH that has only these programs."""
     folder.mkdir()
     for program in programs:
         (folder / program).symlink_to(shutil.which(program) or pytest.fail(f"{program} is needed by this test"))
@@ -316,7 +316,7 @@ def test_a_failed_step_shows_the_cause_a_hint_and_the_log(tmp_path):
 
 
 def fake_sdist(folder: Path, ran: Path) -> str:
-    """An index's Horovod that leaves a file as soon as any of it is run; returns its SHA-256."""
+    """Make an sdist of Horovod that creates the file ``ran`` as soon as any of it is run. Returns its SHA-256."""
     setup = f"import pathlib, setuptools\npathlib.Path({str(ran)!r}).touch()\n"
     setup += "setuptools.setup(name='horovod', version='0.28.1')\n"
     info = "Metadata-Version: 2.1\nName: horovod\nVersion: 0.28.1\n"
@@ -336,13 +336,13 @@ def test_nothing_is_run_of_a_horovod_that_is_not_the_known_one(tmp_path, monkeyp
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))
     tools = build.Toolbox(tmp_path / "install.log", lambda step, percent: None)
-    with pytest.raises(HorovodError, match="is not the Horovod that danaz knows"):
+    with pytest.raises(HorovodError, match="is not the Horovod release that danaz knows"):
         build.download_source(work, tools)
     assert not ran.exists()
     assert not [*work.glob("*.tar.gz")]
     monkeypatch.setattr(build, "HOROVOD_SHA256", sha256)
     assert build.download_source(work, tools).name == "horovod-0.28.1.tar.gz"
-    assert ran.exists(), "pip runs a part of what it downloads"
+    assert ran.exists(), "pip runs a part of the sdist that it downloads"
 
 
 def test_a_failing_pip_becomes_an_error_with_its_words(tmp_path):
@@ -382,7 +382,7 @@ def test_prerequisites_refuse_an_old_compiler(tmp_path):
     assert "version 9" in result.stderr
 
 
-# The Horovod that was installed. Never skipped: without it danaz is not set up.
+# The installed Horovod. These tests are never skipped: without Horovod, danaz is not set up.
 
 
 def test_horovod_really_sums_over_two_ranks():
@@ -400,7 +400,7 @@ def test_horovod_speaks_nccl_when_torch_is_a_cuda_build():
 def test_the_installed_horovod_is_the_recipes_and_install_has_nothing_to_do():
     result = CliRunner().invoke(app, ["install"])
     assert result.exit_code == 0, result.output
-    assert "is installed already" in result.output
+    assert "is already installed" in result.output
 
 
 def test_check_reports_in_words():
@@ -426,16 +426,16 @@ def test_check_refuses_a_missing_or_stale_horovod_and_names_the_cure(monkeypatch
 
 
 def test_a_rank_that_fails_is_reported_with_its_last_words(monkeypatch):
-    healthy = check._rank_environment
+    healthy = check.rank_environment
     # Nobody listens on port 1 of loopback, so the ranks cannot meet.
-    monkeypatch.setattr(check, "_rank_environment", lambda rank, ranks, port: healthy(rank, ranks, port=1))
-    with pytest.raises(HorovodError, match="Rank 0 ended with") as error:
+    monkeypatch.setattr(check, "rank_environment", lambda rank, ranks, port: healthy(rank, ranks, port=1))
+    with pytest.raises(HorovodError, match="Rank 0 ended with exit code") as error:
         check.check_horovod()
     assert "HTTP request failed" in str(error.value)
 
 
 def test_stopping_the_build_stops_what_it_started():
-    """A compiler two processes below must not outlive Ctrl-C."""
+    """A compiler that is a grandchild of the build must not outlive Ctrl-C."""
     grandchild = []
 
     def interrupt(line: str) -> None:
@@ -443,7 +443,7 @@ def test_stopping_the_build_stops_what_it_started():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build._run(["sh", "-c", "sh -c 'echo $$; exec sleep 600'; true"], None, interrupt)
+        build.run_command(["sh", "-c", "sh -c 'echo $$; exec sleep 600'; true"], None, interrupt)
     try:
         ended, _, _ = select.select(grandchild, [], [], 10)  # a pidfd is readable once its process has ended
         assert ended == grandchild

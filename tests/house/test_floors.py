@@ -145,13 +145,28 @@ def test_nobody_imports_a_package_that_comes_later():
     none_of([breach for module in DANAZ.values() for breach in breaches(module)])
 
 
-def circles(modules: dict[str, Module]) -> list[list[str]]:
-    """Every group of files that import each other in a circle, in whatever place the imports stand."""
-    arrows = {name: {i for i, _ in module.imports() if i in modules and i != name} for name, module in modules.items()}
-    # `from a.b import c` names both a.b.c and the package a.b, whose __init__ is a circle only if it imports back.
+def arrows_of_files(modules: dict[str, Module]) -> dict[str, set[str]]:
+    """Each file with the files that it imports, in whatever place the imports stand."""
+    return {
+        name: {other for other, _ in module.imports() if other in modules and other != name}
+        for name, module in modules.items()
+    }
+
+
+def arrows_of_packages(modules: dict[str, Module]) -> dict[str, set[str]]:
+    """Each package (`danaz.server`, say) with the packages whose files its files import."""
+    home = {name: ".".join(name.split(".")[:2]) for name in modules}
+    arrows: dict[str, set[str]] = {package: set() for package in home.values()}
+    for name, others in arrows_of_files(modules).items():
+        arrows[home[name]] |= {home[other] for other in others} - {home[name]}
+    return arrows
+
+
+def circles(arrows: dict[str, set[str]]) -> list[str]:
+    """Every group of files or packages that import each other in a circle."""
     reachable = {name: reach(name, arrows) for name in arrows}
     found = {frozenset(b for b in reachable[a] if a in reachable[b]) for a in arrows if a in reachable[a]}
-    return sorted(map(sorted, found))
+    return sorted(f"a circle of imports: {', '.join(sorted(group))}" for group in found)
 
 
 def test_no_files_import_each_other_in_a_circle():
@@ -166,6 +181,20 @@ def reach(start: str, arrows: dict[str, set[str]]) -> set[str]:
         seen.add(name)
         waiting |= arrows[name] - seen
     return seen
+
+
+# Strict: the test fails as soon as the server's core is cut, and then this mark goes.
+@pytest.mark.xfail(reason="the server's core and its helpers still import each other", strict=True)
+def test_no_files_of_danaz_import_each_other_in_a_circle():
+    none_of(circles(arrows_of_files(DANAZ)))
+
+
+def test_no_files_of_the_launcher_import_each_other_in_a_circle():
+    none_of(circles(arrows_of_files(LAUNCHER)))
+
+
+def test_no_packages_import_each_other_in_a_circle():
+    none_of(circles(arrows_of_packages(DANAZ | LAUNCHER)))
 
 
 def test_what_is_pure_has_no_clock_socket_thread_or_file():
@@ -285,3 +314,30 @@ class TestTheseTests:
     def test_an_import_between_strangers_is_seen(self, own, other):
         path = ROOT / f"danaz/{own}/made_up.py"
         assert list(breaches(Made(f"danaz.{own}.made_up", path, f"import danaz.{other}")))
+
+    @pytest.mark.parametrize(
+        "back",
+        [
+            "import danaz.server.a",
+            "from danaz.server import a",
+            "from danaz.server.a import A",
+            "if TYPE_CHECKING:\n    from danaz.server.a import A",
+            "def f():\n    import danaz.server.a",
+        ],
+    )
+    def test_a_circle_of_files_is_seen(self, back):
+        sources = {"a": "import danaz.server.b", "b": "import danaz.server.c", "c": back, "d": "import danaz.server.a"}
+        made = self.made({f"danaz.server.{name}": source for name, source in sources.items()})
+        assert circles(arrows_of_files(made)) == ["a circle of imports: danaz.server.a, danaz.server.b, danaz.server.c"]
+        del made["danaz.server.c"]
+        assert circles(arrows_of_files(made)) == []
+
+    def test_a_circle_of_packages_is_seen_where_files_make_none(self):
+        sources = {"run.a": "import danaz.server.a", "server.a": "", "server.b": "import danaz.run.b", "run.b": ""}
+        made = self.made({f"danaz.{name}": source for name, source in sources.items()})
+        assert circles(arrows_of_files(made)) == []
+        assert circles(arrows_of_packages(made)) == ["a circle of imports: danaz.run, danaz.server"]
+
+    @staticmethod
+    def made(sources):
+        return {name: Made(name, ROOT / name.replace(".", "/"), source) for name, source in sources.items()}

@@ -1,4 +1,4 @@
-"""Reports, from comparisons whose figures are made up and whose tables and charts are therefore known."""
+"""Reports on comparisons with made-up figures, for which the right tables and charts are known."""
 
 import csv
 import json
@@ -24,8 +24,8 @@ from danaz.run.units import duration
 UPDATES = 60
 
 
-class Made:
-    """A comparison folder to which a test adds the cells that it wants."""
+class MadeUp:
+    """The folder of a comparison, to which a test adds the cells that it needs."""
 
     def __init__(self, path: Path, config: str = "digits"):
         self.path = path
@@ -74,7 +74,7 @@ class Made:
 
 @pytest.fixture
 def made(tmp_path):
-    return Made(tmp_path)
+    return MadeUp(tmp_path)
 
 
 def rows_of(outcome):
@@ -158,7 +158,7 @@ def test_durations_are_for_people(seconds, text):
 # ---- the papers' figures -----------------------------------------------------------------------------------------
 
 
-def test_the_papers_stand_beside_their_own_experiment_alone(tmp_path):
+def test_papers_belong_only_to_their_own_experiment(tmp_path):
     theirs = shipped("cifar10-resnet20").model_dump(mode="json")
     assert papers_of(theirs) == [DANA, GAP_AWARE]
     assert papers_of({**theirs, "epochs": 10}) == []
@@ -175,7 +175,7 @@ def test_the_papers_figures_belong_to_their_schedule():
 
 
 def test_the_papers_row_stands_below_ours(tmp_path):
-    made = Made(tmp_path, "cifar10-resnet20")
+    made = MadeUp(tmp_path, "cifar10-resnet20")
     made.add("dana", 16, 8.9)
     made.add("dana-ga", 16, 8.8)
     [matrix] = matrices(made.read())
@@ -214,7 +214,7 @@ def test_curves_are_computed_once(made):
 # ---- files -------------------------------------------------------------------------------------------------------
 
 
-def a_grid(made: Made, numbers=(4, 8)) -> None:
+def a_grid(made: MadeUp, numbers=(4, 8)) -> None:
     made.add("baseline", 1, 1.0)
     for workers in numbers:
         for algorithm in ("dana", "nag-asgd"):
@@ -244,7 +244,7 @@ def test_one_number_of_workers_is_drawn_by_cell(made):
 
 
 def test_error_against_wall_time_is_of_live_runs_alone(made):
-    """A panel for each setting, a point for each algorithm: seconds across, error up."""
+    """A panel for each setting and a point for each algorithm: seconds on the x axis, error on the y axis."""
     a_grid(made)
     assert draw_by_time(collect(made.read())) is None
     made.add("ssgd", 4, 2.0, schedule="live", wall_seconds=30.0)
@@ -260,13 +260,13 @@ def test_error_against_wall_time_is_of_live_runs_alone(made):
     assert points == {(panel, "ssgd"): (30.0, 2.0), (panel, "dana"): (10.0, 3.0)}
 
 
-def test_others_take_the_colours_of_favourites_that_are_there_last():
+def test_others_share_the_colours_of_favourites_last():
     seen = looks(["dana", *(f"algorithm-{number}" for number in range(6))])
     colours = [look.color for look in seen.values()]
     assert colours.index(colours[0], 1) == 6
 
 
-def test_a_comparison_of_which_nothing_but_divergence_is_known_has_a_report(made):
+def test_a_comparison_that_only_diverged_has_a_report(made):
     made.add("asgd", 8, None, diverged=True, final_train_loss=None, mean_gap=None, updates=0, epochs=0.0)
     assert {file.name for file in write_report(made.read())} >= {"report.html", "results.csv"}
 
@@ -297,7 +297,7 @@ def test_markdown_shows_the_charts_that_lie_beside_it(made):
 
 
 class Tags(HTMLParser):
-    """Checks that elements are closed in order, and notes what the page would fetch."""
+    """Checks that elements are closed in order, and records what the page would load."""
 
     VOID = frozenset({"meta", "br", "img", "link", "input", "hr"})
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cluster import Cluster
 from hypothesis import given, settings
-from test_rules import GROUPS, SIZE, Pair, Run, close, runs
+from pair import GROUPS, SIZE, Pair, Run, close, runs
 from torch import Tensor
 
 from danaz.rules import Context, UnknownAlgorithmError, chain, dana_zero, find_algorithm, scale_gradient

@@ -3,160 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 from cluster import Cluster
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import Array, Oracle, Views
 from oracle_local import ORACLES
+from pair import GROUPS, SIZE, Pair, Run, close, runs
 from torch import Tensor
 
-from danaz.rules import ALGORITHMS, Context, find_algorithm
+from danaz.rules import ALGORITHMS, Context
 from danaz.vectors import flat
 
-GROUPS = (4, 3)  # a layer each
-WEIGHT_DECAY = (0.1, 0.0)
-SIZE = sum(GROUPS)
 every_algorithm = pytest.mark.parametrize("name", sorted(ALGORITHMS))
-
-
-@dataclass(frozen=True)
-class Run:
-    """What happens: rates are those of update 0, 1, … (repeated), one a group; events are (what, who)."""
-
-    workers: int
-    momentum: float
-    lr_correction: bool
-    rates: tuple[tuple[float, float], ...]
-    events: tuple[tuple[str, int], ...]
-    seed: int
-    sync_period: int = 1  # where the algorithm has one
-
-
-RATE = st.sampled_from([0.1, 0.03, 0.01, 0.001])
-
-
-def runs(*what: str, most_workers: int = 5) -> st.SearchStrategy[Run]:
-    """Random runs whose events are mostly pushes, and otherwise ``what``."""
-
-    def with_workers(workers: int) -> st.SearchStrategy[Run]:
-        kinds = st.sampled_from(["push"] * 8 + ["pull"] + list(what))
-        events = st.lists(st.tuples(kinds, st.integers(0, workers - 1)), min_size=1, max_size=30)
-        return st.builds(
-            Run,
-            workers=st.just(workers),
-            momentum=st.sampled_from([0.9, 0.5, 0.0]),
-            lr_correction=st.booleans(),
-            rates=st.lists(st.tuples(RATE, RATE), min_size=1, max_size=4).map(tuple),
-            events=events.map(tuple),
-            seed=st.integers(0, 2**32 - 1),
-            sync_period=st.integers(1, 3),
-        )
-
-    return st.integers(1, most_workers).flatmap(with_workers)
-
-
-class Pair:
-    """An algorithm and its oracle, living through the same run."""
-
-    def __init__(self, name: str, run: Run):
-        algorithm = find_algorithm(name)
-        self.limit = algorithm.rule().max_workers or run.workers
-        workers = min(run.workers, self.limit)
-        self.run = run
-        self.random = np.random.default_rng(run.seed)
-        first = self.random.normal(size=SIZE).astype(np.float32)
-        self.cluster = Cluster(
-            name,
-            workers,
-            torch.from_numpy(first),
-            groups=GROUPS,
-            momentum=run.momentum,
-            lr_correction=run.lr_correction,
-            sync_period=run.sync_period if "sync_period" in algorithm.hyperparameters else None,
-            weight_decay=WEIGHT_DECAY,
-        )
-        self.oracle: Oracle = ORACLES[name](first, workers, run.momentum, run.lr_correction)
-        self.oracle.weight_decay, self.oracle.layers = per_parameter(WEIGHT_DECAY), (slice(0, 4), slice(4, 7))
-        self.having: set[int] = set()  # workers that have a view to compute on
-        self.agree(self.oracle.start())
-
-    def agree(self, expected: Views) -> None:
-        """The views just sent are those that the oracle sends, to the same workers."""
-        self.having |= expected.keys()
-        assert self.cluster.views.keys() == self.having
-        for worker, view in expected.items():
-            close(self.cluster.views[worker], view)
-
-    def live_through_it(self) -> None:
-        for what, worker in self.run.events:
-            if worker < self.limit:
-                getattr(self, what)(worker)
-        close(self.theta(), self.oracle.final())
-
-    def push(self, worker: int) -> None:
-        if worker not in self.cluster.views:
-            return  # it waits for its round, or is gone
-        rates = self.run.rates[self.cluster.server.master.version % len(self.run.rates)]
-        # Not near zero: there, the ratio of gap and average step is beyond float32.
-        size = (self.cluster.sync_period, SIZE)
-        grads = (self.random.uniform(0.3, 2, size) * self.random.choice([-1, 1], size)).astype(np.float32)
-        samples, lr = 1 + worker % 3, per_parameter(rates)
-        given = torch.from_numpy(grads.copy())
-        self.cluster.push(worker, list(given), rates, samples=samples)
-        assert np.array_equal(given.numpy(), grads), "the worker's gradient is its own"
-        self.having.discard(worker)
-        self.agree(self.oracle.push(worker, [(g.astype(np.float64), lr) for g in grads], samples))
-
-    def pull(self, worker: int) -> None:
-        if worker in self.cluster.views:
-            self.cluster.pull(worker)
-            self.agree(self.oracle.pulled(worker))
-
-    def lose(self, worker: int) -> None:
-        if worker in self.oracle.present and len(self.oracle.present) > 1:
-            self.cluster.lose(worker)
-            self.having.discard(worker)
-            self.agree(self.oracle.lost(worker))
-
-    def come_back(self, worker: int) -> None:
-        if worker not in self.oracle.present and worker not in self.cluster.final:
-            self.cluster.come_back(worker)
-            self.agree(self.oracle.back(worker))
-
-    def start_anew(self, worker: int) -> None:
-        self.cluster.final.pop(worker, None)
-        self.having.discard(worker)
-        self.cluster.join(worker, self.cluster.workers[worker].role.incarnation + 1)
-        self.agree(self.oracle.fresh(worker))
-
-    def leave(self, worker: int) -> None:
-        if worker in self.cluster.views and len(self.oracle.present) > 1:
-            self.cluster.leave(worker)
-            self.having.discard(worker)
-            self.agree(self.oracle.left(worker))
-
-    def theta(self) -> Tensor:
-        """θ: what the server would hold if all who are there gave back."""
-        given = [self.cluster.workers[i].given_back() for i in self.oracle.present]
-        return self.cluster.server.master.params + sum(g for g in given if g is not None)
-
-
-def per_parameter(rates: Sequence[float]) -> Array:
-    return np.repeat(np.array(rates, dtype=np.float64), GROUPS)
-
-
-def close(ours: Tensor, theirs: Array | Tensor, tolerance: float = 1e-5) -> None:
-    theirs = np.asarray(theirs)
-    scale = max(1.0, float(np.abs(theirs).max()))
-    np.testing.assert_allclose(ours.numpy(), theirs, rtol=0, atol=tolerance * scale)
-
 
 # ---- the matrix --------------------------------------------------------------------------------------------------
 

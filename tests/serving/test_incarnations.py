@@ -10,9 +10,8 @@ import pytest
 import torch
 from cluster import Cluster
 from line import Line, make_worker, train
-from sockets import PATIENCE_S, serving, settings_for
+from sockets import PATIENCE_S, serving, settings_for, silent_server
 from stimuli import GRADIENT, JOIN, SIZE, answer, make_core
-from test_link import silent_server
 
 from danaz.protocol.keys import make_keys
 from danaz.protocol.messages import Heartbeat, Noted, Parameters, Push, Refusal, Reply, Request

@@ -1,5 +1,5 @@
-"""Simulated runs: NumPy replays their arithmetic from the records, the seed decides every bit, and DANA holds where
-NAG-ASGD breaks. Also what stands in a run folder, and what a kill leaves of it."""
+"""Simulated runs: NumPy replays their arithmetic from the records, the seed decides every bit, and DANA trains well
+where NAG-ASGD diverges. Also the content of a run folder, and what is left of it after a kill."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def no_constant(word: str) -> None:
-    raise AssertionError(f"{word} is no JSON")
+    raise AssertionError(f"{word} is not JSON")
 
 
 def strict(text: str) -> Any:
@@ -73,7 +73,7 @@ def value(theta: Array) -> float:
 
 
 def replayed(run: Path, algorithm: str, workers: int, lr_correction: bool = True) -> Array:
-    """θ after all updates, from the records and the formulas alone; each line's loss, lag and gap are checked too."""
+    """θ after all updates, computed from the records and the formulas alone. Checks loss, lag and gap of each line."""
     oracle = ORACLES[algorithm](np.zeros(DIMENSION), workers, 0.9, lr_correction)
     oracle.start()
     for line in lines(run):
@@ -109,7 +109,7 @@ RUNS = [
 
 
 class TestReplay:
-    """Anyone can check the arithmetic of a whole run."""
+    """The records are enough to check the arithmetic of a whole run."""
 
     @pytest.mark.parametrize(("algorithm", "workers", "overrides"), RUNS, ids=[run[0] for run in RUNS])
     def test_constant_rate(self, tmp_path, algorithm, workers, overrides):
@@ -144,7 +144,7 @@ class TestReplay:
     def rate(
         self, base: float, line: dict[str, Any], records: Sequence[dict[str, Any]], algorithm: str, workers: int
     ) -> float:
-        """Steps by the batch's epoch; the warm-up rises with the cluster's progress when the view was sent."""
+        """The steps follow the batch's epoch. The warm-up follows the cluster's progress when the view was sent."""
         batches_before = len(line.get("round", [0])) and sum(
             len(each.get("round", [0])) for each in records[: line["version"] - 1 - line["lag"]]
         )
@@ -211,7 +211,7 @@ class TestRecords:
 
     @pytest.mark.parametrize("algorithm", ["dana", "ssgd", "bmuf", "easgd"])
     def test_every_batch_is_used_whatever_does_not_divide(self, tmp_path, algorithm):
-        """100 batches an epoch over 7 workers, in steps of 10 for some."""
+        """100 batches per epoch over 7 workers; some algorithms lease 10 batches at a time."""
         summary = quadratic(tmp_path, algorithm, 7, "epochs=1", "lr=0.01")
         assert summary["epochs"] == 1.0
 
@@ -219,7 +219,7 @@ class TestRecords:
 class TestTheSeedDecides:
     @pytest.mark.parametrize("algorithm", ["dana", "ssgd"])
     def test_every_bit(self, tmp_path, algorithm):
-        """Shuffling, schedule and augmentation included."""
+        """Shuffling, order of workers and augmentation included."""
         files = []
         for name, seed in (("a", 5), ("b", 5), ("c", 6)):
             sets = [f"algorithm={algorithm}", "workers=4", "epochs=1", "threads=1", "augment=true", f"seed={seed}"]
@@ -235,7 +235,7 @@ class TestDivergence:
     @pytest.mark.parametrize("lr", ["1.0", "1e30", "1e38"])
     @pytest.mark.parametrize("algorithm", ["nag-asgd", "dana", "ssgd"])
     def test_it_is_a_result(self, tmp_path, algorithm, lr):
-        """Not a crash: finite figures, whole files, fewer updates than planned."""
+        """A run that diverges does not crash: figures are finite, files whole, updates fewer than planned."""
         summary = quadratic(tmp_path, algorithm, 8, f"lr={lr}")
         if algorithm == "nag-asgd" or float(lr) > 1:
             assert summary["diverged"] is True
@@ -246,7 +246,7 @@ class TestDivergence:
 
     @pytest.mark.parametrize("lr", ["1e4", "1e30"])
     def test_a_network_with_batch_norm(self, tmp_path, lr):
-        """Its running statistics are not finite either."""
+        """The running statistics of batch norm are not finite either."""
         sets = ["algorithm=dana", "workers=4", "epochs=1", f"lr={lr}", "lr_schedule.warmup_epochs=0", "threads=1"]
         summary = run_config(shipped("digits", *sets), tmp_path)
         assert summary["updates"] == len(lines(tmp_path))
@@ -255,7 +255,7 @@ class TestDivergence:
 
 @pytest.mark.slow
 def test_dana_holds_where_nag_asgd_breaks(tmp_path):
-    """Real handwritten digits, 8 workers, block-random, the shipped config tuned for one worker."""
+    """Real handwritten digits and 8 workers in block-random order, with the shipped config, tuned for one worker."""
     errors = {}
     for algorithm, workers in (("baseline", 1), ("dana", 8), ("nag-asgd", 8)):
         config = shipped("digits", f"algorithm={algorithm}", f"workers={workers}")
@@ -280,7 +280,7 @@ class TestNothingIsHalfWritten:
             (["--schedule", "constant:1,2"], "one speed above 0 for each of 8 workers"),
             (
                 ["--schedule", "trace:{tmp}/trace.jsonl"],
-                "is of 9 workers and 1 updates; it does not fit a run of 8 workers",
+                "names worker 8 and does not fit a run of 8 workers, numbered from 0; set workers to 9",
             ),
             (["--schedule", "trace:{tmp}/none"], "cannot read"),
             (["--set", "workload=cifar10-small", "--set", "data_dir={tmp}"], "Download it with"),
@@ -295,7 +295,7 @@ class TestNothingIsHalfWritten:
         assert said in result.stderr
         assert not (tmp_path / "run").exists()
 
-    @pytest.mark.skipif(torch.cuda.is_available(), reason="here is the GPU that is asked for")
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
     def test_a_gpu_that_is_not_there(self, tmp_path):
         command = ["simulate", str(CONFIGS / "digits.yaml"), "--device", "cuda", "--out", str(tmp_path / "run")]
         result = CliRunner().invoke(app, command)
@@ -343,7 +343,7 @@ class TestRunFolder:
         assert path.read_bytes() == b"before"
 
     def test_a_kill_leaves_whole_lines(self, tmp_path):
-        """SIGKILL in mid-run, while lines are written as fast as they come."""
+        """SIGKILL in the middle of a run, while each line is written as soon as it comes."""
         program = (
             "import sys, pathlib\n"
             "from danaz.run.config import load_config\n"
@@ -357,7 +357,7 @@ class TestRunFolder:
             updates = tmp_path / "updates.jsonl"
             deadline = time.monotonic() + 60
             while not (updates.exists() and updates.stat().st_size > 30_000):
-                assert process.poll() is None, "it ended by itself"
+                assert process.poll() is None, "the run ended before the kill"
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
         finally:

@@ -1,4 +1,4 @@
-"""The theoretical speed-up, against exact order statistics."""
+"""The theoretical speed-up, compared with exact order statistics."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from danaz.cli.simulate import _numbers
+from danaz.cli.simulate import parse_numbers
 from danaz.report.speedup import write_speedup
 from danaz.simulate.speedup import speedup
 
 
 def expected_slowest(workers: int) -> float:
-    """E[max of n batch times] in units of their mean: the integral of 1 − F(t)ⁿ for F = Γ(100, 1/100)."""
+    """E[max of n batch times] in units of their mean. It is the integral of 1 − F(t)ⁿ for F = Γ(100, 1/100)."""
     times = stats.gamma(100, scale=1 / 100)
     value, _ = integrate.quad(lambda t: 1 - times.cdf(t) ** workers, 0, 3, points=[1.0, 1.2])
     return float(value)
@@ -36,7 +36,7 @@ def test_with_machines_that_differ_waiting_costs_more() -> None:
     assert np.all(different.synchronous < 0.8 * alike.synchronous)
 
 
-def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_chunks_does_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = speedup((3,), heterogeneous=False, repetitions=2, iterations=3000)
     monkeypatch.setattr("danaz.simulate.speedup.CHUNK", 700)
     cut = speedup((3,), heterogeneous=False, repetitions=2, iterations=3000)
@@ -44,15 +44,15 @@ def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("workers", [(), (0,), (4, -1)])
-def test_no_workers(workers: tuple[int, ...]) -> None:
+def test_numbers_below_one_are_refused(workers: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         speedup(workers, heterogeneous=False, repetitions=1, iterations=1)
 
 
 def test_numbers_of_workers() -> None:
-    assert _numbers("1,4,6-8") == [1, 4, 6, 7, 8]
+    assert parse_numbers("1,4,6-8") == [1, 4, 6, 7, 8]
     with pytest.raises(ValueError, match="expected numbers such as 1,4,8 or 1-64"):
-        _numbers("four")
+        parse_numbers("four")
 
 
 def test_files(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
-"""The simulator's step as a graph: the bookkeeping around a capture on any machine, the capture itself on a GPU.
+"""The simulator's step as a CUDA graph: the bookkeeping around a capture on any machine, the capture itself on a GPU.
 
-And what it steps on: batches by number, read in place or ahead.
+Also the reader of batches, which fetches them on demand or reads them ahead.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from danaz.run.config import load_config
 from danaz.simulate import simulator
-from danaz.simulate.batches import Batches
+from danaz.simulate.batch_reader import BatchReader
 from danaz.simulate.step import WARM_UP, EagerStep, GraphedStep, Work, make_step
 from danaz.torch.data import Batching
 from danaz.vectors.flat import FlatModel
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 class FakeGraphs:
-    """As a CUDA graph does, a replay repeats the captured work on the same buffers and gives the same tensor."""
+    """Like a CUDA graph, a replay repeats the captured work on the same buffers and returns the same tensor."""
 
     def __init__(self) -> None:
         self.captures = self.replays = self.apart = 0
@@ -92,7 +92,7 @@ def test_without_a_gpu_the_step_is_eager():
 
 
 class Movable:
-    """A data set that says where it is."""
+    """A data set that knows its device."""
 
     def __init__(self, device: str = "nowhere"):
         self.device = str(device)
@@ -124,7 +124,7 @@ def test_on_a_gpu_the_graph_gives_the_eager_gradients():
 
 
 class Slow:
-    """A data set that reads sample by sample, as one of files does."""
+    """A data set that reads sample by sample, as one made of files does."""
 
     def __len__(self) -> int:
         return 22
@@ -133,10 +133,10 @@ class Slow:
         return torch.full((3,), float(index)), index
 
 
-def test_batches_read_ahead_are_those_fetched_in_place():
-    """In any order, each once."""
+def test_batches_read_ahead_equal_those_fetched_on_demand():
+    """Each batch is taken once, in any order."""
     batching = Batching(22, 5, seed=4)
-    ahead, in_place = Batches(Slow(), batching, epochs=2, processes=2), Batches(Slow(), batching, epochs=2, processes=0)
+    ahead, in_place = (BatchReader(Slow(), batching, epochs=2, processes=processes) for processes in (2, 0))
     for number in (2, 0, 1, 4, 3, 9, 5, 8, 7, 6):
         (x, y), (same_x, same_y) = ahead.take(number), in_place.take(number)
         assert y.tolist() == batching.indices(number).tolist()

@@ -7,17 +7,18 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from waiting import DEADLINE_S
+from waiting import until as until  # so that tests of real runs need this one module
+
 from danaz.run.folder import read_summary
 
 ROOT = Path(__file__).parents[2]
-DEADLINE_S = 200.0  # a run takes seconds, but many may share the machine
 
 
 @dataclass(frozen=True)
@@ -78,14 +79,6 @@ def launch(*arguments: str, out: Path, succeeds: bool = True, **options: Any) ->
     run = finish(start(*arguments, out=out, **options), out)
     assert (run.exit_code == 0) == succeeds, run.output
     return run
-
-
-def until(condition: Callable[[], object], what: str, deadline_s: float = DEADLINE_S) -> None:
-    """Wait for a condition."""
-    deadline = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {deadline_s:g} s: {what}"
-        time.sleep(0.02)
 
 
 def processes_with(token: str) -> dict[int, dict[str, str]]:

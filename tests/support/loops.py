@@ -207,3 +207,22 @@ STEPS = [
     in_two_passes,
     clip,
 ]
+
+
+def variations() -> dict[str, dict[str, object]]:
+    """Name -> how it is trained."""
+    every_step = {
+        step.__name__: {"make": make_sgd_of_groups, "step": step, "passes": 1 + (step.__name__ == "in_two_passes")}
+        for step in STEPS
+    }
+    usual = {"make": make_sgd, "step": usual_step}
+    return {
+        **every_step,
+        "now and then": {"make": make_sgd, "step": use_a_parameter_now_and_then},
+        # without momentum, or θ − ηγv of ssgd and torch's own variable differ when η changes
+        "schedule": {"make": make_plain_sgd, "step": schedule_each_step},
+        "channels last": {**usual, "channels_last": True},
+        "loading processes": {**usual, "num_workers": 2},
+        "whole batches": {**usual, "drop_last": True},
+        "whole batches, loading processes": {**usual, "drop_last": True, "num_workers": 2},
+    }

@@ -109,6 +109,10 @@ class Namespaces:
                     found[int(pid)] = line.strip()
         return found
 
+    def is_idle(self) -> bool:
+        """Whether nothing runs on any machine but the launching one."""
+        return not any(self.processes(name) for name in self.nodes if name != LAUNCHING)
+
     def known_hosts(self) -> Path:
         return self.nodes[LAUNCHING].folder / "known_hosts"
 

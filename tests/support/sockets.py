@@ -52,6 +52,22 @@ def serving(
             recorder.close()
 
 
+@contextmanager
+def silent_server(slow: bool = False) -> Iterator[tuple[zmq.Socket[bytes], str]]:
+    """A ROUTER socket whose messages the test reads and answers; a ``slow`` one takes little before the test reads."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    socket = context.socket(zmq.ROUTER)
+    if slow:
+        socket.setsockopt(zmq.RCVHWM, 1)
+        socket.setsockopt(zmq.RCVBUF, 1 << 16)
+    port = socket.bind_to_random_port("tcp://127.0.0.1")
+    try:
+        yield socket, f"tcp://127.0.0.1:{port}"
+    finally:
+        socket.close(linger=0)
+        context.term()
+
+
 class LiveWorker(threading.Thread):
     """Trains ½‖θ − 1‖² over a real socket, from the join to the last word."""
 

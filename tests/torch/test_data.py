@@ -6,7 +6,6 @@ import atexit
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,11 @@ import torch
 import zmq
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from sockets import PATIENCE_S
+from torch import Tensor
 from torch.nn.functional import mse_loss
 from torch.utils.data import (
     DataLoader,
-    Dataset,
     IterableDataset,
     RandomSampler,
     SubsetRandomSampler,
@@ -29,10 +28,7 @@ from torch.utils.data import (
 
 import danaz.worker.link
 from danaz.run.settings import Place, Settings
-from danaz.server.core import ServerCore
-from danaz.server.figures import Update
 from danaz.server.settings import ServerSettings
-from danaz.serving.router import Router
 from danaz.serving.socket import BoundRouter
 from danaz.torch.data import (
     Batching,
@@ -44,10 +40,8 @@ from danaz.torch.data import (
     read_ahead,
     rebuild,
 )
-from danaz.torch.optimizer import DistributedOptimizer
 from danaz.torch.session import Session
-
-DEADLINE_S = 30.0
+from scripts import Counted, ScriptCluster, make_optimizer
 
 # ---- batches and parts of them --------------------------------------------------------------------------------------
 
@@ -165,96 +159,8 @@ def test_a_rebuilt_loader_keeps_what_the_user_chose() -> None:
 # ---- workers --------------------------------------------------------------------------------------------------------
 
 
-class Counted(Dataset[tuple[Tensor, Tensor]]):
-    """Notes who fetched which sample, and lets a test hold a worker up."""
-
-    def __init__(self, samples: int, worker: int, fetched: list[tuple[int, int]], hold: Callable[[], object]):
-        self.samples, self.worker, self.fetched, self.hold = samples, worker, fetched, hold
-
-    def __len__(self) -> int:
-        return self.samples
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        self.fetched.append((self.worker, index))
-        self.hold()
-        return torch.tensor([index / self.samples]), torch.ones(1)
-
-
-@dataclass
-class Cluster:
-    """A server on a ROUTER socket, and workers on threads of this process."""
-
-    settings: ServerSettings
-    updates: list[Update] = field(default_factory=list)
-    fetched: list[tuple[int, int]] = field(default_factory=list)  # (worker, sample)
-    errors: list[BaseException] = field(default_factory=list)
-    end_s: float = DEADLINE_S  # within which the server must end once its workers have
-    stopping: bool = False
-
-    def __post_init__(self) -> None:
-        self.core = ServerCore(self.settings, on_update=self.updates.append)
-        self.bound = BoundRouter("tcp://127.0.0.1:*")
-        self.address = self.bound.address
-        self.threads = [threading.Thread(target=self._guarded, args=(self._serve,))]
-
-    def _serve(self) -> None:
-        Router(self.bound).serve(self.core, None, lambda: self.stopping)
-
-    def worker(self, number: int, story: Callable[[Session, int], None]) -> None:
-        """Add a worker; ``story`` is what its script does."""
-        self.threads.append(threading.Thread(target=self._guarded, args=(lambda: self._work(number, story),)))
-
-    def _work(self, number: int, story: Callable[[Session, int], None]) -> None:
-        settings = Settings(self.settings.algorithm, self.settings.workers)
-        session = Session(settings, Place(worker=number, server=self.address))
-        atexit.unregister(session._close)
-        try:
-            story(session, number)
-        finally:
-            session._close()
-
-    def _guarded(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except BaseException as error:
-            self.errors.append(error)
-            raise
-
-    def run(self) -> None:
-        """Returns when everyone has ended."""
-        for thread in self.threads:
-            thread.start()
-        for thread in self.threads[1:]:
-            thread.join(DEADLINE_S)
-        hanging = [thread for thread in self.threads[1:] if thread.is_alive()]
-        if not hanging:
-            self.threads[0].join(self.end_s)
-        self.stopping = self.threads[0].is_alive()
-        self.threads[0].join(DEADLINE_S)
-        self.bound.close(linger_ms=0)
-        assert not hanging, "a worker hangs"
-        assert not self.stopping, "the server does not end"
-        assert not self.errors
-
-    def counts(self) -> Counter[int]:
-        return Counter(sample for _, sample in self.fetched)
-
-    def batches_by_worker(self) -> Counter[int]:
-        return Counter(update.worker for update in self.updates)
-
-
-def make_optimizer(session: Session) -> tuple[nn.Linear, DistributedOptimizer]:
-    model = nn.Linear(1, 1)
-    nn.init.zeros_(model.weight)
-    nn.init.zeros_(model.bias)
-    sgd = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True)
-    optimizer = DistributedOptimizer(sgd, model, session.group)
-    session.adopt(optimizer)
-    return model, optimizer
-
-
 def train(
-    cluster: Cluster,
+    cluster: ScriptCluster,
     session: Session,
     number: int,
     samples: int,
@@ -282,7 +188,7 @@ def test_a_slow_worker_takes_nothing_away(algorithm: str, drop_last: bool) -> No
     """Worker 1 is held up within its first batch until worker 0 has done all the others."""
     samples, batch_size, epochs = 22, 4, 3
     total = Batching(samples, batch_size, drop_last=drop_last).plan(epochs).batches
-    cluster = Cluster(ServerSettings(algorithm, workers=2))
+    cluster = ScriptCluster(ServerSettings(algorithm, workers=2))
     others_done, steps = threading.Event(), Counter[int]()
 
     def count() -> None:
@@ -294,7 +200,7 @@ def test_a_slow_worker_takes_nothing_away(algorithm: str, drop_last: bool) -> No
         train(cluster, session, number, samples, epochs, after_step=count, batch_size=batch_size, drop_last=drop_last)
 
     def slow(session: Session, number: int) -> None:
-        hold = lambda: others_done.wait(DEADLINE_S)  # noqa: E731
+        hold = lambda: others_done.wait(PATIENCE_S)  # noqa: E731
         train(cluster, session, number, samples, epochs, hold, batch_size=batch_size, drop_last=drop_last)
 
     cluster.worker(0, fast)
@@ -313,7 +219,7 @@ def test_a_slow_worker_takes_nothing_away(algorithm: str, drop_last: bool) -> No
 @pytest.mark.parametrize(("samples", "batch_size", "epochs"), [(22, 4, 2), (3, 2, 1), (1, 5, 4)])
 def test_data_that_runs_out_unevenly(samples: int, batch_size: int, epochs: int) -> None:
     """More workers than batches, batches that do not divide: nothing hangs, all end, each sample is used."""
-    cluster = Cluster(ServerSettings("dana", workers=3))
+    cluster = ScriptCluster(ServerSettings("dana", workers=3))
     for number in range(3):
         cluster.worker(number, lambda session, n: train(cluster, session, n, samples, epochs, batch_size=batch_size))
     cluster.run()
@@ -324,9 +230,9 @@ def test_data_that_runs_out_unevenly(samples: int, batch_size: int, epochs: int)
 
 def test_batches_of_a_lost_worker_are_given_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(danaz.worker.link, "HEARTBEAT_S", 0.05)
-    monkeypatch.setattr(danaz.worker.link, "RETRY_FIRST_S", 2 * DEADLINE_S)  # the late answer must find its way at once
+    monkeypatch.setattr(danaz.worker.link, "RETRY_FIRST_S", 2 * PATIENCE_S)  # the late answer must find its way at once
     samples, batch_size, epochs = 20, 4, 2
-    cluster = Cluster(ServerSettings("dana-zero", workers=2, worker_timeout_s=0.5))
+    cluster = ScriptCluster(ServerSettings("dana-zero", workers=2, worker_timeout_s=0.5))
 
     def survivor(session: Session, number: int) -> None:
         train(cluster, session, number, samples, epochs, batch_size=batch_size)
@@ -348,7 +254,7 @@ def test_batches_of_a_lost_worker_are_given_to_others(monkeypatch: pytest.Monkey
 
 
 def test_a_loop_that_is_left_early_ends_the_run() -> None:
-    cluster = Cluster(ServerSettings("dana", workers=2), end_s=2.0)
+    cluster = ScriptCluster(ServerSettings("dana", workers=2), end_s=2.0)
 
     def impatient(session: Session, number: int) -> None:
         model, optimizer = make_optimizer(session)

@@ -9,7 +9,7 @@ from typing import Any
 import live
 import pytest
 import torch
-from test_data import DEADLINE_S, Cluster, Counted, make_optimizer
+from sockets import PATIENCE_S
 from torch import nn
 from torch.nn.functional import mse_loss
 from torch.optim.lr_scheduler import StepLR
@@ -19,6 +19,7 @@ from danaz.server.settings import ServerSettings
 from danaz.torch.ending import UNFINISHED
 from danaz.torch.optimizer import DistributedOptimizer
 from danaz.torch.session import Session
+from scripts import Counted, ScriptCluster, make_optimizer
 
 BATCHES = 5  # in an epoch
 
@@ -26,7 +27,7 @@ BATCHES = 5  # in an epoch
 class Script:
     """What a script does, on a thread that plays a worker."""
 
-    def __init__(self, cluster: Cluster, session: Session, number: int, with_schedule: bool = False):
+    def __init__(self, cluster: ScriptCluster, session: Session, number: int, with_schedule: bool = False):
         self.session = session
         self.model, self.optimizer = make_optimizer(session)
         self.loader = DataLoader(Counted(2 * BATCHES, number, cluster.fetched, lambda: None), batch_size=2)
@@ -46,7 +47,7 @@ def step(model: nn.Module, optimizer: DistributedOptimizer, x: torch.Tensor, y: 
 
 
 def test_a_worker_that_stops_ends_the_run_for_the_others() -> None:
-    cluster = Cluster(ServerSettings("dana", workers=3))
+    cluster = ScriptCluster(ServerSettings("dana", workers=3))
     models: dict[int, nn.Module] = {}
 
     def story(session: Session, number: int) -> None:
@@ -70,7 +71,7 @@ def test_a_worker_that_stops_ends_the_run_for_the_others() -> None:
 
 def test_who_comes_late_begins_in_the_clusters_epoch() -> None:
     """And a schedule of torch's, which is stepped between epochs, has caught up."""
-    cluster = Cluster(ServerSettings("dana", workers=1))
+    cluster = ScriptCluster(ServerSettings("dana", workers=1))
     two_epochs, joined = threading.Event(), threading.Event()
     seen: dict[str, Any] = {}
 
@@ -80,10 +81,10 @@ def test_who_comes_late_begins_in_the_clusters_epoch() -> None:
             script.train(epoch)
             if epoch == 1:
                 two_epochs.set()
-                assert joined.wait(DEADLINE_S)
+                assert joined.wait(PATIENCE_S)
 
     def late(session: Session, number: int) -> None:
-        assert two_epochs.wait(DEADLINE_S)
+        assert two_epochs.wait(PATIENCE_S)
         script = Script(cluster, session, number, with_schedule=True)
         for epoch in session.run_epochs(4):
             next(session.run_batches(script.loader, epoch))

@@ -19,7 +19,7 @@ ONE_WORLD = ("--hosts", "localhost:2", "--algorithm", "ssgd")
 
 # It trains, in lines that can be left out or changed.
 LINES = {
-    "import": "import os, signal, sys, torch\nfrom torch.utils.data import DataLoader, TensorDataset\n"
+    "import": "import os, pathlib, signal, sys, time, torch\nfrom torch.utils.data import DataLoader, TensorDataset\n"
     "import danaz.torch as danaz",
     "init": "danaz.init()",
     "model": "model = torch.nn.Linear(4, 2)\n"
@@ -86,8 +86,11 @@ def test_a_script_that_trains_nothing_is_told_what_is_missing(
 
 def test_a_worker_that_leaves_early_is_told_at_the_end(tmp_path: Path) -> None:
     """Nobody can tell whether it meant to: the run ends in good order, and its exit code says that it was cut short."""
-    script = write(tmp_path, early=LEAVES.format(who="worker_id() == 1"))
-    run = live.launch(*TWO_WORKERS, out=tmp_path / "run", script=script, succeeds=False)
+    left = f"pathlib.Path({str(tmp_path / 'left')!r})"
+    leaves = f"        if step == 3 and danaz.worker_id() == 1: {left}.touch(); sys.exit(0)\n"
+    # Else worker 0 could train all of it before a slow worker 1 comes to its fourth batch.
+    stays = f"        while step == 3 and danaz.worker_id() == 0 and not {left}.exists(): time.sleep(0.01)"
+    run = live.launch(*TWO_WORKERS, out=tmp_path / "run", script=write(tmp_path, early=leaves + stays), succeeds=False)
     assert run.exit_code == UNFINISHED
     assert run.summary["stopped"] == "the script left its loop in epoch 0 of 2"
     assert run.summary["updates"] < 40

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 from namespaces import SSHD, Namespaces
-from test_over_ssh import LAUNCHER, ended
+from plays import LAUNCHER
+from waiting import ended
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(240)]
 

@@ -7,13 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from namespaces import Namespaces
 from slurm import missing, slurm
+from waiting import until
 
 from launcher.hosts import Host, HostsError
 from launcher.slurm import Srun, expand_nodes, expand_tasks, hosts_of_allocation
@@ -62,13 +62,6 @@ def test_dana_trains_on_the_nodes_of_the_job(
 
 def sleeping(network: Namespaces) -> list[int]:
     return [pid for name in ("a", "b") for pid, line in network.processes(name).items() if line == "sleep 1002"]
-
-
-def until(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {DEADLINE_S:g} s: {what}"
-        time.sleep(0.02)
 
 
 @pytest.mark.slow

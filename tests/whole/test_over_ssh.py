@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,53 +14,16 @@ from typing import Any
 
 import pytest
 from namespaces import Namespaces
+from plays import LAUNCHER
+from waiting import ended, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(240)]
 
-DEADLINE_S = 30.0
-TRAINING_S = 200.0
 SECRET = "a secret of the launching machine"
 SENT = "a variable that is sent along"
 
-# Plays a plan over ssh without any training, in a process of its own.
-LAUNCHER = """
-import json, os, sys
-from launcher import cluster
-from launcher.hosts import parse_hosts
-from launcher.logs import quiet
-from launcher.plan import plan
-from launcher.run import run
-from launcher.ssh import Ssh
-
-folder, hosts, silence_s, *command = sys.argv[1:]
-cluster.SILENCE_S, cluster.PING_S = float(silence_s), float(silence_s) / 10
-laid = plan(parse_hosts(hosts), command, one_world=False, env={"TRAVELS": os.environ["SENT"]}, cwd="/")
-outcome = run(laid, folder, echo=quiet, agent_command=Ssh(), grace_s=0.2)
-print(json.dumps([outcome.exit_code, str(outcome.failure)]))
-"""
-
 # A rank that heeds no signal, with a daemon of a session of its own.
 STUBBORN = "trap '' TERM INT HUP; (setsid sleep 1001 &); while :; do sleep 1000; done"
-
-
-def until(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {DEADLINE_S:g} s: {what}"
-        time.sleep(0.02)
-
-
-def ended(process: subprocess.Popen[str], timeout_s: float = DEADLINE_S) -> str:
-    """All that a process printed. It is interrupted if it does not end by itself."""
-    try:
-        return process.communicate(timeout=timeout_s)[0]
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)
-        pytest.fail(f"not within {timeout_s:g} s: {process.communicate()[0]}")
-
-
-def nothing_is_left(network: Namespaces) -> bool:
-    return not network.processes("a") and not network.processes("b")
 
 
 @pytest.fixture
@@ -81,9 +43,9 @@ def train(network: Namespaces, folder: Path, *arguments: str) -> dict[str, Any]:
     ]  # batch norm settles when the rate has fallen
     config = ["configs/digits.yaml", *schedule, "--out", str(folder)]
     process = network.danaz("launch", *config, *arguments, env=env)
-    output = ended(process, TRAINING_S)
+    output = ended(process)
     assert process.returncode == 0, output
-    assert nothing_is_left(network)
+    assert network.is_idle()
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
     return summary
 
@@ -126,7 +88,7 @@ def test_ssgd_meets_by_ipv4_though_hosts_are_named_by_ipv6(network: Namespaces) 
     process = network.danaz(
         "launch", "configs/digits.yaml", "--hosts", "[fd77::2]:1,[fd77::3]:1", "-a", "ssgd", "--dry-run"
     )
-    output = ended(process, TRAINING_S)
+    output = ended(process)
     assert process.returncode == 0, output
     assert "HOROVOD_GLOO_RENDEZVOUS_ADDR=10.77.0.2" in output
 
@@ -152,9 +114,9 @@ def test_ssgd_and_dana_are_compared_on_the_same_machines(network: Namespaces, ho
     schedule = ["--set", "epochs=5", "--set", "lr_schedule.milestones=[3]"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = network.danaz("compare", *arguments, *schedule, "--out", str(folder), env=env)
-    output = ended(process, TRAINING_S)
+    output = ended(process)
     assert process.returncode == 0, output
-    assert nothing_is_left(network)
+    assert network.is_idle()
     results = {row["algorithm"]: row for row in csv.DictReader((folder / "results.csv").read_text().splitlines())}
     assert {name: (row["schedule"], row["workers"], row["ranks_per_worker"]) for name, row in results.items()} == {
         "ssgd": ("live", "2", "2"),
@@ -189,7 +151,7 @@ def test_a_script_on_unequal_slots_and_what_travels(network: Namespaces, hostfil
         *["launch", *where, *variables, "-a", "ssgd", "--out", str(tmp_path / "run"), "--", "python", "script.py"],
         env={**os.environ, "SECRET": SECRET},
     )
-    output = ended(process, TRAINING_S)
+    output = ended(process)
     assert process.returncode == 1, "nothing was trained"
     assert "danaz: " not in output, output
     said = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("run/logs/*/rank.*/stdout"))]
@@ -236,14 +198,14 @@ def play(network: Namespaces, tmp_path: Path) -> Iterator[Callable[..., Playing]
     for each in playing:
         each.launcher.kill()
         each.launcher.communicate()
-    until(lambda: nothing_is_left(network), "everything has ended with its launcher")
+    until(lambda: network.is_idle(), "everything has ended with its launcher")
 
 
 def test_ctrl_c_ends_all_machines(play: Callable[..., Playing], network: Namespaces) -> None:
     playing = play()
     playing.launcher.send_signal(signal.SIGINT)
     assert playing.outcome() == (130, "None")
-    assert nothing_is_left(network)
+    assert network.is_idle()
 
 
 def test_a_rank_killed_on_another_machine(play: Callable[..., Playing], network: Namespaces) -> None:
@@ -252,7 +214,7 @@ def test_a_rank_killed_on_another_machine(play: Callable[..., Playing], network:
     exit_code, failure = playing.outcome()
     assert exit_code == 137
     assert failure.startswith("rank 1 on b was killed by SIGKILL")
-    assert nothing_is_left(network)
+    assert network.is_idle()
 
 
 def test_a_killed_ssh_takes_its_tree_along(play: Callable[..., Playing], network: Namespaces) -> None:
@@ -264,12 +226,12 @@ def test_a_killed_ssh_takes_its_tree_along(play: Callable[..., Playing], network
     exit_code, failure = playing.outcome()
     assert exit_code == 1
     assert failure.startswith("the agent on b ended although nobody asked it to")
-    until(lambda: nothing_is_left(network), "both machines are empty")
+    until(lambda: network.is_idle(), "both machines are empty")
 
 
 def test_a_killed_launcher_leaves_nothing(play: Callable[..., Playing], network: Namespaces) -> None:
     play().launcher.kill()
-    until(lambda: nothing_is_left(network), "both machines are empty")
+    until(lambda: network.is_idle(), "both machines are empty")
 
 
 def test_nothing_but_the_order_reaches_another_machine(play: Callable[..., Playing], network: Namespaces) -> None:
@@ -323,7 +285,7 @@ def test_machines_that_cannot_be_reached(network: Namespaces, tmp_path: Path) ->
     try:
         names = ",".join(["a", *aliases, "nowhere"])
         process = network.danaz("launch", "--hosts", names, "-a", "ssgd", "--dry-run", "--", "true")
-        output = ended(process, TRAINING_S)
+        output = ended(process)
     finally:
         config.write_text(before)
         network.learn_host_keys()
@@ -340,7 +302,7 @@ def test_machines_that_cannot_be_reached(network: Namespaces, tmp_path: Path) ->
         for word in words:
             assert word in said[name], output
     assert "a" not in said
-    assert nothing_is_left(network)
+    assert network.is_idle()
 
 
 @pytest.mark.parametrize("lacks", ["python", "danaz", "the same danaz", "its directory"])
@@ -363,7 +325,7 @@ def test_a_machine_that_lacks_something(network: Namespaces, tmp_path: Path, lac
         "its directory": (["--chdir", "/no/directory"], "a: cannot start: [Errno 2] No such file or directory"),
     }[lacks]
     process = network.danaz("doctor", "--hosts", "a", "--chdir", str(tmp_path), *options)
-    output = ended(process, TRAINING_S)
+    output = ended(process)
     assert process.returncode == 1, output
     assert message in output
     assert "1 of 1 hosts cannot take part." in output
@@ -372,22 +334,22 @@ def test_a_machine_that_lacks_something(network: Namespaces, tmp_path: Path, lac
 @pytest.mark.parametrize("command", [["doctor"], ["launch", "configs/digits.yaml", "--dry-run"]])
 def test_a_machine_under_two_names(network: Namespaces, command: list[str]) -> None:
     process = network.danaz(*command, "--hosts", "a,b,[fd77::2]")
-    output = " ".join(ended(process, TRAINING_S).split())
+    output = " ".join(ended(process).split())
     assert process.returncode in (1, 2), output
     assert "fd77::2 (--hosts entry 3) and a (--hosts entry 1) are one machine; name it once" in output
-    assert nothing_is_left(network)
+    assert network.is_idle()
 
 
 def test_this_machine_by_its_own_address(network: Namespaces) -> None:
     """No sshd is there, and none is needed."""
     process = network.danaz("doctor", "--hosts", network["launching"].address)
-    output = ended(process, TRAINING_S)
+    output = ended(process)
     assert process.returncode == 0, output
 
 
 def test_the_doctor_finds_all_well(network: Namespaces) -> None:
     process = network.danaz("doctor", "--hosts", "a:2,b")
-    output = ended(process, TRAINING_S)
+    output = ended(process)
     assert process.returncode == 0, output
     rows = {line.split()[0]: line.split() for line in output.splitlines() if line.strip()}
     assert rows["a"][1] == rows["b"][1] == "yes"

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from live import read_updates, until
+from live import read_updates
 from namespaces import Namespaces
+from waiting import until
 
 from danaz.launch.prepare import _run_id
 
@@ -52,10 +53,6 @@ class Run:
     def resume(self, *options: str) -> None:
         self.launcher = self.network.danaz("launch", "--resume", str(self.folder), *options, env=ENV)
 
-    @property
-    def is_gone(self) -> bool:
-        return not self.network.processes("a") and not self.network.processes("b")
-
     def check_end(self, output: str, restarts: int) -> None:
         assert self.launcher.returncode == 0, output
         summary, updates = json.loads((self.folder / "summary.json").read_text()), read_updates(self.folder)
@@ -66,7 +63,7 @@ class Run:
         assert (self.folder / "parameters.safetensors").exists()
         assert not [*self.folder.glob("checkpoints*")]
         assert self.kept == []
-        assert self.is_gone
+        assert self.network.is_idle()
 
 
 @pytest.fixture
@@ -76,7 +73,7 @@ def run(network: Namespaces, tmp_path: Path) -> Iterator[Run]:
     yield run
     run.launcher.kill()
     run.launcher.communicate()
-    until(lambda: run.is_gone, "everything has ended with its launcher")
+    until(run.network.is_idle, "everything has ended with its launcher")
 
 
 @pytest.mark.parametrize(("host", "name"), [("a", "server"), ("b", "server.1")])
@@ -107,7 +104,7 @@ def test_what_was_interrupted_is_resumed_here(run: Run) -> None:
 def test_what_died_with_its_launcher_is_resumed_there(run: Run) -> None:
     run.launcher.kill()
     run.launcher.communicate()
-    until(lambda: run.is_gone, "everything has ended with its launcher")
+    until(run.network.is_idle, "everything has ended with its launcher")
     assert len(run.kept) == 2
     run.resume("--server-host", "localhost")
     assert "ran on a,b, and its checkpoints are there" in " ".join(run.output().split())

@@ -89,7 +89,7 @@ def test_an_account_without_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not Ssh().reaches_directly(Host("localhost", user=me))
     monkeypatch.delenv("HOME")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    with pytest.raises(HorovodError, match="you have no home directory; name a folder for built wheels"):
+    with pytest.raises(HorovodError, match="there is no home directory for the cache of wheels; set XDG_CACHE_HOME"):
         cache_folder()
 
 

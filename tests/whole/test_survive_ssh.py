@@ -15,6 +15,7 @@ from pathlib import Path
 import live
 import pytest
 from namespaces import Namespaces
+from waiting import until
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(240)]
 
@@ -49,13 +50,6 @@ print(json.dumps([outcome.exit_code, str(outcome.failure), outcome.events]))
 # A rank with a daemon of a session of its own.
 RANK = "(setsid sleep 1001 &); exec sleep 1000"
 QUICK = {"on_failure": "restart", "backoff_s": 0.1}
-
-
-def until(condition: Callable[[], object], what: str, deadline_s: float = DEADLINE_S) -> None:
-    deadline = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {deadline_s:g} s: {what}"
-        time.sleep(0.02)
 
 
 class Playing:
@@ -112,7 +106,7 @@ def play(network: Namespaces, tmp_path: Path) -> Iterator[Callable[..., Playing]
     for each in playing:
         each.launcher.kill()
         each.launcher.communicate()
-    until(lambda: not network.processes("a") and not network.processes("b"), "everything has ended with its launcher")
+    until(network.is_idle, "everything has ended with its launcher")
 
 
 def kill_ssh(network: Namespaces, name: str) -> None:

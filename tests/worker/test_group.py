@@ -10,21 +10,7 @@ from pathlib import Path
 import live
 import pytest
 import torch
-from loops import (
-    BATCH,
-    EPOCHS,
-    SAMPLES,
-    STEPS,
-    assert_same,
-    make_net,
-    make_plain_sgd,
-    make_sgd,
-    make_sgd_of_groups,
-    schedule_each_step,
-    train_with_torch,
-    use_a_parameter_now_and_then,
-    usual_step,
-)
+from loops import BATCH, EPOCHS, SAMPLES, assert_same, make_net, train_with_torch, variations
 
 from danaz.worker import group
 from danaz.worker.group import CollectiveError, SoloGroup, choose_collective
@@ -43,8 +29,7 @@ import danaz.torch.session
 from danaz.torch.optimizer import DistributedOptimizer
 from danaz.torch.session import Session
 from danaz.run.settings import Place, from_environment
-from test_group import variations
-from loops import make_data, make_net
+from loops import make_data, make_net, variations
 
 BATCH, EPOCHS = {BATCH}, {EPOCHS}
 out = Path(sys.argv[1])
@@ -98,25 +83,6 @@ close()
 """
 
 
-def variations() -> dict[str, dict[str, object]]:
-    """Name -> how it is trained."""
-    every_step = {
-        step.__name__: {"make": make_sgd_of_groups, "step": step, "passes": 1 + (step.__name__ == "in_two_passes")}
-        for step in STEPS
-    }
-    usual = {"make": make_sgd, "step": usual_step}
-    return {
-        **every_step,
-        "now and then": {"make": make_sgd, "step": use_a_parameter_now_and_then},
-        # without momentum, or θ − ηγv of ssgd and torch's own variable differ when η changes
-        "schedule": {"make": make_plain_sgd, "step": schedule_each_step},
-        "channels last": {**usual, "channels_last": True},
-        "loading processes": {**usual, "num_workers": 2},
-        "whole batches": {**usual, "drop_last": True},
-        "whole batches, loading processes": {**usual, "drop_last": True, "num_workers": 2},
-    }
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("collective", ["horovod", "torch"])
@@ -127,7 +93,7 @@ def test_ranks_that_share_a_batch_equal_one_rank(collective: str, tmp_path: Path
         *("--hosts", f"localhost:{RANKS}", "--algorithm", "ssgd", "--warmup-epochs", "0", "--collective", collective),
         out=tmp_path / "run",
         script=[str(script), str(tmp_path)],
-        env={"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
+        env={"PYTHONPATH": os.pathsep.join(sys.path)},
     )
     ranks = [torch.load(tmp_path / f"results.{rank}") for rank in range(RANKS)]
     assert [rank["name"] for rank in ranks] == [collective] * RANKS

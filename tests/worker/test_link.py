@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
 import zmq
 from cluster import DIGEST, layout_of
-from sockets import PATIENCE_S, settings_for
+from sockets import PATIENCE_S, settings_for, silent_server
 
 from danaz.protocol.messages import Heartbeat, Noted, Parameters, Plan, Pull, Push, Reply, Request
 from danaz.protocol.wire import CHUNK, decode, encode
@@ -20,22 +18,6 @@ from danaz.vectors.flat import SLICE_FLOATS
 from danaz.worker import link as link_module
 from danaz.worker.core import Role, WorkerCore
 from danaz.worker.link import DealerLink, ServerLostError
-
-
-@contextmanager
-def silent_server(slow: bool = False) -> Iterator[tuple[zmq.Socket[bytes], str]]:
-    """A ROUTER that the test answers for; a ``slow`` one takes little before the test has read it."""
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    socket = context.socket(zmq.ROUTER)
-    if slow:
-        socket.setsockopt(zmq.RCVHWM, 1)
-        socket.setsockopt(zmq.RCVBUF, 1 << 16)
-    port = socket.bind_to_random_port("tcp://127.0.0.1")
-    try:
-        yield socket, f"tcp://127.0.0.1:{port}"
-    finally:
-        socket.close(linger=0)
-        context.term()
 
 
 class Clock:

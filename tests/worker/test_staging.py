@@ -11,7 +11,7 @@ import pytest
 import torch
 from cluster import DIGEST, layout_of
 from fake_gpu import FakeGpu
-from test_router import PATIENCE_S, serving
+from sockets import PATIENCE_S, serving
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

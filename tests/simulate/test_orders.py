@@ -1,4 +1,4 @@
-"""Whose turn it is: the orders, their distributions, and what does not fit."""
+"""The orders in which simulated workers push: their distributions, and the errors for those that do not fit."""
 
 from __future__ import annotations
 
@@ -10,16 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from danaz.run.schedules import SCHEDULES
 from danaz.simulate.execution_time import gamma_times, machine_means
-from danaz.simulate.schedules import SCHEDULES, ScheduleError, make_schedule
+from danaz.simulate.orders import ORDERS, OrderError, make_order
 
 
 def turns(text: str, workers: int, count: int, seed: int = 0) -> list[int]:
-    return list(islice(make_schedule(text, workers, seed), count))
+    return list(islice(make_order(text, workers, seed), count))
+
+
+def test_every_name_that_a_config_takes_has_an_order() -> None:
+    assert set(ORDERS) == set(SCHEDULES)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-class TestEverySchedule:
+class TestEveryOrder:
     def test_seed_gives_the_order(self, name: str) -> None:
         assert turns(name, 5, 300, seed=3) == turns(name, 5, 300, seed=3)
 
@@ -74,18 +79,18 @@ class TestTrace:
 
     def test_of_more_workers_does_not_fit(self, tmp_path: Path) -> None:
         file = self.write(tmp_path, [0, 3])
-        with pytest.raises(ScheduleError, match="is of 4 workers and 2 updates; it does not fit a run of 3 workers"):
-            make_schedule(f"trace:{file}", 3, 0)
+        with pytest.raises(OrderError, match=r"names worker 3 and does not fit a run of 3 workers, .* to 4"):
+            make_order(f"trace:{file}", 3, 0)
 
     @pytest.mark.parametrize("content", ["", "{}\n", "no json\n", None])
     def test_unreadable(self, tmp_path: Path, content: str | None) -> None:
         if content is not None:
             (tmp_path / "updates.jsonl").write_text(content)
-        with pytest.raises(ScheduleError, match=r"trace|updates\.jsonl"):
-            make_schedule(f"trace:{tmp_path}", 3, 0)
+        with pytest.raises(OrderError, match=r"trace|updates\.jsonl"):
+            make_order(f"trace:{tmp_path}", 3, 0)
 
 
 @pytest.mark.parametrize("speeds", ["1", "1,2,3", "1,0", "1,-2", "1,inf", "1,x", "nan,1"])
 def test_speeds_that_do_not_fit_two_workers(speeds: str) -> None:
-    with pytest.raises(ScheduleError, match="constant"):
-        make_schedule(f"constant:{speeds}", 2, 0)
+    with pytest.raises(OrderError, match="constant"):
+        make_order(f"constant:{speeds}", 2, 0)

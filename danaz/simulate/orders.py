@@ -1,6 +1,7 @@
-"""Whose push arrives next: models of asynchronous execution, and the order of a real run.
+"""The order in which simulated workers push: models of asynchronous execution, or the order of an earlier run.
 
-A schedule is an endless iterator of worker numbers. ``make_schedule`` reads how users write one.
+An order is an endless iterator of worker numbers. Users choose one with the config key ``schedule``, whose names are in
+danaz/run/schedules.py; ``make_order`` turns such a name into the iterator.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import numpy as np
 
 from danaz.simulate.execution_time import gamma_times, machine_means
 
-BLOCK = 256  # batch times drawn at once
+BLOCK = 256  # batch times of a worker that are drawn at once
 
 
-class ScheduleError(ValueError):
-    """No such schedule, or one that does not fit the run."""
+class OrderError(ValueError):
+    """The order that the key ``schedule`` names does not fit the run."""
 
 
 def round_robin(workers: int, seed: int) -> Iterator[int]:
@@ -38,13 +39,13 @@ def block_random(workers: int, seed: int) -> Iterator[int]:
 
 
 def gamma(workers: int, seed: int) -> Iterator[int]:
-    """Machines of one kind, whose batch times vary."""
+    """Workers on machines of one kind, whose batch times vary."""
     rng = np.random.default_rng(seed)
     return by_finish_time([_gamma_stream(rng, 1.0) for _ in range(workers)])
 
 
 def gamma_heterogeneous(workers: int, seed: int) -> Iterator[int]:
-    """Machines that differ: each has a mean batch time of its own."""
+    """Workers on machines that differ: each machine has its own mean batch time."""
     rng = np.random.default_rng(seed)
     return by_finish_time([_gamma_stream(rng, mean) for mean in machine_means(rng, 1.0, (workers,))])
 
@@ -55,7 +56,7 @@ def _gamma_stream(rng: np.random.Generator, mean: float) -> Iterator[float]:
 
 
 def by_finish_time(batch_times: Sequence[Iterator[float]]) -> Iterator[int]:
-    """Workers in the order in which they finish, worker i taking ``batch_times[i]`` for its batches, one by one."""
+    """Workers in the order in which they finish batches; ``batch_times[i]`` yields the batch times of worker i."""
     finish = [(next(times), worker) for worker, times in enumerate(batch_times)]
     heapq.heapify(finish)
     while True:
@@ -65,9 +66,9 @@ def by_finish_time(batch_times: Sequence[Iterator[float]]) -> Iterator[int]:
 
 
 def constant(speeds: Sequence[float], workers: int) -> Iterator[int]:
-    """Worker i computes ``speeds[i]`` batches in a unit of time, without variation."""
+    """Worker i computes ``speeds[i]`` batches per unit of time, without variation."""
     if len(speeds) != workers or any(not 0 < speed < float("inf") for speed in speeds):
-        raise ScheduleError(f"schedule constant needs one speed above 0 for each of {workers} workers, got {speeds}")
+        raise OrderError(f"schedule constant needs one speed above 0 for each of {workers} workers, got {speeds}")
     return by_finish_time([_repeat(1 / speed) for speed in speeds])
 
 
@@ -77,18 +78,20 @@ def _repeat(time: float) -> Iterator[float]:
 
 
 def trace(path: Path, workers: int) -> Iterator[int]:
-    """The workers of another run's updates.jsonl, in its order; round-robin once that has ended."""
+    """The workers in the updates.jsonl of another run, in its order; round-robin after its end."""
     file = path / "updates.jsonl" if path.is_dir() else path
     try:
         order = [int(json.loads(line)["worker"]) for line in file.read_text().splitlines()]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ScheduleError(
+        raise OrderError(
             f"schedule trace cannot read {file}: {error}; give a run folder or its updates.jsonl"
         ) from error
-    if not order or max(order) >= workers:
-        raise ScheduleError(
-            f"the trace {file} is of {max(order, default=-1) + 1} workers and {len(order)} updates; it does not fit a "
-            f"run of {workers} workers"
+    if not order:
+        raise OrderError(f"schedule trace: {file} holds no updates; give a run that has made some")
+    if max(order) >= workers:
+        raise OrderError(
+            f"schedule trace: {file} names worker {max(order)} and does not fit a run of {workers} workers, numbered "
+            f"from 0; set workers to {max(order) + 1}"
         )
     return _then_round_robin(order, workers)
 
@@ -98,23 +101,25 @@ def _then_round_robin(order: list[int], workers: int) -> Iterator[int]:
     yield from round_robin(workers, 0)
 
 
-SCHEDULES: dict[str, Callable[[int, int], Iterator[int]]] = {
-    "round-robin": round_robin,
-    "block-random": block_random,
-    "gamma": gamma,
-    "gamma-heterogeneous": gamma_heterogeneous,
-}
+def _name(order: Callable[[int, int], Iterator[int]]) -> str:
+    return order.__name__.replace("_", "-")
 
 
-def make_schedule(text: str, workers: int, seed: int) -> Iterator[int]:
-    """The schedule that ``text``, which Config has checked, names. Raises ScheduleError if it does not fit the run."""
-    name, _, argument = text.partition(":")
+ORDERS = {_name(order): order for order in (round_robin, block_random, gamma, gamma_heterogeneous)}
+
+
+def make_order(schedule: str, workers: int, seed: int) -> Iterator[int]:
+    """The order that ``schedule``, a checked value of the config key, names.
+
+    Raises OrderError if its argument cannot be read or does not fit a run of ``workers`` workers.
+    """
+    name, _, argument = schedule.partition(":")
     if name == "constant":
         try:
             speeds = [float(speed) for speed in argument.split(",")]
         except ValueError as error:
-            raise ScheduleError(f"schedule {text!r}: expected speeds such as constant:1,1,2.5") from error
+            raise OrderError(f"schedule {schedule!r}: expected speeds such as constant:1,1,2.5") from error
         return constant(speeds, workers)
     if name == "trace":
         return trace(Path(argument), workers)
-    return SCHEDULES[text](workers, seed)
+    return ORDERS[schedule](workers, seed)

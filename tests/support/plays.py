@@ -1,0 +1,19 @@
+"""A program for the machines of `namespaces`: it runs a plan over ssh with the launcher alone, and trains nothing."""
+
+# Its arguments: the folder, the hosts, the seconds of silence after which a machine is given up, the command.
+# It prints the exit code and the failure.
+LAUNCHER = """
+import json, os, sys
+from launcher import cluster
+from launcher.hosts import parse_hosts
+from launcher.logs import quiet
+from launcher.plan import plan
+from launcher.run import run
+from launcher.ssh import Ssh
+
+folder, hosts, silence_s, *command = sys.argv[1:]
+cluster.SILENCE_S, cluster.PING_S = float(silence_s), float(silence_s) / 10
+laid = plan(parse_hosts(hosts), command, one_world=False, env={"TRAVELS": os.environ["SENT"]}, cwd="/")
+outcome = run(laid, folder, echo=quiet, agent_command=Ssh(), grace_s=0.2)
+print(json.dumps([outcome.exit_code, str(outcome.failure)]))
+"""

@@ -1,0 +1,111 @@
+"""Training scripts on threads of this process, each a worker with a session, around a server on a real socket."""
+
+from __future__ import annotations
+
+import atexit
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from sockets import ANYWHERE, PATIENCE_S
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from danaz.run.settings import Place, Settings
+from danaz.server.core import ServerCore
+from danaz.server.figures import Update
+from danaz.server.settings import ServerSettings
+from danaz.serving.router import Router
+from danaz.serving.socket import BoundRouter
+from danaz.torch.optimizer import DistributedOptimizer
+from danaz.torch.session import Session
+
+
+class Counted(Dataset[tuple[Tensor, Tensor]]):
+    """Notes who fetched which sample, and lets a test hold a worker up."""
+
+    def __init__(self, samples: int, worker: int, fetched: list[tuple[int, int]], hold: Callable[[], object]):
+        self.samples, self.worker, self.fetched, self.hold = samples, worker, fetched, hold
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        self.fetched.append((self.worker, index))
+        self.hold()
+        return torch.tensor([index / self.samples]), torch.ones(1)
+
+
+@dataclass
+class ScriptCluster:
+    """A server on a ROUTER socket, and workers on threads of this process."""
+
+    settings: ServerSettings
+    updates: list[Update] = field(default_factory=list)
+    fetched: list[tuple[int, int]] = field(default_factory=list)  # (worker, sample)
+    errors: list[BaseException] = field(default_factory=list)
+    end_s: float = PATIENCE_S  # within which the server must end once its workers have
+    stopping: bool = False
+
+    def __post_init__(self) -> None:
+        self.core = ServerCore(self.settings, on_update=self.updates.append)
+        self.bound = BoundRouter(ANYWHERE)
+        self.address = self.bound.address
+        self.threads = [threading.Thread(target=self._guarded, args=(self._serve,))]
+
+    def _serve(self) -> None:
+        Router(self.bound).serve(self.core, None, lambda: self.stopping)
+
+    def worker(self, number: int, story: Callable[[Session, int], None]) -> None:
+        """Add a worker; ``story`` is what its script does."""
+        self.threads.append(threading.Thread(target=self._guarded, args=(lambda: self._work(number, story),)))
+
+    def _work(self, number: int, story: Callable[[Session, int], None]) -> None:
+        settings = Settings(self.settings.algorithm, self.settings.workers)
+        session = Session(settings, Place(worker=number, server=self.address))
+        atexit.unregister(session._close)
+        try:
+            story(session, number)
+        finally:
+            session._close()
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            self.errors.append(error)
+            raise
+
+    def run(self) -> None:
+        """Returns when everyone has ended."""
+        for thread in self.threads:
+            thread.start()
+        for thread in self.threads[1:]:
+            thread.join(PATIENCE_S)
+        hanging = [thread for thread in self.threads[1:] if thread.is_alive()]
+        if not hanging:
+            self.threads[0].join(self.end_s)
+        self.stopping = self.threads[0].is_alive()
+        self.threads[0].join(PATIENCE_S)
+        self.bound.close(linger_ms=0)
+        assert not hanging, "a worker hangs"
+        assert not self.stopping, "the server does not end"
+        assert not self.errors
+
+    def counts(self) -> Counter[int]:
+        return Counter(sample for _, sample in self.fetched)
+
+    def batches_by_worker(self) -> Counter[int]:
+        return Counter(update.worker for update in self.updates)
+
+
+def make_optimizer(session: Session) -> tuple[nn.Linear, DistributedOptimizer]:
+    model = nn.Linear(1, 1)
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True)
+    optimizer = DistributedOptimizer(sgd, model, session.group)
+    session.adopt(optimizer)
+    return model, optimizer
