@@ -153,7 +153,7 @@ def test_checkpoints_that_do_not_fit_are_told_once_and_so_is_that_they_fit_again
     disk = mount("256k")
     core = Cluster("asgd", 1, torch.zeros(4)).server
     checkpoints = Checkpoints(disk, core)
-    monkeypatch.setattr(core, "state", lambda reuse=None: state(10_000))
+    monkeypatch.setattr(core, "snapshot", lambda reuse=None: state(10_000))
     filler = fill(disk)
     for number in (1, 2, 3):
         checkpoints.write(number)
