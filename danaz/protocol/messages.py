@@ -333,7 +333,8 @@ class Streamed:
     def request(self) -> int:
         return self.header.request
 
-    def whole(self) -> Parameters:
+    def materialize(self) -> Parameters:
+        """The parameters with the whole view, f32[P]. Uses ``slices`` up."""
         view: Tensor | None = None
         start = 0
         for piece in self.slices:

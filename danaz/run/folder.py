@@ -209,9 +209,9 @@ class RunFolder:
         try:
             self.path.mkdir(mode=MODE, parents=True, exist_ok=True)  # if somebody has deleted it
             if core.started:
-                params = core.whole.params(core.master.params)
+                params = core.full_model.params(core.master.params)
                 if params is not None:
-                    named = core.whole.layout.named(params, core.mean_buffers())
+                    named = core.full_model.layout.named(params, core.mean_buffers())
                     write_atomically(self.path / "parameters.safetensors", save(named))
             write_atomically(self.path / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
         except OSError as error:

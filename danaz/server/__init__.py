@@ -1,1 +1,1 @@
-"""The server: a core without I/O, the master's arithmetic, the wire, and the ROUTER loop around them."""
+"""What the server decides: its core, the state that the core keeps, and the master's arithmetic. Without any I/O."""

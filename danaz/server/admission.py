@@ -1,9 +1,11 @@
-"""What the server asks of a message before it may change anything: each function returns why not, or nothing."""
+"""What the server admits, what it refuses, and what follows from a refused push.
+
+Each function named ``why_…`` returns the reason for a refusal, or an empty text. It changes nothing.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from itertools import chain, pairwise
 from math import inf, isfinite
 
@@ -18,58 +20,42 @@ from danaz.protocol.messages import (
     Heartbeat,
     Join,
     Leave,
-    Plan,
     Push,
     Report,
     Request,
 )
-from danaz.protocol.refusals import NEWER_JOINED, NOT_FINITE
-from danaz.server.leases import Leases
-from danaz.server.members import Member
-from danaz.server.settings import ServerSettings
-from danaz.server.whole import WholeModel, own_part
+from danaz.protocol.refusals import FRESH_AFTER, NEWER_JOINED, NOT_FINITE, OUTLIER, SICK
+from danaz.server.health import size_of
+from danaz.server.members import Member, MemberState
+from danaz.server.state import Job, ServerState
+from danaz.server.whole import own_part
 from danaz.vectors.cutting import all_finite
 from danaz.vectors.flat import Layout
 
 MAX_LR = torch.finfo(torch.float32).max
+DIVERGED_STRIKES = 3  # non-finite pushes in a row, of every live worker
 
 
-@dataclass(frozen=True)
-class Job:
-    """What all workers of a run agree on; the first to join brings it."""
-
-    layout: Layout
-    plan: Plan
-    momentum: float
-
-
-def is_worth_receiving(
-    message: Request,
-    settings: ServerSettings,
-    job: Job | None,
-    whole: WholeModel | None,
-    member: Member | None,
-    needs_params: bool,
-) -> bool:
-    """Whether the vectors that ``message`` announces are: if not, it will be refused unseen."""
+def is_worth_receiving(message: Request, state: ServerState) -> bool:
+    """Whether to receive the vectors that ``message`` announces: if not, it will be refused unseen."""
+    member = state.members.get(message.worker)
     if isinstance(message, Join):
-        message = own_part(message, settings)
+        message = own_part(message, state.settings)
         brings = 0 if message.params is None else message.params.numel()
-        fits = brings in (0, message.layout.size) and (message.untrained is None or needs_params)
-        return fits and not why_not_join(message, settings, job, member, needs_params)
-    if job is None or whole is None or why_stranger(message, member):
+        fits = brings in (0, message.layout.size) and (message.untrained is None or not state.has_params)
+        return fits and not why_not_join(message, state)
+    if not state.has_job or why_stranger(message, member):
         return False
     if isinstance(message, Push):
-        return message.push.numel() == job.layout.size
+        return message.push.numel() == state.job.layout.size
     if isinstance(message, Bye):
-        return member is not None and not why_not_bye(message, settings, job, whole, member)
-    return isinstance(message, Leave) and not why_not_leave(message, job)
+        return member is not None and not why_not_bye(message, state, member)
+    return isinstance(message, Leave) and not why_not_leave(message, state.job)
 
 
-def why_not_join(
-    join: Join, settings: ServerSettings, job: Job | None, member: Member | None, needs_params: bool
-) -> str:
-    """Whether this worker, of which ``member`` is known, can take part in ``job``, or bring the first parameters."""
+def why_not_join(join: Join, state: ServerState) -> str:
+    """Why this worker cannot take part in the run, or not bring the first parameters."""
+    settings, member = state.settings, state.members.get(join.worker)
     if join.digest != settings.digest:
         return "worker and server run different configurations"
     if not 0 <= join.worker < MAX_WORKERS:
@@ -83,10 +69,10 @@ def why_not_join(
             f"a model of this size, with {settings.workers} workers, does not fit into the "
             f"{settings.memory_bytes / 2**30:.1f} GiB of memory of the server's machine"
         )
-    brought = join.params if needs_params else None
+    brought = None if state.has_params else join.params
     if brought is not None and (brought.numel() != join.layout.size or not all_finite(brought)):
         return "first parameters are not finite or of the wrong size"
-    if job is not None and job != Job(join.layout, join.plan, join.momentum):
+    if state.has_job and state.job != Job(join.layout, join.plan, join.momentum):
         return "model, data plan or momentum differ from those of the workers before"
     if member is not None and member.incarnation > join.incarnation:
         return NEWER_JOINED
@@ -100,31 +86,32 @@ def why_not_join(
 
 
 def least_bytes(layout: Layout, workers: int) -> int:
-    """What a server needs at the least: θ, its copy for a checkpoint, and what each worker pushes."""
+    """The least memory that a server needs: for θ, its copy for a checkpoint, and the push of each worker."""
     return 4 * (layout.size + layout.buffer_size) * (2 + workers)
 
 
 def why_stranger(message: Request, member: Member | None) -> str:
-    """Whether a message comes from somebody who takes part."""
+    """Why the sender of a message must join first: it is not the ``member`` that the server knows."""
     if member is None:
         return "worker has not joined"
     if member.incarnation != message.incarnation:
         return "another incarnation of this worker has joined"
-    if member.awaiting == "join" and not isinstance(message, Heartbeat):
+    if member.state is MemberState.EXPECTED and not isinstance(message, Heartbeat):
         return "the server was restarted"
     if not member.alive and not member.left:
         return "worker was silent too long and was given up"
     return ""
 
 
-def why_not_push(push: Push, member: Member, job: Job, leases: Leases, life: int) -> str:
-    """Whether a push may be applied, by a server in this life."""
-    if push.life != life:
+def why_not_push(push: Push, member: Member, state: ServerState) -> str:
+    """Why a push may not be applied, whatever its size."""
+    job, leases = state.job, state.leases
+    if push.life != state.life:
         return "push was computed before the server was restarted"
     held = [batch for batch in set(push.batches) if leases.holds(member.worker, batch)]
     if len(held) < len(push.batches):
         return "batch was not leased to this worker"
-    if push.view_version != member.sent_version or member.awaiting:
+    if push.view_version != member.sent_version or not member.computing:
         return "push was computed on another view than the last one sent"
     if push.push.numel() != job.layout.size or len(push.lr) != len(job.layout.groups):
         return "push has the wrong size"
@@ -134,11 +121,11 @@ def why_not_push(push: Push, member: Member, job: Job, leases: Leases, life: int
     rates_fit = all(0 <= lr <= MAX_LR for lr in push.lr)
     if not (rates_fit and push.samples >= 0 and isfinite(push.loss or 0.0) and is_finite(push)):
         return NOT_FINITE
-    return ""
+    return why_not_of_others(push, len(state.full_model.layers))
 
 
 def why_not_of_others(push: Push, layers: int) -> str:
-    """Whether what a push brings of other slices may be of a model of so many ``layers``."""
+    """Why what a push says of the other slices cannot be of a model with this number of ``layers``."""
     if push.elsewhere < 0:
         return "the other slices took fewer bytes than none"
     fits = len(push.squares) in (0, layers) and all(0 <= square < inf for square in push.squares)
@@ -146,31 +133,75 @@ def why_not_of_others(push: Push, layers: int) -> str:
 
 
 def is_finite(push: Push) -> bool:
-    """Whether no element is NaN or infinite. A square that is finite says so; one that is not may have overflowed."""
+    """Whether no element is NaN or infinite. A finite square proves it; one that is not finite may have overflowed."""
     return (push.square is not None and isfinite(push.square)) or all_finite(push.push)
 
 
 def why_not_leave(leave: Leave, job: Job) -> str:
-    """Whether a leaving worker's vectors fit the model."""
+    """Why a leaving worker's vectors do not fit the model."""
     given = leave.give_back
     if leave.buffers.numel() != job.layout.buffer_size or (given is not None and given.numel() != job.layout.size):
         return "leaving worker's vectors have the wrong size"
     return ""
 
 
-def why_not_bye(bye: Bye, settings: ServerSettings, job: Job, whole: WholeModel, member: Member) -> str:
-    """Whether what a worker brings with its good-bye is the end of θ, of which this server holds the beginning.
+def why_not_bye(bye: Bye, state: ServerState, member: Member) -> str:
+    """Why what a worker brings with its good-bye is not the end of θ, of which this server holds the beginning.
 
-    One brings it to shard 0 of several, once, with the version that it has heard of.
+    With several shards, a worker brings it to shard 0, once, with the version that it has heard of.
     """
     if bye.rest is None or member.said_bye:
         return ""
-    missing = whole.layout.size - job.layout.size
-    if settings.shard or not missing or bye.rest.numel() != missing:
+    missing = state.full_model.layout.size - state.job.layout.size
+    if state.settings.shard or not missing or bye.rest.numel() != missing:
         return "this server does not need what the good-bye brings"
     return ""
 
 
 def why_not_report(report: Report, reported: Collection[str]) -> str:
-    """Whether the figures of a script fit in beside those ``reported`` before."""
+    """Why the figures of a script do not fit in with those ``reported`` before."""
     return TOO_MANY_REPORTED if len({*reported, *report.figures}) > MAX_REPORTED else ""
+
+
+# ---- pushes that are sick, and pushes that are refused ---------------------------------------------------------------
+
+
+def judge_size(push: Push, state: ServerState) -> str:
+    """Compare the size of a sound push with those of the other workers, and remember it.
+
+    Returns why it is refused, or an empty text.
+    """
+    refuses, size = state.settings.refuse_outliers, size_of(push, state.master.rule, state.master.params)
+    is_outlier = state.health.judge(push.worker, size, refuses)
+    return OUTLIER if is_outlier and refuses else ""
+
+
+def refuse_push(state: ServerState, member: Member, push: Push, reason: str) -> None:
+    """Count a push as refused, and decide what becomes of its batches."""
+    state.refuse(reason)
+    member.pending, member.refused = None, (push.request, reason)
+    if reason in SICK:
+        _drop(state, member, push, reason)
+    else:
+        for batch in push.batches:
+            if state.leases.holds(member.worker, batch):
+                state.leases.put_back(member.worker, batch)
+
+
+def _drop(state: ServerState, member: Member, push: Push, reason: str) -> None:
+    """Count the batches of a sick push as used: computed again, they would be as bad.
+
+    Where the server keeps a velocity for the worker, that is as suspect as one on the worker, and starts afresh like
+    it.
+    """
+    for batch in push.batches:
+        if state.leases.holds(member.worker, batch):  # not if the run has just ended early
+            state.leases.complete(member.worker, batch)
+    if state.health.refused(push) % FRESH_AFTER == 0 and member.vectors:
+        state.admit(member, afresh=True)
+    if reason == OUTLIER:
+        return
+    state.health.saw_not_finite(member.worker)
+    member.strikes += 1
+    if all(m.strikes >= DIVERGED_STRIKES for m in state.members.values() if m.takes_part):
+        state.diverge(f"the last {DIVERGED_STRIKES} pushes of every worker were not finite")

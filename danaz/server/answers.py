@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -22,93 +21,96 @@ from danaz.protocol.messages import (
     Request,
     Streamed,
 )
-from danaz.server.members import Member, Route
+from danaz.server.members import Member, MemberEvent, Route
+from danaz.server.state import ServerState
 from danaz.vectors.cutting import all_finite, announced
-
-if TYPE_CHECKING:
-    from danaz.server.core import ServerCore
 
 Replies = list[tuple[Route, Reply]]
 Streams = list[tuple[Route, Reply | Streamed]]
 
 
 class Answers:
-    """Answers that wait to be sent, each to the newest request of its worker."""
+    """The answers that wait to be sent, each to the newest request of its worker."""
 
-    def __init__(self, core: ServerCore):
-        self._core = core
+    def __init__(self, state: ServerState):
+        self._state = state
         self._waiting: Streams = []
 
     def take(self) -> Streams:
-        """All that wait, in order; views of several shards name the checkpoint that holds them, and all there are."""
+        """Hand out all answers that wait, in order.
+
+        With several shards, each view names shard 0's newest checkpoint and all checkpoints that this shard has.
+        """
         waiting, self._waiting = self._waiting, []
-        if self._core.settings.shards == 1:
+        if self._state.settings.shards == 1:
             return waiting
-        generation, kept = self._core.generation, self._core.kept
+        generation, kept = self._state.generation, self._state.kept
         return [(route, _dated(reply, generation, kept)) for route, reply in waiting]
 
     def refuse(self, route: Route, message: Request, reason: str, rejoin: bool = False, newest: int = 0) -> None:
-        """Count it, and say so; but a heartbeat awaits no answer."""
-        self._core.refuse(reason)
+        """Count a refused message and answer it with the reason; a heartbeat gets no answer."""
+        self._state.refuse(reason)
         if not isinstance(message, Heartbeat):
             self._waiting.append((route, Refusal(message.request, reason, rejoin, newest)))
 
-    def progress(self, route: Route, question: Inquire) -> None:
-        self._waiting.append((route, Progress(question.request, self._core.epoch)))
+    def send_progress(self, route: Route, question: Inquire) -> None:
+        self._waiting.append((route, Progress(question.request, self._state.epoch)))
 
-    def note(self, member: Member) -> None:
+    def confirm(self, member: Member) -> None:
         self._waiting.append((member.route, Noted(member.request)))
 
-    def fetched(self, member: Member) -> None:
-        self._waiting.append((member.route, Fetched(member.request, self._core.untrained)))
+    def send_untrained(self, member: Member) -> None:
+        self._waiting.append((member.route, Fetched(member.request, self._state.untrained)))
 
-    def push(self, member: Member, push: Push, *, applied: bool = False, refused: str = "") -> None:
-        """With the next view, or without where that was fetched already."""
+    def answer_push(self, member: Member, push: Push, *, applied: bool = False, refused: str = "") -> None:
+        """Answer a push, with the next view if the worker asks for one."""
         if push.wants_view:
-            self.view(member, applied=applied, refused=refused)
+            self.send_view(member, applied=applied, refused=refused)
             return
-        self._core.master.settle()  # no view is asked for, and the transport uses the push's memory again
+        self._state.master.settle()  # no view finishes the update, and the transport reuses the memory of the push
         self._waiting.append((member.route, self._parameters(member, applied, refused, size=0)))
 
-    def view(self, member: Member, *, applied: bool = False, refused: str = "", ahead: bool = False) -> None:
-        """Send the newest view; the worker computes on it from now on, or from its next push on."""
-        core, codec, size = self._core, self._core.master.view_codec, self._core.job.layout.size
-        view = core.master.view(member, bool(core.settings.gap_every) or core.master.rule.needs_view, ahead)
-        core.figures.view_bytes += codec.encoded_bytes(core.whole.layout.size)
-        member.awaiting = ""
-        member.sees(core.master.version, ahead)
+    def send_view(self, member: Member, *, applied: bool = False, refused: str = "", ahead: bool = False) -> None:
+        """Send the newest view. The worker computes on it from now on; with ``ahead``, after its next push."""
+        state, codec, size = self._state, self._state.master.view_codec, self._state.job.layout.size
+        view = state.master.view(member, bool(state.settings.gap_every) or state.master.rule.needs_view, ahead)
+        state.figures.view_bytes += codec.encoded_bytes(state.full_model.layout.size)
+        member.be_shown(state.master.version, ahead)
         self._waiting.append((member.route, Streamed(self._parameters(member, applied, refused, size), view, codec)))
 
     def _parameters(self, member: Member, applied: bool, refused: str, size: int) -> Parameters:
-        core = self._core
+        state = self._state
         return Parameters(
             request=member.request,
-            version=core.master.version,
+            version=state.master.version,
             applied=applied,
             refused=refused,
-            leases=core.leases.top_up(member.worker, member.ahead),
-            done=core.leases.done,
-            epoch=core.leases.epoch,
+            leases=state.leases.top_up(member.worker, member.ahead),
+            done=state.leases.done,
+            epoch=state.leases.epoch,
             lag=member.lag,
             gap=member.gap,
             view=announced(size),
             last_applied=member.applied_request,
-            life=core.life,
-            squares=_to_send(member.squares) if core.settings.shard else (),
+            life=state.life,
+            squares=_to_send(member.squares) if state.settings.shard else (),
         )
 
-    def final(self, members: Sequence[Member]) -> None:
+    def send_final(self, members: Sequence[Member]) -> None:
         """Send the trained model to workers that have left."""
-        core = self._core
+        state = self._state
+        if members:
+            state.settle()
         for member in members:
-            member.awaiting, core.final = "", core.leases.done
-            params, buffers = core.master.params.clone(), core.mean_buffers()
-            final = Final(member.request, core.master.version, bool(core.diverged), params, buffers)
+            member.on(MemberEvent.END)
+            state.final = state.leases.done
+            params, buffers = state.master.params.clone(), state.buffers.mean
+            final = Final(member.request, state.master.version, bool(state.diverged), params, buffers)
             self._waiting.append((member.route, final))
 
 
 def _to_send(squares: Tensor | None) -> tuple[float, ...]:
-    """A model that has diverged has none."""
+    """``squares`` as they travel; none if the model has diverged."""
     return () if squares is None or not all_finite(squares) else tuple(squares.tolist())
 
 
@@ -118,6 +120,6 @@ def _dated(reply: Reply | Streamed, generation: int, kept: tuple[int, ...]) -> R
     return replace(reply, generation=generation, kept=kept) if isinstance(reply, Parameters) else reply
 
 
-def whole(replies: Streams) -> Replies:
+def materialize(replies: Streams) -> Replies:
     """The same replies with each view in one piece."""
-    return [(route, reply.whole() if isinstance(reply, Streamed) else reply) for route, reply in replies]
+    return [(route, reply.materialize() if isinstance(reply, Streamed) else reply) for route, reply in replies]

@@ -1,4 +1,4 @@
-"""The server's accounts: one record for each update, running totals, and the judgement that a run diverged."""
+"""What the server counts: one record for each update, the totals of a run, and whether the run has diverged."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ class Update:
     """One applied update: a line of updates.jsonl."""
 
     version: int
-    worker: int  # in a round, the one that completed it
+    worker: int  # in a round, the last one of it
     lag: int
     lr: tuple[float, ...]  # one a parameter group
-    gap: float | None  # with several shards, that of the worker's update before, which is known only now
+    gap: float | None  # with several shards, that of the worker's previous update, which is known only now
     gap_of: Literal["parameters", "lookahead"]
     loss: float | None
     batch: int
-    round: tuple[tuple[int, int], ...] | None = None  # (worker, batch) of all that took part
+    round: tuple[tuple[int, int], ...] | None = None  # (worker, batch) of each worker that took part
     samples: int = 0
-    earlier: tuple[int, ...] = ()  # batches of local steps that the push told of
-    incarnation: int = 0  # of the worker, and the number of its push: what was applied is known after a restart
+    earlier: tuple[int, ...] = ()  # batches of the local steps before the push
+    incarnation: int = 0  # of the worker; with request, it identifies the push after a restart
     request: int = 0
     life: int = 0  # of the server
 
 
 @dataclass
-class Figures:
+class RunTotals:
     """Totals of a run so far, for summary.json."""
 
     updates: int = 0
@@ -43,15 +43,15 @@ class Figures:
     view_bytes: int = 0
     gaps: float = 0.0
     gaps_measured: int = 0
-    first_losses: dict[int, float] = field(default_factory=dict)  # worker -> its first, whatever process it was
+    first_losses: dict[int, float] = field(default_factory=dict)  # worker -> its first, from whichever process
     last_losses: dict[int, float] = field(default_factory=dict)  # worker -> its latest
     refusals: Counter[str] = field(default_factory=Counter)
     reported: dict[str, float | str | None] = field(default_factory=dict)
     started_at: float | None = None
     updated_at: float | None = None
     restarts: int = 0  # of the server
-    lost_updates: int = 0  # that a restart took back
-    skipped_batches: int = 0  # that made no step, because a script or its GradScaler said so
+    lost_updates: int = 0  # applied, and then lost in a restart
+    skipped_batches: int = 0  # batches without a step, because the script or its GradScaler skipped it
 
     def count(self, update: Update, now: float) -> None:
         self.updates += 1
@@ -63,20 +63,21 @@ class Figures:
             self.gaps_measured += 1
 
     def hear_loss(self, worker: int, loss: float) -> None:
-        """Take note of the loss of one worker's push that was applied."""
+        """Remember the loss that came with an applied push of ``worker``."""
         self.first_losses.setdefault(worker, loss)
         self.last_losses[worker] = loss
 
     def report(self, figures: dict[str, float | str | None]) -> None:
-        """Take over what a script reports, beside the server's own figures; JSON has no NaN and no infinity."""
+        """Take over what a script reports. JSON has no NaN and no infinity: both become None."""
         for name, value in figures.items():
             self.reported[name] = None if isinstance(value, float) and not isfinite(value) else value
 
     def divergence(self, workers: Iterable[int]) -> str:
-        """Why the losses of these workers, those that take part, mean that training has diverged, or nothing.
+        """Why the losses of these workers, those that take part, mean divergence; empty if they do not.
 
-        The median of their latest is compared with the median of their first: no worker alone can end a run of
-        several. Of an even number, the two in the middle must both say so. A first loss of zero is no measure.
+        The median of their latest losses is compared with the median of their first: no worker alone can end a run of
+        several. With an even number of workers, both losses in the middle must say so. A worker whose first loss is
+        zero does not count.
         """
         measures = [worker for worker in workers if self.first_losses.get(worker)]
         if not measures:
@@ -89,18 +90,18 @@ class Figures:
 
     @property
     def seconds(self) -> float:
-        """From the start to the last update; the time without a server does not count."""
+        """Seconds from the start to the last update, without the time in which no server ran."""
         return (self.updated_at or 0.0) - (self.started_at or 0.0)
 
     def facts(self) -> dict[str, Any]:
-        """Everything as JSON has it. Clocks do not outlive a process, durations do."""
+        """All totals as JSON has them. A time on the clock means nothing to another process, so a duration is kept."""
         losses = {name: list(getattr(self, name).items()) for name in ("first_losses", "last_losses")}
         values = {**vars(self), **losses, "seconds": self.seconds}
         return {name: value for name, value in values.items() if name not in ("started_at", "updated_at")}
 
     @classmethod
-    def restored(cls, facts: Mapping[str, Any], now: float) -> Figures:
-        """The inverse of facts."""
+    def restored(cls, facts: Mapping[str, Any], now: float) -> RunTotals:
+        """Totals with the values that ``facts`` returned."""
         values = dict(facts)
         started_at = now - values.pop("seconds")
         last, refusals = dict(values.pop("last_losses")), Counter(values.pop("refusals"))
@@ -132,5 +133,5 @@ class Figures:
 
 
 def mean(losses: Collection[float]) -> float | None:
-    """Their mean, which is finite if they are; None if there are none."""
+    """The mean of ``losses``, which is finite if they are; None if there are none."""
     return sum(loss / len(losses) for loss in losses) if losses else None

@@ -1,7 +1,7 @@
-"""Which workers are sick: their pushes are not finite, or far outside the cluster's size.
+"""Which workers are sick: their pushes are not finite, or far larger than those of the cluster.
 
-A worker's size is compared with what the others pushed lately, so one worker alone is never an outlier; what diverges
-as a whole is the affair of Figures.
+The size of a push is compared with what the other workers pushed lately, so a worker alone is never an outlier. Whether
+the whole run diverges is for RunTotals to judge.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from torch import Tensor
 from danaz.protocol.messages import Push
 from danaz.rules import Rule
 
-OUTLIER_RATIO = 100.0  # between a step and the others' median step: no honest batch differs by so much
-RECENT_PUSHES = 256  # of the cluster, refused ones included, that sizes are judged by: what is older is forgotten
-RECENT_OF_EACH = 32  # of these, the last of each worker: who pushes more often has no larger say
+OUTLIER_RATIO = 100.0  # between a step and the others' median step: no honest batch differs that much
+RECENT_PUSHES = 256  # of the cluster, refused ones included, are what a size is compared with; older ones are forgotten
+RECENT_OF_EACH = 32  # of these, the newest of each worker count: one that pushes more often has no larger say
 ENOUGH_PUSHES = 20  # of the others, before anyone is judged
-HOPELESS_PUSHES = 32  # of one worker, refused in a row: someone should look at it
+HOPELESS_PUSHES = 32  # of one worker, refused in a row: a person should look at it
 
 
 @dataclass
 class Ailments:
-    """What was wrong with one worker's pushes, and what the run lost by it."""
+    """What was wrong with the pushes of one worker, and what the run lost by it."""
 
-    not_finite: int = 0  # pushes; those whose update would not be finite included
+    not_finite: int = 0  # pushes, including those whose update would not be finite
     outliers: int = 0
     refused_pushes: int = 0  # of these
-    dropped_batches: int = 0  # of refused pushes: they count as used, and are in no update
+    dropped_batches: int = 0  # batches of refused pushes: they count as used, and are in no update
     dropped_samples: int = 0
 
 
-class Health:
-    """Counts what sick workers push. ``on_notice`` hears of each worker and each ailment once."""
+class PushHealth:
+    """Counts the sick pushes of each worker. ``on_notice`` hears once of each worker and ailment."""
 
     def __init__(self, on_notice: Callable[[str], None]):
         self._on_notice = on_notice
@@ -55,24 +55,36 @@ class Health:
         if ailments.not_finite == 1:
             self._on_notice(f"worker {worker} is sick: a push is not finite. Such pushes are refused, the run goes on")
 
-    def is_outlier(self, worker: int, size: float, refused: bool) -> bool:
-        """Whether a push of this size is far outside those of the other workers; counts it if so."""
-        usual = self._usual_beside(worker)
+    def judge(self, worker: int, size: float, refused: bool) -> bool:
+        """Remember the size of a push, and count the push if it is an outlier; returns whether it is.
+
+        ``refused`` says what becomes of outliers.
+        """
+        ratio = self._outlier_ratio(worker, size)
         self._sizes.append((worker, size))
+        if ratio is not None:
+            self._count_outlier(worker, ratio, refused)
+        return ratio is not None
+
+    def _outlier_ratio(self, worker: int, size: float) -> float | None:
+        """How many times the usual size of the others' pushes ``size`` is; None if it is no outlier."""
+        usual = self._usual_beside(worker)
         if usual is None or size <= OUTLIER_RATIO * usual:
-            return False
+            return None
+        return size / usual if usual else inf
+
+    def _count_outlier(self, worker: int, ratio: float, refused: bool) -> None:
         ailments = self._of(worker)
         ailments.outliers += 1
         if ailments.outliers == 1:
             fate = "refused" if refused else "applied (--refuse-outliers refuses them)"
             self._on_notice(
-                f"worker {worker} may be sick: a push is {size / usual if usual else float('inf'):.3g} times the size "
+                f"worker {worker} may be sick: a push is {ratio:.3g} times the size "
                 f"of the others'. Such pushes are {fate}, the run goes on"
             )
-        return True
 
     def _usual_beside(self, worker: int) -> float | None:
-        """The median size of the others' recent pushes; None while these are too few to judge by."""
+        """The median size of the other workers' recent pushes; None while there are too few to judge by."""
         of_each: dict[int, list[float]] = {}
         for other, size in self._sizes:
             if other != worker:
@@ -81,12 +93,12 @@ class Health:
         return median_low(others) if len(others) >= ENOUGH_PUSHES else None
 
     def forget(self, worker: int) -> None:
-        """A worker is gone: nobody is judged by what it pushed."""
+        """A worker is gone: compare nobody with what it pushed."""
         self._sizes = deque((entry for entry in self._sizes if entry[0] != worker), maxlen=RECENT_PUSHES)
         del self._in_a_row[worker]
 
     def refused(self, push: Push) -> int:
-        """Count what the run loses by a push that is refused as sick; returns how many were in a row."""
+        """Count what the run loses by a push that is refused as sick; returns how many were refused in a row."""
         worker, ailments = push.worker, self._of(push.worker)
         ailments.refused_pushes += 1
         ailments.dropped_batches += len(push.batches)
@@ -100,20 +112,20 @@ class Health:
         return self._in_a_row[worker]
 
     def applied(self, worker: int) -> None:
-        """A worker's push was applied: it is not refused in a row any more."""
+        """A push of ``worker`` was applied: count its refused pushes in a row from zero again."""
         del self._in_a_row[worker]
 
     def summary(self) -> dict[str, dict[str, int]]:
-        """Worker -> what it pushed and how often, and what the run lost by it."""
+        """The ailments of each worker that had one, by its number as a text."""
         return {str(worker): asdict(ailments) for worker, ailments in sorted(self._ailments.items())}
 
     def restore(self, summary: Mapping[str, Mapping[str, Any]]) -> None:
-        """Take over the counts of a summary; who is named in it was announced already."""
+        """Take over the counts of a summary. The workers in it were announced before."""
         self._ailments = {int(worker): Ailments(**counts) for worker, counts in summary.items()}
 
 
 def measured(push: Push) -> Push:
-    """``push`` with the sum of its squares, in one pass instead of one for each who asks."""
+    """``push`` with the sum of its squares, which is computed once here for all that need it."""
     if push.square is not None:
         return push
     return replace(push, square=torch.dot(push.push, push.push).item())
@@ -127,7 +139,7 @@ def norm_of(push: Push) -> float:
 
 
 def size_of(push: Push, rule: Rule, params: Tensor) -> float:
-    """‖push‖₂ as that of a gradient: a displacement without its rate, parameters by how far they are from ours."""
+    """‖push‖₂ on the scale of a gradient: of a displacement over its rate, or of pushed parameters minus ours."""
     moved = rule.pushes == "parameters"
     norm = torch.linalg.vector_norm(push.push - params).item() if moved else norm_of(push)
     lr = 1.0 if rule.pushes == "gradient" else max(push.lr)

@@ -37,20 +37,20 @@ class Leases:
         self._next += 1
         return self._next - 1
 
-    def has_news(self, worker: int, ahead: int) -> bool:
-        """Whether a worker that asks for batches is to be answered now."""
-        return self.done or bool(self.top_up(worker, ahead))
+    def has_news(self, worker: int) -> bool:
+        """Whether a worker that asks for batches can be answered now: it has one, can get one, or none will come."""
+        return self.done or bool(self._held.get(worker)) or bool(self._returned) or self._next < self.plan.batches
 
     def holds(self, worker: int, batch: int) -> bool:
         return batch in self._held.get(worker, ())
 
     def complete(self, worker: int, batch: int) -> None:
-        """``worker``, which must hold it, has computed ``batch``."""
+        """Count ``batch`` as completed by ``worker``, which must hold it."""
         self._held[worker].remove(batch)
         self.completed += 1
 
     def account(self, batch: int) -> None:
-        """``batch`` is completed, by a worker whose lease was forgotten in a restart."""
+        """Count ``batch`` as completed, by a worker whose lease was forgotten in a restart."""
         while self._next <= batch:
             heapq.heappush(self._returned, self._next)
             self._next += 1
@@ -59,7 +59,7 @@ class Leases:
         self.completed += 1
 
     def put_back(self, worker: int, batch: int) -> None:
-        """``batch`` has to be computed again, by whoever comes first."""
+        """Take ``batch`` back from ``worker``: the next worker that asks computes it again."""
         self._held[worker].remove(batch)
         heapq.heappush(self._returned, batch)
 
@@ -69,23 +69,23 @@ class Leases:
             heapq.heappush(self._returned, batch)
 
     def close(self) -> None:
-        """End the run early: nothing more is leased, and what is held is no longer waited for."""
+        """End the run early: lease nothing more, and do not wait for batches that workers hold."""
         self.stop()
         self._held.clear()
 
     def stop(self) -> None:
-        """Nothing more is leased; but the batches that workers compute now may still be completed."""
+        """Lease nothing more. Batches that workers compute now may still be completed."""
         self._closed = True
 
     def facts(self) -> dict[str, Any]:
-        """What is completed and what is not; who holds what does not outlive a server."""
+        """Which batches are completed and which are not. Which worker holds which is forgotten in a restart."""
         held = (batch for batches in self._held.values() for batch in batches)
         left = sorted([*self._returned, *held])
         return {"completed": self.completed, "next": self._next, "returned": left, "closed": self._closed}
 
     @classmethod
     def restored(cls, plan: Plan, facts: Mapping[str, Any]) -> Leases:
-        """The inverse of facts."""
+        """Leases with the state that ``facts`` returned."""
         leases = cls(plan)
         leases.completed, leases._next = facts["completed"], facts["next"]
         leases._returned, leases._closed = list(facts["returned"]), facts["closed"]
@@ -102,12 +102,12 @@ class Leases:
 
 
 class LeasedElsewhere(Leases):
-    """Of a shard that leases nothing: shard 0 vouches for every batch, and workers say when none are left."""
+    """The leases of a shard other than 0: shard 0 leases every batch, and workers say when none are left."""
 
     def top_up(self, worker: int, ahead: int) -> tuple[int, ...]:
         return ()
 
-    def has_news(self, worker: int, ahead: int) -> bool:
+    def has_news(self, worker: int) -> bool:
         return True
 
     def holds(self, worker: int, batch: int) -> bool:
@@ -117,7 +117,7 @@ class LeasedElsewhere(Leases):
         self.completed += 1
 
     def put_back(self, worker: int, batch: int) -> None:
-        """Shard 0 does."""
+        """Do nothing: shard 0 does it."""
 
     @property
     def done(self) -> bool:

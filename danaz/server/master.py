@@ -17,25 +17,36 @@ from danaz.vectors.cutting import all_finite
 from danaz.vectors.flat import Layout, Spans, chunks, present
 from danaz.vectors.gap import Layers
 
-# While the norms of all vectors, of a push and its rates are below these, no rule can come to more than float32 holds.
+# While the norms of all vectors and of a push, and its rates, are below these, no rule can leave the range of float32.
 TAME = 1e9
 TAME_LR = 1e3
-LARGEST = 2.0**120  # that an element may become: sums of a few of these, as in a view, still are finite
+LARGEST = 2.0**120  # that an element may become: the sum of a few of these, as in a view, is still finite
+
+
+class UnsettledError(RuntimeError):
+    """The parameters were read while an update was only partly applied."""
+
+    def __init__(self, version: int):
+        super().__init__(
+            f"update {version} is only partly applied: take the next view to its end, or call settle(), "
+            "before you read the parameters"
+        )
 
 
 class Master:
-    """All vectors of a server and its version. Knows nothing of messages, batches or time.
+    """All vectors of a server, and their version. Knows nothing of messages, batches or time.
 
-    An update is applied slice by slice as its result is asked for, so that the first slices of the next view are
-    on their way while the last ones are worked out. Whoever asks for ``params`` gets them with every update applied;
-    ask for them before looking at ``shared`` or at a member's vectors. So all of it belongs to one thread.
+    An update is applied slice by slice while the next view is taken, so that the first slices of the view leave while
+    the last ones are computed. ``settle`` applies what is left of it. All methods that change vectors settle first;
+    ``params`` and everything else that only reads raise UnsettledError until the update is complete. So only the thread
+    that changes the master ever drives an update. Settle also before you look at ``shared`` or at a member's vectors.
 
-    No update leaves anything that is not finite. The norms of all vectors are known, summed while each slice is in
-    cache if need be; an update that begins with large ones is made at once, on trial, and taken back to the bit if its
-    result is not finite.
+    No update leaves anything that is not finite. The master keeps a bound on the norms of all vectors, from squares
+    that it sums while each slice is in cache. An update that begins with large norms is applied at once, on trial; if
+    its result is not finite, the vectors are restored to the bit.
 
-    ``ahead`` gives γ Σⱼ ηⱼvⱼ f32[P] where the velocities live on workers but are at hand (the simulator): then the
-    gap of DANA is measured in θ, as everyone else's.
+    ``ahead`` returns γ Σⱼ ηⱼvⱼ f32[P] where workers hold the velocities but the caller has them at hand (the
+    simulator). Then the gap of DANA is measured in θ, as it is for all other algorithms.
     """
 
     def __init__(
@@ -48,11 +59,11 @@ class Master:
     ):
         self.rule = rule
         self.layout = layout
-        self._params = params.clone()  # f32[P], up to _applied of version, behind that of the version before
+        self._params = params.clone()  # f32[P]: [:_applied] is of this version, the rest of the version before
         self._applied = layout.size
-        self._applying: Iterator[int] = iter(())  # applies a slice, and says where it ends
+        self._applying: Iterator[int] = iter(())  # each step applies one slice and yields where that ends
         self._squares: list[Tensor] = []  # ‖·‖² of each slice of the last update, f32[] each
-        self._norm: float | None = None  # the largest that a vector had; None: to be measured anew
+        self._norm: float | None = None  # at least the largest ‖·‖₂ of a vector; None: it must be measured anew
         self.ahead = ahead
         self.view_codec = view_codec
         self.version = 0
@@ -64,12 +75,22 @@ class Master:
 
     @property
     def params(self) -> Tensor:
-        """The parameters, f32[P]."""
-        self._apply_up_to(self.layout.size)
+        """The parameters, f32[P]. Raises UnsettledError."""
+        if self._applied < self.layout.size:
+            raise UnsettledError(self.version)
         return self._params
+
+    def settle(self) -> None:
+        """Apply all that is left of the last update. After that, its push is needed no longer."""
+        self._apply_up_to(self.layout.size)
+        if self._norm is not None and self._squares:
+            square = torch.stack(self._squares).sum().item()
+            self._norm = max(self._norm, sqrt(square) if isfinite(square) else inf)
+        self._squares.clear()
 
     def enter(self, member: Member) -> None:
         """Give a new member its vectors."""
+        self.settle()
         member.vectors = self._zeros(self.rule.worker_state)
         self.rule.enter(member.vectors, self.params)
 
@@ -79,12 +100,11 @@ class Master:
     def apply(
         self, push: Tensor, norm: float, lr: tuple[float, ...], member: Member, lag: int, absent: Spans = ()
     ) -> bool:
-        """Apply one update at the rates ``lr`` (one a group), in place; or say that its result is not finite.
+        """Apply one update at the rates ``lr`` (one for each group), in place.
 
-        Parameters in ``absent`` spans make no step.
-
-        Then nothing has changed. ``push`` f32[P], whose ‖·‖₂ is ``norm``, may be overwritten, and must stay until the
-        parameters or the next view were asked for.
+        Returns False, and changes nothing, if the result would not be finite. Parameters in ``absent`` spans make no
+        step. ``push`` f32[P], whose ‖·‖₂ is ``norm``, may be overwritten. It must stay until the next view is taken, or
+        ``settle`` is called.
         """
         self.settle()
         max_lr, vectors = tuple(map(max, self.max_lr, lr)), self._vectors(member)
@@ -92,7 +112,7 @@ class Master:
         if self._is_tame(norm, lr):
             self._applying, self._applied = slices, 0
             if self.rule.push_moves_view:
-                self._norm = self._largest_norm + norm
+                self._norm = self._bound() + norm
         elif not self._try(slices, [vectors]):
             return False
         self.version, self.lr, self.max_lr = self.version + 1, lr, max_lr
@@ -103,17 +123,13 @@ class Master:
             for start, stop in present(begin, end, absent):
                 own, shared = cut(vectors, start, stop), cut(self.shared, start, stop)
                 self.rule.apply(self._params[start:stop], push[start:stop], own, shared, contexts[group])
-                if not self.rule.push_moves_view:  # else what it adds is known beforehand
+                if not self.rule.push_moves_view:  # else the norm of the push bounds what the update adds
                     self._measure(self._params[start:stop], own, shared)
             yield end
 
     def _apply_up_to(self, stop: int) -> None:
         while self._applied < stop:
             self._applied = next(self._applying)
-
-    def settle(self) -> None:
-        """Finish the last update: its push is needed no longer."""
-        self._apply_up_to(self.layout.size)
 
     def apply_round(
         self,
@@ -163,23 +179,18 @@ class Master:
 
     def _is_tame(self, norm: float, lr: tuple[float, ...]) -> bool:
         """Whether an update by a push of this norm, at these rates, is sure to be finite."""
-        return self._largest_norm <= TAME and norm <= TAME and max(lr) <= TAME_LR
+        return self._bound() <= TAME and norm <= TAME and max(lr) <= TAME_LR
 
-    @property
-    def _largest_norm(self) -> float:
-        """At least the ‖·‖₂ of any vector that takes part, those of the last update included."""
+    def _bound(self) -> float:
+        """At least the ‖·‖₂ of each vector that takes part; measured anew if it is not known."""
         if self._norm is None:
             members = (vector for member in self._taking_part for vector in member.vectors.values())
             norms = [torch.linalg.vector_norm(each).item() for each in (self.params, *self.shared.values(), *members)]
             self._norm = max(norms) if all(map(isfinite, norms)) else inf
-        elif self._squares:
-            square = torch.stack(self._squares).sum().item()
-            self._norm = max(self._norm, sqrt(square) if isfinite(square) else inf)
-        self._squares.clear()
         return self._norm
 
     def _try(self, slices: Iterator[int], vectors: Sequence[dict[str, Tensor]]) -> bool:
-        """Make an update at once; if its result is not finite, or close to that, take it back and say so."""
+        """Make an update at once. If its result is not finite, or nearly so, restore the vectors and return False."""
         owns = (vector for own in vectors for name, vector in own.items() if name != "view")
         written = [self._params, *self.shared.values(), *owns]
         before = [vector.clone() for vector in written]
@@ -193,12 +204,20 @@ class Master:
 
     @property
     def is_finite(self) -> bool:
-        """Whether the parameters are. A user's own rule may leave some that are not, or those that it began with."""
-        self.settle()
-        return isfinite(self._largest_norm) or all_finite(self.params)
+        """Whether all parameters are. A user's own rule, or the first parameters, may make some that are not.
+
+        Raises UnsettledError.
+        """
+        params = self.params
+        is_bounded = self._norm is not None and not self._squares and isfinite(self._norm)
+        return is_bounded or all_finite(params)
 
     def add(self, given: Tensor) -> bool:
-        """Add what a worker gives back, f32[P], which is no update; or say that the sum is not finite, nor made."""
+        """Add what a worker gives back, f32[P]; this is no update.
+
+        Returns False, and adds nothing, if the sum is not finite or close to that.
+        """
+        self.settle()
         total = self.params + given
         if not is_within(total, LARGEST):
             return False
@@ -207,13 +226,14 @@ class Master:
 
     def replace(self, params: Tensor) -> None:
         """Go on from other parameters f32[P]."""
+        self.settle()
         self.params.copy_(params)
         self._norm = None
 
     def view(self, member: Member, keep: bool, ahead: bool = False) -> Iterator[Tensor]:
-        """The parameters ``member`` is to compute on next, slice by slice: f32[n] each, as flat.chunks cuts f32[P].
+        """The parameters that ``member`` computes on next, slice by slice: f32[n] each, as flat.chunks cuts f32[P].
 
-        A slice counts until the next one is asked for. With ``keep``, the view becomes ``member.view``, or
+        A slice is valid until the next one is taken. With ``keep``, the view becomes ``member.view``, or
         ``member.ahead_view`` if it is sent ``ahead`` of its time. Raises
         RuntimeError if another update came in between: a view is of one version.
         """
@@ -243,17 +263,17 @@ class Master:
                 self.rule.view(out[at - start : end - start], self._params[at:end], own, shared, contexts[group])
                 at = end
             if self.view_codec is not FP32:
-                seen = out.cpu()  # by the worker
+                seen = out.cpu()  # by the worker, once it has decoded it
                 self.view_codec.decode(self.view_codec.encode(seen), seen)
                 out.copy_(seen)
             yield out
 
     def resum(self, members: Iterable[Member]) -> None:
-        """Sum the velocities of those who take part afresh."""
+        """Sum the velocities of the members that take part afresh."""
         self.settle()
         before, self._taking_part = self._taking_part, list(members)
         if list(map(id, before)) != list(map(id, self._taking_part)):
-            self._norm = None  # whoever comes, or comes back, brings vectors
+            self._norm = None  # a member that joins, or comes back, has vectors of its own
         taking_part = [(m, self._contexts(m, self.lr, lag=0)) for m in self._taking_part]
         for group, start, stop in self.layout.slices():
             workers = [(cut(m.vectors, start, stop), contexts[group]) for m, contexts in taking_part]
@@ -269,7 +289,7 @@ class Master:
         ]
 
     def _vectors(self, member: Member) -> dict[str, Tensor]:
-        """The member's vectors, with those that its rule asks for beside them."""
+        """The member's vectors, and the others that its rule asks for."""
         vectors = dict(member.vectors)
         if self.rule.needs_view:
             assert member.view is not None, "a rule that needs views sees every one that is sent"
@@ -292,7 +312,7 @@ class Master:
 
     @property
     def gap_of(self) -> Literal["parameters", "lookahead"]:
-        """What the gap is a difference of: θ, or Θ where only that is at hand."""
+        """Which vector the gap is measured in: θ, or Θ where only that is at hand."""
         return "lookahead" if self._on_lookahead and self.ahead is None else "parameters"
 
     @property
@@ -307,7 +327,7 @@ class Master:
 
 
 def is_within(tensor: Tensor, largest: float) -> bool:
-    """Whether no element is NaN, or larger than that in size."""
+    """Whether no element is NaN, or has an absolute value above ``largest``."""
     if tensor.numel() == 0:
         return True
     low, high = torch.aminmax(tensor)

@@ -1,37 +1,41 @@
-"""One of several shards, restarted: it says to what it can go back, and a worker that has heard all of them says where.
-
-What a shard offers does not change until it is told, and then it offers only that: whoever asks all shards comes to
-the same choice. Once an update has been made, every shard has been told, and this one goes on like any other.
-"""
+"""What serves workers in the place of a ServerCore: a shard that waits to roll back, and a run that is complete."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import inf
 
-from danaz.protocol.messages import GoBack, Heartbeat, Offer, Request
+from danaz.protocol.messages import GoBack, Heartbeat, Offer, Refusal, Request
+from danaz.protocol.refusals import COMPLETE
 from danaz.server.answers import Streams
 from danaz.server.core import ServerCore
 from danaz.server.members import Route
 
-LARGEST_NUMBER = 1 << 53  # of a checkpoint that is believed
+LARGEST_NUMBER = 1 << 53  # the number of a checkpoint must be below this to be believed
+QUIET_S = 20.0  # several heartbeats, and the longest wait before a worker connects again
 
 
-class Offering:
-    """In front of a ServerCore, which takes over when ``go_back(generation, newest, now)`` has brought it there."""
+class AwaitingRollback:
+    """One of several shards, restarted: it offers checkpoints, and a worker that has heard all shards chooses one.
+
+    The offer does not change until a worker chooses; then the shard offers that choice alone. So all workers that ask
+    all shards come to the same choice. ``go_back(generation, newest, now)`` restores the core, which takes over. As
+    soon as it has made an update, every shard has been told, and this one goes on like any other.
+    """
 
     def __init__(self, core: ServerCore, offer: Offer, go_back: Callable[[int, int, float], None]):
         self._core = core
         self._offer = offer
         self._go_back = go_back
-        self._version = 0  # that it went back to
+        self._version = 0  # the version that the core went back to
 
     @property
     def finished(self) -> bool:
         return self._offer.told and self._core.finished
 
     def go_back(self, generation: int, newest: int, now: float) -> None:
-        """Let the core take over."""
+        """Restore the core, which takes over from here."""
         self._go_back(generation, newest, now)
         self._offer = replace(self._offer, generations=(generation,), told=True)
         self._version = self._core.master.version if self._core.started else 0
@@ -60,7 +64,40 @@ class Offering:
         return self._core.started and self._core.master.version > self._version
 
     def _may_be_told(self, message: GoBack) -> bool:
-        """A choice that was made before this shard's newest checkpoint may have come late, out of an earlier life."""
+        """Whether to heed a choice: one from before this shard's newest checkpoint may come from an earlier life."""
         offer = self._offer
         is_new = offer.newest <= message.newest < LARGEST_NUMBER
         return not offer.told and is_new and message.generation in offer.generations
+
+
+class CompletedRun:
+    """A server after the end of its run: it refuses everything; a worker that has left takes that for its dismissal.
+
+    A server that is killed between its last write to the run folder and its end is started again like any other. Its
+    workers may not have heard the answer to their good-bye, and would ask for it until they give up.
+    """
+
+    def __init__(self, quiet_s: float = QUIET_S):
+        """It is finished when no worker has sent anything for ``quiet_s`` seconds."""
+        self.finished = False
+        self._quiet_s = quiet_s
+        self._heard_at = -inf
+
+    def stream(self, route: Route, message: Request, now: float) -> Streams:
+        self._heard_at = now
+        if isinstance(message, Heartbeat):
+            return []
+        return [(route, Refusal(message.request, COMPLETE, rejoin=False))]
+
+    def stream_tick(self, now: float) -> Streams:
+        if self._heard_at == -inf:
+            self._heard_at = now
+        self.finished = now - self._heard_at >= self._quiet_s
+        return []
+
+    def takes(self, message: Request) -> bool:
+        """Receive no vectors."""
+        return False
+
+    def refuse(self, reason: str) -> None:
+        """Count nothing any more."""

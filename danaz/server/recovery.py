@@ -1,28 +1,25 @@
-"""How a restarted server finds out where to go on: from its checkpoint, or from the newest view that a worker brings.
+"""How a restarted server finds where to go on: at its checkpoint, or at the newest view that a worker brings.
 
-Where a view is all that a rule's server holds, a worker's view of version n is the server's state at version n; the
-journal (updates.jsonl) says which pushes are in it. Only what nobody holds a view of is lost. Under the other rules
-the server goes back to its checkpoint.
+Under some rules the server holds nothing but what a view shows. Then a worker's view of version n is the server's state
+at version n, and the journal (updates.jsonl) says which pushes are in it: only updates that are in no worker's view are
+lost. Under all other rules the server goes back to its checkpoint.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from danaz.protocol.messages import Join
 from danaz.server.figures import Update
-from danaz.server.members import Member
+from danaz.server.members import Member, MemberState
+from danaz.server.state import ServerState
 from danaz.vectors.cutting import all_finite
-
-if TYPE_CHECKING:
-    from danaz.server.core import ServerCore
 
 
 class Recovery:
-    """From a restart until the workers that the server knew are back, or have had their time."""
+    """Lasts from a restart until all workers that the server knew are back, or their time is up."""
 
     def __init__(self, journal: Sequence[Update], size: int, until: float):
         """``journal`` holds the updates since the checkpoint, ``size`` is P."""
@@ -33,7 +30,7 @@ class Recovery:
         self._newest: tuple[int, Tensor] | None = None  # version and f32[P]
 
     def brought(self, join: Join) -> None:
-        """Look at what a worker brings. A view counts if the journal has its version, made in the same life."""
+        """Keep the newest view that workers bring. It counts if the journal has its version, made in the same life."""
         view = join.params
         if view is None or join.life != self._life_of.get(join.version):
             return
@@ -42,40 +39,41 @@ class Recovery:
             self._newest = (join.version, view)
 
     def over(self, members: Iterable[Member], now: float) -> bool:
-        return now >= self._until or not any(m.alive and m.awaiting == "join" for m in members)
+        """Whether all workers that the server knew are back, or their time is up."""
+        return now >= self._until or not any(m.state is MemberState.EXPECTED for m in members)
 
-    def conclude(self, core: ServerCore, now: float) -> None:
-        """Bring ``core`` to the version to go on from."""
-        if self._newest is not None and core.master.rule.view_is_state:
+    def conclude(self, state: ServerState, now: float) -> None:
+        """Bring ``state`` to the version to go on from."""
+        if self._newest is not None and state.master.rule.view_is_state:
             version, view = self._newest
             for update in self.journal:
                 if update.version <= version:
-                    account(core, update, now)
-            core.master.replace(view)
-        at = core.master.version
+                    account(state, update, now)
+            state.master.replace(view)
+        at = state.master.version
         lost = sum(update.version > at for update in self.journal)
-        core.figures.lost_updates += lost
+        state.figures.lost_updates += lost
         who, cost = "server", f", {lost} updates are lost"
-        if core.settings.shard:  # the journal is shard 0's
-            who, cost = f"shard {core.settings.shard}", ""
-        core.on_notice(f"{who} restarted: it goes on at version {at}{cost}")
+        if state.settings.shard:  # shard 0 keeps the journal, so only shard 0 knows what is lost
+            who, cost = f"shard {state.settings.shard}", ""
+        state.on_notice(f"{who} restarted: it goes on at version {at}{cost}")
 
 
-def account(core: ServerCore, update: Update, now: float) -> None:
-    """Do everything for an update but its arithmetic, which the view has in it."""
-    master, member = core.master, core.members.get(update.worker)
+def account(state: ServerState, update: Update, now: float) -> None:
+    """Do all the bookkeeping of an update. Its arithmetic is in the view already."""
+    master, member = state.master, state.members.get(update.worker)
     if member is None or member.incarnation < update.incarnation:
         # It joined after the checkpoint, and is not back yet.
-        member = Member(update.worker, update.incarnation, b"", 0, 1, {}, update.lr, now, alive=False)
-        core.members[update.worker] = member
+        member = Member(update.worker, update.incarnation, b"", 0, 1, {}, update.lr, now, MemberState.LOST)
+        state.members[update.worker] = member
     if member.incarnation == update.incarnation:
         member.lr, member.lag, member.gap = update.lr, update.lag, update.gap
         member.updates, member.applied_request = member.updates + 1, update.request
         member.request = max(member.request, update.request)
     for batch in (*update.earlier, update.batch):
-        core.leases.account(batch)
+        state.leases.account(batch)
     master.version, master.lr = update.version, update.lr
     master.max_lr = tuple(map(max, master.max_lr, update.lr))
-    core.figures.count(update, now)
+    state.figures.count(update, now)
     if update.loss is not None:
-        core.figures.hear_loss(update.worker, update.loss)
+        state.figures.hear_loss(update.worker, update.loss)

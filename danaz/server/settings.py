@@ -1,4 +1,4 @@
-"""What a server must know before anyone joins."""
+"""The settings of a server."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ class ServerSettings:
     """What the server must know before anyone joins."""
 
     algorithm: str
-    workers: int  # training starts when so many have joined
+    workers: int  # training starts when this number has joined
     digest: str = ""  # of the configuration that the workers must run too
     lr_correction: bool = True
-    weight_decay: tuple[float, ...] = ()  # of each parameter group, for rules that must tell it from the gradient
+    weight_decay: tuple[float, ...] = ()  # of each parameter group, for rules that must separate it from the gradient
     sync_period: int | None = None  # mini-batches between a worker's pushes; None: the rule's own default
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)  # the algorithm's own
     wire_view: str = "fp32"  # codec of the views
-    gap_every: int = 1  # measure the gap at every so many updates, 0 never
+    gap_every: int = 1  # updates between measurements of the gap; 0: never measure it
     worker_timeout_s: float = 60.0
-    recovery_s: float = 20.0  # a restarted server waits so long for the workers it knew
-    checkpoint_s: float = 30.0  # between checkpoints, 0 never
-    shard: int = 0  # this server's slice of the vector; shard 0 leads: it leases, journals and knows the version
+    recovery_s: float = 20.0  # a restarted server waits this long for the workers it knew
+    checkpoint_s: float = 30.0  # between checkpoints; 0: write none
+    shard: int = 0  # this server's slice; shard 0 leads: it leases batches, writes the journal and knows the version
     shards: int = 1
     memory_bytes: float = inf  # of the server's machine: a model that cannot fit is refused before it is received
-    refuse_outliers: bool = False  # refuse pushes far outside the cluster's size, instead of reporting them
+    refuse_outliers: bool = False  # refuse pushes far outside the cluster's size, instead of only reporting them
 
     def rule(self, momentum: float) -> Rule:
         """The rule of these settings. Raises UnknownAlgorithmError, UnsupportedPeriodError and HyperparameterError."""

@@ -1,30 +1,26 @@
-"""The whole server core as plain values and tensors: what a checkpoint holds."""
+"""The server's state as plain values and tensors: what a checkpoint holds."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import Tensor
 
 from danaz.protocol.messages import Plan
-from danaz.server.admission import Job
-from danaz.server.figures import Figures
+from danaz.server.figures import RunTotals
 from danaz.server.leases import LeasedElsewhere, Leases
-from danaz.server.master import Master
-from danaz.server.members import Member
-from danaz.server.whole import WholeModel
-from danaz.vectors.codecs import view_codec
+from danaz.server.members import Member, restored_state
+from danaz.server.state import Job, ServerState
+from danaz.server.whole import FullModel
 from danaz.vectors.flat import Layout
 
-if TYPE_CHECKING:
-    from danaz.server.core import ServerCore
-
-# Not of one server process: its clock and routes, and what a worker that joins anew is sent afresh.
-PASSING = {"vectors", "route", "heard_at", "awaiting", "pending", "refused", "squares"}
-PASSING |= {"sent_version", "view", "ahead_version", "ahead_view"}
-LASTING = [field.name for field in fields(Member) if field.name not in PASSING]
+# What a checkpoint holds of each member: not the clock and the routes of one server process, nor what a worker that
+# joins again is sent anew. The state is held as three facts.
+STATE_FACTS = ("alive", "left", "said_bye")
+OTHER_FACTS = ("updates", "applied_request", "lag", "gap", "strikes")
+LASTING = ("worker", "incarnation", "request", "ahead", "lr", *STATE_FACTS, *OTHER_FACTS)
 
 
 class ResumeError(ValueError):
@@ -33,10 +29,10 @@ class ResumeError(ValueError):
 
 @dataclass(frozen=True)
 class CoreState:
-    """A server core at one moment."""
+    """The state of a server at one moment."""
 
     facts: dict[str, Any]  # as JSON has them
-    tensors: dict[str, Tensor]  # f32[P] or f32[B] each, but for a sum f64[B]
+    tensors: dict[str, Tensor]  # f32[P] or f32[B] each, except for a sum f64[B]
 
     @property
     def version(self) -> int:
@@ -49,85 +45,91 @@ class CoreState:
         return Leases.restored(Plan(**self.facts["job"]["plan"]), self.facts["leases"]).done
 
 
-def take(core: ServerCore, reuse: CoreState | None = None) -> CoreState:
-    """Copy the state of a core that has started, into the memory of a state that nobody needs any more."""
-    master, job = core.master, core.job
-    members = sorted(core.members.values(), key=lambda member: member.worker)
+def take(state: ServerState, reuse: CoreState | None = None) -> CoreState:
+    """Copy the state of a server that has started, into the memory of ``reuse``, which nobody needs any more.
+
+    Raises UnsettledError.
+    """
+    master, job = state.master, state.job
+    members = sorted(state.members.values(), key=lambda member: member.worker)
     facts = {
-        "digest": core.settings.digest,
-        "algorithm": core.settings.algorithm,
-        "sync_period": core.settings.sync_period,
-        "shards": core.settings.shards,
-        "shard": core.settings.shard,
-        "generation": core.generation,
-        "whole": core.whole.layout.to_lists(),
+        "digest": state.settings.digest,
+        "algorithm": state.settings.algorithm,
+        "sync_period": state.settings.sync_period,
+        "shards": state.settings.shards,
+        "shard": state.settings.shard,
+        "generation": state.generation,
+        "whole": state.full_model.layout.to_lists(),
         "job": {"layout": job.layout.to_lists(), "plan": asdict(job.plan), "momentum": job.momentum},
         "master": {"version": master.version, "lr": list(master.lr), "max_lr": list(master.max_lr)},
         "members": [{name: getattr(member, name) for name in LASTING} for member in members],
-        "leases": core.leases.facts(),
-        "figures": core.figures.facts(),
-        "sick_workers": core.health.summary(),
-        "diverged": core.diverged,
-        "sound": list(core.sound),
-        "stopped": core.stopped,
-        "final": core.final,
-        "buffers": {"updates": core.buffers.updates},
-        "rest_version": core.whole.version,
+        "leases": state.leases.facts(),
+        "figures": state.figures.facts(),
+        "sick_workers": state.health.summary(),
+        "diverged": state.diverged,
+        "sound": list(state.sound),
+        "stopped": state.stopped,
+        "final": state.final,
+        "buffers": {"updates": state.buffers.updates},
+        "rest_version": state.full_model.version,
     }
     tensors = {"params": master.params}
-    tensors |= {"untrained": core.untrained} if core.untrained.numel() else {}
-    tensors |= {} if core.whole.rest is None else {"rest": core.whole.rest}
+    tensors |= {"untrained": state.untrained} if state.untrained.numel() else {}
+    tensors |= {} if state.full_model.rest is None else {"rest": state.full_model.rest}
     tensors |= {f"shared.{name}": vector for name, vector in master.shared.items()}
     tensors |= {f"member.{m.worker}.{name}": vector for m in members for name, vector in m.vectors.items()}
-    tensors |= {"buffers.total": core.buffers.total, "buffers.last": core.buffers.last}
+    tensors |= {"buffers.total": state.buffers.total, "buffers.last": state.buffers.last}
     memory = {} if reuse is None else reuse.tensors
     copies = {n: memory[n].copy_(t) if n in memory else t.clone() for n, t in tensors.items()}
     return CoreState(facts, copies)
 
 
-def fill(core: ServerCore, state: CoreState, now: float) -> None:
-    """Put a state into a core that is new. Raises ResumeError if that one has other settings."""
-    facts, tensors, settings = state.facts, state.tensors, core.settings
+def fill(state: ServerState, saved: CoreState, now: float) -> None:
+    """Put what was saved into a new state. Raises ResumeError if the two have different settings."""
+    facts, tensors, settings = saved.facts, saved.tensors, state.settings
     for name in ("algorithm", "sync_period", "shards", "shard"):
         if facts[name] != (asked := getattr(settings, name)):
             raise ResumeError(f"the checkpoint is of a run with {name} {facts[name]}, this server has {asked}")
-    if facts.get("digest", settings.digest) != settings.digest:  # there is none in one of an earlier version
+    if facts.get("digest", settings.digest) != settings.digest:  # a checkpoint of an earlier version has none
         raise ResumeError(
             "the checkpoint is of a run with another configuration than this server's "
             f"(digest {facts['digest'][:12] or 'none'}, here {settings.digest[:12] or 'none'}); resume it with the "
             "config.yaml that it began with"
         )
-    job = facts["job"]
-    layout, plan = Layout.from_lists(job["layout"]), Plan(**job["plan"])
-    rule, codec = settings.rule(job["momentum"]), view_codec(settings.wire_view)
-    core.start_from(
-        Job(layout, plan, job["momentum"]),
+    job, plan = facts["job"], Plan(**facts["job"]["plan"])
+    state.take_job(
+        Job(Layout.from_lists(job["layout"]), plan, job["momentum"]),
         (LeasedElsewhere if settings.shard else Leases).restored(plan, facts["leases"]),
-        master := Master(rule, layout, tensors["params"], core.ahead, codec),
-        WholeModel(Layout.from_lists(facts["whole"]), tensors.get("rest"), facts["rest_version"]),
+        FullModel(Layout.from_lists(facts["whole"]), tensors.get("rest"), facts["rest_version"]),
     )
+    master = state.take_params(tensors["params"])
     master.version = facts["master"]["version"]
     master.lr, master.max_lr = tuple(facts["master"]["lr"]), tuple(facts["master"]["max_lr"])
     for name in master.shared:
         master.shared[name].copy_(tensors[f"shared.{name}"])
     for values in facts["members"]:
-        kept = () if values["left"] else master.rule.worker_state
-        vectors = {name: tensors[f"member.{values['worker']}.{name}"].clone() for name in kept}
-        member = Member(**{**values, "lr": tuple(values["lr"])}, route=b"", vectors=vectors, heard_at=now)
-        member.awaiting = "join" if member.takes_part else ""
-        core.members[member.worker] = member
-    core.figures = Figures.restored(facts["figures"], now)
-    core.health.restore(facts["sick_workers"])
-    core.diverged, core.stopped = facts["diverged"], facts.get("stopped", "")
-    core.final, core.generation = facts["final"], facts["generation"]
-    core.untrained = tensors.get("untrained", core.untrained)
-    core.sound = tuple(facts.get("sound", ()))
-    _fill_buffers(core, facts, tensors)
+        member = _member(values, now)
+        kept = () if member.left else master.rule.worker_state
+        member.vectors = {name: tensors[f"member.{member.worker}.{name}"].clone() for name in kept}
+        state.members[member.worker] = member
+    state.figures = RunTotals.restored(facts["figures"], now)
+    state.health.restore(facts["sick_workers"])
+    state.diverged, state.stopped = facts["diverged"], facts.get("stopped", "")
+    state.final, state.generation = facts["final"], facts["generation"]
+    state.untrained = tensors.get("untrained", state.untrained)
+    state.sound = tuple(facts.get("sound", ()))
+    _fill_buffers(state, facts, tensors)
 
 
-def _fill_buffers(core: ServerCore, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Those of a checkpoint of an earlier version are of each worker that had left."""
-    buffers = core.buffers
+def _member(values: Mapping[str, Any], now: float) -> Member:
+    state = restored_state(*(values[name] for name in STATE_FACTS))
+    others = {name: value for name, value in values.items() if name not in STATE_FACTS}
+    return Member(**{**others, "lr": tuple(values["lr"])}, route=b"", vectors={}, heard_at=now, state=state)
+
+
+def _fill_buffers(state: ServerState, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """A checkpoint of an earlier version of danaz holds separate buffers for each worker that had left."""
+    buffers = state.buffers
     if "buffers" in facts:
         buffers.updates = facts["buffers"]["updates"]
         buffers.total, buffers.last = tensors["buffers.total"].clone(), tensors["buffers.last"].clone()

@@ -1,31 +1,28 @@
-"""From pushes that may be applied to one update: the master's next version, and what is noted of it."""
+"""Makes one update of pushes that may be applied: the next version of the master, and the record of it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from math import isfinite
-from typing import TYPE_CHECKING
 
 from danaz.protocol.messages import Push
 from danaz.server.figures import Update, mean
 from danaz.server.health import norm_of
 from danaz.server.members import Member
+from danaz.server.state import ServerState
 from danaz.vectors.flat import common_spans
 
-if TYPE_CHECKING:
-    from danaz.server.core import ServerCore
 
-
-def update_by(core: ServerCore, parts: Sequence[Push]) -> Update | None:
+def update_by(state: ServerState, parts: Sequence[Push]) -> Update | None:
     """Apply one update made of ``parts``, the push of one worker or those of a whole round, and complete its leases.
 
-    None, and nothing is changed, if its result would not be finite.
+    Returns None, and changes nothing, if the result would not be finite.
     """
-    master, last = core.master, parts[-1]
-    members = [core.members[p.worker] for p in parts]
+    master, last = state.master, parts[-1]
+    members = [state.members[p.worker] for p in parts]
     member = members[-1]
     lag = master.version - min(m.sent_version for m in members)
-    gap = _gap(core, member, last)
+    gap = _gap(state, member, last)
     samples = sum(p.samples for p in parts)
     norm = max(map(norm_of, parts))
     if master.rule.barrier:
@@ -38,10 +35,10 @@ def update_by(core: ServerCore, parts: Sequence[Push]) -> Update | None:
     for m, p in zip(members, parts, strict=True):
         m.lr, m.updates, m.applied_request, m.lag, m.gap = last.lr, m.updates + 1, p.request, lag, gap
         for batch in p.batches:
-            core.leases.complete(p.worker, batch)
+            state.leases.complete(p.worker, batch)
     losses = {p.worker: p.loss for p in parts if p.loss is not None}
     for worker, loss in losses.items():
-        core.figures.hear_loss(worker, loss)
+        state.figures.hear_loss(worker, loss)
     return Update(
         version=master.version,
         worker=last.worker,
@@ -56,22 +53,23 @@ def update_by(core: ServerCore, parts: Sequence[Push]) -> Update | None:
         earlier=last.earlier,
         incarnation=last.incarnation,
         request=last.request,
-        life=core.life,
+        life=state.life,
     )
 
 
-def _gap(core: ServerCore, member: Member, push: Push) -> float | None:
+def _gap(state: ServerState, member: Member, push: Push) -> float | None:
     """The gap of the view that ``push`` was computed on, if it is to be measured.
 
-    With several shards, the one of the worker's push before: of that one, ``push`` brings what the others saw.
+    With several shards, it is the gap of the worker's previous push: ``push`` brings what the other shards measured
+    for that one.
     """
-    settings, whole = core.settings, core.whole
-    # All shards must measure the same pushes: a worker's number is the same to all of them, a version is their own.
-    number = core.master.version if settings.shards == 1 else push.request
+    settings, full = state.settings, state.full_model
+    # All shards must measure the same pushes. They agree on a worker's request numbers, but not on versions.
+    number = state.master.version if settings.shards == 1 else push.request
     measured = settings.gap_every and number % settings.gap_every == 0 and member.view is not None
-    squares = core.master.squares(member.view) if measured and member.view is not None else None
+    squares = state.master.squares(member.view) if measured and member.view is not None else None
     if settings.shards > 1:
         before, member.squares = member.squares, squares
-        squares = whole.add_up(before, push.squares) if settings.shard == 0 else None
-    gap = None if squares is None else whole.layers.gap(squares)
+        squares = full.add_up(before, push.squares) if settings.shard == 0 else None
+    gap = None if squares is None else full.layers.gap(squares)
     return gap if gap is not None and isfinite(gap) else None

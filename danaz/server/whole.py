@@ -1,4 +1,4 @@
-"""The whole model of a run with several shards: what shard 0 must know of it, and the part that is a shard's own."""
+"""The full model of a run with several shards: what shard 0 must know of it, and which part a shard holds."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from danaz.vectors.flat import Layout, shard_spans
 from danaz.vectors.gap import Layers
 
 
-class WholeModel:
-    """The table of all parameters, and θ of the other shards as the last worker to leave brought it."""
+class FullModel:
+    """The layout of all parameters, and θ of the other shards, as the last worker to leave brought it."""
 
     def __init__(self, layout: Layout, rest: Tensor | None = None, version: int = -1):
         self.layout = layout
         self.layers = Layers(layout)
         self.rest = rest  # f32[P - slice of shard 0]
-        self.version = version  # of shard 0, with rest
+        self.version = version  # the version of shard 0 that goes with rest
 
     def hear(self, bye: Bye) -> None:
+        """Take over the rest of θ that a worker brings, if it is at least as new."""
         if bye.rest is not None and not is_announced(bye.rest) and all_finite(bye.rest) and bye.version >= self.version:
             self.rest, self.version = bye.rest, bye.version
 
     def params(self, own: Tensor) -> Tensor | None:
-        """θ f32[P], ``own`` f32[n] being its beginning; None if nobody brought the rest."""
+        """θ f32[P], which begins with ``own`` f32[n]; None if nobody has brought the rest."""
         missing = self.layout.size - own.numel()
         if not missing:
             return own
@@ -38,7 +39,7 @@ class WholeModel:
         return torch.cat([own, self.rest])
 
     def add_up(self, own: Tensor | None, others: Sequence[float]) -> Tensor | None:
-        """Squares of all layers, f64[layers], of those of shard 0 and what the others hold; None if one is missing."""
+        """The squares of all layers, f64[layers]: shard 0's plus those of the others; None if either is missing."""
         if own is None or not others:
             return None
         squares = torch.tensor(others, dtype=torch.float64)
@@ -47,9 +48,9 @@ class WholeModel:
 
 
 def own_part(join: Join, settings: ServerSettings) -> Join:
-    """``join`` with the layer table of this shard's slice. Its parameters are those of the slice already.
+    """``join`` with the layout of this shard's slice. Its parameters are those of the slice already.
 
-    A model that is too small for so many shards has an empty table, which no server takes.
+    If the model is too small for this number of shards, the layout is empty, and the server refuses the join.
     """
     if settings.shards == 1:
         return join

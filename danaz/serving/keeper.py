@@ -12,7 +12,7 @@ from danaz.protocol.messages import Leave, Offer, Push
 from danaz.run.folder import RunFolder
 from danaz.server.core import ServerCore
 from danaz.server.figures import Update
-from danaz.server.offering import Offering
+from danaz.server.offering import AwaitingRollback
 from danaz.server.settings import ServerSettings
 from danaz.server.snapshot import CoreState, ResumeError
 from danaz.serving.checkpoint import (
@@ -42,7 +42,7 @@ class Checkpoints:
         self._folder = folder_of(run, core.settings.shard)
         self._core = core
         self.number = newest_number(self._folder)  # the largest that any shard has used: it is never used again
-        self._core.kept = tuple(complete_numbers(self._folder))
+        self._core.state.kept = tuple(complete_numbers(self._folder))
         self._common: tuple[int, ...] = ()  # the newest checkpoints that all shards have, as workers have said
         self._figures: dict[str, int] = {}  # what restarts have cost, as the newest checkpoint says
         self._thread = Thread()
@@ -57,18 +57,20 @@ class Checkpoints:
         """Begin a run. Several shards would take an earlier run's checkpoints for their own, so these are deleted."""
         if self._core.settings.shards > 1:
             self.delete()
-            self.number, self._core.kept = 0, ()
+            self.number, self._core.state.kept = 0, ()
         return self._core
 
     # ---- going back ----------------------------------------------------------------------------------------------
 
-    def resume(self, restore: Restore) -> ServerCore | Offering:
+    def resume(self, restore: Restore) -> ServerCore | AwaitingRollback:
         """Go on from the newest checkpoint. One of several shards first waits until a worker names the checkpoint.
 
         Raises ResumeError.
         """
         if self._core.settings.shards > 1:
-            offering = Offering(self._core, offer := self._offer(), lambda *choice: self._go_back(restore, *choice))
+            offering = AwaitingRollback(
+                self._core, offer := self._offer(), lambda *choice: self._go_back(restore, *choice)
+            )
             if offer.done and self._core.settings.shard == 0:
                 # As the choice will be; but it may be that nobody is left to tell.
                 offering.go_back(max(offer.generations), offer.newest, time.monotonic())
@@ -85,7 +87,7 @@ class Checkpoints:
 
     def _begin_afresh(self, restore: Restore, now: float) -> None:
         log(f"no checkpoint in {self._folder}: training begins afresh")
-        self._core.kept = ()
+        self._core.state.kept = ()
         restore(None, now)
 
     def _offer(self) -> Offer:
@@ -103,7 +105,7 @@ class Checkpoints:
             figures = newest.facts["figures"]
             self._figures = {name: figures[name] for name in ("restarts", "lost_updates")}
         is_beginning = not numbers or any(state.version == 0 for state in sound.values())
-        self._core.kept = tuple(sound)
+        self._core.state.kept = tuple(sound)
         generations = (*[0] * is_beginning, *sound)
         return Offer(0, generations, self.number, done=newest is not None and newest.done)
 
@@ -119,13 +121,13 @@ class Checkpoints:
             raise ResumeError(str(error)) from error
         state.facts["figures"] |= self._figures
         restore(state, now)
-        self._core.kept = tuple(number for number in self._core.kept if number <= generation)
+        self._core.state.kept = tuple(number for number in self._core.state.kept if number <= generation)
 
     # ---- writing -------------------------------------------------------------------------------------------------
 
     def hear(self, common: tuple[int, ...]) -> None:
         """A worker names the checkpoints that all shards have. Only those that this shard has are believed."""
-        if common and max(common) > max(self._common, default=0) and {*common} <= {*self._core.kept}:
+        if common and max(common) > max(self._common, default=0) and {*common} <= {*self._core.state.kept}:
             self._common = common
 
     @property
@@ -136,17 +138,18 @@ class Checkpoints:
 
         Otherwise slow workers, which carry the news, or one shard with a full disk would make the others keep too many.
         """
-        pending = [number for number in self._core.kept if number > max(self._common, default=0)]
+        pending = [number for number in self._core.state.kept if number > max(self._common, default=0)]
         return 1 if self._core.settings.shards == 1 else 1 << max(0, len(pending) - KEPT)
 
     def write(self, number: int) -> None:
         """Begin to write the core's present state, after the checkpoint before it is written."""
         self.wait()
+        self._core.settle()
         if not self._core.master.is_finite:
             log("the parameters are not finite, and no checkpoint is written of them; the one before stays")
             return
-        self._core.generation = self.number = number
-        self._state = self._core.state(reuse=self._state)
+        self._core.state.generation = self.number = number
+        self._state = self._core.snapshot(reuse=self._state)
         self._thread = Thread(target=self._write, args=(number, self._state), name="danaz-checkpoint")
         self._thread.start()
 
@@ -158,7 +161,7 @@ class Checkpoints:
     def delete(self) -> None:
         """Delete all checkpoints: the run is complete. Those from before training diverged stay for people."""
         self.wait()
-        delete_checkpoints(self._folder, but=self._core.sound)
+        delete_checkpoints(self._folder, but=self._core.state.sound)
 
     def count_restart(self, restarts: int = 1, lost_updates: int = 0) -> None:
         """Tell the core what restarts have cost, also those after which no checkpoint was written."""
@@ -172,9 +175,9 @@ class Checkpoints:
             log(f"this restart could not be counted: {error}. Training goes on")
 
     def _write(self, number: int, state: CoreState) -> None:
-        kept = [*self._core.kept, number]
+        kept = [*self._core.state.kept, number]
         common = self._common if self._core.settings.shards > 1 else kept[-KEPT:]
-        keep = sorted({*worth_keeping(kept, common), *self._core.sound})
+        keep = sorted({*worth_keeping(kept, common), *self._core.state.sound})
         try:
             write_checkpoint(self._folder, number, state, keep)
         except OSError as error:
@@ -188,7 +191,7 @@ class Checkpoints:
             if self._in_trouble:
                 log(f"checkpoints can be written again: {number} is")
             self._in_trouble = False
-            self._core.kept = tuple(keep)
+            self._core.state.kept = tuple(keep)
 
 
 class Keeper:
@@ -218,7 +221,7 @@ class Keeper:
         """What serves a run that begins."""
         return self._checkpoints.begin()
 
-    def resume(self) -> ServerCore | Offering:
+    def resume(self) -> ServerCore | AwaitingRollback:
         """What serves a run that goes on, from a checkpoint if there is one. Raises ResumeError."""
         self._is_undecided = True
         self._checkpoints.count_restart()
@@ -233,6 +236,7 @@ class Keeper:
             return
         if self.core.started and self.core.recovery is None and not self.core.finished:
             self._milestone()
+        self.core.settle()
         self._folder.finish(self.core)
         if self.core.finished:
             self._checkpoints.delete()
@@ -297,7 +301,7 @@ class SliceKeeper:
         """What serves a run that begins."""
         return self._checkpoints.begin()
 
-    def resume(self) -> ServerCore | Offering:
+    def resume(self) -> ServerCore | AwaitingRollback:
         """What serves a run that goes on."""
         return self._checkpoints.resume(self._restore)
 
@@ -316,7 +320,7 @@ class SliceKeeper:
     def _hear(self, message: Push | Leave) -> None:
         if isinstance(message, Push):
             self._checkpoints.hear(message.common)
-        if self._keeps and self.core.generation < message.generation <= self._largest:
+        if self._keeps and self.core.state.generation < message.generation <= self._largest:
             self._checkpoints.write(message.generation)
 
     @property
@@ -326,7 +330,7 @@ class SliceKeeper:
 
     def _milestone(self) -> None:
         """Once a worker may have the end of this slice, nothing may change it."""
-        if self._keeps and self.core.final:
+        if self._keeps and self.core.state.final:
             self._checkpoints.write(self._checkpoints.number + 1)
             self._checkpoints.wait()
 

@@ -13,16 +13,15 @@ from torch import Tensor
 from danaz.protocol.messages import Fetched, Final, Push, Refusal, Request, Streamed
 from danaz.protocol.wire import Frame, Inbox, StrayChunkError, WireError, encode, messages_of, split
 from danaz.server.answers import Streams
-from danaz.server.concluded import Concluded
 from danaz.server.core import ServerCore
-from danaz.server.offering import Offering
+from danaz.server.offering import AwaitingRollback, CompletedRun
 from danaz.serving.recording import Recorder
 from danaz.serving.socket import ANSWERS_MESSAGES, BoundRouter
 
 TICK_S = 0.25
 MAX_FRAMES = 8  # that are kept of a message; none has so many
 ANSWERS_WAITING = 4  # that a connection may leave unread: ZeroMQ tells of what was read only half as many at a time
-Served = ServerCore | Offering | Concluded
+Served = ServerCore | AwaitingRollback | CompletedRun
 Peer = tuple[bytes, str]  # a connection, and the key it was made with
 
 

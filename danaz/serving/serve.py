@@ -76,7 +76,7 @@ def _settings_here(settings: Settings, shard: int = 0) -> ServerSettings:
 def _see_off(bound: BoundRouter, run: Path, stopping: Callable[[], bool]) -> bool:
     """If the run is complete, tell the workers that do not know it yet; returns whether it is."""
     from danaz.run.folder import read_summary
-    from danaz.server.concluded import Concluded
+    from danaz.server.offering import CompletedRun
     from danaz.serving.checkpoint import delete_checkpoints, folder_of
     from danaz.serving.keeper import log
     from danaz.serving.router import Router
@@ -87,7 +87,7 @@ def _see_off(bound: BoundRouter, run: Path, stopping: Callable[[], bool]) -> boo
     log(f"the run in {run} is complete; its workers are seen off")
     if not summary.get("diverged"):  # else those from before stay
         delete_checkpoints(folder_of(run))
-    Router(bound).serve(Concluded(), None, stopping)
+    Router(bound).serve(CompletedRun(), None, stopping)
     bound.close()
     return True
 

@@ -162,7 +162,6 @@ def reach(start: str, arrows: dict[str, set[str]]) -> set[str]:
 
 
 # Strict: the test fails as soon as the server's core is cut, and then this mark goes.
-@pytest.mark.xfail(reason="the server's core and its helpers still import each other", strict=True)
 def test_no_files_of_danaz_import_each_other_in_a_circle():
     none_of(circles(arrows_of_files(DANAZ)))
 

@@ -1,17 +1,17 @@
-"""The server of a run that is complete, started again: it refuses, and ends when nobody is left."""
+"""A server that is started again after its run is complete refuses everything, and ends when no worker is left."""
 
 from __future__ import annotations
 
 from stimuli import JOIN
 
 from danaz.protocol.messages import Bye, GoBack, Heartbeat, Refusal
-from danaz.server.concluded import Concluded
+from danaz.server.offering import CompletedRun
 
 BYE = Bye(worker=0, incarnation=1, request=9)
 
 
 def test_everything_is_refused_without_a_way_back() -> None:
-    core = Concluded()
+    core = CompletedRun()
     for message in (BYE, JOIN, GoBack(worker=0, incarnation=1, request=-1)):
         [(route, refusal)] = core.stream(b"route", message, 0.0)
         assert route == b"route"
@@ -20,7 +20,7 @@ def test_everything_is_refused_without_a_way_back() -> None:
 
 
 def test_it_ends_when_nobody_was_heard_of_for_a_while() -> None:
-    core = Concluded(quiet_s=10.0)
+    core = CompletedRun(quiet_s=10.0)
     core.stream_tick(100.0)
     core.stream_tick(109.0)
     assert not core.finished

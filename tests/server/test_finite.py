@@ -1,4 +1,4 @@
-"""Finite numbers that would ruin a run: no update leaves what is not finite, and no worker alone ends the run."""
+"""Finite numbers that could ruin a run: no update leaves a value that is not finite, no worker alone ends the run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from danaz.rules import ALGORITHMS
 from danaz.rules.asgd import Asgd
 from danaz.rules.base import Context, Vectors
 from danaz.server.core import ServerCore
-from danaz.server.figures import DIVERGED_LOSS_RATIO, Figures
+from danaz.server.figures import DIVERGED_LOSS_RATIO, RunTotals
 
 HUGE = 3e38
 SERVED = [name for name, each in ALGORITHMS.items() if each.rule().live]
@@ -25,7 +25,7 @@ SERVED = [name for name, each in ALGORITHMS.items() if each.rule().live]
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """On a machine with many processes, the threads of one that does little wait for each other."""
+    """One thread: on a busy machine, the threads of a small computation wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -46,7 +46,7 @@ def views(core: ServerCore) -> list[Tensor]:
     ("algorithm", "size"), [*((each, SIZE) for each in SERVED), ("dana", LONG), ("dana-zero", LONG), ("dana-ga", LONG)]
 )
 def test_pushes_near_the_end_of_float32_leave_everything_finite(algorithm, size, lr):
-    """Whatever is applied and whatever is refused, over and over, by one worker of two."""
+    """One worker of two pushes the same again and again, whether it is applied or refused."""
     cluster = Cluster(algorithm, 2, torch.ones(size))
     refused = []
     for turn in range(6):
@@ -76,7 +76,7 @@ def test_two_pushes_of_which_each_is_fine():
 
 @pytest.mark.parametrize("algorithm", ["asgd", "nag-asgd", "multi-asgd", "dana-zero", "dana-ga", "dc-asgd", "sa"])
 def test_what_is_refused_is_taken_back_to_the_bit(algorithm):
-    """Also when only the last slice overflows, after all others were written."""
+    """This holds also if only the last slice overflows, after all others were written."""
     generator = torch.Generator().manual_seed(5)
     cluster = Cluster(algorithm, 2, torch.randn(LONG, generator=generator))
     for turn in range(4):
@@ -95,7 +95,7 @@ def test_what_is_refused_is_taken_back_to_the_bit(algorithm):
 
 @pytest.mark.parametrize("algorithm", ["asgd", "dana", "dana-zero", "dana-ga"])
 def test_an_update_on_trial_is_the_same_to_the_bit(algorithm):
-    """A worker with large numbers changes how updates are made, and not what they come to."""
+    """A worker with large numbers changes how updates are made, but not their results."""
     ends = []
     for tame in (1e9, 0.0):
         generator = torch.Generator().manual_seed(6)
@@ -133,7 +133,7 @@ def test_what_is_given_back_leaves_the_parameters_finite():
 
 
 class Reckless(Asgd):
-    """Leaves NaN, whatever it is given."""
+    """A rule that leaves NaN, whatever it is given."""
 
     def apply(self, params: Tensor, push: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
         params.mul_(NAN)
@@ -154,7 +154,7 @@ def test_a_rule_of_ones_own_that_leaves_nan_ends_the_run():
 
 
 def judged(first: list[float], latest: list[float]) -> bool:
-    figures = Figures()
+    figures = RunTotals()
     for losses in (first, latest):
         for worker, loss in enumerate(losses):
             figures.hear_loss(worker, loss)

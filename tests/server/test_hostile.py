@@ -1,4 +1,4 @@
-"""Messages of a worker that means harm, through decoder, core and encoder: they are refused, and cost no memory."""
+"""A hostile worker's messages, through decoder, core and encoder: they are refused, and cost no memory."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ KINDS: list[Message] = [
 
 @pytest.mark.parametrize("message", KINDS, ids=lambda message: type(message).__name__)
 def test_no_value_of_any_field_stops_a_server(message):
-    """Each in each field of an otherwise fit message; afterwards the server still answers."""
+    """Put each bad value into each field of a valid message; afterwards the server still answers."""
     hints = typing.get_type_hints(type(message), include_extras=True)
     for field in dataclasses.fields(message):
         if field.metadata.get("local") or hints[field.name] is Tensor:
@@ -123,7 +123,7 @@ def test_no_value_of_any_field_stops_a_server(message):
 
 
 class TestAnnouncements:
-    """Nothing is allocated that this run's model does not need."""
+    """The server allocates nothing that this run's model does not need."""
 
     @pytest.mark.parametrize(
         "message",
@@ -174,7 +174,7 @@ class TestAnnouncements:
 
 
 class TestTime:
-    """What a layer table within its limits costs, grows with its length and with nothing else."""
+    """The cost of a layer table within its limits grows with its length and nothing else."""
 
     def test_many_tensors_in_many_groups_of_a_huge_model(self):
         tensors = [[str(n), [1 << 15], [1]] for n in range(MAX_TENSORS)]

@@ -1,4 +1,4 @@
-"""Every batch of a run is leased, and completed, once, whoever dies on the way."""
+"""Every batch of a run is completed once, whichever workers die meanwhile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Refusing outliers, in virtual time: no honest worker is trapped, and what is dropped is said."""
+"""Refusing outliers, in virtual time: no honest worker is refused for ever, and what is dropped is reported."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from danaz.protocol.messages import Parameters
 from danaz.protocol.refusals import FRESH_AFTER, OUTLIER
 from danaz.server.core import ServerCore
-from danaz.server.health import ENOUGH_PUSHES, HOPELESS_PUSHES, RECENT_PUSHES, Health
+from danaz.server.health import ENOUGH_PUSHES, HOPELESS_PUSHES, RECENT_PUSHES, PushHealth
 from danaz.vectors.codecs import Compressor, push_codec
 
 LR = 0.05
@@ -45,7 +45,7 @@ class Refusing(Cluster):
 
 @pytest.mark.parametrize("algorithm", ["dana", "dana-zero", "asgd", "eamsgd"])
 def test_a_worker_that_paused_gets_back_in(algorithm):
-    """Its velocity is of the beginning, a thousand times what the others push by now: refused, it is as large again."""
+    """A worker comes late: its velocity is a thousand times what the others push by now. Refused, it starts afresh."""
     cluster = Refusing(algorithm)
     for _ in range(10):
         for worker in (0, 1):
@@ -81,7 +81,7 @@ def test_one_bad_batch_costs_no_velocity():
 
 
 def test_a_fresh_velocity_forfeits_its_share_of_the_look_ahead():
-    """As that of a worker that crashed: what is sent stays where it is, and the others' sum defines θ."""
+    """As after a crash of the worker: what it sent stays, and the sum of the others defines θ."""
     cluster = Refusing("dana")
     for _ in range(ENOUGH_PUSHES):
         for worker in (0, 1):
@@ -119,7 +119,7 @@ def test_what_is_dropped_is_said():
     [(worker, figures)] = cluster.server.summary()["sick_workers"].items()
     assert (worker, figures["outliers"], figures["refused_pushes"]) == ("1", 3, 3)
     assert (figures["dropped_batches"], figures["dropped_samples"]) == (3, 48)
-    cluster.server.health.restore(cluster.server.summary()["sick_workers"])
+    cluster.server.state.health.restore(cluster.server.summary()["sick_workers"])
     assert cluster.server.summary()["sick_workers"] == {"1": figures}
 
 
@@ -135,24 +135,24 @@ def test_a_worker_that_is_always_refused_is_named():
 
 
 class TestTheJudgeForgets:
-    def judge(self) -> Health:
-        health = Health(lambda text: None)
+    def judge(self) -> PushHealth:
+        health = PushHealth(lambda text: None)
         for _ in range(ENOUGH_PUSHES):
-            assert not health.is_outlier(0, 1e-3, refused=True)
+            assert not health.judge(0, 1e-3, refused=True)
         return health
 
     def test_what_is_long_ago(self):
-        """The only other worker hangs, and all that is known of it is from before."""
+        """The only other worker hangs, and only its old pushes are known."""
         health = self.judge()
-        refused = [health.is_outlier(1, 1.0, refused=True) for _ in range(2 * RECENT_PUSHES)]
+        refused = [health.judge(1, 1.0, refused=True) for _ in range(2 * RECENT_PUSHES)]
         assert refused[0]
         assert not any(refused[RECENT_PUSHES:])
 
     def test_who_is_gone(self):
         health = self.judge()
-        assert health.is_outlier(1, 1.0, refused=True)
+        assert health.judge(1, 1.0, refused=True)
         health.forget(0)
-        assert not health.is_outlier(1, 1.0, refused=True)
+        assert not health.judge(1, 1.0, refused=True)
 
     @pytest.mark.parametrize("how", ["lose", "leave"])
     def test_who_is_gone_from_the_cluster(self, how):
@@ -164,10 +164,10 @@ class TestTheJudgeForgets:
         assert cluster.step(1, factor=1e6).applied, "nobody is left to compare it with"
 
     def test_and_follows_those_who_change_together(self):
-        """All gradients grow at once, as when the rate rises: the window moves on with what is refused, too."""
+        """All gradients grow at once, as when the rate rises: refused pushes move the window, too."""
         health = self.judge()
         for _ in range(ENOUGH_PUSHES):
-            health.is_outlier(1, 1e-3, refused=True)
-        refused = [health.is_outlier(worker, 1.0, refused=True) for _ in range(100) for worker in (0, 1)]
+            health.judge(1, 1e-3, refused=True)
+        refused = [health.judge(worker, 1.0, refused=True) for _ in range(100) for worker in (0, 1)]
         assert refused[0]
         assert not any(refused[80:])

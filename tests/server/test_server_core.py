@@ -1,4 +1,4 @@
-"""The server core with time as a number: who takes part, and who is lost."""
+"""The server core with time as a number: which workers take part, and which are lost."""
 
 from __future__ import annotations
 

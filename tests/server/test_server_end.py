@@ -1,4 +1,4 @@
-"""How a run ends, with time as a number: who leaves with what, who is waited for, what is final."""
+"""How a run ends, with time as a number: what leaving workers bring, whom the server waits for, what is final."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_all_leave_with_the_mean_of_the_buffers_by_updates():
 
 
 def test_who_left_before_the_end_does_not_count_in_the_buffers():
-    """A guest that left at a quarter has statistics of a model long gone."""
+    """A worker that left after a quarter of the run has statistics of an old model."""
     cluster = Cluster("dana", 2, torch.ones(SIZE), plan=Plan(8, 1), buffers=2)
     for worker in (0, 1):
         cluster.push(worker, GRADIENT, 0.1)
@@ -71,7 +71,7 @@ def test_who_left_before_the_end_does_not_count_in_the_buffers():
 
 
 def test_if_nobody_is_there_at_the_end_the_last_that_left_counts():
-    """Its statistics are old; zeros would be no model at all."""
+    """Its statistics are old, but better than zeros."""
     cluster = Cluster("dana", 3, torch.ones(SIZE), buffers=2)
     for worker in (0, 1, 2):
         cluster.push(worker, GRADIENT, 0.1)
@@ -82,7 +82,7 @@ def test_if_nobody_is_there_at_the_end_the_last_that_left_counts():
 
 
 def test_nothing_is_kept_of_who_left():
-    """However many come and go, a checkpoint holds the vectors of those who are there."""
+    """However many workers come and go, a checkpoint holds the vectors of those that take part."""
     sizes = []
     for guests in (1, 100):
         cluster = Cluster("dana-zero", 1, torch.ones(SIZE), buffers=2)
@@ -90,7 +90,7 @@ def test_nothing_is_kept_of_who_left():
             cluster.join(guest)
             cluster.push(guest, GRADIENT, 0.1)
             cluster.leave(guest, torch.full((2,), float(guest)))
-        sizes.append(sum(tensor.nbytes for tensor in cluster.server.state().tensors.values()))
+        sizes.append(sum(tensor.nbytes for tensor in cluster.server.snapshot().tensors.values()))
         assert all(
             not member.vectors and member.view is None for member in cluster.server.members.values() if member.left
         )
@@ -116,7 +116,7 @@ def test_dana_ends_at_dana_zeros_parameters():
 
 
 def test_a_crashed_worker_forfeits_its_share():
-    """Then the survivors' sum defines θ."""
+    """In that case the survivors' sum defines θ."""
     cluster = Cluster("dana", 2, torch.zeros(SIZE), plan=Plan(2, 1))
     for worker in (0, 1):
         cluster.push(worker, torch.full((SIZE,), 1.0 + worker), 0.1)
@@ -184,7 +184,7 @@ def stop(cluster: Cluster, worker: int, reason: str = "converged") -> None:
 
 @pytest.mark.parametrize("algorithm", ["asgd", "dana", "ssgd", "easgd"])
 def test_one_worker_ends_the_run_for_all(algorithm):
-    """What the others compute at that moment still counts; then they hear that nothing is left, and leave."""
+    """What the others compute at that moment still counts. Then they hear that no batches are left, and leave."""
     cluster = Cluster(algorithm, 3, torch.ones(SIZE), plan=Plan(100, 2), ahead=3)
     for worker in range(3):
         cluster.push(worker, GRADIENT, 0.1)
@@ -237,12 +237,12 @@ def test_a_restarted_server_knows_that_the_run_was_ended():
     cluster = Cluster("asgd", 2, torch.ones(SIZE), plan=Plan(10, 2))
     stop(cluster, 0)
     again = ServerCore(cluster.settings)
-    again.restore(cluster.server.state(), [], life=1, now=0.0)
-    assert (again.stopped, again.leases.done) == ("converged", True)
+    again.restore(cluster.server.snapshot(), [], life=1, now=0.0)
+    assert (again.state.stopped, again.leases.done) == ("converged", True)
 
 
 def test_a_shard_that_leases_nothing_hears_of_the_end_by_the_leave():
-    """The one that ends the run says to every shard that no batches are left."""
+    """The worker that ends the run tells every shard that no batches are left."""
     cluster = Cluster("asgd", 1, torch.ones(SIZE), plan=Plan(10, 2))
     leave = cluster.workers[0].leave(torch.zeros(0), stop="converged")
     assert leave.done
@@ -381,5 +381,5 @@ def test_only_a_shard_that_lacks_something_takes_the_end_of_the_model():
     refusal = answer(core.handle(0, Bye(0, 1, 2, rest=torch.zeros(5)), 1.0))
     assert isinstance(refusal, Refusal)
     assert "does not need" in refusal.reason
-    assert core.whole.rest is None
+    assert core.full_model.rest is None
     assert not core.takes(Bye(0, 1, 3, rest=announced(1 << 34)))

@@ -25,7 +25,7 @@ ALGORITHMS = ["dana-zero", "dana", "asgd", "ssgd", "dana-ga"]
 
 
 class ServerUnderFaults(MortalCluster, RuleBasedStateMachine):
-    """Workers crash, stall, lose messages both ways and repeat themselves, around one core that is killed."""
+    """Workers crash, stall, lose messages both ways and repeat them, while the server's core is killed now and then."""
 
     @initialize(
         algorithm=st.sampled_from(ALGORITHMS),
@@ -50,7 +50,7 @@ class ServerUnderFaults(MortalCluster, RuleBasedStateMachine):
 
     @rule(worker=which)
     def repeats(self, worker):
-        """It got no answer in time."""
+        """A worker gets no answer in time, and says the same again."""
         core = self.workers.get(worker)
         if core is not None and core.unanswered is not None:
             self.to_server(worker, self.sent[worker][-1])
@@ -99,7 +99,7 @@ class ServerUnderFaults(MortalCluster, RuleBasedStateMachine):
     @precondition(lambda self: self.checkpoint is not None)
     @rule(later=st.sampled_from([0.0, 5.0, 30.0]))
     def server_is_killed(self, later):
-        """Between any two messages; what it sent may or may not arrive. The new one may get no message for a while."""
+        """This happens between any two messages; the last answers may or may not arrive."""
         self.restart()
         self.now += later
         self.deliver(self.core.tick(self.now))
@@ -117,9 +117,9 @@ class ServerUnderFaults(MortalCluster, RuleBasedStateMachine):
 
     @invariant()
     def no_batch_is_in_two_hands(self):
-        if self.core._leases is not None:
-            held = [batch for batches in self.core.leases._held.values() for batch in batches]
-            assert len(held) == len(set(held))
+        if self.core.state.has_job:
+            to_do = self.core.leases.facts()["returned"]  # held by a worker, or given back
+            assert len(to_do) == len(set(to_do))
 
     @invariant()
     def the_look_ahead_is_the_sum_of_those_who_are_there(self):
@@ -148,7 +148,7 @@ class ServerUnderFaults(MortalCluster, RuleBasedStateMachine):
 
     @invariant()
     def worker_and_server_count_the_same_pushes(self):
-        """Exactly once, seen from both ends: else dana's velocities and its server drift apart."""
+        """Each push is applied exactly once, as both ends see it: else dana's velocities and its server drift apart."""
         for worker, core in self.workers.items():
             member = self.core.members.get(worker)
             is_in = core._view is not None and core.state is not WorkerState.LEFT
@@ -178,7 +178,7 @@ class ServerUnderFaults(MortalCluster, RuleBasedStateMachine):
             assert self.core.master.version == self.core.figures.updates == len(self.updates)
 
     def teardown(self):
-        """From wherever it stands, the run comes to its end when faults cease."""
+        """From whatever state, the run comes to its end when faults cease."""
         if not hasattr(self, "core"):
             return
         for _ in range(40 * self.plan.batches + 200):
@@ -246,7 +246,7 @@ def rehearse(algorithm: str, seed: int, pipelined: bool) -> int:
 
 
 def act(machine: ServerUnderFaults, what: Callable[..., None], chance: random.Random) -> bool:
-    """Let one thing happen, with arguments by chance; returns whether it could."""
+    """Let one thing happen, with random arguments; returns whether it could."""
     arguments = {
         "worker": chance.randrange(WORKERS),
         "grad": chance.choice([float("nan"), float("inf")] if "numerically" in what.__name__ else [1.0, -0.5, 2.0]),

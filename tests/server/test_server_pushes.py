@@ -1,4 +1,4 @@
-"""Pushes: each is applied once, and what is not sound touches nothing."""
+"""Each push is applied once, and one that is not sound changes nothing."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class TestExactlyOnce:
         assert arithmetic_of(core) == before
 
     def test_a_late_copy_of_the_join_changes_nothing(self):
-        """Else copies of old pushes behind it would look new. A process started anew learns why it is not let in."""
+        """Else late copies of old pushes would look new. A process started anew learns why it may not join."""
         core, view = started("asgd")
         for request in (2, 3):
             view = parameters(core.handle(0, push_on(view, request=request), 1.0))
@@ -81,7 +81,7 @@ class TestExactlyOnce:
         assert parameters(core.handle(0, push_on(reply, request=3), 2.0)).applied
 
     def test_the_late_reply_to_a_repeated_push(self):
-        """The worker took the first reply, the server meanwhile counts on the second: refused, redone, nothing lost."""
+        """The worker took the first reply, the server expects the second: the push is redone, nothing is lost."""
         core, view = started("asgd", workers=2)
         first = parameters(core.handle(0, push_on(view), 1.0))
         core.handle(1, push_on(view, worker=1, batch=1), 1.0)
@@ -93,7 +93,7 @@ class TestExactlyOnce:
         assert core.master.version == 3
 
     def test_a_push_once_refused_is_not_applied_later(self):
-        """Its copy comes when it would fit: the worker may have read the refusal, and taken its velocity back."""
+        """A copy comes when it would be valid: the worker may have read the refusal, and taken its velocity back."""
         core, view = started("asgd", workers=2)
         push = push_on(view, view_version=1)
         assert "another view" in parameters(core.handle(0, push, 1.0)).refused
@@ -125,7 +125,7 @@ class TestExactlyOnce:
         assert one.leases == two.leases == (0,)
 
     def test_a_heartbeat_comes_from_another_socket(self):
-        """It must not draw the answers to itself."""
+        """It must not get the answers meant for the new process."""
         core = make_core("ssgd", workers=2)
         core.handle("a", JOIN, 0.0)
         core.handle("heart of a", Heartbeat(0, 1), 5.0)
@@ -212,7 +212,7 @@ class TestWhatTouchesNothing:
         assert not core.leases.holds(1, view.leases[0])
 
     def test_the_refused_push_repeated(self, algorithm):
-        """Its answer was lost: refused again, and no strike more."""
+        """Its answer was lost: it is refused again, without another strike."""
         core, view, before = self.worn(algorithm)
         for now in (2.0, 3.0, 4.0, 5.0):
             reply = parameters(core.handle(0, push_on(view, request=4, **UNSOUND["NaN"]), now))

@@ -1,4 +1,4 @@
-"""A server started anew with time as a number: where it goes on, what is lost, and who is sick."""
+"""A restarted server, with time as a number: where it goes on, what is lost, and which workers are sick."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stimuli import GRADIENT, JOIN, NAN, SIZE, answer, parameters, push_on, star
 from danaz.protocol.messages import Final, Heartbeat, Noted, Parameters, Plan, Refusal, Report, Streamed
 from danaz.protocol.refusals import OUTLIER
 from danaz.server.core import ServerCore
-from danaz.server.health import ENOUGH_PUSHES, Health
+from danaz.server.health import ENOUGH_PUSHES, PushHealth
 from danaz.server.snapshot import CoreState
 from danaz.worker.states import WorkerState
 
@@ -20,7 +20,7 @@ REPORTED = {"not_finite": 0, "outliers": 1, "refused_pushes": 0, "dropped_batche
 
 
 class Restartable(Cluster):
-    """Its server can be killed and started anew from a state."""
+    """A cluster whose server can be killed and started again from a checkpoint."""
 
     def __init__(self, *args, **kwargs):
         self.notices: list[str] = []
@@ -39,7 +39,7 @@ class TestGoingOn:
     def test_dana_goes_on_from_the_newest_view(self):
         cluster = Restartable("dana", 2, torch.ones(SIZE))
         cluster.train(4)
-        state = cluster.server.state()
+        state = cluster.server.snapshot()
         cluster.train(5)
         before = cluster.server
         cluster.restart(state)
@@ -54,7 +54,7 @@ class TestGoingOn:
 
     def test_dana_loses_what_nobody_holds_a_view_of(self):
         cluster = Restartable("dana", 2, torch.ones(SIZE))
-        state = cluster.server.state()
+        state = cluster.server.snapshot()
         cluster.train(4)
         theta = cluster.server.master.params.clone()
         core = cluster.workers[0]
@@ -68,7 +68,7 @@ class TestGoingOn:
 
     def test_an_unanswered_push_that_is_in_the_newest_view_is_not_done_again(self):
         cluster = Restartable("dana", 2, torch.ones(SIZE))
-        state = cluster.server.state()
+        state = cluster.server.snapshot()
         core = cluster.workers[0]
         cluster.server.handle(0, core.push(GRADIENT, (0.1,), 1, 1.0, cluster.leases(0)[0]), 0.0)  # no answer
         cluster.push(1, GRADIENT, 0.1)
@@ -95,7 +95,7 @@ class TestGoingOn:
     def test_dana_zero_goes_back_to_the_checkpoint(self):
         cluster = Restartable("dana-zero", 2, torch.ones(SIZE))
         cluster.train(4)
-        state, view = cluster.server.state(), cluster.views[1].clone()
+        state, view = cluster.server.snapshot(), cluster.views[1].clone()
         cluster.train(5)
         cluster.restart(state)
         for worker in (0, 1):
@@ -105,9 +105,9 @@ class TestGoingOn:
         assert cluster.server.leases.completed == 4
 
     def test_a_view_from_before_another_restart_is_not_believed(self):
-        """Its version has been made again since, with other pushes."""
+        """The view's version has been made again since, from other pushes."""
         cluster = Restartable("asgd", 2, torch.ones(SIZE))
-        state = cluster.server.state()
+        state = cluster.server.snapshot()
         cluster.train(4)
         cluster.restart(state, life=1)
         cluster.now += cluster.settings.recovery_s
@@ -125,7 +125,7 @@ class TestGoingOn:
     def test_who_does_not_come_is_not_waited_for(self):
         cluster = Restartable("dana-zero", 2, torch.ones(SIZE))
         cluster.train(2)
-        cluster.restart(cluster.server.state())
+        cluster.restart(cluster.server.snapshot())
         cluster.come_back(0)
         cluster.now += cluster.settings.recovery_s - 0.1
         cluster.deliver(cluster.server.tick(cluster.now))
@@ -137,7 +137,7 @@ class TestGoingOn:
     def test_whoever_beats_is_alive_although_it_has_not_joined_again(self):
         """It computes on a batch, and is the last to hear of the restart."""
         cluster = Restartable("dana-zero", 2, torch.ones(SIZE))
-        cluster.restart(cluster.server.state())
+        cluster.restart(cluster.server.snapshot())
         cluster.come_back(0)
         for _ in range(10):
             cluster.now += 20
@@ -150,7 +150,7 @@ class TestGoingOn:
     def test_who_speaks_to_a_new_server_is_told_to_join_again(self):
         core, view = started("dana-zero")
         anew = ServerCore(core.settings)
-        anew.restore(core.state(), [], 1, 0.0)
+        anew.restore(core.snapshot(), [], 1, 0.0)
         refusal = answer(anew.handle(0, push_on(view), 1.0))
         assert isinstance(refusal, Refusal)
         assert (refusal.rejoin, refusal.reason) == (True, "the server was restarted")
@@ -159,7 +159,7 @@ class TestGoingOn:
         """Its view has the same version as one of the new server, and may be another."""
         core, _ = started("dana-zero")
         anew = ServerCore(core.settings)
-        anew.restore(core.state(), [], 1, 0.0)
+        anew.restore(core.snapshot(), [], 1, 0.0)
         view = parameters(anew.handle(0, replace(JOIN, request=2, params=None), 1.0))
         late = parameters(anew.handle(0, push_on(view, request=3, life=0), 1.0))
         assert (late.applied, late.refused) == (False, "push was computed before the server was restarted")
@@ -169,7 +169,7 @@ class TestGoingOn:
     def test_views_travel_as_before(self):
         core, _ = started("dana-zero", wire_view="bf16", recovery_s=0.0)
         anew = ServerCore(core.settings)
-        anew.restore(core.state(), [], 1, 0.0)
+        anew.restore(core.snapshot(), [], 1, 0.0)
         [(_, view)] = anew.stream(0, replace(JOIN, request=2), 0.0)
         assert isinstance(view, Streamed)
         assert view.codec.name == "bf16"
@@ -179,18 +179,18 @@ class TestGoingOn:
         cluster.train(2)
         theta = cluster.server.master.params.clone()
         velocity = cluster.server.members[0].vectors["velocity"].clone()
-        cluster.restart(cluster.server.state())
+        cluster.restart(cluster.server.snapshot())
         cluster.join(1, incarnation=2)
         cluster.come_back(0)
         assert torch.allclose(cluster.views[0], theta - 0.9 * 0.1 * velocity), "its velocity starts at zero"
 
     def test_the_end_survives(self):
-        """Everyone has left but nobody heard of it; the parameters are the same, each share given back once."""
+        """All workers have left, but none got the answer: same parameters, each share given back once."""
         plan = Plan(2, 1)
         cluster = Restartable("dana", 2, torch.ones(SIZE), plan=plan)
         for worker in (0, 1):
             cluster.push(worker, GRADIENT, 0.1)
-        state = cluster.server.state()
+        state = cluster.server.snapshot()
         cluster.leave(0)
         cluster.leave(1)
         theta = cluster.final.pop(0).params
@@ -210,7 +210,7 @@ class TestSickWorkers:
     def test_one_that_is_not_finite_is_named_once(self):
         notices: list[str] = []
         core, view = started("asgd")
-        core.health = Health(notices.append)
+        core.state.health = PushHealth(notices.append)
         for request in (2, 3):
             view = parameters(core.handle(0, push_on(view, request=request, grad=GRADIENT * NAN), 1.0))
         assert len(notices) == 1
@@ -247,7 +247,7 @@ class TestSickWorkers:
         assert cluster.notices == []
 
     def test_a_rate_that_rises_is_no_sickness(self):
-        """Displacements are judged without their rate: a schedule may begin anew."""
+        """Displacements are compared without their rate, because a schedule may begin anew."""
         cluster = Restartable("dana", 2, torch.zeros(SIZE))
         for _ in range(2 * ENOUGH_PUSHES):
             for worker in (0, 1):
@@ -257,6 +257,6 @@ class TestSickWorkers:
 
     def test_counts_outlive_a_restart(self):
         cluster, _ = self.train_with_an_outlier("asgd", refuse=False, factor=3000.0)
-        state = cluster.server.state()
+        state = cluster.server.snapshot()
         cluster.restart(state)
         assert cluster.server.summary()["sick_workers"] == {"1": REPORTED}

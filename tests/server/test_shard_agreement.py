@@ -1,4 +1,4 @@
-"""Shards that were restarted hear from workers to which generation all of them go back, whenever they were killed."""
+"""Restarted shards hear from workers to which checkpoint all go back, at whatever moment they were killed."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_a_worker_dies_when_it_has_told_one_shard(told: int, tmp_path: Path) -> 
 
 
 def test_a_shard_that_was_not_restarted_yet_is_waited_for(trainer: Trainer, undisturbed: Tensor) -> None:
-    """Also one that was restarted once, and has gone on since: what it went back to then is no offer now."""
+    """This holds also for one that was restarted before and has gone on since: its choice of then is no offer now."""
     servers = trainer.servers
     trainer.while_it_waits = lambda: servers.kill(0)
     for life in (1, 2):

@@ -40,7 +40,7 @@ def state_of(version: int, algorithm: str = "dana-zero") -> CoreState:
     cluster.leave(2, torch.tensor([3.0, 4.0]))
     for number in range(version):
         cluster.push(number % 2, torch.randn(SIZE, generator=torch.Generator().manual_seed(number)), (0.1, 0.2))
-    return cluster.server.state()
+    return cluster.server.snapshot()
 
 
 def same(one: CoreState, other: CoreState) -> bool:
@@ -67,7 +67,7 @@ class TestCheckpoints:
         cluster.push(0, torch.ones(SIZE), 0.1, loss=2.0)
         cluster.push(1, torch.ones(SIZE), 0.1, loss=3.0)
         cluster.leave(1, torch.tensor([3.0, 4.0]))
-        state = cluster.server.state()
+        state = cluster.server.snapshot()
         del state.facts["buffers"], state.facts["figures"]["first_losses"]
         state.facts["figures"]["first_loss"] = 2.0
         state.facts["buffers_of"] = [1, 3]
@@ -82,7 +82,7 @@ class TestCheckpoints:
 
     def test_a_copy_does_not_move_with_the_run(self):
         cluster = Cluster("dana-zero", 1, torch.ones(SIZE))
-        state = cluster.server.state()
+        state = cluster.server.snapshot()
         cluster.push(0, torch.ones(SIZE), 0.1)
         assert torch.equal(state.tensors["params"], torch.ones(SIZE))
         assert torch.equal(state.tensors["member.0.velocity"], torch.zeros(SIZE))
@@ -279,7 +279,7 @@ class TestKeeper:
         for number in (1, 2, 3):
             checkpoints.write(number)
             checkpoints.wait()
-        core.diverge("the loss rose")
+        core.state.diverge("the loss rose")
         for number in (4, 5, 6):
             checkpoints.write(number)
             checkpoints.wait()
@@ -287,7 +287,7 @@ class TestKeeper:
         assert complete_numbers(folder) == [2, 3, 5, 6]
         again = ServerCore(settings_of("dana-zero"))
         again.restore(newest(folder), [], 2, 0.0)
-        assert again.sound == (2, 3), "a restart does not forget it"
+        assert again.state.sound == (2, 3), "a restart does not forget it"
         Checkpoints(tmp_path, again).delete()
         assert complete_numbers(folder) == [2, 3]
 

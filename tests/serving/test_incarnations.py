@@ -16,8 +16,8 @@ from stimuli import GRADIENT, JOIN, SIZE, answer, make_core
 from danaz.protocol.keys import make_keys
 from danaz.protocol.messages import Heartbeat, Noted, Parameters, Push, Refusal, Reply, Request
 from danaz.protocol.wire import decode, encode
-from danaz.server.concluded import Concluded
 from danaz.server.core import ServerCore
+from danaz.server.offering import CompletedRun
 from danaz.worker import link as link_module
 from danaz.worker.link import DealerLink, Link
 from danaz.worker.states import WorkerState
@@ -32,7 +32,7 @@ class TestAClockThatIsSlow:
         cluster = Cluster("dana", 2, torch.ones(SIZE))
         cluster.join(1, incarnation=FUTURE)
         cluster.push(1, GRADIENT, 0.1)
-        state = cluster.server.state()
+        state = cluster.server.snapshot()
         cluster.server = ServerCore(cluster.settings)
         cluster.server.restore(state, [], 1, cluster.now)
         return cluster
@@ -121,7 +121,7 @@ class TestTooLate:
     class Over(Link):
         def __init__(self, line: Line | None = None, pushes: int = 0):
             self.line, self.pushes, self.asked = line, pushes, []
-            self.concluded = Concluded()
+            self.concluded = CompletedRun()
 
         def exchange(self, request: Request) -> Reply:
             self.asked.append(request)

@@ -19,7 +19,7 @@ from danaz.protocol.messages import Heartbeat, Join, Leave, Parameters, Plan, Pu
 from danaz.protocol.wire import CHUNK, MAGIC, decode, encode
 from danaz.server.answers import Streams
 from danaz.server.core import ServerCore
-from danaz.server.master import Master
+from danaz.server.master import Master, UnsettledError
 from danaz.server.members import Member
 from danaz.vectors.flat import SLICE_FLOATS, Layout
 from danaz.worker.link import DealerLink
@@ -73,8 +73,10 @@ def test_a_slice_is_applied_when_it_is_asked_for():
     assert isinstance(stream, Streamed)
     first = next(stream.slices)
     assert torch.equal(first, before[:SLICE_FLOATS] + 1)
-    assert torch.equal(core.master._params[SLICE_FLOATS:], before[SLICE_FLOATS:]), "the rest is as it was"
-    assert torch.equal(core.master.params, before + 1), "but whoever asks for all gets all"
+    with pytest.raises(UnsettledError):
+        _ = core.master.params
+    core.settle()
+    assert torch.equal(core.master.params, before + 1)
 
 
 def test_an_answer_that_nobody_took_is_applied_all_the_same():

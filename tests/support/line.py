@@ -38,7 +38,7 @@ class Line(LocalLink):
         return ServerCore(self.settings, on_update=self.updates.append, on_milestone=self.keep)
 
     def keep(self, core: ServerCore) -> None:
-        self.checkpoint = core.state()
+        self.checkpoint = core.snapshot()
         del self.updates[core.master.version :]
 
     def exchange(self, request: Request) -> Reply:

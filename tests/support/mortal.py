@@ -77,7 +77,7 @@ class MortalCluster:
         self.write_checkpoint(core)
 
     def write_checkpoint(self, core):
-        state = core.state()
+        state = core.snapshot()
         self.checkpoint = CoreState(json.loads(json.dumps(state.facts)), state.tensors)
 
     def restart(self):
@@ -113,7 +113,7 @@ class MortalCluster:
     def to_server(self, worker, request):
         """A process that starts anew has a new route."""
         before = self.core.members.get(worker)
-        was_final, had_left = self.core.final, before is not None and before.left
+        was_final, had_left = self.core.state.final, before is not None and before.left
         self.deliver(self.core.handle((worker, request.incarnation), copy.deepcopy(request), self.now))
         if isinstance(request, Leave) and not had_left and self.core.members[worker].left and not was_final:
             self.given_back[worker, request.incarnation] = request.give_back

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from danaz.protocol.messages import Final, Heartbeat, Leave, Parameters, Plan, Push, Refusal, Reply
 from danaz.run.folder import RunFolder, read_summary
-from danaz.server.answers import whole
+from danaz.server.answers import materialize
 from danaz.server.core import ServerCore
-from danaz.server.offering import Offering
+from danaz.server.offering import AwaitingRollback
 from danaz.server.settings import ServerSettings
 from danaz.serving.checkpoint import folder_of
 from danaz.serving.keeper import Keeper, SliceKeeper
@@ -51,7 +51,7 @@ class Servers:
         ]
         self.folders = [folder_of(run / str(shard), shard) for shard in range(shards)]
         self.keepers: list[Keeper | SliceKeeper] = []
-        self._served: list[ServerCore | Offering] = []
+        self._served: list[ServerCore | AwaitingRollback] = []
         self.busy = threading.RLock()
         self.mail: defaultdict[tuple[int, int], Queue[Reply]] = defaultdict(Queue)  # by shard and worker
         for shard, settings in enumerate(self._settings):
@@ -65,7 +65,7 @@ class Servers:
 
     def handle(self, shard: int, request: Request | Heartbeat, route: int = 0) -> list[tuple[Any, Reply]]:
         with self.busy:
-            return whole(self._served[shard].stream(route, request, time.monotonic()))
+            return materialize(self._served[shard].stream(route, request, time.monotonic()))
 
     def tick(self, now: float) -> None:
         for served in self._served:

@@ -111,15 +111,15 @@ def test_all_ranks_begin_with_one_model_whatever_their_seeds(algorithm: str, tmp
 def test_a_guest_and_a_restarted_server_have_it_too() -> None:
     beside = torch.tensor([1.0, float("nan")])
     cluster = Cluster("dana", 1, torch.zeros(4))
-    assert cluster.server.untrained.numel() == 0
+    assert cluster.server.state.untrained.numel() == 0
     settings = cluster.settings
     core = WorkerCore(cluster.workers[0].role, settings.rule(0.9).worker_rule)
     server = ServerCore(settings)
     core.receive(server.handle(0, core.join(torch.zeros(4), beside), 0.0)[0][1])
     restored = ServerCore(settings)
-    restored.restore(server.state(), [], life=1, now=0.0)
+    restored.restore(server.snapshot(), [], life=1, now=0.0)
     for each in (server, restored):
-        assert bits_of(each.untrained) == bits_of(beside)
+        assert bits_of(each.state.untrained) == bits_of(beside)
     [(_, reply)] = server.handle(0, core.fetch(), 1.0)
     assert isinstance(reply, Fetched)
     assert bits_of(reply.untrained) == bits_of(beside)

@@ -153,7 +153,7 @@ def test_checkpoints_that_do_not_fit_are_told_once_and_so_is_that_they_fit_again
     disk = mount("256k")
     core = Cluster("asgd", 1, torch.zeros(4)).server
     checkpoints = Checkpoints(disk, core)
-    monkeypatch.setattr(core, "state", lambda reuse=None: state(10_000))
+    monkeypatch.setattr(core, "snapshot", lambda reuse=None: state(10_000))
     filler = fill(disk)
     for number in (1, 2, 3):
         checkpoints.write(number)
@@ -164,7 +164,7 @@ def test_checkpoints_that_do_not_fit_are_told_once_and_so_is_that_they_fit_again
     checkpoints.write(4)
     checkpoints.wait()
     assert "checkpoints can be written again: 4 is" in capsys.readouterr().err
-    assert core.kept == (4,)
+    assert core.state.kept == (4,)
 
 
 def test_a_file_that_does_not_fit_is_as_before_and_leaves_no_part(mount: Mount) -> None:

@@ -234,7 +234,7 @@ class TestFaultsBetweenPushAndFetch:
     def test_the_server_restarted(self, answered):
         """It goes on from the view that this worker computed its push on, and without that push."""
         cluster = Pipelined()
-        state = cluster.server.state()
+        state = cluster.server.snapshot()
         cluster.push(1, GRADIENT, 0.1)
         view = cluster.fetch(0)
         request: Request = cluster.make(0, GRADIENT)

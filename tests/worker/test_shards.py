@@ -278,10 +278,10 @@ def test_the_end_is_put_together_from_all_slices() -> None:
         assert final.buffers.tolist() == [1.0, 2.0, 3.0]
         assert isinstance(say(core, link, core.bye()), Noted)
         assert all(each.finished for each in cores)
-        whole = cores[0].whole.params(cores[0].master.params)
+        whole = cores[0].full_model.params(cores[0].master.params)
         assert whole is not None
         assert torch.equal(whole, final.params)
-        assert cores[0].whole.layout == LAYOUT
+        assert cores[0].full_model.layout == LAYOUT
         assert isinstance(links[1].said[-1], Bye)
 
 

@@ -1,18 +1,8 @@
-"""The table of a worker's states: each can be reached, only the last is a dead end, and the docs draw it as it is."""
+"""The table of a worker's states: each can be reached, and only the last is a dead end."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from danaz.worker.states import WORKER_TRANSITIONS, WorkerEvent, WorkerState
-
-PAGE = Path(__file__).parents[2] / "docs" / "state-machines.md"
-
-
-def test_the_page_draws_the_table() -> None:
-    picture = f"```mermaid\n{WORKER_TRANSITIONS.picture()}\n```"
-    section = PAGE.read_text().partition("<!-- picture of the worker -->")[2].partition("<!-- end of picture -->")[0]
-    assert section.strip() == picture, f"put this into {PAGE.name}:\n{picture}"
 
 
 def test_every_event_is_in_the_table() -> None:
