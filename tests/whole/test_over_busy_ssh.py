@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from namespaces import SSHD, Namespaces
+from namespaces import Namespaces
 from plays import LAUNCHER
+from sshds import PORT, another_sshd, ssh_config
 from waiting import ended
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(240)]
 
-DEADLINE_S = 60.0
-PORT = 2200
 
 # Each would break a channel, or make it mean something else.
 HOSTILE = """
@@ -48,42 +42,6 @@ Host *
     Compression yes
 """
 NOISE = "echo Welcome; printf 'and no end of line'; echo complaint >&2\n"
-
-
-@contextlib.contextmanager
-def another_sshd(network: Namespaces, folder: Path, *settings: str) -> Iterator[None]:
-    """A second one on machine a, at PORT."""
-    a = network["a"]
-    config = folder / "sshd_config"
-    before = (a.folder / "sshd_config").read_text()
-    config.write_text("\n".join([f"Port {PORT}", *settings, before]))
-    log = folder / "sshd.log"
-    with log.open("wb") as file:
-        start = f"hostname {a.hostname} && exec {SSHD} -D -e -f {config}"
-        command = ["ip", "netns", "exec", a.namespace, "unshare", "--uts", "sh", "-c", start]
-        sshd = subprocess.Popen(command, env={"PATH": os.environ["PATH"]}, stdout=file, stderr=file)
-    try:
-        deadline = time.monotonic() + DEADLINE_S
-        while b"Server listening" not in log.read_bytes():
-            assert sshd.poll() is None, log.read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        yield
-    finally:
-        sshd.send_signal(signal.SIGTERM)
-        sshd.wait()
-
-
-@contextlib.contextmanager
-def ssh_config(network: Namespaces, text: str) -> Iterator[None]:
-    """This above what the launching machine's /etc/ssh/ssh_config says anyway."""
-    config = network.ssh_config()
-    before = config.read_text()
-    config.write_text(text + before)
-    try:
-        yield
-    finally:
-        config.write_text(before)
 
 
 def aliases(network: Namespaces, number: int) -> tuple[list[str], str]:
