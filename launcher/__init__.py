@@ -2,7 +2,7 @@
 
 In reading order: `hosts` and `selection` (which machines), `survey` (what they are, and how they reach each other),
 `plan` (hosts -> processes, pure), `run` (plays a plan), `supervisor` (what is started again, and when; pure), `life`
-(one life of a worker or service) on a `cluster` of agents, `failure` (what is said of its end), `transport`, `ssh`,
+(one life of a worker or service) with its `agents`, `failure` (what is said of its end), `transport`, `ssh`,
 `slurm` and `channel` (how an agent is reached and spoken to), `gate` (how many at once), `start` (how a module of ours
 is run), `agent` (what runs on a machine), `processes` (how it ends a process tree), `rendezvous` (where Horovod's ranks
 find each other), `logs` (where their output goes).

@@ -6,7 +6,7 @@ import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launcher.cluster import Cluster, Exit
+from launcher.agents import Agents, Exit
 from launcher.logs import Logs, printable
 from launcher.plan import Process
 from launcher.ssh import cure
@@ -50,25 +50,25 @@ class Failure:
         return f"{reason} ({self.last_lines[-1].strip()})" if self.process is None and self.last_lines else reason
 
 
-def failure_of(cluster: Cluster) -> Failure | None:
+def failure_of(agents: Agents) -> Failure | None:
     """The failure with which that of a unit began, as far as it is known; None if nothing has failed.
 
     What a process did by itself outranks what its neighbours may have made it do, in whatever order the two are heard:
     a rank that leaves breaks the collectives of the others, and their tracebacks may arrive before its exit code.
     Among equals, the one whose trouble began first is to blame.
     """
-    if cluster.lost is not None:
-        return agent_failure(cluster.lost.link, cluster.lost.reason)
-    failed = [cluster.processes[name] for name in cluster.exits if has_failed(cluster, name)]
+    if agents.lost is not None:
+        return agent_failure(agents.lost.link, agents.lost.reason)
+    failed = [agents.processes[name] for name in agents.exits if has_failed(agents, name)]
     if not failed:
         return None
     first = min(
         failed,
-        key=lambda process: (not _is_cause(cluster.exits[process.name]), _trouble_began_s(cluster, process)),
+        key=lambda process: (not _is_cause(agents.exits[process.name]), _trouble_began_s(agents, process)),
     )
-    end = cluster.exits[first.name]
+    end = agents.exits[first.name]
     exit_code = 128 - end.status if end.status < 0 else end.status or 1
-    failure = process_failure(cluster.logs, first, end.error or _describe(end), exit_code)
+    failure = process_failure(agents.logs, first, end.error or _describe(end), exit_code)
     return replace(
         failure,
         by_itself=end.status >= 0,
@@ -78,25 +78,25 @@ def failure_of(cluster: Cluster) -> Failure | None:
     )
 
 
-def is_settled(failure: Failure, cluster: Cluster, now_s: float) -> bool:
+def is_settled(failure: Failure, agents: Agents, now_s: float) -> bool:
     """Whether no process that still runs, nor a report that is still on its way, can change who is to blame.
 
     A process that ended with an exit code of its own, or by abort() as C++ libraries do, may have been pulled along by
     one that has not ended yet, or whose end has not been reported yet. One that still runs and has printed a traceback
     may have been in trouble before all others.
     """
-    running = cluster.running()
-    if cluster.lost is not None or failure.is_cause or not running:
+    running = agents.running()
+    if agents.lost is not None or failure.is_cause or not running:
         return True
     was_aborted = failure.exit_code == 128 + signal.SIGABRT
     may_be_pulled_along = (failure.by_itself and not failure.is_final) or was_aborted
-    return not may_be_pulled_along and not any(_tracebacks_s(cluster.logs, process, now_s) for process in running)
+    return not may_be_pulled_along and not any(_tracebacks_s(agents.logs, process, now_s) for process in running)
 
 
-def signs_of_trouble(cluster: Cluster, now_s: float) -> set[str]:
+def signs_of_trouble(agents: Agents, now_s: float) -> set[str]:
     """The ends of processes and the tracebacks of those that still run: while more come, more may follow."""
-    raising = [process.name for process in cluster.running() if _tracebacks_s(cluster.logs, process, now_s)]
-    return {*(f"{name} ended" for name in cluster.exits), *(f"{name} raises" for name in raising)}
+    raising = [process.name for process in agents.running() if _tracebacks_s(agents.logs, process, now_s)]
+    return {*(f"{name} ended" for name in agents.exits), *(f"{name} raises" for name in raising)}
 
 
 def agent_failure(link: AgentLink, what: str) -> Failure:
@@ -115,11 +115,11 @@ def process_failure(logs: Logs, process: Process, what: str, exit_code: int) -> 
     return Failure(process.host.name, process, reason, exit_code, last_lines, logs.folder(process))
 
 
-def has_failed(cluster: Cluster, name: str) -> bool:
+def has_failed(agents: Agents, name: str) -> bool:
     """Whether a process that ended did not end well."""
     # A service may end well before the ranks do, when the workers have left it, but not without an announcement.
-    announces, end = cluster.processes[name].announces, cluster.exits[name]
-    unannounced = announces is not None and announces not in cluster.announced
+    announces, end = agents.processes[name].announces, agents.exits[name]
+    unannounced = announces is not None and announces not in agents.announced
     return end.status != 0 or end.missing is not None or unannounced
 
 
@@ -132,10 +132,10 @@ def _is_cause(end: Exit) -> bool:
     return end.status in (USAGE, -signal.SIGKILL) or left_in_silence
 
 
-def _trouble_began_s(cluster: Cluster, process: Process) -> float:
+def _trouble_began_s(agents: Agents, process: Process) -> float:
     """When it died, or began to print the traceback of which it then died."""
-    died_s = cluster.exits[process.name].at_s
-    return min([died_s, *_tracebacks_s(cluster.logs, process, died_s)])
+    died_s = agents.exits[process.name].at_s
+    return min([died_s, *_tracebacks_s(agents.logs, process, died_s)])
 
 
 def _tracebacks_s(logs: Logs, process: Process, now_s: float) -> list[float]:

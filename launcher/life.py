@@ -9,14 +9,14 @@ from functools import partial
 from math import inf
 from typing import NamedTuple
 
-from launcher.cluster import Cluster
+from launcher.agents import Agents
 from launcher.failure import Failure, agent_failure, failure_of, is_settled, process_failure, signs_of_trouble
 from launcher.gate import Gate
 from launcher.logs import Logs
 from launcher.plan import ANNOUNCED, Plan, Process, Unit
 from launcher.transport import AgentCommand, TransportError
 
-__all__ = ["Life", "Surroundings", "Timeouts"]
+__all__ = ["Life", "RunContext", "Timeouts"]
 
 SETTLE_S = 3.0  # after the last sign of trouble: for the process with which it began to end, and be reported, too…
 LONGEST_SETTLE_S = 20.0  # …and after the first sign
@@ -33,7 +33,7 @@ class Timeouts:
 
 
 @dataclass
-class Surroundings:
+class RunContext:
     """What the lives of a run have in common."""
 
     plan: Plan
@@ -65,10 +65,10 @@ class _Wait(NamedTuple):
 class Life:
     """`advance` plays its story as far as it goes; `failure` says when it cannot go on; `end` ends it, at any time."""
 
-    def __init__(self, unit: Unit, around: Surroundings, number: int) -> None:
+    def __init__(self, unit: Unit, around: RunContext, number: int) -> None:
         """`number` counts the lives of the unit from 1."""
         self.unit, self.around, self.number = unit, around, number
-        self.cluster = Cluster(unit.processes, around.logs, around.gate)
+        self.agents = Agents(unit.processes, around.logs, around.gate)
         self.up = False  # all its processes were started
         self.ended = False  # all of them ended well
         self.ending = False
@@ -85,13 +85,13 @@ class Life:
     # The story
 
     def _tell(self) -> Iterator[_Wait]:
-        unit, cluster, start_s = self.unit, self.cluster, self.around.timeouts.start_s
+        unit, agents, start_s = self.unit, self.agents, self.around.timeouts.start_s
         yield from self._connect()
         yield _Wait(lambda: self.around.everybody_answered)
         if unit.world is not None:
-            cluster.open_world(unit.world)
-            rendezvous = cluster.links[unit.world.host.name]
-            yield _Wait(lambda: bool(cluster.ports), start_s, lambda: agent_failure(rendezvous, "opened no rendezvous"))
+            agents.open_world(unit.world)
+            rendezvous = agents.links[unit.world.host.name]
+            yield _Wait(lambda: bool(agents.ports), start_s, lambda: agent_failure(rendezvous, "opened no rendezvous"))
             plan = self.around.plan
             awaited = {service.announces for service in plan.services if service.announces}
             yield _Wait(lambda: awaited <= self.around.announced.keys())
@@ -99,16 +99,16 @@ class Life:
         for process in unit.processes:
             if process.announces:
                 yield _Wait(partial(self._has_announced, process), start_s, partial(self._unannounced, process))
-        self.around.announced.update(cluster.announced)
+        self.around.announced.update(agents.announced)
         self.up = True
-        yield _Wait(lambda: cluster.have_ended(unit.processes))
+        yield _Wait(lambda: agents.have_ended(unit.processes))
         self.ended = True
 
     def _connect(self) -> Iterator[_Wait]:
         timeouts = self.around.timeouts
         for host in self.unit.hosts:
             try:
-                self.cluster.connect(host, self.around.agent_command(host), timeouts.grace_s)
+                self.agents.connect(host, self.around.agent_command(host), timeouts.grace_s)
             except TransportError as error:
                 failure = Failure(host.name, None, str(error), 1)
                 yield _Wait(lambda: False, 0.0, lambda: failure)  # noqa: B023
@@ -116,14 +116,14 @@ class Life:
 
     def _start(self) -> None:
         plan, unit = self.around.plan, self.unit
-        ports = {} if unit.world is None else self.cluster.ports[unit.world.index]
+        ports = {} if unit.world is None else self.agents.ports[unit.world.index]
         found = {}
         if unit.world is not None:
             found = {**self.around.announced, **ports, "DANAZ_INCARNATION": str(self.around.next_incarnation())}
         for process in unit.processes:
             env = {**plan.env, **process.env, **found}
             folder = self._folder(process) if process.returns else ""
-            self.cluster.start(process, env, plan.cwd, self._command(process), folder)
+            self.agents.start(process, env, plan.cwd, self._command(process), folder)
 
     def _folder(self, process: Process) -> str:
         """One for a group on each of its machines; two of these may see the same temporary files."""
@@ -140,15 +140,15 @@ class Life:
     @property
     def answered(self) -> bool:
         """Whether an agent is there on each of its machines."""
-        links = self.cluster.links
+        links = self.agents.links
         return len(links) == len(self.unit.hosts) and all(link.said_hello for link in links.values())
 
     def _silent(self) -> Failure:
-        silent = next(link for link in self.cluster.links.values() if not link.said_hello)
+        silent = next(link for link in self.agents.links.values() if not link.said_hello)
         return agent_failure(silent, f"did not answer within {self.around.timeouts.start_s:g} s")
 
     def _has_announced(self, process: Process) -> bool:
-        return process.announces in self.cluster.announced
+        return process.announces in self.agents.announced
 
     def _unannounced(self, process: Process) -> Failure:
         what = f"did not print {process.announces}=… within {self.around.timeouts.start_s:g} s"
@@ -170,15 +170,15 @@ class Life:
 
     def failure(self, now_s: float) -> Failure | None:
         """Why it cannot go on, once it is clear with what that began, or nothing more was heard for a while."""
-        failure = failure_of(self.cluster) or self._overdue
+        failure = failure_of(self.agents) or self._overdue
         if failure is None or self.ending or self.ended:
             return None
-        signs = signs_of_trouble(self.cluster, now_s)
+        signs = signs_of_trouble(self.agents, now_s)
         if signs - self._signs:
             self._signs, self._quiet_since_s = self._signs | signs, now_s
         self._trouble_s = min(self._trouble_s, now_s)
         self.next_s = min(self._quiet_since_s + SETTLE_S, self._trouble_s + LONGEST_SETTLE_S)
-        return failure if now_s >= self.next_s or is_settled(failure, self.cluster, now_s) else None
+        return failure if now_s >= self.next_s or is_settled(failure, self.agents, now_s) else None
 
     # The end
 
@@ -187,7 +187,7 @@ class Life:
         by_s = now_s + grace_s + AGENT_END_S
         self.next_s = self._end_by_s = min(self._end_by_s, by_s)
         self.ending = True
-        self.cluster.stop(grace_s, keep_files)
+        self.agents.stop(grace_s, keep_files)
 
     def is_gone(self, now_s: float) -> bool:
         """Whether nothing of it is left; or the time is over, and the way to it is cut, which its agent will notice.
@@ -195,11 +195,11 @@ class Life:
         The time is longer where files are returned: a model may be large.
         """
         if self.ending:
-            self.next_s = self._end_by_s + self.cluster.returned_bytes / SLOWEST_BYTES_PER_S
-        return self.ending and (not self.cluster.busy_links() or now_s >= self.next_s)
+            self.next_s = self._end_by_s + self.agents.returned_bytes / SLOWEST_BYTES_PER_S
+        return self.ending and (not self.agents.busy_links() or now_s >= self.next_s)
 
     def close(self, now_s: float) -> None:
         """Leave its agents, which end by that if they have not yet."""
-        for process in self.cluster.running():
+        for process in self.agents.running():
             self.around.logs.close(process)
-        self.cluster.close(max(now_s, min(self._end_by_s, now_s + AGENT_END_S)))
+        self.agents.close(max(now_s, min(self._end_by_s, now_s + AGENT_END_S)))

@@ -182,16 +182,15 @@ class Logs:
 
 
 class Terminal:
-    """Shows the lines of all processes, or of one rank alone, with a colour for each host on a terminal."""
+    """Shows the lines of all processes, with a colour for each host on a terminal."""
 
-    def __init__(self, only_rank: int | None = None, out: TextIO | None = None, err: TextIO | None = None) -> None:
-        self.only_rank = only_rank
+    def __init__(self, out: TextIO | None = None, err: TextIO | None = None) -> None:
         self.streams = {"stdout": out or sys.stdout, "stderr": err or sys.stderr}
         self._colours: dict[str, int] = {}
 
     def __call__(self, process: Process, stream: str, line: str) -> None:
         file = self.streams.get(stream)
-        if file is None or self.only_rank not in (None, process.rank):
+        if file is None:
             return
         text = f"{self._prefix(process, file)} {line}\n"
         encoding = file.encoding or "utf-8"

@@ -260,7 +260,7 @@ def plan(
     for world in worlds:
         for rank, seat in enumerate(by_world[world.index]):
             place = {
-                **_worker_env(seat, first_worker, workers),
+                **_worker_env(seat, first_worker),
                 **_world_env(rank, by_world[world.index], world),
                 **_meeting_env(seat, world),
             }
@@ -282,7 +282,7 @@ def plan(
                     milestones=milestones or {},
                 )
             )
-    beside = tuple(_service_process(service, workers) for service in services)
+    beside = tuple(_service_process(service) for service in services)
     return Plan(beside, tuple(ranks), worlds, workers, cwd, dict(env), run_id)
 
 
@@ -325,10 +325,9 @@ def _within_one_machine(members: Sequence[_Seat]) -> bool:
     return len(names) == 1 or all(is_loopback(name) for name in names)
 
 
-def _worker_env(seat: _Seat, first_worker: int, workers: int) -> dict[str, str]:
+def _worker_env(seat: _Seat, first_worker: int) -> dict[str, str]:
     return {
         "DANAZ_WORKER": str(first_worker + seat.worker),
-        "DANAZ_WORKERS": str(workers),
         "DANAZ_LOCAL_RANK": str(seat.slot),
         "DANAZ_LOCAL_SIZE": str(seat.slots),
         "DANAZ_LOCAL_DEVICE": str(seat.host.devices[seat.slot] if seat.host.devices else seat.slot),
@@ -396,15 +395,14 @@ def _defaults(seat: _Seat, machines: Mapping[str, Machine]) -> dict[str, str]:
     return {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(max(1, cores // seat.slots))}
 
 
-def _service_process(service: Service, workers: int) -> Process:
+def _service_process(service: Service) -> Process:
     if not service.command:
         raise PlanError(f"the service {service.name} has no command")
-    env = {"DANAZ_WORKERS": str(workers), **service.env}
     return Process(
         service.name,
         service.host,
         tuple(service.command),
-        env,
+        dict(service.env),
         announces=service.announces,
         returns=service.returns,
         cwd=service.cwd,

@@ -1,7 +1,7 @@
 """What an agent may say, checked once, where it comes in: the machine it runs on may be broken, or lie.
 
 Each kind of report declares the type and range of every field. Whether an agent may speak of the process, world or
-file that a report names, `cluster` judges, for it knows what was ordered.
+file that a report names, `agents` judges, for it knows what was ordered.
 """
 
 from __future__ import annotations

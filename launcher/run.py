@@ -10,9 +10,9 @@ from math import inf
 from pathlib import Path
 from secrets import token_hex
 
-from launcher.cluster import pump
+from launcher.agents import pump
 from launcher.failure import Failure, has_failed
-from launcher.life import Life, Surroundings, Timeouts
+from launcher.life import Life, RunContext, Timeouts
 from launcher.logs import Echo, Logs, Terminal
 from launcher.plan import Plan, Unit
 from launcher.signals import ENDING_SIGNALS, NotedSignals, noted_signals
@@ -63,7 +63,7 @@ def run(
     """
     plan = replace(plan, run_id=plan.run_id or token_hex(8))
     timeouts = Timeouts(grace_s, start_timeout_s, finish_timeout_s, overtime_s)
-    around = Surroundings(plan, Logs(run_folder, echo or Terminal()), agent_command, timeouts)
+    around = RunContext(plan, Logs(run_folder, echo or Terminal()), agent_command, timeouts)
     with noted_signals(*ENDING_SIGNALS) as signals:
         return _Run(around, policy or Policy(), tell or (lambda _: None), signals).execute()
 
@@ -80,7 +80,7 @@ class _Interrupted(Exception):
 class _Run:
     """One run; `execute` is its story. What follows a failure, the supervisor decides."""
 
-    def __init__(self, around: Surroundings, policy: Policy, tell: Tell, signals: NotedSignals) -> None:
+    def __init__(self, around: RunContext, policy: Policy, tell: Tell, signals: NotedSignals) -> None:
         self.around, self.tell, self.signals = around, tell, signals
         self.units = {unit.name: unit for unit in around.plan.units}
         self.workers = [unit.name for unit in self.units.values() if unit.world is not None]
@@ -142,7 +142,7 @@ class _Run:
         if not any(went_on) and not starts:
             until_s = min(until_s, self._overtime_ends_s) if now_s < self._overtime_ends_s else until_s
             next_s = min([until_s, self.supervisor.next_s, *(life.next_s for life in self.lives.values())])
-            pump([life.cluster for life in self.lives.values()], self.signals, max(0.0, next_s - now_s))
+            pump([life.agents for life in self.lives.values()], self.signals, max(0.0, next_s - now_s))
 
     def _look_at(self, life: Life, now_s: float) -> bool:
         """Whether something has changed."""
@@ -161,9 +161,9 @@ class _Run:
         was_up, went_on = life.up, life.advance(now_s)
         if life.up and not was_up:
             self._note_start(life, now_s)
-        if self.begins <= life.cluster.announced.keys():
+        if self.begins <= life.agents.announced.keys():
             self.supervisor.begun = True
-        if any(not has_failed(life.cluster, each) for each in self.concludes & life.cluster.exits.keys()):
+        if any(not has_failed(life.agents, each) for each in self.concludes & life.agents.exits.keys()):
             self.over_s = min(self.over_s, now_s)
         if life.ended and went_on:
             self.supervisor.ended(name)
@@ -205,7 +205,7 @@ class _Run:
 
     def _give_up(self, life: Life, now_s: float) -> None:
         """The run is over, and these ranks hang, or came back too late to find a server: nothing waits for them."""
-        left = ", ".join(process.name.replace(".", " ") for process in life.cluster.running())
+        left = ", ".join(process.name.replace(".", " ") for process in life.agents.running())
         late = f"did not end within {self.around.timeouts.overtime_s:g} s of the end of the run"
         self.tell(f"{life.unit.label}: {left} {late}, and what is left of it is ended")
         self.supervisor.give_up(life.unit.name)
@@ -255,7 +255,7 @@ class _Run:
                 self._tell_news()
                 if self.lives:
                     deadline_s = min(life.next_s for life in self.lives.values())
-                    pump([life.cluster for life in self.lives.values()], self.signals, max(0.0, deadline_s - now_s))
+                    pump([life.agents for life in self.lives.values()], self.signals, max(0.0, deadline_s - now_s))
         finally:
             for life in list(self.lives.values()):
                 self._close(life, time.monotonic())
@@ -264,5 +264,5 @@ class _Run:
     def _close(self, life: Life, now_s: float) -> None:
         del self.lives[life.unit.name]
         life.close(now_s)
-        for sentence in life.cluster.refused:
+        for sentence in life.agents.refused:
             self.tell(sentence)

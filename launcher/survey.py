@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from launcher.agents import Agents, pump
 from launcher.channel import Message
 from launcher.checks import Check, FieldError, check_fields, optional, read_object, words
-from launcher.cluster import Cluster, pump
 from launcher.hosts import Host
 from launcher.logs import Logs, quiet
 from launcher.machine import Machine, is_loopback, is_this_machine, source_address
@@ -85,29 +85,29 @@ def survey(
         for number, host in enumerate(everybody.values())
     }
     with noted_signals(*ENDING_SIGNALS) as signals, tempfile.TemporaryDirectory() as folder:
-        cluster = Cluster(probes.values(), Logs(folder, quiet))
-        asked = _Survey(cluster, signals, probes, hub, interfaces or {}, timeout_s)
+        agents = Agents(probes.values(), Logs(folder, quiet))
+        asked = _Survey(agents, signals, probes, hub, interfaces or {}, timeout_s)
         try:
             asked.connect(agent_command)
             asked.choose_hub_address()
             asked.probe(env or {}, cwd)
         finally:
-            cluster.stop(0.0)
-            cluster.close(time.monotonic() + CLOSE_S)
+            agents.stop(0.0)
+            agents.close(time.monotonic() + CLOSE_S)
     return {name: asked.finding(name, probe) for name in everybody}
 
 
 class _Survey:
     def __init__(
         self,
-        cluster: Cluster,
+        agents: Agents,
         signals: NotedSignals,
         probes: Mapping[str, Process],
         hub: Host,
         interfaces: Mapping[str, str],
         timeout_s: float,
     ) -> None:
-        self.cluster, self.signals = cluster, signals
+        self.agents, self.signals = agents, signals
         self.probes, self.hub, self.interfaces = probes, hub, interfaces
         self.timeout_s = timeout_s
         self.problems: dict[str, str] = {}  # by name of host
@@ -118,10 +118,10 @@ class _Survey:
     def connect(self, agent_command: AgentCommand) -> None:
         for name, process in self.probes.items():
             try:
-                self.cluster.connect(process.host, agent_command(process.host), grace_s=0.0)
+                self.agents.connect(process.host, agent_command(process.host), grace_s=0.0)
             except TransportError as error:
                 self.problems[name] = str(error)
-        links = self.cluster.links
+        links = self.agents.links
         self._wait(lambda: all(link.said_hello or link.lost for link in links.values()))
         for name, link in links.items():
             if not link.said_hello:
@@ -154,20 +154,20 @@ class _Survey:
             return
         asked = [self.probes[name] for name in self._healthy()]
         for process in asked:
-            self.cluster.start(process, {**env, HUB: f"{self.hub_address}:{port}"}, cwd)
-        links, exits = self.cluster.links, self.cluster.exits
+            self.agents.start(process, {**env, HUB: f"{self.hub_address}:{port}"}, cwd)
+        links, exits = self.agents.links, self.agents.exits
         self._wait(lambda: all(process.name in exits or links[process.host.name].lost for process in asked))
 
     def finding(self, name: str, probe: Probe) -> Finding:
         if name in self.problems:
             return Finding(problem=self.problems[name])
         process = self.probes[name]
-        end = self.cluster.exits.get(process.name)
+        end = self.agents.exits.get(process.name)
         if end is None:
             return Finding(problem=f"{name}: it did not say within {self.timeout_s:g} s what it is")
-        lines = [line.text for line in self.cluster.logs.tail(process, "stdout")]
+        lines = [line.text for line in self.agents.logs.tail(process, "stdout")]
         if end.status != 0 or not lines:
-            errors = [line.text for line in self.cluster.logs.tail(process, "stderr")[-SHOWN_LINES:]]
+            errors = [line.text for line in self.agents.logs.tail(process, "stderr")[-SHOWN_LINES:]]
             complaint = end.error or "; ".join(errors) or "it said nothing"
             return Finding(problem=f"{name}: {complaint}; {NO_START if end.error else NO_PROBE}")
         try:
@@ -203,7 +203,7 @@ class _Survey:
         return _ipv4_first([reached, *same_way]) if reached in own else None
 
     def _hello(self, name: str) -> Message:
-        return self.cluster.links[name].hello or {}
+        return self.agents.links[name].hello or {}
 
     def _wanted_interface(self, name: str) -> str | None:
         return self.interfaces.get(name, self.interfaces.get(ANY_HOST))
@@ -261,10 +261,10 @@ class _Survey:
         assert self.hub_address is not None
         world, link, ports = (
             World(0, self.hub, self.hub_address, 1),
-            self.cluster.links[self.hub.name],
-            self.cluster.ports,
+            self.agents.links[self.hub.name],
+            self.agents.ports,
         )
-        self.cluster.open_world(world)
+        self.agents.open_world(world)
         self._wait(lambda: bool(ports or link.lost))
         if not ports:
             self.problems[self.hub.name] = f"{self.hub.name}: it cannot listen on {self.hub_address}"
@@ -276,7 +276,7 @@ class _Survey:
         while not condition() and time.monotonic() < deadline:
             if self.signals.received:
                 raise KeyboardInterrupt
-            pump([self.cluster], self.signals, deadline - time.monotonic())
+            pump([self.agents], self.signals, deadline - time.monotonic())
 
 
 def _without_agent(command: Sequence[str]) -> str:

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from launcher import logs as logs_module
-from launcher.cluster import Exit
+from launcher.agents import Exit
 from launcher.failure import USAGE, Failure
 from launcher.hosts import parse_hosts
-from launcher.life import LONGEST_SETTLE_S, SETTLE_S, Life, Surroundings, Timeouts
+from launcher.life import LONGEST_SETTLE_S, SETTLE_S, Life, RunContext, Timeouts
 from launcher.logs import Logs, quiet
 from launcher.plan import plan
 from launcher.transport import local_agent_command
@@ -32,7 +32,7 @@ class Unit:
         self.now_s = 100.0
         laid = plan(parse_hosts("localhost:4"), ["train"], one_world=True, env={}, cwd="/")
         logs = Logs(folder, quiet)
-        around = Surroundings(laid, logs, local_agent_command, Timeouts(0.0, 1.0, 1.0, 1.0))
+        around = RunContext(laid, logs, local_agent_command, Timeouts(0.0, 1.0, 1.0, 1.0))
         self.life = Life(laid.units[0], around, 1)
         self.ranks = {str(process.rank): process for process in laid.ranks}
         for process in laid.ranks:

@@ -85,13 +85,9 @@ def test_the_terminal_shows_who_speaks() -> None:
     assert (out.getvalue(), err.getvalue()) == ("[a:3] hello\n[a:server] up\n", "[a:3] oops\n")
 
 
-def test_the_terminal_can_show_one_rank_or_none(capsys: pytest.CaptureFixture[str]) -> None:
-    out = io.StringIO()
-    terminal = Terminal(only_rank=3, out=out)
+def test_quiet_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     for process in (RANK, OTHER, SERVER):
-        terminal(process, "stdout", "hello")
         quiet(process, "stdout", "hello")
-    assert out.getvalue() == "[a:3] hello\n"
     assert capsys.readouterr().out == ""
 
 

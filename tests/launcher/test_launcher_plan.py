@@ -32,7 +32,6 @@ def test_a_world_per_worker() -> None:
     ]
     assert [rank.label for rank in laid.ranks] == ["a:0", "a:1", "b:2"]
     assert column(laid, "DANAZ_WORKER") == ["0", "0", "1"]
-    assert column(laid, "DANAZ_WORKERS") == ["2", "2", "2"]
     assert column(laid, "HOROVOD_RANK") == column(laid, "RANK") == ["0", "1", "0"]
     assert column(laid, "HOROVOD_SIZE") == column(laid, "WORLD_SIZE") == ["2", "2", "1"]
     assert column(laid, "HOROVOD_CROSS_SIZE") == ["1", "1", "1"]
@@ -114,7 +113,7 @@ def test_services_come_first_and_tell_their_address() -> None:
     server = Service("server", ["serve", "--port", "0"], announces="DANAZ_SERVER", env={"KEY": "value"})
     laid = lay("a:1", services=[server])
     assert [host.name for host in laid.hosts] == ["localhost", "a"]
-    assert laid.services[0].env == {"DANAZ_WORKERS": "1", "KEY": "value"}
+    assert laid.services[0].env == {"KEY": "value"}
     assert str(laid.services[0].log_folder) == "logs/localhost/server"
     assert laid.services[0].label == "localhost:server"
 

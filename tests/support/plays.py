@@ -4,7 +4,7 @@
 # It prints the exit code and the failure.
 LAUNCHER = """
 import json, os, sys
-from launcher import cluster
+from launcher import agents
 from launcher.connections import SharedConnections
 from launcher.hosts import parse_hosts
 from launcher.logs import quiet
@@ -13,7 +13,7 @@ from launcher.run import run
 from launcher.ssh import Ssh
 
 folder, hosts, silence_s, *command = sys.argv[1:]
-cluster.SILENCE_S, cluster.PING_S = float(silence_s), float(silence_s) / 10
+agents.SILENCE_S, agents.PING_S = float(silence_s), float(silence_s) / 10
 laid = plan(parse_hosts(hosts), command, one_world=False, env={"TRAVELS": os.environ["SENT"]}, cwd="/")
 outcome = run(laid, folder, echo=quiet, agent_command=Ssh(connections=SharedConnections()), grace_s=0.2)
 print(json.dumps([outcome.exit_code, str(outcome.failure)]))

@@ -25,7 +25,7 @@ TRAINING_S = 200.0
 # Plays a plan over ssh without any training, in a process of its own: a server here, a worker on each host.
 LAUNCHER = """
 import json, sys
-from launcher import cluster, ssh
+from launcher import agents, ssh
 from launcher.connections import SharedConnections
 from launcher.hosts import parse_hosts
 from launcher.logs import quiet
@@ -36,7 +36,7 @@ from launcher.supervisor import Policy
 folder, policy, silence_s, server_host, *command = sys.argv[1:]
 silence_s = float(silence_s)
 if silence_s:
-    cluster.SILENCE_S, cluster.PING_S = silence_s, silence_s / 6
+    agents.SILENCE_S, agents.PING_S = silence_s, silence_s / 6
     ssh.OPTIONS |= {"ServerAliveInterval": str(round(silence_s / 6)), "ConnectTimeout": str(round(silence_s / 2))}
 serve = 'echo DANAZ_SERVER=tcp://there:4711; echo "$0" >> $KEPT/lives; exec sleep 2000'
 server = Service("server", ["sh", "-c", serve, "first"], announces="DANAZ_SERVER", again=["sh", "-c", serve, ANNOUNCED],

@@ -31,7 +31,7 @@ from launcher.signals import NotedSignals
 from launcher.ssh import forget_connection, passing_obstacle, shared_connection
 from launcher.transport import AgentLink, TransportError
 
-__all__ = ["Cluster", "Exit", "LostAgent", "pump"]
+__all__ = ["Agents", "Exit", "LostAgent", "pump"]
 
 PING_S = 15.0  # an agent on another machine hears from us at least so often…
 SILENCE_S = 90.0  # …and ends its tree when it has heard nothing for so long
@@ -60,7 +60,7 @@ class LostAgent:
     reason: str
 
 
-class Cluster:
+class Agents:
     """Orders go out by `connect`, `open_world`, `start` and `stop`; `pump` takes in what the agents report."""
 
     def __init__(self, processes: Iterable[Process], logs: Logs, gate: Gate | None = None) -> None:
@@ -295,18 +295,18 @@ class Cluster:
         self.lost = self.lost or LostAgent(link, reason)
 
 
-def pump(clusters: Iterable[Cluster], signals: NotedSignals, timeout_s: float) -> None:
+def pump(groups: Iterable[Agents], signals: NotedSignals, timeout_s: float) -> None:
     """Wait for something to happen, and take note of all that did. Raises OSError when logs cannot be written.
 
     It may return early, and is to be called again and again: it also tells the agents that we are alive.
     """
     now_s = time.monotonic()
-    clusters = list(clusters)
-    timeout_s = max(0.0, min([timeout_s, *(cluster.dial(now_s) - now_s for cluster in clusters)]))
-    owners = {link: cluster for cluster in clusters for link in cluster.open_links()}
-    for cluster in set(owners.values()):
-        cluster.ping_if_due(now_s)
-        timeout_s = min(timeout_s, cluster.next_ping_s - now_s)
+    groups = list(groups)
+    timeout_s = max(0.0, min([timeout_s, *(group.dial(now_s) - now_s for group in groups)]))
+    owners = {link: group for group in groups for link in group.open_links()}
+    for group in set(owners.values()):
+        group.ping_if_due(now_s)
+        timeout_s = min(timeout_s, group.next_ping_s - now_s)
     answers = {link.channel.read_fd: link for link in owners}
     complaints = {link.stderr_fd: link for link in owners if not link.stderr_closed}
     orders = {link.channel.write_fd: link for link in owners if link.channel.pending_bytes}
