@@ -47,7 +47,7 @@ class Unit:
 
     def exit(self, rank: str, status: int, missing: str | None = None, said_that_it_leaves: bool = False) -> None:
         end = Exit(status, None, self.now_s, missing, said_that_it_leaves=said_that_it_leaves)
-        self.life.cluster.exits[self.ranks[rank].name] = end
+        self.life.agents.exits[self.ranks[rank].name] = end
 
     def judge(self) -> Failure | None:
         return self.life.failure(self.now_s)
@@ -118,7 +118,7 @@ def test_the_wait_is_bounded(unit: Unit) -> None:
     while unit.judge() is None:
         unit.now_s += SETTLE_S - 0.1
         for rank in ("1", "2", "3"):
-            if f"rank.{rank}" not in unit.life.cluster.exits and unit.now_s < began_s + 2 * SETTLE_S:
+            if f"rank.{rank}" not in unit.life.agents.exits and unit.now_s < began_s + 2 * SETTLE_S:
                 unit.hear(f"raises {rank}")
     assert unit.now_s <= began_s + LONGEST_SETTLE_S + SETTLE_S
 
