@@ -58,7 +58,7 @@ sys.exit(outcome.exit_code)
 
 def run_everywhere(out: Path, mode: str, workers: int, ranks: int, collective: str) -> None:
     """Run all loops on ``workers`` of ``ranks``, each with real processes, and real servers where there is one."""
-    path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+    path = os.pathsep.join([str(ROOT / "tests/support"), str(ROOT)])
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "COLLECTIVE": collective}
     arguments = [str(out), mode, str(workers), str(ranks), SCRIPT]
     ended = subprocess.run(
