@@ -1,4 +1,4 @@
-"""danaz in a training script of one's own.
+"""danaz in your own training script.
 
     import danaz.torch as danaz
     danaz.init()
@@ -10,8 +10,8 @@
             optimizer.zero_grad(); loss(model(x), y).backward(); optimizer.step()
     # here the model is the trained one, on every rank
 
-The same script runs alone with plain ``python``, and on a cluster with ``danaz launch``. How to port a script, call by
-call, is in docs/your-script.md.
+The same script runs alone with plain ``python``, and on a cluster with ``danaz launch``. docs/your-script.md shows how
+to port a script, call by call.
 """
 
 from __future__ import annotations
@@ -71,9 +71,10 @@ def _session() -> Session:
 def init(*, digest: str = "", seed: int | None = None) -> None:
     """Take this process's place in the cluster. Without ``danaz launch`` it trains alone.
 
-    A ``digest`` stands for the script's configuration: a server that runs another one refuses the worker. ``seed``
-    decides the order of the samples; without one, that is ``danaz launch --seed`` or, alone, torch.manual_seed. Raises
-    ValueError if the run was launched with another seed: all processes must agree on it.
+    A ``digest`` stands for the script's configuration: a server that runs another configuration refuses the worker.
+    ``seed`` decides the order of the samples. Without it, ``danaz launch --seed`` decides or, in a process alone,
+    torch.manual_seed. Raises ValueError if the run was launched with another seed, because all processes must agree on
+    it.
     """
     global _current
     if _current is None:
@@ -86,14 +87,14 @@ def init(*, digest: str = "", seed: int | None = None) -> None:
 
 
 def device() -> torch.device:
-    """The device of this rank: a GPU of its own where there are GPUs, else the CPU."""
+    """Return the device of this rank: its own GPU if there are GPUs, otherwise the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", _session().place.device % torch.cuda.device_count())
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes files and prints: exactly one of the run, whatever the algorithm."""
+    """Whether this process is the one that writes files and prints. Under any algorithm, a run has exactly one."""
     session = _session()
     return session.place.worker == 0 and session.group.rank == 0
 
@@ -119,7 +120,7 @@ def local_size() -> int:
 
 
 def worker_id() -> int:
-    """This process's worker's number among the workers."""
+    """The number of this process's worker among the workers."""
     return _session().place.worker
 
 
@@ -131,13 +132,13 @@ def num_workers() -> int:
 def DistributedOptimizer(
     optimizer: torch.optim.Optimizer, model: nn.Module, backward_passes_per_step: int = 1
 ) -> _DistributedOptimizer:
-    """Let the cluster carry out ``optimizer``, a torch.optim.SGD over (some of) the parameters of ``model``.
+    """Let the cluster carry out ``optimizer``, which is a torch.optim.SGD over (some of) the parameters of ``model``.
 
     Each ``step()`` averages the gradient over this worker's ranks, pushes it, and puts the next view into the model.
     When ``backward()`` has returned, every ``p.grad`` is the worker's mean gradient: clip, unscale or log it as ever.
     ``step(loss=loss)`` adds the loss to the run's records. A batch that is not followed by ``step()`` counts as used.
-    The loss must be a mean over the samples, not a sum. Raises UnsupportedOptimizerError, with the reason, for what
-    DANA cannot stand in for, and ValueError for a model that danaz cannot train.
+    The loss must be a mean over the samples, not a sum. Raises UnsupportedOptimizerError, with the reason, for an
+    optimizer that DANA cannot replace, and ValueError for a model that danaz cannot train.
     """
     session = _session()
     check_model(model)
@@ -148,7 +149,7 @@ def DistributedOptimizer(
 
 
 def epochs(count: int) -> Iterator[int]:
-    """Epochs of the whole cluster. Behind the loop, the model is the trained one on every rank (see ``finish``).
+    """Iterate over the epochs of the whole cluster. After the loop, every rank has the trained model (see ``finish``).
 
     A run has one such loop. Raises LoopError if it is begun a second time, or if an epoch ends without ``shard``.
     """
@@ -156,48 +157,50 @@ def epochs(count: int) -> Iterator[int]:
 
 
 def shard(loader: DataLoader[Any], epoch: int) -> Iterator[Any]:
-    """This rank's part of the batches that the server leases to this worker in ``epoch``, which ``epochs`` gave.
+    """Iterate over this rank's part of the batches that the server leases to this worker in ``epoch`` of ``epochs``.
 
     ``loader`` gives the data set, the batch size (per worker: its ranks share each batch), shuffling and loading
-    processes. Every sample is used once an epoch, whatever the workers' speeds; what a loop that is left by ``break``
-    leaves over comes first in the next epoch's. ``len()`` of it is what this worker would compute in an epoch if all
-    workers were equally fast. Raises UnsupportedLoaderError, and LoopError if it is not this loop's turn.
+    processes. Every sample is used once in an epoch, however fast the workers are. If a loop is left by ``break``, the
+    batches left over come first in the next epoch. ``len()`` gives the number of batches that this worker would compute
+    in an epoch if all workers were equally fast. Raises UnsupportedLoaderError, and LoopError if it is not this loop's
+    turn.
     """
     return _session().run_batches(loader, epoch)
 
 
 def stop(reason: str = "") -> None:
-    """End the run early for every worker, from any rank; returns when the trained model is in this rank's model.
+    """End the run early for every worker. Any rank may call it; it returns when this rank has the trained model.
 
-    The other ranks of this worker leave their loops at their next step, the other workers at their next view. The
-    reason is in summary.json as ``stopped``. The update that this worker is in the midst of may be left out. Leave the
-    loop after it. Nothing happens if the run is over.
+    The other ranks of this worker leave their loops at their next step, and the other workers at their next view.
+    summary.json gives the reason as ``stopped``. The update that this worker is computing may be left out. Leave the
+    loop after this call. Nothing happens if the run is over.
     """
     _session().stop(reason)
 
 
 def finish() -> None:
-    """Leave the run in good order; load θ and the mean batch-norm buffers into every rank's model.
+    """Leave the run in good order, and load θ and the mean batch-norm buffers into every rank's model.
 
-    ``epochs`` does so by itself. Called earlier, this worker leaves (all its ranks, at their next step), the others get
-    its batches, and it waits for them to end.
+    ``epochs`` calls this by itself at its end. If you call it earlier, this worker leaves (all its ranks leave at their
+    next step), the other workers get its batches, and it waits for them to end.
     """
     _session().finish()
 
 
 def mean(value: Value) -> Value:
-    """The mean of ``value`` over the ranks of this worker (under ssgd, of the cluster); every rank must call it.
+    """Return the mean of ``value`` over the ranks of this worker (under ssgd, of the cluster); every rank must call it.
 
-    A float or a tensor of floats; it comes back as what it was. Each rank counts the same, however many samples it had.
+    ``value`` is a float or a tensor of floats, and the mean is of the same kind. Every rank counts the same, however
+    many samples it had.
     """
     return between.mean(_session().group, value)
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's ``value`` on every rank of this worker (under ssgd, of the cluster); every rank must call it.
+    """Return rank 0's ``value`` on every rank of this worker (under ssgd, of the cluster); every rank must call it.
 
-    It may be made of None, bool, int, float, str, bytes, and lists and dicts of them: it travels as MessagePack, for
-    nothing that comes over a network is unpickled. Raises TypeError for anything else.
+    It may hold None, bool, int, float, str, bytes, and lists and dicts of them. It travels as MessagePack, because
+    danaz never unpickles what comes over a network. Raises TypeError for anything else.
     """
     return between.broadcast_object(_session().group, value)
 
@@ -205,17 +208,17 @@ def broadcast_object(value: Any) -> Any:
 def report(**figures: float | str | None) -> None:
     """Add figures, such as ``test_error_percent``, to ``reported`` in the run's summary.json.
 
-    A run has at most 64 of them, with names of at most 100 characters and texts of at most 1000: raises ValueError for
-    more at once, and RefusedError where the run has too many with those reported before.
+    A run has at most 64 figures, with names of at most 100 characters and texts of at most 1000. Raises ValueError for
+    more in one call, and RefusedError if the run has too many together with those reported before.
     """
     _session().report(figures)
 
 
 def metrics() -> Metrics:
-    """Version, epoch, lag, gap and times, as this worker last heard of them."""
+    """Return version, epoch, lag, gap and times, as this worker last heard of them."""
     return _session().worker.metrics
 
 
 def progress() -> float:
-    """The cluster's epoch as a float, for schedules that move with every step; 0 until the first batch."""
+    """Return the cluster's epoch as a float, for schedules that move with every step; 0 until the first batch."""
     return _session().epoch

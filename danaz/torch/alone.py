@@ -1,4 +1,4 @@
-"""A worker without a server to reach: the server's core runs within its process."""
+"""A worker without a server elsewhere: the server's core runs in the worker's own process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from danaz.worker.link import ServerLostError
 
 
 class LocalLink:
-    """A server core in this process: one worker alone, or each rank of an all-reduce world with its replica."""
+    """A link to a server core in this process, for a lone worker, or for each rank of an all-reduce world."""
 
     def __init__(self, core: ServerCore, on_close: Callable[[], object] = lambda: None):
         self.core = core
@@ -28,7 +28,7 @@ class LocalLink:
         raise ServerLostError("a lone worker waits for others that will never come")
 
     def edit(self, displacement: Tensor) -> None:
-        """As Link has it."""
+        """See Link."""
         self.core.edit(displacement)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Which samples a batch number means, and how a rank's DataLoader comes to read just its part of them."""
+"""This module maps batch numbers to samples, and makes a rank's DataLoader read only its own part of each batch."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class UnsupportedLoaderError(TypeError):
 
 @dataclass(frozen=True)
 class Batching:
-    """How an epoch of a data set falls into batches: a function of seed and epoch, the same everywhere."""
+    """How an epoch of a data set is divided into batches. It depends only on seed and epoch, so all processes agree."""
 
     samples: int
-    batch_size: int  # of one update: all that one worker's ranks share
+    batch_size: int  # samples in one update, which all ranks of one worker share
     shuffle: bool = True
     drop_last: bool = False
     seed: int = 0
@@ -45,7 +45,7 @@ class Batching:
         return batch // self.batches_per_epoch
 
     def indices(self, batch: int) -> Indices:
-        """Sample numbers of a batch, i64[up to batch_size]."""
+        """Return the sample numbers of a batch, i64[up to batch_size]."""
         start = batch % self.batches_per_epoch * self.batch_size
         return _order(self, self.epoch_of(batch))[start : start + self.batch_size]
 
@@ -59,19 +59,19 @@ def _order(batching: Batching, epoch: int) -> Indices:
 
 @dataclass(frozen=True)
 class Share:
-    """A rank's part of every batch: first split evenly over ``workers``, then over the worker's ranks."""
+    """A rank's part of every batch. The batch is split evenly over ``workers``, and then over the worker's ranks."""
 
     worker: int = 0
     workers: int = 1
     rank: int = 0
     ranks: int = 1
-    least: int = 1  # samples that a part must have, or else none; a batch that has fewer goes to one rank
+    least: int = 1  # samples that a part must have unless it is empty; a batch with fewer goes to one rank
 
     def of(self, indices: Indices) -> Indices:
         return self._part(self._part(indices, self.workers, self.worker), self.ranks, self.rank)
 
     def ranks_at_work(self, samples: int) -> int:
-        """How many of this worker's ranks get samples of a batch of so many."""
+        """Return how many of this worker's ranks get samples of a batch of ``samples``."""
         batch = np.arange(samples)
         return sum(bool(len(replace(self, rank=rank).of(batch))) for rank in range(self.ranks))
 
@@ -82,24 +82,24 @@ class Share:
 
 @dataclass(frozen=True)
 class Portion:
-    """What this rank is given of one leased batch."""
+    """The part of one leased batch that this rank is given."""
 
     batch: int
-    samples: int  # of the whole batch
-    here: int  # of this rank's part; 0: what it is given is another rank's, and does not count
+    samples: int  # number of samples in the whole batch
+    here: int  # number of samples in this rank's part; 0: it is given another rank's samples, which do not count
 
     @property
     def weight(self) -> float:
-        """By which this rank's mean gradient enters the batch's."""
+        """The weight of this rank's mean gradient in the batch's mean gradient."""
         return self.here / self.samples
 
 
 class LeaseSampler:
-    """A batch sampler for a DataLoader: this rank's part of each batch, as long as ``take`` gives batch numbers.
+    """A batch sampler for a DataLoader: it gives this rank's part of each batch, until ``take`` gives no batch number.
 
-    What it hands out is noted in ``portions``, in the order in which the loader will deliver. A rank for which a short
-    batch has no sample gets the batch's first, with weight zero: its loop then runs as every other rank's, so that
-    schedulers, gradient scalers, random numbers and the script's own collectives stay in step.
+    It notes what it hands out in ``portions``, in the order in which the loader will deliver. If a short batch has no
+    sample for a rank, the rank gets the batch's first samples, with weight zero. Its loop then runs like every other
+    rank's, so that schedulers, gradient scalers, random numbers and the script's own collectives stay in step.
     """
 
     def __init__(self, batching: Batching, share: Share, take: Callable[[], int | None]):
@@ -117,7 +117,7 @@ class LeaseSampler:
 
 
 def batching_of(loader: DataLoader[Any], workers: int, seed: int) -> Batching:
-    """The batching that stands for a loader's sampler. Raises UnsupportedLoaderError with the reason."""
+    """Return the batching that replaces a loader's sampler. Raises UnsupportedLoaderError with the reason."""
     if isinstance(loader.dataset, IterableDataset):
         raise UnsupportedLoaderError(
             "danaz.shard cannot share out an IterableDataset: batches are leased by sample number, and it has none. "
@@ -154,12 +154,12 @@ def batching_of(loader: DataLoader[Any], workers: int, seed: int) -> Batching:
 
 
 def read_ahead(loader: DataLoader[Any]) -> int:
-    """Batches a worker must hold for the loader's processes to stay busy."""
+    """Return the number of batches that a worker must hold to keep the loader's processes busy."""
     return 1 + loader.num_workers * (loader.prefetch_factor or 0)
 
 
 def rebuild(loader: DataLoader[Any], sampler: LeaseSampler) -> DataLoader[Any]:
-    """The same loader around another batch sampler."""
+    """Return the same loader with another batch sampler."""
     processes = {}
     if loader.num_workers:
         processes = {

@@ -1,4 +1,7 @@
-"""How a process of a run ends where its script does not say so: it left its loop, exits in mid-run or never trained."""
+"""How a process's part in a run ends if its script does not end it properly.
+
+The script may have left its loop, it may exit in the middle of a run, or it may never have trained.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,11 @@ from danaz.run.settings import RankInfo
 from danaz.torch.loop import Loop
 from danaz.torch.optimizer import DistributedOptimizer
 
-UNFINISHED = 64  # exit code of a process that ends in the midst of a run, or has not trained (EX_USAGE)
+UNFINISHED = 64  # exit code of a process that ends in the middle of a run, or has not trained (EX_USAGE)
 
 
 class Part(Protocol):
-    """One process's part in a run, as far as its ending must know it."""
+    """One process's part in a run, with what its ending must know about it."""
 
     place: RankInfo
     loop: Loop
@@ -26,7 +29,7 @@ class Part(Protocol):
 
     @property
     def optimizer(self) -> DistributedOptimizer:
-        """The wrapped one. Raises NotInitializedError if there is none."""
+        """The wrapped optimizer. Raises NotInitializedError if there is none."""
 
     @property
     def has_optimizer(self) -> bool:
@@ -38,26 +41,26 @@ class Part(Protocol):
 
     @property
     def came_late(self) -> bool:
-        """Whether the run was over before."""
+        """Whether the run was over before this process entered it."""
 
     def stop(self, reason: str) -> None:
-        """End the run for every worker, in good order."""
+        """End the run in good order for every worker."""
 
 
 class Ending:
-    """Sees to it that the end of one process's part in a run is in good order, or does not look like a success.
+    """Ends one process's part in a run in good order, or makes sure that it does not look like a success.
 
-    A loop that is left by ``break`` cannot be told from one that an exception leaves, until the script goes on.
+    When a loop is left, ``break`` looks the same as an exception. Only when the script goes on can they be told apart.
     """
 
     def __init__(self, session: Part, close: Callable[[], None]):
         self._session = session
         self._close = close
         self._pid = os.getpid()
-        self._watches: list[RemovableHandle] = []  # on the model, once its loop was left
+        self._watches: list[RemovableHandle] = []  # hooks on the model, set once the script has left its loop
 
     def watch(self) -> None:
-        """The loop over epochs was left: from now on, look whether the script uses the model behind it."""
+        """Watch from now on whether the script uses the model after it has left the loop over epochs."""
         session = self._session
         if session.finished or not session.has_begun:
             return
@@ -67,13 +70,13 @@ class Ending:
             self._watches.append(watch)
 
     def stop_watching(self) -> None:
-        """The model is the trained one."""
+        """Stop watching, because the model is now the trained one."""
         for watch in self._watches:
             watch.remove()
         self._watches.clear()
 
     def end_if_left(self) -> None:
-        """End the run if the script has left its loop, and goes on without it and without an exception."""
+        """End the run if the script has left its loop and goes on, and no exception is being handled."""
         session = self._session
         if session.loop.was_left and session.has_begun and not session.finished and sys.exc_info()[1] is None:
             _say(f"{self._left}; the run ends here for every worker. To say so, and why, call danaz.stop(reason) first")
@@ -84,7 +87,7 @@ class Ending:
         return f"the script left its loop in epoch {self._session.loop.reached} of {self._session.loop.count}"
 
     def what_is_missing(self) -> str:
-        """What this process should have done before it ends, and has not; nothing if it has."""
+        """Return what this process should have done before its end, but has not; empty if nothing is missing."""
         session = self._session
         if session.finished or session.came_late:
             return ""
@@ -94,7 +97,7 @@ class Ending:
                 "loop"
             )
         if not session.place.launched:
-            return ""  # a process alone may do without training
+            return ""  # a process alone need not train
         calls = {
             "danaz.DistributedOptimizer(optimizer, model)": session.has_optimizer,
             "danaz.epochs(N)": session.loop.count is not None,
@@ -104,8 +107,8 @@ class Ending:
         return f"the script ended without training: it calls danaz.init(), but never came to {missing}"
 
     def end_process(self) -> None:
-        """At the exit of the process: what looks like a success and is none gets a sentence and an exit code."""
-        # An exception has its traceback, and a copy of the process that fork made is not the one that trains.
+        """At the exit of the process, print a sentence and set an exit code if it would wrongly look like a success."""
+        # An exception prints its own traceback. A process that was forked off is not the one that trains.
         if os.getpid() != self._pid or getattr(sys, "last_value", None) is not None:
             return
         missing = self.what_is_missing()
@@ -115,13 +118,13 @@ class Ending:
         try:
             if self._session.has_begun:
                 self._session.stop(self._left)
-        except (RuntimeError, OSError) as error:  # of the collective, the link or the server
+        except (RuntimeError, OSError) as error:  # raised by the collective, the link or the server
             _say(f"and it could not leave the run in good order: {error}")
         self._close()
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(UNFINISHED)  # at this point, Python has no other way to end with a code
+        os._exit(UNFINISHED)  # at this point, Python has no other way to set the exit code
 
 
 def _say(sentence: str) -> None:

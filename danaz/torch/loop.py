@@ -1,4 +1,4 @@
-"""The two loops of a training script: over the run's epochs, and within each over its batches."""
+"""The two loops of a training script: one over the run's epochs and, in each epoch, one over its batches."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ Item = TypeVar("Item")
 
 
 class LoopError(RuntimeError):
-    """The script's loops are not those that danaz can train with."""
+    """The script's loops are not loops that danaz can train with."""
 
 
 class Counted(Iterator[Item]):
-    """An iterator that can say how many items it expects to give, as progress bars ask."""
+    """An iterator that can say how many items it expects to give, because progress bars ask for that."""
 
     def __init__(self, items: Iterator[Item], count: Callable[[], int]):
         self._items = items
@@ -30,19 +30,19 @@ class Counted(Iterator[Item]):
 
 
 class Loop:
-    """Where the script is within its loops, and whether it left them before their end."""
+    """Knows where the script is in its loops, and whether it left them before their end."""
 
     def __init__(self) -> None:
-        self.count: int | None = None  # epochs that the script asked for
-        self.epoch: int | None = None  # under way
+        self.count: int | None = None  # number of epochs that the script asked for
+        self.epoch: int | None = None  # the epoch under way
         self.reached = 0  # the newest epoch that was under way
-        self.was_left = False  # by break, return, an exception or the end of the process
+        self.was_left = False  # whether a break, return, exception or the end of the process left the loop
         self._is_open = False  # whether a loop over batches is under way
-        self._dataset: object = None  # that the epoch under way is trained with
+        self._dataset: object = None  # the data set that the epoch under way is trained on
         self._is_used_up = False  # whether the epoch under way has given all its batches
 
     def begin(self, count: int) -> None:
-        """Take down the number of epochs. Raises ValueError and LoopError."""
+        """Note the number of epochs. Raises ValueError and LoopError."""
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"danaz.epochs takes the number of epochs, a whole number from 1 up, not {count!r}")
         if self.count is not None:
@@ -53,7 +53,7 @@ class Loop:
         self.count = count
 
     def epochs(self, first: int, is_over: Callable[[], bool]) -> Iterator[int]:
-        """The epochs from ``first`` on, until the run is over. Raises LoopError."""
+        """Yield the epochs from ``first`` on, until the run is over. Raises LoopError."""
         assert self.count is not None
         try:
             for epoch in range(first, self.count):
@@ -74,7 +74,7 @@ class Loop:
             self.epoch = None
 
     def batches(self, epoch: int, dataset: object, batches: Iterator[Item]) -> Iterator[Item]:
-        """``batches`` of ``dataset``, if it is their turn. Raises LoopError."""
+        """Yield the ``batches`` of ``dataset`` if it is their turn. Raises LoopError."""
         self._check(epoch, dataset)
         self._is_open, self._dataset = True, dataset
         try:

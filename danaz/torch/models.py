@@ -1,4 +1,4 @@
-"""What of a user's model danaz cannot train, said before training begins."""
+"""Checks of a user's model, which say before training begins what danaz cannot train."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import nn
 
 
 def check_model(model: nn.Module) -> None:
-    """Raises ValueError, with the cure, for a model whose gradients danaz cannot sum."""
+    """Raises ValueError, which names the cure, for a model whose gradients danaz cannot sum."""
     for name, module in model.named_modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
             raise ValueError(
@@ -16,5 +16,5 @@ def check_model(model: nn.Module) -> None:
 
 
 def has_batch_norm(model: nn.Module) -> bool:
-    """Whether a training step of the model needs more than one sample a rank."""
+    """Return whether the model has batch norm, so that a training step needs more than one sample on each rank."""
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())

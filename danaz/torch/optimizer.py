@@ -1,4 +1,4 @@
-"""The user's own torch.optim.SGD, carried out by the cluster."""
+"""The optimizer that lets the cluster carry out the user's own torch.optim.SGD."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class UnsupportedOptimizerError(TypeError):
 
 
 def check_supported(optimizer: torch.optim.Optimizer) -> float:
-    """The momentum of an optimizer that danaz can carry out. Raises UnsupportedOptimizerError with the reason."""
+    """Return the optimizer's momentum. Raises UnsupportedOptimizerError with the reason if danaz cannot replace it."""
     if type(optimizer) is not torch.optim.SGD:
         raise UnsupportedOptimizerError(
             f"danaz carries out torch.optim.SGD, not {type(optimizer).__name__}: the rules it implements are those of "
@@ -51,34 +51,36 @@ def check_supported(optimizer: torch.optim.Optimizer) -> float:
 class Verdict:
     """What the ranks of a worker agree on at the end of a batch."""
 
-    skips: int  # ranks that made no step: if there are any, the batch makes none
+    skips: int  # number of ranks that made no step; if there are any, the batch makes none
     loss: Loss  # mean over the batch
-    lr: list[float]  # rank 0's rates, one a parameter group
-    edited: bool  # some rank's script has changed parameters since the last step
-    alike: bool  # all ranks hold the same gradient, as far as that was asked for
-    ends: bool = False  # a rank has asked to end the run, and all hear it in this step
+    lr: list[float]  # rank 0's rates, one for each parameter group
+    edited: bool  # whether some rank's script has changed parameters since the last step
+    alike: bool  # whether all ranks hold the same gradient, if that was asked for
+    ends: bool = False  # whether a rank has asked to end the run; all ranks hear it in this step
 
 
 class GradientExchange:
     """Makes ``p.grad`` the mean over the batch, on every rank, before ``backward()`` returns.
 
-    The flat gradient is cut into buckets of neighbouring parameters; a bucket's sum begins while backward still runs,
-    as soon as all its gradients are there, always in the same order (last parameters first), which torch.distributed
-    requires. A callback that autograd calls at the end of backward begins the rest and waits for all of them. So
-    whatever a loop does with gradients between backward and step (clip, unscale, log, add noise) sees the mean.
+    The flat gradient is cut into buckets of neighbouring parameters. The sum of a bucket begins while backward still
+    runs, as soon as all its gradients have arrived. The buckets are always summed in the same order (last parameters
+    first), because torch.distributed requires that. A callback, which autograd calls at the end of backward, begins the
+    remaining sums and waits for all of them. So everything that a loop does with gradients between backward and step
+    (clip, unscale, log, add noise) sees the mean.
 
-    Ranks move in step although each runs its own loop. A *round* is one sum of all buckets. It ends with a vote: each
-    rank says whether another backward is about to add to the gradient (then another round follows for all), or that
-    it is at its step, or that its loop has skipped the step. As each rank's part enters with its share of the samples
-    and shares add up to one, summing a mean again changes nothing, and what a further backward added becomes its mean.
+    The ranks move in step although each runs its own loop. A *round* is one sum of all buckets, and it ends with a
+    vote. Each rank says one of three things: another backward is about to add to its gradient (then another round
+    follows for all), or it is at its step, or its loop has skipped the step. Each rank's part is weighted with its
+    share of the samples, and the shares add up to one. So summing a mean again changes nothing, and what a further
+    backward has added is replaced by its mean.
     """
 
     def __init__(self, flat: FlatModel, group: Group, passes: int, alike: bool = False):
-        """With ``alike``, the vote also tells whether the gradients of all ranks are the same, bit for bit."""
+        """With ``alike``, the vote also finds out whether the gradients of all ranks are the same, bit for bit."""
         self.flat = flat
         self.group = group
         self.weight = 1.0 / group.size
-        self.asks_to_end = False  # this rank: its worker leaves the run
+        self.asks_to_end = False  # whether this rank asks that its worker leave the run
         self._passes = passes
         self._alike = alike
         self._buckets = _buckets(flat)
@@ -90,7 +92,7 @@ class GradientExchange:
                 _hook(parameter, partial(self._gradient_is_there, index))
 
     def _open_round(self) -> None:
-        self._settled = False  # whether the gradients are means
+        self._settled = False  # whether the gradients are means by now
         self._backward_runs = False
         self._missing = [len(bucket) for bucket in self._buckets]
         self._handles: list[Any] = []
@@ -125,16 +127,16 @@ class GradientExchange:
         flat.gather_gradients(bucket)
         entries = flat.layout.parameters
         grads = flat.grads[entries[bucket.start].start : entries[bucket.stop - 1].stop]
-        # Not a multiplication by zero: what a rank without samples holds may be anything.
+        # Fill with zeros instead of multiplying by zero: a rank without samples may hold anything, such as NaN.
         grads.mul_(self.weight) if self.weight else grads.zero_()
-        if bucket.start == 0:  # the last one, which takes along which parameters have a gradient
+        if bucket.start == 0:  # the last bucket also carries the flags of which parameters have a gradient
             flags = torch.tensor(flat.has_gradient, dtype=torch.float32)
             flat.summed[: len(flags)].copy_(flags)
             grads = flat.summed[: entries[bucket.stop - 1].stop - flat.layout.size or None]
         self._handles.append(self.group.sum_async(grads, f"grads.{number}"))
 
     def settle(self) -> None:
-        """Return when every ``p.grad`` is the mean over the batch. All ranks call it, or their backward does."""
+        """Return when every ``p.grad`` is the mean over the batch. Each rank must call it, or its backward does."""
         if self._settled or self.group.size == 1:
             return
         while len(self._handles) < len(self._buckets):
@@ -143,7 +145,7 @@ class GradientExchange:
             self.group.wait(handle)
         flat = self.flat
         if not all(flat.has_gradient):
-            # A gradient that only other ranks have is this rank's, too.
+            # If only other ranks have a gradient for a parameter, this rank takes it over, too.
             somewhere = flat.summed[: len(flat.trained)].tolist()
             for number in (number for number, ranks in enumerate(somewhere) if ranks):
                 flat.has_gradient[number] = True
@@ -153,9 +155,9 @@ class GradientExchange:
     # ---- at the end of a batch -----------------------------------------------------------------------------------
 
     def conclude(self, lr: list[float], loss: Loss = None, *, steps: bool = True, edited: bool = False) -> Verdict:
-        """Hear whether all ranks ``step``; afterwards, their gradients are the batch's mean.
+        """Find out whether all ranks make a step. Afterwards their gradients are the batch's mean.
 
-        The rates that count are rank 0's: a rank may have moved its schedule otherwise.
+        Rank 0's rates count, because the ranks may have moved their schedules differently.
         """
         if self.group.size == 1:
             self.gather()
@@ -173,15 +175,15 @@ class GradientExchange:
 
     def gather(self) -> None:
         """Bring all gradients into the flat vector."""
-        self.flat.gather_gradients(range(len(self.flat.trained)))  # those that the user has replaced since
+        self.flat.gather_gradients(range(len(self.flat.trained)))  # the user may have replaced some since backward
 
     def _vote(self, ballot: _Ballot) -> tuple[Verdict, int]:
-        """What all ranks say together, and how many of them are about to add to their gradients."""
+        """Return the ranks' common verdict, and the number of ranks that are about to add to their gradients."""
         rates = ballot.lr or [0.0] * len(self.flat.layout.groups)
         counted = rates if self.group.rank == 0 else [0.0] * len(rates)
         mark = _mark(self.flat) if self._alike and not ballot.more else [0.0] * MARK_PARTS
         counts = [ballot.more, ballot.skips, ballot.edited, ballot.ends, ballot.has_loss]
-        # float32 like the gradients, so that Horovod can sum both in one go.
+        # The votes are float32 like the gradients, so that Horovod can sum both in one go.
         votes = torch.tensor([*counts, ballot.loss, *mark, *(part for rate in counted for part in _parts(rate))])
         self.group.wait(self.group.sum_async(votes, "votes"))
         more, skips, edited, ends, has_loss, loss, *rest = votes.tolist()
@@ -194,7 +196,7 @@ class GradientExchange:
 
 @dataclass(frozen=True)
 class _Ballot:
-    """What one rank says at the end of a round."""
+    """The vote of one rank at the end of a round."""
 
     more: int = 0
     skips: int = 0
@@ -206,7 +208,7 @@ class _Ballot:
 
 
 def _hook(parameter: nn.Parameter, hook: Callable[[Tensor], None]) -> None:
-    """Call ``hook`` with the parameter when its gradient has come, also if it is frozen now and not later."""
+    """Call ``hook`` with the parameter when its gradient has arrived, even if it is frozen now and trains later."""
     frozen = not parameter.requires_grad
     parameter.requires_grad_(True)
     parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
@@ -214,9 +216,10 @@ def _hook(parameter: nn.Parameter, hook: Callable[[Tensor], None]) -> None:
 
 
 def _mark(flat: FlatModel) -> list[float]:
-    """The gradient's bits, and which parameters have one, as a sum of whole numbers that float32 holds exactly.
+    """Return a checksum of the gradient's bits and of which parameters have a gradient.
 
-    Ranks whose sums agree hold the same gradient. 5 x 12 bits, so that the marks of 4,096 ranks add up without loss.
+    Ranks whose checksums agree hold the same gradient. It comes as 5 whole numbers of 12 bits, because float32 then
+    holds the sum of the marks of 4,096 ranks exactly.
     """
     bits = int(flat.grads.view(torch.int32).sum(dtype=torch.int64))
     bits += sum(7919 * number for number, has_gradient in enumerate(flat.has_gradient) if has_gradient)
@@ -224,7 +227,7 @@ def _mark(flat: FlatModel) -> list[float]:
 
 
 def _parts(value: float) -> list[float]:
-    """Three float32 that add up to the float64 ``value``: 3 x 24 bits hold its 53."""
+    """Return three float32 that add up to the float64 ``value``: 3 x 24 bits hold its 53 bits."""
     parts = []
     for _ in range(3):
         part = float(np.float32(value))
@@ -234,7 +237,7 @@ def _parts(value: float) -> list[float]:
 
 
 def _buckets(flat: FlatModel) -> list[range]:
-    """Ranges of parameter numbers, from the last parameters to the first."""
+    """Return the buckets as ranges of parameter numbers, from the last parameters to the first."""
     buckets, stop, floats = [], len(flat.trained), 0
     for index in reversed(range(len(flat.trained))):
         floats += flat.trained[index].numel()
@@ -245,30 +248,31 @@ def _buckets(flat: FlatModel) -> list[range]:
 
 
 class Updates(Protocol):
-    """Where the optimizer's steps go."""
+    """The object that carries out the optimizer's steps."""
 
     def is_edited(self) -> bool:
-        """Whether the script has changed parameters since the last step, on the rank that can tell."""
+        """Return whether the script has changed parameters since the last step; only the rank that speaks can tell."""
 
     def push(self, grad: Tensor, absent: Spans, verdict: Verdict) -> None:
-        """Carry out the step that ``verdict`` allows, along ``grad`` f32[P]; the ``absent`` spans stay as they are."""
+        """Carry out the step that ``verdict`` allows, along ``grad`` f32[P]. The ``absent`` spans stay as they are."""
 
     def skip(self) -> None:
-        """The batch makes no step."""
+        """Count the batch as used, without a step."""
 
     def end(self) -> None:
-        """The ranks leave the run, and make no step any more."""
+        """Note that the ranks leave the run and make no more steps."""
 
 
 class DistributedOptimizer(torch.optim.Optimizer):
-    """Stands in for the SGD optimizer it wraps; lr, weight decay and groups are read from it at each step.
+    """Replaces the SGD optimizer that it wraps; it reads lr, weight decay and groups from that one at each step.
 
     When ``backward()`` has returned, every ``p.grad`` is the mean over the worker's ranks. ``step()`` pushes it, and
     puts the next view into the model. It takes ``loss=`` (the mean over this rank's samples) for the run's records.
-    As in torch, a parameter without a gradient makes no step, and what the script itself changes in a parameter holds.
+    As in torch, a parameter without a gradient makes no step, and changes that the script itself makes to a parameter
+    persist.
     """
 
-    _step_supports_amp_scaling = True  # a GradScaler then leaves to step() what follows from an overflow
+    _step_supports_amp_scaling = True  # a GradScaler then lets step() decide what to do about an overflow
 
     def __init__(
         self,
@@ -278,7 +282,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         backward_passes_per_step: int = 1,
         replicated: bool = False,
     ):
-        """``replicated`` says that each rank applies the update itself, so that all must have the same gradient.
+        """``replicated`` says that each rank applies the update itself, so that all ranks need the same gradient.
 
         Raises UnsupportedOptimizerError, and ValueError for parameters that danaz cannot train.
         """
@@ -291,13 +295,13 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._replicated = replicated and group.size > 1
         self.wrapped = optimizer
         self._updates: Updates | None = None
-        self.was_stepped = self.was_passed_over = False  # whether a batch was ever followed by step(), or by none
-        self._watches: list[Any] = []  # handles of the hooks that look for a skipped batch's gradient
+        self.was_stepped = self.was_passed_over = False  # whether any batch so far was, or was not, followed by step()
+        self._watches: list[Any] = []  # handles of the hooks that look for the gradient of a skipped batch
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._refuse_the_wrapped_one()
 
     def _refuse_the_wrapped_one(self) -> None:
-        """A step of the wrapped optimizer would move this rank alone, and a later group of its would never be seen."""
+        """Refuse to step the wrapped optimizer, which would move this rank alone, or to add a group to it later."""
 
         def step(*_: Any, **__: Any) -> None:
             raise RuntimeError(
@@ -305,16 +309,16 @@ class DistributedOptimizer(torch.optim.Optimizer):
                 "DistributedOptimizer returned: optimizer = danaz.DistributedOptimizer(optimizer, model)"
             )
 
-        step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # a scheduler of either optimizer is fine
+        step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # a scheduler may belong to either optimizer
         self.wrapped.step = step  # type: ignore[assignment, method-assign]
         self.wrapped.add_param_group = self.add_param_group  # type: ignore[method-assign]
 
     def connect(self, updates: Updates) -> None:
-        """Send what ``step`` produces to ``updates``."""
+        """Let ``updates`` carry out the steps of this optimizer."""
         self._updates = updates
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Raises UnsupportedOptimizerError: the cluster's vectors are laid out when the optimizer is wrapped."""
+        """Raises UnsupportedOptimizerError, because wrapping the optimizer fixes the layout of the vectors."""
         if hasattr(self, "_updates") and len(self.param_groups) >= len(self.flat.layout.groups):
             raise UnsupportedOptimizerError(
                 "add_param_group() after DistributedOptimizer: the cluster lays the parameters out once. Give the "
@@ -338,18 +342,18 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
     @property
     def rates(self) -> list[float]:
-        """η of each parameter group, as the script has it now."""
+        """The learning rate η of each parameter group, as the script has set it now."""
         return [float(group["lr"]) for group in self.param_groups]
 
     def synchronize(self) -> None:
-        """Make every ``p.grad`` the mean over the ranks now. ``backward()`` has done so after its last pass."""
+        """Make every ``p.grad`` the mean over the ranks now. ``backward()`` does so after its last pass."""
         self.exchange.settle()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, loss: float | Tensor | None = None) -> Any:
-        """One update of this worker. Returns the closure's result, if one is given.
+        """Make one update of this worker. Returns the closure's result, if a closure is given.
 
-        Where a GradScaler has found an overflow, or another rank has skipped the batch, no rank makes a step.
+        If a GradScaler has found an overflow, or another rank has skipped the batch, no rank makes a step.
         """
         result = None
         if closure is not None:
@@ -373,12 +377,12 @@ class DistributedOptimizer(torch.optim.Optimizer):
                 self._take_over_rank_0s()
             grad = decayed_gradient(self.flat, self.param_groups)
             self._updates.push(grad, self.flat.absent, verdict)
-        # A scheduler made for the wrapped optimizer asks whether that one has stepped.
+        # A scheduler that was made for the wrapped optimizer checks whether that optimizer has stepped.
         self.wrapped._opt_called = True  # type: ignore[attr-defined]
         return result
 
     def pass_over(self) -> None:
-        """The script has gone on to the next batch without ``step()``: no rank makes one."""
+        """Note that the script has gone on to the next batch without ``step()``, so that no rank makes a step."""
         assert self._updates is not None
         self.was_passed_over = True
         if self._conclude(None, steps=False).ends:
@@ -404,7 +408,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
             )
 
     def _unscale(self) -> bool:
-        """Divide gradients by a GradScaler's scale if it has not done so; whether it has found an overflow."""
+        """Divide gradients by a GradScaler's scale if it has not done so; return whether it has found an overflow."""
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if scale is not None:
             self.exchange.gather()
@@ -412,14 +416,17 @@ class DistributedOptimizer(torch.optim.Optimizer):
         return found_inf is not None and bool(found_inf)
 
     def _take_over_rank_0s(self) -> None:
-        """Ranks have changed their gradients differently: all go on with rank 0's."""
+        """The ranks have changed their gradients differently: let all of them go on with rank 0's."""
         flat = self.flat
         flat.summed[: len(flat.trained)].copy_(torch.tensor(flat.has_gradient, dtype=torch.float32))
         self._group.broadcast(final_grads=flat.summed)
         flat.has_gradient[:] = [bool(flag) for flag in flat.summed[: len(flat.trained)].tolist()]
 
     def _watch_for_accumulation(self) -> None:
-        """Unless gradients are cleared before the next backward, the loop meant to add up batches, not to skip one."""
+        """Watch for the next backward.
+
+        If the loop has not cleared the gradients by then, it meant to add up batches and not to skip one.
+        """
         if not self._watches and any(p.grad is not None for p in self.flat.trained):
             watched, look = [p for p in self.flat.trained if p.requires_grad], self._look_for_accumulation
             self._watches = [p.register_hook(look) for p in watched]  # type: ignore[no-untyped-call]
@@ -442,20 +449,23 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
 
 def kept_loss(loss: Loss) -> Loss:
-    """The loss as it is now. One on a GPU is read later: to wait for it is to wait for all of backward."""
+    """Return the loss as it is now. On a GPU it is a copy to read later, because a read waits for all of backward."""
     if not isinstance(loss, Tensor):
         return loss
     return loss.item() if loss.device.type == "cpu" else loss.detach().to(torch.float64, copy=True)
 
 
 def weight_decays(param_groups: Sequence[dict[str, Any]]) -> tuple[float, ...]:
-    """β of each parameter group."""
+    """Return the weight decay β of each parameter group."""
     return tuple(float(group["weight_decay"]) for group in param_groups)
 
 
 @torch.no_grad()
 def decayed_gradient(flat: FlatModel, param_groups: Sequence[dict[str, Any]]) -> Tensor:
-    """g + wθ̂ f32[P], group by group; the flat gradient itself stays as it is, for loops that accumulate gradients."""
+    """Return g + βθ̂ f32[P], where β is each group's weight decay.
+
+    The flat gradient itself stays as it is, because some loops accumulate gradients.
+    """
     decays = weight_decays(param_groups)
     if not any(decays):
         return flat.grads

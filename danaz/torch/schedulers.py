@@ -1,10 +1,11 @@
 """torch's learning-rate schedulers, moved by the cluster's progress.
 
-A script steps its scheduler after each of its own batches, of which each of N workers has about 1/N, or after each
-epoch. What it was tuned for is the whole run's course. So a scheduler that is stepped within the loop over batches is
-brought to where one worker would be that had made all the cluster's steps: `step()` is called as often as that takes,
-which is right for every scheduler, whatever it computes its rates from. One that is stepped between epochs already
-follows the cluster, whose epochs these are; a worker that comes back in mid-run catches up on those that are over.
+A script steps its scheduler after each of its own batches, or after each epoch. Each of N workers computes only about
+1/N of the batches, but the schedule was tuned for the whole run. So if a scheduler is stepped within the loop over
+batches, danaz brings it to where a lone worker would be that had made all the cluster's steps. For that, danaz calls
+`step()` as many times as it takes, which is right for every scheduler, whatever it computes its rates from. A scheduler
+that is stepped between epochs already follows the cluster, because the epochs are the cluster's. A worker that comes
+back in the middle of a run catches up on the epochs that are over.
 """
 
 from __future__ import annotations
@@ -28,20 +29,20 @@ class UnsupportedSchedulerError(TypeError):
 class Clock(Protocol):
     """How far the cluster and this worker are."""
 
-    in_loop: bool  # the script is in the loop over batches
-    own_batches: int  # that this worker has computed, since its process began
+    in_loop: bool  # whether the script is in the loop over batches
+    own_batches: int  # number of batches that this worker has computed since its process began
 
     @property
     def epoch(self) -> float:
-        """Of the cluster."""
+        """The cluster's epoch."""
 
     @property
     def epochs_over(self) -> int:
-        """Epochs that were over before this worker's first."""
+        """Number of epochs that were over before this worker's first."""
 
     @property
     def ticks(self) -> float:
-        """Batches of the script's own loader that the cluster has computed."""
+        """Number of batches that the cluster has computed, counted in batches of the script's own loader."""
 
 
 @dataclass
@@ -49,8 +50,8 @@ class _Follower:
     """One scheduler, and how far it has been moved."""
 
     clock: Clock
-    moved: int = 0  # steps since its process began
-    calls: int = 0  # of the script, in the loop over batches
+    moved: int = 0  # number of steps since the process began
+    calls: int = 0  # number of calls that the script made in the loop over batches
 
     def step(self, scheduler: LRScheduler, step: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         clock = self.clock
@@ -61,9 +62,9 @@ class _Follower:
             self._move(scheduler, step, 1)
             return
         self.calls += 1
-        # A script that steps at every second batch, say, does so for the whole cluster.
+        # For example, a script may step at every second batch. The whole cluster's steps then count in the same way.
         calls_per_batch = min(1.0, self.calls / max(1, clock.own_batches))
-        early = self.calls > clock.own_batches  # before the optimizer's step
+        early = self.calls > clock.own_batches  # whether the script calls it before the optimizer's step
         target = int(clock.ticks * calls_per_batch + 1e-6) + early
         self._move(scheduler, step, max(0, target - self.moved))
 
@@ -78,10 +79,10 @@ class _Follower:
             step(scheduler)
 
     def _explicit(self, scheduler: LRScheduler, epoch: float | None = None) -> tuple[float | None]:
-        """An epoch that the script has worked out, of its own batches or of the cluster's."""
+        """Check an epoch that the script has computed, either from its own batches or from the cluster's."""
         own = epoch is not None and self.clock.in_loop and not isclose(epoch, self.clock.epoch, abs_tol=1e-6)
         if own and epoch != int(epoch or 0):
-            return (self.clock.epoch,)  # epochs as a fraction, such as CosineAnnealingWarmRestarts takes
+            return (self.clock.epoch,)  # fractional epochs, which for example CosineAnnealingWarmRestarts takes
         if own:
             raise UnsupportedSchedulerError(
                 f"{type(scheduler).__name__}.step({epoch}) within the loop over batches: this worker's own count says "
@@ -96,8 +97,8 @@ _followers: weakref.WeakKeyDictionary[LRScheduler, _Follower] = weakref.WeakKeyD
 def follow(optimizers: Sequence[Optimizer], clock: Clock, *, one_worker: bool) -> None:
     """Let all schedulers of these optimizers follow ``clock``, and catch up on epochs that are over.
 
-    Raises UnsupportedSchedulerError for one that cycles the momentum, or that several workers would each feed with a
-    figure of their own.
+    Raises UnsupportedSchedulerError for a scheduler that cycles the momentum, or that each of several workers would
+    feed with its own figure.
     """
     found = [each for each in gc.get_objects() if issubclass(type(each), LRScheduler)]
     inner = {id(part) for each in found for part in getattr(each, "_schedulers", ())}
@@ -129,6 +130,6 @@ def _follow(scheduler: LRScheduler, clock: Clock) -> None:
     def step(self: LRScheduler, *args: Any, **kwargs: Any) -> None:
         _followers[self].step(self, kind.step, *args, **kwargs)
 
-    # A class of its own, and no attribute of the object: that would become part of its state_dict().
+    # The new step belongs to a new class, because an attribute of the object would become part of its state_dict().
     scheduler.__class__ = type(kind.__name__, (kind,), {"step": step, "__module__": kind.__module__})
     follower.catch_up(scheduler, kind.step)

@@ -1,4 +1,4 @@
-"""One process's part in a run, behind the functions of danaz.torch."""
+"""One process's part in a run. The functions of danaz.torch call it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class NotInitializedError(RuntimeError):
 
 
 class Session:
-    """From ``init`` to the end of the process."""
+    """What one process knows and does, from ``init`` to its end."""
 
     def __init__(self, settings: Settings, place: RankInfo):
         self.settings = settings
@@ -56,20 +56,20 @@ class Session:
         self.epochs = 1
         self.loop = Loop()
         self.finished = False
-        self._ends = False  # the ranks have agreed to leave a run that has batches left
+        self._ends = False  # whether the ranks have agreed to leave a run that has batches left
         self._optimizer: DistributedOptimizer | None = None
         self._worker: Worker | None = None
         self._batching: Batching | None = None
-        self._epoch = 0  # of the loop over batches
-        self._portion: Portion | None = None  # of the batch being computed
+        self._epoch = 0  # the epoch that the loop over batches is in
+        self._portion: Portion | None = None  # this rank's part of the batch that is being computed
         self._share = Share()
         self._scales_lr = False
-        self.in_loop = False  # the script is in its loop over batches
-        self.own_batches = 0  # that this process has computed
-        self._loader_batches = 1  # of an epoch, as the script's own loader counts
-        self._seed: int | None = None  # of the order of the samples; None: that of the settings
-        self._follows_torch = False  # or torch's, as it is when training begins
-        self._loader: tuple[DataLoader[Any], LeaseSampler, DataLoader[Any]] | None = None  # the user's and its double
+        self.in_loop = False  # whether the script is in its loop over batches
+        self.own_batches = 0  # number of batches that this process has computed
+        self._loader_batches = 1  # number of batches in an epoch, as the script's own loader counts them
+        self._seed: int | None = None  # seed for the order of the samples; None: the settings' seed
+        self._follows_torch = False  # whether to use torch's seed instead, as it is when training begins
+        self._loader: tuple[DataLoader[Any], LeaseSampler, DataLoader[Any]] | None = None  # the user's, and its double
         self.ending = Ending(self, self._close)
         reach("init")
         atexit.register(self._close)
@@ -92,7 +92,7 @@ class Session:
 
     @property
     def has_begun(self) -> bool:
-        """Whether this process has entered the run, which it does with its first batch."""
+        """Whether this process has entered the run. It enters with its first batch."""
         return self._worker is not None
 
     @property
@@ -102,7 +102,7 @@ class Session:
 
     @property
     def epoch(self) -> float:
-        """The cluster's, as this worker last heard of it."""
+        """The cluster's epoch, as this worker last heard."""
         return 0.0 if self._worker is None else self._worker.metrics.epoch
 
     @property
@@ -117,11 +117,11 @@ class Session:
 
     @property
     def over(self) -> bool:
-        """Whether there are no more batches for this worker."""
+        """Whether this worker gets no more batches."""
         return self._ends or (self._worker is not None and self._worker.done)
 
     def choose_seed(self, seed: int | None) -> None:
-        """Decide the order of the samples; None leaves it to torch's seed. Raises ValueError."""
+        """Choose the seed that decides the order of the samples. None leaves it to torch's seed. Raises ValueError."""
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
             raise ValueError(f"danaz.init takes a seed that is a whole number from 0 up, not {seed!r}")
         if self.place.launched and seed is not None and seed != self.settings.seed:
@@ -147,12 +147,12 @@ class Session:
     # ---- joining -------------------------------------------------------------------------------------------------
 
     def _join(self, loader: DataLoader[Any]) -> None:
-        """Enter the run with the first loader: by now the model, the optimizer and the data are known."""
+        """Enter the run with the first loader. By now the model, the optimizer and the data are known."""
         optimizer, ahead = self.optimizer, read_ahead(loader)
         rule = self.settings.for_server().rule(optimizer.momentum)
         ahead += rule.worker_rule.sync_period - 1
         pipelined = self.settings.pipeline and self.place.server is not None
-        ahead += pipelined  # the batch that is computed while the last one is pushed
+        ahead += pipelined  # one more: the batch that is computed while the last one is pushed
         self._seed = self._seed_for(loader)
         self._follows_torch = False
         batching = batching_of(loader, self._machines_per_batch, self._seed)
@@ -170,7 +170,7 @@ class Session:
             )
             compressor = self.settings.compressor(role.layout)
             device = optimizer.flat.params.device
-            # A server in this process has its vectors where the model is.
+            # A server in this process keeps its vectors on the model's device.
             staging = IN_PLACE if self.place.server is None else staging_for(device, role.layout.size)
             core = WorkerCore(role, rule.worker_rule, device, staging, compressor, rule.push_moves_view)
             link = self._link(role, staging)
@@ -189,7 +189,7 @@ class Session:
             self._worker.is_asked_to_end = note_ending_signals()
 
     def _enter(self, flat: FlatModel) -> None:
-        """Join with a model that is the same on all ranks of all workers, whatever each of them has made."""
+        """Join the run, and give all ranks of all workers the same model, whatever each of them has built."""
         untrained = Untrained(flat.model, flat.trained)
         words, has_server = untrained.packed(), self.place.server is not None
         self.group.broadcast(first_params=flat.params)
@@ -201,14 +201,14 @@ class Session:
             return
         if has_server and self.group.rank == 0:
             found = self.worker.fetch_untrained()
-            untrained.load(found)  # or says that this is another model
+            untrained.load(found)  # this raises an error if the models differ
             words.copy_(found)
         self.group.broadcast(untrained=words)
         untrained.load(words)
 
     @property
     def _machines_per_batch(self) -> int:
-        """Under ssgd one update takes a batch of every worker, otherwise of one."""
+        """How many workers' batches make one update: those of all workers under ssgd, otherwise one."""
         return self.settings.workers if self.place.server is None else 1
 
     def _link(self, role: Role, staging: Staging) -> Link:
@@ -226,7 +226,7 @@ class Session:
         return LocalLink(core, on_close=partial(folder.finish_at_exit, core))
 
     def _share_of_batch(self) -> Share:
-        """This rank's part of a batch; in a world over all machines, first each machine's."""
+        """Return this rank's part of a batch. A world over all machines splits a batch over the machines first."""
         if self.place.server is not None or self.group.size == 1:
             return Share(rank=self.group.rank, ranks=self.group.size)
         worker_of_rank = torch.zeros(self.group.size, dtype=torch.float64)
@@ -253,7 +253,7 @@ class Session:
         self.finish()
 
     def _first_epoch(self) -> int:
-        """The epoch that the cluster is in: who comes back does not play the ones before again."""
+        """Return the epoch that the cluster is in, so that a process that comes back skips the epochs before."""
         if self.place.server is None:
             return 0
         epoch = torch.zeros(1, dtype=torch.float64)
@@ -263,7 +263,7 @@ class Session:
             link = DealerLink(self.place.server, heartbeat, keys=self.place.keys)
             reply = link.exchange(inquiry)
             link.close()
-            epoch[0] = reply.epoch if isinstance(reply, Progress) else 0.0  # a shard that was restarted cannot say
+            epoch[0] = reply.epoch if isinstance(reply, Progress) else 0.0  # a restarted shard cannot say
         self.group.broadcast(first_epoch=epoch)
         return min(int(epoch.item()), self.epochs - 1)
 
@@ -273,7 +273,7 @@ class Session:
         return Counted(batches, partial(self._expected, loader))
 
     def _expected(self, loader: DataLoader[Any]) -> int:
-        """Batches of an epoch that this worker computes if all workers are equally fast."""
+        """Return the number of batches that this worker computes in an epoch if all workers are equally fast."""
         batches = batching_of(loader, self._machines_per_batch, seed=0).batches_per_epoch
         return ceil(batches * self._machines_per_batch / self.settings.workers)
 
@@ -305,12 +305,15 @@ class Session:
                     yield batch
         finally:
             self.in_loop = False
-            # A loop that was left has read ahead: these batches come first in the next one.
+            # If the script left the loop, the loader has read ahead: those batches come first in the next loop.
             self.worker.batches.put_back([portion.batch for portion in sampler.portions])
             sampler.portions.clear()
 
     def _warn_of_idle_ranks(self, batching: Batching) -> None:
-        """Where a rank would get one sample of a batch, which batch norm cannot train on, fewer ranks get two."""
+        """Warn if some ranks get no samples of a batch.
+
+        Batch norm cannot train on one sample. If each rank would get only one, fewer ranks get two samples instead.
+        """
         here = self._share.ranks_at_work(batching.batch_size)
         if self.group.rank == 0 and here < self._share.ranks:
             warnings.warn(
@@ -320,7 +323,7 @@ class Session:
             )
 
     def _more_in(self, epoch: int) -> bool:
-        """Whether a batch of this epoch (or one left over from before) is at hand, if need be after waiting for one."""
+        """Return whether a batch of this epoch, or one left over from before, is at hand. Wait for one if necessary."""
         self._pass_over_unstepped()
         if not self.worker.batches.waiting and not self.over:
             self.worker.pull()
@@ -328,7 +331,7 @@ class Session:
 
     @property
     def _is_cut_short(self) -> bool:
-        """Whether the run has ended although there may be batches that were read ahead."""
+        """Whether the run has ended, although batches may be left that were read ahead."""
         return self._ends or (self.worker.done and not self.worker.batches.any)
 
     @property
@@ -338,7 +341,10 @@ class Session:
         return self._batching.epoch_of(waiting[0]) if waiting else inf
 
     def _double_of(self, loader: DataLoader[Any]) -> tuple[LeaseSampler, DataLoader[Any]]:
-        """The loader that delivers leased batches in the place of ``loader``; it keeps its processes if that does."""
+        """Return the loader that delivers leased batches instead of ``loader``, and its sampler.
+
+        It keeps its processes if ``loader`` keeps its own.
+        """
         if self._loader is None or self._loader[0] is not loader:
             assert self._batching is not None
             sampler = LeaseSampler(self._batching, self._share, self._take)
@@ -354,7 +360,7 @@ class Session:
         self.optimizer.exchange.weight = portion.weight
 
     def _pass_over_unstepped(self) -> None:
-        """A batch that the loop has left without a step counts as used, on all ranks alike."""
+        """If the loop went on from a batch without a step, count that batch as used, on all ranks alike."""
         if self._portion is not None:
             self.optimizer.pass_over()
 
@@ -411,7 +417,7 @@ class Session:
             self._leave("")
 
     def _leave(self, stop: str) -> None:
-        """Leave the run in good order, with all ranks of this worker; ``stop`` says why it is to end for everyone."""
+        """Leave the run in good order, with all ranks of this worker. ``stop`` is the reason to end it for everyone."""
         if self.optimizer.was_passed_over and not self.optimizer.was_stepped:
             raise RuntimeError(
                 "optimizer.step() was never called, so nothing was trained. Call it once for each batch of "
@@ -425,18 +431,18 @@ class Session:
                 print(
                     "danaz: the run was complete before this worker came; there is nothing left to do", file=sys.stderr
                 )
-            raise SystemExit(0)  # without the trained model there is nothing to be done with, either
+            raise SystemExit(0)  # without the trained model, the rest of the script is of no use
         self.finished = True
         self._portion = None
         self.ending.stop_watching()
         if self.worker.ends_early:
-            raise SystemExit(128 + signal.SIGTERM)  # what a script does after its loop is for a run that is over
+            raise SystemExit(128 + signal.SIGTERM)  # the code after the script's loop is meant for a run that is over
 
     def _agree_to_end(self) -> None:
-        """Bring all ranks to where they leave, though the others may be anywhere in their loops.
+        """Bring all ranks to the point where they leave, although the others may be anywhere in their loops.
 
-        This rank makes the steps that they wait for, without samples, until all have heard in one step that it asks to
-        end. The update of that step is not made.
+        This rank makes the steps that the others wait for, without samples of its own. It goes on until all ranks have
+        heard, in the same step, that it asks to end. The update of that step is not made.
         """
         self.optimizer.exchange.asks_to_end = True
         self._ends = self._ends or (self.group.size == 1 and not self.worker.done)

@@ -1,4 +1,4 @@
-"""Small values that the ranks of one worker tell each other. Every rank makes the same calls in the same order."""
+"""Small values that the ranks of one worker tell each other. Every rank must make the same calls in the same order."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Value = TypeVar("Value", float, Tensor)
 
 
 def mean(group: Group, value: Value) -> Value:
-    """The mean of every rank's value; a tensor keeps its type and shape."""
+    """Return the mean of every rank's value; a tensor keeps its type and shape."""
     if isinstance(value, Tensor):
         total = value.detach().clone()
         if not total.is_floating_point():
@@ -29,12 +29,13 @@ def mean(group: Group, value: Value) -> Value:
 
 
 def broadcast_object(group: Group, value: Any) -> Any:
-    """Rank 0's ``value`` on every rank, made of None, bool, int, float, str, bytes, and lists and dicts of them.
+    """Return rank 0's ``value`` on every rank.
 
-    Nothing is unpickled. Raises TypeError on every rank if rank 0's value is made of anything else.
+    It may hold None, bool, int, float, str, bytes, and lists and dicts of them. Nothing is unpickled. Raises
+    TypeError on every rank if rank 0's value holds anything else.
     """
     if group.size == 1:
-        _encoded(value)  # what could not travel is refused here, too
+        _encoded(value)  # raise TypeError here, too, for a value that could not travel
         return value
     content, complaint = b"", None
     if group.rank == 0:
@@ -65,7 +66,7 @@ def _encoded(value: Any) -> bytes:
 
 
 def first_text(group: Group, text: str) -> str:
-    """The text of the first rank that has one, on every rank; at most MAX_REASON characters of it."""
+    """Return on every rank the text of the first rank that has one, cut to MAX_REASON characters."""
     text = text[:MAX_REASON]
     if group.size == 1:
         return text

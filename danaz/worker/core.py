@@ -1,4 +1,4 @@
-"""A worker without I/O: what it remembers between batches, and which request may follow which."""
+"""A worker without I/O: it holds what a worker remembers between batches, and says which request may follow which."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from danaz.worker.states import WORKER_TRANSITIONS, WorkerEvent, WorkerState
 
 Request = Join | Push | Pull | Fetch | Leave | Report | Bye | GoBack | Inquire
 Asked = TypeVar("Asked", bound=Request)
-Loss = float | Tensor | None  # a tensor may be on its way from the device
+Loss = float | Tensor | None  # a tensor may still be on its way from the device
 
 
 EVENT_OF: dict[type, WorkerEvent] = {
@@ -73,16 +73,16 @@ class Role:
 
 @dataclass(frozen=True)
 class View:
-    """What the server sent to compute on."""
+    """The parameters that the server sent for the worker to compute on."""
 
     version: int
-    life: int  # of the server that sent it
+    life: int  # the life of the server that sent the view
     params: Tensor  # f32[P]
 
 
 @dataclass(frozen=True)
 class LocalStep:
-    """A mini-batch that moved the worker alone."""
+    """A step on one mini-batch that moved only this worker."""
 
     batch: int
     lr: tuple[float, ...]
@@ -91,17 +91,17 @@ class LocalStep:
 
 
 class WorkerCore:
-    """One worker's half of the protocol, and of its rule.
+    """One worker's half of the protocol and of its rule.
 
-    A request method returns the message to send; ``complete`` waits for what of it is still on its way from the
-    device. The reply to it goes to ``receive``. ``state`` says what may come next: see ``worker/states.py``. A request
-    or a reply that does not fit the state raises IllegalTransitionError. The rule's vectors move only when the server
-    says that the push was applied.
+    Each request method returns the message to send. Before the message is sent, ``complete`` waits for those parts of
+    it that are still on their way from the device. The reply goes to ``receive``. ``state`` says what may come next:
+    see ``worker/states.py``. A request or a reply that does not fit the state raises IllegalTransitionError. The rule's
+    vectors move only when the server says that it applied the push.
 
-    In a pipeline the view after the next is fetched ahead, while a batch is computed on the view at hand: ``pull``
-    with ``ahead``, then ``push`` without ``wants_view``, which puts the fetched one in the place of the one at hand.
-    That one was sent before the push; where pushes move views (``Rule.push_moves_view``), the worker computes on what
-    the view will be after the push.
+    In a pipeline, the worker fetches the next view ahead, while it computes a batch on the view at hand. It calls
+    ``pull`` with ``ahead``, and then ``push`` without ``wants_view``, which replaces the view at hand by the fetched
+    one. The server sent the fetched view before it got the push. If pushes move views (``Rule.push_moves_view``), the
+    worker adds its push to the fetched view, and computes on what the view will be after the push.
     """
 
     def __init__(
@@ -113,32 +113,32 @@ class WorkerCore:
         compressor: Compressor | None = None,
         push_moves_view: bool = False,
     ):
-        """Its vectors are on ``device``; ``staging`` brings what it sends to where a server or a wire takes it."""
+        """Put the vectors on ``device``; ``staging`` brings what is sent to where a server or a wire takes it."""
         self.role = role
         self.rule = rule
         self.staging = staging
-        self.done = False  # no batches are left for anyone
-        self.epoch = 0.0  # of the whole cluster, as it last heard
-        self.compressor = compressor  # of pushes
+        self.done = False  # whether no worker has batches left
+        self.epoch = 0.0  # the whole cluster's epoch, as this worker last heard
+        self.compressor = compressor  # compresses the pushes
         self.push_moves_view = push_moves_view
         self.state = WorkerState.NEW
         self.unanswered: Request | None = None  # the request whose reply this worker waits for
         self._request = 0
-        self._view: View | None = None  # at hand
-        self.fetched: View | None = None  # ahead, while a batch is computed on the one at hand
-        self._ahead = False  # whether a view that comes now is for after the one at hand
-        self._own: Tensor | None = None  # f32[P], the push under way that the view at hand lacks
-        self._loaded: tuple[Tensor, Tensor | None] | None = None  # view and own push that the model was filled from
-        self._in_doubt = False  # whether that may be refused: the last one was, or this worker had to join anew
+        self._view: View | None = None  # the view at hand
+        self.fetched: View | None = None  # the view fetched ahead, while a batch is computed on the view at hand
+        self._ahead = False  # whether the next view to arrive will be used after the view at hand
+        self._own: Tensor | None = None  # f32[P], the push under way, which the view at hand does not contain
+        self._loaded: tuple[Tensor, Tensor | None] | None = None  # the view and the own push that filled the model
+        self._in_doubt = False  # the next push may be refused: the last one was, or this worker had to join again
         self._committed = self._zeros(device)  # the rule's vectors after the last applied push
-        self._current = self._committed  # and after the local steps since
+        self._current = self._committed  # the rule's vectors after the local steps since that push
         self._spare = [self._zeros(device) for _ in range(1 if rule.sync_period == 1 else 2)]
         self._lr = self._current_lr = (0.0,) * len(role.layout.groups)
-        self._steps: list[LocalStep] = []  # since the last push
-        self._loss: Tensor | None = None  # f64[1], of the push that is made, to be read when it is there
-        self._sick_in_a_row = 0  # pushes that were refused for their values, since one was applied
-        self._undecided = 0  # request number of a push that the server has not spoken of yet
-        self.applied = False  # whether the last push was, as far as is known
+        self._steps: list[LocalStep] = []  # local steps since the last push
+        self._loss: Tensor | None = None  # f64[1], the loss of the push in preparation, to be read once it has arrived
+        self._sick_in_a_row = 0  # number of pushes refused for their values since the last applied push
+        self._undecided = 0  # request number of the push whose outcome the server has not told yet; 0: none
+        self.applied = False  # whether the last push was applied, as far as this worker knows
 
     def _zeros(self, device: torch.device | str) -> dict[str, Tensor]:
         return {name: torch.zeros(self.role.layout.size, device=device) for name in self.rule.worker_state}
@@ -150,11 +150,11 @@ class WorkerCore:
 
     @property
     def lr(self) -> tuple[float, ...]:
-        """ηᵢ of the last applied push, one a parameter group."""
+        """The learning rates ηᵢ of the last applied push, one for each parameter group."""
         return self._lr
 
     def given_back(self) -> Tensor | None:
-        """What this worker would give back if it left now, f32[P]; None if its rule gives nothing back."""
+        """Return what this worker would give back if it left now, f32[P]; None if its rule gives nothing back."""
         if not self.rule.gives_back:
             return None
         given = torch.empty_like(next(iter(self._committed.values())))
@@ -165,11 +165,11 @@ class WorkerCore:
     # ---- requests ------------------------------------------------------------------------------------------------
 
     def join(self, params: Tensor | None = None, untrained: Tensor | None = None) -> Join:
-        """Enter the run, or enter it again after a refusal that said so.
+        """Enter the run, or enter it again after a refusal that asked for this.
 
-        Worker 0 brings ``params`` f32[P], and what its model holds beside, ``untrained`` f32[U].
+        Worker 0 brings ``params`` f32[P], and ``untrained`` f32[U], which its model holds beside the parameters.
 
-        Whoever was in the run brings its last view: a server that was restarted may have none so new.
+        A worker that was in the run already brings its newest view, because a restarted server may lack it.
         """
         role, newest = self.role, self.fetched or self._view
         return self._ask(
@@ -190,9 +190,9 @@ class WorkerCore:
         )
 
     def local_step(self, step: LocalStep, params: Tensor, grad: Tensor | None, absent: Spans = ()) -> None:
-        """Move ``params`` f32[P] by one mini-batch, on this worker alone; the next push tells of it.
+        """Move ``params`` f32[P] by one mini-batch, on this worker alone. The next push includes the step.
 
-        Parameters in ``absent`` spans stay; without a gradient, all do.
+        Parameters in ``absent`` spans stay as they are. Without a gradient, all parameters do.
         """
         self._move(WorkerEvent.LOCAL_STEP)
         if grad is not None:
@@ -202,13 +202,13 @@ class WorkerCore:
         self._steps.append(step)
 
     def edit(self, params: Tensor) -> Tensor | None:
-        """By how much ``params`` f32[P] were changed since ``compute_on`` filled them; None if they were not.
+        """Return how far ``params`` f32[P] have changed since ``compute_on`` filled them; None if they have not.
 
-        After local steps, a push tells of changes together with them: then there is nothing to tell.
+        After local steps the answer is None, because the next push includes such changes together with the steps.
         """
         if self._loaded is None or self._steps:
             return None
-        self.staging.catch_up()  # and no sooner: the push cannot be sent before the batch is computed anyway
+        self.staging.catch_up()  # this wait costs nothing: the push cannot be sent before the batch is computed
         loaded, own = self._loaded
         view = loaded.to(params.device)
         if own is not None:
@@ -229,10 +229,11 @@ class WorkerCore:
         absent: Spans = (),
         edit: Tensor | None = None,
     ) -> Push:
-        """Push what the rule makes of the gradient f32[P] of a batch, computed on the last view received.
+        """Push what the rule makes of a batch's gradient f32[P], which was computed on the view at hand.
 
-        After local steps, the push tells of all of them: ``params`` f32[P] are where these have led, and the last batch
-        may have no gradient. Parameters in ``absent`` spans make no step. A displacement takes ``edit`` f32[P] along.
+        After local steps, the push covers all of them: ``params`` f32[P] are where the steps have led, and the last
+        batch may have no gradient. Parameters in ``absent`` spans make no step. If the rule pushes a displacement, the
+        push also carries ``edit`` f32[P].
         """
         number = self._number(WorkerEvent.PUSH)
         assert self._view is not None
@@ -241,7 +242,7 @@ class WorkerCore:
         out, outbox = self._work_out(grad, step, self._view.params, params, absent, edit)
         steps = [*self._steps, step]
         if self.compressor is None and self.rule.pushes != "gradient":
-            absent = ()  # what it pushes is zero there, but for an edit
+            absent = ()  # the push is zero there already, except for an edit
         encoded = None
         if self.compressor is not None:
             self.staging.settle()
@@ -270,16 +271,16 @@ class WorkerCore:
         return self._ask(push)
 
     def _turn(self, push: Tensor) -> None:
-        """Go on with the view that was fetched ahead, which lacks ``push`` f32[P]."""
+        """Go on with the view that was fetched ahead, which does not contain ``push`` f32[P]."""
         self._view, self.fetched = self.fetched, None
         adds_up = self.push_moves_view and not self._in_doubt and all_finite(push)
         self._own = push if adds_up else None
 
     def compute_on(self, params: Tensor) -> None:
-        """Put into ``params`` f32[P] what the next gradient is to be computed on."""
+        """Fill ``params`` f32[P] with the values that the next gradient is to be computed on."""
         assert self._view is not None
         self.staging.load(params, self._view.params)
-        # In a pipeline, another view may have come by the time the batch on this one ends.
+        # Remember both: in a pipeline, another view may have arrived before the batch on this one ends.
         self._loaded = self._view.params, self._own
         if self._own is not None:
             params.add_(self._own.to(params.device))
@@ -293,7 +294,10 @@ class WorkerCore:
         absent: Spans,
         edit: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """The push f32[P], and where the link takes it, to which it is on its way slice after slice."""
+        """Return the push f32[P], and its outbox, where the link takes it from.
+
+        The slices of the push are still on their way to the outbox, one after another.
+        """
         slices: Iterator[tuple[int, int]]
         if grad is None:
             assert params is not None
@@ -316,7 +320,7 @@ class WorkerCore:
         return out, outbox
 
     def _mean(self, losses: list[float | Tensor]) -> float | None:
-        """The mean, if it is known by now."""
+        """Return the mean of ``losses``; None if there is none, or if it is a tensor that ``complete`` reads later."""
         mean = sum(losses) / len(losses) if losses else None
         if not isinstance(mean, Tensor):
             return mean
@@ -324,10 +328,10 @@ class WorkerCore:
         return None
 
     def _displace(self, out: Tensor, grad: Tensor, lr: tuple[float, ...], absent: Spans) -> Iterator[tuple[int, int]]:
-        """What the rule makes of one gradient, into ``out`` f32[P]: (start, stop) of each slice as it is there.
+        """Write what the rule makes of one gradient into ``out`` f32[P]; yield (start, stop) of each finished slice.
 
-        In ``absent`` spans that is nothing, and the rule's vectors stay as they are. After the last slice, the vectors
-        have tentatively moved on.
+        In ``absent`` spans, write zeros and leave the rule's vectors as they are. After the last slice, the vectors
+        have moved on tentatively.
         """
         new = self._spare.pop()
         contexts = [Context(*rates, 0.0, 0, self.version, 0) for rates in zip(lr, self._current_lr, strict=True)]
@@ -346,9 +350,9 @@ class WorkerCore:
         self._current, self._current_lr = new, lr
 
     def pull(self, ahead: bool = False, skipped: Sequence[int] = ()) -> Pull:
-        """Ask for batches when none are left at hand; or ``ahead`` for the view to compute on after the next push.
+        """Ask for batches when none are left at hand; with ``ahead``, ask for the view to use after the next push.
 
-        It tells the server of batches that were ``skipped``: they count as used, without a step.
+        The request also tells the server which batches were ``skipped``: they count as used, without a step.
         """
         number = self._number(WorkerEvent.PULL)
         self._ahead = ahead
@@ -359,9 +363,9 @@ class WorkerCore:
         return self._ask(Fetch(self.role.worker, self.role.incarnation, self._number(WorkerEvent.FETCH)))
 
     def leave(self, buffers: Tensor, edit: Tensor | None = None, stop: str = "") -> Leave:
-        """Leave in good order, with the batch-norm statistics f32[B], and with the last ``edit`` f32[P].
+        """Leave in good order, and send the batch-norm statistics f32[B] and the last ``edit`` f32[P].
 
-        ``stop`` says why the run is to end for all.
+        ``stop``, if given, says why the run is to end for all workers.
         """
         number, done = self._number(WorkerEvent.LEAVE), self.done or bool(stop)
         given = self.given_back()
@@ -380,7 +384,7 @@ class WorkerCore:
         return self._ask(Bye(self.role.worker, self.role.incarnation, self._number(WorkerEvent.BYE)))
 
     def complete(self, request: Asked) -> Asked:
-        """``request`` when all of it is there: the one wait for the device in a step."""
+        """Return ``request`` once all its parts have arrived. This is the only wait for the device in a step."""
         self.staging.settle()
         if not isinstance(request, Push) or self._loss is None:
             return request
@@ -388,7 +392,7 @@ class WorkerCore:
         return replace(request, loss=loss)
 
     def _number(self, event: WorkerEvent) -> int:
-        """The number of a new request. Raises IllegalTransitionError if the worker may not make it now."""
+        """Return the number of a new request. Raises IllegalTransitionError if the worker may not make it now."""
         WORKER_TRANSITIONS.after(self.state, event, str(self.role.worker))
         self._request += 1
         return self._request
@@ -412,7 +416,7 @@ class WorkerCore:
             self.epoch, self.done = reply.epoch, reply.done
             if reply.view.numel():
                 self._keep(View(reply.version, reply.life, reply.view))
-            # A push whose answer was lost may have been applied before this worker was given up and joined anew.
+            # If the answer to a push was lost, the server may have applied the push before it gave this worker up.
             applied = reply.applied if asked is WorkerState.PUSHING else reply.last_applied == self._undecided != 0
             differing = [part for part in reply.parts if (part[2] == self._undecided != 0) != applied]
             self.applied = applied
@@ -423,16 +427,16 @@ class WorkerCore:
         elif isinstance(reply, Refusal):
             self._in_doubt = True
             if asked is WorkerState.JOINING and reply.newest >= self.role.incarnation:
-                # The clock that this process has its number from is slow. (One that was in the run, and was replaced,
-                # does not come back.)
+                # This process took its incarnation number from a clock that is slow, so it takes a higher number. (A
+                # worker that was in the run already, and was replaced, does not come back.)
                 self.role = replace(self.role, incarnation=reply.newest + 1)
 
     def _heed(self, reply: Parameters) -> None:
-        """Start afresh when pushes were refused for their values again and again.
+        """Start afresh after FRESH_AFTER pushes in a row were refused for their values.
 
-        With the same velocity and residual the next one would be refused, too. Its share of the look-ahead is
-        forfeited, as that of a worker that crashed: to give back what led to such pushes would move the parameters as
-        far.
+        With the same velocity and residual, the server would refuse the next push, too. The worker forfeits its share
+        of the look-ahead, as a worker that crashes does: the vectors led to the refused pushes, so giving them back
+        would move the parameters just as far.
         """
         self._sick_in_a_row = 0 if reply.applied else self._sick_in_a_row + (reply.refused in SICK)
         if self._sick_in_a_row < FRESH_AFTER:
@@ -445,7 +449,7 @@ class WorkerCore:
 
     @property
     def version(self) -> int:
-        """Of the view at hand."""
+        """The version of the view at hand."""
         return 0 if self._view is None else self._view.version
 
     def _keep(self, view: View) -> None:
@@ -455,7 +459,7 @@ class WorkerCore:
             self._view, self.fetched, self._own = view, None, None
 
     def _commit(self, applied: bool, otherwise: Sequence[tuple[int, int]] = ()) -> None:
-        """Keep the steps since the last push, or go back to before them; in some slices, do ``otherwise``."""
+        """Keep the steps since the last push, or undo them; in the ``otherwise`` slices, do the opposite."""
         self._steps, self._undecided = [], 0
         if self.compressor:
             self.compressor.settle(applied, otherwise)
@@ -481,7 +485,7 @@ def _cut(vectors: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]
 
 
 class Backoff:
-    """Growing waits between repetitions: doubled up to a cap, each with up to half as much again at random."""
+    """Growing waits between repetitions: each is twice the one before, up to a cap, plus a random 0 to 50 %."""
 
     def __init__(self, first_s: float, longest_s: float, seed: int):
         self._next_s = first_s
@@ -494,8 +498,8 @@ class Backoff:
 
 
 def answers(reply: Reply, request: Request) -> bool:
-    """Whether this reply is the one to ``request``, and not a late one to an earlier request.
+    """Return whether this reply answers ``request``, and is not a late reply to an earlier request.
 
-    A refusal numbered 0 comes from a server that could not read the request.
+    A refusal with number 0 comes from a server that could not read the request.
     """
     return reply.request == request.request or (isinstance(reply, Refusal) and reply.request == 0)

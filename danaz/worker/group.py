@@ -1,4 +1,4 @@
-"""The ranks of one worker: Horovod inside a machine, torch.distributed when it is asked for or Horovod is missing."""
+"""The ranks of one worker. They use Horovod, or torch.distributed if that is asked for or Horovod is missing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ POLL_S = 1e-4
 
 
 class Group(Protocol):
-    """A synchronous world of ranks. Every rank makes the same calls in the same order."""
+    """A synchronous world of ranks. Every rank must make the same calls in the same order."""
 
     name: str
     rank: int
@@ -36,7 +36,7 @@ class Group(Protocol):
 
 
 class SoloGroup:
-    """One process alone, started without a launcher."""
+    """A world of one process, which was started without a launcher."""
 
     name = "none"
     rank = 0
@@ -72,14 +72,14 @@ class HorovodGroup:
         return self._hvd.allreduce_async_(tensor, name=name, op=self._hvd.Sum)
 
     def wait(self, handle: Any) -> None:
-        # Horovod's own wait spins on sched_yield. Where ranks share cores, that keeps them from the threads that it
-        # waits for: four ranks on two cores take two to three times as long for a sum.
+        # Horovod's own wait spins on sched_yield. If ranks share cores, the spinning takes the cores from the very
+        # threads that it waits for: with four ranks on two cores, a sum takes two to three times as long.
         while not self._hvd.poll(handle):
             time.sleep(POLL_S)
         self._hvd.synchronize(handle)
 
     def broadcast(self, **tensors: Tensor) -> None:
-        # Begun together, they travel in one cycle of Horovod's.
+        # All broadcasts are begun before the first wait, so that they travel in one cycle of Horovod.
         handles = [self._hvd.broadcast_async_(tensor, root_rank=0, name=name) for name, tensor in tensors.items()]
         for handle in handles:
             self.wait(handle)
@@ -96,8 +96,9 @@ class TorchGroup:
     def __init__(self) -> None:
         import torch.distributed as dist
 
-        # torch's optimizers import this sooner or later. If there is a process group by then, something of it is kept:
-        # its threads outlive destroy_process_group(), and now and then abort the process as the interpreter ends.
+        # torch's optimizers import this module sooner or later. If a process group exists by then, the module keeps a
+        # part of it: its threads outlive destroy_process_group(), and sometimes abort the process as the interpreter
+        # ends.
         importlib.import_module("torch._dynamo")
 
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -106,9 +107,9 @@ class TorchGroup:
         self._dist = dist
 
     def _meeting_place(self) -> Any:
-        """The store at which the ranks find each other. It listens on the world's own address alone.
+        """Return the store at which the ranks find each other. It listens only on the world's own address.
 
-        Left to itself, torch's would listen on every network interface of the machine.
+        By default, torch's store would listen on every network interface of the machine.
         """
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -134,11 +135,11 @@ class TorchGroup:
 
 
 class CollectiveError(RuntimeError):
-    """The collective that was asked for is not there."""
+    """The collective that was asked for is not available."""
 
 
 def choose_collective(wanted: str) -> tuple[str, str]:
-    """The collective for ``wanted`` (auto, horovod or torch), and the sentence that says so. Raises CollectiveError."""
+    """Return the collective for ``wanted`` (auto, horovod or torch), and a sentence on it. Raises CollectiveError."""
     if wanted not in ("auto", "horovod", "torch"):
         raise CollectiveError(f"unknown collective {wanted!r}: give auto, horovod or torch")
     there = importlib.util.find_spec("horovod") is not None
@@ -152,6 +153,6 @@ def choose_collective(wanted: str) -> tuple[str, str]:
 
 
 def make_group(collective: str) -> Group:
-    """The world that this process was launched into."""
+    """Return the world that this process was launched into."""
     groups: dict[str, type[Group]] = {"none": SoloGroup, "horovod": HorovodGroup, "torch": TorchGroup}
     return groups[collective]()

@@ -23,11 +23,11 @@ from danaz.worker.staging import IN_PLACE, Staging
 HEARTBEAT_S = 5.0
 RETRY_FIRST_S = 5.0
 RETRY_LONGEST_S = 30.0
-RECONNECT_FIRST_MS = 100  # ZeroMQ doubles it up to the longest, and adds jitter of its own
+RECONNECT_FIRST_MS = 100  # ZeroMQ doubles the wait up to the longest, and adds its own jitter
 RECONNECT_LONGEST_MS = 5000
 GIVE_UP_S = 600.0
-LEAVING_S = 0.25  # between looks at whether a request has left
-AHEAD_MESSAGES = 4  # that ZeroMQ receives before they are asked for: 4 MB of a view
+LEAVING_S = 0.25  # time between two checks whether a request has left
+AHEAD_MESSAGES = 4  # number of messages that ZeroMQ receives before they are asked for: 4 MB of a view
 
 
 class ServerLostError(ConnectionError):
@@ -35,7 +35,7 @@ class ServerLostError(ConnectionError):
 
 
 class EditedError(RuntimeError):
-    """The script has changed parameters, and the algorithm's messages cannot carry that to the server."""
+    """The script has changed parameters, and the algorithm's messages cannot carry the change to the server."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -49,19 +49,19 @@ class Link(Protocol):
     """A way to a server."""
 
     def exchange(self, request: Request) -> Reply:
-        """Send a request, wait for its reply. Raises ServerLostError."""
+        """Send a request, and wait for its reply. Raises ServerLostError."""
 
     def edit(self, displacement: Tensor) -> None:
         """Add ``displacement`` f32[P] to the server's parameters. Raises EditedError."""
 
     def close(self) -> None:
-        """Free what it holds."""
+        """Free the resources of this link."""
 
 
 class DealerLink:
-    """A DEALER socket that reconnects by itself and repeats what was not answered.
+    """A DEALER socket that reconnects by itself, and repeats a request that was not answered.
 
-    While the worker computes, a thread with a socket of its own says that it is alive.
+    While the worker computes, a thread with its own socket tells the server that the worker is alive.
     """
 
     def __init__(
@@ -80,15 +80,15 @@ class DealerLink:
         self._seed = heartbeat.worker
         self._give_up_s = give_up_s
         self._staging = staging
-        self._rooms = [torch.empty(0), torch.empty(0)]  # f32[P] each: the view at hand, and where the next arrives
+        self._rooms = [torch.empty(0), torch.empty(0)]  # f32[P] each: the view at hand, and room for the next
         self._heartbeat = heartbeat
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True, name="danaz-heartbeat")
         self._thread.start()
 
     def exchange(self, request: Request) -> Reply:
-        """As Link has it. The view of the answer stays as it is until the answer after the next one."""
-        self._heartbeat = Heartbeat(request.worker, request.incarnation)  # which may have changed before it joined
+        """See Link. The answer's view stays unchanged until the answer after the next one arrives."""
+        self._heartbeat = Heartbeat(request.worker, request.incarnation)  # it may have changed before the worker joined
         inbox = Inbox(Reply, lambda _, reply: answers(reply, request), self._room, self._arrived)
         backoff = Backoff(RETRY_FIRST_S, RETRY_LONGEST_S, self._seed)
         give_up_at = time.monotonic() + self._give_up_s
@@ -105,11 +105,11 @@ class DealerLink:
         )
 
     def edit(self, displacement: Tensor) -> None:
-        """Raises EditedError: a gradient that is pushed cannot carry it."""
+        """Raises EditedError, because a pushed gradient cannot carry the displacement."""
         raise EditedError
 
     def _send(self, request: Request) -> zmq.MessageTracker:
-        """Hand a request to ZeroMQ; what is returned says when the last of it has left for the network."""
+        """Hand a request to ZeroMQ. The returned tracker says when the last part of it has left for the network."""
         *messages, last = split(request)
         for frames in messages:
             self._socket.send_multipart(frames, copy=False)
@@ -122,9 +122,9 @@ class DealerLink:
     def _await_answer(
         self, request: Request, leaving: zmq.MessageTracker, inbox: Inbox, patience_s: float, give_up_at: float
     ) -> Reply | None:
-        """The answer; None if nothing of it came for ``patience_s`` after the request had left.
+        """Return the answer; None if no part of it arrived within ``patience_s`` after the request had left.
 
-        Over a slow link that takes long, and to repeat what is still leaving would make it longer.
+        Over a slow link, a request takes long to leave. Repeating it while it is still leaving would only take longer.
         """
         until = time.monotonic() + patience_s
         while (now := time.monotonic()) < give_up_at:
@@ -137,7 +137,7 @@ class DealerLink:
                 try:
                     reply: Reply | None = inbox.take("", [frame.buffer for frame in frames])
                 except StrayChunkError:
-                    continue  # of an answer to an earlier copy of this request, or to an earlier request
+                    continue  # it answers an earlier copy of this request, or an earlier request
                 except WireError as error:
                     raise ServerLostError(f"what answers at {self._address} is no danaz server: {error}") from error
                 if reply is None:
@@ -158,7 +158,7 @@ class DealerLink:
             self._staging.arrived(piece)
 
     def receive_into(self, room: Tensor) -> None:
-        """Let the next view, if it is long, arrive in ``room`` f32[P]."""
+        """Let the next view arrive in ``room`` f32[P] if it is long."""
         self._rooms[1] = room
 
     def _beat(self) -> None:

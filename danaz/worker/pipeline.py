@@ -1,4 +1,4 @@
-"""The exchange with the server beside the training loop: a push, and then the view after the next, fetched late."""
+"""The exchange with the server while the training loop runs: a push, and then a late fetch of the view to use next."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from danaz.protocol.messages import Parameters, Push, Reply
 from danaz.worker.core import Request, WorkerCore
 
 Exchange = Callable[[Callable[[WorkerCore], Request]], Reply]
-MARGIN = 2.0  # deviations of computing and of fetching by which a view is fetched earlier
+MARGIN = 2.0  # a view is fetched earlier by this number of deviations of the times to compute and to fetch
 
 
 class Estimate:
@@ -30,10 +30,11 @@ class Estimate:
 
 
 class Pipeline:
-    """At most one exchange under way; the link and the worker core are its own from ``begin`` to ``end``.
+    """Runs at most one exchange at a time. From ``begin`` to ``end``, only it may use the link and the worker core.
 
-    The view is fetched so late that it arrives as the batch ends, by what computing and fetching took before. One that
-    comes late is waited for, and one that comes early is a little older than it could be: neither is wrong.
+    The pipeline estimates from earlier batches when to fetch the view, so that it arrives just as the batch ends. If
+    the view arrives late, the worker waits for it. If it arrives early, it is a little older than it could be. Neither
+    is wrong.
     """
 
     def __init__(self, exchange: Exchange):
@@ -61,9 +62,9 @@ class Pipeline:
         return computing.mean - fetching.mean - MARGIN * (computing.deviation + fetching.deviation)
 
     def end(self) -> Parameters | None:
-        """The batch has ended: wait for the view that was fetched meanwhile. None if nothing was under way.
+        """The batch has ended: wait for the view that was fetched meanwhile, and return it; None if none was under way.
 
-        Raises what the exchange raised.
+        Raises the exceptions that the exchange raised.
         """
         if self._under_way is None:
             return None
@@ -81,7 +82,7 @@ class Pipeline:
         if push is not None:
             reply = self._ask(lambda core: push)
             if reply.view.numel():
-                return reply  # this worker had to join anew, and a view came with that
+                return reply  # this worker had to join again, and got a view with that
         self._batch_ended.wait(max(0.0, due - monotonic()))
         began = monotonic()
         fetched = self._ask(lambda core: core.pull(ahead=True))

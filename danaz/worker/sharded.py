@@ -1,10 +1,11 @@
-"""Several servers as one: each holds a slice of the vector, and all are asked at once.
+"""Several servers as one: each holds a slice of the vector, and the worker asks all of them at once.
 
-Shard 0 is the server: its leases, version and refusals are the run's. The others know their slice and who takes part.
-Consistency is per slice: two pushes may be applied in another order at another shard, and one that shard 0 refuses may
-have been applied elsewhere. Whether it was, the worker hears for each slice. What one shard must know of another, the
-worker carries: to shard 0 the others' squares, for the gap of its push before; to them the number of its checkpoint; to
-all of them which checkpoints all have, and behind a restart the one to go back to.
+Shard 0 is the server: its leases, version and refusals are the run's. The other shards know only their slice and who
+takes part. Consistency is per slice: another shard may apply two pushes in another order, and may have applied a push
+that shard 0 refuses. The worker hears for each slice whether its push was applied. The worker also carries what one
+shard must know about another. It tells shard 0 the squares of the other shards, which give the gap of the push before.
+It tells the other shards the number of shard 0's checkpoint. It tells all shards which checkpoints they have in common
+and, after a restart, which of these to go back to.
 """
 
 from __future__ import annotations
@@ -47,18 +48,18 @@ from danaz.worker.staging import IN_PLACE, Staging
 NO_BUFFERS = torch.empty(0)
 ASK_FIRST_S = 0.1
 ASK_LONGEST_S = 5.0
-COMMON = 2  # checkpoints of all shards that these are told of: the newest may be found damaged
+COMMON = 2  # number of common checkpoints that the shards are told about, because the newest may turn out damaged
 
 
 class Shard(Link, Protocol):
     """A way to one of several servers."""
 
     def receive_into(self, room: Tensor) -> None:
-        """Let the next view arrive in ``room`` f32[n], where that saves a copy."""
+        """Let the next view arrive in ``room`` f32[n] if that saves a copy."""
 
 
 class ShardedLink:
-    """A Link over the links to all shards, shard 0 first. A thread for each of the others."""
+    """A Link made of the links to all shards, shard 0 first. Each of the other shards has a thread."""
 
     def __init__(
         self,
@@ -67,34 +68,34 @@ class ShardedLink:
         staging: Staging = IN_PLACE,
         pause: Callable[[float], None] = time.sleep,
     ):
-        """Raises ValueError if the model of ``layout`` is too small for so many shards."""
+        """Raises ValueError if the model of ``layout`` is too small for this number of shards."""
         self._links = list(links)
         self._spans = shard_spans(layout.size, len(links))
         ends = [0, *accumulate(map(len, chunks_of_shards(layout.size, len(links))))]
-        self._chunks = list(pairwise(ends))  # of each slice, where a vector travels encoded
+        self._chunks = list(pairwise(ends))  # the chunks of each slice, for vectors that travel encoded
         self._threads = [ThreadPoolExecutor(1, f"danaz-shard-{number}") for number in range(1, len(links))]
-        # Version and life of each slice: of the view at hand, of the one that was fetched ahead, of the newest to come.
+        # (version, life) of each slice: in the view at hand, in the view fetched ahead, and in the newest one received.
         self._at_hand = self._fetched = self._came = [(0, 0)] * len(links)
-        self._ahead = False  # whether a view that comes now is for after the one at hand
-        self._generation = 0  # of shard 0's newest checkpoint, as it said last
-        self._kept: list[tuple[int, ...]] = [()] * len(links)  # the checkpoints of each, as it said last
-        self._asked = 0  # questions of this link's own
+        self._ahead = False  # whether the next view to arrive will be used after the view at hand
+        self._generation = 0  # generation of shard 0's newest checkpoint, as shard 0 last said
+        self._kept: list[tuple[int, ...]] = [()] * len(links)  # each shard's checkpoints, as it last said
+        self._asked = 0  # number of questions that this link has asked on its own account
         self._pause = pause
         self._staging = staging
-        self._rooms = [staging.room(layout.size) for _ in range(2)]  # f32[P]: the view at hand, where the next arrives
+        self._rooms = [staging.room(layout.size) for _ in range(2)]  # f32[P]: the view at hand, and room for the next
         layers = Layers(layout)
-        self._layers = [layers.within(*span) for span in self._spans]  # of each shard
-        self._squares: tuple[float, ...] = ()  # of the last push: what the shards but 0 hold of each layer's square
+        self._layers = [layers.within(*span) for span in self._spans]  # the layers of each shard
+        self._squares: tuple[float, ...] = ()  # each layer's square in the last push, summed over all shards except 0
         self._join: Join | None = None
         self._final: Final | None = None
-        self._ends: dict[int, Final] = {}  # of the shards that let this worker go
+        self._ends: dict[int, Final] = {}  # the answers of the shards that let this worker go
 
     def exchange(self, request: Request) -> Reply:
-        """As Link has it. The view of the answer stays as it is until the answer after the next one."""
+        """See Link. The answer's view stays unchanged until the answer after the next one arrives."""
         if isinstance(request, Join):
             self._join = replace(request, params=None, untrained=None)
         if isinstance(request, Push) and not all_finite(request.push):
-            # Each shard sees its slice alone. Without a loss that is finite, all of them refuse the push as not finite.
+            # Each shard sees only its slice. A loss of NaN makes every shard refuse the push as not finite.
             request = replace(request, loss=nan)
         if isinstance(request, (Push, Pull)):
             self._ahead = _is_beside_a_batch(request)
@@ -103,7 +104,7 @@ class ShardedLink:
         while any(isinstance(reply, Offer) for reply in replies):
             refusal = self._agree(request)
             if refusal is None and isinstance(request, (Push, Pull)):
-                # Of before they went back; what another shard said of it may be, too.
+                # This request, and any answer to it, may date from before the shards went back to a checkpoint.
                 refusal = Refusal(request.request, "the shards were restarted", rejoin=True)
             replies = [refusal] if refusal is not None else self._say_to_all(request)
         reply = self._merge(request, replies)
@@ -115,8 +116,8 @@ class ShardedLink:
         if isinstance(request, (Report, Fetch)):
             return [self._say(0, request)]
         if isinstance(request, Bye) or (isinstance(request, Pull) and not request.ahead):
-            # Shard 0 may keep a Pull waiting; only then are the other slices fetched, to be as fresh. A Bye is said as
-            # the process ends, and its threads have ended.
+            # Shard 0 may keep a Pull waiting. The other slices are fetched after its answer, so that they are as fresh.
+            # A Bye is said at the end of the process, when its threads have ended.
             first = self._say(0, request)
             others = [] if isinstance(first, (Refusal, Offer)) else range(1, len(self._links))
             return [first, *(self._say(number, request) for number in others)]
@@ -127,9 +128,9 @@ class ShardedLink:
     # ---- after a restart -----------------------------------------------------------------------------------------
 
     def _agree(self, request: Request) -> Refusal | None:
-        """Send all shards back to one generation, the same that any worker would choose; or why there is none.
+        """Send all shards back to one generation, which is the same for every worker that chooses one.
 
-        Raises ServerLostError.
+        Return None if that succeeded, otherwise a refusal that says why it did not. Raises ServerLostError.
         """
         backoff, waited_s = Backoff(ASK_FIRST_S, ASK_LONGEST_S, request.worker), 0.0
         answers = self._ask(request)
@@ -146,14 +147,14 @@ class ShardedLink:
                     return Refusal(request.request, _nothing_in_common(offers), rejoin=False)
                 answers = self._ask(request, chosen, newest=max(offer.newest for offer in offers))
             else:
-                # Who goes on is about to be ended: all shards are restarted together.
+                # A shard that still goes on will soon be ended, because all shards are restarted together.
                 waited_s += (wait_s := backoff.wait_s())
                 self._pause(wait_s)
                 answers = self._ask(request)
         raise ServerLostError(f"the shards of the server did not come back together within {GIVE_UP_S:.0f} s")
 
     def _ask(self, request: Request, chosen: Sequence[int | None] = (), newest: int = 0) -> list[Reply]:
-        """What each shard can go back to; where ``chosen`` says so, after it went back."""
+        """Ask each shard which checkpoints it can go back to; if ``chosen`` names one for it, it goes back first."""
         self._asked += 1
         asks = GoBack(request.worker, request.incarnation, -self._asked, newest=newest)
         generations = chosen or [None] * len(self._links)
@@ -168,8 +169,9 @@ class ShardedLink:
         reply = self._exchange(number, self._part(number, request))
         may_join = number > 0 and not isinstance(request, Join) and not _is_beside_a_batch(request)
         if may_join and isinstance(reply, Refusal) and reply.rejoin:
-            # This shard gave the worker up, or was restarted. Taken in again, it has a view; its push was not applied.
-            # (Beside a batch, the view at hand is being read: the worker itself joins again, everywhere.)
+            # This shard gave the worker up, or was restarted. The worker joins it again and gets a view; the shard has
+            # not applied its push. (While a batch is computed, the view at hand is being read. Then this is not done
+            # here: the worker itself joins all shards again.)
             start, stop = self._spans[number]
             assert self._join is not None
             join = replace(self._join, request=request.request, params=self._rooms[0][start:stop])
@@ -196,7 +198,7 @@ class ShardedLink:
         return reply
 
     def _part(self, number: int, request: Request) -> Request:
-        """What of ``request`` is for this shard."""
+        """Return the part of ``request`` that is for this shard."""
         start, stop = self._spans[number]
 
         def cut(vector: Tensor | None) -> Tensor | None:
@@ -222,7 +224,7 @@ class ShardedLink:
         if isinstance(request, Leave):
             buffers = NO_BUFFERS if number else request.buffers
             generation = self._generation if number else 0
-            given, reason = cut(request.give_back), "" if number else request.stop  # others hear that all is done
+            given, reason = cut(request.give_back), "" if number else request.stop  # others hear only that all is done
             return replace(request, give_back=given, buffers=buffers, generation=generation, stop=reason)
         if isinstance(request, Bye) and number == 0 and self._final is not None:
             return replace(request, version=self._final.version, rest=self._final.params[stop:])
@@ -236,7 +238,7 @@ class ShardedLink:
     # ---- all shards ----------------------------------------------------------------------------------------------
 
     def _merge(self, request: Request, replies: Sequence[Reply]) -> Reply:
-        """One reply of all: that of shard 0, with the vectors of every shard."""
+        """Merge all replies into one: the reply of shard 0, with the vectors of every shard."""
         first = replies[0]
         if isinstance(request, (Join, Push)):
             self._squares = self._gather(replies)
@@ -254,7 +256,7 @@ class ShardedLink:
         return first
 
     def _view(self) -> Tensor:
-        """The view f32[P] that has come, which is now at hand or for later."""
+        """Return the view f32[P] that has arrived, and note its versions for now or, if fetched ahead, for later."""
         self._rooms.reverse()
         if self._ahead:
             self._fetched = self._came
@@ -263,7 +265,7 @@ class ShardedLink:
         return self._rooms[0]
 
     def _gather(self, replies: Sequence[Reply]) -> tuple[float, ...]:
-        """Of each layer the sum of what the shards but 0 answered; empty unless all have applied, and measured."""
+        """Sum each layer's squares over all shards except 0; empty unless all have applied the push and measured it."""
         answers = [reply for reply in replies if isinstance(reply, Parameters) and reply.applied]
         if len(answers) < len(replies) or not all(answer.squares for answer in answers[1:]):
             return ()
@@ -274,7 +276,7 @@ class ShardedLink:
         return tuple(squares)
 
     def edit(self, displacement: Tensor) -> None:
-        """Raises EditedError: a gradient that is pushed cannot carry it."""
+        """Raises EditedError, because a pushed gradient cannot carry the displacement."""
         raise EditedError
 
     def close(self) -> None:
@@ -285,7 +287,7 @@ class ShardedLink:
 
 
 def _is_beside_a_batch(request: Request) -> bool:
-    """Whether the worker computes meanwhile, in a pipeline."""
+    """Return whether the worker computes a batch meanwhile, which it does in a pipeline."""
     return (isinstance(request, Push) and not request.wants_view) or (isinstance(request, Pull) and request.ahead)
 
 
@@ -296,7 +298,7 @@ def _nothing_in_common(offers: Sequence[Offer]) -> str:
 
 
 def connect(addresses: Sequence[str], layout: Layout, to: Callable[[str], Shard], staging: Staging = IN_PLACE) -> Link:
-    """The way to one server, or to all shards."""
+    """Return a link to the one server, or to all shards."""
     links = [to(address) for address in addresses]
     if len(links) == 1:
         return links[0]

@@ -8,12 +8,12 @@ from danaz.protocol.transitions import Transitions
 
 
 class WorkerState(Enum):
-    """Where a worker stands in its talk with the server. In a state that ends in -ing, it waits for a reply."""
+    """How far a worker's conversation with the server has come. In a state that ends in -ing, it waits for a reply."""
 
     NEW = "new"
     JOINING = "joining"
     JOINED = "joined"  # it has a view and may compute
-    REJOINING = "rejoining"  # as JOINING, but it was in the run before
+    REJOINING = "rejoining"  # like JOINING, but the worker was in the run before
     PUSHING = "pushing"
     PULLING = "pulling"
     FETCHING = "fetching"
@@ -49,7 +49,7 @@ WORKER_TRANSITIONS: Transitions[WorkerState, WorkerEvent] = Transitions(
     "worker",
     begins={_S.NEW: "the process starts"},
     table={
-        # A server that was restarted, or that gave the worker up, asks a worker that has joined to join anew.
+        # A server that was restarted, or that gave the worker up, asks a joined worker to join again.
         _E.JOIN: {_S.NEW: _S.JOINING, _S.JOINED: _S.REJOINING},
         _E.LOCAL_STEP: {_S.JOINED: _S.JOINED},
         _E.PUSH: {_S.JOINED: _S.PUSHING},
@@ -65,10 +65,10 @@ WORKER_TRANSITIONS: Transitions[WorkerState, WorkerEvent] = Transitions(
             _S.PULLING: _S.JOINED,
         },
         _E.FETCHED: {_S.FETCHING: _S.JOINED},
-        # A server that restarted just as a worker left sends the trained model when that worker joins anew.
+        # If a server restarted just as a worker left, it sends the trained model when that worker joins again.
         _E.FINAL: {_S.LEAVING: _S.LEFT, _S.JOINING: _S.LEFT, _S.REJOINING: _S.LEFT},
         _E.NOTED: {_S.REPORTING: _S.LEFT, _S.ENDING: _S.GONE},
-        # A refused worker is where it was before it asked.
+        # A refusal brings the worker back to where it was before it asked.
         _E.REFUSAL: {
             _S.JOINING: _S.NEW,
             _S.REJOINING: _S.JOINED,

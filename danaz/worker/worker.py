@@ -1,7 +1,7 @@
-"""This machine as one worker: its ranks move together, one of them speaks with the server.
+"""This machine as one worker: its ranks move together, and one of them speaks with the server.
 
-In an all-reduce world (``ssgd``) no rank speaks: each holds the same small server in its process and feeds it the
-same mean gradient.
+In an all-reduce world (``ssgd``), no rank speaks with a server elsewhere. Each rank holds the same small server in its
+own process, and feeds it the same mean gradient.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from danaz.worker.group import Group
 from danaz.worker.link import Link
 from danaz.worker.pipeline import Pipeline
 
-NEWS = 7  # figures in front of the batch numbers
-ENDS_EARLY, CAME_LATE = 1, 2  # one of these
+NEWS = 7  # number of figures in front of the batch numbers
+ENDS_EARLY, CAME_LATE = 1, 2  # the news holds one of these; 0: neither
 
 
 class RefusedError(RuntimeError):
-    """The server will not have this worker."""
+    """The server refuses this worker."""
 
 
 @dataclass
@@ -49,8 +49,8 @@ class Metrics:
     """The cluster as this worker last heard of it."""
 
     version: int = 0
-    epoch: float = 0.0  # of the whole cluster
-    lag: int = 0  # of this worker's last push
+    epoch: float = 0.0  # the whole cluster's epoch
+    lag: int = 0  # the lag of this worker's last push
     gap: float | None = None
     refused_pushes: int = 0
     diverged: bool = False
@@ -59,14 +59,14 @@ class Metrics:
 
 
 class LeasedBatches:
-    """The batches leased to this worker: which are waiting, which are begun."""
+    """The batches leased to this worker: those that wait, and those that have begun."""
 
     def __init__(self) -> None:
         self.waiting: deque[int] = deque()
         self._begun: set[int] = set()
 
     def replace(self, held: Sequence[int]) -> None:
-        """Take over the server's list of all that this worker holds."""
+        """Take over the server's list of all batches that this worker holds."""
         self._begun &= set(held)
         self.waiting = deque(batch for batch in held if batch not in self._begun)
 
@@ -79,14 +79,14 @@ class LeasedBatches:
         self._begun.discard(batch)
 
     def put_back(self, batches: Sequence[int]) -> None:
-        """These were begun, but not computed: they come first again."""
+        """Put batches that were begun, but not computed, first in the queue again."""
         mine = [batch for batch in batches if batch in self._begun]
         self._begun.difference_update(mine)
         self.waiting.extendleft(reversed(mine))
 
     @property
     def any(self) -> bool:
-        """Whether there is a batch to come."""
+        """Whether this worker holds a batch that waits or has begun."""
         return bool(self.waiting or self._begun)
 
     def begun_of(self, held: Sequence[int]) -> list[int]:
@@ -94,10 +94,10 @@ class LeasedBatches:
 
 
 class Worker:
-    """One worker of the cluster, on each of its ranks.
+    """One worker of the cluster; each of its ranks has such an object.
 
-    ``core`` and ``link`` are those of a rank that speaks with a server; the other ranks have none and listen to rank 0.
-    ``replicated`` says that every rank has a server of its own, so that nothing is to be broadcast.
+    Only a rank that speaks with a server has a ``core`` and a ``link``; the other ranks listen to rank 0.
+    ``replicated`` says that every rank has a server of its own, so that nothing needs to be broadcast.
     """
 
     def __init__(
@@ -116,31 +116,31 @@ class Worker:
         self.metrics = Metrics()
         self.done = False
         self.sync_period = 1
-        self.is_asked_to_end: Callable[[], bool] = lambda: False  # of the rank that speaks, for its worker
-        self.ends_early = False  # it leaves a run that goes on
-        self.came_late = False  # the run was over before it came, or came back
-        self._local_steps = 0  # since the last push
+        self.is_asked_to_end: Callable[[], bool] = lambda: False  # the rank that speaks asks it
+        self.ends_early = False  # whether this worker leaves while the run goes on
+        self.came_late = False  # whether the run was over before this worker came, or came back
+        self._local_steps = 0  # number of local steps since the last push
         self._core = core
         self._link = link
         self.pipeline = Pipeline(self._exchange) if pipelined and core is not None else None
         self.replicated = replicated or group.size == 1
-        # What all ranks must hear travels after the view, so that one broadcast brings both.
-        news_floats = 2 * (NEWS + ahead)  # two to an f64
+        # The news that all ranks must hear is stored after the view, so that one broadcast brings both.
+        news_floats = 2 * (NEWS + ahead)  # two f32 make one f64
         self._whole = flat.make_room(0 if self.replicated else news_floats + flat.layout.size % 2)
         self._news: Tensor | None = None if self.replicated else self._whole[-news_floats:].view(torch.float64)
-        self._heard: list[float] = []  # the news, on the rank that speaks: it need not wait for what it says to others
+        self._heard: list[float] = []  # the news, kept on the rank that speaks, which so need not read it back
         self._since = perf_counter()
-        self._ready = self._since  # when the last request was there to be sent: until then the device computed
+        self._ready = self._since  # when the last request was ready to be sent; the device computed until then
 
     def join(self, bring_params: bool, untrained: Tensor | None = None) -> None:
-        """Enter the run; returns when training starts, with the first view in the model.
+        """Enter the run. Returns when training starts; the first view is then in the model.
 
-        The worker that brings its parameters brings ``untrained`` f32[U], too: what its model holds beside them.
+        The worker that brings its parameters also brings ``untrained`` f32[U], which its model holds beside them.
         """
         self._ask(lambda core: core.join(core.staging.lift(self.flat.params) if bring_params else None, untrained))
 
     def fetch_untrained(self) -> Tensor:
-        """What worker 0 brought beside its parameters, f32[U]; only the rank that speaks can ask."""
+        """Fetch what worker 0 brought beside its parameters, f32[U]; only the rank that speaks can ask."""
         self._pipeline_end()
         reply = self._exchange(lambda core: core.fetch())
         if not isinstance(reply, Fetched):
@@ -148,7 +148,7 @@ class Worker:
         return reply.untrained
 
     def is_edited(self) -> bool:
-        """Whether the script has changed parameters since the last step; only the rank that speaks can tell."""
+        """Return whether the script has changed parameters since the last step; only the rank that speaks can tell."""
         return self._core is not None and self._core.edit(self.flat.params) is not None
 
     def push(
@@ -156,8 +156,8 @@ class Worker:
     ) -> None:
         """Push the mean gradient f32[P] of ``batch``, and put the next view into the model.
 
-        Parameters in ``absent`` spans make no step; without a gradient, none does. Between two pushes of a
-        ``sync_period``, step alone instead. Raises EditedError where an edit of the parameters cannot be carried.
+        Parameters in ``absent`` spans make no step; without a gradient, no parameter does. With a ``sync_period``, this
+        is a local step between two pushes. Raises EditedError if the push cannot carry an edit of the parameters.
         """
         self.batches.end(batch)
         if self.pipeline is not None and self._core is not None:
@@ -183,7 +183,7 @@ class Worker:
         self.metrics.exchanging_s += self._since - computed
 
     def skip(self, batch: int, lr: Sequence[float]) -> None:
-        """``batch`` makes no step: it counts as used, and nothing is pushed for it."""
+        """Count ``batch`` as used without a step, and push nothing for it."""
         if self._local_steps:
             self.push(None, lr, 0, None, batch)
             return
@@ -192,7 +192,10 @@ class Worker:
         self._ask(lambda core: core.pull(skipped=(batch,)))
 
     def _carried_edit(self) -> Tensor | None:
-        """What the script has changed in the parameters since the last step, for the push; or the server has it now."""
+        """Return what the script has changed in the parameters since the last step, if the push is to carry it.
+
+        If pushes are gradients, hand the change to the link instead, and return None.
+        """
         assert self._core is not None
         edit = self._core.edit(self.flat.params)
         if edit is None or self._core.rule.pushes != "gradient":
@@ -202,7 +205,7 @@ class Worker:
         return None
 
     def _push(self, make: Callable[[WorkerCore, bool], Push], batch: int, edit: Tensor | None) -> None:
-        """Push ``batch``, and go on with the view of the answer or, in a pipeline, the one that was fetched ahead."""
+        """Push ``batch``, and go on with the answer's view or, in a pipeline, with the view that was fetched ahead."""
         assert self._core is not None
         fetched = self._pipeline_end()
         if fetched is not None and self.came_late:
@@ -212,7 +215,7 @@ class Worker:
         if self.pipeline is None or fetched is None or fetched.done or not others or edit is not None:
             self._take(self._view_from(lambda core: make(core, True)))
             if edit is not None and not self._core.applied:
-                self.flat.params.add_(edit)  # it goes with the next push
+                self.flat.params.add_(edit)  # the next push carries the edit
             return
         push = make(self._core, False)
         self._take(replace(fetched, leases=others))
@@ -228,15 +231,15 @@ class Worker:
             self.group.broadcast(params=self.flat.params)
 
     def pull(self) -> None:
-        """Wait until there are batches for this worker, or none for anyone."""
+        """Wait until this worker gets batches, or no batches are left for any worker."""
         self._pipeline_end()
         self._ask(lambda core: core.pull())
 
     def leave(self, stop: str = "") -> None:
-        """Give back and put the trained model, θ with the mean batch-norm buffers, into every rank's model.
+        """Give back, and put the trained model (θ and the mean batch-norm buffers) into every rank's model.
 
-        With ``stop``, the reason, the run ends for all workers. Nobody has the model any more for a worker that came
-        late.
+        ``stop``, if given, is the reason why the run ends for all workers. A worker that came late gets no model,
+        because nobody has it any more.
         """
         self._pipeline_end()
         self.flat.bring_home()
@@ -260,14 +263,14 @@ class Worker:
         self.flat.load_buffers(buffers)
 
     def report(self, figures: dict[str, float | str | None]) -> None:
-        """Send figures for summary.json, from the rank that speaks. Raises RefusedError if the run has too many."""
+        """Let the rank that speaks send figures for summary.json. Raises RefusedError if the run has too many."""
         if self._core is not None:
             reply = self._exchange(lambda core: core.report(figures))
             if isinstance(reply, Refusal) and reply.reason == TOO_MANY_REPORTED:
                 raise RefusedError(f"the server refused danaz.report: {reply.reason}")
 
     def close(self, in_good_order: bool) -> None:
-        """Say good-bye, unless the process ends before its worker has left."""
+        """Close the link. Say good-bye first if ``in_good_order``: then the worker has left before its process ends."""
         if self.pipeline is not None:
             self.pipeline.close()
         if self._core is not None and self._link is not None:
@@ -278,13 +281,13 @@ class Worker:
     # ---- speaking and listening ----------------------------------------------------------------------------------
 
     def _ask(self, request: Callable[[WorkerCore], Request]) -> None:
-        """One exchange that ends with a new view in every rank's model."""
+        """Make one exchange, which ends with a new view in every rank's model."""
         self.flat.bring_home()
         if self._core is not None:
             edit = self._core.edit(self.flat.params)
             self._take(self._view_from(request))
             if edit is not None:
-                self.flat.params.add_(edit)  # what the script has changed outlives a new view, and goes with a push
+                self.flat.params.add_(edit)  # keep the script's change under the new view; a push will carry it
         self._share()
 
     def _view_from(self, request: Callable[[WorkerCore], Request]) -> Parameters:
@@ -294,9 +297,9 @@ class Worker:
         return reply
 
     def _take(self, reply: Parameters) -> None:
-        """Put news, and what to compute on, where all ranks get them from.
+        """Put the news and the parameters to compute on where all ranks get them from.
 
-        A worker that was asked to end finishes the batches it has begun, and begins no more.
+        A worker that was asked to end finishes the batches that it has begun, and begins no more.
         """
         assert self._core is not None
         if self.is_asked_to_end() and not reply.done:
@@ -307,7 +310,7 @@ class Worker:
             self._core.compute_on(self.flat.params)
 
     def _share(self) -> None:
-        """All ranks go on with rank 0's view; what comes after it is fetched while they compute."""
+        """Let all ranks go on with rank 0's view; a pipeline fetches the next view while they compute."""
         if not self.replicated:
             self.group.broadcast(view_and_news=self._whole)
         self._unpack()
@@ -320,14 +323,14 @@ class Worker:
         reply = self._say(request)
         while isinstance(reply, Refusal) and not isinstance(request, (Report, Bye)):
             if isinstance(request, Join) and 0 < reply.newest < self._core.role.incarnation:
-                reply = self._say(request := make(self._core))  # as a newer incarnation
+                reply = self._say(request := make(self._core))  # join again as a newer incarnation
                 continue
             if reply.reason == COMPLETE and isinstance(request, (Join, Push, Pull)):
                 self.came_late = True
                 return _nothing_to_do(reply, self._core)
             if not reply.rejoin or isinstance(request, Join):
                 raise RefusedError(f"the server refused this worker's {type(request).__name__.lower()}: {reply.reason}")
-            # Given up while it was away, or the server was restarted: it goes on from a fresh view.
+            # The server gave this worker up while it was away, or was restarted: the worker goes on from a fresh view.
             reply = self._say(self._core.join())
             if isinstance(request, Leave) and isinstance(reply, Parameters):
                 if request.done and not request.stop and not reply.done:
@@ -376,7 +379,7 @@ class Worker:
 
 
 def _nothing_to_do(refusal: Refusal, core: WorkerCore) -> Parameters:
-    """What the server would have said to a worker that had been there at the end."""
+    """Return what the server would have said to a worker that was there at the end of the run."""
     return Parameters(
         request=refusal.request,
         version=core.version,

@@ -1,4 +1,4 @@
-"""Models with their data. To add one, write a file like ``quadratic.py`` and import it here."""
+"""Workloads, which are models with their data. To add one, write a file like ``quadratic.py`` and import it here."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ __all__ = ["BUILDERS", "Workload", "build", "collate", "workload"]
 
 
 def build(config: Config) -> Workload:
-    """The workload of a config. It seeds torch from ``config.seed``: every process builds the same initial parameters.
+    """Build a config's workload. This seeds torch from ``config.seed``, so every process has the same first parameters.
 
-    Ranks that augment their data should each seed torch differently afterwards, or all of them crop and flip alike.
+    Ranks that augment their data should each seed torch differently afterwards. Otherwise all of them crop and flip
+    alike.
 
     Raises:
-        ConfigError: an unknown workload, data set or model, or data that is not where ``data_dir`` says.
+        ConfigError: the workload, data set or model is unknown, or the data is not where ``data_dir`` says.
     """
     torch.manual_seed(config.seed)
     if config.workload is None:

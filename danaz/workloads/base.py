@@ -1,4 +1,4 @@
-"""What a workload is, and the table of those that configs know by name."""
+"""The definition of a workload, and the table of the workloads that configs know by name."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from danaz.run.config import Config
 
 @dataclass(frozen=True)
 class Workload:
-    """A model with the data it learns from. Whatever trains it needs no more than this.
+    """A model with the data that it learns from. This is all that a training loop needs.
 
     ``train`` and ``test`` are map-style data sets; give :func:`collate` to their DataLoader. ``loss(output, target)``
-    is the mean over the samples of the batch, a scalar. ``classes`` is None where nothing is classified: no test error.
+    is a scalar, the mean over the samples of the batch. If ``classes`` is None, the model does not classify, and there
+    is no test error.
     """
 
     model: nn.Module
@@ -28,7 +29,7 @@ class Workload:
     classes: int | None = None
 
     def with_data_on(self, device: torch.device) -> Workload:
-        """The same with data sets on ``device`` that can be there: those that have a method ``to``."""
+        """Return the same workload, with those data sets on ``device`` that have a method ``to``."""
 
         def there(data: Any) -> Any:
             return data.to(device) if hasattr(data, "to") else data
@@ -41,7 +42,7 @@ BUILDERS: dict[str, Builder] = {}
 
 
 def workload(name: str) -> Callable[[Builder], Builder]:
-    """Decorator: make ``workload: name`` in a config call this function."""
+    """Decorator that makes ``workload: name`` in a config call this function."""
 
     def register(builder: Builder) -> Builder:
         BUILDERS[name] = builder
@@ -51,5 +52,5 @@ def workload(name: str) -> Callable[[Builder], Builder]:
 
 
 def collate(batch: Any) -> Any:
-    """``collate_fn`` for a DataLoader: a batch that ``__getitems__`` made passes, single samples are stacked."""
+    """``collate_fn`` for a DataLoader. It passes a batch that ``__getitems__`` made, and stacks single samples."""
     return batch if isinstance(batch, tuple) else default_collate(batch)

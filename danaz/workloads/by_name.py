@@ -1,8 +1,9 @@
-"""Data and model of a config by their names: torchvision's (``torchvision.X``), or anyone's (``package.module:name``).
+"""Data and model of a config by name: from torchvision (``torchvision.X``), or your own (``package.module:name``).
 
-A model of one's own is any callable that returns a module; it is given ``num_classes`` if it has such a parameter.
-Data of one's own is a callable that returns ``(train, test)``, two map-style data sets, ``test`` may be None; it is
-given ``data_dir`` if it has such a parameter. The training set tells the classes: ``classes`` or ``num_classes``.
+Your own model is any callable that returns a module. It is given ``num_classes`` if it has such a parameter. Your own
+data is a callable that returns ``(train, test)``, which are two map-style data sets; ``test`` may be None. It is given
+``data_dir`` if it has such a parameter. The training set names its classes in ``classes``, or their number in
+``num_classes``.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def build_by_name(config: Config) -> Workload:
-    """The workload of the keys ``data`` and ``model``.
+    """Build the workload that the keys ``data`` and ``model`` name.
 
     Raises:
-        ConfigError: either is unknown, or not what it should be.
+        ConfigError: either of them is unknown, or is not what it should be.
     """
     assert config.data is not None
     assert config.model is not None
@@ -46,7 +47,11 @@ def build_by_name(config: Config) -> Workload:
 
 
 def _torchvision_data(name: str, config: Config) -> tuple[Any, Any | None, int]:
-    """Images of one size that fit in memory stay there as bytes; others are read, and cut to 224 x 224, one by one."""
+    """Load a data set of torchvision.
+
+    If torchvision holds the images in memory, they stay there as bytes. Other images are read one by one, and cut to
+    224 x 224.
+    """
     train, test = load(name, config.data_dir)
     classes = _number_of_classes(train, "data = torchvision." + name)
     in_memory = pixels(train)
@@ -73,7 +78,7 @@ def _read_image(augment: bool) -> v2.Compose:
 
 
 def _channel_statistics(images: torch.Tensor) -> tuple[list[float], list[float]]:
-    """Mean and deviation of three channels, as fractions of white; a grey channel gives its own three times."""
+    """Return mean and deviation of three channels, as fractions of white; a grey channel's figures come three times."""
     counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]).double()
     shares = counts / counts.sum(1, keepdim=True)  # f64[C, 256]: the histogram of each channel
     values = torch.arange(256) / 255
@@ -129,6 +134,6 @@ def _imported(spec: str, key: str) -> Callable[..., Any]:
 
 
 def _call(function: Callable[..., Any], **offered: Any) -> Any:
-    """Call ``function`` with those of the ``offered`` arguments that it has parameters for."""
+    """Call ``function`` with only those ``offered`` arguments that it has parameters for."""
     parameters = inspect.signature(function).parameters
     return function(**{name: value for name, value in offered.items() if name in parameters})

@@ -1,4 +1,4 @@
-"""CIFAR-10 (Krizhevsky 2009) in memory, augmented as by He et al.: a crop out of a border of 4 black pixels, a flip."""
+"""CIFAR-10 (Krizhevsky 2009) in memory, augmented as He et al. do: add 4 black pixels at each edge, crop, and flip."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of each channe
 
 
 def cifar10(config: Config) -> tuple[ImageTensors, ImageTensors]:
-    """50,000 training and 10,000 test images of 3 x 32 x 32, as ``torchvision.datasets.CIFAR10`` keeps them.
+    """Load 50,000 training and 10,000 test images of 3 x 32 x 32, as ``torchvision.datasets.CIFAR10`` keeps them.
 
     Raises:
-        ConfigError: they are not in ``data_dir``.
+        ConfigError: the images are not in ``data_dir``.
     """
     augmentation = None if config.augment is False else Augmentation(padding=4, flip=True)
     train, test = [pixels(part) for part in load("CIFAR10", config.data_dir)]

@@ -19,11 +19,11 @@ def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 
 
 class Block(nn.Module):
-    """Two convolutions; where channels grow, the shortcut is every other pixel, padded with zeros (option A)."""
+    """Two convolutions. If channels are added, the shortcut takes every other pixel, padded with zeros (option A)."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.grow = outputs - inputs  # channels to add; the image then halves
+        self.grow = outputs - inputs  # number of channels to add; if there are any, the image's size halves
         self.conv1 = _conv3x3(inputs, outputs, stride=2 if self.grow else 1)
         self.bn1 = nn.BatchNorm2d(outputs)
         self.conv2 = _conv3x3(outputs, outputs)
@@ -37,9 +37,10 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """6n + 2 layers for images of 3 x 32 x 32, three stages of n blocks; n = 3 is ResNet-20: 0.27 M parameters.
+    """A network of 6n + 2 layers for images of 3 x 32 x 32, in three stages of n blocks.
 
-    ``shrink`` averages that many pixels each way into one before the first layer.
+    n = 3 gives ResNet-20, which has 0.27 M parameters. Before the first layer, each square of ``shrink`` x ``shrink``
+    pixels is averaged into one pixel.
     """
 
     def __init__(self, blocks_per_stage: int = 3, classes: int = CLASSES, shrink: int = 1) -> None:
@@ -70,6 +71,6 @@ def build_resnet20(config: Config) -> Workload:
 
 @workload("cifar10-small")
 def build_small(config: Config) -> Workload:
-    """ResNet-8 on images averaged down to 16 x 16: updates cheap enough to make as many of them as the papers do."""
+    """ResNet-8 on images averaged down to 16 x 16. Its updates are cheap enough to make as many as the papers do."""
     train, test = cifar10(config)
     return Workload(ResNet(blocks_per_stage=1, shrink=2), train, test, F.cross_entropy, CLASSES)

@@ -17,7 +17,7 @@ def _conv(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Conv2
 
 
 class Block(nn.Module):
-    """B(3, 3) in pre-activation order: norm, ReLU and convolution, twice; a 1x1 convolution where the width changes."""
+    """B(3, 3) in pre-activation order: norm, ReLU and convolution, twice. If the width changes, the shortcut is 1x1."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -35,9 +35,9 @@ class Block(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """6n + 4 layers for images of 3 x 32 x 32, three stages of n blocks, ``width`` times as wide as ResNet's.
+    """A network of 6n + 4 layers for images of 3 x 32 x 32, in three stages of n blocks.
 
-    Depth 16 and width 4 make 2.7 M parameters.
+    It is ``width`` times as wide as ResNet. Depth 16 and width 4 give 2.7 M parameters.
     """
 
     def __init__(self, depth: int = 16, width: int = 4, num_classes: int = CLASSES) -> None:

@@ -1,4 +1,4 @@
-"""Where and how precisely a workload is computed: device, memory format, precision, and the loss of one batch."""
+"""How a workload is computed: its device, memory format and precision, and the loss of one batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from danaz.workloads.base import Workload
 
 
 def choose_device(config: Config, gpu: torch.device | None = None) -> torch.device:
-    """Where a config trains: on ``gpu`` (default: the current one) unless there is none or the config says cpu.
+    """Return the device for a config: ``gpu`` (default: the current one), unless there is none or the config says cpu.
 
     Raises:
         ConfigError: the config wants a GPU that torch does not see.
@@ -28,17 +28,17 @@ def choose_device(config: Config, gpu: torch.device | None = None) -> torch.devi
 
 
 def place(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
-    """The model on its device, in the memory format asked for; on a GPU, with the matrix products asked for."""
+    """Put the model on its device, in the config's memory format; on a GPU, set the precision of matrix products."""
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
-        torch.backends.cudnn.allow_tf32 = config.precision == "tf32"  # torch's own default lets convolutions do it
-        torch.backends.cudnn.benchmark = True  # all batches but the last of an epoch have one shape
+        torch.backends.cudnn.allow_tf32 = config.precision == "tf32"  # by default, torch lets convolutions use TF32
+        torch.backends.cudnn.benchmark = True  # all batches have the same shape, except the last of an epoch
     model = model.to(device)
     return model.to(memory_format=torch.channels_last) if config.channels_last else model
 
 
 def batch_loss(model: nn.Module, workload: Workload, x: Any, y: Any, config: Config, device: torch.device) -> Tensor:
-    """Mean loss over a batch, under autocast if the config says so."""
+    """Return the mean loss over a batch, under autocast if the config says so."""
     x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
     if config.channels_last and x.dim() == 4:
         x = x.to(memory_format=torch.channels_last)

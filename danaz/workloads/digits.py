@@ -1,4 +1,4 @@
-"""The handwritten digits that scikit-learn carries (UCI's optdigits): 1797 images of 8x8, nothing to download."""
+"""The handwritten digits that come with scikit-learn (UCI's optdigits): 1797 images of 8x8. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from danaz.run.config import Config
 from danaz.workloads.base import Workload, workload
 from danaz.workloads.images import Augmentation, ImageTensors
 
-MEAN, STD, WHITE = 0.305, 0.376, 16  # of all pixels, as fractions of the brightest
+MEAN, STD, WHITE = 0.305, 0.376, 16  # mean and deviation of all pixels, as fractions of the brightest value, 16
 
 
 class DigitsNet(nn.Sequential):
@@ -31,7 +31,7 @@ def _convolution(inputs: int, outputs: int, stride: int) -> tuple[nn.Module, ...
 
 
 def split_by_class(labels: Tensor) -> Tensor:
-    """bool[n]: True for test samples, every fifth of each class in the order of the data, so for any seed the same."""
+    """Return bool[n], True for test samples: every fifth sample of each class, in data order, the same for any seed."""
     test = torch.zeros(len(labels), dtype=torch.bool)
     for label in range(10):
         test[(labels == label).nonzero().squeeze(1)[::5]] = True
@@ -40,7 +40,7 @@ def split_by_class(labels: Tensor) -> Tensor:
 
 @workload("digits")
 def build_digits(config: Config) -> Workload:
-    from sklearn.datasets import load_digits  # takes most of a second, and no other workload needs it
+    from sklearn.datasets import load_digits  # the import takes most of a second, and no other workload needs it
 
     raw = load_digits()
     images = torch.from_numpy(raw.images).to(torch.uint8).unsqueeze(1)  # u8[1797, 1, 8, 8]

@@ -1,4 +1,4 @@
-"""How good a trained model is: its loss and its share of right answers over a data set."""
+"""Measures how good a trained model is: its loss and its share of right answers over a data set."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from danaz.workloads.base import Workload, collate
 from danaz.workloads.computing import precision
 
 EVALUATION_BATCH = 500  # samples
-TRAIN_LOSS_SAMPLES = 2048  # of the training set, for final_train_loss
+TRAIN_LOSS_SAMPLES = 2048  # number of training samples that final_train_loss uses
 
 
 @torch.no_grad()
 def final_figures(
     model: nn.Module, workload: Workload, config: Config, device: torch.device
 ) -> dict[str, float | str | None]:
-    """The figures of summary.json that only a model in hand can give: measured at θ."""
+    """Return the figures of summary.json that need the trained model; they are measured at θ."""
     model.eval()
     samples = len(workload.train)  # type: ignore[arg-type]
     train = Subset(workload.train, range(min(TRAIN_LOSS_SAMPLES, samples)))
@@ -38,7 +38,7 @@ def final_figures(
 def evaluate(
     model: nn.Module, workload: Workload, data: Dataset[Any], config: Config, device: torch.device
 ) -> tuple[float, float]:
-    """Mean loss, and share of right answers (0 where there are no classes), over a data set."""
+    """Return the mean loss and the share of right answers (0 if there are no classes) over a data set."""
     samples = right = 0
     total = 0.0
     for x, y in DataLoader(data, batch_size=EVALUATION_BATCH, collate_fn=collate):

@@ -1,4 +1,4 @@
-"""Images held in memory as bytes: one batch is a few tensor operations, whatever its size."""
+"""Images held in memory as bytes. A batch takes a few tensor operations, whatever its size."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch.utils.data import Dataset
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Crops at random from a border of ``padding`` black pixels, and mirrors every other image, if ``flip``.
+    """Adds ``padding`` black pixels at each edge and crops at random; if ``flip``, mirrors each image with chance 1/2.
 
-    The randomness is that of torch's global generator for the images' device.
+    The random numbers come from torch's global generator for the images' device.
     """
 
     padding: int
@@ -64,7 +64,7 @@ class ImageTensors(Dataset[tuple[Tensor, Tensor]]):
         self._shift = -torch.tensor(mean).view(-1, 1, 1) / deviation
 
     def to(self, device: torch.device) -> ImageTensors:
-        """The same images on ``device``, where they are then augmented and normalised too."""
+        """Return the same images on ``device``, where they are then augmented and normalised, too."""
         moved = copy(self)
         for name in ("images", "labels", "_scale", "_shift"):
             setattr(moved, name, getattr(self, name).to(device))
@@ -74,7 +74,7 @@ class ImageTensors(Dataset[tuple[Tensor, Tensor]]):
         return len(self.images)
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """f32[B, C, H, W], i64[B]."""
+        """Return images f32[B, C, H, W] and labels i64[B]."""
         chosen = torch.as_tensor(indices, device=self.images.device)
         images = self.images[chosen]
         if self.augmentation is not None:
@@ -82,6 +82,6 @@ class ImageTensors(Dataset[tuple[Tensor, Tensor]]):
         return images * self._scale + self._shift, self.labels[chosen]
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """f32[C, H, W], i64[]."""
+        """Return an image f32[C, H, W] and its label i64[]."""
         images, labels = self.__getitems__([index])
         return images[0], labels[0]

@@ -1,4 +1,4 @@
-"""A quadratic without noise: whoever replays a run's updates with NumPy must get the same figures."""
+"""A quadratic without noise. Anyone who replays a run's updates with NumPy must get the same figures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from danaz.run.config import Config
 from danaz.workloads.base import Workload, workload
 
 DIMENSION = 1000
-SAMPLES = 100  # of no content: a batch of 1 makes 100 updates an epoch
+SAMPLES = 100  # the samples have no content; with batches of 1, an epoch has 100 updates
 
 
 class Quadratic(nn.Module):
@@ -19,17 +19,17 @@ class Quadratic(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.theta = nn.Parameter(torch.zeros(DIMENSION))
-        # a constant, not a buffer: buffers are averaged over the workers
+        # This is a constant and not a buffer, because buffers are averaged over the workers.
         self.curvature = torch.logspace(-2, 0, DIMENSION, dtype=torch.float64).float()  # f32[d]
 
     def forward(self, _: Tensor) -> Tensor:
-        """f32[]: f(θ), whatever the input."""
+        """Return f(θ), f32[], whatever the input."""
         curvature = self.curvature.to(self.theta.device)
         return (curvature * (self.theta - 1).square()).sum() / 2
 
 
 def value(output: Tensor, _: Tensor) -> Tensor:
-    """The model's output is the loss."""
+    """Return the model's output, which is already the loss."""
     return output
 
 

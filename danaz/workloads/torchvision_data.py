@@ -1,4 +1,4 @@
-"""torchvision's data sets: found by name, in their training and test part, never downloaded unasked."""
+"""torchvision's data sets, found by name, with their training and test parts. They are never downloaded unasked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from danaz.run.config import ConfigError, suggest
 
 
 def load(name: str, data_dir: str | None) -> tuple[Any, Any | None]:
-    """``torchvision.datasets.<name>`` in ``data_dir``: its training and its test part, None where it has no parts.
+    """Open ``torchvision.datasets.<name>`` in ``data_dir``; return its training part, and its test part or None.
 
     Raises:
         ConfigError: there is no such data set, or the folder does not hold it; the message says how to get it.
@@ -40,7 +40,7 @@ def load(name: str, data_dir: str | None) -> tuple[Any, Any | None]:
 def _open(kind: Any, *root: str, **part: bool | str) -> Any:
     try:
         return kind(*root, **part)
-    except (RuntimeError, OSError) as error:  # what torchvision raises for files that are missing or damaged
+    except (RuntimeError, OSError) as error:  # torchvision raises these for missing or damaged files
         call = ", ".join([*map(repr, root), *(f"{key}={value!r}" for key, value in part.items())])
         if "download" in inspect.signature(kind).parameters:
             advice = f'Download it with: python -c "from torchvision.datasets import {kind.__name__} as D; '
@@ -48,7 +48,7 @@ def _open(kind: Any, *root: str, **part: bool | str) -> Any:
         else:
             advice = f"torchvision's documentation of {kind.__name__} says which files it expects"
         where = "".join(f" in {Path(folder).absolute()}" for folder in root)
-        what = str(error).partition(". ")[0]  # what follows tells how torchvision itself is called
+        what = str(error).partition(". ")[0]  # the rest of the message says how to call torchvision itself
         raise ConfigError(f"data_dir: {kind.__name__} was looked for{where}: {what}. {advice}") from error
     except (ValueError, TypeError) as error:
         raise ConfigError(
@@ -58,7 +58,7 @@ def _open(kind: Any, *root: str, **part: bool | str) -> Any:
 
 
 def pixels(dataset: Any) -> tuple[Tensor, Tensor] | None:
-    """All images u8[n, C, H, W] and labels i64[n] of a data set that holds them in memory, else None."""
+    """Return all images u8[n, C, H, W] and labels i64[n] of a data set that holds them in memory, otherwise None."""
     images, labels = getattr(dataset, "data", None), getattr(dataset, "targets", getattr(dataset, "labels", None))
     if images is None or labels is None:
         return None

@@ -1,4 +1,4 @@
-"""The loop that configs run: a script like any user's, built from a config instead of code."""
+"""The training loop that configs run. It is a script like any user's, built from a config instead of code."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from danaz.workloads.evaluate import final_figures
 
 
 def train(config: Config) -> None:
-    """Train what ``config`` says, as the rank that this process was launched as."""
+    """Train what ``config`` says. This process is the rank that it was launched as."""
     danaz.init(digest=config.digest())
     if config.threads:
         torch.set_num_threads(config.threads)
     workload, device = build(config), choose_device(config, danaz.device())
     model = place(workload.model, config, device)
-    # Each rank augments its samples with random numbers of its own.
+    # Each rank augments its samples with its own random numbers.
     torch.manual_seed(derived(config.seed, danaz.worker_id(), danaz.rank()))
     optimizer = danaz.DistributedOptimizer(make_sgd(model, config), model)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: config.lr_at(epoch) / config.lr)
@@ -42,7 +42,7 @@ def train(config: Config) -> None:
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step(loss=loss)
         with warnings.catch_warnings():
-            # Other workers may be so fast that this one gets no batch in an epoch, and so no step before this one.
+            # If the other workers are fast, this one may get no batch in an epoch, and so make no optimizer step.
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
             scheduler.step()
     if danaz.is_main():
@@ -50,9 +50,9 @@ def train(config: Config) -> None:
 
 
 def make_sgd(model: nn.Module, config: Config) -> torch.optim.SGD:
-    """The optimizer that a config describes, as a user would tune it on one worker."""
+    """Make the optimizer that a config describes, as a user would tune it on one worker."""
     sgd = torch.optim.SGD(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     for group in sgd.param_groups:
-        # Set here because torch's constructor refuses the negative momentum that asynchrony can ask for.
+        # The momentum is set here, because torch's constructor refuses a negative one, which asynchrony may need.
         group.update(momentum=config.momentum, nesterov=True)
     return sgd

@@ -1,7 +1,7 @@
 """The ways in which people write training loops, each as a function that torch alone and danaz both run.
 
-A loop is handed a `Run`: the model, the optimizer and the batches. What it does is what a script would do, with no
-word of danaz. `train_with_torch` and `train_with_danaz` run it; the parameters must come out the same.
+A loop gets a `Run`: the model, the optimizer and the batches. It does what a script would do, and does not mention
+danaz. `train_with_torch` and `train_with_danaz` run it, and the parameters must come out the same.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ BATCHES_PER_EPOCH = 3
 
 
 class Net(nn.Module):
-    """Three layers, of which a loop may freeze one, and one that the loss does not use."""
+    """Three layers, one of which a loop may freeze, and one more that the loss does not use."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Net(nn.Module):
 
 
 class Flat(nn.Module):
-    """A model whose gradient does not depend on its parameters: what any order of updates comes to is the same."""
+    """A model whose gradient does not depend on its parameters, so that any order of updates gives the same result."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Flat(nn.Module):
 
 @dataclass(frozen=True)
 class Problem:
-    """What is trained."""
+    """The model to train, its data and its loss."""
 
     make_model: Callable[[], nn.Module]
     loss: Callable[[Tensor, Tensor], Tensor]  # a mean over samples
@@ -87,13 +87,13 @@ FLAT = Problem(Flat, lambda output, y: (output * y).mean(), momentum=0.0, weight
 
 @dataclass
 class Run:
-    """What a loop gets."""
+    """All that a loop gets."""
 
     problem: Problem
     model: nn.Module
     optimizer: Any
     batches: Callable[[], Iterator[tuple[int, Tensor, Tensor]]]  # (epoch, x, y)
-    seen: list[float] = field(default_factory=list)  # what the loop has looked at
+    seen: list[float] = field(default_factory=list)  # the values that the loop has looked at
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         return self.problem.loss(self.model(x), y)
@@ -206,7 +206,7 @@ def replace_gradients(run: Run) -> None:
 
 
 def add_noise(run: Run) -> None:
-    """Of one seed, so that all ranks and torch alone draw the same."""
+    """The noise comes from one seed, so that all ranks and torch alone draw the same."""
     generator = torch.Generator().manual_seed(3)
     for _, x, y in run.batches():
         run.optimizer.zero_grad()
@@ -218,7 +218,7 @@ def add_noise(run: Run) -> None:
 
 
 def drop_a_gradient(run: Run) -> None:
-    """A layer that the script takes out of some steps."""
+    """The script takes a layer out of some steps."""
     for number, (_, x, y) in enumerate(run.batches()):
         run.optimizer.zero_grad()
         run.loss(x, y).backward()
@@ -249,7 +249,7 @@ def clip_between_two_losses(run: Run) -> None:
 
 
 def in_parts(run: Run) -> None:
-    """Parts of two samples: how many there are depends on the rank's share."""
+    """The batch is cut into parts of two samples. The number of parts depends on the rank's share."""
     for _, x, y in run.batches():
         run.optimizer.zero_grad()
         for part, target in zip(x.split(2), y.split(2), strict=True):
@@ -292,7 +292,7 @@ def scaler_with_clipping(run: Run) -> None:
 
 
 def scaler_that_overflows(run: Run) -> None:
-    """Now and then, and on some ranks alone: only the rank with the largest sample sees it."""
+    """It overflows sometimes, and only on some ranks: only the rank with the largest sample sees it."""
     scale = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     for number, (_, x, y) in enumerate(run.batches()):
         run.optimizer.zero_grad()
@@ -339,7 +339,7 @@ def skip_after_backward(run: Run) -> None:
 
 
 def skip_where_a_loss_is_not_finite(run: Run) -> None:
-    """Only the rank with one of the samples notices; torch alone has all samples, and always does."""
+    """Only a rank that has one of the samples notices. torch alone has all samples, and always notices."""
     for _, x, y in run.batches():
         run.optimizer.zero_grad()
         loss = run.loss(x, y)
@@ -450,8 +450,8 @@ LOOPS: list[Loop] = [
     *EDITS,
 ]
 
-# What several workers do in any order comes out the same only if a batch's part in it does not depend on the others:
-# neither on how many a worker has seen, nor on the parameters.
+# Several workers get the same result in any order only if a batch's contribution does not depend on other batches:
+# neither on how many batches a worker has seen, nor on the parameters.
 COMMUTING: list[Loop] = [
     *(usual, zero_in_place, zero_by_model, closure),
     *(clip_by_norm, clip_by_value, scale_behind_autograd, replace_gradients),
@@ -465,14 +465,14 @@ COMMUTING: list[Loop] = [
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a loop."""
+    """The result of a loop."""
 
     model: nn.Module
     seen: list[float]
 
 
 def train_with_torch(loop: Loop, problem: Problem) -> Result:
-    """torch alone, on one process; then from torch's variable, which looks ahead, to θ."""
+    """Train with torch alone in one process; then go from torch's variable, which looks ahead, to θ."""
     model = problem.model()
     optimizer, data, batching = problem.sgd(model), make_data(), Batching(SAMPLES, BATCH)
 
@@ -489,7 +489,7 @@ def train_with_torch(loop: Loop, problem: Problem) -> Result:
 
 
 def train_with_danaz(loop: Loop, problem: Problem, session: Session) -> Result:
-    """The same loop on this rank's part of the batches."""
+    """Train with the same loop on this rank's part of the batches."""
     atexit.unregister(session._close)
     model = problem.model()
     optimizer = DistributedOptimizer(problem.sgd(model), model, session.group, replicated=session.place.server is None)
@@ -510,7 +510,7 @@ def train_with_danaz(loop: Loop, problem: Problem, session: Session) -> Result:
 
 
 def difference(model: nn.Module, other: nn.Module) -> float:
-    """Relative distance of the parameters of two models, the largest of any parameter."""
+    """Return the largest relative distance between the parameters of two models."""
     pairs = zip(model.parameters(), other.parameters(), strict=True)
     return max(float((p.detach() - q.detach()).norm() / q.detach().norm()) for p, q in pairs)
 
@@ -519,7 +519,7 @@ def difference(model: nn.Module, other: nn.Module) -> float:
 
 
 def run_all(out: str, workers: int) -> None:
-    """What each rank does: all loops, each a run of its own, with a server in a thread of worker 0's first rank."""
+    """Run all loops on this rank, each as its own run, with a server in a thread of worker 0's first rank."""
     mode, place = os.environ["MODE"], RankInfo(worker=int(os.environ["DANAZ_WORKER"]))
     group = make_group(os.environ["COLLECTIVE"])
     close, group.close = group.close, lambda: None  # type: ignore[method-assign]  # the world outlives the sessions

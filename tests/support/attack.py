@@ -1,4 +1,4 @@
-"""A server's process to attack, with keys, and the means to do so: raw connections, and sockets of a worker."""
+"""A server process with keys to attack, and the means for it: raw connections, and a worker's sockets."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ class Victim:
         return host, int(port)
 
     def forget_peak(self) -> None:
-        """From now on, ``peak_mb`` tells of what comes."""
+        """Let ``peak_mb`` measure only from now on."""
         Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
 
     @property
     def peak_mb(self) -> float:
-        """The most memory that it had resident."""
+        """The most resident memory that the process has had."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         found = re.search(r"VmHWM:\s+(\d+) kB", status)
         assert found is not None
@@ -59,7 +59,7 @@ class Victim:
 
 @contextmanager
 def victim(folder: Path, workers: int = 2) -> Iterator[Victim]:
-    """A server that has finished its imports; it is killed at the end if it has not ended."""
+    """Start a server that has finished its imports; it is killed at the end if it has not ended."""
     server_keys, worker_keys = make_keys(workers)
     settings = Settings(algorithm="dana", workers=workers, digest=DIGEST)
     secret = os.memfd_create("secret")
@@ -84,7 +84,7 @@ def victim(folder: Path, workers: int = 2) -> Iterator[Victim]:
 
 
 def knock(victim: Victim) -> socket.socket:
-    """A raw connection that has sent its greeting, and is never anything but a stranger's."""
+    """Open a raw connection that has sent its greeting. It never becomes more than a stranger's connection."""
     raw = socket.create_connection(victim.place, timeout=live.DEADLINE_S)
     raw.sendall(GREETING)
     return raw
@@ -92,7 +92,7 @@ def knock(victim: Victim) -> socket.socket:
 
 @contextmanager
 def as_worker(victim: Victim, number: int, connections: int = 1) -> Iterator[list[zmq.Socket[bytes]]]:
-    """DEALER sockets with a worker's key."""
+    """Open DEALER sockets with a worker's key."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     sockets = []
     for _ in range(connections):

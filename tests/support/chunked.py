@@ -1,4 +1,4 @@
-"""Large messages by hand: as they travel, in chunks, and as an inbox puts them together."""
+"""Large messages made by hand: in chunks, as they travel, and whole, as an inbox puts them together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Workers and a server, joined in memory: no socket, and time is a number that the test sets."""
+"""Workers and a server, joined in memory. There is no socket, and time is a number that the test sets."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ ENDLESS = Plan(batches_per_epoch=1_000_000, epochs=1)
 
 
 def layout_of(*groups: int, buffers: int = 0) -> Layout:
-    """A layer for each parameter group, of so many floats each."""
+    """Return a layout with one layer for each parameter group; ``groups`` gives the number of floats in each."""
     layers = [[f"layer{number}", [size], [1]] for number, size in enumerate(groups)]
     return Layout.from_lists([layers, [["running_mean", [buffers], [1]]] if buffers else [], list(groups)])
 
 
 class Cluster:
-    """N worker cores around one server core. A method is what one worker does next, or what befalls it."""
+    """N worker cores around one server core. A method does what one worker does next, or what happens to it."""
 
     def __init__(
         self,
@@ -63,8 +63,8 @@ class Cluster:
         self.server = ServerCore(self.settings, on_update=self.updates.append)
         self.now = 0.0
         self.workers: dict[int, WorkerCore] = {}
-        self.views: dict[int, Tensor] = {}  # of those who have one to compute on
-        self.replies: dict[int, Reply] = {}  # the last to each
+        self.views: dict[int, Tensor] = {}  # the views of the workers that have one to compute on
+        self.replies: dict[int, Reply] = {}  # the last reply to each worker
         self.final: dict[int, Final] = {}
         for number in range(workers):
             self.join(number)
@@ -88,9 +88,9 @@ class Cluster:
         absent: Spans = (),
         edit: Tensor | None = None,
     ) -> Reply | None:
-        """Push for the first batches the worker holds, one a gradient: all but the last are local steps.
+        """Push for the first batches that the worker holds, one for each gradient; all but the last are local steps.
 
-        Returns the answer, None while it has to wait.
+        Returns the answer, or None while the worker has to wait.
         """
         rates = (lr,) * len(self.layout.groups) if isinstance(lr, float) else tuple(lr)
         *local, last = [grads] if isinstance(grads, Tensor) else grads
@@ -116,10 +116,10 @@ class Cluster:
     def bye(self, worker: int) -> Reply | None:
         return self.say(worker, self.workers[worker].bye())
 
-    # ---- what befalls them ---------------------------------------------------------------------------------------
+    # ---- what happens to them ------------------------------------------------------------------------------------
 
     def lose(self, *workers: int) -> None:
-        """These are silent for too long, while all others are heard."""
+        """Let these workers be silent for too long, while the server hears all others."""
         self.now += TIMEOUT_S + 1
         for number, core in self.workers.items():
             if number not in workers:
@@ -129,7 +129,7 @@ class Cluster:
         self.deliver(self.server.tick(self.now))
 
     def come_back(self, worker: int) -> None:
-        """A worker that was given up says something, is refused, and joins again as the one it was."""
+        """Let a worker that was given up say something, be refused, and join again with the same incarnation."""
         core = self.workers[worker]
         request = core.unanswered or core.pull()
         refusal = self.say(worker, request)

@@ -1,4 +1,4 @@
-"""A device for tests: streams that do their work at any time that their order allows, on tensors in host memory."""
+"""A device for tests. Its streams work on tensors in host memory, at any time that their order allows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Work = Callable[[], object]
 
 
 class Stream:
-    """Work in order; an entry may be to wait until another stream has come to some place."""
+    """Work in order. An entry may also be a wait until another stream has come to a certain place."""
 
     def __init__(self, device: FakeGpu):
         self.device = device
@@ -30,11 +30,11 @@ class Stream:
         self.put((other, len(other.entries)))
 
     def wait_event(self, event: Event) -> None:
-        if event.place is not None:  # as in CUDA, nobody waits for what was never recorded
+        if event.place is not None:  # as in CUDA, nobody waits for an event that was never recorded
             self.put(event.place)
 
     def step(self) -> None:
-        """Do the next entry, if there is one and nothing is to be waited for."""
+        """Do the next entry if there is one and it need not wait."""
         if self.done == len(self.entries):
             return
         entry = self.entries[self.done]
@@ -44,7 +44,7 @@ class Stream:
                 return
         else:
             entry()
-        self.entries[self.done] = (self, 0)  # let go of what it held
+        self.entries[self.done] = (self, 0)  # let go of the memory that the entry held
         self.done += 1
 
     def come_to(self, place: int) -> None:
@@ -73,18 +73,18 @@ class Event:
 
 
 class FakeGpu:
-    """In place of danaz.worker.staging.Cuda. ``launch`` puts work on the stream of the thread that made it."""
+    """Replaces danaz.worker.staging.Cuda. ``launch`` puts work on the stream of the thread that made this object."""
 
     def __init__(self, seed: int, eagerness: int | None = None, launches_block: bool = False):
         self.lock = threading.RLock()
-        self.launches_block = launches_block  # the thread's own stream is never behind, as where torch works on a CPU
+        self.launches_block = launches_block  # the thread's own stream is never behind, as on a CPU
         self._random = random.Random(seed)
-        # At 0, its streams work when someone waits for them.
+        # At 0, the streams work only when someone waits for them.
         self._eagerness = self._random.choice((0, 1, 2, 8)) if eagerness is None else eagerness
         self._streams: list[Stream] = []
-        self._host: dict[int, Tensor] = {}  # pinned memory by its address, kept so that nothing else gets that
-        self.waits = 0  # of the processor
-        self.brought = 0  # floats at a time from the host, at most
+        self._host: dict[int, Tensor] = {}  # pinned memory by address, kept so that no other tensor gets the address
+        self.waits = 0  # number of times that the processor waited
+        self.brought = 0  # the most floats that one copy brought from the host
         self._main = self.stream()
         self._thread = threading.get_ident()
 
@@ -123,7 +123,7 @@ class FakeGpu:
         return memory
 
     def copy(self, to: Tensor, source: Tensor, stream: Stream) -> None:
-        """What nobody holds is given to others, but for pinned memory: torch keeps that until it is copied."""
+        """Copy later. Memory that nobody holds may go to others, except pinned memory: torch keeps it for the copy."""
         whole = source if source._base is None else source._base
         kept = None
         if source.untyped_storage().data_ptr() in self._host:

@@ -1,6 +1,6 @@
-"""What can befall a run: ranks, machines, links and the server fail, and strangers talk to it.
+"""What can happen to a run: ranks, machines, links and the server fail, and strangers talk to it.
 
-A fault is injected at a host of the run and, where it lasts a while, undone before its function returns.
+A fault is injected at a host of the run. If it lasts a while, its function undoes it before it returns.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from namespaces import LAUNCHING
 from watched import SERVER_PORT, WatchedRun
 
-CUT_S = (2.0, 15.0)  # the longest is longer than a request's first repetition
+CUT_S = (2.0, 15.0)  # the longest cut lasts longer than the wait before a request's first repetition
 SLOW_S = 4.0
 LATE = 0.7
 SLOW_LINK = ("tbf", "rate", "2mbit", "burst", "16kbit", "latency", "400ms")
@@ -33,7 +33,7 @@ def kill_a_rank(run: WatchedRun, host: str, chance: random.Random) -> None:
 
 
 def kill_a_worker(run: WatchedRun, host: str, chance: random.Random) -> None:
-    """All of danaz on a machine: agent, guardian and ranks."""
+    """Kill all of danaz on a machine: agent, guardian and ranks."""
     _signal(signal.SIGKILL, run.network.processes(host))
 
 
@@ -46,7 +46,7 @@ def kill_ssh(run: WatchedRun, host: str, chance: random.Random) -> None:
 
 
 def freeze_a_rank(run: WatchedRun, host: str, chance: random.Random) -> None:
-    """For a while: it must not hold up the others."""
+    """Freeze a rank for a while. It must not hold up the others."""
     pids = run.ranks(host)[:1]
     _signal(signal.SIGSTOP, pids)
     try:
@@ -56,14 +56,14 @@ def freeze_a_rank(run: WatchedRun, host: str, chance: random.Random) -> None:
 
 
 def hang_a_rank_for_ever(run: WatchedRun, host: str, chance: random.Random) -> None:
-    """The others go on without its worker, and the run ends all the same."""
+    """Hang a rank for ever. The others go on without its worker, and the run still ends."""
     for pid in run.ranks(host)[:1]:
         run.hung[host] = pid
         _signal(signal.SIGSTOP, [pid])
 
 
 def fill_the_disk(run: WatchedRun, host: str, chance: random.Random) -> None:
-    """That of the run folder, to the last byte, for a while; not so late that the results would find no room."""
+    """Fill the run folder's disk to the last byte, for a while, but not so late that the results would find no room."""
     if run.share_done > LATE:
         return
     filler = run.folder / "filler"
@@ -95,7 +95,7 @@ def slow_the_link(run: WatchedRun, host: str, chance: random.Random) -> None:
 
 
 def send_garbage(run: WatchedRun, host: str, chance: random.Random) -> None:
-    """From a machine of the run, which need not be a friend."""
+    """Send garbage from a machine of the run, because such a machine need not be a friend."""
     address = f"{run.network[LAUNCHING].address}:{SERVER_PORT}"
     sender = run.network.popen([sys.executable, str(GARBAGE), address, str(chance.randrange(1 << 30))], on=host)
     said = sender.communicate()[0]

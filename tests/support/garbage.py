@@ -1,4 +1,4 @@
-"""What no friend sends: bytes that are no ZeroMQ, and messages of random frames, some of which begin like danaz' own.
+"""Sends what no friend sends: bytes that are not ZeroMQ, and messages of random frames. Some begin like danaz' own.
 
 python tests/support/garbage.py HOST:PORT SEED
 """
@@ -15,7 +15,7 @@ import zmq
 from danaz.protocol.wire import MAGIC
 
 MESSAGES = 200
-SENDING_MS = 1000  # at most: an encrypted server takes nothing from here
+SENDING_MS = 1000  # the longest time to send: an encrypted server takes nothing from here
 
 
 def send(address: str, chance: random.Random) -> None:

@@ -1,4 +1,4 @@
-"""A training loop with a pipeline, and servers in this process that fail beside it."""
+"""A training loop with a pipeline, and servers in this process that fail while it runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PLAN = Plan(batches_per_epoch=40, epochs=1)
 
 
 class Line(LocalLink):
-    """A way to a server in this process that is killed, or gives its worker up, when the test says so."""
+    """A link to a server in this process, which is killed, or gives its worker up, when the test says so."""
 
     def __init__(self, algorithm: str, shard: int = 0, shards: int = 1):
         self.settings = ServerSettings(algorithm=algorithm, workers=1, digest=DIGEST, shard=shard, shards=shards)
@@ -46,7 +46,7 @@ class Line(LocalLink):
         return super().exchange(request)
 
     def receive_into(self, room: Tensor) -> None:
-        """Nothing travels."""
+        """Do nothing, because nothing travels."""
 
     def gives_up(self) -> None:
         self.core.tick(time.monotonic() + 1000)
@@ -59,7 +59,7 @@ class Line(LocalLink):
 
 
 def make_worker(*lines: Line, size: int = SIZE) -> Worker:
-    """With a pipeline, to one server or to all shards."""
+    """Make a worker with a pipeline, and links to one server or to all shards."""
     flat = FlatModel(nn.Linear(size, 1, bias=False))
     rule = lines[0].settings.rule(0.9)
     role = Role(0, 1, DIGEST, 0.9, flat.layout, PLAN, ahead=2)
@@ -69,7 +69,7 @@ def make_worker(*lines: Line, size: int = SIZE) -> Worker:
 
 
 def train(worker: Worker) -> None:
-    """½‖θ − 1‖², from the join to the good-bye."""
+    """Train ½‖θ − 1‖², from the join to the good-bye."""
     worker.join(bring_params=True)
     while not worker.done:
         if worker.batches.waiting:

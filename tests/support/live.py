@@ -1,4 +1,4 @@
-"""Real runs for tests: ``danaz launch`` in a process of its own, and what it left in its run folder."""
+"""Real runs for tests: ``danaz launch`` in its own process, and what it left in its run folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Run:
 
     folder: Path
     exit_code: int
-    output: str  # of the launcher, both streams
+    output: str  # both output streams of the launcher
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -39,7 +39,7 @@ class Run:
 
 
 def read_updates(folder: Path) -> list[dict[str, Any]]:
-    """The lines of updates.jsonl so far, but for one that is just being written; raises if another is not whole."""
+    """Return the lines of updates.jsonl so far, except a line that is being written; raise if another is not whole."""
     path = folder / "updates.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
@@ -48,9 +48,9 @@ def read_updates(folder: Path) -> list[dict[str, Any]]:
 def start(
     *arguments: str, out: Path, script: Sequence[str] = (), env: Mapping[str, str] | None = None, **options: Any
 ) -> subprocess.Popen[str]:
-    """Begin ``danaz launch``; ``script`` is what goes behind ``--`` (with this Python in front)."""
+    """Begin ``danaz launch``; ``script`` is what comes after ``--`` (with this Python in front)."""
     behind = ["--", sys.executable, *script] if script else []
-    # Behind a session of its own: a signal to the test's group is no signal to the run's.
+    # The run gets its own session, so that a signal to the test's process group does not reach the run.
     return subprocess.Popen(
         [sys.executable, "-m", "danaz", "launch", *arguments, "--out", str(out), *behind],
         cwd=ROOT,
@@ -64,7 +64,7 @@ def start(
 
 
 def finish(process: subprocess.Popen[str], folder: Path) -> Run:
-    """Wait for a run to end; one that does not is ended, and the test with it."""
+    """Wait for a run to end. A run that does not end is terminated, and the test fails."""
     try:
         output, _ = process.communicate(timeout=DEADLINE_S)
     except subprocess.TimeoutExpired:
@@ -75,14 +75,14 @@ def finish(process: subprocess.Popen[str], folder: Path) -> Run:
 
 
 def launch(*arguments: str, out: Path, succeeds: bool = True, **options: Any) -> Run:
-    """``danaz launch`` from beginning to end."""
+    """Run ``danaz launch`` from beginning to end."""
     run = finish(start(*arguments, out=out, **options), out)
     assert (run.exit_code == 0) == succeeds, run.output
     return run
 
 
 def processes_with(token: str) -> dict[int, dict[str, str]]:
-    """pid -> environment of every process that inherited this word in its environment."""
+    """Return pid -> environment of every process that inherited this word in its environment."""
     found = {}
     for entry in filter(str.isdigit, os.listdir("/proc")):
         try:

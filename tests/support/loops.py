@@ -23,7 +23,7 @@ MakeSgd = Callable[[nn.Module], torch.optim.SGD]
 
 
 class Net(nn.Module):
-    """Small, without batch norm, and with a parameter that nothing uses."""
+    """A small net without batch norm, with a parameter that nothing uses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def make_plain_sgd(model: nn.Module) -> torch.optim.SGD:
 
 
 def make_sgd_of_groups(model: nn.Module) -> torch.optim.SGD:
-    """Groups in another order than the model's, each with its own rate and weight decay."""
+    """Make an SGD with groups in another order than the model's, each with its own rate and weight decay."""
     groups = [
         {"params": list(model.last.parameters()), "lr": 0.2, "weight_decay": 0.1},
         {"params": [*model.convolution.parameters()], "weight_decay": 0.0},
@@ -66,7 +66,7 @@ def make_sgd_of_groups(model: nn.Module) -> torch.optim.SGD:
 
 @contextmanager
 def alone(algorithm: str = "dana", **settings: Any) -> Iterator[Session]:
-    """A session of a process alone, with no trace left behind."""
+    """A session of a lone process, which leaves no trace."""
     session = Session(Settings(algorithm=algorithm, **settings), RankInfo())
     try:
         yield session
@@ -88,7 +88,7 @@ def usual_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y:
 
 
 def train(model: nn.Module, make: MakeSgd = make_sgd, step: Step = usual_step, **options: Any) -> DistributedOptimizer:
-    """Train with danaz, alone."""
+    """Train with danaz in a lone process."""
     passes = options.pop("passes", 1)
     with alone(**options) as session:
         optimizer = adopt(session, model, make(model), passes)
@@ -104,7 +104,7 @@ def train(model: nn.Module, make: MakeSgd = make_sgd, step: Step = usual_step, *
 def train_with_torch(
     model: nn.Module, make: MakeSgd = make_sgd, step: Step = usual_step, drop_last: bool = False
 ) -> None:
-    """The same with torch alone, and then from torch's variable, which looks ahead, to θ."""
+    """Train the same with torch alone, and then go from torch's variable, which looks ahead, to θ."""
     optimizer, data = make(model), make_data()
     batching = Batching(SAMPLES, BATCH, drop_last=drop_last)
     for batch in range(batching.plan(EPOCHS).batches):
@@ -181,7 +181,7 @@ def clip(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tenso
 
 
 def use_a_parameter_now_and_then(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
-    """Some samples use ``unused`` after all; a rank whose part has none of them has no gradient for it."""
+    """Some samples do use ``unused``. A rank whose part has none of them has no gradient for it."""
     optimizer.zero_grad()
     loss = mse_loss(model(x), y)
     chosen = x[:, 0, 0, 0] > 0
@@ -210,7 +210,7 @@ STEPS = [
 
 
 def variations() -> dict[str, dict[str, object]]:
-    """Name -> how it is trained."""
+    """Return name -> how to train this variation."""
     every_step = {
         step.__name__: {"make": make_sgd_of_groups, "step": step, "passes": 1 + (step.__name__ == "in_two_passes")}
         for step in STEPS
@@ -219,7 +219,7 @@ def variations() -> dict[str, dict[str, object]]:
     return {
         **every_step,
         "now and then": {"make": make_sgd, "step": use_a_parameter_now_and_then},
-        # without momentum, or θ − ηγv of ssgd and torch's own variable differ when η changes
+        # There is no momentum here: with it, θ − ηγv of ssgd and torch's own variable would differ when η changes.
         "schedule": {"make": make_plain_sgd, "step": schedule_each_step},
         "channels last": {**usual, "channels_last": True},
         "loading processes": {**usual, "num_workers": 2},

@@ -1,4 +1,4 @@
-"""Workers and a server that obey the protocol and may each be killed at any time; messages get lost and come again."""
+"""Workers and a server that obey the protocol. Each may be killed at any time; messages get lost, and come again."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from danaz.worker.core import Role, WorkerCore
 from danaz.worker.states import WorkerState
 
 WORKERS = 3
-WAITS_FOR_OTHERS = {"ssgd"}  # and cannot be pipelined
+WAITS_FOR_OTHERS = {"ssgd"}  # these cannot be pipelined either
 PushId = tuple[int, int, int]  # worker, incarnation, request
 
 
 class MortalCluster:
-    """Up to three worker cores around one server core, and all that is known of them to check what always holds.
+    """Up to three worker cores around one server core, and all that a test needs to check what must always hold.
 
-    Requests may be lost, delivered again, and again late; replies may be lost. A server started anew has its last
-    checkpoint and the journal of all updates, as the keeper has them. In a pipeline, each worker fetches the next view
-    before it pushes, and goes on with that one.
+    Requests may be lost, delivered twice, and delivered again late; replies may be lost. A restarted server has its
+    last checkpoint and the journal of all updates, as the keeper has them. In a pipeline, each worker fetches the next
+    view before it pushes, and goes on with that view.
     """
 
     def begin(self, algorithm, ahead, batches, pipelined):
@@ -35,24 +35,24 @@ class MortalCluster:
         self.settings = ServerSettings(
             algorithm=algorithm, workers=2, digest=DIGEST, gap_every=1, worker_timeout_s=TIMEOUT_S
         )
-        self.pushes: list[list[PushId]] = []  # of each update
+        self.pushes: list[list[PushId]] = []  # the pushes in each update
         self.sent_pushes: dict[PushId, Push] = {}
-        self.lost, self.lost_pushes = 0, set[PushId]()  # by the server's restarts
+        self.lost, self.lost_pushes = 0, set[PushId]()  # lost by the server's restarts
         self.life = self.journal_life = 0
         self.checkpoint: CoreState | None = None
         self.core = self.make_core()
         self.pipelined = pipelined and algorithm not in WAITS_FOR_OTHERS
         self.ahead, self.now = ahead + self.pipelined, 0.0
-        self.inbox: dict[tuple[int, int], list[Reply]] = {}  # of a process: worker and incarnation
+        self.inbox: dict[tuple[int, int], list[Reply]] = {}  # the inbox of each process, by worker and incarnation
         self.sent: dict[int, list[Request]] = {worker: [] for worker in range(WORKERS)}
         self.incarnation = dict.fromkeys(range(WORKERS), 0)
         self.workers: dict[int, WorkerCore] = {}
         self.last: dict[int, Parameters] = {}
-        self.views: dict[int, list[torch.Tensor]] = {}  # as each worker's process got them
+        self.views: dict[int, list[torch.Tensor]] = {}  # the views as each worker's process got them
         self.finals: list[Final] = []
-        self.leaving: dict[int, Leave] = {}  # the last one of each worker's process, if it left when all was done
-        self.given_back: dict[tuple[int, int], torch.Tensor | None] = {}  # by each process that has left
-        self.applied = {worker: set[PushId]() for worker in range(WORKERS)}  # as its process knows
+        self.leaving: dict[int, Leave] = {}  # the last Leave of each worker's process, if it left when all was done
+        self.given_back: dict[tuple[int, int], torch.Tensor | None] = {}  # what each process gave back when it left
+        self.applied = {worker: set[PushId]() for worker in range(WORKERS)}  # pushes that its process knows as applied
         for worker in range(2):
             self.start(worker)
 
@@ -111,7 +111,7 @@ class MortalCluster:
             self.to_server(worker, request)
 
     def to_server(self, worker, request):
-        """A process that starts anew has a new route."""
+        """Send to the server; a restarted process has a new route."""
         before = self.core.members.get(worker)
         was_final, had_left = self.core.state.final, before is not None and before.left
         self.deliver(self.core.handle((worker, request.incarnation), copy.deepcopy(request), self.now))
@@ -124,7 +124,7 @@ class MortalCluster:
             self.inbox[route].append(reply)
 
     def take(self, worker):
-        """The worker reads its inbox, as its link does: late answers are dropped."""
+        """Let the worker read its inbox as its link does, which drops late answers."""
         core = self.workers[worker]
         inbox = self.inbox[worker, self.incarnation[worker]]
         while inbox:
@@ -163,7 +163,7 @@ class MortalCluster:
             self.ask(worker, core.pull(), lost)
 
     def recover(self, worker):
-        """Without faults: it asks again what nobody answered, reads, and goes on, to the last word."""
+        """Let the worker go on without faults until the end: it repeats unanswered requests, and reads the answers."""
         core = self.workers[worker]
         if core.unanswered is not None:
             self.to_server(worker, self.sent[worker][-1])

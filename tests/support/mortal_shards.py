@@ -30,11 +30,11 @@ from danaz.worker.sharded import ShardedLink
 
 LAYOUT = Layout.from_lists([[["a", [40], [1]], ["b", [8, 6], [6, 1]], ["c", [40], [1]]], [], [128]])
 PLAN = Plan(batches_per_epoch=12, epochs=1)
-ALWAYS = 1e-9  # seconds between checkpoints: one an update
+ALWAYS = 1e-9  # seconds between checkpoints, so short that each update has one
 
 
 class Servers:
-    """The shards of one run, each on a machine of its own, as far as they outlive their processes."""
+    """The shards of one run, each on its own machine; this object holds what outlives their processes."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Servers:
         self.keepers: list[Keeper | SliceKeeper] = []
         self._served: list[ServerCore | AwaitingRollback] = []
         self.busy = threading.RLock()
-        self.mail: defaultdict[tuple[int, int], Queue[Reply]] = defaultdict(Queue)  # by shard and worker
+        self.mail: defaultdict[tuple[int, int], Queue[Reply]] = defaultdict(Queue)  # the mail by shard and worker
         for shard, settings in enumerate(self._settings):
             (run / str(shard)).mkdir(parents=True)
             self.keepers.append(self._keeper(settings))
@@ -76,13 +76,13 @@ class Servers:
         return [keeper.core for keeper in self.keepers]
 
     def settle(self) -> None:
-        """What is being written is written."""
+        """Wait until all checkpoints under way are written."""
         for thread in threading.enumerate():
             if thread.name == "danaz-checkpoint":
                 thread.join()
 
     def kill(self, *shards: int) -> None:
-        """These processes, all by default, and start them again."""
+        """Kill these shards' processes (by default all), and start them again."""
         with self.busy:
             self.settle()
             for shard in shards or range(self.shards):
@@ -99,14 +99,14 @@ class Servers:
 
 
 class Way:
-    """A worker's way to one shard, whichever process that is."""
+    """A worker's link to one shard, whichever process serves it."""
 
     def __init__(self, servers: Servers, shard: int, worker: int = 0):
         self._servers, self._shard, self._worker = servers, shard, worker
         self.answered = threading.Event()
         self.before: Callable[[Request], None] = lambda request: None
-        self.is_lost: Callable[[], bool] = lambda: False  # the answer; the request is said again
-        self.common: tuple[int, ...] | None = None  # what it makes of the push's
+        self.is_lost: Callable[[], bool] = lambda: False  # whether the answer is lost, so that the request is repeated
+        self.common: tuple[int, ...] | None = None  # replaces the push's ``common``
 
     def exchange(self, request: Request) -> Reply:
         self.before(request)
@@ -123,10 +123,10 @@ class Way:
         return reply
 
     def receive_into(self, room: Tensor) -> None:
-        """Nothing travels."""
+        """Do nothing, because nothing travels."""
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing, because nothing is held."""
 
 
 class Trainer:
@@ -150,7 +150,7 @@ class Trainer:
         self.reply = self.say(lambda: self.core.join(torch.ones(LAYOUT.size)))
 
     def say(self, make: Callable[[], Request]) -> Reply:
-        """As a worker's process does: who is refused joins again, and leaves again if it was about to leave."""
+        """Do as a worker's process does: after a refusal, join again, and leave again if the worker was leaving."""
         request = make()
         reply = self.link.exchange(request)
         self.core.receive(reply)
@@ -184,7 +184,7 @@ class Trainer:
 
 
 def undisturbed_end(folder: Path) -> Tensor:
-    """θ at the end of a run in which nothing fails."""
+    """Return θ at the end of a run in which nothing fails."""
     with training(folder, checkpoint_s=0.0) as trainer:
         trainer.train()
         return trainer.leave()
@@ -203,7 +203,7 @@ def training(folder: Path, **settings: Any) -> Iterator[Trainer]:
 
 
 def check_end(trainer: Trainer, undisturbed: Tensor, restarts: int = 1) -> None:
-    """The same bits, every batch once, no version left out; and nothing is kept of the checkpoints."""
+    """Check that the bits are the same, every batch counts once, no version is missing, and no checkpoint is kept."""
     trainer.train()
     assert torch.equal(trainer.leave(), undisturbed)
     trainer.bye()

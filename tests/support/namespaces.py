@@ -1,5 +1,7 @@
-"""Machines for tests: network namespaces of this one, each with an address, a network interface, a host name,
-/etc/hosts, an sshd and host keys of its own. Their addresses live in them alone.
+"""Machines for tests. They are network namespaces of this machine.
+
+Each has its own address, network interface, host name, /etc/hosts, sshd and host keys. Their addresses exist only
+inside the namespaces.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ SSHD = "/usr/sbin/sshd"
 NETWORK, NETWORK_6 = "10.77.0", "fd77:"
 LAUNCHING = "launching"
 DEADLINE_S = 20.0
-_numbers = itertools.count()  # of the networks that this process makes
+_numbers = itertools.count()  # numbers the networks that this process makes
 
-# ip netns exec shows /etc/netns/<namespace>/x as /etc/x, so that no file of this machine is touched.
+# ip netns exec shows /etc/netns/<namespace>/x as /etc/x, so that no file of this machine is changed.
 NETNS_FOLDER = Path("/etc/netns")
 PRIVILEGE_SEPARATION = Path("/run/sshd")
 
@@ -50,7 +52,7 @@ Host *
 
 
 def missing() -> str | None:
-    """Why there can be no namespaces here; None if there can."""
+    """Return why there can be no namespaces here; None if there can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     absent = [tool for tool in (SSHD, "ssh", "ip", "unshare") if shutil.which(tool) is None]
@@ -66,7 +68,7 @@ class Node:
     nic: str
     hostname: str
     namespace: str
-    folder: Path  # its files: host keys, sshd's configuration
+    folder: Path  # the machine's files: host keys, sshd's configuration
     sshd: subprocess.Popen[bytes] | None = None
 
     @property
@@ -80,7 +82,7 @@ class Node:
 
 @dataclass
 class Namespaces:
-    """The machines, and the launching one."""
+    """The machines, including the launching one."""
 
     folder: Path
     nodes: dict[str, Node] = field(default_factory=dict)
@@ -89,7 +91,7 @@ class Namespaces:
         return self.nodes[name]
 
     def popen(self, command: Sequence[str], *, on: str = LAUNCHING, **options: object) -> subprocess.Popen[str]:
-        """Start a process on a machine; the launching one unless said otherwise."""
+        """Start a process on a machine, by default on the launching one."""
         arguments = ["ip", "netns", "exec", self.nodes[on].namespace, *command]
         pipes: dict[str, object] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
         return subprocess.Popen(arguments, **{**pipes, **options})  # type: ignore[call-overload,no-any-return]
@@ -99,7 +101,7 @@ class Namespaces:
         return self.popen([sys.executable, "-m", "danaz", *arguments], **options)
 
     def processes(self, name: str) -> dict[int, str]:
-        """pid -> command line of all that runs on a machine, its sshd and login sessions left out."""
+        """Return pid -> command line of all that runs on a machine, except its sshd and login sessions."""
         listed = subprocess.run(["ip", "netns", "pids", self.nodes[name].namespace], stdout=subprocess.PIPE, check=True)
         found = {}
         for pid in listed.stdout.split():
@@ -110,7 +112,7 @@ class Namespaces:
         return found
 
     def is_idle(self) -> bool:
-        """Whether nothing runs on any machine but the launching one."""
+        """Return whether nothing runs on any machine except the launching one."""
         return not any(self.processes(name) for name in self.nodes if name != LAUNCHING)
 
     def known_hosts(self) -> Path:
@@ -124,7 +126,7 @@ class Namespaces:
         _ip("-n", self.nodes[LAUNCHING].namespace, "link", "set", f"to-{name}", state)
 
     def learn_host_keys(self) -> None:
-        """Make the launching machine know every node, by its name and its IPv6 address."""
+        """Make the launching machine know every node's host keys, by its name and its IPv6 address."""
         keys = [(node.name, node.folder / "host_key.pub") for node in self.nodes.values() if node.sshd]
         names = {node.name: f"{node.name},{node.address_6}" for node in self.nodes.values()}
         lines = [f"{names[name]} {' '.join(path.read_text().split()[:2])}\n" for name, path in keys]
@@ -133,7 +135,7 @@ class Namespaces:
 
 @contextlib.contextmanager
 def namespaces(folder: Path, names: Sequence[str]) -> Iterator[Namespaces]:
-    """The launching machine and one of each name, until the end of the block, when all that runs there is killed."""
+    """Make the launching machine, and one machine for each name. At the end of the block, kill all that runs there."""
     made = Namespaces(folder)
     prefix = f"danaz{os.getpid()}.{next(_numbers)}"
     keep_separation = PRIVILEGE_SEPARATION.exists()
@@ -150,7 +152,7 @@ def namespaces(folder: Path, names: Sequence[str]) -> Iterator[Namespaces]:
     finally:
         for node in made.nodes.values():
             _remove(node)
-        with contextlib.suppress(OSError):  # others' namespaces may be there, with daemons that need it
+        with contextlib.suppress(OSError):  # other programs' namespaces may be there, with daemons that need it
             NETNS_FOLDER.rmdir()
             if not keep_separation:
                 PRIVILEGE_SEPARATION.rmdir()
@@ -171,7 +173,7 @@ def _make_launching_machine(made: Namespaces, prefix: str) -> None:
 
 def _make_node(made: Namespaces, prefix: str, name: str, number: int) -> None:
     namespace = f"{prefix}n{number}"
-    nic = f"eth{number}"  # another name on each
+    nic = f"eth{number}"  # each machine has another interface name
     node = _add_namespace(made, Node(name, number, nic, f"node-{name}", namespace, made.folder / name))
     bridge = made[LAUNCHING].namespace
     _ip("-n", bridge, "link", "add", f"to-{name}", "type", "veth", "peer", "name", nic, "netns", namespace)
@@ -196,7 +198,7 @@ def _bring_up(node: Node) -> None:
 
 
 def _write_hosts(made: Namespaces) -> None:
-    """Everybody by name; and one's own host name as Debian has it, which is the trap for gloo."""
+    """Write every machine's name, and the machine's own host name as Debian writes it, which is a trap for gloo."""
     everybody = "".join(f"{node.address} {node.name}\n" for node in made.nodes.values())
     for node in made.nodes.values():
         own = f"127.0.0.1 localhost\n127.0.1.1 {node.hostname}\n"
@@ -214,7 +216,7 @@ def _start_sshd(made: Namespaces, node: Node) -> None:
     config.write_text(SSHD_CONFIG.format(address=node.address, address_6=node.address_6, folder=node.folder))
     start = f"hostname {node.hostname} && exec {SSHD} -D -e -f {config}"
     command = ["ip", "netns", "exec", node.namespace, "unshare", "--uts", "sh", "-c", start]
-    # Nothing of this environment shall reach a login there but by danaz.
+    # Only danaz may bring anything of this environment to a login there.
     log = (node.folder / "sshd.log").open("wb")
     node.sshd = subprocess.Popen(command, env={"PATH": os.environ["PATH"]}, stdout=log, stderr=log)
     log.close()
@@ -226,7 +228,7 @@ def _start_sshd(made: Namespaces, node: Node) -> None:
 
 
 def _remove(node: Node) -> None:
-    """Whatever still runs there was started by the test."""
+    """Kill all that still runs there, because the test started it, and remove the machine."""
     listed = subprocess.run(["ip", "netns", "pids", node.namespace], stdout=subprocess.PIPE, check=False)
     for pid in listed.stdout.split():
         with contextlib.suppress(ProcessLookupError):

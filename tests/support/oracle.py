@@ -1,8 +1,8 @@
-"""What each algorithm must do, in float64 NumPy, written from the papers' formulas and from nothing in danaz.
+"""What each algorithm must do, in float64 NumPy, written only from the papers' formulas and not from danaz.
 
-A class is one algorithm. θ is ``theta``, γ ``gamma``, vᵢ ``v[i]``, ηᵢ ``rate[i]``; rates are arrays, one number for
-each parameter, so that parameter groups need no word; so is the weight decay. Each event returns the views that it
-makes the server send.
+Each class is one algorithm. θ is ``theta``, γ is ``gamma``, vᵢ is ``v[i]``, and ηᵢ is ``rate[i]``. Rates and weight
+decay are arrays with one number for each parameter, so that parameter groups need no special treatment. Each event
+returns the views that it makes the server send.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ ORACLES: dict[str, type[Oracle]] = {}
 
 
 class Oracle:
-    """The bookkeeping that all share: who is there, what each was last sent, how many updates there were."""
+    """The bookkeeping that all algorithms share: who is there, what each was last sent, how many updates."""
 
     barrier = False
-    weight_decay: Array | float = 0.0  # β; βw is in the gradients already
+    weight_decay: Array | float = 0.0  # β; the gradients already include βw
     layers: tuple[slice, ...] = (slice(None),)
 
     def __init_subclass__(cls, name: str = "") -> None:
@@ -39,7 +39,7 @@ class Oracle:
         self.sent: dict[int, tuple[Array, int]] = {}  # worker -> its view and the view's version
         self.v = {i: self.zeros() for i in range(workers)}
         self.rate = {i: self.zeros() for i in range(workers)}
-        self.t = dict.fromkeys(range(workers), 0)  # updates of each worker
+        self.t = dict.fromkeys(range(workers), 0)  # number of updates of each worker
         self.set_up()
 
     def zeros(self) -> Array:
@@ -63,7 +63,7 @@ class Oracle:
         pass
 
     def final(self) -> Array:
-        """θ when all who are there have given back."""
+        """Return θ after all workers that are there have given back."""
         return self.theta
 
     # ---- events --------------------------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ class Oracle:
         return self.send(i)
 
     def take(self, i: int, steps: Steps) -> None:
-        """One gradient; rules that let workers step on their own take more."""
+        """Take one gradient; rules whose workers make local steps override this, and take more."""
         [(g, lr)] = steps
         self.apply(i, self.corrected(i, g, self.updates - self.sent[i][1]), lr)
         self.after(i)
@@ -100,12 +100,12 @@ class Oracle:
         return {}
 
     def back(self, i: int) -> Views:
-        """The same process, after it was given up."""
+        """The same process comes back after it was given up."""
         self.present.add(i)
         return self.send(i)
 
     def fresh(self, i: int) -> Views:
-        """A new process in its place."""
+        """A new process replaces it."""
         self.present.add(i)
         self.v[i], self.rate[i], self.t[i] = self.zeros(), self.zeros(), 0
         return self.send(i)
@@ -178,9 +178,9 @@ class Dana(Oracle, name="dana"):
 
 
 class Rounds(Oracle):
-    """A round waits for everyone who is there; what they pushed is averaged over the samples.
+    """A round waits for all workers that are there, and averages their pushes over the samples.
 
-    Who comes while others wait already enters at the next round.
+    A worker that comes while others already wait enters at the next round.
     """
 
     barrier = True

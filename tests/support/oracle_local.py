@@ -1,4 +1,4 @@
-"""The oracles of workers that walk by themselves: some meet at a server now and then, some only each other."""
+"""The oracles of workers that step by themselves. Some meet at a server now and then, some meet only each other."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Bmuf(ModelAveraging, name="bmuf"):
         return 1 - 1 / len(self.present)
 
     def apply(self, i: int, mean: Array, lr: Array) -> None:
-        """B is what was sent to i: as workers come and go, β does, and each may have another B."""
+        """B is what was sent to i. β changes as workers come and go, so each worker may have another B."""
         self.step = self.beta * self.step + mean - self.sent[i][0]
         self.theta = self.theta + self.step
 
@@ -91,7 +91,7 @@ class AdPsgd(Oracle, name="ad-psgd"):
         self.local = dict.fromkeys(self.present, self.theta)
 
     def apply(self, i: int, g: Array, lr: Array) -> None:
-        j = random.Random(self.updates).choice(sorted(self.present - {i}) or [i])  # the draw is no part of the formula
+        j = random.Random(self.updates).choice(sorted(self.present - {i}) or [i])  # the draw is not part of the formula
         mean = (self.local[i] + self.local[j]) / 2
         self.local[j] = mean
         self.local[i] = mean - lr * g

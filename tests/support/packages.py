@@ -1,6 +1,6 @@
 """The packages of danaz, lowest first."""
 
-# Each package may import itself and those before it, and nothing else of danaz.
+# Each package may import itself and the packages before it, and nothing else from danaz.
 ORDER = (
     "files",
     "rules",

@@ -1,4 +1,4 @@
-"""An algorithm and its oracle, side by side in one run in memory: every view must be the one that the oracle sends."""
+"""An algorithm and its oracle, side by side in one run in memory. Every view must be the one that the oracle sends."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ from torch import Tensor
 
 from danaz.rules import find_algorithm
 
-GROUPS = (4, 3)  # a layer each
+GROUPS = (4, 3)  # each group is one layer
 WEIGHT_DECAY = (0.1, 0.0)
 SIZE = sum(GROUPS)
 
 
 @dataclass(frozen=True)
 class Run:
-    """What happens: rates are those of update 0, 1, … (repeated), one a group; events are (what, who)."""
+    """What happens in a run. ``rates`` are those of update 0, 1, … (repeated), one for each group.
+
+    ``events`` are (what, who).
+    """
 
     workers: int
     momentum: float
@@ -30,14 +33,14 @@ class Run:
     rates: tuple[tuple[float, float], ...]
     events: tuple[tuple[str, int], ...]
     seed: int
-    sync_period: int = 1  # where the algorithm has one
+    sync_period: int = 1  # used if the algorithm has one
 
 
 RATE = st.sampled_from([0.1, 0.03, 0.01, 0.001])
 
 
 def runs(*what: str, most_workers: int = 5) -> st.SearchStrategy[Run]:
-    """Random runs whose events are mostly pushes, and otherwise ``what``."""
+    """Return random runs whose events are mostly pushes, and otherwise pulls and ``what``."""
 
     def with_workers(workers: int) -> st.SearchStrategy[Run]:
         kinds = st.sampled_from(["push"] * 8 + ["pull"] + list(what))
@@ -57,7 +60,7 @@ def runs(*what: str, most_workers: int = 5) -> st.SearchStrategy[Run]:
 
 
 class Pair:
-    """An algorithm and its oracle, living through the same run."""
+    """An algorithm and its oracle, which go through the same run."""
 
     def __init__(self, name: str, run: Run):
         algorithm = find_algorithm(name)
@@ -82,7 +85,7 @@ class Pair:
         self.agree(self.oracle.start())
 
     def agree(self, expected: Views) -> None:
-        """The views just sent are those that the oracle sends, to the same workers."""
+        """Check that the views just sent are those that the oracle sends, to the same workers."""
         self.having |= expected.keys()
         assert self.cluster.views.keys() == self.having
         for worker, view in expected.items():
@@ -96,9 +99,9 @@ class Pair:
 
     def push(self, worker: int) -> None:
         if worker not in self.cluster.views:
-            return  # it waits for its round, or is gone
+            return  # the worker waits for its round, or is gone
         rates = self.run.rates[self.cluster.server.master.version % len(self.run.rates)]
-        # Not near zero: there, the ratio of gap and average step is beyond float32.
+        # Gradients stay away from zero, where the ratio of gap and average step is beyond float32.
         size = (self.cluster.sync_period, SIZE)
         grads = (self.random.uniform(0.3, 2, size) * self.random.choice([-1, 1], size)).astype(np.float32)
         samples, lr = 1 + worker % 3, per_parameter(rates)
@@ -137,7 +140,7 @@ class Pair:
             self.agree(self.oracle.left(worker))
 
     def theta(self) -> Tensor:
-        """θ: what the server would hold if all who are there gave back."""
+        """Return θ, which the server would hold if all workers that are there gave back."""
         given = [self.cluster.workers[i].given_back() for i in self.oracle.present]
         return self.cluster.server.master.params + sum(g for g in given if g is not None)
 

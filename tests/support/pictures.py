@@ -1,6 +1,6 @@
 """The pictures in docs/state-machines.md, drawn from the tables of transitions.
 
-After you change a table, draw the page anew: ``PYTHONPATH=. python tests/support/pictures.py``.
+After you change a table, draw the page again: ``PYTHONPATH=. python tests/support/pictures.py``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TABLES: dict[str, Transitions[Any, Any]] = {"member": MEMBER, "worker": WORKER_T
 
 
 def drawn(page: str) -> str:
-    """``page`` with each picture as its table has it. Raises KeyError for a picture without a table."""
+    """Return ``page`` with each picture drawn from its table. Raises KeyError for a picture without a table."""
 
     def block(found: re.Match[str]) -> str:
         name = found[1]

@@ -1,4 +1,4 @@
-"""Training scripts on threads of this process, each a worker with a session, around a server on a real socket."""
+"""Training scripts on threads of this process, around a server on a real socket. Each is a worker with a session."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from danaz.torch.session import Session
 
 
 class Counted(Dataset[tuple[Tensor, Tensor]]):
-    """Notes who fetched which sample, and lets a test hold a worker up."""
+    """Notes who fetched which sample, and lets a test hold up a worker."""
 
     def __init__(self, samples: int, worker: int, fetched: list[tuple[int, int]], hold: Callable[[], object]):
         self.samples, self.worker, self.fetched, self.hold = samples, worker, fetched, hold
@@ -46,7 +46,7 @@ class ScriptCluster:
     updates: list[Update] = field(default_factory=list)
     fetched: list[tuple[int, int]] = field(default_factory=list)  # (worker, sample)
     errors: list[BaseException] = field(default_factory=list)
-    end_s: float = PATIENCE_S  # within which the server must end once its workers have
+    end_s: float = PATIENCE_S  # time within which the server must end after its workers
     stopping: bool = False
 
     def __post_init__(self) -> None:
@@ -79,7 +79,7 @@ class ScriptCluster:
             raise
 
     def run(self) -> None:
-        """Returns when everyone has ended."""
+        """Run the cluster; return when everyone has ended."""
         for thread in self.threads:
             thread.start()
         for thread in self.threads[1:]:

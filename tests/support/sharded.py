@@ -1,4 +1,4 @@
-"""Several servers, each with a slice of one small model, in this process; and workers that speak with all of them."""
+"""Several servers in this process, each with a slice of one small model, and workers that speak with all of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PLAN = Plan(batches_per_epoch=6, epochs=2)
 
 
 class CoreLink:
-    """Straight into a core: what it says to others is kept for them."""
+    """A link straight into a core; what the core says to other workers is kept for them."""
 
     def __init__(self, core: ServerCore, route: int, mail: dict[int, Reply]):
         self.core, self.route, self.mail = core, route, mail
@@ -38,10 +38,10 @@ class CoreLink:
         return reply
 
     def receive_into(self, room: Tensor) -> None:
-        """Nothing travels."""
+        """Do nothing, because nothing travels."""
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing, because nothing is held."""
 
 
 def make_cores(algorithm: str, shards: int, workers: int = 1, gap_every: int = 1) -> list[ServerCore]:

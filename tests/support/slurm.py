@@ -1,4 +1,4 @@
-"""Slurm on the machines of `namespaces`: one controller, and a slurmd on each."""
+"""Slurm on the machines of `namespaces`: one controller, and a slurmd on each machine."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ NODE = "NodeName={name} NodeAddr={address} NodeHostname={hostname} CPUs=4 State=
 
 
 def missing() -> str | None:
-    """Why there can be no Slurm here; None if there can."""
+    """Return why there can be no Slurm here; None if there can."""
     absent = [tool for tool in TOOLS if shutil.which(tool, path=PATH) is None]
     return f"{', '.join(absent)} missing; apt-get install slurmctld slurmd slurm-client munge" if absent else None
 
 
 @contextlib.contextmanager
 def slurm(network: Namespaces, folder: Path) -> Iterator[dict[str, str]]:
-    """The environment in which Slurm's commands, on the launching machine, find the cluster."""
+    """Start Slurm; give the environment in which its commands find the cluster on the launching machine."""
     _write_config(network, folder)
     env = {"PATH": PATH, "SLURM_CONF": str(folder / "slurm.conf")}
     daemons = [_start(network, folder, LAUNCHING, env, "munged", *_munged(folder))]
@@ -80,7 +80,7 @@ def _write_config(network: Namespaces, folder: Path) -> None:
     nodes = [node for node in network.nodes.values() if node is not launching]
     lines = [NODE.format(name=node.name, address=node.address, hostname=node.hostname) for node in nodes]
     (folder / "slurm.conf").write_text(config + "".join(lines))
-    (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # v2 wants systemd, to limit what we do not limit
+    (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # v2 needs systemd, for limits that we do not set
 
 
 def _munged(folder: Path) -> list[str]:

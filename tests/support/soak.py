@@ -1,4 +1,4 @@
-"""Training on real data while faults are injected at random: kill, cut, slow down, talk nonsense; and look after each.
+"""Training on real data with random faults: kill, cut, slow down, talk nonsense. After each, the run is checked.
 
     python tests/support/soak.py --minutes 10 --faults 50 --epochs 800        # what `make soak` does
 
@@ -26,18 +26,18 @@ from rich.console import Console
 from rich.table import Table
 from watched import SLOTS, Broken, WatchedRun
 
-EPOCHS = 400  # of each run: half a minute when nothing happens
-QUIET_S = 1.0  # between a recovery and the next fault, at least
-PLACES = {"kill the server": "server", "fill the disk": "run folder"}  # of what befalls no host
-# Of test error, above that of the undisturbed run: runs that differ in nothing but the order of updates spread over
-# more than a percent (one of the 364 test images is 0.27), and where ranks wait for a core there are lags of hundreds.
-NOISE_PERCENT = 1.5  # in the mean over all runs
-OUTLIER_PERCENT = 5.0  # in a single one
+EPOCHS = 400  # epochs of each run, which takes half a minute when nothing happens
+QUIET_S = 1.0  # the shortest time between a recovery and the next fault
+PLACES = {"kill the server": "server", "fill the disk": "run folder"}  # places of the faults that hit no host
+# These are percent of test error, above that of the undisturbed run. Runs that differ only in the order of updates
+# spread over more than a percent (one of the 364 test images is 0.27). If ranks wait for a core, lags reach hundreds.
+NOISE_PERCENT = 1.5  # allowed in the mean over all runs
+OUTLIER_PERCENT = 5.0  # allowed in a single run
 
 
 @dataclass(frozen=True)
 class Survived:
-    """A fault, and how long it took until everybody made updates again."""
+    """A fault, and the time until all workers made updates again."""
 
     fault: str
     where: str
@@ -54,7 +54,7 @@ def soak(
     epochs: int = EPOCHS,
     say: Callable[[str], None] = print,
 ) -> list[Survived]:
-    """Train until so many faults have been survived and so many minutes are over. Raises Broken."""
+    """Train until the run has survived ``faults`` faults and ``minutes`` minutes are over. Raises Broken."""
     chance, end = random.Random(seed), time.monotonic() + 60 * minutes
     kinds = faults_at_random(chance)
     kind = next(kinds)
@@ -88,13 +88,13 @@ def soak(
 
 
 def faults_at_random(chance: random.Random) -> Iterator[str]:
-    """All kinds in a random order, again and again."""
+    """Yield all kinds of faults in a random order, again and again."""
     while True:
         yield from chance.sample(list(FAULTS), len(FAULTS))
 
 
 def disturb(run: WatchedRun, kind: str, chance: random.Random, say: Callable[[str], None]) -> Survived | None:
-    """Inject a fault and wait for the recovery; None if the run ended before."""
+    """Inject a fault, and wait for the recovery; return None if the run ended before."""
     host = chance.choice(list(SLOTS))
     time.sleep(QUIET_S)
     FAULTS[kind](run, host, chance)

@@ -35,7 +35,7 @@ def settings_for(workers: int, algorithm: str = "dana") -> ServerSettings:
 def serving(
     core: ServerCore, recording: Path | None = None, keys: ServerKeys | None = None
 ) -> Iterator[tuple[str, threading.Thread]]:
-    """A server in a thread; it ends when the run has finished, or with the block."""
+    """Run a server in a thread. It ends when the run has finished, or at the end of the block."""
     stop = threading.Event()
     bound = BoundRouter(ANYWHERE, keys)
     recorder = Recorder(recording, "") if recording else None
@@ -69,7 +69,7 @@ def silent_server(slow: bool = False) -> Iterator[tuple[zmq.Socket[bytes], str]]
 
 
 class LiveWorker(threading.Thread):
-    """Trains ½‖θ − 1‖² over a real socket, from the join to the last word."""
+    """Trains ½‖θ − 1‖² over a real socket, from the join to the good-bye."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class LiveWorker(threading.Thread):
         self.keys = keys
         self.settings, self.address = settings, address
         self.role = Role(number, 1, DIGEST, 0.9, layout_of(size, buffers=1), plan)
-        self.newest: Parameters | None = None  # its last view
+        self.newest: Parameters | None = None  # the last view that it got
         self.final: Final | None = None
         self.error: BaseException | None = None
 
@@ -124,7 +124,7 @@ class LiveWorker(threading.Thread):
 
 
 def until_done(*workers: LiveWorker) -> None:
-    """They have trained to the end of the run."""
+    """Wait until the workers have trained to the end of the run."""
     for worker in workers:
         worker.join(PATIENCE_S)
         assert worker.error is None
@@ -133,7 +133,7 @@ def until_done(*workers: LiveWorker) -> None:
 
 @contextmanager
 def stranger(address: str) -> Iterator[zmq.Socket[bytes]]:
-    """A raw DEALER."""
+    """Open a raw DEALER socket."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     socket = context.socket(zmq.DEALER)
     socket.connect(address)

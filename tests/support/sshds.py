@@ -1,4 +1,4 @@
-"""A second sshd on a machine of `namespaces`, and what the launching machine's ssh_config says."""
+"""A second sshd on a machine of `namespaces`, and additions to the launching machine's ssh_config."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PORT = 2200
 
 @contextlib.contextmanager
 def another_sshd(network: Namespaces, folder: Path, *settings: str) -> Iterator[None]:
-    """A second one on machine a, at PORT."""
+    """Run a second sshd on machine a, at PORT."""
     a = network["a"]
     config = folder / "sshd_config"
     before = (a.folder / "sshd_config").read_text()
@@ -38,7 +38,7 @@ def another_sshd(network: Namespaces, folder: Path, *settings: str) -> Iterator[
 
 @contextlib.contextmanager
 def ssh_config(network: Namespaces, text: str) -> Iterator[None]:
-    """This above what the launching machine's /etc/ssh/ssh_config says anyway."""
+    """Put this text above the usual content of the launching machine's /etc/ssh/ssh_config."""
     config = network.ssh_config()
     before = config.read_text()
     config.write_text(text + before)

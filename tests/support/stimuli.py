@@ -1,4 +1,4 @@
-"""Messages to a server core, written by hand, and what it says to them."""
+"""Messages to a server core, written by hand, and its answers to them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def make_core(algorithm: str = "dana-zero", workers: int = 1, **changes: object)
 
 
 def started(algorithm: str = "dana-zero", workers: int = 1, **changes: object) -> tuple[ServerCore, Parameters]:
-    """A core with its workers in the run, and the first view of worker 0."""
+    """Return a core whose workers are in the run, and the first view of worker 0."""
     core = make_core(algorithm, workers, **changes)
     for worker in range(workers):
         replies = core.handle(worker, replace(JOIN, worker=worker, params=JOIN.params if worker == 0 else None), 0.0)
@@ -59,7 +59,7 @@ def parameters(replies: Replies, route: object = 0) -> Parameters:
 
 
 def arithmetic_of(core: ServerCore) -> list[object]:
-    """All that an update changes, as plain numbers."""
+    """Return all that an update changes, as plain numbers."""
     master = core.master
     vectors = {
         f"{m.worker}.{name}": vector.tolist() for m in core.members.values() for name, vector in m.vectors.items()

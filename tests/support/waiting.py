@@ -1,4 +1,4 @@
-"""How tests wait: for a condition, and for the end of a process; neither waits for ever."""
+"""How tests wait for a condition, or for the end of a process. Neither waits for ever."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import subprocess
 import time
 from collections.abc import Callable
 
-DEADLINE_S = 200.0  # What is awaited takes seconds, but many processes may share the machine.
+DEADLINE_S = 200.0  # The awaited things take seconds, but many processes may share the machine.
 
 
 def until(condition: Callable[[], object], what: str, deadline_s: float = DEADLINE_S) -> None:
@@ -19,7 +19,7 @@ def until(condition: Callable[[], object], what: str, deadline_s: float = DEADLI
 
 
 def ended(process: subprocess.Popen[str], deadline_s: float = DEADLINE_S) -> str:
-    """All that a process printed until its end; one that does not end in time is interrupted, and the test fails."""
+    """Return all that a process printed until its end. If it does not end in time, interrupt it and fail the test."""
     try:
         return process.communicate(timeout=deadline_s)[0]
     except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""A run on several machines, seen from outside: its processes, its files, and what must hold whatever befalls it."""
+"""A run on several machines, seen from outside: its processes, its files, and what must hold whatever happens to it."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from danaz.serving.checkpoint import FOLDER, read_newest
 
 SLOTS = {"a": 2, "b": 1, "c": 1}
 SERVER_PORT = 7071
-BATCHES_PER_EPOCH = 45  # of digits.yaml
+BATCHES_PER_EPOCH = 45  # batches per epoch in digits.yaml
 RECOVERY_S = 120.0
 RUN_S = 900.0
-FLAT_BYTES = 64 << 20  # a server may grow so much: its allocator and its table of figures
-DISK = "64m"  # of the run folder, which a fault fills
+FLAT_BYTES = 64 << 20  # a server may grow by this much, for its allocator and its table of figures
+DISK = "64m"  # size of the run folder's disk, which a fault fills
 SUM_TOLERANCE = 1e-4  # float32 rounding between two fresh sums
 
 
@@ -36,7 +36,7 @@ class Broken(AssertionError):
 
 
 class WatchedRun:
-    """One `danaz launch` over the machines, which is ended with the block that it is entered for."""
+    """One `danaz launch` over the machines, which ends with the ``with`` block."""
 
     def __init__(self, network: Namespaces, folder: Path, algorithm: str, insecure: bool, epochs: int):
         self.network, self.folder = network, folder
@@ -81,11 +81,11 @@ class WatchedRun:
 
     @property
     def share_done(self) -> float:
-        """Of the run's updates."""
+        """The share of the run's updates that is done."""
         return len(self.updates()) / (self.epochs * BATCHES_PER_EPOCH)
 
     def well(self) -> list[int]:
-        """The workers of which no rank hangs."""
+        """Return the workers that have no hanging rank."""
         hung = [host for host, pid in self.hung.items() if psutil.pid_exists(pid)]
         return [worker for worker, host in enumerate(SLOTS) if host not in hung]
 
@@ -100,7 +100,7 @@ class WatchedRun:
         return [pid for pid, line in processes if line.startswith("ssh ") and f" {host} " in line]
 
     def said(self) -> str:
-        """The end of what `danaz launch` printed."""
+        """Return the end of what `danaz launch` printed."""
         return "".join(Path(self.log.name).read_text().splitlines(keepends=True)[-40:])
 
     def require(self, condition: bool, what: str) -> None:
@@ -110,10 +110,10 @@ class WatchedRun:
     # ---- what must hold ------------------------------------------------------------------------------------------
 
     def await_updates(self) -> float:
-        """Wait until every worker that does not hang has made two updates from now on; the seconds it took."""
+        """Wait until every worker that does not hang has made two updates from now on; return the seconds it took."""
         began, version = time.monotonic(), len(self.updates())
         while not self.over:
-            # A server that goes back cuts the file: then count from there.
+            # A server that goes back cuts the file, and the count goes on from there.
             updates = self.updates()
             version = min(version, len(updates))
             seen = Counter(update["worker"] for update in updates[version:])
@@ -125,7 +125,7 @@ class WatchedRun:
         return time.monotonic() - began
 
     def check(self) -> None:
-        """Versions without a hole; the processes that belong to the run, and no others; a server that does not grow."""
+        """Check that versions have no hole, only the run's own processes run, and the server does not grow."""
         versions = [update["version"] for update in self.updates()]
         self.require(versions == list(range(1, len(versions) + 1)), "versions in updates.jsonl have a hole")
         self.check_sum()
@@ -138,10 +138,10 @@ class WatchedRun:
         self.require(growth < FLAT_BYTES, f"the server grew by {growth / 1e6:.0f} MB")
 
     def check_sum(self) -> None:
-        """In the newest checkpoint, R = Σ ηⱼvⱼ over the workers that take part, where the rule keeps R."""
+        """If the rule keeps R, check R = Σ ηⱼvⱼ over the workers that take part, in the newest checkpoint."""
         try:
             found = read_newest(self.folder / FOLDER)
-        except (ResumeError, FileNotFoundError):  # both files are just being replaced
+        except (ResumeError, FileNotFoundError):  # both files are being replaced just now
             return
         if found is None or "shared.sum" not in found[0].tensors:
             return
@@ -154,14 +154,14 @@ class WatchedRun:
         self.sums_checked += 1
 
     def await_processes(self, find: Callable[[], list[int]], count: int, what: str) -> None:
-        """Wait until so many are there and no more; or until the run is over, whose ranks end before it."""
+        """Wait until exactly ``count`` are there, or until the run is over, because its ranks end before it does."""
         deadline = time.monotonic() + RECOVERY_S
         while not self.over and len(find()) != count:
             self.require(time.monotonic() < deadline, f"{len(find())} {what} instead of {count}")
             time.sleep(0.1)
 
     def finish(self) -> float:
-        """Wait for the end; the test error in percent."""
+        """Wait for the end, and return the test error in percent."""
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(RUN_S)
         self.require(self.process.poll() == 0, f"danaz launch ended with {self.process.poll()}")

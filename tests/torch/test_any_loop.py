@@ -1,4 +1,4 @@
-"""Loops as people write them, under danaz: each comes out as under torch alone, on any number of ranks."""
+"""Loops as people write them, run by danaz: each gives the same result as torch alone, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TOLERANCE = 1e-5
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = 400.0
 
-# Each rank of each worker runs every loop, one after the other, in one world of the launcher's.
+# Each rank of each worker runs every loop, one after the other, in one world that the launcher made.
 SCRIPT = """
 import sys
 from any_loop import run_all
@@ -57,7 +57,7 @@ sys.exit(outcome.exit_code)
 
 
 def run_everywhere(out: Path, mode: str, workers: int, ranks: int, collective: str) -> None:
-    """Run all loops on ``workers`` of ``ranks``, each with real processes, and real servers where there is one."""
+    """Run all loops on ``workers`` of ``ranks`` each, with real processes and, if the rule has one, a real server."""
     path = os.pathsep.join([str(ROOT / "tests/support"), str(ROOT)])
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "COLLECTIVE": collective}
     arguments = [str(out), mode, str(workers), str(ranks), SCRIPT]
@@ -120,10 +120,10 @@ def test_two_workers_of_two_ranks_equal_torch_where_their_updates_commute(collec
 @pytest.mark.slow
 @pytest.mark.timeout(DEADLINE_S)
 def test_gradients_that_cannot_carry_an_edit_refuse_it(tmp_path: Path) -> None:
-    """Under a rule whose workers push gradients, an edit is an error that names the cure, and no silent loss."""
+    """If workers push gradients, an edit raises an error that names the cure, and is not lost silently."""
     run_everywhere(tmp_path, "dana-zero", 1, 1, "torch")
     for loop in LOOPS:
-        if loop in EDITS and loop is not any_loop.edit_at_the_end:  # as a worker leaves, it can
+        if loop in EDITS and loop is not any_loop.edit_at_the_end:  # a worker that leaves can still carry an edit
             error = torch.load(tmp_path / f"{loop.__name__}.0")["error"]
             assert "parameters were changed outside of optimizer.step()" in error
         else:

@@ -1,4 +1,4 @@
-"""What users touch: the functions of danaz.torch in a process alone, and the words of the danaz command."""
+"""What users touch: the functions of danaz.torch in a lone process, and the words of the danaz command."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DIGITS = str(ROOT / "configs/digits.yaml")
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """danaz.torch as in a fresh process that nobody launched."""
+    """danaz.torch, as it is in a fresh process that nobody launched."""
     for name in list(os.environ):
         if name.startswith("DANAZ_"):
             monkeypatch.delenv(name)
@@ -173,7 +173,7 @@ def test_the_example_runs_with_plain_python(tmp_path: Path) -> None:
 def command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Callable[..., tuple[int, str]]:
-    """``danaz`` with these words, in an empty folder: exit code and all it said, on one line."""
+    """Run ``danaz`` with these words in an empty folder; return its exit code, and all its output on one line."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
 

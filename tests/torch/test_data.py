@@ -1,4 +1,4 @@
-"""Every sample once an epoch: batches and their parts, loaders around leases, and workers of all speeds."""
+"""Each sample is used once in an epoch: batches and their parts, loaders of leased batches, workers of all speeds."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def train(
     after_step: Callable[[], object] = lambda: None,
     **loader: Any,
 ) -> None:
-    """The usual loop."""
+    """Run the usual training loop."""
     model, optimizer = make_optimizer(session)
     session.epochs = epochs
     data = Counted(samples, number, cluster.fetched, hold)
@@ -185,7 +185,7 @@ def train(
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("algorithm", ["dana", "dana-zero"])
 def test_a_slow_worker_takes_nothing_away(algorithm: str, drop_last: bool) -> None:
-    """Worker 1 is held up within its first batch until worker 0 has done all the others."""
+    """Worker 1 is held up in its first batch until worker 0 has done all the others."""
     samples, batch_size, epochs = 22, 4, 3
     total = Batching(samples, batch_size, drop_last=drop_last).plan(epochs).batches
     cluster = ScriptCluster(ServerSettings(algorithm, workers=2))
@@ -218,7 +218,7 @@ def test_a_slow_worker_takes_nothing_away(algorithm: str, drop_last: bool) -> No
 
 @pytest.mark.parametrize(("samples", "batch_size", "epochs"), [(22, 4, 2), (3, 2, 1), (1, 5, 4)])
 def test_data_that_runs_out_unevenly(samples: int, batch_size: int, epochs: int) -> None:
-    """More workers than batches, batches that do not divide: nothing hangs, all end, each sample is used."""
+    """With more workers than batches, or a short batch, nothing hangs, all workers end, and each sample is used."""
     cluster = ScriptCluster(ServerSettings("dana", workers=3))
     for number in range(3):
         cluster.worker(number, lambda session, n: train(cluster, session, n, samples, epochs, batch_size=batch_size))
@@ -230,7 +230,7 @@ def test_data_that_runs_out_unevenly(samples: int, batch_size: int, epochs: int)
 
 def test_batches_of_a_lost_worker_are_given_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(danaz.worker.link, "HEARTBEAT_S", 0.05)
-    monkeypatch.setattr(danaz.worker.link, "RETRY_FIRST_S", 2 * PATIENCE_S)  # the late answer must find its way at once
+    monkeypatch.setattr(danaz.worker.link, "RETRY_FIRST_S", 2 * PATIENCE_S)  # the late answer must arrive at once
     samples, batch_size, epochs = 20, 4, 2
     cluster = ScriptCluster(ServerSettings("dana-zero", workers=2, worker_timeout_s=0.5))
 
@@ -242,7 +242,7 @@ def test_batches_of_a_lost_worker_are_given_to_others(monkeypatch: pytest.Monkey
         session.epochs = epochs
         data = Counted(samples, number, [], lambda: None)
         next(session.shard(DataLoader(data, shuffle=True, batch_size=batch_size), 0))
-        # It falls silent within its first batch.
+        # This worker falls silent in its first batch.
 
     cluster.worker(0, survivor)
     cluster.worker(1, victim)

@@ -21,11 +21,11 @@ from danaz.torch.optimizer import DistributedOptimizer
 from danaz.torch.session import Session
 from scripts import Counted, ScriptCluster, make_optimizer
 
-BATCHES = 5  # in an epoch
+BATCHES = 5  # number of batches in an epoch
 
 
 class Script:
-    """What a script does, on a thread that plays a worker."""
+    """Does what a script does, on a thread that plays a worker."""
 
     def __init__(self, cluster: ScriptCluster, session: Session, number: int, with_schedule: bool = False):
         self.session = session
@@ -70,7 +70,7 @@ def test_a_worker_that_stops_ends_the_run_for_the_others() -> None:
 
 
 def test_who_comes_late_begins_in_the_clusters_epoch() -> None:
-    """And a schedule of torch's, which is stepped between epochs, has caught up."""
+    """A torch schedule that is stepped between epochs has also caught up."""
     cluster = ScriptCluster(ServerSettings("dana", workers=1))
     two_epochs, joined = threading.Event(), threading.Event()
     seen: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""LARS in the user's loop: a layer is a parameter of the model, weight decay is the optimizer's, group by group."""
+"""LARS in the user's loop. A layer is a parameter of the model; the optimizer's groups give the weight decay."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TRUST = 0.001
 def train_with_lars(
     model: nn.Module, make: Callable[[nn.Module], torch.optim.SGD], batch_size: int, scale: int
 ) -> None:
-    """You et al., algorithm 1, in double precision; a layer that is zero takes the rate as it is."""
+    """Train as in You et al., algorithm 1, in double precision; a layer that is zero takes the rate as it is."""
     model.double()
     groups, data, batching = make(model).param_groups, make_data(), Batching(SAMPLES, batch_size)
     velocity = {p: torch.zeros_like(p) for p in model.parameters()}
@@ -91,7 +91,7 @@ torch.save(model.state_dict(), f"{sys.argv[1]}.{danaz.rank()}")
 
 
 def test_live_two_workers_are_one_with_both_batches_and_twice_the_rate(tmp_path: Path, monkeypatch) -> None:
-    """A world of two processes: the norms are those of the mean gradient."""
+    """In a world of two processes, the norms are those of the mean gradient."""
     (tmp_path / "script.py").write_text(SCRIPT)
     monkeypatch.setenv("PYTHONPATH", str(live.ROOT / "tests/support"))
     where = ("--hosts", "localhost:2", "--workers-per-host", "2", "--algorithm", "ssgd-lars", "--warmup-epochs", "0")

@@ -1,4 +1,4 @@
-"""The loops of a training script: those that danaz cannot train with are refused, with the cure."""
+"""The loops of a training script: danaz refuses loops that it cannot train with, and names the cure."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DATA = TensorDataset(torch.linspace(-1, 1, SAMPLES).unsqueeze(1), torch.linspace
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """danaz.torch as in a fresh process that nobody launched, with a run's calls made up to its loops."""
+    """danaz.torch, as it is in a fresh process that nobody launched, after all calls that come before a run's loops."""
     for name in list(os.environ):
         if name.startswith("DANAZ_"):
             monkeypatch.delenv(name)
@@ -49,13 +49,13 @@ def loader(batch_size: int = 4, data: TensorDataset = DATA, **options: object) -
 
 
 class Script:
-    """The usual script, whose loops are the tests' own."""
+    """The usual script without its loops, which the tests supply."""
 
     def __init__(self) -> None:
         self.model = nn.Sequential(nn.Linear(1, 3), nn.Linear(3, 1))
         sgd = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
         self.optimizer = danaz.DistributedOptimizer(sgd, self.model)
-        self.seen: list[int] = []  # epoch of each batch
+        self.seen: list[int] = []  # the epoch of each batch
 
     def step(self, x: torch.Tensor, y: torch.Tensor) -> None:
         self.optimizer.zero_grad()
@@ -293,7 +293,7 @@ def test_who_breaks_and_uses_the_model_gets_the_trained_one(
 
 
 def test_an_exception_leaves_the_run_as_it_is_while_it_is_handled() -> None:
-    """What is saved in an emergency is not worth a conversation with a cluster that may be ill."""
+    """A script that saves its model in an emergency must not have to talk to a cluster that may be broken."""
     script = Script()
     try:
         for epoch in danaz.epochs(5):

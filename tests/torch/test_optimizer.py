@@ -1,4 +1,4 @@
-"""DistributedOptimizer in one process: the user's SGD, its gradients however they come about, and what is refused."""
+"""DistributedOptimizer in one process: the user's SGD, its gradients (however they are made), and the refusals."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_channels_last_keeps_its_strides_and_equals_contiguous_training() -> Non
 
 
 def test_a_loss_on_a_device_is_not_read_by_the_step() -> None:
-    """Nor is it the tensor that a captured graph writes the next loss into. The meta device has nothing to read."""
+    """The kept loss is also not the tensor that a captured graph overwrites. The meta device has nothing to read."""
     loss = torch.zeros((), device="meta", requires_grad=True)
     kept = kept_loss(loss)
     assert isinstance(kept, Tensor)
@@ -167,7 +167,7 @@ def test_effective_lr_warms_up_and_scales() -> None:
 
 
 def poisoned(bad_steps: set[int], value: float) -> Step:
-    """A step whose gradient holds ``value`` at these steps, counted from 0."""
+    """Return a step whose gradient holds ``value`` at the ``bad_steps``, counted from 0."""
     count = 0
 
     def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
@@ -239,7 +239,7 @@ def differing_momenta(model: nn.Module) -> torch.optim.Optimizer:
 
 
 class OwnSGD(torch.optim.SGD):
-    """A user's variation: what it does in step() would silently be lost."""
+    """A user's variation of SGD. What it does in step() would be lost silently."""
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ def test_two_steps_for_one_batch() -> None:
 
 
 def test_batches_that_are_added_up_without_a_step() -> None:
-    """torch would make one step of several batches; one batch is one update here, and that must be said."""
+    """torch would make one step of several batches. In danaz one batch is one update, and the error must say so."""
     model = make_net()
     with alone() as session:
         adopt(session, model, make_sgd(model))
@@ -377,7 +377,7 @@ def test_a_momentum_that_changes_is_refused_with_the_cure() -> None:
 
 
 def test_a_saved_optimizer_state() -> None:
-    """Its rates are taken over; its momentum, which would be lost, is refused."""
+    """danaz takes over its rates, and refuses its momentum, which would be lost."""
     source, model = make_net(), make_net()
     sgd = make_sgd(source)
     sgd.param_groups[0]["lr"] = 0.07

@@ -1,4 +1,4 @@
-"""torch's schedulers under danaz: rates follow the whole cluster's course, on every worker."""
+"""torch's schedulers under danaz: on every worker, rates follow the progress of the whole cluster."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 
 from danaz.torch.schedulers import UnsupportedSchedulerError, follow
 
-BATCHES = 3  # of an epoch of make_data
+BATCHES = 3  # number of batches in an epoch of make_data
 TOTAL = BATCHES * EPOCHS
 
 SCHEDULERS: dict[str, Callable[[Optimizer], LRScheduler]] = {
@@ -45,7 +45,7 @@ SCHEDULERS: dict[str, Callable[[Optimizer], LRScheduler]] = {
 
 
 def course(make: Callable[[Optimizer], LRScheduler], steps: int) -> list[float]:
-    """The rates of one worker that makes all steps, before each of them and behind the last."""
+    """Return the rates of one worker that makes all steps: before each step, and after the last."""
     sgd = SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
     scheduler, rates = make(sgd), []
     for _ in range(steps):
@@ -85,7 +85,7 @@ def followed(
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_worker_has_the_rate_of_the_clusters_steps_and_not_of_its_own(name: str) -> None:
-    """It makes every third of the cluster's steps, and in the end comes where one worker would have come."""
+    """The worker makes every third of the cluster's steps, and ends with the rate that one worker would end with."""
     expected = course(SCHEDULERS[name], TOTAL)
     cluster = Cluster()
     sgd, scheduler = followed(SCHEDULERS[name], cluster)
@@ -131,7 +131,7 @@ def test_an_epoch_that_the_script_works_out_itself() -> None:
     cluster = Cluster()
     sgd, scheduler = followed(SCHEDULERS["warm restarts"], cluster)
     cluster.own_batches, cluster.completed = 1, 4
-    scheduler.step(1 / BATCHES)  # of its own batches
+    scheduler.step(1 / BATCHES)  # computed from its own batches
     expected, by_progress = followed(SCHEDULERS["warm restarts"], Cluster(completed=4))
     by_progress.step(4 / BATCHES)
     assert sgd.param_groups[0]["lr"] == pytest.approx(expected.param_groups[0]["lr"])
@@ -235,7 +235,7 @@ def test_one_cycle_over_unequal_workers_has_the_rates_of_one(algorithm: str, hos
 
 @pytest.mark.slow
 def test_one_cycle_over_an_all_reduce_world_ends_where_it_should(tmp_path: Path) -> None:
-    """Each update takes the batches of two machines, so that there are half as many; the course is the same."""
+    """Each update takes the batches of two machines, so there are half as many. The rates' course is the same."""
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
     run = live.launch(

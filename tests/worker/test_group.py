@@ -1,4 +1,4 @@
-"""Ranks that share a batch equal one rank with all of it: real Horovod worlds, and torch.distributed ones."""
+"""Ranks that share a batch do the same as one rank with all of it, in real Horovod and torch.distributed worlds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from danaz.worker.group import CollectiveError, SoloGroup, choose_collective
 
 RANKS = 3
 
-# One launch for all: each variation is a session of its own in the same world.
+# All variations share one launch: each is its own session in the same world.
 SCRIPT = f"""
 import atexit, os, sys
 from pathlib import Path
@@ -113,7 +113,7 @@ def test_ranks_that_share_a_batch_equal_one_rank(collective: str, tmp_path: Path
             assert sum(fetched.values()) == EPOCHS * (SAMPLES // BATCH * BATCH), name
             assert max(fetched.values()) <= EPOCHS, name
         else:
-            # The last batch has two samples for three ranks: the third computes on the first one's, with weight zero.
+            # The last batch has two samples for three ranks: the third rank computes on the first's, with weight zero.
             assert fetched.keys() == {str(sample) for sample in range(SAMPLES)}, name
             assert min(fetched.values()) >= EPOCHS, name
             assert sum(fetched.values()) == EPOCHS * (SAMPLES + 1), name
@@ -145,14 +145,14 @@ ranks.close()
 
 @pytest.mark.slow
 def test_a_rank_that_waits_leaves_the_processor_to_others(tmp_path: Path) -> None:
-    """In seconds of its own processor time, so that a busy machine cannot spoil it."""
+    """This is measured in the rank's own processor time, so that a busy machine cannot spoil the test."""
     script = tmp_path / "script.py"
     script.write_text(WAITING)
     live.launch(
         *("--hosts", "localhost:2", "--algorithm", "ssgd"),
         out=tmp_path / "run",
         script=[str(script), str(tmp_path)],
-        succeeds=False,  # for nothing is trained
+        succeeds=False,  # because nothing is trained
     )
     assert float((tmp_path / "sum.0").read_text()) < 0.3
     assert float((tmp_path / "broadcast.1").read_text()) < 0.3
@@ -180,7 +180,7 @@ Path(sys.argv[1], f"threads.{ranks.rank}").write_text(" ".join(names))
 
 @pytest.mark.slow
 def test_no_thread_of_a_world_outlives_it(tmp_path: Path) -> None:
-    """One that did would abort its process now and then, when the interpreter ends."""
+    """A thread that outlived it would sometimes abort its process when the interpreter ends."""
     script = tmp_path / "script.py"
     script.write_text(THREADS)
     options = ("--hosts", "localhost:2", "--algorithm", "ssgd", "--collective", "torch")

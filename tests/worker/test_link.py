@@ -1,4 +1,4 @@
-"""The worker's end of the line: what it says again and what not, whom it believes, when it gives up."""
+"""The worker's end of the link: what it repeats and what it does not, whom it believes, and when it gives up."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from danaz.worker.link import DealerLink, ServerLostError
 
 
 class Clock:
-    """In place of the module ``time``: it stands, unless the test moves it."""
+    """Replaces the module ``time``. Its time stands still unless the test moves it."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -32,7 +32,7 @@ class Clock:
         return self.now_s
 
     def pass_s(self, seconds: float) -> None:
-        """Returns when somebody has looked at the new time, and again after having thought about it."""
+        """Move the time; return when the code under test has looked at the new time, acted on it, and looked again."""
         self.now_s += seconds
         for _ in range(3):
             self.looked.clear()
@@ -40,7 +40,7 @@ class Clock:
 
 
 class Asking(threading.Thread):
-    """A few exchanges, in a thread of its own."""
+    """A thread that makes a few exchanges."""
 
     def __init__(self, address: str, *requests: Request, give_up_s: float = PATIENCE_S):
         super().__init__()
@@ -74,12 +74,12 @@ class TestDealerLink:
         assert asking.reply == Noted(2)
 
     def test_what_is_still_leaving_is_not_said_again(self, monkeypatch):
-        """A reader so slow that a push takes many times the wait before a repetition gets one copy."""
+        """The reader is so slow that a push takes many times the wait before a repetition. It gets only one copy."""
         clock = Clock()
         monkeypatch.setattr(link_module, "time", clock)
         monkeypatch.setattr(link_module, "RETRY_FIRST_S", 0.05)
         monkeypatch.setattr(link_module, "LEAVING_S", 0.005)
-        push = Push(0, 1, 2, 0, (0.1,), 1, None, 0, torch.ones(20 * SLICE_FLOATS + 5))  # more than TCP takes unread
+        push = Push(0, 1, 2, 0, (0.1,), 1, None, 0, torch.ones(20 * SLICE_FLOATS + 5))  # more than TCP buffers unread
         with silent_server(slow=True) as (socket, address):
             asking = Asking(address, push, Pull(0, 1, 3))
             asking.start()
@@ -115,7 +115,7 @@ class TestDealerLink:
             assert address in str(asking.error)
 
     def test_it_finds_a_server_that_comes_later(self, monkeypatch):
-        """ZeroMQ connects, and connects again, by itself."""
+        """ZeroMQ connects and reconnects by itself."""
         with silent_server() as (_, address):
             pass
         asking = Asking(address, Pull(0, 1, 1))

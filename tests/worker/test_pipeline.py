@@ -1,4 +1,4 @@
-"""The pipeline: what each batch is computed on, how late it is applied, and what faults beside a batch leave of it."""
+"""The pipeline: what each batch is computed on, how late it is applied, and what is left of it after a fault."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def simulation(folder: Path, *overrides: str) -> Simulation:
 
 @pytest.mark.parametrize("algorithm", ["asgd", "dana", "dana-zero", "nag-asgd", "multi-asgd"])
 def test_it_equals_its_definition(algorithm, tmp_path):
-    """x ← the view as it was before the worker's own push; under dana, as it would be with that push on top."""
+    """x is the view from before the worker's own push; under dana, that push is added to it."""
     curvature, lr = np.logspace(-2, 0, 1000), np.full(1000, 0.01)
     simulated = simulation(tmp_path, f"algorithm={algorithm}", "lr=0.01")
     simulated.start()
@@ -69,13 +69,13 @@ def test_it_goes_downhill(tmp_path, algorithm):
 
 
 class Pipelined(Cluster):
-    """Workers that fetch the next view, and then push: its answer brings none."""
+    """Workers that fetch the next view and then push, so that the answer to the push brings no view."""
 
     def __init__(self, algorithm: str = "dana", workers: int = 2, params: Tensor | None = None):
         super().__init__(algorithm, workers, torch.ones(SIZE) if params is None else params, ahead=2)
 
     def fetch(self, worker: int) -> Tensor:
-        """A copy of the view that comes."""
+        """Fetch a view, and return a copy of it."""
         self.say(worker, self.workers[worker].pull(ahead=True))
         return self.views[worker].clone()
 
@@ -88,13 +88,13 @@ class Pipelined(Cluster):
         return reply
 
     def point(self, worker: int) -> Tensor:
-        """What the worker computes on, f32[P]."""
+        """Return what the worker computes on, f32[P]."""
         point = torch.empty(self.params.numel())
         self.workers[worker].compute_on(point)
         return point
 
     def is_sent_away(self, worker: int, request: Request) -> None:
-        """The worker joins anew."""
+        """The request is refused, and the worker joins again."""
         refusal = self.say(worker, request)
         assert isinstance(refusal, Refusal)
         assert refusal.rejoin
@@ -104,7 +104,7 @@ class Pipelined(Cluster):
 class TestWhatItComputesOn:
     @pytest.mark.parametrize("codec", ["fp32", "bf16", "onebit", "topk:0.3"])
     def test_under_dana_what_the_server_will_hold(self, codec):
-        """To the bit, whatever a lossy push decodes to: a lone worker's view lacks nothing but its own push."""
+        """The bits are the same, whatever a lossy push decodes to: a lone worker's view lacks only its own push."""
         size = 5000
         cluster = Pipelined(workers=1, params=torch.randn(size))
         cluster.workers[0].compressor = Compressor(push_codec(codec), list(chunks(size)))
@@ -114,7 +114,7 @@ class TestWhatItComputesOn:
             assert torch.equal(cluster.point(0), cluster.server.master.params)
 
     def test_the_view_itself_stays_as_it_was_sent(self):
-        """A server that was restarted may go on from it."""
+        """It must, because a restarted server may go on from it."""
         cluster = Pipelined()
         view = cluster.fetch(0)
         push = cluster.make(0, GRADIENT)
@@ -144,7 +144,10 @@ class TestWhatItComputesOn:
         assert torch.equal(cluster.point(0), view)
 
     def test_no_push_that_may_be_refused(self):
-        """As the last one was: else a refused outlier leads to the next, and no batch is computed on a sound view."""
+        """A push may be refused if the last one was.
+
+        Otherwise one refused outlier would lead to the next, and no batch would be computed on a sound view.
+        """
         cluster = Pipelined()
         cluster.fetch(0)
         cluster.push_beside(0, GRADIENT * NAN)
@@ -157,8 +160,10 @@ class TestWhatItComputesOn:
 
 
 class TestHowLateItIsApplied:
-    """N workers in turn: a view that comes as the batch before ends is N versions old when its push is applied, one
-    that comes as that batch begins is 2N − 1. How long before the end it is fetched follows from how even times are.
+    """N workers take turns. If a view comes as the batch before ends, it is N versions old when its push is applied.
+
+    If it comes as that batch begins, it is 2N − 1 versions old. The more even the times of batches are, the later the
+    view is fetched.
     """
 
     @pytest.mark.parametrize(("fetched", "lag"), [("as the batch ends", WORKERS), ("as it begins", 2 * WORKERS - 1)])
@@ -192,7 +197,7 @@ class TestHowLateItIsApplied:
 
 class TestFaultsBetweenPushAndFetch:
     def goes_on(self, cluster: Pipelined, updates: int) -> None:
-        """What worker 0 made of its old view is refused, computed again, and applied once."""
+        """The batch that worker 0 computed on its old view is refused, computed again, and applied once."""
         refused = cluster.push_beside(0)
         assert not refused.applied
         assert torch.equal(cluster.point(0), cluster.workers[0]._view.params), "the push on top would be refused too"
@@ -232,7 +237,7 @@ class TestFaultsBetweenPushAndFetch:
 
     @pytest.mark.parametrize("answered", [True, False])
     def test_the_server_restarted(self, answered):
-        """It goes on from the view that this worker computed its push on, and without that push."""
+        """The server goes on from the view that this worker computed its push on, without that push."""
         cluster = Pipelined()
         state = cluster.server.snapshot()
         cluster.push(1, GRADIENT, 0.1)
@@ -250,11 +255,11 @@ class TestFaultsBetweenPushAndFetch:
         cluster.come_back(1)
         assert torch.equal(cluster.server.master.params, view)
         assert (cluster.server.master.version, cluster.server.figures.lost_updates) == (1, 1)
-        del cluster.updates[1:]  # as the keeper does
+        del cluster.updates[1:]  # the keeper does the same
         self.goes_on(cluster, updates=2)
 
     def test_the_fetch_answered_twice(self):
-        """The worker took the first answer; the server meanwhile counts on the second."""
+        """The worker took the first answer, while the server assumes that it took the second."""
         cluster = Pipelined("asgd")
         fetch = cluster.workers[0].pull(ahead=True)
         [(_, first)] = cluster.server.handle(0, fetch, 0.0)
@@ -269,7 +274,7 @@ class TestFaultsBetweenPushAndFetch:
         assert [update.version for update in cluster.updates] == [1, 2, 3]
 
 
-# ---- a training loop, and the exchange beside it ---------------------------------------------------------------------
+# ---- a training loop, and the exchange next to it --------------------------------------------------------------------
 
 FAULTS: dict[str, tuple[type[Request], Callable[[Line, Request], object]]] = {
     "none": (Push, lambda line, push: None),
@@ -321,7 +326,7 @@ def test_what_the_exchange_raises_the_training_loop_hears():
     worker.close(in_good_order=False)
 
 
-# ---- what may be asked for -------------------------------------------------------------------------------------------
+# ---- which settings are allowed --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("algorithm", ["ssgd", "easgd", "bmuf"])

@@ -1,4 +1,4 @@
-"""Several servers, each with a slice of the vector, do what one does."""
+"""Several servers, each with a slice of the vector, do the same as one server."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_slices_hold_the_same_bits_as_the_whole(algorithm: str, shards: int) -> 
 @pytest.mark.parametrize("wire", ["bf16", "onebit", "topk:0.1"])
 @pytest.mark.parametrize("shards", [2, 3])
 def test_slices_that_travel_encoded_hold_the_same_bits_as_the_whole(wire: str, shards: int) -> None:
-    """Error feedback included, where the whole is compressed in the same chunks."""
+    """This includes error feedback, because the whole vector is compressed in the same chunks."""
 
     def compressed(servers: int) -> tuple[list[Tensor], ServerCore]:
         compressors = [compressor_of(wire, shards) for _ in range(2)]
@@ -133,13 +133,13 @@ def test_there_is_no_gap_of_a_push_that_a_slice_has_lost() -> None:
         reply = say(core, link, core.join(torch.zeros(LAYOUT.size)))
         for number in range(4):
             if number == 1:
-                cores[1].tick(1000.0)  # it gives the worker up
+                cores[1].tick(1000.0)  # shard 1 gives the worker up
             reply = say(core, link, core.push(torch.ones(LAYOUT.size), (0.1, 0.1, 0.1), 1, 1.0, reply.leases[0]))
     assert [update.gap is not None for update in journal] == [False, True, False, True]
 
 
 def refused_by_shard_0(**brought: Any) -> str:
-    """Why it did not apply a push that says this of the other slices."""
+    """Return why shard 0 did not apply a push that says this about the other slices."""
     cores = make_cores("asgd", 2)
     with linked(cores) as (core, link, _):
         joined = say(core, link, core.join(torch.zeros(LAYOUT.size)))
@@ -152,7 +152,7 @@ def refused_by_shard_0(**brought: Any) -> str:
 
 @pytest.mark.parametrize("squares", [(1.0,), (1.0,) * 5, (1.0, 1.0, nan, 1.0), (1.0, inf, 1.0, 1.0), (-1.0,) * 4])
 def test_squares_that_are_none_of_this_model_are_refused(squares: tuple[float, ...]) -> None:
-    """It has four layers."""
+    """The model has four layers."""
     assert refused_by_shard_0(squares=squares) == "squares of the other slices do not fit the model"
 
 
@@ -181,7 +181,7 @@ def test_what_no_shard_alone_sees_is_refused_by_all() -> None:
     with linked(cores) as (core, link, _):
         joined = say(core, link, core.join(torch.zeros(LAYOUT.size)))
         grad = torch.ones(LAYOUT.size)
-        grad[-1] = nan  # in the slice of shard 1
+        grad[-1] = nan  # this element is in the slice of shard 1
         reply = say(core, link, core.push(grad, (0.1, 0.1, 0.1), 1, 1.0, joined.leases[0]))
         assert reply.refused == "push is not finite"
         assert [each.master.version for each in cores] == [0, 0]
@@ -202,7 +202,7 @@ def test_a_repeated_push_is_applied_once_by_each_shard() -> None:
 
 
 def test_a_shard_that_gave_a_worker_up_takes_it_in_again() -> None:
-    """The push is lost in its slice alone, and the worker's velocity stays in step with each."""
+    """The push is lost only in that shard's slice, and the worker's velocity agrees with every shard."""
     cores = make_cores("dana", 2)
     with linked(cores) as (core, link, _):
         joined = say(core, link, core.join(torch.zeros(LAYOUT.size)))
@@ -223,7 +223,7 @@ def test_what_another_shard_applied_of_a_refused_push_counts_there() -> None:
     cores = make_cores("dana", 2)
     with linked(cores) as (core, link, _):
         joined = say(core, link, core.join(torch.zeros(LAYOUT.size)))
-        cores[0].leases.give_up(0)  # the batch is somebody else's by now
+        cores[0].leases.give_up(0)  # the batch belongs to another worker by now
         reply = say(core, link, core.push(torch.ones(LAYOUT.size), (0.1, 0.1, 0.1), 1, 1.0, joined.leases[0]))
         assert "not leased" in reply.refused
         (_, stop), _ = shard_spans(LAYOUT.size, 2)
@@ -233,7 +233,7 @@ def test_what_another_shard_applied_of_a_refused_push_counts_there() -> None:
 
 
 def test_what_error_feedback_keeps_moves_on_with_each_slice() -> None:
-    """Of a push that shard 0 refused and the other one applied."""
+    """Shard 0 has refused the push, and the other shard has applied it."""
     cores = make_cores("dana", 2)
     compressor = compressor_of("onebit", 2)
     assert compressor is not None
@@ -286,7 +286,7 @@ def test_the_end_is_put_together_from_all_slices() -> None:
 
 
 def test_a_shard_waits_for_the_others_before_it_tells_the_end() -> None:
-    """It leases nothing: that no batches are left it hears from whoever leaves."""
+    """A shard leases no batches, so it hears that none are left from each worker that leaves."""
     cores = make_cores("dana", 2, workers=2)
     settled: dict[int, Reply] = {}
     roles = [WorkerCore(Role(n, 1, "", 0.9, LAYOUT, PLAN), cores[0].settings.rule(0.9).worker_rule) for n in (0, 1)]

@@ -1,4 +1,4 @@
-"""A GPU's pushes and views: the same bits as without one, in whatever order its streams come to do their work."""
+"""A GPU's pushes and views have the same bits as a CPU's, whatever the order in which its streams do their work."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ from danaz.worker.worker import Worker
 
 Work = Callable[[], object]
 
-SIZE, PIECE = 50, 8  # floats of a vector, and of a slice of it on its way
+SIZE, PIECE = 50, 8  # number of floats in a vector, and in each slice that travels
 LAYOUT = layout_of(30, 20)
 
 
 class Slices(GpuStaging):
-    """Several slices of a small vector."""
+    """Cuts a small vector into several slices."""
 
     slice_floats = PIECE
 
 
 class Launched(WorkerRule):
-    """A rule whose arithmetic is the device's to do."""
+    """A rule whose arithmetic is launched on the device."""
 
     def __init__(self, rule: WorkerRule, launch: Callable[[Work], object]):
         self.pushes, self.worker_state = rule.pushes, rule.worker_state
@@ -65,10 +65,10 @@ class Loop:
         self.rooms = [staging.room(SIZE), staging.room(SIZE)]
         self.views = torch.Generator().manual_seed(5)
         self.version = 0
-        self.sent: list[list[float | None]] = []  # vectors and losses as the link found them
+        self.sent: list[list[float | None]] = []  # vectors and losses, as the link found them
 
     def exchange(self, request: Request, with_view: bool = True) -> Tensor:
-        """The link's part. It receives into a room whatever still lies there."""
+        """Do the link's part. It receives into a room no matter what the room still holds."""
         request = self.core.complete(request)
         if isinstance(request, Join):
             assert request.params is not None
@@ -84,7 +84,7 @@ class Loop:
         values = torch.randn(SIZE, generator=self.views)
         self.version += 1
         if self.version % 3 == 0:
-            return values  # in one piece, as short ones come
+            return values  # short views come in one piece
         room = self.rooms[1].fill_(torch.nan)
         for start, stop in ((start, start + PIECE) for start in range(0, SIZE, PIECE)):
             room[start:stop] = values[start:stop]
@@ -106,7 +106,7 @@ def one_after_the_other(loop: Loop) -> None:
     for step in range(6):
         loop.compute(view)
         view = loop.exchange(loop.push(step, wants_view=True))
-        for _ in range(step):  # without a batch
+        for _ in range(step):  # load the view again without computing a batch
             loop.staging.load(loop.params, view)
             view = loop.exchange(loop.core.pull())
 
@@ -148,7 +148,7 @@ def test_in_a_pipeline_only_the_link_waits_for_the_device():
 
 
 def test_in_a_pipeline_the_batch_ends_when_the_device_has_computed_it(monkeypatch):
-    """Or the next view would be fetched as the batch begins."""
+    """Otherwise the next view would be fetched as the batch begins."""
     gpu, flat, computed = FakeGpu(0, eagerness=0), FlatModel(nn.Linear(2, 2)), []
     core = WorkerCore(Role(0, 1, "", 0.9, flat.layout, Plan(9, 1)), WorkerRule(), "cpu", GpuStaging(gpu, 6))
     worker = Worker(SoloGroup(), flat, 1, core, None, pipelined=True)
@@ -176,7 +176,7 @@ class Weights(nn.Module):
 
 
 class Reads(TorchDispatchMode):
-    """Counts the numbers that this thread reads from tensors: on a GPU, each waits for all that was launched."""
+    """Counts the numbers that this thread reads from tensors. On a GPU, each read waits for all launched work."""
 
     count = 0
 
@@ -186,7 +186,7 @@ class Reads(TorchDispatchMode):
 
 
 class Live:
-    """A worker over sockets that trains to the end: what it computed on, and how often each of its steps read."""
+    """A worker that trains to the end over sockets. It notes what it computed on, and how many reads each step made."""
 
     def __init__(self, shards: int, pipelined: bool, sync_period: int | None, gpu: FakeGpu | None):
         model = Weights()
@@ -255,7 +255,7 @@ def test_over_sockets_too(shards, pipelined, sync_period):
 
 
 def test_a_step_reads_nothing_from_the_device():
-    """But for what the link reads of each slice of a view, which are numbers in host memory."""
+    """The only exception is what the link reads for each slice of a view, and those numbers are in host memory."""
     in_a_pipeline = Live(1, True, None, None).reads
     assert in_a_pipeline[:-1] == [2] * 11, (
         "the least and the largest of a push that it computes on before it is applied"

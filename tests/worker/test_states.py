@@ -1,4 +1,4 @@
-"""The table of a worker's states: each can be reached, and only the last is a dead end."""
+"""The table of a worker's states: each state can be reached, and only the last is a dead end."""
 
 from __future__ import annotations
 

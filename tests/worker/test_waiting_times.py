@@ -7,7 +7,7 @@ import pytest
 from danaz.worker.core import Backoff
 from danaz.worker.link import RETRY_FIRST_S, RETRY_LONGEST_S
 
-MOST = 1.5  # of a wait without the random part
+MOST = 1.5  # the longest wait, as a multiple of the wait without its random part
 
 
 @pytest.mark.parametrize("seed", range(20))

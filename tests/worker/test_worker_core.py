@@ -1,4 +1,4 @@
-"""A worker without I/O: which request may follow which, and what it remembers when the server says no."""
+"""A worker without I/O: which request may follow which, and what the worker remembers after a refusal."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ class TestCommitOnAcceptance:
         assert core.vectors["velocity"].tolist() == [0, 0, 0]
 
     def test_what_is_given_back(self):
-        """γηv of the last applied push."""
+        """The worker gives back γηv of the last applied push."""
         core = joined()
         core.push(ones(2.0), (0.1,), 1, None, 0)
         core.receive(view(2, applied=True))
@@ -178,7 +178,7 @@ class TestCommitOnAcceptance:
         assert joined(algorithm).leave(NO_BUFFERS).give_back is None
 
     def test_the_push_is_a_buffer_of_its_own(self):
-        """It may still be sent while the next gradient is computed into the flat vector."""
+        """The push may still be on its way while the next gradient is computed into the flat vector."""
         grad = ones()
         push = joined("asgd").push(grad, (0.1,), 1, None, 0)
         grad.fill_(9)
@@ -186,7 +186,7 @@ class TestCommitOnAcceptance:
 
 
 class TestCompressedPushes:
-    """onebit: the mean of what is positive and of what is not."""
+    """onebit replaces the positive elements by their mean, and the other elements by theirs."""
 
     def joined(self, algorithm: str = "asgd", first_epoch: float = 0.0, **hyperparameters: object) -> WorkerCore:
         rule = find_algorithm(algorithm).rule(**hyperparameters).worker_rule
@@ -243,7 +243,7 @@ class TestCompressedPushes:
         assert push.push.tolist() == [-3, -3, 1]
 
     def test_what_is_not_finite_arrives_as_such(self):
-        """For the server to refuse and to count."""
+        """The server must see it, to refuse the push and count it."""
         core = self.joined()
         assert any(not isfinite(value) for value in self.pushed(core, 1.0, float("nan"), 2.0))
         core.receive(view(2, refused="push is not finite"))
@@ -278,7 +278,7 @@ class TestLocalSteps:
         assert core.push(ones(), (0.1,), 1, None, 8).earlier == ()
 
     def test_many_rounds_of_refusals_and_acceptances(self):
-        """No vector is used for two things."""
+        """No vector is used for two purposes at once."""
         core, velocity = joined("dana", sync_period=3), torch.zeros(SIZE)
         for turn in range(12):
             push = core.push(ones(3.0), (0.1,), 1, None, 7, self.walk(core, 1.0, 2.0))
@@ -317,7 +317,7 @@ class TestBackoff:
 
 
 def test_a_view_that_comes_beside_a_batch_is_no_edit_of_the_script() -> None:
-    """In a pipeline the worker may have to join anew while the script computes on the view before."""
+    """In a pipeline, the worker may have to join again while the script computes on the view before."""
     core, params = joined("dana"), torch.zeros(3)
     core.compute_on(params)
     join = core.join()

@@ -1,4 +1,4 @@
-"""The loop that configs run, where it is no business of the public API's tests."""
+"""The loop that configs run: those parts of it that the tests of the public API do not cover."""
 
 from __future__ import annotations
 

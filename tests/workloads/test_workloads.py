@@ -1,4 +1,4 @@
-"""The workloads that come with danaz: models against their papers, data against what it should hold."""
+"""The workloads that come with danaz. Models are checked against their papers, and data against what it should hold."""
 
 import copy
 from collections.abc import Iterator
@@ -189,7 +189,7 @@ class TestQuadratic:
 
 class TestResNet20:
     def test_size_is_the_papers(self) -> None:
-        """0.27 M in table 6 of He et al. 2016; 20 weighted layers; the shortcuts have no parameters."""
+        """Table 6 of He et al. 2016 gives 0.27 M. There are 20 weighted layers; the shortcuts have no parameters."""
         model = ResNet()
         assert size_of(model) == 269_722
         assert sum(isinstance(module, nn.Conv2d | nn.Linear) for module in model.modules()) == 20
@@ -201,7 +201,7 @@ class TestResNet20:
     def test_option_a_shortcut_subsamples_and_pads(self) -> None:
         block = Block(2, 4).eval()
         for parameter in block.parameters():
-            parameter.data.zero_()  # the residual branch is silent
+            parameter.data.zero_()  # the residual branch then gives zero
         x = torch.rand(1, 2, 4, 4)
         out = block(x)
         assert torch.equal(out[:, 1:3], x[:, :, ::2, ::2])

@@ -1,4 +1,4 @@
-"""Data and models that users bring: torchvision's by name, their own by import path."""
+"""Data and models that users bring: from torchvision by name, and their own by import path."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def by_name(data: str, model: str, *overrides: str) -> Workload:
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
-    """The format of the MNIST family: magic with type and rank, the sizes, the bytes."""
+    """Write the format of the MNIST family: magic number with type and rank, the sizes, and the bytes."""
     path.write_bytes(struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes())
 
 
@@ -67,7 +67,7 @@ class TestTorchvisionByName:
             assert workload.model.eval()(image[None]).shape == (1, 10)
 
     def test_folders_of_images(self, tmp_path: Path) -> None:
-        """torchvision.ImageFolder: data_dir/train and data_dir/val, one folder a class, any size, grey or not."""
+        """torchvision.ImageFolder reads data_dir/train and data_dir/val: a folder per class, any size, grey or RGB."""
         from PIL import Image
 
         for part in ("train", "val"):
