@@ -42,9 +42,7 @@ class Surroundings:
     agent_command: AgentCommand
     timeouts: Timeouts
     gate: Gate = field(default_factory=Gate)
-    announced: dict[str, str] = field(
-        default_factory=dict
-    )  # values that services announced, for the ranks' environment
+    announced: dict[str, str] = field(default_factory=dict)  # what services announced, for the ranks' environment
     everybody_answered: bool = False  # until this is True, no process is started
     last_incarnation: int = 0
 
