@@ -67,7 +67,7 @@ class Cluster:
         return child
 
     def kill_server_behind(self, updates: int, how: signal.Signals = signal.SIGKILL) -> str:
-        """Wait for this number of updates, then kill the server's process; returns what it wrote to stderr."""
+        """Wait for this number of updates, then end the server's process by ``how``; returns its stderr."""
         live.until(lambda: len(live.read_updates(self.folder)) >= updates or self.server.poll() is not None, "updates")
         self.server.send_signal(how)
         return self.server.communicate(timeout=live.DEADLINE_S)[1]
