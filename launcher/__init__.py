@@ -1,13 +1,13 @@
-"""Starts the processes of one run on its machines, shows and keeps their output, and leaves none behind.
+"""Starts the processes of one run on its machines, shows and keeps their output, and leaves no process behind.
 
 In reading order: `hosts` and `selection` (which machines), `survey` (what they are, and how they reach each other),
-`plan` (hosts -> processes, pure), `run` (plays a plan), `supervisor` (what is started again, and when; pure), `life`
-(one life of a worker or service) with its `agents`, `failure` (what is said of its end), `transport`, `ssh`,
-`slurm` and `channel` (how an agent is reached and spoken to), `gate` (how many at once), `start` (how a module of ours
-is run), `agent` (what runs on a machine), `processes` (how it ends a process tree), `rendezvous` (where Horovod's ranks
-find each other), `logs` (where their output goes).
+`plan` (hosts -> processes, pure), `run` (carries out a plan), `supervisor` (what to restart, and when; pure), `life`
+(one life of a worker or service) with its `agents`, `failure` (how its end is reported), `transport`, `ssh`,
+`slurm` and `channel` (how we reach an agent and talk to it), `gate` (how many connections at once), `start` (how we run
+one of our modules), `agent` (what runs on a machine), `processes` (how it ends a process tree), `rendezvous` (where
+Horovod's ranks find each other), `logs` (where their output goes).
 
-It knows nothing of training, and needs nothing but Python:
+The package knows nothing about training, and needs only Python:
 
     from launcher.hosts import parse_hosts
     from launcher.machine import local_machines

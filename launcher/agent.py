@@ -1,6 +1,6 @@
-"""What runs on each machine of a run: `python -m launcher.agent`, one process that starts the others and ends them.
+"""The agent, `python -m launcher.agent`: one process on each machine of a run, which starts and ends the others there.
 
-It is told everything as JSON lines on stdin, so that no secret stands on a command line, and answers on stdout:
+The launcher sends it orders as JSON lines on stdin, so that no secret appears on a command line. It answers on stdout:
 
     {"do": "hello", "grace_s": 5, "silence_s": 90}         {"is": "hello", "pid", "cores", "gpus", …}
     {"do": "world", "world": 0, "address": "127.0.0.1"}    {"is": "world", "world", "rendezvous_port", "master_port"}
@@ -11,21 +11,23 @@ It is told everything as JSON lines on stdin, so that no secret stands on a comm
     {"do": "forget", "folder", "kept": true}               {"is": "returned", "folder"}
     {"do": "stop", "grace_s": 5, "keep_files": false}      {"is": "stopping", "why"}
 
-A process that `returns` leaves its files in a folder here, which several may share. They are sent when all of them have
-ended well and at a stop, and the folder goes away when the launcher says that it kept them; with `keep_files`, or when
-the agent ends unasked, they stay for a process that goes on from them.
+A process that `returns` files leaves them in a folder on this machine; several processes may share that folder. The
+agent sends the files when all these processes have ended well, and at a stop. It deletes the folder when the launcher
+says that it kept the files. With `keep_files`, or when the agent ends without an order, the files stay for a process
+that will continue from them.
 
-A process with `milestones` finds in DANAZ_MILESTONES the name of a file, to which it adds a line for each one that it
-reaches: its exit tells of them. The last one is "leave", and the exit tells how long before it that came.
+A process with `milestones` finds the name of a file in DANAZ_MILESTONES, and adds a line to it for each milestone that
+it reaches. The exit report lists them. The last milestone is "leave", and the exit report says how many seconds passed
+between it and the end of the process.
 
-A process gets the agent's own environment (on another machine, that of a login there) and over it what its order says.
+A process gets the agent's own environment (on another machine, that of a login there). The variables in its order
+override it.
 
-It ends its whole process tree (SIGTERM, a grace period, SIGKILL) when told to stop, when it is signalled, as soon as
-stdin closes, which is how the death of the launcher or of the ssh connection looks from here, and when for `silence_s`
-nothing came, not even a ping, which is how a network that is gone looks. Nothing leaves the
-tree: each process has its own session, a double-forked grandchild falls back to the agent, and if the agent itself is
-killed, a guardian, its parent, ends what is left. If the guardian is killed, the kernel tells the agent. Stdout closes
-only when all have ended.
+The agent ends its whole process tree (SIGTERM, a grace period, SIGKILL) in four cases: it is told to stop; it gets a
+signal; its stdin closes, because the launcher or the ssh connection died; or nothing, not even a ping, arrived for
+`silence_s`, because the network is gone. No process escapes from the tree: each one has its own session, the agent
+becomes the parent of a double-forked grandchild, and if the agent itself is killed, its parent, the guardian, ends what
+is left. If the guardian is killed, the kernel signals the agent. Stdout closes only when all processes have ended.
 """
 
 from __future__ import annotations
@@ -60,20 +62,20 @@ from launcher.start import module_command
 
 GRACE_S = 5.0  # between SIGTERM and SIGKILL, unless told otherwise
 KILL_S = 10.0  # SIGKILL works at once, except on a process that hangs in the kernel (a dead NFS mount, a GPU driver)
-MILESTONES_BYTES = 4096  # of a file of milestones; what is beyond is none
-MAX_PENDING_BYTES = 1 << 22  # output the launcher has not taken yet; from here on the ranks' own pipes fill up
+MILESTONES_BYTES = 4096  # how much of a file of milestones is read
+MAX_PENDING_BYTES = 1 << 22  # output the launcher has not taken yet; beyond this, we let the ranks' own pipes fill up
 
 
 class Child:
-    """A process we started, and the pipes its output comes through."""
+    """A process that we started, and the pipes that carry its output."""
 
     def __init__(self, name: str, popen: subprocess.Popen[bytes], folder: Path | None, milestones: int | None) -> None:
         assert popen.stdout is not None
         assert popen.stderr is not None
         self.name, self.popen = name, popen
-        self.folder = folder  # what it leaves there goes to the launcher
-        self.milestones = milestones  # of the file in which it notes those that it reaches
-        self.memory_kills = count_memory_kills()  # on this machine, before it
+        self.folder = folder  # the files it leaves there go to the launcher
+        self.milestones = milestones  # descriptor of the file in which it notes them
+        self.memory_kills = count_memory_kills()  # on this machine, before this process started
         self.pipes = {popen.stdout.fileno(): "stdout", popen.stderr.fileno(): "stderr"}
         for fd in self.pipes:
             os.set_blocking(fd, False)
@@ -87,7 +89,7 @@ class Child:
             os.close(self.milestones)
 
     def last_report(self, status: int) -> Message:
-        """How it ended."""
+        """The report of how it ended."""
         exit = exit_report(self.name, status, None) | {"out_of_memory": count_memory_kills() > self.memory_kills}
         if self.milestones is not None:
             lines = os.pread(self.milestones, MILESTONES_BYTES, 0).decode(errors="replace").splitlines()
@@ -98,10 +100,13 @@ class Child:
 
 
 class Agent:
-    """A loop over stdin, the children's output and signals. It blocks nowhere else, so it always notices its end."""
+    """A loop that waits for orders, the children's output and signals.
+
+    It blocks nowhere else, so it always notices when it has to end.
+    """
 
     def __init__(self, channel: Channel, signals: NotedSignals, folder: Path) -> None:
-        """`folder` is its own, for as long as it lives; it need not exist."""
+        """`folder` belongs to this agent while it runs; it need not exist yet."""
         self.channel, self.signals, self.folder = channel, signals, folder
         self.grace_s = GRACE_S
         self.children: dict[int, Child] = {}  # pid -> child, until it has exited
@@ -109,10 +114,10 @@ class Agent:
         self.kill_at_s = math.inf
         self.rendezvous: list[Rendezvous] = []
         self.reserved_ports: list[socket.socket] = []
-        self.returning: deque[Iterator[Message]] = deque()  # files of processes that have ended, and their exits
+        self.returning: deque[Iterator[Message]] = deque()  # files and exit reports of ended processes
         self.kept: set[Path] = set()  # folders of processes that may be started again
-        self.owed: dict[Path, list[str]] = {}  # patterns of what is returned, by folder
-        self.unanswered: dict[str, Path] = {}  # folders that were sent, until the launcher says whether it kept them
+        self.owed: dict[Path, list[str]] = {}  # folder -> patterns of the files to return from it
+        self.unanswered: dict[str, Path] = {}  # sent folders; the launcher has not said yet if it kept them
         self.returns_all = False
         self.silence_s = math.inf
         self.heard_s = time.monotonic()
@@ -163,7 +168,7 @@ class Agent:
                 self.silence_s = order["silence_s"] or math.inf
                 self.channel.send(hello())
             case "ping":
-                pass  # that it came is all it says
+                pass  # it carries no content; it only shows that the launcher is alive
             case "world":
                 self._open_world(order["world"], order["address"])
             case "start":
@@ -204,17 +209,18 @@ class Agent:
                 command(order["argv"]),
                 env=environment(order, folder, secret, notes),
                 pass_fds=secret,
-                cwd=os.path.expanduser(order["cwd"]),  # ~ is the home there
+                cwd=os.path.expanduser(order["cwd"]),  # ~ is the home directory on this machine
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 start_new_session=True,
-                # Only this thread, which lives as long as the agent, starts processes: to the kernel it is the parent.
-                # The rendezvous threads do no harm: a bare system call waits for no lock they could hold.
+                # The kernel takes the thread that starts a process for its parent. Only this thread starts processes,
+                # and it lives as long as the agent. The rendezvous threads do no harm: die_with_parent is a bare
+                # system call, which waits for no lock that they could hold.
                 preexec_fn=lambda: die_with_parent(signal.SIGKILL),
             )
         except (OSError, ValueError) as error:
-            # the shell's exit codes: 127 not found, 126 found but not to be run
+            # the exit codes of a shell: 127 for "not found", 126 for "found, but cannot be run"
             status = 127 if isinstance(error, FileNotFoundError) else 126
             self.channel.send(exit_report(name, status, f"cannot start: {error}"[:MOST_WORDS]))
             return
@@ -225,7 +231,7 @@ class Agent:
         self.channel.send({"is": "started", "name": name, "pid": popen.pid})
 
     def _new_file(self, name: str) -> Path:
-        """An empty file for the milestones of a process. Raises OSError."""
+        """Make an empty file for the milestones of a process. Raises OSError."""
         self.folder.mkdir(mode=0o700, exist_ok=True)
         path = self.folder / name
         path.write_bytes(b"")
@@ -234,7 +240,7 @@ class Agent:
     # Reports
 
     def _forward(self, child: Child, fd: int) -> None:
-        """Pass on what a child wrote: at one go all that its pipe holds, which is no more than READ_BYTES."""
+        """Pass on what a child wrote. One call empties its pipe, which holds no more than READ_BYTES."""
         try:
             data = os.read(fd, READ_BYTES)
         except BlockingIOError:
@@ -249,7 +255,8 @@ class Agent:
         ended = [(self.children[pid], status) for pid, status in reap() if pid in self.children]
         if not ended:
             return
-        # All that was written before, by others too, is reported before: the launcher asks who was in trouble first.
+        # First report everything that was written before these exits, by other processes too: the launcher has to find
+        # out which process was in trouble first.
         for child in self.children.values():
             for fd in list(child.pipes):
                 self._forward(child, fd)
@@ -270,14 +277,17 @@ class Agent:
         return any(child.folder == folder for child in self.children.values())
 
     def _return_kept(self) -> None:
-        """No process will be started again."""
+        """Queue the files that were kept for a restart: no process will be started again."""
         self.returns_all = True
         ready = [folder for folder in self.kept if not self._is_in_use(folder)]
         self.returning.extend(files_of(folder, self.owed[folder]) for folder in ready)
         self.kept.difference_update(ready)
 
     def _return_files(self) -> bool:
-        """As much as the launcher takes, for a model may be large. Returns whether that was anything."""
+        """Send files until the launcher takes no more; a model may be large.
+
+        Returns whether there was something to send and the launcher can take more.
+        """
         had_some = bool(self.returning) and self._can_return()
         while self.returning and self._can_return() and self.channel.pending_bytes <= MAX_PENDING_BYTES:
             message = next(self.returning[0], None)
@@ -298,17 +308,20 @@ class Agent:
     # The end
 
     def _stop(self, reason: str, grace_s: float) -> None:
-        """Begin to end the tree; a second call can only make it quicker."""
+        """Begin to end the process tree. A second call can only shorten the grace period."""
         if self.stop_reason is None:
             self.stop_reason = reason
-            if not self.returns_all:  # also what ends in order now
+            if not self.returns_all:  # even if their processes now end well
                 self.kept.update(child.folder for child in self.children.values() if child.folder is not None)
             self.channel.send({"is": "stopping", "why": reason})
             send_signal(descendants(), signal.SIGTERM)
         self.kill_at_s = min(self.kill_at_s, time.monotonic() + grace_s)
 
     def _tree_has_ended(self) -> bool:
-        """Whether nobody is left. An orphan falls back to us, so SIGCHLD tells when to look again."""
+        """Whether no process is left, or we have waited long enough after SIGKILL.
+
+        We become the parent of every orphan, so SIGCHLD tells us when to look again.
+        """
         tree = descendants()
         now = time.monotonic()
         if now >= self.kill_at_s:
@@ -323,9 +336,9 @@ class Agent:
 
 
 def hello() -> Message:
-    """What the launcher should know of this machine, and of the way from it to here."""
+    """What the launcher should know about this machine and about its connection to it."""
     machine = dataclasses.asdict(this_machine())
-    # "client port server port", as sshd sets it
+    # sshd sets it to "client port server port"
     client, _, server, _ = (os.environ.get("SSH_CONNECTION", "").split() + [""] * 4)[:4]
     launcher_address = client or os.environ.get("SLURM_LAUNCH_NODE_IPADDR")
     address = server or source_address(launcher_address)
@@ -333,13 +346,13 @@ def hello() -> Message:
 
 
 def exit_report(name: str, status: int, error: str | None) -> Message:
-    """Of a process that noted nothing."""
+    """The exit report of a process that noted no milestones."""
     end: Message = {"status": status, "error": error, "reached": [], "leaving_s": 0.0, "out_of_memory": False}
     return {"is": "exit", "name": name, **end}
 
 
 def keep_in_memory(secret: str | None) -> tuple[int, ...]:
-    """The descriptor of a file without a name that holds `secret`; none if there is none."""
+    """Put `secret` into a file in memory that has no name; returns its descriptor, or nothing if there is no secret."""
     if secret is None:
         return ()
     fd = os.memfd_create("secret")
@@ -349,14 +362,17 @@ def keep_in_memory(secret: str | None) -> tuple[int, ...]:
 
 
 def command(argv: Sequence[str]) -> list[str]:
-    """What is started here for a process of the plan."""
+    """The command line that starts a process of the plan on this machine."""
     if argv[0] != PYTHON:
         return list(argv)
     return module_command(*argv[2:]) if argv[1] == "-m" else [sys.executable, *argv[1:]]
 
 
 def environment(order: Message, folder: Path | None, secret: tuple[int, ...], notes: Path | None) -> dict[str, str]:
-    """This machine's own, with `python` being the Python that danaz is installed in, and over it the order's."""
+    """The environment of a process: this machine's own, overridden by the order's.
+
+    In it, `python` is the Python that danaz is installed in.
+    """
     path = os.pathsep.join((os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)))
     returns = {} if folder is None else {order["returns"]: str(folder)}
     secrets = {"DANAZ_SECRET_FD": str(secret[0])} if secret else {}
@@ -365,7 +381,10 @@ def environment(order: Message, folder: Path | None, secret: tuple[int, ...], no
 
 
 def own_folder(name: str) -> Path:
-    """The folder of this name among the temporary files, ours alone, made if it is not there. Raises OSError."""
+    """The folder of this name among the temporary files. It is made if it does not exist, and must belong to this user.
+
+    Raises OSError.
+    """
     path = Path(tempfile.gettempdir(), name)
     path.mkdir(mode=0o700, exist_ok=True)
     found = path.lstat()
@@ -380,9 +399,9 @@ def files_and_exit(folder: Path, owed: Sequence[str], exit: Message) -> Iterator
 
 
 def files_of(folder: Path, owed: Sequence[str]) -> Iterator[Message]:
-    """The owed files in a folder and in those within it, piece by piece, and the word that these are all.
+    """The owed files in a folder and in its subfolders, piece by piece, and then a message that these are all.
 
-    Links are none of them: what they point at is not of this folder.
+    Links are skipped, because they may point out of this folder.
     """
     folders = [folder, *(path for path in folder.glob("[!.]*") if path.is_dir() and not path.is_symlink())]
     found = (path for each in folders for path in each.glob("[!.]*"))
@@ -406,9 +425,9 @@ def files_of(folder: Path, owed: Sequence[str]) -> Iterator[Message]:
 
 
 def reserve_port() -> socket.socket:
-    """A free port, kept from everybody who asks for a free port as long as this socket is open.
+    """Reserve a free port: the kernel gives it to nobody who asks for a free port while this socket is open.
 
-    A process that sets SO_REUSEADDR, as torch's TCPStore does, can listen on it all the same: nobody listens here.
+    A process that sets SO_REUSEADDR, as torch's TCPStore does, can still listen on it, because we do not listen.
     """
     reserved = socket.socket()
     reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -417,9 +436,9 @@ def reserve_port() -> socket.socket:
 
 
 def guard(agent: int, folder: Path) -> int:
-    """Wait for the agent; should it be killed, its orphans are ours: end them before our own end is seen.
+    """Wait for the agent to end. If it was killed, we inherit its orphans and end them before we end ourselves.
 
-    Its folder goes away with it.
+    Then delete the agent's folder. Returns the agent's exit code, or 128 + signal.
     """
     for signum in ENDING_SIGNALS:
         signal.signal(signum, lambda got, _frame: send_signal([agent], signal.Signals(got)))
@@ -427,7 +446,7 @@ def guard(agent: int, folder: Path) -> int:
     try:
         while True:
             send_signal(descendants(), signal.SIGKILL)
-            os.waitpid(-1, 0)  # whoever forked meanwhile falls back to us, so look again after each death
+            os.waitpid(-1, 0)  # we inherit what was forked meanwhile, so look again after each death
     except ChildProcessError:
         pass  # nobody is left
     shutil.rmtree(folder, ignore_errors=True)
@@ -436,7 +455,7 @@ def guard(agent: int, folder: Path) -> int:
 
 
 def main() -> int:
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, as some parents leave it, it would hide how children end
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # some parents leave it ignored, which would hide how children end
     adopt_orphans()
     guardian = os.getpid()
     folder = Path(tempfile.gettempdir(), f"danaz-agent-{token_hex(8)}")
@@ -445,14 +464,14 @@ def main() -> int:
         return guard(agent, folder)
     die_with_parent(signal.SIGTERM)
     if os.getppid() != guardian:
-        return 1  # it died before it could be watched
+        return 1  # the guardian died before we asked to be told of its death
     adopt_orphans()
-    os.write(1, b"\n")  # what a login script has printed may lack an end of line
+    os.write(1, b"\n")  # a login script may have printed text without an end of line
     channel = Channel(read_fd=0, write_fd=os.dup(1), longest_bytes=ORDER_BYTES)
     os.dup2(2, 1)  # nothing else may write between our messages
     with noted_signals(signal.SIGCHLD, *ENDING_SIGNALS) as signals:
         Agent(channel, signals, folder).run()
-    shutil.rmtree(folder, ignore_errors=True)  # its guardian may have been killed
+    shutil.rmtree(folder, ignore_errors=True)  # in case the guardian was killed
     return 0
 
 

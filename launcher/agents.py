@@ -1,4 +1,4 @@
-"""The agents of one unit, and what they have told so far: the launcher's hands and ears. What it means, others say."""
+"""Gives orders to the agents of one unit and collects their reports. Other modules decide what the reports mean."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from launcher.transport import AgentLink, TransportError
 
 __all__ = ["Agents", "Exit", "LostAgent", "pump"]
 
-PING_S = 15.0  # an agent on another machine hears from us at least so often…
-SILENCE_S = 90.0  # …and ends its tree when it has heard nothing for so long
+PING_S = 15.0  # an agent on another machine hears from us at least once in this time…
+SILENCE_S = 90.0  # …and ends its process tree when it has heard nothing for this long
 ANNOUNCEMENT = re.compile(r"[\x21-\x7e]{1,1024}")  # it goes into environments and commands
-MOST_FILES = 10_000  # that the processes of one machine may return…
-MOST_RETURNED_BYTES = 1 << 38  # …with so many bytes in all
+MOST_FILES = 10_000  # files that the processes of one machine may return…
+MOST_RETURNED_BYTES = 1 << 38  # …and their total size
 
 
 @dataclass(frozen=True)
@@ -46,25 +46,25 @@ class Exit:
 
     status: int  # exit code, or minus the signal that killed it
     error: str | None  # why it could not even be started
-    at_s: float  # time.monotonic() here, when it began to end, as far as we heard of it
+    at_s: float  # time.monotonic() on this machine when it began to end, as far as we know
     missing: str | None = None  # what it left undone, if it ended with exit code 0
-    out_of_memory: bool = False  # the kernel of its machine killed processes for want of memory meanwhile
-    said_that_it_leaves: bool = False  # before it ended, so that `at_s` is when it said so
+    out_of_memory: bool = False  # while it ran, its machine's kernel killed processes because memory ran out
+    said_that_it_leaves: bool = False  # it reported that it was about to end; `at_s` is the time of that report
 
 
 @dataclass(frozen=True)
 class LostAgent:
-    """An agent that ended, or spoke nonsense, although nobody asked it to; with it its processes are lost."""
+    """An agent that ended although nobody asked it to, or that sent nonsense. Its processes are lost with it."""
 
     link: AgentLink
     reason: str
 
 
 class Agents:
-    """Orders go out by `connect`, `open_world`, `start` and `stop`; `pump` takes in what the agents report."""
+    """`connect`, `open_world`, `start` and `stop` send orders to the agents; `pump` receives their reports."""
 
     def __init__(self, processes: Iterable[Process], logs: Logs, gate: Gate | None = None) -> None:
-        """`gate` is common to all that connect at the same time."""
+        """`gate` is shared by all lives that connect at the same time."""
         self.processes = {process.name: process for process in processes}
         self.logs, self.gate = logs, gate or Gate()
         self.links: dict[str, AgentLink] = {}  # by host name
@@ -72,25 +72,25 @@ class Agents:
         self.ports: dict[int, dict[str, str]] = {}  # world -> environment variables that name its ports
         self.exits: dict[str, Exit] = {}  # by process name
         self.lost: LostAgent | None = None  # the first
-        self.returned_bytes = 0  # of files that came
-        self.refused: list[str] = []  # what agents said that they had no right to, while they were stopping
-        self._started: set[str] = set()  # names of processes of which a start was ordered
+        self.returned_bytes = 0  # total size of the files that arrived
+        self.refused: list[str] = []  # invalid reports that agents sent while they were stopping
+        self._started: set[str] = set()  # names of the processes that were ordered to start
         self._opening: dict[int, str] = {}  # world -> the host whose agent was asked to open it
-        self._files: set[str] = set()  # paths of files that came, whole or not
-        self._folders: set[tuple[str, str]] = set()  # host and folder of what its processes return
-        self._distrusted: set[str] = set()  # hosts whose agents broke the rules, and are not listened to any more
+        self._files: set[str] = set()  # paths of files that arrived, complete or in part
+        self._folders: set[tuple[str, str]] = set()  # host, and folder of the files its processes return
+        self._distrusted: set[str] = set()  # hosts whose agents sent invalid reports; we ignore them now
         self._stopping = False
         self.next_ping_s = time.monotonic() + PING_S
 
     def connect(self, host: Host, command: Sequence[str], grace_s: float) -> None:
-        """Have an agent started, as soon as the gate admits it."""
-        # On this machine the pipe tells all, and Ctrl-Z must not end the run.
+        """Start an agent as soon as the gate admits it."""
+        # On this machine the closed pipe alone shows that we are gone, and Ctrl-Z must not end the run.
         silence_s = None if is_this_machine(host.name) else SILENCE_S
         greeting = {"do": "hello", "grace_s": grace_s, "silence_s": silence_s}
         self.links[host.name] = AgentLink(host, command, greeting)
 
     def dial(self, now_s: float) -> float:
-        """Start the agents that are due, and that the gate admits; returns when to look again."""
+        """Start the agents that are due and that the gate admits. Returns when to look again."""
         if self._stopping:
             return math.inf
         for link in self.links.values():
@@ -112,9 +112,10 @@ class Agents:
     def start(
         self, process: Process, env: Mapping[str, str], cwd: str, argv: Sequence[str] = (), folder: str = ""
     ) -> None:
-        """Start a process with `env` on top of its machine's own environment. Raises OSError for want of logs.
+        """Start a process with `env` on top of its machine's own environment.
 
-        `argv` takes the place of its command; `folder` names the one on its machine where it leaves what it returns.
+        `argv` replaces its command if given. `folder` names the folder on its machine where it leaves the files that it
+        returns. Raises OSError if its logs cannot be made.
         """
         self.logs.open(process)
         self._started.add(process.name)
@@ -136,7 +137,7 @@ class Agents:
         self.links[process.host.name].channel.send(order)
 
     def stop(self, grace_s: float, keep_files: bool = False) -> None:
-        """Ask all agents to end their process trees; with `keep_files`, what these would return stays for a restart."""
+        """Ask all agents to end their process trees. With `keep_files`, files to return stay there for a restart."""
         self._stopping = True
         for link in self.open_links():
             link.channel.send({"do": "stop", "grace_s": grace_s, "keep_files": keep_files})
@@ -145,11 +146,11 @@ class Agents:
         return [link for link in self.links.values() if link.is_open]
 
     def busy_links(self) -> list[AgentLink]:
-        """Agents that may have processes: one that never said hello was given none."""
+        """Agents that may have processes. We give no process to an agent that has not said hello."""
         return [link for link in self.open_links() if link.said_hello]
 
     def close(self, deadline: float) -> None:
-        """Leave the agents, which end by that if they have not yet; by the deadline they are killed."""
+        """Close the connections to the agents, which makes them end if they have not yet; kill them at the deadline."""
         for link in self.links.values():
             self.gate.gave_up(link)
             if link.is_open and not link.said_hello:
@@ -163,12 +164,12 @@ class Agents:
         return [process for process in self.processes.values() if process.name not in self.exits]
 
     def ping_if_due(self, now_s: float) -> None:
-        """Tell the agents that we are alive; those of a machine that cannot be reached would end their trees."""
+        """Tell the agents that we are alive. An agent that cannot be reached ends its process tree."""
         if now_s < self.next_ping_s:
             return
         self.next_ping_s = now_s + PING_S
         for link in self.open_links():
-            if not link.channel.pending_bytes:  # where the last one has not left yet, another would not help
+            if not link.channel.pending_bytes:  # if the last message has not left yet, another does not help
                 link.channel.send({"do": "ping"})
 
     def hear(self, link: AgentLink) -> None:
@@ -183,7 +184,7 @@ class Agents:
             self._lose(link, "ended although nobody asked it to")
 
     def _will_try_again(self, link: AgentLink) -> bool:
-        """Whether an agent that could not be reached now may be reached soon."""
+        """Whether an agent that could not be reached is worth another attempt; if so, the attempt is scheduled."""
         obstacle = None if self._stopping or link.said_hello else passing_obstacle(link, time.monotonic())
         if obstacle is None:
             return False
@@ -196,7 +197,7 @@ class Agents:
         return True
 
     def _note(self, link: AgentLink, report: Report) -> None:
-        """Raises ChannelError for what this agent has no right to say."""
+        """Take note of a report. Raises ChannelError for one that this agent has no right to send."""
         match report:
             case Hello():
                 if link.hello is not None:
@@ -219,7 +220,7 @@ class Agents:
                 self._lose(link, f"stopped: {printable(report.why)}")
 
     def _own(self, link: AgentLink, name: str) -> Process:
-        """The running process of that name, if it is one of this agent's. Raises ChannelError."""
+        """The running process of that name. Raises ChannelError if this agent does not run it."""
         process = self.processes.get(name)
         if process is None or process.host.name != link.host.name or name not in self._started or name in self.exits:
             raise ChannelError(f"a report on {name!r}, which it does not run")
@@ -242,7 +243,9 @@ class Agents:
         self.exits[process.name] = Exit(report.status, error, began_s, missing, report.out_of_memory, leaves)
 
     def _keep_file(self, link: AgentLink, piece: FilePiece) -> None:
-        """Raises ChannelError for a file that no process of this agent owes, and for more than a run can have."""
+        """Keep a piece of a file. Raises ChannelError if no process of this agent owes that file, or at too many files
+        or bytes.
+        """
         running = [self.processes[name] for name in self._started if self.processes[name].host.name == link.host.name]
         owed = [pattern for process in running if process.returns is not None for pattern in process.returns.files]
         if not any(re.fullmatch(pattern, piece.path, re.ASCII) for pattern in owed):
@@ -257,7 +260,10 @@ class Agents:
             raise ChannelError(str(error)) from error
 
     def _answer_return(self, link: AgentLink, report: Returned) -> None:
-        """What could not be kept here stays there."""
+        """Tell the agent whether all files were kept. If not, it leaves the folder on its machine.
+
+        Raises ChannelError for a folder that none of its processes has.
+        """
         if (link.host.name, report.folder) not in self._folders:
             raise ChannelError(f"the end of the folder {report.folder!r}, which none of its processes has")
         self._folders.remove((link.host.name, report.folder))
@@ -296,9 +302,9 @@ class Agents:
 
 
 def pump(groups: Iterable[Agents], signals: NotedSignals, timeout_s: float) -> None:
-    """Wait for something to happen, and take note of all that did. Raises OSError when logs cannot be written.
+    """Wait until something happens, and handle all that did. Raises OSError when logs cannot be written.
 
-    It may return early, and is to be called again and again: it also tells the agents that we are alive.
+    It may return early. Call it in a loop, because it also tells the group that we are alive.
     """
     now_s = time.monotonic()
     groups = list(groups)

@@ -1,4 +1,4 @@
-"""JSON lines over two pipes that never block, so that each end always notices when the other is gone."""
+"""Messages as JSON lines over two non-blocking pipes, so that each end always notices when the other is gone."""
 
 from __future__ import annotations
 
@@ -13,32 +13,36 @@ __all__ = ["ORDER_BYTES", "Channel", "ChannelError", "Message", "bytes_to_text",
 
 Message = dict[str, Any]
 READ_BYTES = 1 << 16
-REPORT_BYTES = 4 << 20  # more than the largest honest report, a piece of a file, has as JSON
-SHOWN_BYTES = 400  # of what is no message
+REPORT_BYTES = 4 << 20  # more than the largest valid report, a piece of a file, takes as JSON
+SHOWN_BYTES = 400  # how much of an invalid message is shown
 ORDER_BYTES = 64 << 20  # an order holds whole environments
-MAX_NOISE_BYTES = 1 << 16  # before the first message
+MAX_NOISE_BYTES = 1 << 16  # allowed before the first message
 
 
 class ChannelError(Exception):
     """The other end wrote something that is not a message.
 
-    What it wrote is the message of the error, without a verb: `a report of the kind 'x'`.
+    The text of the error is what it wrote, as a noun phrase: `a report of the kind 'x'`.
     """
 
 
 class Channel:
-    """One end of a conversation. `send` never blocks: what the pipe does not take yet waits in `pending_bytes`."""
+    """One end of a conversation. `send` never blocks: it buffers what the pipe does not take yet.
+
+    `pending_bytes` is the size of that buffer.
+    """
 
     def __init__(
         self, read_fd: int, write_fd: int, longest_bytes: int = REPORT_BYTES, awaits: Message | None = None
     ) -> None:
-        """`longest_bytes`: a line that is longer is no message, and is not kept.
+        """A line longer than `longest_bytes` is not a message, and is dropped.
 
-        What comes before a message that holds all of `awaits` is noise, as of a login script, and passed over.
+        Everything before the first message that holds all of `awaits` is noise, such as the output of a login script,
+        and is skipped.
         """
         self.read_fd, self.write_fd = read_fd, write_fd
         self.longest_bytes = longest_bytes
-        self.noise = ""  # the last line of it
+        self.noise = ""  # the last line of noise
         self._awaits, self._noise_bytes = awaits, 0
         self.closed = False  # nothing more will come
         self.broken = False  # nothing more can be sent
@@ -68,7 +72,7 @@ class Channel:
             self._unsent.clear()
 
     def receive(self) -> list[Message]:
-        """The messages that have come whole. Raises ChannelError on a line that is none, and on too much noise."""
+        """The complete messages that have arrived. Raises ChannelError on an invalid line, and on too much noise."""
         try:
             data = os.read(self.read_fd, READ_BYTES)
         except BlockingIOError:
@@ -117,7 +121,10 @@ def _message(line: bytearray) -> Message | None:
 
 
 def bytes_to_text(data: bytes) -> str:
-    """Any bytes as text that JSON can carry; `text_to_bytes` gives the same bytes back, wherever they were cut."""
+    """Turn any bytes into text that JSON can carry.
+
+    `text_to_bytes` returns the same bytes, even if they were cut within a character.
+    """
     return data.decode("utf-8", "surrogateescape")
 
 
@@ -126,8 +133,11 @@ def text_to_bytes(text: str) -> bytes:
 
 
 def wait_ready(read_fds: Iterable[int], write_fds: Iterable[int], timeout_s: float) -> tuple[set[int], set[int]]:
-    """The descriptors that can be read (or are at their end) and written, once there is one or the time is over."""
-    poll = select.poll()  # not select.select, which takes no descriptor from 1024 on
+    """Wait until a descriptor is ready or the time is over.
+
+    Returns the descriptors that can be read (or are at their end), and those that can be written.
+    """
+    poll = select.poll()  # select.select cannot take descriptors from 1024 on
     wanted: dict[int, int] = dict.fromkeys(read_fds, select.POLLIN)
     for fd in write_fds:
         wanted[fd] = wanted.get(fd, 0) | select.POLLOUT

@@ -1,7 +1,7 @@
-"""Checks of what another machine says: each takes a value and returns it as it is used, or says what was expected.
+"""Checks for data from another machine. Each check takes a value and returns it in the form in which we use it.
 
-A check raises ValueError with the words for what it expected, such as `seconds from 0 to 100`. What passes as text is
-safe to show: it holds nothing that would make a terminal do more than print it.
+If the value is wrong, the check raises ValueError with words for what it expected, such as `seconds from 0 to 100`.
+Text that passes is safe to show: it holds nothing that would make a terminal do more than print it.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ __all__ = [
     "words",
 ]
 
-Check = Callable[[Any], Any]  # of one field: the value as it is used. Raises ValueError(what was expected).
+Check = Callable[[Any], Any]  # checks one field: value -> value as used. Raises ValueError(what was expected).
 
-MOST_NAME = 255  # characters of a name: of a process, a file, an address
-MOST_WORDS = 4096  # characters of an explanation
-UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, and halves of none
-MOST_SHOWN = 80  # characters of a wrong value
+MOST_NAME = 255  # characters in a name of a process or file, or in an address
+MOST_WORDS = 4096  # characters in an explanation
+UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters and lone surrogates
+MOST_SHOWN = 80  # how many characters of a wrong value are shown
 NAME = re.compile(rf"[\x21-\x7e]{{1,{MOST_NAME}}}")
 
 
@@ -48,7 +48,7 @@ class FieldError(ValueError):
 def check_fields(
     values: Mapping[str, object], checks: Mapping[str, Check], others: Check | None = None
 ) -> dict[str, Any]:
-    """Every field of `values`, checked. Fields that `checks` does not name must pass `others`; None: there are none.
+    """Check every field of `values`. Fields that `checks` does not name must pass `others`; None allows no such fields.
 
     Raises FieldError.
     """
@@ -81,7 +81,7 @@ def read_object(text: str) -> dict[str, Any]:
 
 
 def shown(value: object) -> str:
-    """A wrong value for a message: escaped, and not too long."""
+    """A wrong value, escaped and shortened for an error message."""
     text = ascii(value) if isinstance(value, str) else repr(value)
     return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN - 1]}…"
 
@@ -122,7 +122,7 @@ def name(value: object) -> str:
 
 
 def words(value: object) -> str:
-    """Text, with control characters as escapes."""
+    """Text, in which control characters are replaced by escapes."""
     if not isinstance(value, str) or len(value) > MOST_WORDS:
         raise ValueError(f"text of at most {MOST_WORDS} characters")
     return UNSHOWN.sub(lambda found: ascii(found[0])[1:-1], value)

@@ -1,8 +1,9 @@
-"""One ssh connection to each machine, which all agents there share for as long as this process lives.
+"""One ssh connection to each machine, which all agents on it share while this process lives.
 
-OpenSSH keeps a shared connection in a process of its own, which others find by a socket. The sockets lie in a private
-folder; a keeper watches this process through a pipe, and closes the connections and removes the folder as soon as it
-ends in whatever way, SIGKILL included. One that the keeper misses ends 15 seconds after its last session.
+A separate process of OpenSSH holds a shared connection, and other ssh processes find it by a socket. The sockets are in
+a private folder. A keeper watches this process through a pipe: when this process ends in any way, even by SIGKILL, the
+keeper closes the connections and deletes the folder. If it misses a connection, that ends 15 seconds after its last
+session.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from pathlib import Path
 
 __all__ = ["SharedConnections"]
 
-# The path of a socket has at most 107 characters, and ssh adds 17 while it makes one. Elsewhere than here, ssh would
-# expand a % and split words.
+# The path of a socket may have 107 characters, and ssh adds 17 to it while it makes the socket. The path may hold only
+# these characters, because ssh would expand a % and split words.
 USABLE = re.compile(r"/[A-Za-z0-9/._-]{0,55}")
 KEEPER = """
 cat > /dev/null
@@ -28,15 +29,15 @@ rm -rf -- "$1"
 
 
 class SharedConnections:
-    """Gives the socket of the connection to each machine. The folder and its keeper are made when first needed."""
+    """Names the socket of the connection to each machine. It makes the folder and starts its keeper on first use."""
 
     def __init__(self) -> None:
         self.folder: Path | None = None
-        self._numbers: dict[tuple[str, ...], int] = {}  # of targets
+        self._numbers: dict[tuple[str, ...], int] = {}  # target -> its number
         self._keeper: subprocess.Popen[bytes] | None = None
 
     def socket_of(self, target: Sequence[str]) -> str:
-        """The path for the machine, user, port and key that the words `target` of ssh's command line name.
+        """The path of the socket for `target`: the words of ssh's command line that name machine, user, port and key.
 
         Raises OSError when no folder can be made.
         """
@@ -48,7 +49,7 @@ class SharedConnections:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 cwd="/",
-                start_new_session=True,  # Ctrl-C is for the launcher, whose end the keeper awaits
+                start_new_session=True,  # Ctrl-C must end the launcher only; the keeper waits for its end
             )
         return str(self.folder / str(self._numbers.setdefault(tuple(target), len(self._numbers))))
 

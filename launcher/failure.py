@@ -1,4 +1,4 @@
-"""What is said of a unit that failed: which of its processes it began with, and that one's last lines."""
+"""Reports the failure of a unit: finds the process that failed first, and shows its last lines."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from launcher.transport import AgentLink
 
 __all__ = ["Failure", "agent_failure", "failure_of", "has_failed", "is_settled", "process_failure", "signs_of_trouble"]
 
-USAGE = 64  # as sysexits.h has it: the command itself is at fault
-RECENT_S = 30.0  # a traceback older than this was not what a process died of
+USAGE = 64  # EX_USAGE of sysexits.h: the command itself is wrong
+RECENT_S = 30.0  # a process did not die of a traceback that is older than this
 SHOWN_LINES = 20
 TRACEBACK = "Traceback (most recent call last)"
 
 
 @dataclass(frozen=True)
 class Failure:
-    """The process with which it began, not those it pulled along. `str()` tells the whole story."""
+    """The failure of the first process that failed, not of those it pulled along. `str()` tells everything."""
 
     host: str
     process: Process | None  # None: the agent or the machine itself
     reason: str
     exit_code: int
-    last_lines: tuple[str, ...] = ()  # of its stderr; of its stdout if that is empty
+    last_lines: tuple[str, ...] = ()  # from its stderr, or from its stdout if stderr is empty
     log_folder: Path | None = None
     by_itself: bool = False  # it ended with an exit code of its own, and was not killed
-    is_final: bool = False  # it left the run by its own choice, which it would make again
-    is_cause: bool = False  # no failure of another process can have brought it about
+    is_final: bool = False  # it left the run of its own accord, and would do so again
+    is_cause: bool = False  # no failure of another process can have caused it
     advice: str | None = None
 
     def __str__(self) -> str:
@@ -45,17 +45,17 @@ class Failure:
 
     @property
     def sentence(self) -> str:
-        """The reason without the machine, for a line that names it already; for an agent with what ssh said."""
+        """The reason without the machine, for a line that already names it. For an agent, with the last line of ssh."""
         reason = self.reason.replace(f" on {self.host} ", " ", 1)
         return f"{reason} ({self.last_lines[-1].strip()})" if self.process is None and self.last_lines else reason
 
 
 def failure_of(agents: Agents) -> Failure | None:
-    """The failure with which that of a unit began, as far as it is known; None if nothing has failed.
+    """The first failure in a unit, the one that caused the others, as far as we know; None if nothing has failed.
 
-    What a process did by itself outranks what its neighbours may have made it do, in whatever order the two are heard:
-    a rank that leaves breaks the collectives of the others, and their tracebacks may arrive before its exit code.
-    Among equals, the one whose trouble began first is to blame.
+    A process that failed by itself takes precedence over one whose neighbours may have made it fail, in whatever order
+    we hear of them: a rank that leaves breaks the collectives of the others, and their tracebacks may arrive before its
+    exit code. Among equals, we blame the process whose trouble began first.
     """
     if agents.lost is not None:
         return agent_failure(agents.lost.link, agents.lost.reason)
@@ -79,11 +79,11 @@ def failure_of(agents: Agents) -> Failure | None:
 
 
 def is_settled(failure: Failure, agents: Agents, now_s: float) -> bool:
-    """Whether no process that still runs, nor a report that is still on its way, can change who is to blame.
+    """Whether no running process and no report still on its way can change which process is to blame.
 
-    A process that ended with an exit code of its own, or by abort() as C++ libraries do, may have been pulled along by
-    one that has not ended yet, or whose end has not been reported yet. One that still runs and has printed a traceback
-    may have been in trouble before all others.
+    A process may have ended with an exit code of its own, or by abort() as C++ libraries do, because another process
+    failed that has not ended yet, or whose end has not been reported yet. A process that still runs and has printed a
+    traceback may have been in trouble before all others.
     """
     running = agents.running()
     if agents.lost is not None or failure.is_cause or not running:
@@ -94,7 +94,7 @@ def is_settled(failure: Failure, agents: Agents, now_s: float) -> bool:
 
 
 def signs_of_trouble(agents: Agents, now_s: float) -> set[str]:
-    """The ends of processes and the tracebacks of those that still run: while more come, more may follow."""
+    """The signs of trouble so far: ended processes, and tracebacks of running ones. While new ones appear, wait."""
     raising = [process.name for process in agents.running() if _tracebacks_s(agents.logs, process, now_s)]
     return {*(f"{name} ended" for name in agents.exits), *(f"{name} raises" for name in raising)}
 
@@ -117,23 +117,24 @@ def process_failure(logs: Logs, process: Process, what: str, exit_code: int) -> 
 
 def has_failed(agents: Agents, name: str) -> bool:
     """Whether a process that ended did not end well."""
-    # A service may end well before the ranks do, when the workers have left it, but not without an announcement.
+    # A service may end well before the ranks do, after the workers have left it, but it must have announced itself.
     announces, end = agents.processes[name].announces, agents.exits[name]
     unannounced = announces is not None and announces not in agents.announced
     return end.status != 0 or end.missing is not None or unannounced
 
 
 def _is_cause(end: Exit) -> bool:
-    """Whether a process ended in a way that no failure of a neighbour leads to.
+    """Whether a process ended in a way that a failing neighbour cannot cause.
 
-    It said itself that it left a run that goes on, ended with exit code 0 without a word, or was killed by SIGKILL.
+    Either its exit code USAGE says that it left a run that goes on, or it was killed by SIGKILL, or it ended with exit
+    code 0 too early and without reporting that it leaves.
     """
     left_in_silence = end.missing is not None and not end.said_that_it_leaves
     return end.status in (USAGE, -signal.SIGKILL) or left_in_silence
 
 
 def _trouble_began_s(agents: Agents, process: Process) -> float:
-    """When it died, or began to print the traceback of which it then died."""
+    """When it died, or when it began to print the traceback of the error that ended it."""
     died_s = agents.exits[process.name].at_s
     return min([died_s, *_tracebacks_s(agents.logs, process, died_s)])
 
@@ -160,7 +161,7 @@ def _ran_out_of_memory(end: Exit) -> bool:
 
 
 def _advice(process: Process, end: Exit) -> str | None:
-    """What a bare SIGKILL may mean: it leaves no last words."""
+    """What a SIGKILL may mean, because a process that gets one cannot print a reason."""
     if end.status != -signal.SIGKILL:
         return None
     if end.out_of_memory:

@@ -1,7 +1,7 @@
-"""How many connections are made at once, and when one that was dropped is tried again.
+"""Limits how many connections are made at once, and says when to retry one that was dropped.
 
-An sshd lets only so many clients be at their handshake together, and drops others at random (MaxStartups, by default
-10:30:100). Behind a jump host that is one number for all machines of a run.
+An sshd limits how many clients may be in their handshake at the same time, and drops further ones at random
+(MaxStartups, by default 10:30:100). With a jump host, all machines of a run share its limit.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from math import inf
 
 __all__ = ["Gate", "delay_s"]
 
-MOST = 8.0  # fewer than the ten from which on an sshd of the usual settings drops some
-GROWTH = 0.5  # by a connection that was made
-HANDSHAKE_S = 3.0  # then it is past sshd's handshake, or will never be
+MOST = 8.0  # an sshd with default settings begins to drop connections at ten
+GROWTH = 0.5  # how much each successful connection raises the limit
+HANDSHAKE_S = 3.0  # by then, a connection is past sshd's handshake, or never will be
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 8.0
 
 
 class Gate:
-    """Admits a few at once; fewer after one was dropped, and more again with each that was not."""
+    """Admits a few connections at once: fewer after one was dropped, and more again with each that succeeds."""
 
     def __init__(self) -> None:
         self.limit = MOST
@@ -27,9 +27,9 @@ class Gate:
         self._making: dict[Hashable, Hashable] = {}  # shared connection -> who makes it
 
     def admits(self, who: Hashable, now_s: float, shared: Hashable = None) -> bool:
-        """Let `who` connect now, if that may be; returns whether it may.
+        """Whether `who` may connect now; if so, it counts as connecting.
 
-        `shared` names the connection that it shares with others, if any: one of them makes it, and the others wait
+        `shared` names the connection that it shares with others, if any. One of them makes it, and the others wait
         until that one is connected or has given up.
         """
         self._inside = {each: since_s for each, since_s in self._inside.items() if now_s < since_s + HANDSHAKE_S}
@@ -42,7 +42,7 @@ class Gate:
 
     @property
     def next_s(self) -> float:
-        """When to ask again, though nobody has left; inf: only when somebody has."""
+        """When to ask again even if nobody has left; inf: only after somebody has left."""
         return min(self._inside.values(), default=inf) + HANDSHAKE_S
 
     def connected(self, who: Hashable) -> None:
@@ -53,17 +53,21 @@ class Gate:
         self._leaves(who)
 
     def dropped(self, who: Hashable) -> None:
-        """An sshd that has too many connections dropped this one."""
+        """An sshd dropped this connection because it has too many."""
         self._leaves(who)
         self.limit = max(1.0, self.limit / 2)
 
     def _leaves(self, who: Hashable) -> bool:
-        """Returns whether it was still counted among those who are connecting."""
+        """Stop counting `who` as connecting. Returns whether it was still counted."""
         self._making = {shared: maker for shared, maker in self._making.items() if maker != who}
         return self._inside.pop(who, None) is not None
 
 
 def delay_s(attempts: int) -> float:
-    """How long to wait after so many attempts: longer each time, and not as long as others that were dropped too."""
+    """How long to wait after this number of attempts.
+
+    The wait grows with each attempt, and is random, so that connections that were dropped together do not all come back
+    together.
+    """
     longest_s = min(LONGEST_DELAY_S, FIRST_DELAY_S * 2.0 ** (attempts - 1))
     return random.uniform(longest_s / 2, longest_s)

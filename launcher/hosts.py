@@ -1,9 +1,10 @@
-"""Which machines: `--hosts a:4,b:4` and hostfiles as Horovod, Open MPI, DeepSpeed and CNTK write them.
+"""Reads the list of machines: `--hosts a:4,b:4`, or a hostfile as Horovod, Open MPI, DeepSpeed and CNTK write it.
 
     [user@]host[:N] [slots=N] [max_slots=N] [ssh_port=P] [# comment]
 
-An IPv6 address stands in brackets, `[fe80::1]:4`. A host without a number of slots gets as many as it has GPUs, else 1.
-Node files of PBS, LSF and Open MPI name a host once for each of its slots: where one is repeated, a name is one slot.
+Write an IPv6 address in brackets, `[fe80::1]:4`. A host without a number of slots gets one slot per GPU, or 1 if it has
+none. Node files of PBS, LSF and Open MPI name a host once for each of its slots: if any host is repeated, each line is
+one slot.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from pathlib import Path
 
 __all__ = ["Host", "HostsError", "parse_hostfile", "parse_hosts"]
 
-MOST_SLOTS = 1024  # per host; more is a typing mistake
+MOST_SLOTS = 1024  # per host; a larger number is a typing mistake
 KEYS = {"slots": "slots", "max_slots": "max_slots", "max-slots": "max_slots", "ssh_port": "ssh_port"}
 
-# A name cannot begin with "-" (ssh would take it for an option) nor hold "/" (it names a log folder).
+# A name cannot begin with "-", because ssh would take it for an option, nor hold "/", because it names a log folder.
 NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?")
 USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\$?")
 SCOPE = re.compile(r"[A-Za-z0-9._-]+")
@@ -32,15 +33,15 @@ class HostsError(ValueError):
 
 @dataclass(frozen=True)
 class Host:
-    """One machine. `str()` gives it back as a hostfile line."""
+    """One machine. `str()` returns its line in a hostfile."""
 
     name: str
-    slots: int | None = None  # ranks it may hold; None: its GPUs, else 1
+    slots: int | None = None  # how many ranks it may hold; None: one per GPU, or 1
     user: str | None = None
     ssh_port: int | None = None
     max_slots: int | None = None
     devices: tuple[int, ...] | None = None  # which of its slots are used (--include, --exclude); None: the first ones
-    place: str = field(default="", compare=False, repr=False)  # where it was named, for a message
+    place: str = field(default="", compare=False, repr=False)  # where the user named it, for error messages
 
     def __str__(self) -> str:
         words = [f"{self.user}@" if self.user else "", f"[{self.name}]" if ":" in self.name else self.name]
@@ -62,7 +63,10 @@ def parse_hosts(text: str) -> tuple[Host, ...]:
 
 
 def parse_hostfile(path: str | Path) -> tuple[Host, ...]:
-    """Parse a hostfile (grammar at the head of this module). Raises HostsError, also for a file that cannot be read."""
+    """Parse a hostfile, whose grammar stands at the top of this module.
+
+    Raises HostsError for a wrong line, and for a file that cannot be read.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -144,7 +148,10 @@ def _number(text: str, key: str, place: str) -> int:
 
 
 def _count_slots(hosts: Iterable[Host]) -> tuple[Host, ...]:
-    """Each host once. One that is named several times, without a number, has so many slots; then any other has one."""
+    """Merge repeated hosts. If any host is repeated, each host without a number has one slot for each time it is named.
+
+    Raises HostsError.
+    """
     named: dict[str, list[Host]] = {}
     for host in hosts:
         named.setdefault(host.name.lower(), []).append(host)
@@ -161,7 +168,7 @@ def _count_slots(hosts: Iterable[Host]) -> tuple[Host, ...]:
 
 
 def _check_repeats(first: Host, other: Host) -> None:
-    """Raises HostsError for a host that is named again and otherwise, or with a number of slots."""
+    """Raises HostsError if a repeated host has a number of slots, or differs from its first mention."""
     if first.slots is not None or replace(first, name=other.name) != other:
         raise HostsError(
             f"{other.name} is named twice: {first.place} and {other.place}; write it once, with all its slots, or "

@@ -1,4 +1,4 @@
-"""One life of a unit: from the connection to its machines to the moment when nothing of it is left there."""
+"""One life of a unit: from connecting to its machines until nothing of it is left on them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from launcher.transport import AgentCommand, TransportError
 
 __all__ = ["Life", "RunContext", "Timeouts"]
 
-SETTLE_S = 3.0  # after the last sign of trouble: for the process with which it began to end, and be reported, too…
-LONGEST_SETTLE_S = 20.0  # …and after the first sign
-AGENT_END_S = 15.0  # after the grace: for SIGKILL to work, the pipes to empty and the agent to end…
-SLOWEST_BYTES_PER_S = 1 << 16  # …and so much longer as the returned files take at this rate
+# When trouble began, the process that caused it may not have been reported yet. Wait for it…
+SETTLE_S = 3.0  # …until this long after the last sign of trouble…
+LONGEST_SETTLE_S = 20.0  # …but no longer than this after the first sign
+AGENT_END_S = 15.0  # time after the grace for SIGKILL to work, the pipes to empty and the agent to end…
+SLOWEST_BYTES_PER_S = 1 << 16  # …plus the time that the returned files take at this rate
 
 
 @dataclass(frozen=True)
@@ -34,28 +35,29 @@ class Timeouts:
 
 @dataclass
 class RunContext:
-    """What the lives of a run have in common."""
+    """What all lives of a run share."""
 
     plan: Plan
     logs: Logs
     agent_command: AgentCommand
     timeouts: Timeouts
     gate: Gate = field(default_factory=Gate)
-    announced: dict[str, str] = field(default_factory=dict)  # by services, for the ranks' environment
-    everybody_answered: bool = False  # before that, nothing is started anywhere
+    announced: dict[str, str] = field(default_factory=dict)  # what services announced, for the ranks' environment
+    everybody_answered: bool = False  # until this is True, no process is started
     last_incarnation: int = 0
 
     def next_incarnation(self) -> int:
-        """Higher than all before, those of a run that goes on after its launcher died included: it is the clock.
+        """A number above all earlier ones, even those of a former launcher of this run, because it is the clock's time.
 
-        Where a clock was ahead of this one, the server says so, and the worker takes the next number itself.
+        If the former launcher's clock was ahead of ours, the server says so, and the worker takes the next number
+        itself.
         """
         self.last_incarnation = max(self.last_incarnation + 1, time.time_ns() // 1_000_000)
         return self.last_incarnation
 
 
 class _Wait(NamedTuple):
-    """A life goes on when the condition holds, and fails when it does not in time."""
+    """The life goes on when the condition holds, and fails if it does not hold in time."""
 
     condition: Callable[[], bool]
     timeout_s: float = inf
@@ -63,7 +65,7 @@ class _Wait(NamedTuple):
 
 
 class Life:
-    """`advance` plays its story as far as it goes; `failure` says when it cannot go on; `end` ends it, at any time."""
+    """One life. `advance` takes it one step further; `failure` says why it cannot go on; `end` ends it at any time."""
 
     def __init__(self, unit: Unit, around: RunContext, number: int) -> None:
         """`number` counts the lives of the unit from 1."""
@@ -72,14 +74,14 @@ class Life:
         self.up = False  # all its processes were started
         self.ended = False  # all of them ended well
         self.ending = False
-        self.next_s = inf  # when to look at it again, though nothing was heard
+        self.next_s = inf  # when to look at it again even if nothing was heard
         self._story = self._tell()
         self._wait: _Wait | None = None
         self._wait_until_s = inf
         self._overdue: Failure | None = None
         self._trouble_s = inf  # when the failure was first seen
-        self._signs: set[str] = set()  # of trouble, so far…
-        self._quiet_since_s = -inf  # …and when the last one came
+        self._signs: set[str] = set()  # the signs of trouble so far…
+        self._quiet_since_s = -inf  # …and when the last of them came
         self._end_by_s = inf
 
     # The story
@@ -126,7 +128,10 @@ class Life:
             self.agents.start(process, env, plan.cwd, self._command(process), folder)
 
     def _folder(self, process: Process) -> str:
-        """One for a group on each of its machines; two of these may see the same temporary files."""
+        """The name of the folder for returned files: one for each group and machine.
+
+        The machine's number is part of it, because two machines may share their temporary files.
+        """
         name = f"danaz-{self.around.plan.run_id}-{process.group or process.name}"
         number = self.unit.hosts.index(process.host)
         return f"{name}.{number}" if number else name
@@ -139,7 +144,7 @@ class Life:
 
     @property
     def answered(self) -> bool:
-        """Whether an agent is there on each of its machines."""
+        """Whether the agent on each of its machines has answered."""
         links = self.agents.links
         return len(links) == len(self.unit.hosts) and all(link.said_hello for link in links.values())
 
@@ -157,7 +162,7 @@ class Life:
     # What becomes of it
 
     def advance(self, now_s: float) -> bool:
-        """Go on in the story, if what it waits for has come. Returns whether it did."""
+        """Take the next step if the condition that it waits for holds. Returns whether it did."""
         if self.ended or self.ending:
             return False
         if self._wait is not None and not self._wait.condition():
@@ -169,7 +174,7 @@ class Life:
         return True
 
     def failure(self, now_s: float) -> Failure | None:
-        """Why it cannot go on, once it is clear with what that began, or nothing more was heard for a while."""
+        """Why it cannot go on. None until the first cause is clear, or no further sign of trouble came for a while."""
         failure = failure_of(self.agents) or self._overdue
         if failure is None or self.ending or self.ended:
             return None
@@ -183,23 +188,24 @@ class Life:
     # The end
 
     def end(self, now_s: float, grace_s: float, keep_files: bool = False) -> None:
-        """End every process of it. A second call can only make it quicker."""
+        """End all its processes. A second call can only bring the end forward."""
         by_s = now_s + grace_s + AGENT_END_S
         self.next_s = self._end_by_s = min(self._end_by_s, by_s)
         self.ending = True
         self.agents.stop(grace_s, keep_files)
 
     def is_gone(self, now_s: float) -> bool:
-        """Whether nothing of it is left; or the time is over, and the way to it is cut, which its agent will notice.
+        """Whether nothing of it is left, or its time is over.
 
-        The time is longer where files are returned: a model may be large.
+        When the time is over, the caller cuts the connection, and the agent notices that. Returned files extend the
+        time, because a model may be large.
         """
         if self.ending:
             self.next_s = self._end_by_s + self.agents.returned_bytes / SLOWEST_BYTES_PER_S
         return self.ending and (not self.agents.busy_links() or now_s >= self.next_s)
 
     def close(self, now_s: float) -> None:
-        """Leave its agents, which end by that if they have not yet."""
+        """Close the connections to its agents, which makes them end if they have not yet."""
         for process in self.agents.running():
             self.around.logs.close(process)
         self.agents.close(max(now_s, min(self._end_by_s, now_s + AGENT_END_S)))

@@ -1,5 +1,5 @@
-"""Where the output of a run goes: to `<run>/logs/<host>/<process>/stdout` and `stderr` as it was written, and to the
-terminal line by line, each with its process in front: `[host:rank] `."""
+"""Handles the output of a run. It goes unchanged to `<run>/logs/<host>/<process>/stdout` and `stderr`, and line by line
+to the terminal, where the process stands in front of each line: `[host:rank] `."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from launcher.plan import Process
 
 __all__ = ["Echo", "Logs", "Terminal", "printable", "quiet"]
 
-Echo = Callable[[Process, str, str], None]  # process, "stdout" or "stderr", one line without its end
+Echo = Callable[[Process, str, str], None]  # process, "stdout" or "stderr", one line without its line break
 
 NAME = "[A-Za-z0-9_][A-Za-z0-9._-]*"
 RETURNED_NAME = re.compile(f"(?:{NAME}/)?{NAME}")
@@ -64,12 +64,12 @@ class LineSplitter:
 
 
 def _as_text(line: bytes | bytearray) -> str:
-    # A carriage return goes back to the start of the line, as progress bars do: what was written last is what shows.
+    # Progress bars use a carriage return to go back to the start of the line: show only what was written last.
     return printable(line.rstrip(b"\r").rpartition(b"\r")[2].decode("utf-8", "backslashreplace"))
 
 
 def printable(text: str) -> str:
-    """`text` without anything that would have the terminal do more than show it; colours stay, and end with it."""
+    """`text` without anything that makes a terminal do more than show it. Colours stay, and are reset at the end."""
     shown = CONTROL.sub(r"\1", text)
     colours = COLOUR.findall(shown)
     return shown if not colours or colours[-1] == RESET else shown + RESET
@@ -83,7 +83,7 @@ class Logs:
         self.echo = echo
         self._splitters: dict[tuple[str, str], LineSplitter] = {}
         self._tails: dict[tuple[str, str], deque[Line]] = {}
-        self._incomplete: set[str] = set()  # returned files of which a piece has come
+        self._incomplete: set[str] = set()  # returned files that have arrived in part
         self.lost_files: list[str] = []  # returned files that could not be kept
         self.missing_output: str | None = None  # why some of the output is not in the logs
         self._news: list[str] = []
@@ -92,7 +92,7 @@ class Logs:
         return self.run_folder / process.log_folder
 
     def open(self, process: Process) -> None:
-        """Make the log files of a process that is about to start. Raises OSError, unless it was started before."""
+        """Make the log files of a process that is about to start. Raises OSError if it starts for the first time."""
         known = (process.name, "stdout") in self._splitters
         for stream in ("stdout", "stderr"):
             self._splitters[process.name, stream] = LineSplitter()
@@ -108,7 +108,7 @@ class Logs:
             self._miss_output(error)
 
     def write(self, process: Process, stream: str, data: bytes) -> list[str]:
-        """Keep and show a piece of output, which on a full disk is shown only. Returns the lines that it completed."""
+        """Keep and show a piece of output; on a full disk, only show it. Returns the lines that it completed."""
         try:
             with (self.folder(process) / stream).open("ab") as file:
                 file.write(data)
@@ -122,9 +122,10 @@ class Logs:
             self._news.append(f"{self.missing_output}. The run goes on, and what fits again is kept")
 
     def keep_file(self, name: str, data: bytes, last: bool) -> None:
-        """Keep a piece of a file that a process returned; with the last piece it appears in the run folder.
+        """Keep a piece of a file that a process returned. With the last piece, the file appears in the run folder.
 
-        A file that cannot be written is in `lost_files`. Raises ValueError for a name that leads out of the folder.
+        A file that cannot be written is added to `lost_files`. Raises ValueError for a name that leads out of the
+        folder.
         """
         if not RETURNED_NAME.fullmatch(name):
             raise ValueError(f"a process returned a file of the name {name!r}")
@@ -146,7 +147,7 @@ class Logs:
             self._incomplete.remove(name)
 
     def _keep_piece(self, path: Path, part: Path, data: bytes, begins: bool) -> None:
-        """Raises OSError, also where a link would lead elsewhere."""
+        """Write a piece. Raises OSError, also if a link would lead out of the run folder."""
         path.parent.mkdir(exist_ok=True)
         if path.parent.is_symlink() and path.parent != self.run_folder:
             raise NotADirectoryError(errno.ENOTDIR, "its folder is a link", str(path.parent))
@@ -157,16 +158,16 @@ class Logs:
             file.write(data)
 
     def note(self, sentence: str) -> None:
-        """Something for the reader."""
+        """Add a sentence for the user."""
         self._news.append(sentence)
 
     def take_news(self) -> list[str]:
-        """What is new for the reader: that output cannot be kept, once, and each file that cannot."""
+        """New sentences for the user: that output cannot be kept (once), and each file that cannot be kept."""
         news, self._news = self._news, []
         return news
 
     def close(self, process: Process) -> None:
-        """The process has ended: show lines without an end."""
+        """The process has ended: show its last lines even if they lack a line break."""
         for (name, stream), splitter in self._splitters.items():
             if name == process.name:
                 self._show(process, stream, splitter.flush())
@@ -182,7 +183,7 @@ class Logs:
 
 
 class Terminal:
-    """Shows the lines of all processes, with a colour for each host on a terminal."""
+    """Shows the lines of all processes. On a terminal, each host has a colour."""
 
     def __init__(self, out: TextIO | None = None, err: TextIO | None = None) -> None:
         self.streams = {"stdout": out or sys.stdout, "stderr": err or sys.stderr}
@@ -197,7 +198,7 @@ class Terminal:
         try:
             file.write(text.encode(encoding, "backslashreplace").decode(encoding))
             file.flush()
-        except OSError:  # `… | head`, or a terminal that was closed: the run goes on, its logs are kept all the same
+        except OSError:  # `… | head`, or a closed terminal: the run goes on, and its logs are still kept
             del self.streams[stream]
 
     def _prefix(self, process: Process, file: TextIO) -> str:

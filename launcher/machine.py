@@ -1,4 +1,4 @@
-"""What a plan must know of a machine."""
+"""Facts about a machine that a plan needs."""
 
 from __future__ import annotations
 
@@ -25,18 +25,21 @@ IFREQ = struct.Struct("16s2xH4s16x")  # name, then a sockaddr_in: family (skippe
 
 @dataclass(frozen=True)
 class Machine:
-    """The default is a machine of which nothing is known: its ranks get one thread each, as torchrun does it."""
+    """What we know about a machine. The default is an unknown one: each rank gets one thread, as with torchrun."""
 
     cores: int = 1
     gpus: int = 0
-    address: str | None = None  # where other machines reach it; None: its host name
+    address: str | None = None  # at which other machines reach it; None: its host name
     interface: str | None = None  # the network interface of that address, for gloo
     interfaces: Mapping[str, str] = field(default_factory=dict)  # each of its addresses, IPv4 first -> interface
-    identity: str | None = None  # the same under all its names, and of no other machine; None: unknown
+    identity: str | None = None  # the same for all its names, unique to it; None: unknown
 
 
 def this_machine() -> Machine:
-    """The cores this process may use and the GPUs it may see, asked without CUDA (which a launcher must not start)."""
+    """This machine: the cores that this process may use and the GPUs that it may see.
+
+    It does not ask CUDA, because a launcher must not start CUDA.
+    """
     interfaces = {**_interfaces(), **_ipv6_interfaces()}
     return Machine(
         cores=len(os.sched_getaffinity(0)), gpus=_count_gpus(), interfaces=interfaces, identity=_identity(interfaces)
@@ -44,9 +47,9 @@ def this_machine() -> Machine:
 
 
 def _identity(addresses: Iterable[str]) -> str | None:
-    """A boot of a kernel; and on it a container, which has its own processes, network or host name.
+    """Identifies the boot of a kernel, and a container on it, which has its own processes, network or host name.
 
-    With its addresses, for virtual machines that go on from one snapshot share all the rest.
+    The addresses are included, because virtual machines that continue from one snapshot share everything else.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -57,7 +60,7 @@ def _identity(addresses: Iterable[str]) -> str | None:
 
 
 def local_machines(hosts: Iterable[Host]) -> dict[str, Machine]:
-    """What is known of those hosts that are this machine, for `plan`."""
+    """The facts, for `plan`, about those hosts that are this machine."""
     return {host.name: this_machine() for host in hosts if is_this_machine(host.name)}
 
 
@@ -85,7 +88,7 @@ def _interfaces() -> dict[str, str]:
 
 
 def _ipv6_interfaces() -> dict[str, str]:
-    """Every IPv6 address and its network interface, but for those that mean something on one link only (fe80::…)."""
+    """Every IPv6 address and its network interface, except link-local ones (fe80::…), valid on one link only."""
     try:
         lines = Path("/proc/net/if_inet6").read_text().splitlines()
     except FileNotFoundError:  # a kernel without
@@ -96,9 +99,9 @@ def _ipv6_interfaces() -> dict[str, str]:
 
 
 def source_address(destination: str | None) -> str | None:
-    """This machine's address on the route to another, without a packet sent; None where there is no route.
+    """This machine's address on the route to another; None if there is no route. No packet is sent.
 
-    IPv4, unless an IPv6 address is given.
+    The address is IPv4, unless an IPv6 address is given.
     """
     if destination is None:
         return None
@@ -113,7 +116,7 @@ def source_address(destination: str | None) -> str | None:
 
 
 def is_loopback(name: str) -> bool:
-    """Whether a host is called by a name that no other machine can use: localhost, 127.x or ::1."""
+    """Whether the name means this machine on every machine: localhost, 127.x or ::1."""
     try:
         return ipaddress.ip_address(name).is_loopback
     except ValueError:
@@ -121,14 +124,15 @@ def is_loopback(name: str) -> bool:
 
 
 def in_url(address: str) -> str:
-    """As it stands in front of a port: an IPv6 address in brackets."""
+    """The address as written before a port: an IPv6 address gets brackets."""
     return f"[{address}]" if ":" in address else address
 
 
 def is_this_machine(name: str) -> bool:
-    """By a name of loopback, by an address of its own, or by its host name, with a domain or without.
+    """Whether the name is a loopback name, one of this machine's addresses, or its host name with or without a domain.
 
-    With another domain than the host name has, the name must lead here: a machine elsewhere may be called alike.
+    If the domain differs from the host name's own, the name must resolve to this machine, because a machine elsewhere
+    may have the same short name.
     """
     own, name = socket.gethostname().lower(), name.lower()
     short = own.partition(".")[0]
@@ -154,7 +158,7 @@ def _is_own_address(text: str) -> bool:
 
 @cache
 def _resolve(name: str) -> tuple[str, ...]:
-    """The addresses of a name; none if it has none. Asked once: where no DNS answers, that takes seconds."""
+    """The addresses of a name, or an empty tuple. The answer is cached: if no DNS answers, asking takes seconds."""
     try:
         found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):

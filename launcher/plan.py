@@ -1,7 +1,7 @@
 """Hosts -> processes. Pure: the same arguments give the same plan, and nothing is started or looked up.
 
-A *world* is the ranks that form one Horovod world. Asynchronous algorithms have a world per worker, synchronous SGD has
-one over everything. A host's slots make one worker, or `workers_per_host` of them.
+A *world* is the set of ranks that form one Horovod world. Asynchronous algorithms have one world per worker;
+synchronous SGD has a single world for all ranks. The slots of a host form one worker, or `workers_per_host` workers.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ __all__ = [
 ]
 
 LAUNCHING_MACHINE = Host("localhost")
-# As the first word of a command: the Python that runs the agent there. `{python} -m MODULE` runs a module of ours, and
-# it imports nothing from the working directory.
+# As the first word of a command, it stands for the Python that runs the agent there. `{python} -m MODULE` runs one of
+# our modules, without importing anything from the working directory.
 PYTHON = "{python}"
-INTERFACE_VARIABLES = ("HOROVOD_GLOO_IFACE", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")  # what travels goes before
+INTERFACE_VARIABLES = ("HOROVOD_GLOO_IFACE", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")  # `env` wins
 FOUND_LATER = ("HOROVOD_GLOO_RENDEZVOUS_PORT", "MASTER_PORT", "DANAZ_INCARNATION", "DANAZ_SECRET_FD")
-ANNOUNCED = "{announced}"  # in the command of a service's restart: what it announced at first
+ANNOUNCED = "{announced}"  # in the command that restarts a service: the value it first announced
 
 
 class PlanError(ValueError):
@@ -46,9 +46,9 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True)
 class Returns:
-    """What a process brings into the run folder: it leaves it in a folder on its machine that `variable` names.
+    """The files that a process brings into the run folder. It leaves them in a folder that `variable` names to it.
 
-    Nothing else is taken from it: each of `files` is a regular expression for a whole path within the run folder.
+    Each of `files` is a regular expression for a whole path within the run folder. No other files are accepted.
     """
 
     variable: str
@@ -57,16 +57,16 @@ class Returns:
 
 @dataclass(frozen=True)
 class Service:
-    """A process that runs beside the ranks, started before them.
+    """A process that runs beside the ranks and is started before them.
 
-    When `announces` is a name, such as DANAZ_SERVER, its stdout must hold a line `DANAZ_SERVER=value`; every rank finds
-    that value in its environment. With `returns`, the files it leaves in a folder of its own on its machine are brought
-    into the run folder. `secret` is what it
-    can read from the file descriptor that DANAZ_SECRET_FD names: it travels, and stays in memory. With `again`, the
-    command that goes on where it was killed, it can be started again in the midst of a run: with the same folder, and
-    ANNOUNCED in that command being what it announced. Services of one `group` fail and start again together, and what
-    those on one machine return lies in one folder. When `begins` is a name, the run has not begun before its stdout
-    holds a line `NAME=…`: until then it waits for all workers.
+    When `announces` is a name, such as DANAZ_SERVER, the service must print a line `DANAZ_SERVER=value` on stdout, and
+    every rank finds that value in its environment. With `returns`, the files that it leaves in a folder of its own on
+    its machine are brought into the run folder. The service reads `secret` from the file descriptor that
+    DANAZ_SECRET_FD names; the secret is sent to its machine and is only ever held in memory. `again` is the command
+    that continues from where the service was killed. With it, the service can be restarted during a run: it gets the
+    same folder, and ANNOUNCED in the command is replaced by the value it first announced. Services of one `group` fail
+    and restart together, and those on one machine return their files in one folder. When `begins` is a name, the run
+    begins when the service prints a line `NAME=…` on stdout; until then it waits for all workers.
     """
 
     name: str
@@ -75,16 +75,16 @@ class Service:
     returns: Returns | None = None
     env: Mapping[str, str] = field(default_factory=dict)
     host: Host = LAUNCHING_MACHINE
-    cwd: str | None = None  # None: that of the plan
+    cwd: str | None = None  # None: the plan's
     secret: str | None = field(default=None, repr=False)
     again: Sequence[str] = ()
     begins: str | None = None
-    group: str = ""  # by default one alone
+    group: str = ""  # by default the service is a group by itself
 
 
 @dataclass(frozen=True)
 class World:
-    """The ranks of one Horovod world meet on the machine of its first rank; the ports are found there, by its agent."""
+    """The ranks of one Horovod world meet on the machine of its first rank, and the agent there finds free ports."""
 
     index: int
     host: Host
@@ -94,7 +94,7 @@ class World:
 
 @dataclass(frozen=True)
 class Process:
-    """One process to start, in the environment of its machine's agent, plus `Plan.env`, plus `env`."""
+    """One process to start. Its environment is that of its machine's agent, plus `Plan.env`, plus `env`."""
 
     name: str  # "rank.3", or a service's name: unique in the run
     host: Host
@@ -105,31 +105,31 @@ class Process:
     announces: str | None = None
     returns: Returns | None = None
     cwd: str | None = None
-    defaults: Mapping[str, str] = field(default_factory=dict)  # what its machine may set otherwise
+    defaults: Mapping[str, str] = field(default_factory=dict)  # its machine may override these
     secret: str | None = field(default=None, repr=False)
     again: tuple[str, ...] = ()
     begins: str | None = None
     group: str = ""  # of services; its unit's name
-    milestones: Mapping[str, str] = field(default_factory=dict)  # in their order, with the words for a missing one
+    milestones: Mapping[str, str] = field(default_factory=dict)  # in order; milestone -> what to say if missing
 
     def missing(self, reached: Collection[str]) -> str | None:
-        """What it left undone, if it ends now: the words of the first milestone that it has not reached."""
+        """What it left undone if it ends now: the words for the first milestone that it has not reached, or None."""
         return next((words for milestone, words in self.milestones.items() if milestone not in reached), None)
 
     @property
     def label(self) -> str:
-        """What stands before its lines on the terminal: host:rank."""
+        """The prefix of its lines on the terminal: host:rank."""
         return f"{self.host.name}:{self.name if self.rank is None else self.rank}"
 
     @property
     def log_folder(self) -> PurePosixPath:
-        """Where its stdout and stderr are kept, relative to the run folder."""
+        """The folder of its stdout and stderr, relative to the run folder."""
         return PurePosixPath("logs", self.host.name, self.name)
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What starts, fails and is started again together: a service or a group of them, or the ranks of one world."""
+    """Processes that start, fail and restart together: a service, a group of services, or the ranks of one world."""
 
     name: str  # "server", "worker 1": unique in the run
     processes: tuple[Process, ...]
@@ -141,7 +141,7 @@ class Unit:
 
     @property
     def label(self) -> str:
-        """With its machine, if it is one."""
+        """Its name, with its machine if all its processes are on one."""
         return f"{self.name} on {self.hosts[0].name}" if len(self.hosts) == 1 else self.name
 
 
@@ -155,7 +155,7 @@ class Plan:
     workers: int
     cwd: str
     env: Mapping[str, str] = field(repr=False)  # may hold secrets: never printed
-    run_id: str = ""  # unique on every machine: names the folders there of what is returned
+    run_id: str = ""  # unique on every machine; it names the folders of returned files there
 
     @property
     def units(self) -> tuple[Unit, ...]:
@@ -173,16 +173,17 @@ class Plan:
 
     @property
     def concludes(self) -> frozenset[str]:
-        """The processes of which the first good end is the end of the run: its services.
+        """The processes that conclude the run: it is over when the first of them ends well.
 
-        Without any, that is the first rank's, if its milestones tell a good end from an early one.
+        These are the services. Without services, it is the first rank, provided that it has milestones, which tell a
+        good end from an early one.
         """
         first = {rank.name for rank in self.ranks[:1] if rank.milestones}
         return frozenset({service.name for service in self.services} or first)
 
     @property
     def hosts(self) -> tuple[Host, ...]:
-        """Every machine that has something to do, once."""
+        """Every machine that runs a process, each once."""
         return tuple({process.host.name: process.host for process in (*self.services, *self.ranks)}.values())
 
     def describe(self) -> str:
@@ -210,7 +211,7 @@ class Plan:
 
 
 class _Seat(NamedTuple):
-    """A rank's place before its world is known: every number that does not depend on the world."""
+    """A rank's place as far as it does not depend on the rank's world."""
 
     host: Host
     worker: int  # on the cluster
@@ -234,13 +235,14 @@ def plan(
     run_id: str = "",
     milestones: Mapping[str, str] | None = None,
 ) -> Plan:
-    """Lay one rank into every slot of every host.
+    """Put one rank into every slot of every host.
 
-    `env` is what travels to every process (it may choose network interfaces, but no process's place), `machines` what
-    is known of each host by its name (cores, GPUs, address), `first_rank_returns` as `Service.returns`, for rank 0;
-    `secrets` as `Service.secret`, one for the first rank of each world. Workers are counted from `first_worker`;
-    `run_id` names the run on other machines. A rank that ends with exit code 0 has failed all the same unless it
-    reached every one of the `milestones`, each with the words for a rank that did not. Raises PlanError.
+    `env` is sent to every process; it may choose network interfaces, but not set a process's place. `machines` says by
+    name what is known about each host (cores, GPUs, address). `first_rank_returns` is like `Service.returns`, for rank
+    0. `secrets` are like `Service.secret`, one for the first rank of each world. Worker numbers start at
+    `first_worker`. `run_id` names the run on other machines. `milestones` maps each milestone to the words for a rank
+    that did not reach it: a rank that ends with exit code 0 has failed unless it reached all of them.
+    Raises PlanError.
     """
     if not command:
         raise PlanError("there is no command to run; write it after --, for example: -- python train.py")
@@ -287,7 +289,7 @@ def plan(
 
 
 def slots_of(host: Host, machines: Mapping[str, Machine]) -> int:
-    """How many ranks a host gets: what was written, else its GPUs, else 1."""
+    """How many ranks a host gets: the number the user wrote, or the number of its GPUs, or 1."""
     if host.slots is not None:
         return host.slots
     slots = max(1, machines.get(host.name, Machine()).gpus)
@@ -306,7 +308,7 @@ def _seats(hosts: Sequence[Host], workers_per_host: int, machines: Mapping[str, 
                 f"give it more slots ({host.name}:{workers_per_host}) or ask for fewer workers per host"
             )
         for slot in range(slots):
-            # slot s of S belongs to the worker that a split as even as can be, the larger parts first, gives it
+            # The slots are split among the workers as evenly as possible, and the larger parts come first.
             small, larger = divmod(slots, workers_per_host)
             within = slot // (small + 1) if slot < larger * (small + 1) else (slot - larger) // small
             seats.append(_Seat(host, number * workers_per_host + within, slot, slots))
@@ -335,7 +337,7 @@ def _worker_env(seat: _Seat, first_worker: int) -> dict[str, str]:
 
 
 def _world_env(rank: int, members: Sequence[_Seat], world: World) -> dict[str, str]:
-    """A rank's place in its world, in Horovod's words and in torchrun's."""
+    """A rank's place in its world, in the variables of Horovod and of torchrun."""
     seat = members[rank]
     local: dict[str, list[int]] = {}  # host name -> its ranks in this world
     for other, member in enumerate(members):
@@ -369,9 +371,9 @@ def _meeting_env(seat: _Seat, world: World) -> dict[str, str]:
 
 
 def _way_env(seat: _Seat, world: World, machines: Mapping[str, Machine]) -> dict[str, str]:
-    """The network interface to the others, on which gloo and NCCL also listen: inside a machine, loopback alone.
+    """The variables that name the network interface to the other ranks, on which gloo and NCCL also listen.
 
-    Without one, gloo would resolve the host's name, often to 127.0.1.1.
+    Inside one machine, that is loopback. Without a name, gloo would resolve the host's name, often to 127.0.1.1.
     """
     across = not is_loopback(world.address)
     interface = machines.get(seat.host.name, Machine()).interface if across else "lo"
@@ -379,7 +381,7 @@ def _way_env(seat: _Seat, world: World, machines: Mapping[str, Machine]) -> dict
 
 
 def _check_is_free(env: Mapping[str, str], place: Mapping[str, str], services: Sequence[Service]) -> None:
-    """Raises PlanError if what travels would change a process's place, which is the plan's."""
+    """Raises PlanError if `env` would set a variable that only the plan may set, such as a process's place."""
     announced = {service.announces for service in services if service.announces}
     taken = sorted(env.keys() & {*place, *FOUND_LATER, *announced})
     if taken:
@@ -390,7 +392,10 @@ def _check_is_free(env: Mapping[str, str], place: Mapping[str, str], services: S
 
 
 def _defaults(seat: _Seat, machines: Mapping[str, Machine]) -> dict[str, str]:
-    """A fair share of the cores (torch would start a thread per core in every rank), and output as it is written."""
+    """Default variables: threads for a fair share of the cores, and unbuffered output.
+
+    Without the first, torch would start a thread per core in every rank.
+    """
     cores = machines.get(seat.host.name, Machine()).cores
     return {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(max(1, cores // seat.slots))}
 

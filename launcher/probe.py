@@ -1,6 +1,6 @@
-"""What a machine finds out about its way to the hub: `python -m launcher.probe`, started there by `survey`.
+"""The probe, `python -m launcher.probe`: `survey` starts it on each machine, and it tests the connection to the hub.
 
-The hub is the machine that all others connect to, that of the server or of rank 0.
+The hub is the machine that all others connect to: that of the server or of rank 0.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ __all__ = ["FIELDS", "HUB", "way_to_hub"]
 
 HUB = "LAUNCHER_HUB"  # address:port, where something listens
 TIMEOUT_S = 5.0
-FIELDS = {"address": optional(address), "unreachable": optional(words)}  # of what `way_to_hub` returns, checked here
+FIELDS = {"address": optional(address), "unreachable": optional(words)}  # how to check what `way_to_hub` returns
 
 
 def way_to_hub() -> dict[str, str | None]:
-    """`address`: our own on the route to the hub; `unreachable`: why we cannot connect to it, None if we can."""
+    """`address`: our own on the route to the hub; `unreachable`: why we cannot connect to the hub, None if we can."""
     address, _, port = os.environ[HUB].rpartition(":")
     try:
         with socket.create_connection((address, int(port)), TIMEOUT_S) as probe:

@@ -1,4 +1,4 @@
-"""What Linux offers for ending a process tree whole: parent-death signals, sub-reapers and /proc."""
+"""Ends whole process trees by the means of Linux: parent-death signals, sub-reapers and /proc."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ PR_SET_CHILD_SUBREAPER = 36
 
 VMSTAT = "/proc/vmstat"
 
-# Loaded once here: die_with_parent runs between fork and exec, where nothing may wait for a lock.
+# Load it here, once, because die_with_parent runs between fork and exec, where nothing may wait for a lock.
 _prctl = ctypes.CDLL(None, use_errno=True).prctl
 
 
 def die_with_parent(signum: int) -> None:
-    """Have the kernel send this process `signum` when the thread that started it ends; kept over exec, not fork."""
+    """Make the kernel send `signum` to this process when the thread that started it ends.
+
+    The setting survives exec, but not fork.
+    """
     _check(_prctl(PR_SET_PDEATHSIG, signum, 0, 0, 0))
 
 
 def adopt_orphans() -> None:
-    """Become the parent of every descendant whose own parent dies, so that no double fork leads out of the tree."""
+    """Become the parent of every descendant whose own parent dies, so that no double fork escapes from the tree."""
     _check(_prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
 
 
@@ -36,7 +39,7 @@ def _check(result: int) -> None:
 
 
 def descendants(root: int | None = None) -> set[int]:
-    """The pids of all processes below `root` (this one), zombies that nobody waited for included."""
+    """The pids of all processes below `root` (default: this one), including zombies that nobody has waited for."""
     children: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
         parent = _parent(entry) if entry.isdigit() else None
@@ -62,7 +65,7 @@ def _parent(pid: str) -> int | None:
 
 
 def send_signal(pids: Iterable[int], signum: signal.Signals) -> None:
-    """Signal every process that is still there; one that we may not signal (it changed its user) is passed over."""
+    """Signal every process that still exists. Skip those that we may not signal, because they changed their user."""
     for pid in pids:
         try:
             os.kill(pid, signum)
@@ -71,7 +74,7 @@ def send_signal(pids: Iterable[int], signum: signal.Signals) -> None:
 
 
 def count_memory_kills() -> int:
-    """How many processes of this machine the kernel has killed for want of memory; 0 where it does not say."""
+    """How many processes the kernel of this machine has killed because memory ran out; 0 if the kernel does not say."""
     try:
         with open(VMSTAT, "rb") as file:
             lines = file.read().splitlines()
@@ -81,7 +84,7 @@ def count_memory_kills() -> int:
 
 
 def reap() -> Iterator[tuple[int, int]]:
-    """Wait for all children that have ended: (pid, exit status, or minus the signal that ended it)."""
+    """Wait for all children that have ended. Yields (pid, exit status, or minus the signal that ended it)."""
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)

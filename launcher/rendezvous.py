@@ -1,12 +1,12 @@
 """Where the ranks of one Horovod world find each other: the key-value store that Horovod 0.28.1's gloo client asks.
 
-The client (horovod/common/gloo/http_store.cc) sends HTTP over IPv4, one connection a request:
+The client (horovod/common/gloo/http_store.cc) sends HTTP over IPv4, with one connection per request:
 
     PUT /scope/key      keep this value (a rank's addresses)
-    GET /scope/key      the value, or 404 as long as it is not there: the client asks again every 10 ms
-    DELETE /scope/key   this rank has connected to all others and needs its key no more
+    GET /scope/key      the value, or 404 while it is missing: the client asks again every 10 ms
+    DELETE /scope/key   this rank has connected to all others and no longer needs its key
 
-A rank deletes its own key only after a barrier, so dropping it at once is safe, and a world may be formed again.
+A rank deletes its own key only after a barrier, so we can drop it at once, and a world can be formed again.
 One store serves one world, so ranks of other worlds and runs never meet here.
 """
 
@@ -21,14 +21,14 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 __all__ = ["Rendezvous"]
 
-MAX_VALUE_BYTES = 1 << 20  # a world of 1000 ranks publishes about 100 kB a rank
+MAX_VALUE_BYTES = 1 << 20  # in a world of 1000 ranks, each publishes about 100 kB
 MAX_STORE_BYTES = 1 << 28
 REQUEST_TIMEOUT_S = 10.0
 PATH = re.compile(r"/([^/]{1,512})/([^/]{1,512})")
 
 
 class Rendezvous(socketserver.ThreadingMixIn, HTTPServer):
-    """The store of one world, listening on `address` (a free port: `port`) until `close`."""
+    """The store of one world. It listens on `address`, at the free port `port`, until `close`."""
 
     daemon_threads = True
     request_queue_size = 1024  # all ranks connect at the same moment
@@ -42,7 +42,7 @@ class Rendezvous(socketserver.ThreadingMixIn, HTTPServer):
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True).start()
 
     def server_bind(self) -> None:
-        # HTTPServer would look up its own name here, which takes seconds where DNS does not answer.
+        # HTTPServer would look up its own name here, which takes seconds if DNS does not answer.
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
@@ -122,4 +122,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing: ranks that wait for each other ask a hundred times a second."""
+        """Log nothing: ranks that wait for each other ask a hundred times a second."""

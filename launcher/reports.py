@@ -1,7 +1,7 @@
-"""What an agent may say, checked once, where it comes in: the machine it runs on may be broken, or lie.
+"""The reports that an agent may send. They are checked here, as they arrive: its machine may be broken, or may lie.
 
-Each kind of report declares the type and range of every field. Whether an agent may speak of the process, world or
-file that a report names, `agents` judges, for it knows what was ordered.
+Each kind of report declares the type and range of every field. `agents` decides whether an agent may report on the
+process, world or file that a report names, because `agents` knows what was ordered.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ __all__ = [
     "read_report",
 ]
 
-LEAVING = "leave"  # the milestone of a process that begins to end
+LEAVING = "leave"  # the milestone that a process reaches when it begins to end
 FILE_PIECE_BYTES = 1 << 20  # the largest piece of a file in one report
-MOST_REACHED = 32  # milestones of one process
-MOST_ADDRESSES = 4096  # of one machine
+MOST_REACHED = 32  # the most milestones of one process
+MOST_ADDRESSES = 4096  # the most addresses of one machine
 MOST_SECONDS = 1e9
 
 
 @dataclass(frozen=True)
 class Hello:
-    """What the agent's machine is, as `Machine` has it, and how the agent sees the way to the launcher."""
+    """The facts about the agent's machine, as in `Machine`, and about its connection to the launcher."""
 
     facts: Mapping[str, Any]
 
@@ -56,7 +56,7 @@ class WorldOpened:
 
 @dataclass(frozen=True)
 class Started:
-    """A process runs."""
+    """A process was started."""
 
     name: str
     pid: int
@@ -95,8 +95,8 @@ class Ended:
     status: int  # exit code, or minus the signal that killed it
     error: str | None  # why it could not start
     reached: tuple[str, ...]  # its milestones
-    leaving_s: float  # so long before its end it said that it would end
-    out_of_memory: bool  # while it ran, the kernel of its machine killed a process for want of memory
+    leaving_s: float  # how long before its end it reported that it would end
+    out_of_memory: bool  # while it ran, its machine's kernel killed a process because memory ran out
 
 
 @dataclass(frozen=True)
@@ -110,12 +110,12 @@ Report = Hello | WorldOpened | Started | Output | FilePiece | Returned | Ended |
 
 
 def read_report(message: Message) -> Report:
-    """Raises ChannelError for what no agent of ours would send."""
+    """Check a message and turn it into a report. Raises ChannelError for one that no agent of ours would send."""
     kind = message.get("is")
     if not isinstance(kind, str) or kind not in REPORTS:
         raise ChannelError(f"a report of the kind {shown(kind)}")
     make, checks = REPORTS[kind]
-    # A machine may tell more of itself when it says hello, in words.
+    # A hello may hold further fields about the machine, as text.
     others = optional(name) if kind == "hello" else None
     try:
         return make(**check_fields({key: value for key, value in message.items() if key != "is"}, checks, others))

@@ -1,4 +1,4 @@
-"""Plays a plan: the lives of its units, restarts between them, and the end of all, whatever comes in between."""
+"""Carries out a plan: starts its units, restarts those that fail, and ends every process whatever happens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from launcher.transport import AgentCommand, local_agent_command
 
 __all__ = ["Failure", "Outcome", "Tell", "run"]
 
-Tell = Callable[[str], None]  # one sentence an event
+Tell = Callable[[str], None]  # called with one sentence per event
 CANNOT_GO_ON = 2  # the exit code of a service that no restart would help
 
 
@@ -29,8 +29,8 @@ CANNOT_GO_ON = 2  # the exit code of a service that no restart would help
 class Outcome:
     """How a run ended."""
 
-    # 0; that of the first process that failed (128 + signal if it was killed); 130 after Ctrl-C; 1 if a process ended
-    # with 0 before its time, or if something that was returned could not be kept
+    # 0 if all went well; the exit code of the first process that failed (128 + signal if it was killed); 130 after
+    # Ctrl-C; 1 if a process ended with 0 too early, or if a returned file could not be kept
     exit_code: int
     failure: Failure | None = None
     signum: signal.Signals | None = None  # the signal to the launcher that ended the run
@@ -52,14 +52,15 @@ def run(
 ) -> Outcome:
     """Start every process of `plan`, and return when none of them is left.
 
-    `policy` says what follows a failure; by default the first one ends the run. `echo` shows a line of output; by
-    default `Terminal()`, all of it with its process in front. `tell` hears a sentence for each failure that is
-    survived. `start_timeout_s` is how long an agent may take to answer and a service to announce itself,
-    `finish_timeout_s` how long services may go on after the last rank has ended well, `overtime_s` how long everything
-    may go on once the run is over: one of the processes that `Plan.concludes` names has ended well. `grace_s` is the
-    time between SIGTERM and SIGKILL. SIGINT, SIGTERM and SIGHUP end the run; a second one ends it without grace. To be
-    called from the main thread, which alone gets signals (else ValueError). Raises OSError when the run folder cannot
-    be written at the start; later on, what could not be kept is told, and the run goes on.
+    `policy` says what to do after a failure; by default, the first failure ends the run. `echo` shows a line of output;
+    the default is `Terminal()`, which shows every line with its process in front. `tell` is called with a sentence for
+    each failure that the run survives. `start_timeout_s` is how long an agent may take to answer, and a service to
+    announce itself. `finish_timeout_s` is how long services may go on after the last rank has ended well. `overtime_s`
+    is how long all processes may go on once the run is over, which means that one of the processes in `Plan.concludes`
+    has ended well. `grace_s` is the time between SIGTERM and SIGKILL. SIGINT, SIGTERM and SIGHUP end the run; a second
+    such signal ends it without grace. Call this from the main thread, because only that gets signals; otherwise it
+    raises ValueError. Raises OSError when the run folder cannot be written at the start; later, `tell` hears what could
+    not be kept, and the run goes on.
     """
     plan = replace(plan, run_id=plan.run_id or token_hex(8))
     timeouts = Timeouts(grace_s, start_timeout_s, finish_timeout_s, overtime_s)
@@ -78,7 +79,7 @@ class _Interrupted(Exception):
 
 
 class _Run:
-    """One run; `execute` is its story. What follows a failure, the supervisor decides."""
+    """One run; `execute` plays it from start to end. The supervisor decides what to do after a failure."""
 
     def __init__(self, around: RunContext, policy: Policy, tell: Tell, signals: NotedSignals) -> None:
         self.around, self.tell, self.signals = around, tell, signals
@@ -90,9 +91,9 @@ class _Run:
         self.concludes = around.plan.concludes
         self.begins = {process.begins for process in around.plan.services if process.begins}
         self.supervisor.begun = not self.begins
-        self.lives: dict[str, Life] = {}  # the present ones, by unit
-        self.numbers = dict.fromkeys(self.units, 0)  # of lives so far
-        self.failures: list[tuple[str, Failure]] = []  # by unit, as they came
+        self.lives: dict[str, Life] = {}  # the current life of each unit, by unit name
+        self.numbers = dict.fromkeys(self.units, 0)  # how many lives each unit has had
+        self.failures: list[tuple[str, Failure]] = []  # unit name and failure, in order of time
         self.over_s = inf  # when a process that concludes the run ended well
         self.early: Failure | None = None  # the first process that ended with 0 before the run was over
 
@@ -120,7 +121,7 @@ class _Run:
         self.lives[unit.name] = Life(unit, self.around, self.numbers[unit.name])
 
     def _let_services_finish(self) -> None:
-        """They may have something to write; one that does not end by itself is stopped, which is no failure."""
+        """Give services time to write their results. One that does not end by itself is stopped; that is no failure."""
         now_s = time.monotonic()
         deadline = min(now_s + self.around.timeouts.finish_s, max(now_s, self._overtime_ends_s))
         while not self.supervisor.have_ended(self.services) and time.monotonic() < deadline:
@@ -129,7 +130,10 @@ class _Run:
             self.tell(f"{life.unit.label} did not end by itself after the ranks, and is ended")
 
     def _turn(self, until_s: float = inf) -> None:
-        """All that can be done now; then wait for something to happen. Raises on a final failure or a signal."""
+        """Do all that can be done now, then wait until something happens.
+
+        Raises _Failed when a failure ends the run, _Interrupted on a signal.
+        """
         if self.signals.received:
             raise _Interrupted
         now_s = time.monotonic()
@@ -145,7 +149,7 @@ class _Run:
             pump([life.agents for life in self.lives.values()], self.signals, max(0.0, next_s - now_s))
 
     def _look_at(self, life: Life, now_s: float) -> bool:
-        """Whether something has changed."""
+        """Act on what has become of a life. Returns whether something has changed."""
         name = life.unit.name
         if life.is_gone(now_s):
             self._close(life, now_s)
@@ -182,13 +186,13 @@ class _Run:
 
     def _fail(self, life: Life, failure: Failure, now_s: float) -> None:
         name = life.unit.name
-        # Behind a connection that broke, the agent still ends its tree.
+        # If only the connection broke, the agent at the other end needs time to end its process tree.
         settle_s = self.around.timeouts.grace_s + 1 if failure.process is None else 0.0
         self.failures.append((name, failure))
         if failure.is_final:
             self.early = self.early or failure
         if life.unit.world is None:
-            self.over_s = inf  # it has to come back before anything is over
+            self.over_s = inf  # the run is not over until the service has come back and ended well
         if life.unit.world is None and failure.by_itself and failure.exit_code == CANNOT_GO_ON:
             self.supervisor.cannot_go_on(name)
         decisions = self.supervisor.failed(
@@ -204,7 +208,7 @@ class _Run:
             self._carry_out(decision, life, now_s)
 
     def _give_up(self, life: Life, now_s: float) -> None:
-        """The run is over, and these ranks hang, or came back too late to find a server: nothing waits for them."""
+        """End the ranks that still run after the end of the run: they hang, or came back too late to find a server."""
         left = ", ".join(process.name.replace(".", " ") for process in life.agents.running())
         late = f"did not end within {self.around.timeouts.overtime_s:g} s of the end of the run"
         self.tell(f"{life.unit.label}: {left} {late}, and what is left of it is ended")
@@ -220,7 +224,8 @@ class _Run:
             self.tell(decision.reason)
         kind = self.services if decision.unit in self.services else self.workers
         failures = [failure for name, failure in self.failures if name in kind]
-        # A service that was restarted before has survived its earlier failures; workers pull each other along.
+        # For a service, report the last failure: it survived the earlier ones by restarts. For workers, report the
+        # first: one worker's failure can make the others fail.
         raise _Failed(failures[-1] if kind is self.services else failures[0])
 
     def _events(self) -> tuple[str, ...]:
@@ -228,7 +233,7 @@ class _Run:
         return (*self.supervisor.report(), *([missing] if missing else []))
 
     def _unkept(self) -> Failure | None:
-        """What the run made on another machine and this one could not take."""
+        """The failure to report if returned files could not be kept on this machine, or None."""
         logs = self.around.logs
         if not logs.lost_files:
             return None
@@ -241,7 +246,7 @@ class _Run:
     # The end
 
     def _end(self) -> None:
-        """End every process of the run, and wait until they have ended. A second signal asks for haste."""
+        """End every process of the run, and wait until they have ended. A second signal ends them without grace."""
         heeded = -1
         try:
             while self.lives:

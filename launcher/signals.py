@@ -1,4 +1,4 @@
-"""Signals as something a loop can wait for, in its own time, instead of an interruption anywhere."""
+"""Notes signals so that a loop can handle them when it is ready, instead of being interrupted anywhere."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class NotedSignals:
-    """The signals received so far; `wakeup_fd` can be read when there is a new one."""
+    """The signals received so far. `wakeup_fd` becomes readable when a new one arrives."""
 
     def __init__(self, wakeup_fd: int) -> None:
         self.wakeup_fd = wakeup_fd
         self.received: list[signal.Signals] = []
 
     def rest(self) -> None:
-        """Make `wakeup_fd` wait for the next signal."""
+        """Empty `wakeup_fd`, so that it becomes readable at the next signal."""
         os.read(self.wakeup_fd, 4096)
 
     def take(self) -> list[signal.Signals]:
@@ -31,7 +31,7 @@ class NotedSignals:
 
 @contextmanager
 def noted_signals(*signums: signal.Signals) -> Iterator[NotedSignals]:
-    """Note these signals; one that is ignored (`nohup`) stays ignored. Raises ValueError outside the main thread."""
+    """Note these signals. One that is ignored (`nohup`) stays ignored. Raises ValueError outside the main thread."""
     wakeup_fd, signal_fd = os.pipe()
     for fd in (wakeup_fd, signal_fd):
         os.set_blocking(fd, False)

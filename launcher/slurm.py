@@ -1,8 +1,9 @@
-"""Inside a Slurm allocation: its hosts and slots are the machines, and `srun` starts the agents on them.
+"""Runs inside a Slurm allocation: takes the hosts and slots from it, and starts the agents by `srun`.
 
     srun --nodelist host … python -m launcher.agent
 
-As with ssh, the order reaches the agent through its stdin, and of the environment only what a login would set travels.
+As with ssh, the orders reach the agent through its stdin. From the environment, only the variables that a login would
+set are passed on.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from launcher.transport import local_agent_command
 
 __all__ = ["Srun", "expand_nodes", "expand_tasks", "hosts_of_allocation", "is_in_allocation"]
 
-MOST_NODES = 65536  # of a job
-MOST_BRACKETS = 16  # in the name of one
+MOST_NODES = 65536  # nodes in a job
+MOST_BRACKETS = 16  # brackets in the name of a node
 OPTIONS = (
     "--nodes=1",
     "--ntasks=1",
-    "--overlap",  # each agent has its whole machine; other steps of the job may be there
-    "--cpu-bind=none",  # not one core for one task: the ranks share them all
+    "--overlap",  # each agent may use its whole machine, even if other steps of the job run there
+    "--cpu-bind=none",  # do not bind the task to one core: the ranks share all cores
     "--export=HOME,USER,LOGNAME,SHELL,LANG,PATH",
-    "--chdir=/",  # holds no Python: `-m` imports from the working directory before all others
+    "--chdir=/",  # `-m` imports from the working directory first; / holds no Python files
     "--unbuffered",
     "--quiet",
 )
@@ -36,9 +37,9 @@ OPTIONS = (
 
 @dataclass(frozen=True)
 class Srun:
-    """How agents are started on the machines of the allocation."""
+    """Starts agents on the machines of the allocation."""
 
-    python: str = sys.executable  # there
+    python: str = sys.executable  # path of Python on those machines
 
     def __call__(self, host: Host) -> Sequence[str]:
         if self.reaches_directly(host):
@@ -46,17 +47,17 @@ class Srun:
         return ["srun", *OPTIONS, f"--nodelist={host.name}", self.python, "-m", "launcher.agent"]
 
     def reaches_directly(self, host: Host) -> bool:
-        """Only by its name of localhost: as a node of Slurm's, also this machine is used by a step of the job."""
+        """Whether the host is named as loopback. Under its Slurm node name, we use even this machine by a job step."""
         return is_loopback(host.name)
 
 
 def is_in_allocation(env: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process runs in a job of Slurm's."""
+    """Whether this process runs in a Slurm job."""
     return bool(env.get("SLURM_JOB_ID"))
 
 
 def hosts_of_allocation(env: Mapping[str, str] = os.environ) -> tuple[Host, ...]:
-    """The machines of this job, with as many slots as Slurm has tasks for them. Raises HostsError outside of a job."""
+    """The machines of this job, each with one slot per Slurm task on it. Raises HostsError outside of a job."""
     nodes = env.get("SLURM_JOB_NODELIST")
     if not nodes and is_in_allocation(env):
         raise HostsError(
@@ -70,9 +71,9 @@ def hosts_of_allocation(env: Mapping[str, str] = os.environ) -> tuple[Host, ...]
 
 
 def _tasks(nodes: int, env: Mapping[str, str]) -> list[int] | list[None]:
-    """How many tasks each node has; None where nobody asked for tasks. Raises HostsError.
+    """How many tasks each node has; None for each if the user asked for no tasks. Raises HostsError.
 
-    SLURM_TASKS_PER_NODE then says one a core, which nobody wished.
+    Without such a request, SLURM_TASKS_PER_NODE says one task per core, which the user did not ask for.
     """
     asked = {name: env[name] for name in ("SLURM_NTASKS", "SLURM_NTASKS_PER_NODE") if env.get(name)}
     if not asked:
@@ -116,7 +117,7 @@ def expand_tasks(text: str) -> list[int]:
 
 
 def _split(text: str) -> list[str]:
-    """At the commas outside of brackets."""
+    """Split at the commas outside brackets."""
     return re.findall(r"(?:[^,\[]|\[[^\]]*\]|\[)+", text)
 
 

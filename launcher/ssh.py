@@ -1,8 +1,8 @@
-"""Other machines, by the user's own OpenSSH: his ~/.ssh/config, agent, jump hosts and known_hosts hold.
+"""Reaches other machines by the user's own OpenSSH, with the user's ~/.ssh/config, agent, jump hosts and known_hosts.
 
     ssh -o … [-p port] [-i identity] -- [user@]host 'cd / && exec python -m launcher.agent'
 
-That is all the command line says; what to run, with which environment, reaches the agent through its stdin.
+The command line holds nothing else. The agent reads from stdin what to run, and with which environment.
 """
 
 from __future__ import annotations
@@ -26,46 +26,46 @@ from launcher.transport import AgentLink, local_agent_command
 
 __all__ = ["Ssh", "by_itself", "cure", "forget_connection", "passing_obstacle", "shared_connection"]
 
-# All of ssh_config(5) that concerns stdin, stdout, a terminal, forking or what else a connection would carry: what the
-# user's configuration says of it is meant for sessions that he types into.
+# These override all options of ssh_config(5) that concern stdin, stdout, a terminal, forking or other traffic on the
+# connection. What the user's configuration says about them is meant for interactive sessions.
 OPTIONS = {
-    "BatchMode": "yes",  # nobody is there to type a password or to judge a host key
+    "BatchMode": "yes",  # nobody can type a password or accept a host key
     "ConnectTimeout": "15",
-    "ServerAliveInterval": "15",  # with the count below: 90 s of a dead network, as the agent has it at its end
+    "ServerAliveInterval": "15",  # with the count below: a dead network is noticed after 90 s, as in the agent
     "ServerAliveCountMax": "6",
-    "LogLevel": "INFO",  # what it complains of is read: not less, and no debugging
+    "LogLevel": "INFO",  # we read its error messages, so no quieter level, and no debug output
     "VisualHostKey": "no",
-    # stdin and stdout are the agent's, and no terminal's
+    # stdin and stdout belong to the agent, not to a terminal
     "RequestTTY": "no",
     "EscapeChar": "none",
     "RemoteCommand": "none",
     "PermitLocalCommand": "no",  # it would write to our stdout
-    # The connection is none that the user shares with his other sessions, and carries nothing else.
+    # The connection is not shared with the user's other sessions, and carries nothing else.
     "ControlMaster": "no",
     "ControlPath": "none",
     "ControlPersist": "no",
-    "ClearAllForwardings": "yes",  # ports that the user's config forwards are taken by his other sessions
+    "ClearAllForwardings": "yes",  # the user's other sessions already hold the forwarded ports
     "ForwardAgent": "no",
     "ForwardX11": "no",
     "Tunnel": "no",
-    # It asks nothing, and changes no file or agent.
+    # ssh asks no questions, and changes neither files nor the ssh agent.
     "AddKeysToAgent": "no",
     "UpdateHostKeys": "no",
 }
-# With one connection a machine, the first agent's ssh makes it, and leaves it to a process in the background that the
-# others find by its socket. Where sshd takes no further session (MaxSessions), ssh makes a connection of its own.
-SHARING_OPTIONS = {"ControlMaster": "auto", "ControlPersist": "15"}  # seconds after its last session
+# If agents on one machine share a connection, the ssh of the first agent makes it and hands it to a background process;
+# the others find that by its socket. Where sshd accepts no further session (MaxSessions), ssh makes another connection.
+SHARING_OPTIONS = {"ControlMaster": "auto", "ControlPersist": "15"}  # seconds after the last session
 NEWER_OPTIONS = {"StdinNull": "no", "ForkAfterAuthentication": "no", "SessionType": "default"}
-NEWER_SINCE = (8, 7)  # OpenSSH before knows them neither here nor in the user's configuration
+NEWER_SINCE = (8, 7)  # older versions of OpenSSH do not know these options
 
 
 @dataclass(frozen=True)
 class Ssh:
-    """How agents are started on other machines. This machine needs no ssh, unless `always`."""
+    """Starts agents on other machines. On this machine it needs no ssh, unless `always` is set."""
 
-    port: int | None = None  # of hosts that name none themselves
+    port: int | None = None  # for hosts that name no port themselves
     identity: Path | None = None
-    python: str = sys.executable  # there
+    python: str = sys.executable  # path of Python on the other machine
     always: bool = False
     connections: SharedConnections | None = field(default=None, compare=False)  # None: a connection for each agent
 
@@ -86,38 +86,41 @@ class Ssh:
             "ssh",
             *(word for name, value in options.items() for word in ("-o", f"{name}={value}")),
             *target,
-            # From /, which holds no Python: `-m` imports from the working directory before all others.
+            # `-m` imports from the working directory first; / holds no Python files.
             f"cd / && exec {shlex.quote(self.python)} -m launcher.agent",
         ]
 
     def reaches_directly(self, host: Host) -> bool:
-        """Whether the host is this machine, and its processes are to be ours."""
+        """Whether the host is this machine, so that its processes can be children of this one."""
         ours = host.user in (None, _own_user()) and host.ssh_port is None
         return ours and not self.always and is_this_machine(host.name)
 
 
 def shared_connection(command: Sequence[str]) -> str | None:
-    """The socket of the connection that an agent shares with the others on its machine; None if it shares none."""
+    """The socket of the connection that an agent shares with others on its machine; None if it shares no connection."""
     if command[0] != "ssh" or "ControlMaster=auto" not in command:
         return None
     return next(word.removeprefix("ControlPath=") for word in command if word.startswith("ControlPath="))
 
 
 def forget_connection(command: Sequence[str]) -> None:
-    """Have the next agent there make a new connection: this one led to no answer. Agents that use it keep it."""
+    """Make the next agent on that machine open a new connection, because no answer came over this one.
+
+    Agents that already use it keep it.
+    """
     socket = shared_connection(command)
     if socket is not None:
         Path(socket).unlink(missing_ok=True)
 
 
 def by_itself(command: Sequence[str]) -> list[str]:
-    """The same command with a connection of its own, for a user who tries it by hand."""
+    """The same command without a shared connection, for a user who tries it by hand."""
     alone = {"ControlMaster=auto": "ControlMaster=no", f"ControlPath={shared_connection(command)}": "ControlPath=none"}
     return [alone.get(word, word) for word in command]
 
 
 def _own_user() -> str | None:
-    """As ssh has it: by user id, whatever USER and LOGNAME say. None for one without an entry in the list of users."""
+    """The name of this user, looked up by user id as ssh does, not by USER or LOGNAME. None if the id has no entry."""
     try:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:
@@ -130,7 +133,7 @@ def _options() -> Mapping[str, str]:
 
 @cache
 def _version() -> tuple[int, int]:
-    """Of the OpenSSH here; 0.0 if there is none."""
+    """The version of OpenSSH on this machine; (0, 0) if there is none."""
     try:
         told = subprocess.run(["ssh", "-V"], stdin=subprocess.DEVNULL, capture_output=True, check=False).stderr
     except OSError:
@@ -139,7 +142,7 @@ def _version() -> tuple[int, int]:
     return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
-# What OpenSSH, the login shell and Python say -> what to do. The first that matches holds.
+# Message of OpenSSH, the login shell or Python -> what to do. The first match counts.
 CURES = {
     r"Could not resolve hostname": "check its spelling; a short name needs /etc/hosts, or Host and HostName in "
     "~/.ssh/config",
@@ -165,7 +168,8 @@ CURES = {
 }
 
 
-# What OpenSSH says of a connection that was not made: it will not be, too many are being made, or the way is not there.
+# What OpenSSH says when it cannot connect. FINAL: another attempt will not help. AWAY: the machine cannot be reached
+# now. CROWDED: its sshd has too many connections in their handshake.
 FINAL = re.compile(
     r"Host key verification failed|IDENTIFICATION HAS CHANGED|Permission denied|Too many authentication failures"
 )
@@ -181,7 +185,7 @@ CROWDED_S, AWAY_S, AWAY_ATTEMPTS = 40.0, 20.0, 3
 
 
 def passing_obstacle(link: AgentLink, now_s: float) -> Literal["crowded", "away"] | None:
-    """What kept an agent from coming up, if it is worth another attempt by now; else None."""
+    """Why an agent did not come up, if another attempt is worthwhile at this time; otherwise None."""
     words = link.read_last_words()
     tried_s = now_s - link.first_attempt_s
     if link.command[0] != "ssh" or FINAL.search(words):
@@ -192,7 +196,7 @@ def passing_obstacle(link: AgentLink, now_s: float) -> Literal["crowded", "away"
 
 
 def cure(link: AgentLink) -> str | None:
-    """What to do about an agent on another machine that did not come up; None if what was said is not known."""
+    """What to do about an agent on another machine that did not come up; None if we do not know the error message."""
     *_, target, there = link.command
     if link.command[0] != "ssh" or not link.closed:
         return None

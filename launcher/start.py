@@ -1,9 +1,10 @@
-"""Runs a module of this installation whatever lies in the working directory: `python …/launcher/start.py -m MODULE …`.
+"""Runs a module of this installation, whatever is in the working directory: `python …/launcher/start.py -m MODULE …`.
 
-`python -m MODULE` looks for every import in the working directory first, so that a file of the user's that has the name
-of something which MODULE imports (`rich.py`, `types.py`, `launcher.py`) would be run in its place. Here the folder that
-this package lies in is searched last instead, and a working directory that PYTHONPATH names is searched after what is
-installed. Nothing is changed for the processes that MODULE starts, nor for what it looks up on purpose.
+`python -m MODULE` looks for every import in the working directory first. If the user has a file there with the name of
+something that MODULE imports (`rich.py`, `types.py`, `launcher.py`), Python would run that file instead. Here, the
+working directory is not searched; the folder of this package is searched last. If PYTHONPATH names the working
+directory, that is searched after the installed packages. Nothing changes for the processes that MODULE starts, nor for
+files that it looks up on purpose.
 """
 
 import os
@@ -15,12 +16,12 @@ FOLDER = os.path.dirname(os.path.abspath(__file__))
 
 
 def module_command(*words: str) -> list[str]:
-    """The command of a process of ours on this machine: a module's name, and its arguments."""
+    """The command that runs one of our modules on this machine; `words` are the module's name and its arguments."""
     return [sys.executable, os.path.join(FOLDER, "start.py"), "-m", *words]
 
 
 def search_path(entries: list[str], here: str) -> list[str]:
-    """`entries` without the folder of this file, those that are the directory `here` after all others."""
+    """`entries` without the folder of this file; entries that are the directory `here` come last."""
     installed = os.path.dirname(FOLDER)
     kept = [entry for entry in entries if entry and os.path.abspath(entry) != FOLDER]
     if installed not in kept:
@@ -29,7 +30,7 @@ def search_path(entries: list[str], here: str) -> list[str]:
 
 
 def working_directory() -> str:
-    """Without links; an empty text if it has been deleted."""
+    """The working directory without links; an empty string if it has been deleted."""
     try:
         return os.path.realpath(os.getcwd())
     except FileNotFoundError:
@@ -37,7 +38,7 @@ def working_directory() -> str:
 
 
 if __name__ == "__main__":
-    # Before anything else is imported: what is named here may lie in the working directory, or beside this file.
+    # Do this before any other import, because a file of that name may be in the working directory or beside this file.
     sys.path[:] = search_path(sys.path, working_directory())
     import runpy
 

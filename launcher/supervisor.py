@@ -1,7 +1,7 @@
-"""Who is started again, when, and when a run has failed: a state machine without a clock, a process or a socket.
+"""Decides which unit to restart, when, and when a run has failed: a state machine without a clock, process or socket.
 
-A *unit* is what fails and is started again together: the ranks of one worker, or a service. Stimuli come in with the
-time as a number, decisions go out, each with a sentence for the reader:
+A *unit* is a set of processes that fail and restart together: the ranks of one worker, or a service. The caller reports
+events, with the time as a number, and gets decisions, each with a sentence for the reader:
 
     running ──failed──► ending ──gone──► waiting ──due──► starting ──up──► running
        └─────ended──► done   └──gone──► lost: it may not be started again
@@ -23,15 +23,15 @@ LONGEST_RETRY_S = 30.0  # between two attempts to reach a machine
 
 @dataclass(frozen=True)
 class Policy:
-    """What follows the failure of a worker. A service that can go on is started again under all of them but `stop`."""
+    """What to do when a worker fails. A service that can continue is restarted unless `on_failure` is `stop`."""
 
     on_failure: OnFailure = "stop"
-    max_restarts: int = 3  # of each unit within `window_s`
+    max_restarts: int = 3  # for each unit within `window_s`
     window_s: float = 3600.0
     backoff_s: float = 2.0  # before the first restart; it doubles with each further one
     longest_backoff_s: float = 60.0
-    unreachable_s: float = 600.0  # a machine that cannot be reached again for so long is given up
-    early_s: float = 60.0  # when every worker fails by itself so soon, it is the script, and no restart would help
+    unreachable_s: float = 600.0  # a machine that cannot be reached for this long is given up
+    early_s: float = 60.0  # if every worker fails by itself this early, the script is at fault: no restart helps
 
 
 @dataclass(frozen=True)
@@ -60,21 +60,21 @@ class _Unit:
     state: _State = _State.STARTING
     first_up_s: float | None = None
     due_s: float = inf  # when it may start again; inf: never
-    lives: int = 0  # so often it was up
-    restarts_s: list[float] = field(default_factory=list)  # when, within the window
-    attempts: int = 0  # since it was up, of which none reached its machine
+    lives: int = 0  # how many times it was up
+    restarts_s: list[float] = field(default_factory=list)  # the times of its restarts within the window
+    attempts: int = 0  # attempts to reach its machine since it was last up, all of them in vain
     lost_s: float = 0.0  # when it was last up
     failed_early: bool = False  # by itself, in its first life
     given_up: bool = False  # it did not end by itself when the run was over
 
 
 class Supervisor:
-    """Knows every unit's state. To be told of all that happens, in the order in which it happens."""
+    """Knows the state of every unit. The caller must report all events in the order in which they happen."""
 
     def __init__(
         self, workers: Iterable[str], services: Iterable[str], policy: Policy, unyielding: Iterable[str] = ()
     ) -> None:
-        """`unyielding` services cannot go on where they were, so that there is no sense in a restart."""
+        """`unyielding` services cannot continue from where they were, so they are not restarted."""
         self.policy = policy
         self.over = False  # a service ended well: there is nothing left to take part in
         self.begun = True  # False: training waits for all workers, and would wait for a lost one forever
@@ -111,10 +111,10 @@ class Supervisor:
         reached: bool = True,
         settle_s: float = 0.0,
     ) -> list[Decision]:
-        """A process of a unit failed, or the way to it was lost.
+        """A process of a unit failed, or the connection to it was lost.
 
-        `by_itself`: it ended with an exit code of its own; `is_final`: no restart would change that; `reached`: its
-        machine was; `settle_s`: so long something of it may still be there.
+        `by_itself`: it ended with an exit code of its own. `is_final`: it would fail again after a restart. `reached`:
+        its machine could be reached. `settle_s`: how many seconds something of the unit may still run there.
         """
         unit = self._units[name]
         was, unit.state = unit.state, _State.ENDING
@@ -125,7 +125,7 @@ class Supervisor:
             early = unit.lives == 1 and now_s - (unit.first_up_s or 0.0) <= self.policy.early_s
             unit.failed_early = by_itself and early
         elif reached:
-            unit.restarts_s.append(now_s)  # that failed
+            unit.restarts_s.append(now_s)  # this restart failed, and counts
         unreachable = was is _State.STARTING and not reached
         if is_final and not unit.is_service:
             unit.due_s, then = inf, "the others go on"
@@ -134,12 +134,12 @@ class Supervisor:
         return [Decision("end", name, f"{what}; {then}"), *self._stop_if_hopeless(unit)]
 
     def give_up(self, name: str) -> None:
-        """The run is over, and what is left of a unit is ended."""
+        """The run is over, and the caller ends what is left of a unit."""
         unit = self._units[name]
         unit.state, unit.due_s, unit.given_up = _State.ENDING, inf, True
 
     def cannot_go_on(self, name: str) -> None:
-        """A unit that is about to fail has said itself that there is no sense in a restart."""
+        """A unit whose failure is about to be reported has said that a restart would not help."""
         self._units[name].restartable = False
 
     def gone(self, name: str) -> None:
@@ -148,7 +148,7 @@ class Supervisor:
         unit.state = _State.WAITING if unit.due_s < inf else _State.LOST
 
     def due(self, now_s: float) -> list[Decision]:
-        """The units that are to be started now."""
+        """The units to start now, as decisions."""
         waiting = [unit for unit in self._units.values() if unit.state is _State.WAITING]
         ready = [unit for unit in waiting if unit.due_s <= now_s or self.over]
         for unit in ready:
@@ -159,20 +159,20 @@ class Supervisor:
 
     @property
     def next_s(self) -> float:
-        """When `due` is to be asked again."""
+        """When to call `due` again."""
         waiting = [unit.due_s for unit in self._units.values() if unit.state is _State.WAITING]
         return min(waiting, default=inf)
 
     def have_ended(self, names: Iterable[str]) -> bool:
-        """Whether none of these runs, nor will again."""
+        """Whether none of these units runs now or will run again."""
         return all(self._units[name].state in (_State.DONE, _State.LOST) for name in names)
 
     def will_restart(self, name: str) -> bool:
-        """Of a unit that is ending or waits."""
+        """Whether a unit that is ending or waiting will be restarted."""
         return self._units[name].due_s < inf
 
     def report(self) -> list[str]:
-        """What became of the units that did not simply run to their end."""
+        """A sentence for each unit that was restarted, was lost or did not end by itself."""
         lines = []
         for unit in self._units.values():
             if unit.lives > 1:
@@ -187,7 +187,7 @@ class Supervisor:
     # Decisions
 
     def _what_next(self, unit: _Unit, unreachable: bool, now_s: float, settle_s: float) -> tuple[float, str]:
-        """When a unit may start again, and the words for it."""
+        """When a unit may start again (inf: never), and the words that say so."""
         policy = self.policy
         others = "the run ends" if unit.is_service else "the others go on"
         if self.over:

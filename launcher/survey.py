@@ -1,8 +1,8 @@
-"""Asks all machines of a run what they are, and how they reach each other, before anything is planned.
+"""Finds out what all machines of a run are, and how they reach each other, before the run is planned.
 
-Every host tells its cores, GPUs and addresses. One of them, or the launching machine, is the hub that all others will
-connect to: for it an address is chosen on which the others can reach it, and each of them tries that at once, and so
-learns its own address on that route. A network interface may have another name on each machine.
+Every host reports its cores, GPUs and addresses. One of them, or the launching machine, is the hub: all others will
+connect to it. We choose an address at which the others can reach the hub. Then all of them connect to it at the same
+time, and each learns its own address on that route. Network interfaces may be named differently on each machine.
 """
 
 from __future__ import annotations
@@ -38,20 +38,22 @@ NO_PROBE = "is danaz whole there? Install it again, or name another Python with 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one host turned out to be."""
+    """What we found out about one host."""
 
     machine: Machine = field(default_factory=Machine)
-    report: Mapping[str, Any] = field(default_factory=dict)  # what the probe printed, checked
-    problem: str | None = None  # why it cannot take part, with its name and what to do
+    report: Mapping[str, Any] = field(default_factory=dict)  # the checked output of the probe
+    problem: str | None = None  # why it cannot take part: names the host and says what to do
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What runs on each host, and what it may print: a JSON object with the fields of `launcher.probe` and more."""
+    """The command to run on each host, and what it may print: a JSON object with the fields of `launcher.probe`, plus
+    others.
+    """
 
     command: tuple[str, ...] = (PYTHON, "-m", "launcher.probe")
-    fields: Mapping[str, Check] = field(default_factory=dict)  # that must be there besides
-    may_tell: Mapping[str, Check] = field(default_factory=dict)  # that may; any others are text or null
+    fields: Mapping[str, Check] = field(default_factory=dict)  # further fields that it must print
+    may_tell: Mapping[str, Check] = field(default_factory=dict)  # fields that it may print; others must be text or null
 
     def read(self, line: str) -> dict[str, Any]:
         """Raises FieldError."""
@@ -71,15 +73,15 @@ def survey(
     interfaces: Mapping[str, str] | None = None,
     timeout_s: float = 60.0,
 ) -> dict[str, Finding]:
-    """Name of host -> what it is. The hub is among them, even if it is none of `hosts`.
+    """Name of host -> what it is. The result includes the hub, even if it is not among `hosts`.
 
     `probe`, by default `Probe()`, runs on each host in `cwd`. `interfaces` names the network interface to use, by name
-    of host or for ANY_HOST. A host that cannot take part has a `problem`; so has one whose probe prints nonsense.
+    of host or for ANY_HOST. A host has a `problem` if it cannot take part, or if its probe prints nonsense.
     Raises KeyboardInterrupt on an ending signal.
     """
     probe = probe or Probe()
     everybody = {host.name: host for host in (*hosts, hub)}
-    asked_here = hub if hub not in hosts and is_this_machine(hub.name) else None  # where `cwd` need not exist
+    asked_here = hub if hub not in hosts and is_this_machine(hub.name) else None  # `cwd` need not exist there
     probes = {
         host.name: Process(f"probe.{number}", host, probe.command, {}, cwd=os.getcwd() if host == asked_here else None)
         for number, host in enumerate(everybody.values())
@@ -184,7 +186,10 @@ class _Survey:
     # Addresses
 
     def _launching_address(self, others: Sequence[str]) -> str | None:
-        """Where this machine is for the others: what they see us come from or, behind a jump host, our way to them."""
+        """The address at which the others can reach this machine.
+
+        That is the address from which they see us connect or, if a jump host is between, our own on the route to them.
+        """
         own, found = self._machine(self.hub.name).interfaces, list[str]()
         for name in others:
             seen = self._hello(name)
@@ -197,7 +202,10 @@ class _Survey:
         return _ipv4_first(found)
 
     def _reached_at(self, name: str) -> str | None:
-        """Where a machine is for the others: where it was reached from here, or that interface's IPv4 address."""
+        """The address at which the others can reach a machine.
+
+        That is where we reached it, or the IPv4 address of the same network interface.
+        """
         own, reached = self._machine(name).interfaces, self._hello(name)["address"]
         same_way = [address for address, interface in own.items() if interface == own.get(reached)]
         return _ipv4_first([reached, *same_way]) if reached in own else None
@@ -219,7 +227,7 @@ class _Survey:
         return found[0] if found else None
 
     def _with_address(self, name: str, on_route: str) -> Machine:
-        """Raises LookupError if it has no such interface."""
+        """The machine with its address and interface. Raises LookupError if it lacks the interface asked for."""
         machine = self._machine(name)
         address = self.hub_address if name == self.hub.name else on_route
         if self._wanted_interface(name) is not None:
@@ -280,10 +288,10 @@ class _Survey:
 
 
 def _without_agent(command: Sequence[str]) -> str:
-    """What shows how far one gets there: by ssh, another command in the place of the agent's."""
+    """A command by which the user can test the connection: over ssh, it runs `true` instead of the agent."""
     return shlex.join([*by_itself(command)[:-1], "true"] if command[0] == "ssh" else command)
 
 
 def _ipv4_first(addresses: Sequence[str]) -> str | None:
-    """The first one, but of IPv4 if there is any: Horovod and gloo speak nothing else."""
+    """The first IPv4 address, because Horovod and gloo speak nothing else; if there is none, the first address."""
     return min(addresses, key=lambda address: ":" in address, default=None)

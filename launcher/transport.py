@@ -1,7 +1,7 @@
-"""How the launcher reaches a machine: a command whose stdin and stdout are those of an agent there.
+"""Reaches a machine by a command whose stdin and stdout are those of an agent on that machine.
 
-Here it is a process of this machine, in `ssh` one of another: whatever an `AgentCommand` returns is started, and
-everything the agent needs to know is sent through its stdin.
+In this module the agent is a process on this machine; in `ssh` it is one on another. The launcher starts whatever
+command an `AgentCommand` returns, and sends everything that the agent needs to know through its stdin.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from launcher.start import module_command
 __all__ = ["AgentCommand", "AgentLink", "TransportError", "local_agent_command"]
 
 AgentCommand = Callable[[Host], Sequence[str]]
-LAST_WORDS_S = 2.0  # between the end of an agent's stdout and that of its stderr
+LAST_WORDS_S = 2.0  # at most, between the end of an agent's stdout and the end of its stderr
 PACKAGE_PARENT = Path(__file__).resolve().parent.parent
 
 
@@ -33,27 +33,27 @@ class TransportError(Exception):
 
 
 def local_agent_command(host: Host) -> Sequence[str]:
-    """Start the agent on this machine. Raises TransportError for any other."""
+    """The command that starts the agent on this machine. Raises TransportError for any other machine."""
     if not is_this_machine(host.name):
         raise TransportError(f"{host.name} is not this machine, the only one that can be used; write localhost:SLOTS")
     return module_command("launcher.agent")
 
 
 class AgentLink:
-    """One agent, seen from the launcher. `open` starts it, and may be called again when it ended without an answer."""
+    """One agent as the launcher sees it. `open` starts it, and may be called again if it ended without an answer."""
 
     popen: subprocess.Popen[bytes]
     channel: Channel
     stderr_fd: int
 
     def __init__(self, host: Host, command: Sequence[str], greeting: Message) -> None:
-        """`greeting` is the first order to it."""
+        """`greeting` is the first order that it gets."""
         self.host, self.command, self.greeting = host, command, greeting
         self.hello: Message | None = None  # its first answer: what it is and what it sees
-        self.lost: str | None = None  # why it can no longer be spoken to, though nobody asked it to end
+        self.lost: str | None = None  # why we lost it, although nobody asked it to end
         self.attempts = 0
         self.first_attempt_s = self.next_attempt_s = 0.0
-        self.last_words: deque[str] = deque(maxlen=20)  # of its stderr, where ssh complains too
+        self.last_words: deque[str] = deque(maxlen=20)  # from its stderr, where ssh complains too
         self.stderr_closed = False
 
     def open(self, now_s: float) -> None:
@@ -62,7 +62,7 @@ class AgentLink:
         self.attempts, self.next_attempt_s = self.attempts + 1, inf
         self.last_words.clear()
         try:
-            # Its own session: Ctrl-C at the terminal is for the launcher alone, which then ends the run in order.
+            # It gets its own session, so that Ctrl-C at the terminal reaches only the launcher, which ends the run.
             self.popen = subprocess.Popen(
                 self.command,
                 stdin=subprocess.PIPE,
@@ -89,27 +89,27 @@ class AgentLink:
 
     @property
     def is_open(self) -> bool:
-        """Whether it can be listened to."""
+        """Whether it can still send us something."""
         return hasattr(self, "channel") and not self.channel.closed
 
     @property
     def closed(self) -> bool:
-        """The agent is gone, and with it every process it started."""
+        """Whether the agent was started and is gone, and with it every process that it started."""
         return self.attempts > 0 and not self.is_open
 
     @property
     def noise(self) -> str:
-        """What came in the place of its first answer, or before it: the last line."""
+        """The last line that came before its first answer, or instead of it."""
         return self.channel.noise if hasattr(self, "channel") else ""
 
     def read_stderr(self) -> None:
-        """Remember what the agent (or ssh) complains about; to be called when there is something to read."""
+        """Remember what the agent (or ssh) complains about. Call this when there is something to read."""
         data = os.read(self.stderr_fd, READ_BYTES)
         self.stderr_closed = not data
         self.last_words.extend(data.decode(errors="backslashreplace").splitlines())
 
     def read_last_words(self) -> str:
-        """All that it, or ssh, complained of, once it has ended."""
+        """Everything that it, or ssh, wrote to stderr. Call this once it has ended."""
         deadline = time.monotonic() + LAST_WORDS_S
         while not self.stderr_closed and wait_ready([self.stderr_fd], [], deadline - time.monotonic())[0]:
             self.read_stderr()
@@ -125,7 +125,8 @@ class AgentLink:
         try:
             return self.popen.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            # One that hangs ends nobody: what is below it on this machine goes first, for later it could not be found.
+            # An agent that hangs ends none of its processes. Kill those below it on this machine first, because we
+            # could not find them after its death.
             send_signal(descendants(self.popen.pid), signal.SIGKILL)
             self.popen.kill()
             return self.popen.wait()

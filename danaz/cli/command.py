@@ -1,4 +1,4 @@
-"""How every command says that it cannot go on; and how one speaks that goes on though nobody listens any more."""
+"""Ends a command with an error message, and lets a command go on when nobody reads its output any more."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import typer
 
 
 def fail(error: object, code: int = 2) -> NoReturn:
-    """Say why on stderr, and end. Exit code 2 says that to try again the same would be no use."""
+    """Print the error on stderr, and end. Exit code 2 means that trying the same again would not help."""
     typer.secho(f"danaz: {error}", err=True, fg="red")
     raise typer.Exit(code)
 
 
 class _Outliving:
-    """A stream whose reader may go away: from then on, what is written to it is lost, and nothing else."""
+    """A stream whose reader may go away. After that, text written to it is lost, but nothing fails."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -48,7 +48,7 @@ class _Outliving:
 
 @contextmanager
 def outliving_readers() -> Iterator[None]:
-    """`… | head` ends neither what is done within, nor changes its exit code."""
+    """Within this block, `… | head` neither ends the work nor changes the exit code."""
     out, err = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _Outliving(out), _Outliving(err)
     try:

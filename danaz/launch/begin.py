@@ -28,9 +28,9 @@ from danaz.worker.group import choose_collective
 
 
 def prepare(options: LaunchOptions, named: Collection[str], command: Sequence[str]) -> tuple[Launch, str]:
-    """The run that the options ask for, and which collective was chosen, and why. Nothing is written or claimed.
+    """The run that the options ask for, and which collective was chosen and why. It writes and claims nothing.
 
-    ``named`` are the options that stand on the command line. Raises ValueError or RuntimeError with what is wrong.
+    ``named`` are the options given on the command line. Raises ValueError or RuntimeError, which say what is wrong.
     """
     if options.resume is not None:
         return _prepare_resumed(options, named, command)
@@ -40,7 +40,7 @@ def prepare(options: LaunchOptions, named: Collection[str], command: Sequence[st
 
 @contextmanager
 def prepared(options: LaunchOptions, named: Collection[str], command: Sequence[str]) -> Iterator[tuple[Launch, str]]:
-    """As ``prepare``; as long as the block lasts, the folder of the run belongs to this process alone."""
+    """Like ``prepare``, but this process alone owns the run folder during the block."""
     if options.resume is not None:
         check_begun(options.resume)
         with locked_run_folder(options.resume):

@@ -1,4 +1,4 @@
-"""Is this cluster fit to train? Every host is looked at, at the same time, before anything runs."""
+"""Checks whether a cluster is fit to train: it looks at all hosts at the same time, before anything runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Checkup:
-    """One host: what it is, what is wrong with it, and what may be meant so."""
+    """One host: what it is, what is wrong with it, and what is odd but may be intended."""
 
     host: Host
     finding: Finding

@@ -1,4 +1,4 @@
-"""A worker that comes later: what it must know, in a file that only its owner can read.
+"""Invitations for workers that join later: each holds what the worker must know, in a file only its owner can read.
 
 `danaz launch --invite K` writes K of them into RUN/invitations/; `danaz work --join HOST:PORT --key FILE` takes one.
 Each is good for one worker at a time: it is that worker's number and, unless the run is insecure, its key.
@@ -31,7 +31,7 @@ class InvitationError(ValueError):
 
 @dataclass(frozen=True)
 class Task:
-    """What every rank of a run is started with."""
+    """The command and the environment of every rank of a run."""
 
     command: Sequence[str]
     env: Mapping[str, str] = field(default_factory=dict, repr=False)  # may hold secrets

@@ -58,7 +58,7 @@ class Cluster:
 
     @property
     def ranks_per_worker(self) -> int:
-        """Of the largest worker."""
+        """The number of ranks of the largest worker."""
         slots = max(slots_of(host, self.machines) for host in self.hosts)
         return -(-slots // self.workers_per_host)
 
@@ -98,7 +98,7 @@ class Launch:
 
     @property
     def shards_elsewhere(self) -> list[int]:
-        """Those that do not write into the run folder themselves."""
+        """The shards that do not write into the run folder themselves."""
         return [shard for shard, service in enumerate(self.plan.services) if service.returns]
 
 

@@ -38,7 +38,7 @@ MEASURED = {
 
 
 def version(package: str) -> str | None:
-    """Of an installed package; None if it is not there."""
+    """The version of an installed package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -69,7 +69,7 @@ def measure(meter: str) -> dict[str, Any]:
 
 
 def receive(link: socket.socket, size: int) -> bytes:
-    """So many bytes. Raises EOFError when there are fewer."""
+    """Receive ``size`` bytes. Raises EOFError when fewer arrive."""
     data = link.recv(size, socket.MSG_WAITALL)
     if len(data) < size:
         raise EOFError(f"the other end closed after {len(data)} of {size} bytes")

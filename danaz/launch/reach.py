@@ -69,9 +69,9 @@ class Reach:
 def find_machines(
     hosts: Sequence[Host], reach: Reach, *, hub: Host, collective: str
 ) -> tuple[dict[str, Machine], list[str]]:
-    """What must be known of each machine before a run, and what the user should be told. Raises ReachError.
+    """The facts about each machine that a run needs, and what the user should be told. Raises ReachError.
 
-    Where all is on this machine, nothing has to be asked.
+    If all hosts are this machine, no survey is needed.
     """
     everybody = (*hosts, *reach.more_servers)
     if all(reach.is_direct(host) for host in (*everybody, hub)):
@@ -120,7 +120,7 @@ def _at(host: Host) -> str:
 
 
 def unfit(name: str, finding: Finding, collective: str) -> list[str]:
-    """What would end the run, or let its machines misunderstand each other."""
+    """The problems of a host that would end the run, or make its machines misunderstand each other."""
     here, there = versions(), finding.report["versions"]
     if there["danaz"] != here["danaz"]:
         return [

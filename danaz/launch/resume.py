@@ -1,4 +1,4 @@
-"""What `danaz launch --resume RUN` needs beside RUN/config.yaml: how the run was launched, in RUN/launch.yaml."""
+"""Reads and writes RUN/launch.yaml, which says how a run was launched: `danaz launch --resume RUN` needs it."""
 
 from __future__ import annotations
 
@@ -78,7 +78,9 @@ def check_variables(kept: Sequence[str], found: Collection[str]) -> None:
 
 
 def check_checkpoints(run: Path, earlier: str | None, now: str | None, elsewhere: Collection[int]) -> None:
-    """They are where the server was killed, or here if it ended in order. Raises ResumeError if it would not find them.
+    """Check that the server would find its checkpoints; otherwise raise ResumeError.
+
+    They are on the machine where the server was killed, or on this one if the server ended in good order.
 
     ``earlier`` and ``now`` are the machines of the server as they were named; ``elsewhere``: its shards, shard 0 for
     the server itself, that now do not run here.

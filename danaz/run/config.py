@@ -70,7 +70,7 @@ def _gap(value: object) -> object:
 
 
 def _schedule(value: str) -> str:
-    """One of SCHEDULES by name, or of SCHEDULE_FORMS with its argument behind a colon."""
+    """Check the name of one of SCHEDULES, or of one of SCHEDULE_FORMS with its argument after a colon."""
     form, _, argument = value.partition(":")
     if value not in SCHEDULES and not (form in SCHEDULE_FORMS and argument):
         known = (*SCHEDULES, *SCHEDULE_FORMS.values())

@@ -56,10 +56,10 @@ def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 class Journal:
-    """updates.jsonl, for writing: each line is in the kernel's hands when ``add`` returns, if the disk takes it.
+    """Writes updates.jsonl. When ``add`` returns, the kernel has the line, unless the disk did not take it.
 
-    What the disk does not take waits in memory until it does. Trouble is told once, and so is its end. The file holds
-    whole lines without a hole: once some are lost, none follow.
+    Lines that the disk does not take wait in memory until it does. The user is told once of the trouble, and once of
+    its end. The file holds whole lines without gaps: once some lines are lost, no more are written.
     """
 
     def __init__(self, path: Path, tell: Tell):
@@ -82,7 +82,7 @@ class Journal:
         self._write()
 
     def cut(self, lines: int) -> int:
-        """Let the file end after so many lines; returns how many went. Raises OSError."""
+        """Cut the file after this number of lines; returns how many lines were removed. Raises OSError."""
         there = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
         os.ftruncate(self._open(), sum(map(len, there[:lines])))
         return max(0, len(there) - lines)
@@ -226,7 +226,7 @@ class RunFolder:
         return with_measured(summary)
 
     def finish_at_exit(self, core: ServerCore) -> None:
-        """As ``finish``, of a process that is about to end, whose exit code cannot be changed otherwise any more."""
+        """Like ``finish``, for a process that is about to end: if writing fails, it exits at once with code 1."""
         try:
             self.finish(core)
         except UnwrittenError as error:

@@ -1,8 +1,8 @@
-"""Who may write a run folder: one process that begins or resumes a run, and one server for it.
+"""Decides who may write a run folder: one process that begins or resumes a run, and one server for that run.
 
-A new run claims its folder before it does anything else: it makes the folder, which only one process can do, or it
-takes one that holds nothing of a run; and it keeps a lock there until it ends, however it ends. Nobody else begins a
-run in a folder that holds anything of one.
+A new run claims its folder before it does anything else. It makes the folder, which only one process can do, or takes
+one that holds no files of a run. It keeps a lock there until it ends, in whatever way. Nobody begins another run in a
+folder that holds files of a run.
 """
 
 from __future__ import annotations

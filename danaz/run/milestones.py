@@ -1,8 +1,9 @@
-"""How far a script came, as the launcher hears of it: exit code 0 alone does not say that anything was trained.
+"""Tells the launcher how far a script came, because exit code 0 alone does not say that anything was trained.
 
 The launcher names a file in the environment of each rank, to which the rank adds a line for each milestone that it
-reaches. A rank that ends with 0 and has not reached all of them has failed, and is told what it left undone. That it
-begins to end is noted, too: Horovod keeps it until the other ranks have failed, which would then be blamed.
+reaches. A rank that ends with 0 and has not reached all of them has failed, and the launcher says what it left undone.
+A rank also notes when it begins to end: Horovod keeps it running until the other ranks have failed, and without that
+note the launcher would blame them.
 """
 
 from __future__ import annotations

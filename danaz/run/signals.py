@@ -8,7 +8,7 @@ from types import FrameType
 
 
 def note_ending_signals() -> Callable[[], bool]:
-    """From now on SIGTERM and SIGINT end nothing; what is returned says whether one has come."""
+    """Stop SIGTERM and SIGINT from ending this process. Returns a function that says whether one of them has come."""
     received: list[int] = []
 
     def note(signum: int, frame: FrameType | None) -> None:

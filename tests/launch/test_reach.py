@@ -1,4 +1,4 @@
-"""What travels to other machines, and which of them may take part."""
+"""Which variables are sent to other machines, and which machines may take part."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def finding(address: str = "10.0.0.2", problem: str | None = None, **report: Any
 
 
 class Surveyed(Reach):
-    """A cluster that needs no machines: what they would say is given."""
+    """A cluster without machines: the test supplies what they would report."""
 
     findings: dict[str, Finding]
 

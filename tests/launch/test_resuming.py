@@ -1,4 +1,4 @@
-"""What a run folder must hold to go on, and what may be said anew."""
+"""What a run folder must hold so that the run can be resumed, and which options may change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who is to blame when one rank's end breaks those of its neighbours: the same rank in every order of arrival."""
+"""When the end of one rank makes its neighbours fail, that rank is blamed, in whatever order the reports arrive."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ORDERS = [order for order in ORDERS if order.index("raises 1") < order.index("ex
 
 
 class Unit:
-    """One world of four ranks, of which the test says what is heard and when."""
+    """One world of four ranks. The test says which reports arrive, and when."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(logs_module, "time", types.SimpleNamespace(monotonic=lambda: self.now_s))

@@ -1,4 +1,4 @@
-"""How many connections are made at once, told by a clock that the test sets."""
+"""The gate limits how many connections are made at once; the test sets the clock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ends that are none, and runs that would have none: a rank that leaves early with 0, and processes that hang."""
+"""Ranks that leave too early with exit code 0, and processes that hang after the end of a run."""
 
 from __future__ import annotations
 

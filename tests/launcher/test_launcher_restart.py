@@ -1,4 +1,4 @@
-"""A run that goes on though its processes are killed: who is started again, with what, and what is said of it."""
+"""A run goes on although its processes are killed: which are restarted, with what, and what the user is told."""
 
 from __future__ import annotations
 
@@ -324,7 +324,7 @@ while not os.path.exists(os.environ["FOLDER"] + "/1.0.2"): time.sleep(0.005)
 
 
 def refusing(tries: int) -> Callable[[Host], Sequence[str]]:
-    """A way to a machine that works once, then refuses so often, and then works again."""
+    """An agent command that works once, then fails ``tries`` times, and then works again."""
     calls = 0
 
     def agent_command(host: Host) -> Sequence[str]:

@@ -1,4 +1,4 @@
-"""Who is started again, and when: the state machine alone, with the time as a number."""
+"""Which units are restarted, and when: tests the state machine alone, with the time as a number."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class Cluster:
         return child
 
     def kill_server_behind(self, updates: int, how: signal.Signals = signal.SIGKILL) -> str:
-        """Wait for so many updates, and let the server's process end; returns what it said on stderr."""
+        """Wait for this number of updates, then end the server's process by ``how``; returns its stderr."""
         live.until(lambda: len(live.read_updates(self.folder)) >= updates or self.server.poll() is not None, "updates")
         self.server.send_signal(how)
         return self.server.communicate(timeout=live.DEADLINE_S)[1]

@@ -68,7 +68,7 @@ class Playing:
         until(lambda: all(self.find(*sleep) for sleep in sleeps), "the ranks and their daemons are there")
 
     def find(self, name: str, seconds: int) -> list[int]:
-        """The processes that sleep so long: 1000 is a rank, 1001 its daemon, 2000 the server."""
+        """The processes that sleep for this long: 1000 is a rank, 1001 its daemon, 2000 the server."""
         return [pid for pid, line in self.network.processes(name).items() if line == f"sleep {seconds}"]
 
     @property
