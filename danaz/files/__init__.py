@@ -1,1 +1,1 @@
-"""How files and modules of the user's are read, with errors that name them."""
+"""Reads the user's files and modules, with errors that name them."""

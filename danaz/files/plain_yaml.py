@@ -1,8 +1,8 @@
-"""YAML as people mean it: a word is a number only if it looks like one, and nothing but plain values is made.
+"""YAML as people mean it: a word is a number only if it looks like one, and a document holds only plain values.
 
 PyYAML follows YAML 1.1, in which ``010`` is 8, ``1:30`` is 90, ``on`` is true and ``1e-2`` is a word. Here the scalars
-are those of YAML 1.2's core schema, and there are no others: no dates, no sets, no tags of a program's own. A key that
-stands twice in a mapping is an error.
+are those of YAML 1.2's core schema, and there are no others: no dates, no sets, no application-specific tags. A key
+that appears twice in a mapping is an error.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from yaml.constructor import ConstructorError
 __all__ = ["YamlError", "dump_yaml", "parse_yaml"]
 
 TAG = "tag:yaml.org,2002:"
-# Tag -> the words that are read so, and the characters that they can begin with ("": no word at all).
+# Tag -> the words that are read as that type, and the characters that they can begin with ("": the empty word).
 SCALARS = {
     "null": (re.compile(r"~|null|Null|NULL|"), ["~", "n", "N", ""]),
     "bool": (re.compile(r"true|True|TRUE|false|False|FALSE"), list("tTfF")),
@@ -34,7 +34,7 @@ SCALARS = {
 
 
 class YamlError(ValueError):
-    """Text that is no YAML, or holds something else than plain values."""
+    """The text is not YAML, or it holds something other than plain values."""
 
 
 def parse_yaml(text: str) -> Any:
@@ -74,7 +74,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes a text which either version of YAML would read as something else."""
+    """Quotes a text that either version of YAML would read as something other than text."""
 
 
 def _constructor(tag: str, value_of: Callable[[str], Any]) -> Callable[[_Loader, yaml.ScalarNode], Any]:

@@ -1,7 +1,7 @@
 """Names that users write in a config or on the command line, ``package.module:name``: rules, models and data.
 
-A module of the user's may fail when it is imported. Then the message says in which line, and holds the traceback of
-the user's own code.
+The user's module may fail when it is imported. Then the message says in which line, and holds the traceback of the
+user's own code.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ STDLIB = sysconfig.get_path("stdlib") + os.sep
 
 
 class UserModuleError(ValueError):
-    """A name of the user's leads nowhere, or its module cannot be imported."""
+    """A name that the user gave does not exist, or its module cannot be imported."""
 
 
 def import_user_name(spec: str, what: str) -> Callable[..., Any]:
     """The callable that ``package.module:name`` stands for; the module is looked for in the current folder first.
 
     Args:
-        spec: as the user wrote it.
-        what: how an error calls it, such as ``model = 'my_nets:Net'``.
+        spec: the name, as the user wrote it.
+        what: how an error message refers to it, such as ``model = 'my_nets:Net'``.
 
     Raises:
         UserModuleError: there is no such module or no such callable in it, or the module fails when it is imported.
@@ -65,7 +65,7 @@ def _import(name: str, what: str) -> ModuleType:
 def _import_from_here(name: str) -> ModuleType:
     """Import ``name``, looked for in the current folder first, as ``python -m`` does.
 
-    Afterwards the folder is searched last: a file there never takes the place of what danaz imports later.
+    Afterwards the folder is searched last, so that a file there never replaces what danaz imports later.
     """
     here = os.getcwd()
     if sys.path[:1] in ([here], [""]):
@@ -92,7 +92,7 @@ def _raise_as_the_users(error: BaseException, module: str, what: str) -> NoRetur
 
 
 def _without_danaz(report: traceback.TracebackException) -> traceback.TracebackException:
-    """The report, and those of the errors that led to it, without the frames of danaz and of the import machinery."""
+    """Remove the frames of danaz and of the import machinery from the report and from the errors that led to it."""
     frames = [frame for frame in report.stack if not _is_ours(frame.filename)]
     report.stack = traceback.StackSummary.from_list(frames)
     for earlier in (report.__cause__, report.__context__):

@@ -10,7 +10,8 @@ from danaz.protocol.messages import Offer
 def choose(offers: Sequence[Offer]) -> list[int]:
     """The generation that each shard goes back to, shard 0 first; none if there is no way to go on.
 
-    Once shard 0 has kept that the training is over, nothing is trained again, and each goes on from its own newest.
+    Once shard 0 has a checkpoint that says training is over, nothing is trained again, and each shard goes on from its
+    own newest checkpoint.
     """
     if offers[0].done and all(offer.generations for offer in offers):
         return [max(offer.generations) for offer in offers]

@@ -35,7 +35,7 @@ class WorkerKeys:
 
 
 def make_keys(workers: int) -> tuple[ServerKeys, list[WorkerKeys]]:
-    """Fresh keys for a server and so many workers."""
+    """Fresh keys for a server and this number of workers."""
     public, secret = _pair()
     pairs = [_pair() for _ in range(workers)]
     return ServerKeys(public, secret, tuple(mine for mine, _ in pairs)), [WorkerKeys(*pair, public) for pair in pairs]

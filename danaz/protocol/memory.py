@@ -22,13 +22,13 @@ def machine_bytes() -> int:
     found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for limit in map(Path, LIMITS):
         text = limit.read_text().strip() if limit.exists() else ""
-        if text.isdigit():  # "max" is none
+        if text.isdigit():  # "max" means no limit
             found.append(int(text))
     return min(found)
 
 
 def keep_freed_memory() -> bool:
-    """Let this process use again what it frees; returns whether the C library understands.
+    """Let this process reuse the memory that it frees; returns whether the C library accepted the setting.
 
     By default glibc gives large blocks back to the kernel, which clears each page before it hands it out anew: for
     messages of a megabyte, that costs as much as sending them.

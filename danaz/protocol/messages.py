@@ -1,11 +1,11 @@
 """What workers and the server say to each other. Field names are the wire's; tensors travel as raw frames.
 
-Every request carries ``request``, a number that grows by one on its worker, and every reply names the request it
-answers: so a repeated request is recognised, and so is a late reply.
+Every request carries ``request``, a number that grows by one on its worker, and every reply names the request that it
+answers. This is how a repeated request and a late reply are recognised.
 
 The type of each field declares the values that it may hold. danaz.protocol.wire checks them when it decodes a message,
-so whoever handles a message can rely on them. A plain ``float`` may hold any value, NaN and infinity included: the
-server itself judges those of a push, because a worker whose training has diverged sends them in good faith.
+so the code that handles a message can rely on them. A plain ``float`` may hold any value, NaN and infinity included.
+The server itself judges such values in a push, because a worker whose training has diverged sends them in good faith.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAX_REASON = 300  # characters of a script's reason to end a run
 
 
 class OutOfRangeError(ValueError):
-    """A value of the right type that its field may not hold."""
+    """The value has the right type, but its field may not hold it."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Within:
 
 @dataclass(frozen=True)
 class AtMost:
-    """Texts, lists and tables of at most so many characters or entries."""
+    """Texts, lists and tables of at most ``length`` characters or entries."""
 
     length: int
 
@@ -55,17 +55,17 @@ class AtMost:
             raise OutOfRangeError(f"at most {self.length} characters or entries were expected")
 
 
-LARGEST = 1 << 53  # that a float holds exactly, as JSON and the news between ranks have it
+LARGEST = 1 << 53  # the largest number that a float holds exactly; JSON and the messages between ranks use floats
 MAX_WORKERS = 4096
 MAX_AHEAD = 1 << 16  # batches that a worker may hold
-MAX_REPORTED = 64  # figures of a run
+MAX_REPORTED = 64  # figures that a script may report of a run
 MAX_NAME = 100  # characters in the name of a figure
 MAX_TEXT = 1000  # characters in a figure that is a text
 
 TOO_MANY_REPORTED = f"a run has at most {MAX_REPORTED} reported figures"
 
 Count = Annotated[int, Within(0, LARGEST)]  # also versions, lives, generations, batches and requests
-AnyRequest = Annotated[int, Within(-LARGEST, LARGEST)]  # that of a GoBack is below zero
+AnyRequest = Annotated[int, Within(-LARGEST, LARGEST)]  # the number of a GoBack is below zero
 WorkerNumber = Annotated[int, Within(0, MAX_WORKERS - 1)]
 Ahead = Annotated[int, Within(1, MAX_AHEAD)]
 Samples = Annotated[int, Within(0, 1 << 32)]
@@ -110,8 +110,8 @@ class Plan:
 class Join:
     """A worker enters, comes back as a new incarnation, or joins again because it was told to.
 
-    Worker 0 brings the first parameters; whoever joins again brings the newest view it has, which may be newer than
-    what a server that was restarted knows.
+    Worker 0 brings the first parameters. A worker that joins again brings its newest view, which may be newer than
+    what a restarted server knows.
     """
 
     worker: WorkerNumber
@@ -123,9 +123,9 @@ class Join:
     plan: Plan
     ahead: Ahead  # batches the worker wants to hold at a time, for its data loader to read ahead
     params: Tensor | None = None  # f32[P]
-    version: Count = 0  # of params, in that life of the server
+    version: Count = 0  # the version of params, in the life below
     life: Count = 0
-    untrained: Tensor | None = None  # f32[U] from worker 0: what its model holds beside, as bytes
+    untrained: Tensor | None = None  # f32[U] from worker 0: what else its model holds, as bytes
 
 
 @dataclass(frozen=True)
@@ -135,26 +135,26 @@ class Push:
     worker: WorkerNumber
     incarnation: Count
     request: Count
-    view_version: Count  # of the view it was computed on
+    view_version: Count  # the version of the view that it was computed on
     lr: Rates  # η of each parameter group
     samples: Samples
     loss: float | None
     batch: Count  # the leased number
     push: Tensor  # f32[P], a gradient, displacement or parameters as the rule declares
     earlier: Batches = ()  # batches of the local steps since the last push
-    life: Count = 0  # of the server that sent the view
+    life: Count = 0  # the life of the server that sent the view
     wants_view: bool = True  # False: in a pipeline, the next view was fetched already
-    squares: Squares = ()  # to shard 0: of each layer of the model what the others answered the push before
-    elsewhere: Count = 0  # to shard 0: bytes that the others' slices of ``push`` take on the wire
-    generation: Count = 0  # to the others: of shard 0's newest checkpoint, as it said
-    common: Generations = ()  # to shards: the newest two checkpoints that all of them have, as they said
+    squares: Squares = ()  # to shard 0: for each layer, what the other shards answered to the push before
+    elsewhere: Count = 0  # to shard 0: bytes that the other shards' slices of ``push`` take on the wire
+    generation: Count = 0  # to the other shards: the generation of shard 0's newest checkpoint, as shard 0 said
+    common: Generations = ()  # to shards: the newest two checkpoints that all shards have, as they said
     absent: Spans = ()  # (start, stop) of parameters without a gradient, which make no step
     square: float | None = field(default=None, metadata=LOCAL)  # ‖push‖², if it was summed while the push arrived
     encoded: Encoded | None = field(default=None, metadata=LOCAL)  # how ``push`` travels; None: as it is
 
     @property
     def batches(self) -> tuple[int, ...]:
-        """All that this push completes."""
+        """All batches that this push completes."""
         return (*self.earlier, self.batch)
 
 
@@ -165,13 +165,13 @@ class Pull:
     worker: WorkerNumber
     incarnation: Count
     request: Count
-    ahead: bool = False  # it still computes on the view before, and will push what comes of it
+    ahead: bool = False  # it still computes on the view before, and will push the result
     skipped: Batches = ()  # batches that made no step, such as after an overflow: they count as used
 
 
 @dataclass(frozen=True)
 class Fetch:
-    """A worker asks for what the model holds beside the parameters that are trained, as worker 0 brought it."""
+    """A worker asks for what the model holds besides its trained parameters, as worker 0 sent it."""
 
     worker: WorkerNumber
     incarnation: Count
@@ -180,7 +180,7 @@ class Fetch:
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """A worker is alive, computing. Not answered."""
+    """A worker is alive and computing. The server does not answer it."""
 
     worker: WorkerNumber
     incarnation: Count
@@ -188,14 +188,14 @@ class Heartbeat:
 
 @dataclass(frozen=True)
 class Leave:
-    """A worker leaves in good order, giving back what its rule says."""
+    """A worker leaves in good order, and gives back what its rule says."""
 
     worker: WorkerNumber
     incarnation: Count
     request: Count
     give_back: Tensor | None  # f32[P], to be added to the server's parameters
     buffers: Tensor  # f32[B], batch-norm statistics
-    done: bool = False  # it heard that no batches are left: a shard that leases none waits for the others, too
+    done: bool = False  # it heard that no batches are left; a shard that leases none then waits for the others
     stop: Annotated[str, AtMost(MAX_REASON)] = ""  # why the script ends the run for all workers, if it does
     generation: Count = 0  # as in Push
 
@@ -212,24 +212,24 @@ class Report:
 
 @dataclass(frozen=True)
 class Bye:
-    """A worker that left has nothing more to report. To shard 0 it brings the end of θ, which others held."""
+    """A worker that left has nothing more to report. It brings shard 0 the rest of θ, which the other shards held."""
 
     worker: WorkerNumber
     incarnation: Count
     request: Count
-    version: Count = 0  # of shard 0, at which it got θ
+    version: Count = 0  # the version of shard 0 at which it received θ
     rest: Tensor | None = None  # f32[P - slice of shard 0]
 
 
 @dataclass(frozen=True)
 class GoBack:
-    """To one of several shards: what can it go back to? Or, from a worker that has heard that of all: go back there."""
+    """Asks one of several shards what it can go back to. A worker that knows this of all tells it where to go back."""
 
     worker: WorkerNumber
     incarnation: Count
     request: Annotated[int, Within(-LARGEST, -1)]  # a count of its own
     generation: Count | None = None  # None asks; 0 is the beginning
-    newest: Count = 0  # number that a checkpoint of any shard has had: no other will have it again
+    newest: Count = 0  # the largest number that a checkpoint of any shard has had; it is not used again
 
 
 # ---- what a server answers -------------------------------------------------------------------------------------------
@@ -237,7 +237,7 @@ class GoBack:
 
 @dataclass(frozen=True)
 class Inquire:
-    """How far is the run? A process may ask before it has joined."""
+    """Asks how far the run is. A process may ask before it has joined."""
 
     worker: WorkerNumber
     incarnation: Count
@@ -252,17 +252,17 @@ class Parameters:
     version: Count
     applied: bool  # whether the push that this answers was applied
     refused: Text  # why not, empty if it was
-    leases: Batches  # every batch the worker holds, those it has begun included
+    leases: Batches  # every batch the worker holds, including those it has begun
     done: bool  # the run has no more batches for anyone
     epoch: Annotated[float, Within(0, LARGEST)]  # epochs of the whole cluster so far
     lag: Count
     gap: float | None
     view: Tensor  # f32[P]; f32[0] for a push that wants none
-    last_applied: Count = 0  # request number of this worker's newest push that was applied, however that was answered
-    life: Count = 0  # of the server: versions may repeat after a restart, (life, version) never does
-    squares: Squares = ()  # of another shard than 0: ‖θ − view‖² of each layer of its slice, for the gap
-    generation: Count = 0  # of shard 0's newest checkpoint: the others keep theirs before they heed what follows
-    kept: Generations = ()  # of several shards: the checkpoints that this one has, ascending
+    last_applied: Count = 0  # request number of this worker's newest push that was applied, whatever the answer
+    life: Count = 0  # the server's life: versions may repeat after a restart, (life, version) never does
+    squares: Squares = ()  # from a shard other than 0: ‖θ − view‖² of each layer of its slice, for the gap
+    generation: Count = 0  # of shard 0's newest checkpoint: other shards write theirs before they act on what follows
+    kept: Generations = ()  # if there are several shards: the checkpoints that this one has, ascending
     parts: tuple[tuple[int, int, int], ...] = field(default=(), metadata=LOCAL)  # (start, stop, last_applied) of shards
 
 
@@ -302,32 +302,32 @@ class Progress:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A request that the server will not serve, now or later. The worker must not repeat it."""
+    """The server will not serve this request, now or later. The worker must not repeat it."""
 
     request: AnyRequest
     reason: Text
-    rejoin: bool  # whether joining anew is the cure
-    newest: Count = 0  # incarnation of this worker that has joined, if the one that asks has a lower one
+    rejoin: bool  # whether the worker should join again
+    newest: Count = 0  # the incarnation of this worker that has joined, if the request came from a lower one
 
 
 @dataclass(frozen=True)
 class Offer:
-    """The answer of a shard that was restarted: to everything, until it is told where to go on; to GoBack also then."""
+    """A restarted shard's answer to every request until it is told where to go on, and to GoBack even afterwards."""
 
     request: AnyRequest
-    generations: Generations  # to which it can go back, ascending; 0: to the beginning
-    newest: Count  # number that a checkpoint here has had
-    done: bool  # its newest is of a training that is over
+    generations: Generations  # the checkpoints that it can go back to, ascending; 0 is the beginning
+    newest: Count  # the largest number that a checkpoint here has had
+    done: bool  # training was over when its newest checkpoint was written
     told: bool = False  # it went back to the one generation that is left
 
 
 @dataclass(frozen=True)
 class Streamed:
-    """Parameters whose view is worked out while it is sent: each slice counts until the next one is asked for."""
+    """Parameters whose view is computed while it is sent. A slice is valid until the next one is asked for."""
 
     header: Parameters  # its view is announced: it has a size and no values
     slices: Iterator[Tensor]  # f32[n] each, as flat.chunks cuts a vector and as the worker decodes it
-    codec: Codec = FP32  # it travels in
+    codec: Codec = FP32  # the codec that the view travels in
 
     @property
     def request(self) -> int:

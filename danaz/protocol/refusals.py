@@ -3,7 +3,7 @@
 NOT_FINITE = "push is not finite"
 OUTLIER = "push is far outside the cluster's size"
 OVERFLOW = "update by this push would leave the range of float32"
-SICK = frozenset((NOT_FINITE, OUTLIER, OVERFLOW))  # what is wrong is the values of the push, and would be again
+SICK = frozenset((NOT_FINITE, OUTLIER, OVERFLOW))  # the values of the push are bad, and would be bad again
 FRESH_AFTER = 2  # pushes in a row that were refused as sick: then a worker's velocity is suspect, and starts afresh
 
 NEWER_JOINED = "a newer incarnation of this worker has joined"

@@ -1,12 +1,12 @@
 """Messages as frames: [magic and version | msgpack header | one frame per vector, in the codec that the header names].
 
-A message with a vector longer than a slice travels as several: the first two frames, which announce the vectors' sizes,
-and then each slice of each vector as [magic, request, number of the chunk | bytes]. So the other side receives, checks
-and applies the first slices while the last are on their way, and nobody allocates a message of 100 MB.
+A message with a vector longer than a slice travels as several messages. The first has two frames, which announce the
+sizes of the vectors. Then each slice of each vector follows as [magic, request, number of the chunk | bytes]. So the
+other side receives, checks and applies the first slices while the last are on their way, and neither side allocates a
+message of 100 MB.
 
-Decoding trusts nothing: each field is checked against the type and the range that its message declares, and the sizes
-of vectors before anything is allocated for them. Whatever does not fit raises WireError; nothing else ever comes out
-of this module.
+Decoding trusts nothing. It checks each field against the type and the range that its message declares, and the sizes of
+vectors before it allocates anything for them. Whatever does not fit raises WireError; decoding raises nothing else.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from danaz.vectors.flat import MAX_FLOATS, SLICE_FLOATS, Layout, chunks
 MAGIC = b"DANAZ\x02"
 CHUNK = struct.Struct("<8sQI")  # magic, request, number of the chunk within its message
 CHUNK_MAGIC = b"DANAZ\x02+\0"
-MAX_HEADER_BYTES = 3 << 19  # a layer table of some twenty thousand tensors
+MAX_HEADER_BYTES = 3 << 19  # enough for a layer table of about twenty thousand tensors
 
 Frame = bytes | bytearray | memoryview
 
 
 class WireError(ValueError):
-    """Frames that are no message of this protocol."""
+    """The frames are not a message of this protocol."""
 
 
 MESSAGES: dict[str, type] = {
@@ -49,9 +49,9 @@ MESSAGES: dict[str, type] = {
 
 
 def encode(message: messages.Message) -> list[Frame]:
-    """Frames of a whole message. Vectors share the tensors' memory, which must not change until they are sent.
+    """The frames of a whole message. They share the tensors' memory, which must not change until they are sent.
 
-    Vectors that are announced stay so. Raises ValueError for a header that is too large to travel.
+    Announced vectors are only announced again. Raises ValueError if the header is too large to travel.
     """
     vectors = _vectors(message)
     frames = [] if any(map(is_announced, vectors.values())) else [_checked_bytes(vector) for vector in vectors.values()]
@@ -59,7 +59,7 @@ def encode(message: messages.Message) -> list[Frame]:
 
 
 def split(message: messages.Message | Streamed) -> Iterator[list[Frame]]:
-    """The messages that ``message`` travels as, frames each; a Streamed is worked out on the way."""
+    """The messages that ``message`` travels as, each as frames. A Streamed is computed as it is sent."""
     header: messages.Message = message.header if isinstance(message, Streamed) else message
     announces = _vectors(header)
     codec, pieces = _encoded(message, announces)
@@ -73,7 +73,7 @@ def split(message: messages.Message | Streamed) -> Iterator[list[Frame]]:
 
 
 def messages_of(message: messages.Message | Streamed) -> int:
-    """How many messages ``split`` makes of it."""
+    """How many messages ``split`` makes of ``message``."""
     sizes = [
         vector.numel() for vector in _vectors(message.header if isinstance(message, Streamed) else message).values()
     ]
@@ -81,7 +81,7 @@ def messages_of(message: messages.Message | Streamed) -> int:
 
 
 def _encoded(message: messages.Message | Streamed, vectors: dict[str, Tensor]) -> tuple[str, Iterator[Frame]]:
-    """The codec of a message's vectors, and their slices in it."""
+    """The name of the codec of a message's vectors, and their slices encoded with it."""
     if isinstance(message, Streamed):
         return message.codec.name, map(message.codec.encode, message.slices)
     if isinstance(message, messages.Push) and message.encoded is not None:
@@ -131,7 +131,7 @@ def _checked_bytes(tensor: Tensor) -> Frame:
 def decode(frames: Sequence[Frame], expect: type | types.UnionType = messages.Message) -> Any:
     """The message in ``frames``, one of ``expect``. Its vectors use the frames' memory where that is writable.
 
-    Vectors that are to follow in chunks are announced: they have a size, and take no memory. Raises WireError.
+    Vectors that follow in chunks are only announced: they have a size, and take no memory. Raises WireError.
     """
     return _decode(frames, expect)[0]
 
@@ -159,7 +159,7 @@ def _decode(frames: Sequence[Frame], expect: type | types.UnionType) -> tuple[An
 
 
 def _tell(message: Any, codecs: dict[str, Codec], nbytes: int) -> Any:
-    """The message, which says how its push travelled."""
+    """The message, with a note of how its push travelled."""
     codec = codecs.get("push", FP32)
     if codec is FP32 or not isinstance(message, messages.Push):
         return message
@@ -192,7 +192,7 @@ def _unpack(frame: Frame) -> tuple[Any, Any, Any]:
         raise WireError("header too large")
     try:
         kind, header, present = msgpack.unpackb(frame, raw=False, strict_map_key=True)
-    # msgpack lets anything from its own errors to ValueError and RecursionError out, by what it trips over.
+    # msgpack raises its own errors, ValueError or RecursionError, depending on what is wrong.
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
         raise WireError("header is not readable") from error
     return kind, header, present
@@ -244,15 +244,15 @@ def _hints(message_type: type) -> dict[str, Any]:
 
 
 def _fit(value: Any, hint: Any) -> Any:
-    """``value`` as the type that a message's field declares. Raises TypeError or ValueError if it is none.
+    """``value`` as the type that a message's field declares. Raises TypeError or ValueError if it does not fit.
 
-    Of the right type but not in the declared range, it raises OutOfRangeError.
+    Raises OutOfRangeError if the value has the right type but is not in the declared range.
     """
     return _FITTERS[typing.get_origin(hint) or hint](value, *typing.get_args(hint))
 
 
 def _limited(value: Any, kind: Any, *limits: Any) -> Any:
-    """What ``Annotated[kind, *limits]`` stands for. Limits come first: what is too long is not looked through."""
+    """Fit a value to ``Annotated[kind, *limits]``. The limits come first, so that an overlong value is not walked."""
     for limit in limits:
         limit.check(value)
     return _fit(value, kind)
@@ -321,7 +321,7 @@ _FITTERS: dict[Any, Callable[..., Any]] = {
 
 
 class StrayChunkError(WireError):
-    """A chunk of no message under way, such as the rest of one whose sender connected anew."""
+    """A chunk that belongs to no message under way, for example because its sender has connected again."""
 
 
 Room = Callable[["Inbox", Any, int], Tensor]
@@ -370,14 +370,14 @@ class Assembly:
 
 
 def _summed(message: Any) -> Any:
-    """The message; a push with the sum of its squares, in one pass instead of one for each who asks."""
+    """The message. A push gets the sum of its squares here, so that several readers need only one pass."""
     if not isinstance(message, messages.Push) or not message.push.numel():
         return message
     return dataclasses.replace(message, square=torch.dot(message.push, message.push).item())
 
 
 class Inbox:
-    """Messages of many peers, put together from what arrives. One message of each peer is under way at most."""
+    """Puts the messages of many peers together from what arrives. Each peer has at most one message under way."""
 
     def __init__(
         self,
@@ -419,6 +419,6 @@ class Inbox:
         return whole
 
     def forget(self, belongs: Callable[[Any], bool]) -> None:
-        """Give up the messages under way that ``belongs`` is true of."""
+        """Give up the messages under way for which ``belongs`` is true."""
         for peer in [peer for peer, assembly in self._under_way.items() if belongs(assembly.message)]:
             del self._under_way[peer]

@@ -17,7 +17,7 @@ class Asgd(Rule):
 
 
 class Displace(Rule):
-    """Θ ← Θ + what the worker worked out, its rates included; the worker gets Θ."""
+    """Θ ← Θ + the displacement that the worker computed, learning rates included; the worker gets Θ."""
 
     view_is_state = True
 
@@ -60,7 +60,7 @@ class NagAsgd(Rule):
 
 
 class MultiAsgd(Rule):
-    """One velocity a worker: vᵢ ← γvᵢ + g; θ ← θ − ηvᵢ; worker i gets θ − γηᵢvᵢ, blind to the others' momentum."""
+    """One velocity per worker: vᵢ ← γvᵢ + g; θ ← θ − ηvᵢ; worker i gets θ − γηᵢvᵢ, without the others' momentum."""
 
     worker_state = ("velocity",)
 

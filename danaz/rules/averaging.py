@@ -34,7 +34,7 @@ class ModelAveraging(Rule):
 
 
 class BlockMomentum(Rule):
-    """G = mean(Wᵢ) − B; Δ ← βΔ + ζG; W ← W + Δ; B = W + βΔ is sent (W itself in the classic form).
+    """G = mean(Wᵢ) − B; Δ ← βΔ + ζG; W ← W + Δ; the server sends B = W + βΔ (W itself in the classic form).
 
     β = 1 − 1/N, ζ = 1. Workers begin each block without momentum.
     """

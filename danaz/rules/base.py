@@ -1,10 +1,10 @@
 """What an update rule is.
 
-A rule is elementwise: it sees slices of flat f32 vectors and a few scalars, so the same object serves a whole
-model, a shard in its own process, or a chunk that is still in cache. (One with a barrier may ask for whole layers
-instead: ``per_layer``.) It holds hyper-parameters and nothing else;
-the vectors it declares in ``shared_state`` and ``worker_state`` are kept for it by the server (zero at the start)
-and handed in, sliced alike; so is, as ``own["view"]``, what the server last sent to the worker, where ``needs_view``.
+A rule is elementwise: it sees slices of flat f32 vectors and a few scalars, so the same object serves a whole model, a
+shard in its own process, or a chunk that is still in cache. (A rule with a barrier may ask for whole layers instead:
+``per_layer``.) A rule holds hyper-parameters and nothing else. The server keeps the vectors that the rule declares in
+``shared_state`` and ``worker_state`` (zero at the start), and passes slices of them to the rule. If the rule sets
+``needs_view``, the server also passes ``own["view"]``, what it last sent to the worker.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from danaz.files.user_module import UserModuleError, import_user_name
 
 Vectors = Mapping[str, Tensor]  # name -> f32[n], all slices of the same range
-Pushes = Literal["gradient", "displacement", "parameters"]  # a displacement is added to the server's as it is
+Pushes = Literal["gradient", "displacement", "parameters"]  # a displacement is added to the server's parameters
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Context:
     max_lr: float  # the largest η applied so far
     lag: int  # τ: updates applied since this worker's view was sent
     version: int  # updates applied before this one
-    own_updates: int  # of those, this worker's
-    workers: int = 1  # N, those that take part now
+    own_updates: int  # how many of those came from this worker
+    workers: int = 1  # N, how many take part now
     group: int = 0  # number of the parameter group that this slice belongs to
 
 
@@ -65,14 +65,14 @@ class WorkerRule:
 class Rule:
     """The server's half of a rule, and what it declares about itself."""
 
-    barrier: bool = False  # the round waits for every live worker, their pushes are averaged
+    barrier: bool = False  # the round waits for every live worker, and their pushes are averaged
     all_reduce: bool = False  # live, one Horovod world over all hosts takes the server's place
     scales_lr: bool = False  # η is multiplied by the number of workers (linear scaling)
     per_layer: bool = False  # with a barrier: each slice of apply_round is one layer, for rules that need its norm
     gossips: bool = False  # own["neighbour"] is another worker's "local", drawn at random
-    live: bool = True  # whether it can be launched; what has no server is for the simulator
-    needs_view: bool = False  # own["view"] is what the server last sent to this worker, as it decoded it
-    view_is_state: bool = False  # a view is all that the server holds, so a restarted one may go on from a worker's
+    live: bool = True  # whether it can be launched; a rule without a server runs only in the simulator
+    needs_view: bool = False  # own["view"] is what the server last sent to this worker, as the worker decoded it
+    view_is_state: bool = False  # a view is all that the server holds, so a restarted server may go on from one
     max_workers: int | None = None
     worker_state: tuple[str, ...] = ()  # vectors per worker, on the server
     shared_state: tuple[str, ...] = ()  # vectors the server keeps once
@@ -85,7 +85,7 @@ class Rule:
 
     @property
     def push_moves_view(self) -> bool:
-        """Whether a view and a push on top are the view behind that push, which its worker then knows beforehand."""
+        """Whether a view plus a push is the next view, so that the worker knows it before the server answers."""
         return self.view_is_state and self.pushes == "displacement"
 
     def apply(self, params: Tensor, push: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
@@ -102,7 +102,7 @@ class Rule:
     ) -> None:
         """Update ``params`` f32[n] by the (push, weight) of every worker of a round; the weights add up to 1.
 
-        By default, as ``apply`` does by their mean.
+        By default, this calls ``apply`` with the weighted mean of the pushes.
         """
         mean = torch.zeros_like(params)
         for push, weight in pushes:
@@ -117,7 +117,7 @@ class Rule:
         out.copy_(params)
 
     def resum(self, shared: Vectors, workers: Iterable[tuple[Vectors, Context]]) -> None:
-        """Rebuild shared sums from each worker's vectors and scalars: against drift, and after a worker left."""
+        """Rebuild shared sums from each worker's vectors and scalars, to undo drift and after a worker left."""
 
     def velocity(self, own: Vectors, shared: Vectors) -> Tensor:
         """The velocity v that the last update moved the parameters along, f32[n]."""
@@ -183,7 +183,7 @@ FROM_SETTINGS = ("momentum", "lr_correction", "weight_decay", "sync_period")  # 
 
 
 class HyperparameterError(ValueError):
-    """An algorithm has no such hyper-parameter, or not with such a value."""
+    """The algorithm has no such hyper-parameter, or does not accept this value for it."""
 
 
 class UnsupportedPeriodError(ValueError):
@@ -205,11 +205,11 @@ def algorithm(name: str, *, paper: str) -> Callable[[Callable[..., Rule]], Calla
 
 
 def find_algorithm(name: str) -> Algorithm:
-    """Look an algorithm up by name, or import one of the user's own: ``package.module:factory``.
+    """Look an algorithm up by name, or import the user's own: ``package.module:factory``.
 
     Raises:
-        UnknownAlgorithmError: there is none of this name; the message proposes the nearest one.
-        UserModuleError: the user's own cannot be imported.
+        UnknownAlgorithmError: no algorithm has this name; the message proposes the nearest one.
+        UserModuleError: the user's own algorithm cannot be imported.
     """
     if name in ALGORITHMS:
         return ALGORITHMS[name]

@@ -1,4 +1,4 @@
-"""Composition: transformations of the gradient in front of a rule."""
+"""Composition: transformations that change the gradient before a rule sees it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from danaz.rules.base import Context, Rule, Vectors
 
 
 class Transform:
-    """Changes a gradient, in place, before the rule behind it sees it."""
+    """Changes a gradient in place, before the rule that follows sees it."""
 
     needs_view: bool = False
     shared_state: tuple[str, ...] = ()
@@ -20,7 +20,7 @@ class Transform:
         raise NotImplementedError
 
     def after(self, velocity: Callable[[], Tensor], shared: Vectors, ctx: Context) -> None:
-        """See what the update did; ``velocity()`` f32[n] is the one just applied."""
+        """See what the update did; ``velocity()`` f32[n] returns the velocity just applied."""
 
 
 class scale_gradient(Transform):
@@ -34,7 +34,7 @@ class scale_gradient(Transform):
 
 
 class chain(Rule):
-    """The transformations in their order, then the last rule. Declares what its parts declare."""
+    """Apply the transformations in their order, then the last rule. The chain declares what its parts declare."""
 
     def __init__(self, *links: Transform | Rule):
         *transforms, rule = links

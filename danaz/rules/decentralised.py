@@ -1,6 +1,6 @@
-"""Without a server: each worker has parameters of its own and averages them with neighbours (simulator only).
+"""Training without a server: each worker has its own parameters and averages them with neighbours (simulator only).
 
-The model is the mean of all workers' parameters, which averaging leaves alone: it moves by the gradients only.
+The model is the mean of all workers' parameters. Averaging does not change this mean: only gradients move it.
 """
 
 from __future__ import annotations

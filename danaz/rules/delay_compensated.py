@@ -1,7 +1,7 @@
-"""Delay compensation: a first-order guess of the gradient at the parameters as they are now.
+"""Delay compensation: a first-order estimate of the gradient at the present parameters.
 
 Zheng et al., Asynchronous Stochastic Gradient Descent with Delay Compensation, ICML 2017, arXiv 1609.08326: the
-Hessian is taken as λ g⊙g, so g at θ is about g + λ g⊙g⊙(θ − θ̂ᵢ).
+Hessian is approximated as λ g⊙g, so g at θ is about g + λ g⊙g⊙(θ − θ̂ᵢ).
 """
 
 from __future__ import annotations

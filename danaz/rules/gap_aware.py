@@ -1,4 +1,4 @@
-"""Gap-aware updates: each parameter's gradient counts the less, the further that parameter has moved.
+"""Gap-aware updates: the further a parameter has moved, the less its gradient counts.
 
 Barkai, Hakimi, Schuster: Gap-Aware Mitigation of Gradient Staleness, ICLR 2020, arXiv 1909.10802.
 """
@@ -34,7 +34,7 @@ class DivideByGap(Transform):
         if ctx.version == 0 or ctx.max_lr == 0:
             return
         root = sqrt(1 - DECAY**ctx.version)
-        step = shared["velocity_square"].sqrt().add_(EPSILON * root)  # C √(1 − ρᵗ) / η_max: as few passes as can be
+        step = shared["velocity_square"].sqrt().add_(EPSILON * root)  # C √(1 − ρᵗ) / η_max, in few passes
         gap = params.sub(own["view"]).abs_()
         grad.div_(torch.addcdiv(grad.new_ones(()), gap, step, value=root / ctx.max_lr, out=gap))
 

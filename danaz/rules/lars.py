@@ -14,7 +14,7 @@ from danaz.rules.base import Context, Rule, Vectors, algorithm
 class Lars(Rule):
     """ηₗ = η κ‖w‖ / (‖g‖ + β‖w‖) for each layer; v ← γv + ηₗ(g + βw); w ← w − v; everyone gets w.
 
-    What arrives is g + βw, averaged over the workers. All computed it on this same w, so g is that less βw. A layer
+    Workers push g + βw, which is averaged. All computed it on this same w, so subtracting βw gives g. A layer
     that is zero, as biases are at first, would stay so for ever: until it has moved, its rate is η itself.
     """
 
@@ -22,12 +22,12 @@ class Lars(Rule):
     all_reduce = True
     scales_lr = True
     per_layer = True
-    shared_state = ("velocity",)  # η inside, as in the paper
+    shared_state = ("velocity",)  # includes η, as in the paper
 
     def __init__(self, momentum: float, trust: float, weight_decay: tuple[float, ...]):
         self.momentum = momentum
         self.trust = trust  # κ
-        self.weight_decay = weight_decay  # β of each parameter group; none given: 0
+        self.weight_decay = weight_decay  # β of each parameter group; 0 if none is given
 
     def apply(self, params: Tensor, push: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
         decay = self.weight_decay[ctx.group] if self.weight_decay else 0.0

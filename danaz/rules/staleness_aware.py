@@ -1,4 +1,4 @@
-"""Staleness-aware updates: a gradient counts the less, the more updates it missed (Zhang et al., IJCAI 2016)."""
+"""Staleness-aware updates: the more updates a gradient missed, the less it counts (Zhang et al., IJCAI 2016)."""
 
 from __future__ import annotations
 

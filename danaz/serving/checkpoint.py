@@ -1,10 +1,11 @@
 """The whole server core on disk: number.safetensors holds its vectors, number.json the rest and a checksum of both.
 
-The JSON file appears last, and each file only when it is complete, so a kill at any moment leaves a checkpoint that is
-whole or not there. What is torn or altered all the same is recognised by the checksum, and the one before is taken.
+The JSON file is written last, and a file gets its name only when it is complete. So a kill at any moment leaves either
+a whole checkpoint or none. If a checkpoint is torn or altered all the same, its checksum shows it, and the server takes
+the checkpoint before it.
 
-Of several shards each has a folder, maybe on a machine of its own. Checkpoints of one number, a generation, belong
-together.
+With several shards, each shard has a folder of its own, maybe on another machine. The checkpoints that have the same
+number form one generation, and belong together.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from danaz.server.snapshot import CoreState, ResumeError
 
 FOLDER = "checkpoints"  # within a run folder
 FORMAT = "danaz checkpoint 2"
-RESTARTS = "restarts"  # within that: how often the server was started again, and updates lost with no checkpoint
+RESTARTS = "restarts"  # a file in FOLDER: how often the server was restarted, and updates lost without a checkpoint
 KEPT = 2
-MANY = 8  # of one of several shards, beside those that are of all
+MANY = 8  # how many a shard keeps in addition to those that all shards have
 READ_BYTES = 1 << 20
 SUFFIXES = (".json", ".safetensors", ".part")
 
@@ -44,28 +45,30 @@ def folder_of(run: Path, shard: int = 0) -> Path:
 
 
 def complete_numbers(folder: Path) -> list[int]:
-    """Of the checkpoints that were finished, sound or not, ascending."""
+    """The numbers of the finished checkpoints, sound or not, in ascending order."""
     return sorted(_numbers(folder, ".json"))
 
 
 def newest_number(folder: Path) -> int:
-    """The largest that a checkpoint has had, finished or not; 0 if there is none."""
+    """The largest number of any checkpoint, finished or not; 0 if there is none."""
     return max(_numbers(folder), default=0)
 
 
 def worth_keeping(numbers: Sequence[int], common: Collection[int]) -> list[int]:
-    """Of a shard's checkpoints, ascending, those to keep when ``common`` are the newest known to be of all shards.
+    """Return those of a shard's checkpoints (``numbers``, ascending) that it should keep.
 
-    Which of the later ones will be the next of all, is not known yet.
+    ``common`` are the newest checkpoints that all shards are known to have. The newest MANY after them are kept too,
+    because nobody knows yet which of these all shards will have next.
     """
     since = [number for number in numbers if number > min(common, default=0)]
     return [number for number in numbers if number in {*common, *since[-MANY:]}]
 
 
 def write_checkpoint(folder: Path, number: int, state: CoreState, keep: Collection[int] = ()) -> None:
-    """Write a checkpoint; then delete all others but those to ``keep``. Raises OSError, and leaves nothing of it then.
+    """Write a checkpoint, then delete all others except those in ``keep``.
 
-    The run folder must be there: one that was deleted is not made again for a checkpoint's sake.
+    If this raises OSError, it leaves no part of the new checkpoint. The run folder must exist: if it was deleted, this
+    does not create it again.
     """
     folder.mkdir(exist_ok=True)
     tensors, facts = _files(folder, number)
@@ -85,7 +88,7 @@ def write_checkpoint(folder: Path, number: int, state: CoreState, keep: Collecti
 
 
 def _save(state: CoreState, path: Path) -> None:
-    """Raises OSError, which safetensors keeps to itself: only its words say what the system said."""
+    """Save the vectors. Raises OSError where safetensors raises its own error, which has the cause only as text."""
     try:
         save_file(state.tensors, path)
     except SafetensorError as error:
@@ -93,9 +96,9 @@ def _save(state: CoreState, path: Path) -> None:
 
 
 def read_newest(folder: Path) -> tuple[CoreState, list[str]] | None:
-    """The newest sound checkpoint, and why newer ones were passed over; None if there never was one.
+    """The newest sound checkpoint, and why newer ones were skipped; None if no checkpoint was ever finished.
 
-    Raises ResumeError if there are some, and all are damaged.
+    Raises ResumeError if there are checkpoints but all of them are damaged.
     """
     damaged: list[str] = []
     for number in reversed(complete_numbers(folder)):
@@ -109,7 +112,7 @@ def read_newest(folder: Path) -> tuple[CoreState, list[str]] | None:
 
 
 def read_checkpoint(folder: Path, number: int) -> CoreState:
-    """Raises DamagedError unless all of it is sound."""
+    """Read one checkpoint. Raises DamagedError unless all of it is sound."""
     facts = read_facts(folder, number)
     try:
         return CoreState(facts, load_file(_files(folder, number)[0]))
@@ -118,7 +121,7 @@ def read_checkpoint(folder: Path, number: int) -> CoreState:
 
 
 def read_facts(folder: Path, number: int) -> dict[str, Any]:
-    """What is in a checkpoint beside its tensors. Raises DamagedError unless all of it is sound."""
+    """Read what a checkpoint holds besides its tensors. Raises DamagedError unless all of it is sound."""
     tensors, facts = _files(folder, number)
     try:
         content = json.loads(facts.read_bytes())
@@ -128,14 +131,14 @@ def read_facts(folder: Path, number: int) -> dict[str, Any]:
             raise DamagedError(number, "its checksum is another")
     except FileNotFoundError as error:
         raise DamagedError(number, f"{error.filename} is missing") from error
-    except (ValueError, RecursionError) as error:  # which is what nesting without end comes to
+    except (ValueError, RecursionError) as error:  # JSON that is nested too deeply raises RecursionError
         raise DamagedError(number, error) from error
     read: dict[str, Any] = content["facts"]
     return read
 
 
 def delete_checkpoints(folder: Path, but: Collection[int] = ()) -> None:
-    """Those of a run that is complete; of one that diverged, ``but`` those from before stay."""
+    """Delete a complete run's checkpoints except those in ``but``, which are from before the run diverged."""
     _delete(folder, but)
     (folder / RESTARTS).unlink(missing_ok=True)
     if folder.exists() and not any(folder.iterdir()):
@@ -143,7 +146,7 @@ def delete_checkpoints(folder: Path, but: Collection[int] = ()) -> None:
 
 
 def read_restarts(folder: Path) -> tuple[int, int]:
-    """How often the server was started again, and updates lost where there was no checkpoint, as far as was kept."""
+    """How often the server was restarted, and how many updates were lost without a checkpoint; 0 if not recorded."""
     try:
         restarts, lost = map(int, (folder / RESTARTS).read_text().split())
     except (FileNotFoundError, ValueError):
@@ -152,7 +155,7 @@ def read_restarts(folder: Path) -> tuple[int, int]:
 
 
 def write_restarts(folder: Path, restarts: int, lost: int) -> None:
-    """Keep these figures for servers that are killed before they come to a checkpoint. Raises OSError."""
+    """Keep these figures in case the server is killed before it writes a checkpoint. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f"{RESTARTS}.part"
     part.write_text(f"{restarts} {lost}\n")
@@ -169,7 +172,7 @@ def _digest(facts: object, tensors: Path) -> str:
 
 
 def _publish(part: Path, path: Path) -> None:
-    """Give a complete file its name, and be sure that both outlive a crash of the machine."""
+    """Give a complete file its name, and make sure that file and name survive a crash of the machine."""
     _sync(part)
     part.replace(path)
     _sync(path.parent)
@@ -190,7 +193,7 @@ def _delete(folder: Path, but: Collection[int] = ()) -> None:
 
 
 def _numbers(folder: Path, *suffixes: str) -> set[int]:
-    """Of all checkpoints of which there is a file, one that was never finished included."""
+    """The numbers of all checkpoints that have a file with one of ``suffixes`` (any suffix if none is given)."""
     paths = folder.iterdir() if folder.is_dir() else ()
     return {int(p.stem) for p in paths if p.suffix in (suffixes or SUFFIXES) and p.stem.isdigit()}
 

@@ -1,11 +1,12 @@
-"""What a connection may cost the server before ZeroMQ hands out a message of it.
+"""Limits what a connection may cost the server before ZeroMQ hands over one of its messages.
 
-ZeroMQ limits the size of a frame and the number of whole messages that wait. It limits neither the frames of a message
-that has no end, nor the connections. So a thread watches each connection through a descriptor of its own, and cuts
-those that cost too much. A worker that is cut connects again by itself.
+ZeroMQ limits the size of a frame and the number of whole messages that wait. It does not limit the number of frames in
+a message, nor the number of connections. So a thread watches each connection through a descriptor of its own, and cuts
+those that cost too much. A worker whose connection is cut connects again by itself.
 
-For P parameters and N keys a stranger, who does not finish the handshake, can hold MAX_STRANGERS frames. A worker can
-hold MAX_UNREAD bytes in each of its WORKER_CONNECTIONS and in each that has not said yet whose it is (2 N + SPARE).
+With N keys, strangers (peers that do not finish the handshake) can hold MAX_STRANGERS frames in all. A worker can hold
+MAX_UNREAD bytes in each of its WORKER_CONNECTIONS, and as much in each connection that has not sent a message yet, of
+which there are at most 2 N + SPARE.
 """
 
 from __future__ import annotations
@@ -25,36 +26,36 @@ from zmq.utils.monitor import recv_monitor_message
 
 HEARD = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_MONITOR_STOPPED
 MAX_STRANGERS = 12  # connections that have not finished the handshake, each of which can hold a frame
-MAX_UNREAD = 12 << 20  # bytes of a connection since the last message of it: the most that ZeroMQ receives ahead
-WORKER_CONNECTIONS = 4  # of one key: two in use, and two that a break of the network left behind
-SPARE = 8  # connections beyond two a key that have not said yet whose they are
-LOOK_MS = 50  # between two looks at all connections
-EVENTS = 100  # that are heard between two looks
+MAX_UNREAD = 12 << 20  # bytes received on a connection since its last message: the most that ZeroMQ receives ahead
+WORKER_CONNECTIONS = 4  # connections with one key: two in use, and two left over when the network broke
+SPARE = 8  # connections without a message yet, in addition to two for each key
+LOOK_MS = 50  # time between two looks at all connections
+EVENTS = 100  # the most events handled between two looks
 
-# The server sends a greeting, a WELCOME to whoever knows its public key, and a READY to whoever it admits.
+# The server sends a greeting, a WELCOME if the peer knows its public key, and a READY if it admits the peer.
 WELCOMED_BYTES = 64 + 170
-ADMITTED_BYTES = WELCOMED_BYTES + 32  # an ERROR in the place of READY is shorter
+ADMITTED_BYTES = WELCOMED_BYTES + 32  # an ERROR, sent instead of READY, is shorter
 
-COUNTERS = struct.Struct("=120xQQ")  # the end of what struct tcp_info (Linux) has of it: bytes acked, bytes received
+COUNTERS = struct.Struct("=120xQQ")  # from Linux's struct tcp_info: bytes acked, bytes received
 
 
 @dataclass
 class Connection:
-    """One that the server accepted."""
+    """A connection that the server accepted."""
 
-    number: int  # they are numbered as they come
+    number: int  # connections are numbered in the order they were accepted
     handle: socket.socket  # a descriptor of its own, which no other connection gets while it is open
     admitted: bool
-    key: str | None = None  # of whose messages have come
+    key: str | None = None  # the key of its messages; None before the first
     said: int = 0  # messages that the router took
     said_at: int = 0  # a count that grows with each message of any connection
-    noticed: int = -1  # of said, at the last look
-    base: int = 0  # bytes that had come by then
-    unread: int = 0  # bytes since
+    noticed: int = -1  # the value of ``said`` at the last look
+    base: int = 0  # bytes received when ``said`` last changed
+    unread: int = 0  # bytes received since
     cut_off: bool = False
 
     def look(self) -> None:
-        """Bring the figures up to date. One that is closed keeps them."""
+        """Bring the figures up to date. If the connection is closed, they stay as they are."""
         with suppress(OSError):
             acked, received = COUNTERS.unpack_from(self.handle.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256))
             (in_kernel,) = struct.unpack("i", fcntl.ioctl(self.handle, termios.FIONREAD, bytes(4)))
@@ -65,7 +66,7 @@ class Connection:
             self.admitted = self.admitted or acked > ADMITTED_BYTES
 
     def cut(self) -> None:
-        """ZeroMQ finds it closed, and frees what it holds."""
+        """Shut the connection down. ZeroMQ then finds it closed, and frees what it holds."""
         self.cut_off = True
         with suppress(OSError):
             self.handle.shutdown(socket.SHUT_RDWR)
@@ -75,7 +76,7 @@ class Doorkeeper:
     """Watches the connections of a socket that is about to be bound. Call ``close`` before the socket is closed."""
 
     def __init__(self, watched: zmq.Socket[bytes], keys: int | None):
-        """``keys`` are those that the server admits; with None, which believes everyone, nobody is a stranger."""
+        """``keys`` is the number of keys that the server admits. With None it admits everyone: nobody is a stranger."""
         self._watched = watched
         self._keys = keys
         self._connections: dict[int, Connection] = {}  # by ZeroMQ's descriptor
@@ -122,10 +123,10 @@ class Doorkeeper:
 
     def _accept(self, descriptor: int) -> None:
         self._forget(descriptor)
-        with suppress(OSError):  # it is gone already
+        with suppress(OSError):  # the connection is closed already
             handle = socket.socket(fileno=os.dup(descriptor))
             self._accepted += 1
-            is_known = self._keys is None or handle.family == socket.AF_UNIX  # of which the kernel counts nothing
+            is_known = self._keys is None or handle.family == socket.AF_UNIX  # the kernel counts no bytes of it
             self._connections[descriptor] = Connection(self._accepted, handle, admitted=is_known)
 
     def _forget(self, descriptor: int) -> None:
@@ -150,7 +151,7 @@ class Doorkeeper:
 
 
 def _cut_oldest(connections: Iterable[Connection], most: int) -> None:
-    """Leave the ``most`` that were heard last, or came last."""
+    """Cut all but ``most`` connections: keep those that sent a message last or, among silent ones, came last."""
     latest_first = sorted(connections, key=lambda each: (each.said_at, each.number), reverse=True)
     for connection in latest_first[most:]:
         connection.cut()

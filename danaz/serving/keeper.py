@@ -1,4 +1,4 @@
-"""What outlives the server's process: the journal, and a checkpoint now and then."""
+"""Keeps what must survive the server's process: the journal, and a checkpoint from time to time."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from danaz.serving.checkpoint import (
     write_restarts,
 )
 
-AT_ONCE = 8  # checkpoints that one worker can be the cause of between two of its pushes
-Restore = Callable[[CoreState | None, float], None]  # of a core, at this time; None: training begins afresh
+AT_ONCE = 8  # the most checkpoints that one worker can cause between two of its pushes
+Restore = Callable[[CoreState | None, float], None]  # restores a core at a time; with None training begins afresh
 
 
 class Checkpoints:
@@ -54,7 +54,7 @@ class Checkpoints:
         return self._thread.is_alive()
 
     def begin(self) -> ServerCore:
-        """Begin a run. Several shards would take an earlier run's checkpoints for their own, so these are deleted."""
+        """Begin a run. With several shards, delete an earlier run's checkpoints, lest they pass for this run's."""
         if self._core.settings.shards > 1:
             self.delete()
             self.number, self._core.state.kept = 0, ()
@@ -72,7 +72,7 @@ class Checkpoints:
                 self._core, offer := self._offer(), lambda *choice: self._go_back(restore, *choice)
             )
             if offer.done and self._core.settings.shard == 0:
-                # As the choice will be; but it may be that nobody is left to tell.
+                # A worker would choose the same, but perhaps no worker is left to do so.
                 offering.go_back(max(offer.generations), offer.newest, time.monotonic())
             return offering
         found = read_newest(self._folder)
@@ -91,7 +91,7 @@ class Checkpoints:
         restore(None, now)
 
     def _offer(self) -> Offer:
-        """The sound checkpoints; and 0, the beginning, if a shard may still have to go back there."""
+        """Offer the sound checkpoints, and 0 (the beginning) if a shard may still have to go back there."""
         sound: dict[int, CoreState] = {}
         numbers = complete_numbers(self._folder)
         for number in numbers:
@@ -110,7 +110,7 @@ class Checkpoints:
         return Offer(0, generations, self.number, done=newest is not None and newest.done)
 
     def _go_back(self, restore: Restore, generation: int, newest: int, now: float) -> None:
-        """Raises ResumeError if that checkpoint cannot be read any more."""
+        """Go back to the checkpoint ``generation``. Raises ResumeError if it cannot be read any more."""
         self.number = newest
         if generation == 0:
             self._begin_afresh(restore, now)
@@ -134,9 +134,9 @@ class Checkpoints:
     def backoff_factor(self) -> int:
         """How many times longer than usual to wait before the next checkpoint.
 
-        The factor doubles with each checkpoint, beyond the first few, that not all shards are known to have.
-
-        Otherwise slow workers, which carry the news, or one shard with a full disk would make the others keep too many.
+        Beyond the first KEPT, the factor doubles with each checkpoint that not all shards are known to have. Workers
+        tell a shard what the others have. Without this factor, slow workers, or one shard with a full disk, would make
+        the other shards keep too many checkpoints.
         """
         pending = [number for number in self._core.state.kept if number > max(self._common, default=0)]
         return 1 if self._core.settings.shards == 1 else 1 << max(0, len(pending) - KEPT)
@@ -159,12 +159,12 @@ class Checkpoints:
             self._thread.join()
 
     def delete(self) -> None:
-        """Delete all checkpoints: the run is complete. Those from before training diverged stay for people."""
+        """Delete all checkpoints of a complete run. Those from before training diverged stay for the user."""
         self.wait()
         delete_checkpoints(self._folder, but=self._core.state.sound)
 
     def count_restart(self, restarts: int = 1, lost_updates: int = 0) -> None:
-        """Tell the core what restarts have cost, also those after which no checkpoint was written."""
+        """Tell the core what restarts have cost, including restarts after which no checkpoint was written."""
         counted, lost = read_restarts(self._folder)
         counted, lost = counted + restarts, lost + lost_updates
         figures = self._core.figures
@@ -197,8 +197,8 @@ class Checkpoints:
 class Keeper:
     """Makes a server core whose updates go into a run folder, and that can go on after a kill at any moment.
 
-    Each line of the journal is in the kernel's hands before the worker hears of its update. A checkpoint is written at
-    once when something comes true that must not be undone, and else every so often while training goes on.
+    Each line of the journal is handed to the kernel before the worker hears of its update. A checkpoint is written at
+    once when something happens that must not be undone, and otherwise at regular intervals while training goes on.
     """
 
     def __init__(self, folder: RunFolder, settings: ServerSettings):
@@ -214,15 +214,15 @@ class Keeper:
         self._checkpoints = Checkpoints(folder.path, self.core)
         self._every_s = settings.checkpoint_s
         self._due_at = time.monotonic() + self._every_s
-        self._journal_life = 0  # that the end of the journal is of
-        self._is_undecided = False  # where to go on
+        self._journal_life = 0  # the life that the end of the journal belongs to
+        self._is_undecided = False  # whether it is still open where to go on
 
     def begin(self) -> ServerCore:
         """What serves a run that begins."""
         return self._checkpoints.begin()
 
     def resume(self) -> ServerCore | AwaitingRollback:
-        """What serves a run that goes on, from a checkpoint if there is one. Raises ResumeError."""
+        """What serves a resumed run, from a checkpoint if there is one. Raises ResumeError."""
         self._is_undecided = True
         self._checkpoints.count_restart()
         return self._checkpoints.resume(self._restore)
@@ -264,7 +264,7 @@ class Keeper:
             self._checkpoints.hear(message.common)
 
     def _keep_reported(self, reported: Mapping[str, float | str | None]) -> None:
-        """Without a checkpoint of its own: there may be many reports."""
+        """Keep reported figures. They get no checkpoint of their own, because there may be many reports."""
         try:
             self._folder.keep_reported(reported)
         except OSError as error:
@@ -284,7 +284,7 @@ class Keeper:
 
 
 class SliceKeeper:
-    """Makes the core of a shard other than 0. It writes a checkpoint for each of shard 0's, and one at its end.
+    """Makes the core of a shard other than 0. It writes a checkpoint for each one of shard 0, and one at its end.
 
     Workers tell it of shard 0's checkpoints. What a worker does after shard 0's checkpoint must come after this shard's
     checkpoint of that number, too.
@@ -302,7 +302,7 @@ class SliceKeeper:
         return self._checkpoints.begin()
 
     def resume(self) -> ServerCore | AwaitingRollback:
-        """What serves a run that goes on."""
+        """What serves a resumed run."""
         return self._checkpoints.resume(self._restore)
 
     def finish(self) -> None:
@@ -329,12 +329,12 @@ class SliceKeeper:
         return self._checkpoints.number + AT_ONCE * (1 + len(self.core.members))
 
     def _milestone(self) -> None:
-        """Once a worker may have the end of this slice, nothing may change it."""
+        """Write the final state: once a worker may have the end of this slice, nothing may change it."""
         if self._keeps and self.core.state.final:
             self._checkpoints.write(self._checkpoints.number + 1)
             self._checkpoints.wait()
 
 
 def log(text: str) -> None:
-    """Tell whoever watches the run."""
+    """Tell the person who watches the run, on standard error."""
     print(f"danaz server: {text}", file=sys.stderr, flush=True)

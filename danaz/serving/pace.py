@@ -1,4 +1,4 @@
-"""How far a live run is, for people who watch: a sentence now and then, seldom in a long run."""
+"""Tells people who watch a live run how far it is: a sentence from time to time, less often in a long run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from danaz.run.units import duration
 from danaz.server.core import ServerCore
 from danaz.server.figures import Update
 
-FIRST_S = 5.0  # to the first sentence; from each to the next twice as long
+FIRST_S = 5.0  # time to the first sentence; it doubles from each sentence to the next
 LONGEST_S = 60.0
 
 

@@ -1,8 +1,8 @@
-"""A live run, kept so that a fresh core can be fed the same: every event that reached the core, with its time.
+"""Records a live run: every event that reached the core, with its time, so that a fresh core can replay it.
 
 The file begins with [length u32 | the settings, JSON]. A record is [time f64 | route length u32 | number of frames u32
-| frame lengths u64 … | route | frames …], little endian; one without frames is a tick. Replaying gives the same replies
-and parameters, bit for bit.
+| frame lengths u64 … | route | frames …], little endian; a record without frames is a tick. A replay gives the same
+replies and parameters, bit for bit.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ HEAD = struct.Struct("<dII")
 
 
 class RecordingError(ValueError):
-    """A file that is no recording, or a damaged one."""
+    """The file is not a recording, or it is damaged."""
 
 
 class Recorder:
-    """Appends events to a file, until the disk does not take one: then it tells, and the recording has ended."""
+    """Appends events to a file. When the disk fails to take one, it tells the user, and the recording ends."""
 
     def __init__(self, path: Path, settings: str, tell: Tell = tell_on_stderr):
         self._path, self._tell = path, tell

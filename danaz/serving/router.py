@@ -19,8 +19,9 @@ from danaz.serving.recording import Recorder
 from danaz.serving.socket import ANSWERS_MESSAGES, BoundRouter
 
 TICK_S = 0.25
-MAX_FRAMES = 8  # that are kept of a message; none has so many
-ANSWERS_WAITING = 4  # that a connection may leave unread: ZeroMQ tells of what was read only half as many at a time
+MAX_FRAMES = 8  # the most frames of a message that are kept; every real message has fewer
+# The most answers that a connection may leave unread. ZeroMQ reports what was read only for half of them at a time.
+ANSWERS_WAITING = 4
 Served = ServerCore | AwaitingRollback | CompletedRun
 Peer = tuple[bytes, str]  # a connection, and the key it was made with
 
@@ -62,7 +63,7 @@ class Router:
         try:
             message = self._read(inbox, route, [frame.buffer for frame in frames])
         except StrayChunkError as error:
-            core.refuse(str(error))  # no answer: its sender may be well, and about to say all of it again
+            core.refuse(str(error))  # no answer: the sender may be healthy and about to send the message again
             return
         except WireError as error:
             core.refuse(str(error))
@@ -75,7 +76,7 @@ class Router:
         self._send(core.stream(route.bytes, message, now))
 
     def _next_message(self) -> list[zmq.Frame]:
-        """Its route and its frames, or the first of more frames than any message has."""
+        """The route and the frames of the next message. Frames beyond MAX_FRAMES are received and dropped."""
         frames = [self._socket.recv(copy=False)]
         last = frames[0]
         while last.more:
@@ -88,7 +89,10 @@ class Router:
         return "" if self._worker_of_key is None else str(route.get("User-Id"))
 
     def _read(self, inbox: Inbox, route: zmq.Frame, buffers: Sequence[Frame]) -> Request | None:
-        """The message that is whole now, if it can be read and its sender is who he says. Raises WireError."""
+        """The message that these buffers complete, or None while more is to come.
+
+        Raises WireError if it cannot be read, or if the sender's key does not belong to the worker it names.
+        """
         peer = (route.bytes, self._key_of(route))
         try:
             message: Request | None = inbox.take(peer, buffers)
@@ -107,7 +111,7 @@ class Router:
         return lambda peer, message: self._is_himself(peer, message) and core.takes(message)
 
     def _room(self, inbox: Inbox, message: Request, size: int) -> Tensor:
-        """Memory for a vector that is about to arrive. That of a worker's pushes is used again and again."""
+        """Memory for a vector that is about to arrive. The pushes of one worker all use the same memory."""
         inbox.forget(lambda other: other.worker == message.worker)
         if not isinstance(message, Push):
             return torch.empty(size)
@@ -127,9 +131,10 @@ class Router:
                 self._send_large(route, reply)
 
     def _may_leave(self, route: bytes, request: int) -> bool:
-        """Whoever repeats a request while the answer still waits to be read gets no second one.
+        """Whether to send an answer to this request.
 
-        A new request says that the answers before it were read.
+        A worker that repeats a request while the answer still waits to be read gets no second answer. If it sends a new
+        request, it has read the answers before.
         """
         self._leaving = {each: entry for each, entry in self._leaving.items() if not entry[1].done}
         return route not in self._leaving or self._leaving[route][0] != request
@@ -143,20 +148,21 @@ class Router:
             return
         self._leaving[route] = (reply.request, tracked.tracker)
         for head, data in pieces:
-            # Copied, for the next slice is worked out in the same memory; and a copy of what is in cache is cheap.
+            # ZeroMQ copies it, because the next slice is computed in the same memory. It is in cache: copying is cheap.
             if not self._post([route, head, data]):
                 return
 
     def _make_way(self, messages: int) -> None:
-        """Let each connection hold as many answers as it may leave unread, each of so many messages."""
+        """Raise the socket's limit so that a connection can hold ANSWERS_WAITING answers of ``messages`` each."""
         if messages > self._longest_answer:
             self._longest_answer = messages
             self._socket.setsockopt(zmq.SNDHWM, ANSWERS_WAITING * messages)
 
     def _post(self, frames: Sequence[Frame | zmq.Frame]) -> bool:
-        """Send a message, unless its receiver is gone, or leaves too many unread: then it gets no answer.
+        """Send a message and return True. Return False if its receiver is gone or leaves too many messages unread.
 
-        A worker that is well reads an answer before it asks again; what says so in its next request may be a lie.
+        A healthy worker reads an answer before it sends another request. A request alone does not prove that, because
+        a hostile worker can send one without reading.
         """
         try:
             self._socket.send_multipart(frames, zmq.NOBLOCK)

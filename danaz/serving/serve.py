@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from danaz.server.settings import ServerSettings
 
 RECORDING = "recording.bin"
-UNTIL_RESTART = "recording.until-restart.bin"  # a replay begins at the beginning, and would end elsewhere
+UNTIL_RESTART = "recording.until-restart.bin"  # a replay would not see the restart, and would end elsewhere
 
 
 def serve(bound: BoundRouter, settings: Settings, run: Path, record: bool, resume: bool = False) -> None:
@@ -51,9 +51,9 @@ def serve(bound: BoundRouter, settings: Settings, run: Path, record: bool, resum
 
 
 def serve_slice(bound: BoundRouter, settings: Settings, shard: int, run: Path, resume: bool = False) -> None:
-    """As ``serve``, for another slice of the vector than shard 0's: in the folder it keeps its checkpoints alone.
+    """As ``serve``, for the slice of the vector of a shard other than 0. It writes only its checkpoints to the folder.
 
-    What it holds at the end, workers bring to shard 0.
+    At the end, workers carry what it holds to shard 0.
     """
     from danaz.serving.keeper import SliceKeeper
     from danaz.serving.router import Router
@@ -67,7 +67,7 @@ def serve_slice(bound: BoundRouter, settings: Settings, shard: int, run: Path, r
 
 
 def _settings_here(settings: Settings, shard: int = 0) -> ServerSettings:
-    """What a server core needs of the settings, and of this machine."""
+    """The settings that a server core needs, and the memory of this machine."""
     from danaz.protocol.memory import machine_bytes
 
     return replace(settings.for_server(shard=shard), memory_bytes=machine_bytes())
@@ -85,7 +85,7 @@ def _see_off(bound: BoundRouter, run: Path, stopping: Callable[[], bool]) -> boo
     if not summary.get("complete"):
         return False
     log(f"the run in {run} is complete; its workers are seen off")
-    if not summary.get("diverged"):  # else those from before stay
+    if not summary.get("diverged"):  # otherwise those from before it diverged stay
         delete_checkpoints(folder_of(run))
     Router(bound).serve(CompletedRun(), None, stopping)
     bound.close()
@@ -93,7 +93,7 @@ def _see_off(bound: BoundRouter, run: Path, stopping: Callable[[], bool]) -> boo
 
 
 def announcing(record: Callable[[Update], None]) -> Callable[[Update], None]:
-    """``record``, and with the first update the word to the launcher that training waits for nobody any more."""
+    """``record``; at the first update, also tell the launcher that training waits for nobody any more."""
     announced = False
 
     def note(update: Update) -> None:
@@ -107,7 +107,7 @@ def announcing(record: Callable[[Update], None]) -> Callable[[Update], None]:
 
 
 def replay_run(run: Path) -> tuple[int, bool]:
-    """Replay the recording in ``run``; returns the number of updates and whether the parameters are its own.
+    """Replay the recording in ``run``; returns the number of updates and whether it gives the run's parameters.
 
     Raises RecordingError, UnreadableError for files that are missing or damaged.
     """

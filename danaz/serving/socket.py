@@ -10,15 +10,15 @@ from danaz.protocol.keys import ServerKeys
 from danaz.protocol.memory import keep_freed_memory
 from danaz.serving.doorkeeper import Doorkeeper
 
-LINGER_MS = 5000  # for the last replies to leave when the server ends
+LINGER_MS = 5000  # time for the last replies to leave when the server ends
 HANDSHAKE_MS = 10_000  # a peer that does not finish it is dropped
-AHEAD_MESSAGES = 4  # that ZeroMQ receives from each peer before they are asked for: 4 MB of a push
-ANSWERS_MESSAGES = 16  # that wait to be read by one peer; the router raises it for answers of many messages
-SILENCE_S = 60  # that a connection may leave what it was sent unacknowledged, before it is cut
+AHEAD_MESSAGES = 4  # how many ZeroMQ receives from each peer before the router asks for them: 4 MB of a push
+ANSWERS_MESSAGES = 16  # how many may wait for one peer to read them; the router raises it for longer answers
+SILENCE_S = 60  # how long a peer may leave data unacknowledged before its connection is cut
 
 
 class Admitted:
-    """Asked by ZeroMQ for each connection: only this run's workers get through."""
+    """ZeroMQ asks it about each connection; it admits only this run's workers."""
 
     def __init__(self, keys: ServerKeys):
         self._workers = {key.encode() for key in keys.workers}
@@ -33,8 +33,8 @@ class BoundRouter:
     def __init__(self, address: str, keys: ServerKeys | None = None):
         """Bind to ``address`` such as tcp://127.0.0.1:*; with ``keys``, encrypted and for this run's workers alone.
 
-        A peer that sends a larger frame than MAX_FRAME_BYTES is disconnected before any of it is stored; what else a
-        connection may cost, the Doorkeeper says. Raises zmq.ZMQError if the address cannot be bound.
+        A peer that sends a frame larger than MAX_FRAME_BYTES is disconnected before any of it is stored. The Doorkeeper
+        limits what else a connection may cost. Raises zmq.ZMQError if the address cannot be bound.
         """
         keep_freed_memory()
         self._context = zmq.Context()
@@ -46,7 +46,7 @@ class BoundRouter:
         self.socket.setsockopt(zmq.IPV6, "[" in address)
         self.socket.setsockopt(zmq.RCVHWM, AHEAD_MESSAGES)
         self.socket.setsockopt(zmq.SNDHWM, ANSWERS_MESSAGES)
-        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # and say so when one more does not fit
+        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # raise an error when one more message does not fit
         self.socket.setsockopt(zmq.TCP_MAXRT, 1000 * SILENCE_S)
         self.socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
         self.socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, SILENCE_S)
@@ -71,7 +71,7 @@ class BoundRouter:
         self.socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public.encode())
 
     def close(self, linger_ms: int = LINGER_MS) -> None:
-        """Free all; replies that are still on their way have ``linger_ms`` to leave."""
+        """Free everything. Replies that have not left yet have ``linger_ms`` to do so."""
         self.doorkeeper.close()
         self.socket.close(linger_ms)
         if self._authenticator is not None:

@@ -1,8 +1,7 @@
 """How float32 becomes bytes and back: the codecs of pushes and views, and error feedback for what a codec loses.
 
 A codec works on one chunk f32[n], a slice of a flat vector on the CPU; numbers on the wire are little endian. NaN and
-infinity never vanish: a chunk that holds one decodes to a chunk that holds one, so that whoever checks for them still
-finds them.
+infinity never vanish: a chunk that holds one decodes to a chunk that holds one, so that a later check still finds it.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ if sys.byteorder != "little":
 
 
 class CodecError(ValueError):
-    """Bytes that no chunk of this size was encoded to."""
+    """These bytes cannot be the encoding of a chunk of this size."""
 
 
 class UnknownCodecError(ValueError):
@@ -37,7 +36,7 @@ class Codec(Protocol):
 
     @property
     def name(self) -> str:
-        """What users choose it by, and what a message says of its chunks."""
+        """The name by which users choose the codec, and which a message gives for its chunks."""
 
     def encoded_bytes(self, n: int) -> int:
         """The most bytes that a chunk of ``n`` floats takes."""
@@ -71,8 +70,8 @@ class Fp32:
 class Half:
     """Two bytes for each float, rounded to nearest even: bf16 keeps the range, fp16 three more bits.
 
-    A finite value beyond the range becomes the largest one in it: error feedback carries the rest, and a push need not
-    be refused for it.
+    A finite value beyond the range becomes the largest value in it. Error feedback carries the rest, so the server need
+    not refuse the push.
     """
 
     def __init__(self, name: str, dtype: torch.dtype):
@@ -95,19 +94,20 @@ class Half:
         out.copy_(_tensor_of(data, np.int16).view(self.dtype))
 
 
-# ---- fewer than a number each --------------------------------------------------------------------------------------
+# ---- less than one number for each value ---------------------------------------------------------------------------
 
-# Byte -> for each of its bits, highest first, all ones or all zeros.
+# Byte -> an int32 for each of its bits, highest first: all ones if the bit is set, otherwise all zeros.
 _MASKS = -np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).astype(np.int32)
 
 
 class OneBit:
     """CNTK's 1-bit SGD (Seide et al., INTERSPEECH 2014): whether a value is positive, and the mean of each kind.
 
-    The paper has two means for each column of a weight matrix, so that what is small is not measured with the scale of
-    what is large. A chunk knows no matrices: it has two means for each ``block`` values.
+    The paper keeps two means for each column of a weight matrix, so that columns of small values have a scale of their
+    own. A chunk has no matrices, so it keeps two means for each ``block`` values.
 
-    Bytes: f32[⌈n / block⌉, 2], of the values > 0 and of the others (0 where there are none); then ⌈n / 8⌉ of bits.
+    Bytes: f32[⌈n / block⌉, 2], the means of the values > 0 and of the others (0 if there are none); then ⌈n / 8⌉ bytes
+    that hold one bit for each value.
     """
 
     name = "onebit"
@@ -163,10 +163,11 @@ class OneBit:
 
 
 class TopK:
-    """The ⌈share · n⌉ values of largest magnitude, exactly; the others are zero (Aji, Heafield, EMNLP 2017).
+    """The ⌈share · n⌉ values of largest magnitude, exactly; the others become zero (Aji, Heafield, EMNLP 2017).
 
-    Bytes: f32[k] in the order of their places; then the places as steps from one to the next (the first from -1), each
-    step s as ⌊s / 255⌋ bytes of 255 and one of s mod 255. Of equal magnitudes, the first are kept.
+    Bytes: the values f32[k] in the order of their places; then the places, as steps from one to the next (the first
+    from -1). A step s takes ⌊s / 255⌋ bytes of 255 and one byte of s mod 255. If magnitudes are equal, the first are
+    kept.
     """
 
     def __init__(self, share: float):
@@ -253,14 +254,14 @@ def view_codec(name: str) -> Codec:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A vector as it travels, chunk by chunk."""
+    """A vector in the form in which it travels, chunk by chunk."""
 
     codec: str
     nbytes: int
-    chunks: tuple[Data, ...] = ()  # none where they have been decoded
+    chunks: tuple[Data, ...] = ()  # empty once they have been decoded
 
     def cut(self, first: int, end: int) -> Encoded:
-        """The part of it in these chunks."""
+        """The part from chunk ``first`` up to, not including, chunk ``end``."""
         chunks = self.chunks[first:end]
         return Encoded(self.codec, sum(map(len, chunks)), chunks)
 
@@ -269,30 +270,30 @@ Spans = Sequence[tuple[int, int]]  # (start, stop) of each chunk
 
 
 def travelling_bytes(vector: Tensor, encoded: Encoded | None) -> int:
-    """What ``vector`` f32[P] takes on the wire."""
+    """The bytes that ``vector`` f32[P] takes on the wire."""
     return 4 * vector.numel() if encoded is None else encoded.nbytes
 
 
 class Compressor:
-    """A lossy codec with error feedback: what a push loses is kept and added to the next one.
+    """A lossy codec with error feedback: what a push loses is kept and added to the next push.
 
-    So the sum of all that was sent and of what is kept is the sum of all that should have been sent (Seide et al.,
-    2014; Stich et al., NeurIPS 2018). What is kept moves on when the push was applied, and not when it was refused.
+    So all that was sent, plus what is kept, adds up to all that should have been sent (Seide et al., 2014; Stich et
+    al., NeurIPS 2018). What is kept changes when the server applies the push, and stays when the server refuses it.
     """
 
     def __init__(self, codec: Codec, spans: Spans, first_epoch: float = 0.0):
         self.codec = codec
-        self.first_epoch = first_epoch  # of the cluster, in which pushes are compressed
+        self.first_epoch = first_epoch  # the cluster's epoch from which pushes are compressed
         self._spans = spans
         size = spans[-1][1] if spans else 0
         self.residual = torch.zeros(size)  # f32[P], after the last applied push
-        self._next = torch.zeros(size)  # and if the push that is under way is applied
+        self._next = torch.zeros(size)  # the residual if the push under way is applied
         self._under_way = False
 
     def compress(self, push: Tensor, epoch: float, absent: Spans = ()) -> Encoded | None:
-        """Encode ``push`` f32[P] with what is kept; it becomes what the receiver decodes. None before its time.
+        """Encode ``push`` f32[P] plus what is kept, and set ``push`` to what the receiver will decode.
 
-        In ``absent`` spans the receiver heeds nothing, and what is kept there stays.
+        Returns None before ``first_epoch``. The receiver ignores the ``absent`` spans, so what is kept there stays.
         """
         if epoch < self.first_epoch:
             return None
@@ -311,7 +312,7 @@ class Compressor:
         return Encoded(self.codec.name, sum(map(len, chunks)), tuple(chunks))
 
     def settle(self, applied: bool, otherwise: Spans = ()) -> None:
-        """The push that was under way, if one was, has been applied or not; ``otherwise`` in some slices."""
+        """Note whether the push under way, if there is one, was applied. In ``otherwise`` the opposite holds."""
         if not self._under_way:
             return
         self._under_way = False
@@ -321,7 +322,7 @@ class Compressor:
         self.residual, self._next = kept, dropped
 
     def forget(self) -> None:
-        """Drop what is kept: nothing of it will be sent."""
+        """Drop what is kept, because it will never be sent."""
         self.residual.zero_()
 
 

@@ -1,4 +1,4 @@
-"""Vectors that are not at hand, and whether the values of one that is can be used."""
+"""Vectors of which only the size is known, and a check that all values of a vector are finite."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def announced(size: int) -> Tensor:
-    """A vector f32[size] that is known by its size alone, and takes no memory."""
+    """A vector f32[size] of which only the size is known, and which takes no memory."""
     return torch.zeros(1).expand(size)
 
 

@@ -1,4 +1,4 @@
-"""A model as flat vectors: parameters f32[P], gradients f32[P], batch-norm buffers f32[B], and the table between.
+"""A model as flat vectors: parameters f32[P], gradients f32[P], batch-norm buffers f32[B], and their layer table.
 
 Parameters and gradients of the model become views into the flat vectors, in the order of the optimizer's groups, so
 that each group is one slice. A parameter keeps its strides (channels_last stays channels_last).
@@ -20,12 +20,12 @@ from torch.utils.dlpack import from_dlpack
 Spans = tuple[tuple[int, int], ...]  # (start, stop) each, ascending, without overlap
 
 MAX_TENSORS = 1 << 15  # parameters and buffers of a model, in a layer table
-MAX_DIMENSIONS = 64  # of a tensor, as torch has it
+MAX_DIMENSIONS = 64  # of a tensor; torch has the same limit
 MAX_GROUPS = 1 << 12  # parameter groups
 MAX_FLOATS = 1 << 40  # in a flat vector
 MAX_LAYER_NAME = 1000  # characters
 RESERVED_NAME = "__metadata__"  # safetensors has another use for it
-SLICE_FLOATS = 1 << 18  # 1 MB: what travels, and what a rule passes over, while it is in cache
+SLICE_FLOATS = 1 << 18  # 1 MB: a chunk that is sent, and that a rule works on, while it is in cache
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ class Layout:
         return self.buffers[-1].stop if self.buffers else 0
 
     def slices(self, floats: int | None = None) -> Iterator[tuple[int, int, int]]:
-        """(group, start, stop) that tile the vector: no slice crosses a group or a multiple of ``floats``.
+        """(group, start, stop) of slices that tile the vector. No slice crosses a group or a multiple of ``floats``.
 
-        By default, of SLICE_FLOATS.
+        ``floats`` is SLICE_FLOATS by default.
         """
         floats = floats or SLICE_FLOATS
         for group, (start, stop) in enumerate(self.groups):
@@ -90,9 +90,9 @@ class Layout:
             yield group, entry.start, entry.stop
 
     def cut(self, start: int, stop: int) -> Layout:
-        """The table of the slice f32[stop - start], without buffers: of a tensor that is cut, the flat part.
+        """The table of the slice f32[stop - start], without buffers. A tensor that is cut appears as its flat part.
 
-        All groups stay, some of them perhaps empty.
+        All groups stay, even if some are empty.
         """
         inside = [e for e in self.parameters if e.start < stop and e.stop > start]
         parts = [(e, max(e.start, start), min(e.stop, stop)) for e in inside]
@@ -115,7 +115,7 @@ class Layout:
 
     @classmethod
     def from_lists(cls, lists: Any) -> Layout:
-        """The inverse of to_lists. Raises ValueError on what is no dense, complete layout, or beyond the limits."""
+        """The inverse of to_lists. Raises ValueError if it is not a dense, complete layout, or exceeds the limits."""
         try:
             parameters, buffers, group_sizes = lists
             _check_limits([*parameters, *buffers], group_sizes)
@@ -172,7 +172,7 @@ def present(start: int, stop: int, absent: Spans) -> Iterator[tuple[int, int]]:
 
 
 def common_spans(each: Sequence[Spans]) -> Spans:
-    """What lies in all of several sets of spans."""
+    """The spans that lie in every one of several sets of spans."""
     first, *others = each
     for spans in others:
         first = tuple(
@@ -182,7 +182,7 @@ def common_spans(each: Sequence[Spans]) -> Spans:
 
 
 def spans_within(spans: Spans, start: int, stop: int) -> Spans:
-    """What of ``spans`` lies in this slice, counted from its start."""
+    """The parts of ``spans`` that lie in this slice, counted from its start."""
     inside = ((max(first, start) - start, min(last, stop) - start) for first, last in spans)
     return tuple((first, last) for first, last in inside if first < last)
 
@@ -191,9 +191,9 @@ Rows = Sequence[tuple[str, Sequence[int], Sequence[int]]]  # name, shape and str
 
 
 def _check_limits(rows: Rows, groups: Sequence[int]) -> None:
-    """Raises ValueError for a layer table that no model of a size danaz trains has, or that could not be saved.
+    """Raises ValueError if the layer table exceeds the limits of the models that danaz trains, or could not be saved.
 
-    What this lets through can be worked on without more time or memory than the table's own length explains.
+    A table that passes can be processed in time and memory proportional to its own length.
     """
     if len(rows) > MAX_TENSORS or len(groups) > MAX_GROUPS:
         raise ValueError(
@@ -221,7 +221,7 @@ def _spans(sizes: Sequence[int]) -> tuple[tuple[int, int], ...]:
 
 
 def _place(rows: Rows) -> tuple[Entry, ...]:
-    """Lay tensors one behind the other. Raises ValueError for one that is not dense, or a vector that is too long."""
+    """Lay tensors one after the other. Raises ValueError if one is not dense, or if the vector gets too long."""
     entries, start = [], 0
     for name, shape, stride in rows:
         entry = Entry(str(name), start, tuple(map(whole, shape)), tuple(map(whole, stride)))
@@ -248,7 +248,7 @@ def _is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
 
 
 def _dense_stride(tensor: Tensor) -> tuple[int, ...]:
-    """The tensor's own strides where they leave no holes, else contiguous ones."""
+    """The tensor's own strides if they leave no holes, otherwise contiguous ones."""
     return torch.empty_like(tensor, memory_format=torch.preserve_format).stride()
 
 
@@ -258,8 +258,8 @@ class FlatModel:
     def __init__(self, model: nn.Module, groups: Sequence[Sequence[nn.Parameter]] | None = None):
         """Move the parameters of ``groups`` (default: all that require a gradient, as one group) into a flat vector.
 
-        Raises ValueError when a parameter is not float32, is shared between groups or is not the model's, and for a
-        model of more tensors or groups than a layer table holds.
+        Raises ValueError if a parameter is not float32, is in two groups or does not belong to the model, or if the
+        model has more tensors or groups than a layer table holds.
         """
         self.model = model
         if groups is None:
@@ -279,18 +279,18 @@ class FlatModel:
         self.layout = Layout(_place(rows), _place(buffers), _spans(sizes))
         device = self.trained[0].device
         self.params = torch.empty(0, device=device)  # f32[P]
-        # Ranks sum both at once: whether each parameter has a gradient, and the gradients.
+        # Ranks sum two things at once: flags that say whether each parameter has a gradient, and the gradients.
         flags = -(-len(self.trained) // ALIGNED_FLOATS) * ALIGNED_FLOATS
         self.summed = torch.zeros(flags + self.layout.size, device=device)  # f32[flags + P]
         self.grads = self.summed[flags:]  # f32[P]
-        self.has_gradient = [False] * len(self.trained)  # of each parameter, as gathered last
+        self.has_gradient = [False] * len(self.trained)  # of each parameter, when gradients were last gathered
         self.decayed = torch.empty(self.layout.size, device=device)  # f32[P], for the gradient with its weight decay
         self.grad_views = [entry.of(self.grads) for entry in self.layout.parameters]
         self._homes: list[int] = []  # the address of each parameter in ``params``
         self.make_room(0)
 
     def make_room(self, floats: int) -> Tensor:
-        """Move the parameters into a longer vector f32[P + floats], which is returned: they are its beginning."""
+        """Move the parameters to the beginning of a longer vector f32[P + floats], and return that vector."""
         whole = torch.empty(self.layout.size + floats, device=self.params.device)
         self.params = whole[: self.layout.size]
         self._homes = [0] * len(self.trained)
@@ -300,7 +300,7 @@ class FlatModel:
     def bring_home(self) -> None:
         """Move parameters whose memory was replaced (``p.data = …``) back into the flat vector, with their new values.
 
-        Raises RuntimeError if one is of another shape, type or device now.
+        Raises RuntimeError if the shape, type or device of one has changed.
         """
         for number, (p, home) in enumerate(zip(self.trained, self._homes, strict=True)):
             if p.data_ptr() == home:
@@ -314,7 +314,7 @@ class FlatModel:
                     "Move and convert the model before you wrap the optimizer."
                 )
             view.copy_(p.data)
-            # With a storage of its own over the same memory: else saving a part of the model would save all of it.
+            # It gets its own storage over the same memory: otherwise saving part of the model would save all of it.
             p.data = from_dlpack(view)
             self._homes[number] = view.data_ptr()
 
@@ -345,7 +345,7 @@ class FlatModel:
 
     @property
     def absent(self) -> Spans:
-        """(start, stop) of what had no gradient when it was gathered last; torch leaves such parameters alone."""
+        """(start, stop) of parameters that had no gradient at the last gathering; torch does not change such ones."""
         if all(self.has_gradient):
             return ()
         spans: list[tuple[int, int]] = []

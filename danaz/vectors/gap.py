@@ -16,7 +16,7 @@ from danaz.vectors.flat import Layout, chunks
 
 
 class Layers:
-    """The layers of a vector that hold any floats."""
+    """The layers of a vector, without empty ones."""
 
     def __init__(self, layout: Layout):
         self._entries = [entry for entry in layout.parameters if entry.size]
@@ -46,6 +46,6 @@ class Layers:
         return squares
 
     def gap(self, squares: Tensor) -> float | None:
-        """G of these squares f64[layers], None if it is not finite."""
+        """G, computed from these squares f64[layers]; None if it is not finite."""
         gap = float((squares.sqrt() / self._roots).sum())
         return gap if isfinite(gap) else None

@@ -1,7 +1,7 @@
-"""What a model holds beside the parameters that its optimizer trains: frozen ones, and buffers of any type.
+"""What a model holds besides the parameters that its optimizer trains: frozen parameters, and buffers of any type.
 
-Each process makes its model with random numbers of its own. What the optimizer holds is made equal with the first
-view; this is made equal once, before training, from worker 0's first rank to all.
+Each process makes its model with random numbers of its own. The first view makes the trained parameters equal
+everywhere. The rest is made equal once, before training: all ranks get it from worker 0's first rank.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
-WORD_BYTES = 4  # of a float32, as which all of it travels
+WORD_BYTES = 4  # the size of a float32; all of it travels as float32
 
 
 class Untrained:
@@ -38,7 +38,7 @@ class Untrained:
 
     @torch.no_grad()
     def load(self, words: Tensor) -> None:
-        """The inverse of ``packed``. Raises ValueError for a vector of another size than f32[U]."""
+        """The inverse of ``packed``. Raises ValueError if the vector's size is not U."""
         if words.numel() != self.size:
             raise ValueError(
                 f"the model's frozen parameters and buffers take {WORD_BYTES * self.size} bytes here and "
