@@ -41,7 +41,7 @@ app.command()(tune)
 
 
 def main() -> None:
-    """Entry point. What stands behind ``--`` is the user's own command, and no business of the option parser."""
+    """Entry point. What follows ``--`` is the user's own command, which the option parser does not read."""
     _settle_surroundings()
     words, command = sys.argv[1:], []
     if "--" in words:

@@ -1,6 +1,6 @@
-"""What is said of a command line whose mistake is known: a script without ``--`` before it, a key as an option.
+"""Advice for two known mistakes on a command line: a script without ``--`` before it, and a config key as an option.
 
-The option parser would say of the first that there is no such option, which sends its reader the wrong way.
+For the first, the option parser would say that there is no such option, which misleads the reader.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ SCRIPTS = (".py", ".sh")
 Options = Mapping[str, bool]  # every option of a command, as it is typed, and whether a value follows it
 
 
-def advice(command: str, words: Sequence[str], behind: Sequence[str], options: Options) -> str | None:
-    """What to type in the place of ``danaz COMMAND WORDS -- BEHIND``, if its mistake is known."""
+def advice(command: str, words: Sequence[str], script_words: Sequence[str], options: Options) -> str | None:
+    """What to type instead of ``danaz COMMAND WORDS -- SCRIPT_WORDS``; None if its mistake is not known."""
     at = _first_argument(words, options)
     if command == "launch" and at is not None and _is_command(words[at]):
-        typed = ["danaz", "launch", *_as_meant(words[:at], words[at:], behind, options)]
+        typed = ["danaz", "launch", *_as_meant(words[:at], words[at:], script_words, options)]
         return (
             f"`danaz launch` takes the YAML of an experiment, or a command of your own after `--`; {words[at]} is no "
             f"YAML. Type: {join(typed)}"
@@ -49,7 +49,9 @@ def _is_command(word: str) -> bool:
     return suffix in SCRIPTS or (suffix not in CONFIGS and shutil.which(word) is not None)
 
 
-def _as_meant(before: Sequence[str], command: Sequence[str], behind: Sequence[str], options: Options) -> Iterable[str]:
+def _as_meant(
+    before: Sequence[str], command: Sequence[str], script_words: Sequence[str], options: Options
+) -> Iterable[str]:
     """The options of `danaz launch`, ``--``, and the command; an option after the script is the script's own, unless
     all of them are danaz's."""
     rest = command[1:]
@@ -59,7 +61,7 @@ def _as_meant(before: Sequence[str], command: Sequence[str], behind: Sequence[st
     if danaz_alone:
         before, command = [*before, *rest], command[:1]
     python = ["python"] if command[0].endswith(".py") else []
-    return [*before, "--", *python, *command, *behind]
+    return [*before, "--", *python, *command, *script_words]
 
 
 def _key_of_the_config(words: Sequence[str], options: Options) -> str | None:

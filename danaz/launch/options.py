@@ -174,7 +174,7 @@ class MachineOptions:
 
     @property
     def working_directory(self) -> str:
-        """Of the ranks, on every machine. A `~` is the home directory there."""
+        """The working directory of the ranks on every machine. A `~` is the home directory there."""
         chdir = self.chdir or ""
         return chdir if chdir.startswith("~") else str(Path.cwd() / chdir)
 

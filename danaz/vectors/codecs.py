@@ -234,7 +234,7 @@ def push_codec(name: str) -> Codec:
         if isfinite(number) and 0 < number < 1:
             return TopK(number)
         raise UnknownCodecError(
-            f"{name!r}: behind topk: comes the share that is kept, above 0 and below 1: topk:0.01 for a hundredth"
+            f"{name!r}: after topk: write the share that is kept, above 0 and below 1: topk:0.01 for a hundredth"
         )
     raise UnknownCodecError(f"no codec {name!r} for pushes; there are {', '.join(PUSH_CODECS)} and topk:SHARE")
 

@@ -28,8 +28,8 @@ PYTHON = sys.executable  # a command that is there
     ],
 )
 def test_a_forgotten_double_dash(words: str, typed: str) -> None:
-    before, _, behind = words.partition(" -- ")
-    said = advice("launch", before.split(), behind.split(), _options_of("launch"))
+    before, _, after = words.partition(" -- ")
+    said = advice("launch", before.split(), after.split(), _options_of("launch"))
     assert said is not None
     assert said.endswith(f"Type: danaz launch {typed}")
 

@@ -147,7 +147,7 @@ class TestErrors:
         ("override", "why"),
         [
             ("wire=1bit", "no codec '1bit' for pushes; there are fp32, bf16, fp16, onebit and topk:SHARE"),
-            ("wire=topk:2", "behind topk: comes the share that is kept, above 0 and below 1: topk:0.01"),
+            ("wire=topk:2", "after topk: write the share that is kept, above 0 and below 1: topk:0.01"),
             ("wire_view=onebit", "no codec 'onebit' for views; there are fp32, bf16, fp16"),
             ("wire_warmup_epochs=-1", "greater than or equal to 0"),
         ],

@@ -35,7 +35,7 @@ SIZE = 5
 
 
 def state_of(version: int, algorithm: str = "dana-zero") -> CoreState:
-    """Of a server after so many updates, by two workers in turn; one has left."""
+    """The state of a server after this number of updates, by two workers in turn; one has left."""
     cluster = Cluster(algorithm, 3, torch.ones(SIZE), groups=(2, 3), buffers=2)
     cluster.leave(2, torch.tensor([3.0, 4.0]))
     for number in range(version):
@@ -201,7 +201,7 @@ class TestJournal:
 
 
 def settings_of(algorithm: str, digest: str = DIGEST) -> ServerSettings:
-    """Of the server that goes on from state_of."""
+    """The settings of the server that continues from state_of."""
     return ServerSettings(algorithm, workers=2, digest=digest)
 
 

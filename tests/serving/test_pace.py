@@ -15,7 +15,7 @@ def update(version: int, loss: float | None = 0.5, lag: int = 1) -> Update:
 
 
 def said(pace: Pace, updates_per_s: int, seconds: int, epochs: int = 100) -> list[tuple[float, str]]:
-    """Of a run of so many updates a second, a hundred an epoch: when, and what."""
+    """When, in seconds, and what is said of a run with this number of updates a second and a hundred an epoch."""
     sentences = []
     for version in range(1, updates_per_s * seconds + 1):
         now = 1000 + version / updates_per_s

@@ -22,7 +22,7 @@ GARBAGE = {
     "two nothings": [b"", b""],
     "text": [b"GET / HTTP/1.1\r\n\r\n"],
     "a pickle": [pickle.dumps({"worker": 0}), b""],
-    "a pickle behind the magic": [MAGIC, pickle.dumps({"worker": 0})],
+    "a pickle after the magic": [MAGIC, pickle.dumps({"worker": 0})],
     "no header": [MAGIC],
     "half a header": [MAGIC, PULL[1][:-3]],
     "a promise of gigabytes": [MAGIC, b"\xdd\xff\xff\xff\xff"],

@@ -49,10 +49,10 @@ def start(
     *arguments: str, out: Path, script: Sequence[str] = (), env: Mapping[str, str] | None = None, **options: Any
 ) -> subprocess.Popen[str]:
     """Begin ``danaz launch``; ``script`` is what comes after ``--`` (with this Python in front)."""
-    behind = ["--", sys.executable, *script] if script else []
+    after = ["--", sys.executable, *script] if script else []
     # The run gets its own session, so that a signal to the test's process group does not reach the run.
     return subprocess.Popen(
-        [sys.executable, "-m", "danaz", "launch", *arguments, "--out", str(out), *behind],
+        [sys.executable, "-m", "danaz", "launch", *arguments, "--out", str(out), *after],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
         stdout=subprocess.PIPE,

@@ -207,7 +207,7 @@ class TestMalformed:
         [
             ([1, 0], "do not ascend"),  # twice the same place
             ([0, 1], "do not ascend"),  # a place before the first
-            ([1, 10], "do not ascend"),  # behind the last
+            ([1, 10], "do not ascend"),  # after the last
             ([1, 255], "places of 1 values and 2 steps, 2 values expected"),
             ([255, 1], "places of 1 values and 2 steps, 2 values expected"),
         ],

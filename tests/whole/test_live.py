@@ -113,7 +113,7 @@ A = np.logspace(-2, 0, DIMENSION)
 
 
 def replay_dana(updates: list[dict[str, Any]], momentum: float) -> np.ndarray[Any, Any]:
-    """θ behind all updates, from the formulas of Algorithm 4 with the exact term for a changing rate."""
+    """θ after all updates, from the formulas of Algorithm 4 with the exact term for a changing rate."""
     views = [np.zeros(DIMENSION)]  # Θ of each version
     velocity, rate = {}, {}
     for update in updates:
@@ -127,7 +127,7 @@ def replay_dana(updates: list[dict[str, Any]], momentum: float) -> np.ndarray[An
 
 
 def replay_dana_zero(updates: list[dict[str, Any]], momentum: float) -> np.ndarray[Any, Any]:
-    """θ behind all updates, from the formulas of Algorithm 3."""
+    """θ after all updates, from the formulas of Algorithm 3."""
     theta = np.zeros(DIMENSION)
     views = [theta]
     velocity, rate = {}, {}
@@ -364,7 +364,7 @@ def test_with_stop_whoever_is_killed_the_whole_run_ends_and_no_other(begin: Call
         del runs[who]
         there = {name: other.processes.keys() for name, other in runs.items()}
         os.kill(run.pid(who), signal.SIGKILL)
-        live.until(lambda run=run: not run.processes, f"all processes end behind the {who}", deadline_s=30)
+        live.until(lambda run=run: not run.processes, f"all processes end after the {who}", deadline_s=30)
         output, _ = run.launcher.communicate()
         assert run.launcher.returncode == (137 if who in ended else -signal.SIGKILL)
         assert ended.get(who, "") in output

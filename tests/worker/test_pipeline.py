@@ -285,7 +285,7 @@ FAULTS: dict[str, tuple[type[Request], Callable[[Line, Request], object]]] = {
     "a view lost": (Pull, lambda line, pull: LocalLink.exchange(line, pull)),
     "restarted before the push": (Push, lambda line, push: line.restarts()),
     "restarted before the fetch": (Pull, lambda line, pull: line.restarts()),
-    "restarted behind the push": (Push, lambda line, push: (LocalLink.exchange(line, push), line.restarts())),
+    "restarted after the push": (Push, lambda line, push: (LocalLink.exchange(line, push), line.restarts())),
 }
 
 

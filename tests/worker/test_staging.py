@@ -260,7 +260,7 @@ def test_a_step_reads_nothing_from_the_device():
     assert in_a_pipeline[:-1] == [2] * 11, (
         "the least and the largest of a push that it computes on before it is applied"
     )
-    assert in_a_pipeline[-1] > 2, "behind the last push comes nothing beside which it could be exchanged"
+    assert in_a_pipeline[-1] > 2, "nothing follows the last push, so nothing could be exchanged meanwhile"
     with_local_steps = Live(1, False, 3, None).reads
     assert [reads > 0 for reads in with_local_steps] == [False, False, True] * 4
 
