@@ -21,7 +21,7 @@ from danaz.server.offering import CompletedRun
 from danaz.worker import link as link_module
 from danaz.worker.link import DealerLink, Link
 from danaz.worker.states import WorkerState
-from danaz.worker.worker import RefusedError, Worker
+from danaz.worker.worker import RefusedError
 
 FUTURE = 1 << 45  # milliseconds: a clock that is centuries ahead
 
@@ -144,7 +144,7 @@ class TestTooLate:
         worker._link = over
         if not pipelined:
             worker.pipeline = None
-        train_to_the_end(worker)
+        train(worker, says_good_bye=False)
         assert worker.done
         assert worker.came_late
         assert not worker.batches.any
@@ -157,15 +157,3 @@ class TestTooLate:
         with pytest.raises(RefusedError, match="different configurations"):
             worker.join(bring_params=True)
         worker.close(in_good_order=False)
-
-
-def train_to_the_end(worker: Worker) -> None:
-    worker.join(bring_params=True)
-    while not worker.done:
-        if worker.batches.waiting:
-            batch = worker.batches.begin()
-            worker.push(worker.flat.params - 1, [0.05], 1, 1.0, batch)
-        else:
-            worker.pull()
-    worker.leave()
-    worker.close(in_good_order=False)

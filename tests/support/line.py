@@ -68,8 +68,8 @@ def make_worker(*lines: Line, size: int = SIZE) -> Worker:
     return Worker(SoloGroup(), flat, 2, core, link, pipelined=True)
 
 
-def train(worker: Worker) -> None:
-    """Train ½‖θ − 1‖², from the join to the good-bye."""
+def train(worker: Worker, says_good_bye: bool = True) -> None:
+    """Train ½‖θ − 1‖², from the join to the end."""
     worker.join(bring_params=True)
     while not worker.done:
         if worker.batches.waiting:
@@ -78,4 +78,4 @@ def train(worker: Worker) -> None:
         else:
             worker.pull()
     worker.leave()
-    worker.close(in_good_order=True)
+    worker.close(in_good_order=says_good_bye)

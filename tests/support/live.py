@@ -20,6 +20,21 @@ from danaz.run.folder import read_summary
 
 ROOT = Path(__file__).parents[2]
 
+# The loop over batches comes last, so that a test may add lines to it.
+SMALL_SCRIPT = """\
+import torch, danaz.torch as danaz
+danaz.init()
+model = torch.nn.Linear(2, 1)
+optimizer = danaz.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9), model)
+data = torch.utils.data.TensorDataset(torch.randn(32, 2), torch.randn(32, 1))
+loader = torch.utils.data.DataLoader(data, batch_size=8)
+for epoch in danaz.epochs(1):
+    for x, y in danaz.shard(loader, epoch):
+        optimizer.zero_grad()
+        torch.nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+"""
+
 
 @dataclass(frozen=True)
 class Run:

@@ -93,28 +93,20 @@ def test_one_rank_equals_torch(loop: Loop, algorithm: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(DEADLINE_S)
 @pytest.mark.parametrize("collective", ["horovod", "torch"])
-def test_three_ranks_of_an_all_reduce_world_equal_torch(collective: str, tmp_path: Path) -> None:
-    run_everywhere(tmp_path, "ssgd", 1, 3, collective)
-    for loop in LOOPS:
-        check(loop, CURVED, tmp_path, 3)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(DEADLINE_S)
-@pytest.mark.parametrize("collective", ["horovod", "torch"])
-def test_one_worker_of_two_ranks_and_a_server_equal_torch(collective: str, tmp_path: Path) -> None:
-    run_everywhere(tmp_path, "dana", 1, 2, collective)
-    for loop in LOOPS:
-        check(loop, CURVED, tmp_path, 2)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(DEADLINE_S)
-@pytest.mark.parametrize("collective", ["horovod", "torch"])
-def test_two_workers_of_two_ranks_equal_torch_where_their_updates_commute(collective: str, tmp_path: Path) -> None:
-    run_everywhere(tmp_path, "dana", 2, 2, collective)
-    for loop in COMMUTING:
-        check(loop, FLAT, tmp_path, 4)
+@pytest.mark.parametrize(
+    ("mode", "workers", "ranks", "loops", "problem"),
+    [
+        pytest.param("ssgd", 1, 3, LOOPS, CURVED, id="three ranks of an all-reduce world"),
+        pytest.param("dana", 1, 2, LOOPS, CURVED, id="one worker of two ranks and a server"),
+        pytest.param("dana", 2, 2, COMMUTING, FLAT, id="two workers of two ranks, whose updates commute"),
+    ],
+)
+def test_several_ranks_equal_torch(
+    collective: str, mode: str, workers: int, ranks: int, loops: list[Loop], problem: Problem, tmp_path: Path
+) -> None:
+    run_everywhere(tmp_path, mode, workers, ranks, collective)
+    for loop in loops:
+        check(loop, problem, tmp_path, workers * ranks)
 
 
 @pytest.mark.slow

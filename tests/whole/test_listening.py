@@ -17,22 +17,12 @@ DEADLINE_S = 120.0
 LISTEN = "0A"  # <net/tcp_states.h>
 
 # Trains until it may end.
-SCRIPT = """
+SCRIPT = f"""
 import sys, time
 from pathlib import Path
-import torch, danaz.torch as danaz
 out = Path(sys.argv[1])
-danaz.init()
-model = torch.nn.Linear(2, 1)
-optimizer = danaz.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9), model)
-data = torch.utils.data.TensorDataset(torch.randn(32, 2), torch.randn(32, 1))
-loader = torch.utils.data.DataLoader(data, batch_size=8)
-for epoch in danaz.epochs(1):
-    for x, y in danaz.shard(loader, epoch):
-        optimizer.zero_grad()
-        torch.nn.functional.mse_loss(model(x), y).backward()
-        optimizer.step()
-        (out / f"trains.{danaz.rank()}").touch()
+{live.SMALL_SCRIPT}\
+        (out / f"trains.{{danaz.rank()}}").touch()
         while not (out / "go").exists():
             time.sleep(0.01)
 """

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from live import SMALL_SCRIPT
 
 from launcher.start import FOLDER, module_command, search_path
 
@@ -20,19 +21,6 @@ INSTALLED = {
     *("safetensors", "horovod", "sklearn", "torchvision", "matplotlib", "markdown_it", "pygments", "typing_extensions"),
 }
 SMALL = ["--set", "epochs=1", "--set", "lr_schedule.milestones=[]"]
-SCRIPT = """
-import torch, danaz.torch as danaz
-danaz.init()
-model = torch.nn.Linear(2, 1)
-optimizer = danaz.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9), model)
-data = torch.utils.data.TensorDataset(torch.randn(32, 2), torch.randn(32, 1))
-loader = torch.utils.data.DataLoader(data, batch_size=8)
-for epoch in danaz.epochs(1):
-    for x, y in danaz.shard(loader, epoch):
-        optimizer.zero_grad()
-        torch.nn.functional.mse_loss(model(x), y).backward()
-        optimizer.step()
-"""
 
 
 @pytest.fixture
@@ -42,7 +30,7 @@ def here(tmp_path: Path) -> Path:
     folder.mkdir()
     for name in {*sys.stdlib_module_names, *INSTALLED}:
         (folder / f"{name}.py").write_text(BOMB)
-    (tmp_path / "train.py").write_text(SCRIPT)
+    (tmp_path / "train.py").write_text(SMALL_SCRIPT)
     return folder
 
 
