@@ -1,5 +1,6 @@
 """The update rules. A new one is a file beside these and its name in the import below."""
 
+from danaz.optimizers import Optimizers, Vectors
 from danaz.rules import (
     asgd,
     averaging,
@@ -9,6 +10,7 @@ from danaz.rules import (
     elastic,
     gap_aware,
     lars,
+    local,
     nadam,
     staleness_aware,
 )
@@ -17,11 +19,12 @@ from danaz.rules.base import (
     Algorithm,
     Context,
     Rule,
+    UnfitOptimizerError,
     UnknownAlgorithmError,
-    Vectors,
     WorkerRule,
     algorithm,
     find_algorithm,
+    sgd_unless,
 )
 from danaz.rules.chain import Transform, chain, scale_gradient
 from danaz.rules.dana import dana_zero
@@ -30,8 +33,10 @@ __all__ = [
     "ALGORITHMS",
     "Algorithm",
     "Context",
+    "Optimizers",
     "Rule",
     "Transform",
+    "UnfitOptimizerError",
     "UnknownAlgorithmError",
     "Vectors",
     "WorkerRule",
@@ -47,7 +52,9 @@ __all__ = [
     "find_algorithm",
     "gap_aware",
     "lars",
+    "local",
     "nadam",
     "scale_gradient",
+    "sgd_unless",
     "staleness_aware",
 ]

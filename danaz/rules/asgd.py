@@ -1,19 +1,12 @@
-"""Asynchronous SGD, without and with Nesterov momentum: the DANA paper's starting points (arXiv 1907.11612)."""
+"""Asynchronous SGD, without and with momentum: the DANA paper's starting points (arXiv 1907.11612)."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from danaz.rules.base import Context, Pushes, Rule, Vectors, WorkerRule, algorithm
-
-
-class Asgd(Rule):
-    """θ ← θ − ηg; the worker gets θ."""
-
-    view_is_state = True
-
-    def apply(self, params: Tensor, push: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
-        params.sub_(push, alpha=ctx.lr)
+from danaz.optimizers import Optimizers, Scalars, Vectors
+from danaz.rules.base import Context, Rule, WorkerRule, algorithm, sgd_unless
+from danaz.rules.local import LocalSteps
 
 
 class Displace(Rule):
@@ -28,51 +21,57 @@ class Displace(Rule):
         params.add_(push)
 
 
-class LocalSgd(WorkerRule):
-    """x ← x − ηg on the worker."""
+class Asgd(Rule):
+    """θ ← θ + s, without momentum; the worker gets θ. If the optimizer has a state, the server keeps one for all."""
 
-    pushes: Pushes = "displacement"
+    def __init__(self, optimizers: Optimizers):
+        self.optimizers = optimizers.without_momentum()
+        self.shared_state = self.optimizers.state
+        self.needs_view = self.optimizers.needs_view
+        self.view_is_state = not self.shared_state
 
-    def __init__(self, sync_period: int):
-        self.sync_period = sync_period
-
-    def push(self, out: Tensor, grad: Tensor, old: Vectors, new: Vectors, ctx: Context) -> None:
-        out.copy_(grad).mul_(-ctx.lr)
+    def apply(self, params: Tensor, push: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
+        at = Scalars(ctx.lr, ctx.shared_count + 1)
+        self.optimizers.of(ctx.group).step(params, push, shared, at, own.get("view"))
 
 
 class NagAsgd(Rule):
-    """One velocity for all workers: v ← γv + g; θ ← θ − ηv; the worker gets θ − ηγv."""
+    """One state for all workers: θ ← θ + s; the worker gets θ + a. For SGD, that is θ − ηγv."""
 
-    shared_state = ("velocity",)
-
-    def __init__(self, momentum: float):
-        self.momentum = momentum
+    def __init__(self, optimizers: Optimizers):
+        self.optimizers = optimizers
+        self.shared_state = optimizers.state
+        self.needs_view = optimizers.needs_view
 
     def apply(self, params: Tensor, push: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
-        velocity = shared["velocity"].mul_(self.momentum).add_(push)
-        params.sub_(velocity, alpha=ctx.lr)
+        at = Scalars(ctx.lr, ctx.shared_count + 1)
+        self.optimizers.of(ctx.group).step(params, push, shared, at, own.get("view"))
 
     def view(self, out: Tensor, params: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
-        out.copy_(params).sub_(shared["velocity"], alpha=ctx.lr * self.momentum)
+        optimizer = self.optimizers.of(ctx.group)
+        out.copy_(params)
+        optimizer.add_heading(out, shared, Scalars(ctx.lr, ctx.shared_count), -optimizer.momentum)
 
-    def velocity(self, own: Vectors, shared: Vectors) -> Tensor:
-        return shared["velocity"]
+    def velocity(self, own: Vectors, shared: Vectors, ctx: Context) -> Tensor:
+        return self.optimizers.of(ctx.group).velocity(shared, Scalars(ctx.lr, ctx.shared_count + 1))
 
 
 class MultiAsgd(Rule):
-    """One velocity per worker: vᵢ ← γvᵢ + g; θ ← θ − ηvᵢ; worker i gets θ − γηᵢvᵢ, without the others' momentum."""
+    """A state for each worker: θ ← θ + sᵢ; worker i gets θ + aᵢ, without the others' momentum."""
 
-    worker_state = ("velocity",)
-
-    def __init__(self, momentum: float):
-        self.momentum = momentum
+    def __init__(self, optimizers: Optimizers):
+        self.optimizers = optimizers
+        self.worker_state = optimizers.state
+        self.needs_view = optimizers.needs_view
 
     def apply(self, params: Tensor, push: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
-        velocity = own["velocity"].mul_(self.momentum).add_(push)
-        params.sub_(velocity, alpha=ctx.lr)
+        at = Scalars(ctx.lr, ctx.own_count + 1)
+        self.optimizers.of(ctx.group).step(params, push, own, at, own.get("view"))
 
     def view(self, out: Tensor, params: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
-        out.copy_(params).sub_(own["velocity"], alpha=ctx.own_lr * self.momentum)
+        optimizer = self.optimizers.of(ctx.group)
+        out.copy_(params)
+        optimizer.add_heading(out, own, Scalars(ctx.own_lr, ctx.own_count), -optimizer.momentum)
 
 
 class Baseline(NagAsgd):
@@ -86,30 +85,33 @@ class Ssgd(NagAsgd):
 
 
 @algorithm("asgd", paper="Dean et al., Large Scale Distributed Deep Networks, NIPS 2012")
-def asgd(sync_period: int = 1) -> Rule:
+def asgd(sync_period: int = 1, optimizer: Optimizers | None = None) -> Rule:
     """Asynchronous SGD without momentum."""
-    return Asgd() if sync_period == 1 else Displace(LocalSgd(sync_period))
+    optimizers = sgd_unless(optimizer).without_momentum()
+    if sync_period == 1 and not optimizers.state:
+        return Asgd(optimizers)
+    return Displace(LocalSteps(optimizers, sync_period=sync_period))
 
 
 @algorithm("nag-asgd", paper="Hakimi et al., arXiv 1907.11612")
-def nag_asgd(momentum: float = 0.9) -> Rule:
+def nag_asgd(momentum: float = 0.9, optimizer: Optimizers | None = None) -> Rule:
     """Asynchronous SGD with one Nesterov momentum for all workers; breaks as workers are added."""
-    return NagAsgd(momentum)
+    return NagAsgd(sgd_unless(optimizer, momentum))
 
 
 @algorithm("multi-asgd", paper="Hakimi et al., arXiv 1907.11612")
-def multi_asgd(momentum: float = 0.9) -> Rule:
+def multi_asgd(momentum: float = 0.9, optimizer: Optimizers | None = None) -> Rule:
     """Asynchronous SGD with a Nesterov momentum of its own for each worker."""
-    return MultiAsgd(momentum)
+    return MultiAsgd(sgd_unless(optimizer, momentum))
 
 
 @algorithm("baseline", paper="Nesterov 1983; Sutskever et al., ICML 2013")
-def baseline(momentum: float = 0.9) -> Rule:
+def baseline(momentum: float = 0.9, optimizer: Optimizers | None = None) -> Rule:
     """Nesterov SGD on one worker: torch.optim.SGD(nesterov=True) in the variable Θ = θ − ηγv."""
-    return Baseline(momentum)
+    return Baseline(sgd_unless(optimizer, momentum))
 
 
 @algorithm("ssgd", paper="Goyal et al., Accurate, Large Minibatch SGD, arXiv 1706.02677")
-def ssgd(momentum: float = 0.9) -> Rule:
+def ssgd(momentum: float = 0.9, optimizer: Optimizers | None = None) -> Rule:
     """Synchronous SGD: all gradients averaged, one Nesterov step at N times the rate (linear scaling)."""
-    return Ssgd(momentum)
+    return Ssgd(sgd_unless(optimizer, momentum))

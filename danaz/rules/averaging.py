@@ -4,21 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from danaz.rules.base import Context, Pushes, Rule, Vectors, algorithm
-from danaz.rules.dana import DanaWorker
+from danaz.optimizers import Optimizers, Vectors
+from danaz.rules.base import Context, Rule, algorithm, sgd_unless
+from danaz.rules.local import LocalSteps
 
 SYNC_PERIOD = 10  # local steps in a round
-
-
-class LocalNesterov(DanaWorker):
-    """v ← γv + g; x ← x − η(γv + g) on the worker; x is pushed."""
-
-    pushes: Pushes = "parameters"
-    gives_back = False  # the server's parameters are the model
-
-    def __init__(self, momentum: float, sync_period: int, resets: bool):
-        super().__init__(momentum, lr_correction=False, sync_period=sync_period)
-        self.resets = resets
 
 
 class ModelAveraging(Rule):
@@ -26,8 +16,8 @@ class ModelAveraging(Rule):
 
     barrier = True
 
-    def __init__(self, momentum: float, sync_period: int):
-        self.worker_rule = LocalNesterov(momentum, sync_period, resets=False)
+    def __init__(self, optimizers: Optimizers, sync_period: int):
+        self.worker_rule = LocalSteps(optimizers, pushes="parameters", sync_period=sync_period)
 
     def apply(self, params: Tensor, push: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
         params.copy_(push)
@@ -43,8 +33,8 @@ class BlockMomentum(Rule):
     needs_view = True  # B
     shared_state = ("step",)  # Δ
 
-    def __init__(self, momentum: float, sync_period: int, nesterov: bool):
-        self.worker_rule = LocalNesterov(momentum, sync_period, resets=True)
+    def __init__(self, optimizers: Optimizers, sync_period: int, nesterov: bool):
+        self.worker_rule = LocalSteps(optimizers, pushes="parameters", sync_period=sync_period, resets=True)
         self.nesterov = nesterov
 
     def apply(self, params: Tensor, push: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
@@ -58,12 +48,14 @@ class BlockMomentum(Rule):
 
 
 @algorithm("model-averaging", paper="McDonald et al., NAACL 2010; CNTK ModelAveragingSGD")
-def model_averaging(momentum: float = 0.9, sync_period: int = SYNC_PERIOD) -> Rule:
+def model_averaging(momentum: float = 0.9, sync_period: int = SYNC_PERIOD, optimizer: Optimizers | None = None) -> Rule:
     """Local Nesterov steps; then everyone goes on from the mean of all models."""
-    return ModelAveraging(momentum, sync_period)
+    return ModelAveraging(sgd_unless(optimizer, momentum), sync_period)
 
 
 @algorithm("bmuf", paper="Chen, Huo, ICASSP 2016; CNTK BlockMomentumSGD")
-def bmuf(momentum: float = 0.9, sync_period: int = SYNC_PERIOD, nesterov: bool = True) -> Rule:
+def bmuf(
+    momentum: float = 0.9, sync_period: int = SYNC_PERIOD, nesterov: bool = True, optimizer: Optimizers | None = None
+) -> Rule:
     """Blockwise model-update filtering: the mean model of each block moves the server with a momentum of its own."""
-    return BlockMomentum(momentum, sync_period, nesterov)
+    return BlockMomentum(sgd_unless(optimizer, momentum), sync_period, nesterov)

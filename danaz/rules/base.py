@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from danaz.files.user_module import UserModuleError, import_user_name
+from danaz.optimizers import Optimizers, Sgd, Vectors
 
-Vectors = Mapping[str, Tensor]  # name -> f32[n], all slices of the same range
 Pushes = Literal["gradient", "displacement", "parameters"]  # a displacement is added to the server's parameters
 
 
@@ -34,9 +34,10 @@ class Context:
     max_lr: float  # the largest η applied so far
     lag: int  # τ: updates applied since this worker's view was sent
     version: int  # updates applied before this one
-    own_updates: int  # how many of those came from this worker
+    own_count: int  # gradients in this worker's state, before this one
     workers: int = 1  # N, how many take part now
     group: int = 0  # number of the parameter group that this slice belongs to
+    shared_count: int = 0  # gradients in the shared state, before this one
 
 
 class WorkerRule:
@@ -44,6 +45,7 @@ class WorkerRule:
 
     pushes: Pushes = "gradient"
     worker_state: tuple[str, ...] = ()
+    needs_view: bool = False  # old["view"] is the parameters that the gradient was computed on
     sync_period: int = 1  # mini-batches between pushes; the steps in between move the worker's own parameters
     resets: bool = False  # the state starts from zero after each push
     gives_back: bool = False
@@ -52,13 +54,16 @@ class WorkerRule:
         """Write the push into ``out`` f32[n] and the state after it into ``new``; ``old`` stays untouched.
 
         The caller keeps ``old`` until the server has applied the push, and goes back to it on a refusal.
-        Only ``ctx.lr`` and ``ctx.own_lr`` are known on a worker. Where pushes are displacements or parameters, ``out``
-        is the displacement of this one mini-batch.
+        Only the rates, ``ctx.own_count`` and ``ctx.group`` are known on a worker. Where pushes are displacements or
+        parameters, ``out`` is the displacement of this one mini-batch.
         """
         out.copy_(grad)
 
-    def give_back(self, out: Tensor, state: Vectors, own_lr: float) -> None:
-        """Write what the server must add to its parameters when this worker leaves, if the rule ``gives_back``."""
+    def give_back(self, out: Tensor, state: Vectors, ctx: Context) -> None:
+        """Write what the server must add to its parameters when this worker leaves, if the rule ``gives_back``.
+
+        ``ctx`` is that of a push, with ``ctx.own_lr`` and ``ctx.own_count`` as the state has them.
+        """
         raise NotImplementedError
 
 
@@ -119,8 +124,8 @@ class Rule:
     def resum(self, shared: Vectors, workers: Iterable[tuple[Vectors, Context]]) -> None:
         """Rebuild shared sums from each worker's vectors and scalars, to undo drift and after a worker left."""
 
-    def velocity(self, own: Vectors, shared: Vectors) -> Tensor:
-        """The velocity v that the last update moved the parameters along, f32[n]."""
+    def velocity(self, own: Vectors, shared: Vectors, ctx: Context) -> Tensor:
+        """The velocity v that the update of ``ctx`` has just moved the parameters along, f32[n]."""
         raise NotImplementedError(f"{type(self).__name__} has no velocity")
 
 
@@ -138,17 +143,36 @@ class Algorithm:
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
-        """Name -> default of everything the rule's author lets users set."""
+        """Name -> default of everything the rule's author lets users set, beside the optimizer."""
+        return {name: default for name, default in self._parameters.items() if name != OPTIMIZER}
+
+    @property
+    def takes_any_optimizer(self) -> bool:
+        """Whether the rule is built over an optimizer; otherwise it is a rule of SGD."""
+        return OPTIMIZER in self._parameters
+
+    @property
+    def _parameters(self) -> dict[str, Any]:
         return {p.name: p.default for p in inspect.signature(self.build).parameters.values()}
 
-    def rule(self, *, sync_period: int | None = None, **hyperparameters: Any) -> Rule:
+    def rule(
+        self, *, optimizer: Optimizers | None = None, sync_period: int | None = None, **hyperparameters: Any
+    ) -> Rule:
         """Build the rule from those of the given hyper-parameters that it has (ASGD has no momentum, say).
 
+        ``optimizer`` is by default SGD with the algorithm's momentum.
+
         Raises:
+            UnfitOptimizerError: the rule cannot carry out this optimizer.
             UnsupportedPeriodError: ``sync_period`` is above 1, and the rule must see every gradient.
             UserModuleError: what the user's own factory returns is no Rule.
         """
         given = {k: v for k, v in hyperparameters.items() if k in self.hyperparameters}
+        if optimizer is not None and self.takes_any_optimizer:
+            given[OPTIMIZER] = optimizer
+        elif optimizer is not None:
+            momentum = self._momentum_of_sgd(optimizer)
+            given |= {"momentum": momentum} if "momentum" in self.hyperparameters else {}
         if sync_period is not None and "sync_period" in self.hyperparameters:
             given["sync_period"] = sync_period
         elif sync_period not in (None, 1):
@@ -160,6 +184,21 @@ class Algorithm:
         if not isinstance(rule, Rule):
             raise UserModuleError(f"{self.name!r} returned {type(rule).__name__}, expected a danaz.rules.Rule")
         return rule
+
+    def _momentum_of_sgd(self, optimizers: Optimizers) -> float:
+        """The momentum of all parameter groups. Raises UnfitOptimizerError if it is not that of SGD, and one."""
+        if not all(isinstance(optimizer, Sgd) for optimizer in optimizers):
+            raise UnfitOptimizerError(
+                f"{self.name} is a rule of SGD and cannot carry out {optimizers[0].name}. Use an algorithm that "
+                "carries out any optimizer, such as dana; `danaz algorithms` shows them"
+            )
+        momenta = {optimizer.momentum for optimizer in optimizers}
+        if len(momenta) > 1 and "momentum" in self.hyperparameters:
+            raise UnfitOptimizerError(
+                f"{self.name} has one momentum for all parameter groups, and these have {sorted(momenta)}. Use an "
+                "algorithm that carries out any optimizer, such as dana"
+            )
+        return max(momenta)
 
     def check(self, hyperparameters: Mapping[str, Any]) -> None:
         """Raises HyperparameterError for a name that this algorithm lacks or a value of another kind."""
@@ -179,11 +218,16 @@ class Algorithm:
 
 
 ALGORITHMS: dict[str, Algorithm] = {}
+OPTIMIZER = "optimizer"  # the parameter of a factory whose rule carries out any optimizer
 FROM_SETTINGS = ("momentum", "lr_correction", "weight_decay", "sync_period")  # they have keys of their own
 
 
 class HyperparameterError(ValueError):
     """The algorithm has no such hyper-parameter, or does not accept this value for it."""
+
+
+class UnfitOptimizerError(ValueError):
+    """The rule cannot carry out this optimizer; the message says why."""
 
 
 class UnsupportedPeriodError(ValueError):
@@ -192,6 +236,11 @@ class UnsupportedPeriodError(ValueError):
 
 class UnknownAlgorithmError(ValueError):
     """No algorithm has this name."""
+
+
+def sgd_unless(optimizer: Optimizers | None, momentum: float = 0.9) -> Optimizers:
+    """Return ``optimizer``, or SGD with this momentum if there is none."""
+    return Optimizers([Sgd(momentum)]) if optimizer is None else optimizer
 
 
 def algorithm(name: str, *, paper: str) -> Callable[[Callable[..., Rule]], Callable[..., Rule]]:

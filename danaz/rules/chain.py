@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
-from danaz.rules.base import Context, Rule, Vectors
+from danaz.optimizers import Vectors
+from danaz.rules.base import Context, Rule
 
 
 class Transform:
@@ -55,7 +56,7 @@ class chain(Rule):
             transform.before(push, params, own, shared, ctx)
         self.rule.apply(params, push, own, shared, ctx)
         for transform in self.transforms:
-            transform.after(lambda: self.rule.velocity(own, shared), shared, ctx)
+            transform.after(lambda: self.rule.velocity(own, shared, ctx), shared, ctx)
 
     def view(self, out: Tensor, params: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
         self.rule.view(out, params, own, shared, ctx)
@@ -66,5 +67,5 @@ class chain(Rule):
     def resum(self, shared: Vectors, workers: Iterable[tuple[Vectors, Context]]) -> None:
         self.rule.resum(shared, workers)
 
-    def velocity(self, own: Vectors, shared: Vectors) -> Tensor:
-        return self.rule.velocity(own, shared)
+    def velocity(self, own: Vectors, shared: Vectors, ctx: Context) -> Tensor:
+        return self.rule.velocity(own, shared, ctx)

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from danaz.rules.base import Context, Rule, Vectors, algorithm
+from danaz.optimizers import Vectors
+from danaz.rules.base import Context, Rule, algorithm
 
 
 class Decentralised(Rule):

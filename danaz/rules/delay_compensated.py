@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from danaz.optimizers import Optimizers, Vectors
 from danaz.rules.asgd import Asgd
-from danaz.rules.base import Context, Rule, Vectors, algorithm
+from danaz.rules.base import Context, Rule, algorithm, sgd_unless
 from danaz.rules.chain import Transform, chain
 from danaz.rules.dana import DanaZero
 
@@ -46,18 +47,18 @@ class CompensateAdaptively(Transform):
 
 
 @algorithm("dc-asgd", paper=PAPER)
-def dc_asgd(strength: float = 0.04) -> Rule:
+def dc_asgd(strength: float = 0.04, optimizer: Optimizers | None = None) -> Rule:
     """ASGD on delay-compensated gradients, with a constant strength λ."""
-    return chain(Compensate(strength), Asgd())
+    return chain(Compensate(strength), Asgd(sgd_unless(optimizer)))
 
 
 @algorithm("dc-asgd-adaptive", paper=PAPER)
-def dc_asgd_adaptive(strength: float = 2.0) -> Rule:
+def dc_asgd_adaptive(strength: float = 2.0, optimizer: Optimizers | None = None) -> Rule:
     """ASGD on delay-compensated gradients, with a strength that follows the gradients' size."""
-    return chain(CompensateAdaptively(strength), Asgd())
+    return chain(CompensateAdaptively(strength), Asgd(sgd_unless(optimizer)))
 
 
 @algorithm("dana-dc", paper=PAPER)
-def dana_dc(momentum: float = 0.9, strength: float = 2.0) -> Rule:
+def dana_dc(momentum: float = 0.9, strength: float = 2.0, optimizer: Optimizers | None = None) -> Rule:
     """DANA-Zero on delay-compensated gradients."""
-    return chain(Compensate(strength), DanaZero(momentum))
+    return chain(Compensate(strength), DanaZero(sgd_unless(optimizer, momentum)))

@@ -8,7 +8,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from danaz.rules.base import Context, Rule, Vectors, algorithm
+from danaz.optimizers import Vectors
+from danaz.rules.base import Context, Rule, algorithm
 
 
 class Lars(Rule):

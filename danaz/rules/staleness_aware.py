@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from danaz.optimizers import Optimizers
 from danaz.rules.asgd import NagAsgd
-from danaz.rules.base import Context, Rule, algorithm
+from danaz.rules.base import Context, Rule, algorithm, sgd_unless
 from danaz.rules.chain import chain, scale_gradient
 from danaz.rules.dana import DanaZero
 
@@ -18,12 +19,12 @@ def divide_by_lag(grad: Tensor, ctx: Context) -> None:
 
 
 @algorithm("sa", paper=PAPER)
-def sa(momentum: float = 0.9) -> Rule:
+def sa(momentum: float = 0.9, optimizer: Optimizers | None = None) -> Rule:
     """NAG-ASGD on gradients divided by their lag."""
-    return chain(scale_gradient(divide_by_lag), NagAsgd(momentum))
+    return chain(scale_gradient(divide_by_lag), NagAsgd(sgd_unless(optimizer, momentum)))
 
 
 @algorithm("dana-sa", paper=PAPER)
-def dana_sa(momentum: float = 0.9) -> Rule:
+def dana_sa(momentum: float = 0.9, optimizer: Optimizers | None = None) -> Rule:
     """DANA-Zero on gradients divided by their lag."""
-    return chain(scale_gradient(divide_by_lag), DanaZero(momentum))
+    return chain(scale_gradient(divide_by_lag), DanaZero(sgd_unless(optimizer, momentum)))

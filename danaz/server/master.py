@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from math import inf, isfinite, sqrt
 from typing import Literal
 
@@ -13,6 +15,7 @@ from torch import Tensor
 from danaz.rules import Context, Rule
 from danaz.server.members import Member
 from danaz.vectors.codecs import FP32, Codec
+from danaz.vectors.counts import Counts
 from danaz.vectors.cutting import all_finite
 from danaz.vectors.flat import Layout, Spans, chunks, present
 from danaz.vectors.gap import Layers
@@ -69,6 +72,7 @@ class Master:
         self.version = 0
         self._taking_part: list[Member] = []
         self.shared = self._zeros(rule.shared_state)
+        self.shared_counts = Counts.of(layout.size)  # gradients in each element of the shared state
         self._slice = torch.empty_like(self._params[slice(*next(chunks(layout.size)))])  # scratch
         self.layers = Layers(layout)
         self.lr = self.max_lr = (0.0,) * len(layout.groups)  # of the last update, and the largest, per group
@@ -92,6 +96,7 @@ class Master:
         """Give a new member its vectors."""
         self.settle()
         member.vectors = self._zeros(self.rule.worker_state)
+        member.counts = Counts.of(self.layout.size)
         self.rule.enter(member.vectors, self.params)
 
     def _zeros(self, names: tuple[str, ...]) -> dict[str, Tensor]:
@@ -115,14 +120,21 @@ class Master:
                 self._norm = self._bound() + norm
         elif not self._try(slices, [vectors]):
             return False
+        self._count([member], absent)
         self.version, self.lr, self.max_lr = self.version + 1, lr, max_lr
         return True
 
-    def _apply(self, push: Tensor, contexts: list[Context], vectors: dict[str, Tensor], absent: Spans) -> Iterator[int]:
+    def _count(self, members: Sequence[Member], absent: Spans) -> None:
+        """Count a gradient in the states of ``members`` and in the shared state, outside of the ``absent`` spans."""
+        for member in members:
+            member.counts = member.counts.plus_one(absent)
+        self.shared_counts = self.shared_counts.plus_one(absent)
+
+    def _apply(self, push: Tensor, contexts: Contexts, vectors: dict[str, Tensor], absent: Spans) -> Iterator[int]:
         for group, begin, end in self.layout.slices():
-            for start, stop in present(begin, end, absent):
+            for start, stop, ctx in contexts.of(group, present(begin, end, absent)):
                 own, shared = cut(vectors, start, stop), cut(self.shared, start, stop)
-                self.rule.apply(self._params[start:stop], push[start:stop], own, shared, contexts[group])
+                self.rule.apply(self._params[start:stop], push[start:stop], own, shared, ctx)
                 if not self.rule.push_moves_view:  # else the norm of the push bounds what the update adds
                     self._measure(self._params[start:stop], own, shared)
             yield end
@@ -151,22 +163,23 @@ class Master:
             exhaust(slices)
         elif not self._try(slices, vectors):
             return False
+        self._count(members, absent)
         self.version, self.lr, self.max_lr = self.version + 1, lr, max_lr
         return True
 
     def _apply_round(
         self,
         pushes: Sequence[tuple[Tensor, float]],
-        contexts: list[Context],
+        contexts: Contexts,
         vectors: Sequence[dict[str, Tensor]],
         absent: Spans,
     ) -> Iterator[int]:
         slices = self.layout.layers() if self.rule.per_layer else self.layout.slices()
-        pieces = ((group, *piece) for group, begin, end in slices for piece in present(begin, end, absent))
-        for group, start, stop in pieces:
+        pieces = (piece for group, begin, end in slices for piece in contexts.of(group, present(begin, end, absent)))
+        for start, stop, ctx in pieces:
             parts = [(push[start:stop], weight) for push, weight in pushes]
             owns, shared = [cut(own, start, stop) for own in vectors], cut(self.shared, start, stop)
-            self.rule.apply_round(self._params[start:stop], parts, owns, shared, contexts[group])
+            self.rule.apply_round(self._params[start:stop], parts, owns, shared, ctx)
             self._measure(self._params[start:stop], *owns, shared)
             yield stop
 
@@ -246,7 +259,7 @@ class Master:
             kept = member.view = torch.empty_like(self._params) if member.view is None else member.view
         return self._view(self.version, self._contexts(member, self.lr, lag=0), member, kept)
 
-    def _view(self, version: int, contexts: list[Context], member: Member, kept: Tensor | None) -> Iterator[Tensor]:
+    def _view(self, version: int, contexts: Contexts, member: Member, kept: Tensor | None) -> Iterator[Tensor]:
         slices = self.layout.slices()
         for start, stop in chunks(self.layout.size):
             if self.version != version:
@@ -259,8 +272,9 @@ class Master:
             at = start
             while at < stop:
                 group, at, end = next(slices)
-                own, shared = cut(member.vectors, at, end), cut(self.shared, at, end)
-                self.rule.view(out[at - start : end - start], self._params[at:end], own, shared, contexts[group])
+                for first, last, ctx in contexts.of(group, [(at, end)]):
+                    own, shared = cut(member.vectors, first, last), cut(self.shared, first, last)
+                    self.rule.view(out[first - start : last - start], self._params[first:last], own, shared, ctx)
                 at = end
             if self.view_codec is not FP32:
                 seen = out.cpu()  # by the worker, once it has decoded it
@@ -275,18 +289,26 @@ class Master:
         if list(map(id, before)) != list(map(id, self._taking_part)):
             self._norm = None  # a member that joins, or comes back, has vectors of its own
         taking_part = [(m, self._contexts(m, self.lr, lag=0)) for m in self._taking_part]
-        for group, start, stop in self.layout.slices():
-            workers = [(cut(m.vectors, start, stop), contexts[group]) for m, contexts in taking_part]
-            self.rule.resum(cut(self.shared, start, stop), workers)
+        edges = sorted({edge for m in self._taking_part for edge in m.counts.stops})
+        for group, begin, end in self.layout.slices():
+            inner = [edge for edge in edges if begin < edge < end]
+            for start, stop in pairwise([begin, *inner, end]):
+                workers = [
+                    (cut(m.vectors, start, stop), ctx)
+                    for m, contexts in taking_part
+                    for _, _, ctx in contexts.of(group, [(start, stop)])
+                ]
+                self.rule.resum(cut(self.shared, start, stop), workers)
 
     def _contexts(
         self, member: Member, lr: tuple[float, ...], lag: int, max_lr: tuple[float, ...] | None = None
-    ) -> list[Context]:
-        """The scalars of each parameter group."""
-        return [
-            Context(*rates, lag, self.version, member.updates, len(self._taking_part), group)
+    ) -> Contexts:
+        own, shared = member.counts, self.shared_counts
+        groups = [
+            Context(*rates, lag, self.version, own.counts[0], len(self._taking_part), group, shared.counts[0])
             for group, rates in enumerate(zip(lr, member.lr, max_lr or self.max_lr, strict=True))
         ]
+        return Contexts(groups, own, shared)
 
     def _vectors(self, member: Member) -> dict[str, Tensor]:
         """The member's vectors, and the others that its rule asks for."""
@@ -337,6 +359,24 @@ def is_within(tensor: Tensor, largest: float) -> bool:
 def exhaust(slices: Iterator[int]) -> None:
     for _ in slices:
         pass
+
+
+class Contexts:
+    """The scalars of one update or view for each slice: they depend on its parameter group and its counts."""
+
+    def __init__(self, groups: Sequence[Context], own: Counts, shared: Counts):
+        self._groups = groups
+        self._own = own
+        self._shared = shared
+
+    def of(self, group: int, spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, Context]]:
+        """Yield (start, stop, context) of each piece of the ``spans`` of a group that has one context."""
+        ctx = self._groups[group]
+        for begin, end in spans:
+            for first, last, own in self._own.runs(begin, end):
+                for start, stop, shared in self._shared.runs(first, last):
+                    same = own == ctx.own_count and shared == ctx.shared_count
+                    yield start, stop, ctx if same else replace(ctx, own_count=own, shared_count=shared)
 
 
 def cut(vectors: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from danaz.protocol.messages import Push
 from danaz.protocol.transitions import Transitions
+from danaz.vectors.counts import Counts
 
 Route = bytes | int  # where replies go: opaque to the core, the transport's own
 
@@ -119,6 +120,7 @@ class Member:
     ahead_view: Tensor | None = None  # f32[P]
     pending: Push | None = None  # the push that waits for its round, in the state IN_ROUND
     updates: int = 0
+    counts: Counts = field(default_factory=lambda: Counts.of(0))  # gradients in each element of ``vectors``
     applied_request: int = 0  # of its last applied push
     refused: tuple[int, str] = (0, "")  # request number of its last refused push, and why
     lag: int = 0  # of its last applied push

@@ -14,6 +14,7 @@ from danaz.server.leases import LeasedElsewhere, Leases
 from danaz.server.members import Member, restored_state
 from danaz.server.state import Job, ServerState
 from danaz.server.whole import FullModel
+from danaz.vectors.counts import Counts
 from danaz.vectors.flat import Layout
 
 # What a checkpoint holds of each member: not the clock and the routes of one server process, nor what a worker that
@@ -61,8 +62,16 @@ def take(state: ServerState, reuse: CoreState | None = None) -> CoreState:
         "generation": state.generation,
         "whole": state.full_model.layout.to_lists(),
         "job": {"layout": job.layout.to_lists(), "plan": asdict(job.plan), "momentum": job.momentum},
-        "master": {"version": master.version, "lr": list(master.lr), "max_lr": list(master.max_lr)},
-        "members": [{name: getattr(member, name) for name in LASTING} for member in members],
+        "master": {
+            "version": master.version,
+            "lr": list(master.lr),
+            "max_lr": list(master.max_lr),
+            "counts": master.shared_counts.to_lists(),
+        },
+        "members": [
+            {**{name: getattr(member, name) for name in LASTING}, "counts": member.counts.to_lists()}
+            for member in members
+        ],
         "leases": state.leases.facts(),
         "figures": state.figures.facts(),
         "sick_workers": state.health.summary(),
@@ -105,10 +114,16 @@ def fill(state: ServerState, saved: CoreState, now: float) -> None:
     master = state.take_params(tensors["params"])
     master.version = facts["master"]["version"]
     master.lr, master.max_lr = tuple(facts["master"]["lr"]), tuple(facts["master"]["max_lr"])
+    # A checkpoint of an earlier version has no counts: there, every gradient had an element for each parameter.
+    size, counts = master.layout.size, facts["master"].get("counts")
+    master.shared_counts = Counts.from_lists(counts) if counts else Counts.of(size, master.version)
     for name in master.shared:
         master.shared[name].copy_(tensors[f"shared.{name}"])
-    for values in facts["members"]:
+    for each in facts["members"]:
+        values = dict(each)
+        counts = values.pop("counts", None)
         member = _member(values, now)
+        member.counts = Counts.from_lists(counts) if counts else Counts.of(size, member.updates)
         kept = () if member.left else master.rule.worker_state
         member.vectors = {name: tensors[f"member.{member.worker}.{name}"].clone() for name in kept}
         state.members[member.worker] = member

@@ -32,6 +32,7 @@ from danaz.protocol.messages import (
 from danaz.protocol.refusals import FRESH_AFTER, SICK
 from danaz.rules import Context, WorkerRule
 from danaz.vectors.codecs import Compressor
+from danaz.vectors.counts import Counts
 from danaz.vectors.cutting import all_finite
 from danaz.vectors.flat import Layout, Spans, parts
 from danaz.worker.staging import IN_PLACE, Staging
@@ -134,6 +135,7 @@ class WorkerCore:
         self._current = self._committed  # the rule's vectors after the local steps since that push
         self._spare = [self._zeros(device) for _ in range(1 if rule.sync_period == 1 else 2)]
         self._lr = self._current_lr = (0.0,) * len(role.layout.groups)
+        self._counts = self._current_counts = Counts.of(role.layout.size)  # gradients in the committed, current vectors
         self._steps: list[LocalStep] = []  # local steps since the last push
         self._loss: Tensor | None = None  # f64[1], the loss of the push in preparation, to be read once it has arrived
         self._sick_in_a_row = 0  # number of pushes refused for their values since the last applied push
@@ -158,8 +160,10 @@ class WorkerCore:
         if not self.rule.gives_back:
             return None
         given = torch.empty_like(next(iter(self._committed.values())))
-        for group, (start, stop) in enumerate(self.role.layout.groups):
-            self.rule.give_back(given[start:stop], _cut(self._committed, start, stop), self._lr[group])
+        for group, begin, end in self.role.layout.slices(self.role.layout.size):
+            for start, stop, count in self._counts.runs(begin, end):
+                ctx = self._context(group, self._lr, self._lr, count)
+                self.rule.give_back(given[start:stop], _cut(self._committed, start, stop), ctx)
         return self.staging.lift(given)
 
     # ---- requests ------------------------------------------------------------------------------------------------
@@ -197,7 +201,7 @@ class WorkerCore:
         self._move(WorkerEvent.LOCAL_STEP)
         if grad is not None:
             out = torch.empty_like(grad)
-            for start, stop in self._displace(out, grad, step.lr, absent):
+            for start, stop in self._displace(out, grad, params, step.lr, absent):
                 params[start:stop].add_(out[start:stop])
         self._steps.append(step)
 
@@ -306,7 +310,7 @@ class WorkerCore:
             slices = ((start, stop) for _, start, stop in self.role.layout.slices(self.staging.slice_floats))
         else:
             out = torch.empty_like(grad)
-            slices = self._displace(out, grad, step.lr, absent)
+            slices = self._displace(out, grad, params, step.lr, absent)
         outbox = self.staging.outbox(out)
         for start, stop in slices:
             if edit is not None and self.rule.pushes == "displacement":
@@ -327,14 +331,15 @@ class WorkerCore:
         self._loss = self.staging.lift(mean.reshape(1))
         return None
 
-    def _displace(self, out: Tensor, grad: Tensor, lr: tuple[float, ...], absent: Spans) -> Iterator[tuple[int, int]]:
+    def _displace(
+        self, out: Tensor, grad: Tensor, params: Tensor | None, lr: tuple[float, ...], absent: Spans
+    ) -> Iterator[tuple[int, int]]:
         """Write what the rule makes of one gradient into ``out`` f32[P]; yield (start, stop) of each finished slice.
 
         In ``absent`` spans, write zeros and leave the rule's vectors as they are. After the last slice, the vectors
         have moved on tentatively.
         """
         new = self._spare.pop()
-        contexts = [Context(*rates, 0.0, 0, self.version, 0) for rates in zip(lr, self._current_lr, strict=True)]
         for group, begin, end in self.role.layout.slices(self.staging.slice_floats):
             for start, stop, is_absent in parts(begin, end, absent):
                 old = _cut(self._current, start, stop)
@@ -342,12 +347,23 @@ class WorkerCore:
                     out[start:stop].zero_()
                     for name, vector in old.items():
                         new[name][start:stop] = vector
-                else:
-                    self.rule.push(out[start:stop], grad[start:stop], old, _cut(new, start, stop), contexts[group])
+                    continue
+                for first, last, count in self._current_counts.runs(start, stop):
+                    old = _cut(self._current, first, last)
+                    if self.rule.needs_view:
+                        assert params is not None
+                        old["view"] = params[first:last]
+                    ctx = self._context(group, lr, self._current_lr, count)
+                    self.rule.push(out[first:last], grad[first:last], old, _cut(new, first, last), ctx)
             yield begin, end
         if self._current is not self._committed:
             self._spare.append(self._current)
         self._current, self._current_lr = new, lr
+        self._current_counts = self._current_counts.plus_one(absent)
+
+    def _context(self, group: int, lr: Sequence[float], own_lr: Sequence[float], count: int) -> Context:
+        """The scalars of one slice that this worker knows."""
+        return Context(lr[group], own_lr[group], max_lr=0.0, lag=0, version=self.version, own_count=count, group=group)
 
     def pull(self, ahead: bool = False, skipped: Sequence[int] = ()) -> Pull:
         """Ask for batches when none are left at hand; with ``ahead``, ask for the view to use after the next push.
@@ -442,10 +458,15 @@ class WorkerCore:
         if self._sick_in_a_row < FRESH_AFTER:
             return
         self._sick_in_a_row = 0
-        for vector in self._committed.values():
-            vector.zero_()
+        self._forget_state()
         if self.compressor:
             self.compressor.forget()
+
+    def _forget_state(self) -> None:
+        """Let the rule's vectors start afresh."""
+        for vector in self._committed.values():
+            vector.zero_()
+        self._counts = self._current_counts = Counts.of(self.role.layout.size)
 
     @property
     def version(self) -> int:
@@ -469,15 +490,18 @@ class WorkerCore:
             kept, dropped = (self._current, self._committed) if applied else (self._committed, self._current)
             for name, vector in kept.items():
                 vector[start:stop] = dropped[name][start:stop]
+        if otherwise:
+            committed, current = self._counts, self._current_counts
+            self._counts = committed.with_spans_of(current, otherwise)
+            self._current_counts = current.with_spans_of(committed, otherwise)
         if applied:
             self._spare.append(self._committed)
-            self._committed, self._lr = self._current, self._current_lr
+            self._committed, self._lr, self._counts = self._current, self._current_lr, self._current_counts
         else:
             self._spare.append(self._current)
-            self._current, self._current_lr = self._committed, self._lr
+            self._current, self._current_lr, self._current_counts = self._committed, self._lr, self._counts
         if applied and self.rule.resets:
-            for vector in self._committed.values():
-                vector.zero_()
+            self._forget_state()
 
 
 def _cut(vectors: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:

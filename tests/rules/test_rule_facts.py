@@ -106,7 +106,7 @@ class TestLookup:
 
     def test_an_algorithm_of_the_users_own(self):
         """By import path: here, one of ours."""
-        assert find_algorithm("danaz.rules.dana:dana_zero").rule(momentum=0.5).momentum == 0.5
+        assert find_algorithm("danaz.rules.dana:dana_zero").rule(momentum=0.5).optimizers.of(0).momentum == 0.5
 
     @pytest.mark.parametrize(
         ("path", "complaint"),
@@ -129,7 +129,7 @@ class TestChain:
         rule = chain(scale_gradient(lambda grad, ctx: grad.div_((1 + ctx.lag) ** 0.5)), dana_zero(0.9))
         params, push = torch.zeros(3), torch.ones(3)
         own, shared = {"velocity": torch.zeros(3)}, {"sum": torch.zeros(3)}
-        context = Context(lr=0.5, own_lr=0.0, max_lr=0.5, lag=3, version=5, own_updates=0)
+        context = Context(lr=0.5, own_lr=0.0, max_lr=0.5, lag=3, version=5, own_count=0)
         rule.apply(params, push, own, shared, context)
         assert params.tolist() == [-0.25] * 3
 

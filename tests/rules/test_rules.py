@@ -119,7 +119,7 @@ def one_update_in_slices(name: str, cuts: list[int]) -> dict[str, Tensor]:
     vectors = {n: torch.rand(1003, generator=generator) + 0.1 for n in names}  # positive: some are mean squares
     vectors |= {f"new.{n}": torch.zeros(1003) for n in rule.worker_rule.worker_state}
     vectors |= {"push": torch.zeros(1003), "out": torch.zeros(1003)}
-    context = Context(lr=0.1, own_lr=0.07, max_lr=0.2, lag=3, version=11, own_updates=4)
+    context = Context(lr=0.1, own_lr=0.07, max_lr=0.2, lag=3, version=11, own_count=4)
 
     for start, stop in pairwise(cuts):
         part = {n: vector[start:stop] for n, vector in vectors.items()}

@@ -337,6 +337,6 @@ class DanaNadam(Oracle, name="dana-nadam"):
     def view(self, i: int) -> Array:
         if not self.updates:
             return self.theta
-        means = (self.v[j] / (1 - self.gamma ** self.t[j]) for j in self.present if self.t[j])
+        means = (self.v[j] / (1 - self.gamma ** (self.t[j] + 1)) for j in self.present)
         scale = np.sqrt(self.n / (1 - 0.999**self.updates)) + 1e-8
         return self.theta - self.lr * self.gamma * sum(means, self.zeros()) / scale

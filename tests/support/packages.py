@@ -3,6 +3,7 @@
 # Each package may import itself and the packages before it, and nothing else from danaz.
 ORDER = (
     "files",
+    "optimizers",
     "rules",
     "vectors",
     "protocol",

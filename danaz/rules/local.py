@@ -1,0 +1,46 @@
+"""Steps that a worker makes itself, with an optimizer state of its own."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from danaz.optimizers import Optimizers, Scalars, Vectors
+from danaz.rules.base import Context, Pushes, WorkerRule
+
+
+class LocalSteps(WorkerRule):
+    """Each gradient displaces Θ = θ + a by s + a′ − a: a is the look-ahead of this worker's state, a′ that after g.
+
+    For SGD, this is −η(γv′ + g) + γ(ηᵢ − η)v. The last term is zero while η is constant. It makes the displacement
+    exact when η changes; Algorithm 4 of the DANA paper leaves it out, and so does ``lr_correction=False``.
+    """
+
+    def __init__(
+        self,
+        optimizers: Optimizers,
+        *,
+        pushes: Pushes = "displacement",
+        lr_correction: bool = False,
+        sync_period: int = 1,
+        resets: bool = False,
+        gives_back: bool = False,
+    ):
+        self.optimizers = optimizers
+        self.worker_state = optimizers.state
+        self.needs_view = optimizers.needs_view
+        self.pushes = pushes
+        self.lr_correction = lr_correction
+        self.sync_period = sync_period
+        self.resets = resets
+        self.gives_back = gives_back
+
+    def push(self, out: Tensor, grad: Tensor, old: Vectors, new: Vectors, ctx: Context) -> None:
+        before = Scalars(ctx.own_lr if self.lr_correction else ctx.lr, ctx.own_count)
+        after = Scalars(ctx.lr, ctx.own_count + 1)
+        self.optimizers.of(ctx.group).displace(out, grad, old, new, after, before, old.get("view"))
+
+    def give_back(self, out: Tensor, state: Vectors, ctx: Context) -> None:
+        """−a."""
+        optimizer = self.optimizers.of(ctx.group)
+        out.zero_()
+        optimizer.add_heading(out, state, Scalars(ctx.own_lr, ctx.own_count), optimizer.momentum)

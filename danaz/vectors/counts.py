@@ -1,0 +1,59 @@
+"""How many gradients a state has taken in. Parameters without a gradient make no step, so each may have its own count.
+
+Nearly always all counts are equal. So they are kept as runs of equal counts, and nobody pays for the rare case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Counts:
+    """A number for each element of a vector: ``counts[0]`` up to the element ``stops[0]``, and so on."""
+
+    stops: tuple[int, ...]
+    counts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, size: int, count: int = 0) -> Counts:
+        """The same ``count`` for all elements of a vector f32[size]."""
+        return cls((size,), (count,))
+
+    def plus_one(self, absent: Sequence[tuple[int, int]] = ()) -> Counts:
+        """Return these counts with 1 added outside of the ``absent`` spans, each (start, stop)."""
+        more = Counts(self.stops, tuple(count + 1 for count in self.counts))
+        return more.with_spans_of(self, absent) if absent else more
+
+    def with_spans_of(self, other: Counts, spans: Sequence[tuple[int, int]]) -> Counts:
+        """Return these counts, but those of ``other`` in ``spans``, each (start, stop)."""
+        runs: list[tuple[int, int]] = []  # (stop, count)
+        start = 0
+        for stop in sorted({*self.stops, *other.stops, *(edge for span in spans for edge in span)} - {0}):
+            source = other if any(begin <= start < end for begin, end in spans) else self
+            [(_, _, count)] = source.runs(start, stop)
+            if runs and runs[-1][1] == count:
+                runs.pop()
+            runs.append((stop, count))
+            start = stop
+        return Counts(tuple(stop for stop, _ in runs), tuple(count for _, count in runs))
+
+    def runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Yield (start, stop, count) of each run of equal counts in a slice."""
+        for edge, count in zip(self.stops, self.counts, strict=True):
+            if edge > start:
+                yield start, min(edge, stop), count
+                start = edge
+            if start >= stop:
+                return
+
+    def to_lists(self) -> list[list[int]]:
+        """The form in which a checkpoint holds the counts."""
+        return [list(self.stops), list(self.counts)]
+
+    @classmethod
+    def from_lists(cls, lists: Sequence[Sequence[int]]) -> Counts:
+        """The counts that ``to_lists`` wrote."""
+        stops, counts = lists
+        return cls(tuple(stops), tuple(counts))
