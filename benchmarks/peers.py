@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import zmq
 
+from danaz.optimizers import SGD
 from danaz.protocol.keys import ServerKeys, WorkerKeys, make_keys
 
 Exchange = Callable[[], object]
@@ -81,7 +82,7 @@ def danaz(algorithm: str, gap: bool = False, encrypted: bool = False, shards: in
         link = connect_all(address.split(), layout, lambda each: DealerLink(each, heartbeat, keys=keys))
         grad = torch.full((floats,), 1e-6)
         params = torch.zeros(floats) if worker == 0 else None
-        last = link.exchange(Join(worker, 1, 1, "", 0.9, layout, plan, 1, params))
+        last = link.exchange(Join(worker, 1, 1, "", SGD, layout, plan, 1, params))
         request = 1
 
         def exchange() -> object:

@@ -27,6 +27,7 @@ from processes import Processes, hear, write_csv
 from slow_link import SlowLink, missing, slow_link
 from torch import nn
 
+from danaz.optimizers import SGD
 from danaz.protocol.messages import Heartbeat, Plan
 from danaz.rules import find_algorithm
 from danaz.server.core import ServerCore
@@ -112,7 +113,7 @@ def make_worker(address: str, number: int, pipelined: bool, options: argparse.Na
     """A worker as a training loop uses it, with one rank."""
     flat = FlatModel(nn.Linear(round(options.megabytes * 250_000), 1, bias=False))
     rule, ahead = find_algorithm(options.algorithm).rule(), 2 if pipelined else 1
-    role = Role(number, 1, "", 0.9, flat.layout, Plan(1 << 40, 1), ahead)
+    role = Role(number, 1, "", SGD, flat.layout, Plan(1 << 40, 1), ahead)
     core = WorkerCore(role, rule.worker_rule, push_moves_view=rule.push_moves_view)
     return Worker(SoloGroup(), flat, ahead, core, DealerLink(address, Heartbeat(number, 1)), pipelined=pipelined)
 

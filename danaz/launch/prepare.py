@@ -171,7 +171,7 @@ def check_shards(settings: Settings, options: RunOptions) -> None:
     """Raises LaunchError for what cannot be cut into slices with a server each."""
     if options.server_shards == 1:
         return
-    rule, shards = settings.for_server().rule(momentum=0.9), f"--server-shards {options.server_shards}"
+    rule, shards = settings.for_server().rule(), f"--server-shards {options.server_shards}"
     if rule.all_reduce:
         raise LaunchError(f"{shards}: {settings.algorithm} has no server; use an asynchronous algorithm, such as dana")
     if rule.barrier or rule.per_layer or rule.gossips:

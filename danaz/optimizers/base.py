@@ -18,11 +18,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from math import inf
+from typing import ClassVar
 
 from torch import Tensor
 
 Vectors = Mapping[str, Tensor]  # name -> f32[n], all slices of the same range
+
+
+class OptimizerError(ValueError):
+    """There is no such optimizer, or it cannot have this hyper-parameter."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,11 @@ class Scalars:
     count: int  # number of gradients in the state; for a step, this one included
 
 
+# The lowest value of a hyper-parameter, and the first above it that is too high; of all others, 0 and infinity. A
+# momentum may be negative, to offset what asynchrony adds.
+RANGES = {"momentum": (-1.0, 1.0), "beta1": (0.0, 1.0), "beta2": (0.0, 1.0), "alpha": (0.0, 1.0)}
+
+
 @dataclass(frozen=True)
 class Optimizer:
     """What one gradient does to the parameters of one group.
@@ -41,6 +51,13 @@ class Optimizer:
     """
 
     name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        """Raise OptimizerError for a hyper-parameter that is out of its range."""
+        for field in fields(self):
+            value, (low, high) = getattr(self, field.name), RANGES.get(field.name, (0.0, inf))
+            if not low <= value < high:
+                raise OptimizerError(f"{field.name} is {value!r}; a number from {low:g} to below {high:g} was expected")
 
     @property
     def state(self) -> tuple[str, ...]:
@@ -97,10 +114,6 @@ class Optimizer:
     def fused(self) -> Optimizer:
         """Return an optimizer that does the same in fewer passes over memory, up to rounding; this one if none does."""
         return self
-
-    @property
-    def hyperparameters(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 class Optimizers(tuple[Optimizer, ...]):

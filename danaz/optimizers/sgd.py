@@ -70,7 +70,7 @@ class Sgd(Optimizer):
 
 @dataclass(frozen=True)
 class FusedSgd(Sgd):
-    """Sgd that brings v up to date in one pass, and so rounds γv + g once; torch.optim.SGD rounds γv, and then the sum."""
+    """Sgd that brings v up to date in one pass, so that γv + g is rounded once; torch rounds γv, and then the sum."""
 
     def step(self, params: Tensor, grad: Tensor, state: Vectors, at: Scalars, view: Tensor | None = None) -> None:
         velocity = torch.add(grad, state["velocity"], alpha=self.momentum, out=state["velocity"])

@@ -16,6 +16,7 @@ from typing import Annotated
 
 from torch import Tensor
 
+from danaz.optimizers import Optimizers
 from danaz.vectors.codecs import FP32, Codec, Encoded
 from danaz.vectors.flat import MAX_GROUPS, MAX_TENSORS, Layout
 
@@ -118,7 +119,7 @@ class Join:
     incarnation: Count  # larger each time the worker's process starts anew
     request: Count
     digest: Text  # of the configuration; server and workers must agree
-    momentum: Annotated[float, Within(-1, 1)]
+    optimizers: Optimizers  # of each parameter group, or one for all
     layout: Layout
     plan: Plan
     ahead: Ahead  # batches the worker wants to hold at a time, for its data loader to read ahead

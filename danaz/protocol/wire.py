@@ -25,11 +25,12 @@ import msgpack
 import torch
 from torch import Tensor
 
+from danaz.optimizers import Optimizers, optimizers_from_lists, optimizers_to_lists
 from danaz.protocol import messages
 from danaz.protocol.messages import Streamed
 from danaz.vectors.codecs import FP32, Codec, CodecError, Encoded, UnknownCodecError, bytes_of, push_codec
 from danaz.vectors.cutting import announced, is_announced
-from danaz.vectors.flat import MAX_FLOATS, SLICE_FLOATS, Layout, chunks
+from danaz.vectors.flat import MAX_FLOATS, MAX_GROUPS, SLICE_FLOATS, Layout, chunks
 
 MAGIC = b"DANAZ\x02"
 CHUNK = struct.Struct("<8sQI")  # magic, request, number of the chunk within its message
@@ -117,6 +118,8 @@ def _plain(value: Any) -> Any:
         return None
     if isinstance(value, Layout):
         return value.to_lists()
+    if isinstance(value, Optimizers):
+        return optimizers_to_lists(value)
     if isinstance(value, messages.Plan):
         return [value.batches_per_epoch, value.epochs]
     return value
@@ -301,6 +304,11 @@ def _plan(value: Any) -> messages.Plan:
     return plan
 
 
+def _optimizers(value: Any) -> Optimizers:
+    messages.AtMost(MAX_GROUPS).check(_exactly(list)(_exactly(list)(value)[-1]))
+    return optimizers_from_lists(value)
+
+
 _FITTERS: dict[Any, Callable[..., Any]] = {
     int: _exactly(int),
     str: _exactly(str),
@@ -314,6 +322,7 @@ _FITTERS: dict[Any, Callable[..., Any]] = {
     typing.Annotated: _limited,
     messages.Plan: _plan,
     Layout: Layout.from_lists,
+    Optimizers: _optimizers,
 }
 
 

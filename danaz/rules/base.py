@@ -185,6 +185,14 @@ class Algorithm:
             raise UserModuleError(f"{self.name!r} returned {type(rule).__name__}, expected a danaz.rules.Rule")
         return rule
 
+    def refusal(self, optimizers: Optimizers) -> str:
+        """Why the rule cannot carry out ``optimizers``; empty if it can."""
+        try:
+            self.rule(optimizer=optimizers)
+        except UnfitOptimizerError as error:
+            return str(error)
+        return ""
+
     def _momentum_of_sgd(self, optimizers: Optimizers) -> float:
         """The momentum of all parameter groups. Raises UnfitOptimizerError if it is not that of SGD, and one."""
         if not all(isinstance(optimizer, Sgd) for optimizer in optimizers):

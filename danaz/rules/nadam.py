@@ -9,8 +9,8 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from danaz.optimizers import Vectors
-from danaz.rules.base import Context, Rule, algorithm
+from danaz.optimizers import Adam, Optimizers, Sgd, Vectors
+from danaz.rules.base import Context, Rule, UnfitOptimizerError, algorithm, sgd_unless
 
 
 class DanaNadam(Rule):
@@ -23,16 +23,14 @@ class DanaNadam(Rule):
     worker_state = ("mean",)  # mᵢ
     shared_state = ("square", "sum")  # n, Σⱼ mⱼ/(1 − β₁^(tⱼ+1))
 
-    def __init__(self, beta1: float, beta2: float = 0.999, eps: float = 1e-8):
-        self.beta1 = beta1
-        self.beta2 = beta2
-        self.eps = eps
+    def __init__(self, adam: Adam):
+        self.adam = adam
 
     def apply(self, params: Tensor, push: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
         mean, total, count = own["mean"], shared["sum"], ctx.own_count + 1
         total.sub_(mean, alpha=self._unbiased(count))
-        mean.mul_(self.beta1).add_(push, alpha=1 - self.beta1)
-        shared["square"].mul_(self.beta2).addcmul_(push, push, value=1 - self.beta2)
+        mean.mul_(self.adam.beta1).add_(push, alpha=1 - self.adam.beta1)
+        shared["square"].mul_(self.adam.beta2).addcmul_(push, push, value=1 - self.adam.beta2)
         total.add_(mean, alpha=self._unbiased(count + 1))
         rate = ctx.lr * self._unbiased(count)
         params.addcdiv_(mean, self._denominator(shared, ctx.shared_count + 1), value=-rate)
@@ -41,7 +39,7 @@ class DanaNadam(Rule):
         out.copy_(params)
         if ctx.shared_count:
             denominator = self._denominator(shared, ctx.shared_count)
-            out.addcdiv_(shared["sum"], denominator, value=-ctx.lr * self.beta1)
+            out.addcdiv_(shared["sum"], denominator, value=-ctx.lr * self.adam.beta1)
 
     def resum(self, shared: Vectors, workers: Iterable[tuple[Vectors, Context]]) -> None:
         shared["sum"].zero_()
@@ -49,14 +47,27 @@ class DanaNadam(Rule):
             shared["sum"].add_(own["mean"], alpha=self._unbiased(ctx.own_count + 1))
 
     def _unbiased(self, count: int) -> float:
-        return 1 / (1 - self.beta1**count)
+        return 1 / (1 - self.adam.beta1**count)
 
     def _denominator(self, shared: Vectors, count: int) -> Tensor:
         """d f32[n]."""
-        return shared["square"].div(1 - self.beta2**count).sqrt_().add_(self.eps)
+        return shared["square"].div(1 - self.adam.beta2**count).sqrt_().add_(self.adam.eps)
 
 
 @algorithm("dana-nadam", paper="Dozat, ICLR 2016 workshop; Hakimi et al., arXiv 1907.11612 (future work)")
-def dana_nadam(momentum: float = 0.9) -> Rule:
+def dana_nadam(momentum: float = 0.9, optimizer: Optimizers | None = None) -> Rule:
     """Nadam with a first moment for each worker, and DANA's look-ahead along their sum."""
-    return DanaNadam(momentum)
+    return DanaNadam(_as_adam("dana-nadam", sgd_unless(optimizer, momentum)))
+
+
+def _as_adam(name: str, optimizers: Optimizers) -> Adam:
+    """The Adam whose numbers the rule takes; the momentum of an SGD becomes its β₁. Raises UnfitOptimizerError."""
+    [optimizer, *others] = set(optimizers)
+    if not others and isinstance(optimizer, Sgd):
+        return Adam(beta1=optimizer.momentum)
+    if others or type(optimizer) is not Adam or optimizer.amsgrad or optimizer.weight_decay:
+        raise UnfitOptimizerError(
+            f"{name} carries out Adam, with the same betas and eps for all parameter groups, and without amsgrad or "
+            "decoupled weight decay. Use dana, which keeps all of the optimizer's state on each worker"
+        )
+    return optimizer

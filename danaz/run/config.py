@@ -92,10 +92,13 @@ def _view_codec(name: str) -> str:
 
 Int = Annotated[int, BeforeValidator(_number)]
 Float = Annotated[float, BeforeValidator(_number)]
+OptimizerOption = bool | float | tuple[float, float]
 Scalar = Annotated[bool | int | float | str, BeforeValidator(_scalar)]
 
 # Fields that may differ from machine to machine (or only label a run): no part of the digest.
 LOCAL: dict[str, Any] = {"local": True}
+
+NEWER_KEYS = ("optimizer", "optimizer_options")
 
 
 class _Checked(BaseModel):
@@ -144,8 +147,14 @@ class Config(_Checked):
     )
 
     lr: Float = Field(gt=0, description="learning rate, as tuned on one worker")
-    momentum: Float = Field(0.9, gt=-1, lt=1, description="Nesterov momentum, above -1 and below 1")
-    weight_decay: Float = Field(0.0, ge=0, description="L2 penalty, added to the gradient")
+    optimizer: Literal["sgd", "adam", "adamw", "nadam", "rmsprop", "adagrad"] = Field(
+        "sgd", description="torch's optimizer of that name: sgd, adam, adamw, nadam, rmsprop or adagrad"
+    )
+    optimizer_options: dict[str, OptimizerOption] = Field(
+        default_factory=dict, description="of the optimizer, by torch's names, such as betas or eps; not of sgd"
+    )
+    momentum: Float = Field(0.9, gt=-1, lt=1, description="Nesterov momentum of sgd, above -1 and below 1")
+    weight_decay: Float = Field(0.0, ge=0, description="L2 penalty, added to the gradient; with adamw, decoupled")
     lr_schedule: LrSchedule = Field(default_factory=LrSchedule, description="milestones, factor and warmup_epochs")
     lr_correction: bool = Field(True, description="keep DANA's look-ahead exact while lr changes; false: the paper")
 
@@ -209,8 +218,15 @@ class Config(_Checked):
 
     def digest(self) -> str:
         """SHA-256 (hex) of what server and workers must agree on; blind to paths and other matters of one machine."""
-        local = {name for name, field in type(self).model_fields.items() if field.json_schema_extra == LOCAL}
-        shared = self.model_dump(mode="json", exclude=local)
+        fields = type(self).model_fields.items()
+        left_out = {name for name, field in fields if field.json_schema_extra == LOCAL}
+        # A run that began before these keys existed has the digest of one that does without them.
+        left_out |= {
+            name
+            for name, field in fields
+            if name in NEWER_KEYS and getattr(self, name) == field.get_default(call_default_factory=True)
+        }
+        shared = self.model_dump(mode="json", exclude=left_out)
         canonical = json.dumps(shared, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 

@@ -23,7 +23,7 @@ def check_workers(settings: Settings) -> None:
         UnfitError: it cannot train on this number of workers, live, or with this wire or pipeline.
         UnknownAlgorithmError, UnsupportedPeriodError, UnknownCodecError: there is no such algorithm, period or codec.
     """
-    rule = settings.for_server().rule(momentum=0.9)
+    rule = settings.for_server().rule()
     if settings.schedule == "live" and not rule.live:
         raise UnfitError(f"{settings.algorithm} has no server, and runs in the simulator only: danaz simulate …")
     check_wire(settings, rule)

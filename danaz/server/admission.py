@@ -25,8 +25,10 @@ from danaz.protocol.messages import (
     Request,
 )
 from danaz.protocol.refusals import FRESH_AFTER, NEWER_JOINED, NOT_FINITE, OUTLIER, SICK
+from danaz.rules import UnfitOptimizerError
 from danaz.server.health import size_of
 from danaz.server.members import Member, MemberState
+from danaz.server.settings import ServerSettings
 from danaz.server.state import Job, ServerState
 from danaz.server.whole import own_part
 from danaz.vectors.cutting import all_finite
@@ -61,8 +63,10 @@ def why_not_join(join: Join, state: ServerState) -> str:
     if not 0 <= join.worker < MAX_WORKERS:
         return f"worker number is not within 0..{MAX_WORKERS - 1}"
     counts = (join.layout.size, join.plan.batches_per_epoch, join.plan.epochs, join.ahead)
-    if not (-1 < join.momentum < 1 and min(counts) > 0 and join.ahead <= MAX_AHEAD):
-        return "momentum, model, plan or read-ahead out of range"
+    if not (min(counts) > 0 and join.ahead <= MAX_AHEAD):
+        return "model, plan or read-ahead out of range"
+    if reason := why_not_optimizers(join, settings):
+        return reason
     beside = 0 if join.untrained is None else 4 * join.untrained.numel()
     if least_bytes(join.layout, settings.workers) + beside > settings.memory_bytes:
         return (
@@ -72,8 +76,8 @@ def why_not_join(join: Join, state: ServerState) -> str:
     brought = None if state.has_params else join.params
     if brought is not None and (brought.numel() != join.layout.size or not all_finite(brought)):
         return "first parameters are not finite or of the wrong size"
-    if state.has_job and state.job != Job(join.layout, join.plan, join.momentum):
-        return "model, data plan or momentum differ from those of the workers before"
+    if state.has_job and state.job != Job(join.layout, join.plan, join.optimizers):
+        return "model, data plan or optimizer differ from those of the workers before"
     if member is not None and member.incarnation > join.incarnation:
         return NEWER_JOINED
     if member is not None and member.incarnation == join.incarnation and member.request > join.request:
@@ -82,6 +86,17 @@ def why_not_join(join: Join, state: ServerState) -> str:
             "this incarnation of the worker has joined and gone on; a process that is started by hand in its place "
             "needs a higher DANAZ_INCARNATION"
         )
+    return ""
+
+
+def why_not_optimizers(join: Join, settings: ServerSettings) -> str:
+    """Why the algorithm cannot carry out the optimizers of this worker."""
+    if len(join.optimizers) not in (1, len(join.layout.groups)):
+        return "there is neither one optimizer nor one for each parameter group"
+    try:
+        settings.rule(join.optimizers)
+    except UnfitOptimizerError as error:
+        return str(error)
     return ""
 
 

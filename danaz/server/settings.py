@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
+from danaz.optimizers import SGD, Optimizers
 from danaz.rules import Rule, find_algorithm
 
 
@@ -31,13 +32,16 @@ class ServerSettings:
     memory_bytes: float = inf  # of the server's machine: a model that cannot fit is refused before it is received
     refuse_outliers: bool = False  # refuse pushes far outside the cluster's size, instead of only reporting them
 
-    def rule(self, momentum: float) -> Rule:
-        """The rule of these settings. Raises UnknownAlgorithmError, UnsupportedPeriodError and HyperparameterError."""
+    def rule(self, optimizers: Optimizers = SGD) -> Rule:
+        """The rule of these settings, which carries out ``optimizers``.
+
+        Raises UnknownAlgorithmError, UnsupportedPeriodError, HyperparameterError and UnfitOptimizerError.
+        """
         algorithm = find_algorithm(self.algorithm)
         algorithm.check(self.hyperparameters)
         return algorithm.rule(
             **self.hyperparameters,
-            momentum=momentum,
+            optimizer=optimizers,
             lr_correction=self.lr_correction,
             weight_decay=self.weight_decay,
             sync_period=self.sync_period,

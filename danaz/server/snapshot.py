@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from danaz.optimizers import Optimizers, optimizers_from_lists, optimizers_to_lists
 from danaz.protocol.messages import Plan
 from danaz.server.figures import RunTotals
 from danaz.server.leases import LeasedElsewhere, Leases
@@ -61,7 +62,11 @@ def take(state: ServerState, reuse: CoreState | None = None) -> CoreState:
         "shard": state.settings.shard,
         "generation": state.generation,
         "whole": state.full_model.layout.to_lists(),
-        "job": {"layout": job.layout.to_lists(), "plan": asdict(job.plan), "momentum": job.momentum},
+        "job": {
+            "layout": job.layout.to_lists(),
+            "plan": asdict(job.plan),
+            "optimizers": optimizers_to_lists(job.optimizers),
+        },
         "master": {
             "version": master.version,
             "lr": list(master.lr),
@@ -107,7 +112,7 @@ def fill(state: ServerState, saved: CoreState, now: float) -> None:
         )
     job, plan = facts["job"], Plan(**facts["job"]["plan"])
     state.take_job(
-        Job(Layout.from_lists(job["layout"]), plan, job["momentum"]),
+        Job(Layout.from_lists(job["layout"]), plan, _optimizers(job)),
         (LeasedElsewhere if settings.shard else Leases).restored(plan, facts["leases"]),
         FullModel(Layout.from_lists(facts["whole"]), tensors.get("rest"), facts["rest_version"]),
     )
@@ -134,6 +139,11 @@ def fill(state: ServerState, saved: CoreState, now: float) -> None:
     state.untrained = tensors.get("untrained", state.untrained)
     state.sound = tuple(facts.get("sound", ()))
     _fill_buffers(state, facts, tensors)
+
+
+def _optimizers(job: Mapping[str, Any]) -> Optimizers:
+    """A checkpoint of an earlier version of danaz holds the momentum of SGD in their place."""
+    return optimizers_from_lists(job.get("optimizers") or ["sgd", [{"momentum": job["momentum"]}]])
 
 
 def _member(values: Mapping[str, Any], now: float) -> Member:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from danaz.optimizers import Optimizers
 from danaz.protocol.messages import Join, Plan
 from danaz.server.figures import RunTotals
 from danaz.server.health import PushHealth
@@ -26,7 +27,7 @@ class Job:
 
     layout: Layout
     plan: Plan
-    momentum: float
+    optimizers: Optimizers
 
 
 class ServerState:
@@ -106,7 +107,7 @@ class ServerState:
         """
         if not self.has_job:
             leases = (LeasedElsewhere if self.settings.shard else Leases)(join.plan)
-            self.take_job(Job(join.layout, join.plan, join.momentum), leases, FullModel(full_layout))
+            self.take_job(Job(join.layout, join.plan, join.optimizers), leases, FullModel(full_layout))
         if not self.has_params and join.params is not None:
             self.take_params(join.params)
             if join.untrained is not None:
@@ -118,7 +119,7 @@ class ServerState:
 
     def take_params(self, params: Tensor) -> Master:
         """Make the master of this job, with these first parameters f32[P]."""
-        rule, codec = self.settings.rule(self.job.momentum), view_codec(self.settings.wire_view)
+        rule, codec = self.settings.rule(self.job.optimizers), view_codec(self.settings.wire_view)
         self._master = Master(rule, self.job.layout, params, self.ahead, codec)
         return self._master
 

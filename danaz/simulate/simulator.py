@@ -26,15 +26,16 @@ from danaz.server.core import ServerCore
 from danaz.simulate.batch_reader import BatchReader
 from danaz.simulate.orders import make_order
 from danaz.simulate.step import EagerStep, make_step
+from danaz.torch.carried import decayed_gradient, optimizers_of, weight_decays
 from danaz.torch.data import Batching
-from danaz.torch.optimizer import check_supported, decayed_gradient, kept_loss, weight_decays
+from danaz.torch.optimizer import kept_loss
 from danaz.torch.rates import effective_lr
 from danaz.vectors.flat import FlatModel
 from danaz.worker.core import LocalStep, Loss, Request, Role, WorkerCore
 from danaz.workloads import build
 from danaz.workloads.computing import choose_device, place
 from danaz.workloads.evaluate import final_figures
-from danaz.workloads.train import make_sgd
+from danaz.workloads.train import make_optimizer
 
 Progress = Callable[[float, float | None], None]  # (share of the run that is done, from 0 to 1; last loss)
 
@@ -73,7 +74,7 @@ class Simulation:
         self.device = choose_device(config)
         self.workload = build(config).with_data_on(self.device)
         self.model = place(self.workload.model, config, self.device)
-        self.optimizer = make_sgd(self.model, config)
+        self.optimizer = make_optimizer(self.model, config)
         self.flat = FlatModel(self.model, [group["params"] for group in self.optimizer.param_groups])
         self.step = make_step(EagerStep(self.model, self.flat, self.workload, config, self.device))
         samples = len(self.workload.train)  # type: ignore[arg-type]
@@ -83,7 +84,7 @@ class Simulation:
         self._ahead = torch.zeros_like(self.flat.params)  # f32[P], γ Σⱼ ηⱼvⱼ if the workers keep the velocities
         for_server = self.settings.for_server(weight_decay=weight_decays(self.optimizer.param_groups))
         self.server = ServerCore(for_server, on_update=self._record, ahead=lambda: self._ahead)
-        self.rule = for_server.rule(check_supported(self.optimizer))
+        self.rule = for_server.rule(optimizers_of(self.optimizer))
         self.workers = [self._make_worker(number) for number in range(config.workers)]
         self._order = make_order(config.schedule, config.workers, config.seed)
         run.mkdir(parents=True, exist_ok=True)
@@ -96,7 +97,7 @@ class Simulation:
             worker=number,
             incarnation=1,
             digest=self.settings.digest,
-            momentum=check_supported(self.optimizer),
+            optimizers=optimizers_of(self.optimizer),
             layout=self.flat.layout,
             plan=self.batching.plan(self.config.epochs),
             ahead=self.rule.worker_rule.sync_period,

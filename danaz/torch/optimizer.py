@@ -1,10 +1,9 @@
-"""The optimizer that lets the cluster carry out the user's own torch.optim.SGD."""
+"""The optimizer that lets the cluster carry out the user's own."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -12,39 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from danaz.torch.carried import (
+    UnsupportedOptimizerError,
+    decayed_gradient,
+    optimizers_of,
+    warn_if_not_nesterov,
+)
 from danaz.vectors.flat import FlatModel, Spans
 from danaz.worker.core import Loss
 from danaz.worker.group import Group
 
 BUCKET_FLOATS = 1 << 20  # 4 MB: long enough to use the wire well, short enough to begin while backward still runs
 MARK_PARTS = 5
-
-
-class UnsupportedOptimizerError(TypeError):
-    """An optimizer that DANA cannot stand in for."""
-
-
-def check_supported(optimizer: torch.optim.Optimizer) -> float:
-    """Return the optimizer's momentum. Raises UnsupportedOptimizerError with the reason if danaz cannot replace it."""
-    if type(optimizer) is not torch.optim.SGD:
-        raise UnsupportedOptimizerError(
-            f"danaz carries out torch.optim.SGD, not {type(optimizer).__name__}: the rules it implements are those of "
-            "SGD with (Nesterov) momentum."
-        )
-    for key in ("dampening", "maximize"):
-        if any(group[key] for group in optimizer.param_groups):
-            raise UnsupportedOptimizerError(f"danaz cannot carry out SGD with {key}: no asynchronous rule has it.")
-    momenta = {float(group["momentum"]) for group in optimizer.param_groups}
-    if len(momenta) > 1:
-        raise UnsupportedOptimizerError(
-            f"all parameter groups must have the same momentum, these have {sorted(momenta)}: the server looks ahead "
-            "along one sum of velocities."
-        )
-    if momenta != {0.0} and not all(group["nesterov"] for group in optimizer.param_groups):
-        warnings.warn(
-            "danaz trains with Nesterov momentum (DANA is built on it); nesterov=False is not kept", stacklevel=3
-        )
-    return momenta.pop()
 
 
 @dataclass(frozen=True)
@@ -264,7 +242,7 @@ class Updates(Protocol):
 
 
 class DistributedOptimizer(torch.optim.Optimizer):
-    """Replaces the SGD optimizer that it wraps; it reads lr, weight decay and groups from that one at each step.
+    """Replaces the optimizer that it wraps; it reads lr, weight decay and groups from that one at each step.
 
     When ``backward()`` has returned, every ``p.grad`` is the mean over the worker's ranks. ``step()`` pushes it, and
     puts the next view into the model. It takes ``loss=`` (the mean over this rank's samples) for the run's records.
@@ -288,7 +266,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """
         if backward_passes_per_step < 1:
             raise ValueError(f"backward_passes_per_step is {backward_passes_per_step}; expected 1 or more")
-        self.momentum = check_supported(optimizer)
+        self.optimizers = optimizers_of(optimizer)
+        warn_if_not_nesterov(optimizer)
         self.flat = FlatModel(model, [group["params"] for group in optimizer.param_groups])
         self.exchange = GradientExchange(self.flat, group, backward_passes_per_step, alike=replicated)
         self._group = group
@@ -328,9 +307,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over rates and other options of the groups. Raises UnsupportedOptimizerError for a momentum buffer."""
+        """Take over rates and other options of the groups. Raises UnsupportedOptimizerError for momentum buffers."""
         saved = state_dict["param_groups"]
-        if any(state.get("momentum_buffer") is not None for state in state_dict["state"].values()):
+        if any(value is not None for state in state_dict["state"].values() for value in state.values()):
             raise UnsupportedOptimizerError(
                 "load_state_dict() with momentum buffers: the cluster's momentum lives in its workers and server, and "
                 "cannot be taken over from one optimizer. Load the groups alone: state_dict['state'] = {}"
@@ -364,7 +343,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
                 "optimizer.step() outside of danaz.shard: iterate `for batch in danaz.shard(loader, epoch)`"
             )
         self.was_stepped = True
-        self._check_momentum()
+        self._check_unchanged()
         self.exchange.settle()
         overflow = self._unscale()
         verdict = self._conclude(kept_loss(loss), steps=not overflow)
@@ -397,14 +376,17 @@ class DistributedOptimizer(torch.optim.Optimizer):
         edited = self._replicated and self._updates.is_edited()
         return self.exchange.conclude(self.rates, loss, steps=steps, edited=edited)
 
-    def _check_momentum(self) -> None:
-        momenta = {float(group["momentum"]) for group in self.param_groups}
-        if momenta != {self.momentum}:
+    def _check_unchanged(self) -> None:
+        """Raise UnsupportedOptimizerError if the script has changed what must stay the same during the run."""
+        for number, (was, now) in enumerate(zip(self.optimizers, optimizers_of(self.wrapped), strict=True)):
+            if was == now:
+                continue
+            changed = [name for name in asdict(was) if getattr(was, name) != getattr(now, name)]
+            old, new = (", ".join(f"{name} {getattr(each, name):g}" for name in changed) for each in (was, now))
             raise UnsupportedOptimizerError(
-                f"the momentum was {self.momentum:g} when the optimizer was wrapped, and is "
-                f"{', '.join(f'{value:g}' for value in sorted(momenta))} now; the cluster looks ahead along one "
-                "momentum for the whole run. A scheduler that cycles it can leave it alone: "
-                "OneCycleLR(…, cycle_momentum=False)"
+                f"parameter group {number} had {old} when the optimizer was wrapped, and has {new} now; the cluster "
+                "looks ahead along one momentum, and keeps one optimizer, for the whole run. A scheduler that cycles "
+                "the momentum can leave it alone: OneCycleLR(…, cycle_momentum=False)"
             )
 
     def _unscale(self) -> bool:
@@ -453,23 +435,3 @@ def kept_loss(loss: Loss) -> Loss:
     if not isinstance(loss, Tensor):
         return loss
     return loss.item() if loss.device.type == "cpu" else loss.detach().to(torch.float64, copy=True)
-
-
-def weight_decays(param_groups: Sequence[dict[str, Any]]) -> tuple[float, ...]:
-    """Return the weight decay β of each parameter group."""
-    return tuple(float(group["weight_decay"]) for group in param_groups)
-
-
-@torch.no_grad()
-def decayed_gradient(flat: FlatModel, param_groups: Sequence[dict[str, Any]]) -> Tensor:
-    """Return g + βθ̂ f32[P], where β is each group's weight decay.
-
-    The flat gradient itself stays as it is, because some loops accumulate gradients.
-    """
-    decays = weight_decays(param_groups)
-    if not any(decays):
-        return flat.grads
-    for decay, (start, stop) in zip(decays, flat.layout.groups, strict=True):
-        out = flat.decayed[start:stop]
-        torch.add(flat.grads[start:stop], flat.params[start:stop], alpha=decay, out=out)
-    return flat.decayed

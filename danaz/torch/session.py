@@ -24,11 +24,12 @@ from danaz.run.signals import note_ending_signals
 from danaz.server.core import ServerCore
 from danaz.serving.pace import telling
 from danaz.torch.alone import LocalLink
+from danaz.torch.carried import weight_decays
 from danaz.torch.data import Batching, LeaseSampler, Portion, Share, batching_of, read_ahead, rebuild
 from danaz.torch.ending import Ending
 from danaz.torch.loop import Counted, Loop
 from danaz.torch.models import has_batch_norm
-from danaz.torch.optimizer import DistributedOptimizer, Verdict, weight_decays
+from danaz.torch.optimizer import DistributedOptimizer, Verdict
 from danaz.torch.rates import effective_lr
 from danaz.torch.schedulers import follow
 from danaz.vectors.flat import FlatModel, Spans
@@ -149,7 +150,7 @@ class Session:
     def _join(self, loader: DataLoader[Any]) -> None:
         """Enter the run with the first loader. By now the model, the optimizer and the data are known."""
         optimizer, ahead = self.optimizer, read_ahead(loader)
-        rule = self.settings.for_server().rule(optimizer.momentum)
+        rule = self.settings.for_server().rule(optimizer.optimizers)
         ahead += rule.worker_rule.sync_period - 1
         pipelined = self.settings.pipeline and self.place.server is not None
         ahead += pipelined  # one more: the batch that is computed while the last one is pushed
@@ -163,7 +164,7 @@ class Session:
                 worker=0 if everyone_alike else self.place.worker,
                 incarnation=self.place.incarnation,
                 digest=self.settings.digest,
-                momentum=optimizer.momentum,
+                optimizers=optimizer.optimizers,
                 layout=optimizer.flat.layout,
                 plan=batching.plan(self.epochs),
                 ahead=ahead,

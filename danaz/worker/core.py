@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from danaz.optimizers import Optimizers
 from danaz.protocol.messages import (
     Bye,
     Fetch,
@@ -66,7 +67,7 @@ class Role:
     worker: int
     incarnation: int
     digest: str
-    momentum: float
+    optimizers: Optimizers
     layout: Layout
     plan: Plan
     ahead: int = 1
@@ -182,7 +183,7 @@ class WorkerCore:
                 role.incarnation,
                 self._number(WorkerEvent.JOIN),
                 role.digest,
-                role.momentum,
+                role.optimizers,
                 role.layout,
                 role.plan,
                 role.ahead,

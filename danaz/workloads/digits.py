@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -54,3 +56,10 @@ def build_digits(config: Config) -> Workload:
         loss=F.cross_entropy,
         classes=10,
     )
+
+
+@workload("digits-mlp")
+def build_digits_mlp(config: Config) -> Workload:
+    """The same images for a perceptron with two hidden layers."""
+    layers = (nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
+    return replace(build_digits(config), model=nn.Sequential(*layers))

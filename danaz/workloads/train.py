@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ def train(config: Config) -> None:
     model = place(workload.model, config, device)
     # Each rank augments its samples with its own random numbers.
     torch.manual_seed(derived(config.seed, danaz.worker_id(), danaz.rank()))
-    optimizer = danaz.DistributedOptimizer(make_sgd(model, config), model)
+    optimizer = danaz.DistributedOptimizer(make_optimizer(model, config), model)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: config.lr_at(epoch) / config.lr)
     loader = DataLoader(
         workload.train,
@@ -49,10 +50,21 @@ def train(config: Config) -> None:
         danaz.report(**final_figures(model, workload, config, device))
 
 
-def make_sgd(model: nn.Module, config: Config) -> torch.optim.SGD:
+def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """Make the optimizer that a config describes, as a user would tune it on one worker."""
-    sgd = torch.optim.SGD(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    for group in sgd.param_groups:
+    name, options = config.optimizer, dict[str, Any](config.optimizer_options)
+    kind: Any = {
+        "sgd": torch.optim.SGD,
+        "adam": torch.optim.Adam,
+        "adamw": torch.optim.AdamW,
+        "nadam": torch.optim.NAdam,
+        "rmsprop": torch.optim.RMSprop,
+        "adagrad": torch.optim.Adagrad,
+    }[name]
+    optimizer: torch.optim.Optimizer = kind(
+        model.parameters(), lr=config.lr, weight_decay=config.weight_decay, **options
+    )
+    for group in optimizer.param_groups if name == "sgd" else ():
         # The momentum is set here, because torch's constructor refuses a negative one, which asynchrony may need.
         group.update(momentum=config.momentum, nesterov=True)
-    return sgd
+    return optimizer

@@ -150,7 +150,7 @@ class TestEveryPlace:
 
     def test_an_algorithm(self, current_folder: Path) -> None:
         (current_folder / f"{MODULE}.py").write_text(RULE)
-        assert find_algorithm(f"{MODULE}:my_dana").rule(momentum=0.5).momentum == 0.5
+        assert find_algorithm(f"{MODULE}:my_dana").rule(momentum=0.5).optimizers.of(0).momentum == 0.5
 
     def test_an_algorithm_that_makes_no_rule(self, current_folder: Path) -> None:
         (current_folder / f"{MODULE}.py").write_text("def my_dana():\n    pass\n")

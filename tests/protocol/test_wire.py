@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from danaz.optimizers import SGD
 from danaz.protocol import wire
 from danaz.protocol.messages import (
     MAX_REPORTED,
@@ -163,7 +164,7 @@ class TestRoundTrip:
 
 LAYOUT = Layout.from_lists([[["w", [2, 2], [2, 1]], ["b", [2], [1]]], [["mean", [2], [1]]], [4, 2]])
 SAMPLES: list[Message] = [
-    Join(0, 1, 1, "digest", 0.9, LAYOUT, Plan(3, 2), 1, torch.arange(6.0)),
+    Join(0, 1, 1, "digest", SGD, LAYOUT, Plan(3, 2), 1, torch.arange(6.0)),
     Push(1, 1, 2, 0, (0.1, 0.2), 4, 0.5, 3, torch.arange(6.0)),
     Heartbeat(1, 1),
     Parameters(2, 1, True, "", (4, 5), False, 0.5, 1, None, torch.arange(6.0)),
@@ -388,9 +389,9 @@ class TestRanges:
             (Report(0, 1, 2, {}), "figures", {str(n): 1.0 for n in range(MAX_REPORTED + 1)}),
             (Report(0, 1, 2, {}), "figures", {"x" * 101: 1.0}),
             (Report(0, 1, 2, {}), "figures", {"x": "y" * 1001}),
-            (Join(0, 1, 1, "", 0.9, Layout.from_lists([[], [], []]), Plan(1, 1), 1), "digest", "d" * 1001),
-            (Join(0, 1, 1, "", 0.9, Layout.from_lists([[], [], []]), Plan(1, 1), 1), "plan", [2**30, 2**30]),
-            (Join(0, 1, 1, "", 0.9, Layout.from_lists([[], [], []]), Plan(1, 1), 1), "plan", [0, 1]),
+            (Join(0, 1, 1, "", SGD, Layout.from_lists([[], [], []]), Plan(1, 1), 1), "digest", "d" * 1001),
+            (Join(0, 1, 1, "", SGD, Layout.from_lists([[], [], []]), Plan(1, 1), 1), "plan", [2**30, 2**30]),
+            (Join(0, 1, 1, "", SGD, Layout.from_lists([[], [], []]), Plan(1, 1), 1), "plan", [0, 1]),
         ],
     )
     def test_a_list_or_text_beyond_its_range(self, message, field, value):

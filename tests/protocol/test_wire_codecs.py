@@ -10,6 +10,7 @@ from cluster import DIGEST, layout_of
 from sockets import PATIENCE_S, serving
 from torch import Tensor
 
+from danaz.optimizers import SGD
 from danaz.protocol.messages import Heartbeat, Parameters, Plan, Push, Reply, Request, Streamed
 from danaz.protocol.wire import CHUNK, Inbox, WireError, decode, encode
 from danaz.server.core import ServerCore
@@ -125,9 +126,9 @@ def test_live_is_what_was_simulated(codec, size):
         return view
 
     def worker() -> WorkerCore:
-        role = Role(0, 1, DIGEST, 0.9, layout_of(size), Plan(100, 1))
+        role = Role(0, 1, DIGEST, SGD, layout_of(size), Plan(100, 1))
         compressor = None if codec == "fp32" else Compressor(push_codec(codec), list(chunks(size)))
-        return WorkerCore(role, settings.rule(0.9).worker_rule, compressor=compressor)
+        return WorkerCore(role, settings.rule().worker_rule, compressor=compressor)
 
     within = ServerCore(settings)
     simulated = trained(lambda request: within.handle(0, request, 0.0)[0][1], worker())

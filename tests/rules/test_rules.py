@@ -142,7 +142,7 @@ def state_after(name: str, run: Run, fresh_rule_each_time: bool) -> dict[str, li
     for what, worker in run.events:
         if fresh_rule_each_time:
             server = pair.cluster.server
-            server.master.rule = server.settings.rule(run.momentum)
+            server.master.rule = server.settings.rule(pair.cluster.optimizers)
             server.master.shared = copy.deepcopy(server.master.shared)
         if worker < pair.limit:
             getattr(pair, what)(worker)

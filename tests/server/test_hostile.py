@@ -16,6 +16,7 @@ from cluster import DIGEST, layout_of
 from stimuli import GRADIENT, JOIN, PLAN, SIZE, make_core, parameters, push_on
 from torch import Tensor
 
+from danaz.optimizers import SGD
 from danaz.protocol.messages import (
     Bye,
     GoBack,
@@ -167,7 +168,7 @@ class TestAnnouncements:
     def test_the_largest_model_that_fits_is_received(self):
         floats = MACHINE_BYTES // 12
         served = Served(make_core("dana", memory_bytes=float(MACHINE_BYTES)))
-        join = Join(0, 1, 1, DIGEST, 0.9, layout_of(floats), PLAN, 1, torch.ones(floats))
+        join = Join(0, 1, 1, DIGEST, SGD, layout_of(floats), PLAN, 1, torch.ones(floats))
         replies = [reply for frames in split(join) for reply in served.hear([bytes(frame) for frame in frames])]
         assert [reply.header.view.numel() for reply in replies if isinstance(reply, Streamed)] == [floats]
         assert served.given == [floats]

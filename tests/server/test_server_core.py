@@ -9,6 +9,7 @@ import torch
 from cluster import DIGEST, TIMEOUT_S, Cluster, layout_of
 from stimuli import GRADIENT, JOIN, SIZE, answer, arithmetic_of, make_core, parameters, push_on, started
 
+from danaz.optimizers import SGD
 from danaz.protocol.messages import MAX_WORKERS, Heartbeat, Leave, Parameters, Plan, Pull, Push, Refusal
 from danaz.server.core import ServerCore
 from danaz.server.settings import ServerSettings
@@ -222,8 +223,8 @@ class TestSilence:
 
 def test_who_comes_back_is_told_what_of_his_was_applied():
     core = ServerCore(ServerSettings("dana", workers=1, digest=DIGEST, worker_timeout_s=10))
-    role = Role(0, 1, DIGEST, 0.9, layout_of(2), Plan(9, 1))
-    worker = WorkerCore(role, core.settings.rule(0.9).worker_rule)
+    role = Role(0, 1, DIGEST, SGD, layout_of(2), Plan(9, 1))
+    worker = WorkerCore(role, core.settings.rule().worker_rule)
     [(_, first)] = core.handle(b"a", worker.join(torch.zeros(2)), 0.0)
     worker.receive(first)
     push = worker.push(torch.ones(2), (0.1,), 1, None, 0)

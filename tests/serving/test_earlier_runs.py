@@ -92,7 +92,9 @@ def rejoin(core: ServerCore, *workers: int) -> dict[int, Parameters]:
     job, digest = core.job, core.settings.digest
     views = {}
     for worker in workers:
-        request = Join(worker, incarnation(core, worker), REQUEST, digest, job.momentum, job.layout, job.plan, ahead=1)
+        request = Join(
+            worker, incarnation(core, worker), REQUEST, digest, job.optimizers, job.layout, job.plan, ahead=1
+        )
         for route, reply in core.handle(worker, request, time.monotonic()):
             assert isinstance(reply, Parameters)
             assert isinstance(route, int)

@@ -14,6 +14,7 @@ from live import until
 from sockets import PATIENCE_S, LiveWorker, received, serving, settings_for, stranger, until_done
 from torch import Tensor
 
+from danaz.optimizers import SGD
 from danaz.protocol import wire
 from danaz.protocol.messages import Heartbeat, Join, Leave, Parameters, Plan, Pull, Push, Refusal, Streamed
 from danaz.protocol.wire import CHUNK, MAGIC, decode, encode
@@ -35,7 +36,7 @@ def joined(algorithm: str, gap_every: int = 0, workers: int = 1) -> ServerCore:
     start = torch.randn(SIZE, generator=torch.Generator().manual_seed(1))
     for number in range(workers):
         params = start if number == 0 else None
-        core.handle(b"%d" % number, Join(number, 1, 1, DIGEST, 0.9, LAYOUT, Plan(100, 1), 1, params), 0.0)
+        core.handle(b"%d" % number, Join(number, 1, 1, DIGEST, SGD, LAYOUT, Plan(100, 1), 1, params), 0.0)
     return core
 
 
@@ -122,7 +123,7 @@ def test_the_gap_of_layers_that_cross_slices():
     layers = [[f"layer{number}", [size], [1]] for number, size in enumerate(sizes)]
     layout = Layout.from_lists([layers, [], [sum(sizes)]])
     params, view = torch.randn(2, sum(sizes), generator=torch.Generator().manual_seed(3))
-    master = Master(settings_for(1).rule(0.9), layout, params)
+    master = Master(settings_for(1).rule(), layout, params)
     deltas = (params.double() - view.double()).split(sizes)
     expected = sum(float(delta.norm()) / size**0.5 for delta, size in zip(deltas, sizes, strict=True) if size)
     assert master.layers.gap(master.squares(view)) == pytest.approx(expected, rel=1e-6)
@@ -138,7 +139,7 @@ def one_of_two(address: str, number: int) -> LiveWorker:
 
 
 def join_of(worker: int, params: Tensor | None, size: int = SIZE) -> Join:
-    return Join(worker, 1, 1, DIGEST, 0.9, layout_of(size, buffers=1), Plan(20, 1), 1, params)
+    return Join(worker, 1, 1, DIGEST, SGD, layout_of(size, buffers=1), Plan(20, 1), 1, params)
 
 
 def send(socket: zmq.Socket[bytes], messages: list[list[bytes]]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from danaz.optimizers import Optimizers, Sgd
 from danaz.protocol.messages import Final, Heartbeat, Join, Parameters, Plan, Refusal, Reply
 from danaz.server.answers import Replies
 from danaz.server.core import ServerCore
@@ -37,6 +38,7 @@ class Cluster:
         *,
         groups: Sequence[int] = (),
         momentum: float = 0.9,
+        optimizers: Optimizers | None = None,
         lr_correction: bool = True,
         plan: Plan = ENDLESS,
         ahead: int = 1,
@@ -46,7 +48,8 @@ class Cluster:
         buffers: int = 0,
     ):
         self.layout = layout_of(*(groups or [params.numel()]), buffers=buffers)
-        self.momentum, self.plan, self.params = momentum, plan, params
+        self.optimizers = optimizers or Optimizers([Sgd(momentum)])
+        self.plan, self.params = plan, params
         self.settings = ServerSettings(
             algorithm=algorithm,
             workers=workers,
@@ -58,7 +61,7 @@ class Cluster:
             worker_timeout_s=TIMEOUT_S,
         )
         self.updates: list[Update] = []
-        self.sync_period = self.settings.rule(momentum).worker_rule.sync_period
+        self.sync_period = self.settings.rule(self.optimizers).worker_rule.sync_period
         self.ahead = max(ahead, self.sync_period)
         self.server = ServerCore(self.settings, on_update=self.updates.append)
         self.now = 0.0
@@ -72,8 +75,8 @@ class Cluster:
     # ---- what workers do -----------------------------------------------------------------------------------------
 
     def join(self, worker: int, incarnation: int = 1) -> None:
-        role = Role(worker, incarnation, DIGEST, self.momentum, self.layout, self.plan, self.ahead)
-        rule = self.settings.rule(self.momentum)
+        role = Role(worker, incarnation, DIGEST, self.optimizers, self.layout, self.plan, self.ahead)
+        rule = self.settings.rule(self.optimizers)
         self.workers[worker] = WorkerCore(role, rule.worker_rule, push_moves_view=rule.push_moves_view)
         self.say(worker, self.workers[worker].join(self.params if worker == 0 else None))
 

@@ -9,6 +9,7 @@ from cluster import DIGEST
 from stimuli import SIZE
 from torch import Tensor, nn
 
+from danaz.optimizers import SGD
 from danaz.protocol.messages import Plan, Reply
 from danaz.server.core import ServerCore
 from danaz.server.settings import ServerSettings
@@ -61,8 +62,8 @@ class Line(LocalLink):
 def make_worker(*lines: Line, size: int = SIZE) -> Worker:
     """Make a worker with a pipeline, and links to one server or to all shards."""
     flat = FlatModel(nn.Linear(size, 1, bias=False))
-    rule = lines[0].settings.rule(0.9)
-    role = Role(0, 1, DIGEST, 0.9, flat.layout, PLAN, ahead=2)
+    rule = lines[0].settings.rule()
+    role = Role(0, 1, DIGEST, SGD, flat.layout, PLAN, ahead=2)
     core = WorkerCore(role, rule.worker_rule, push_moves_view=rule.push_moves_view)
     link = lines[0] if len(lines) == 1 else ShardedLink(lines, flat.layout)
     return Worker(SoloGroup(), flat, 2, core, link, pipelined=True)

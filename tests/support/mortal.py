@@ -9,6 +9,7 @@ import torch
 from cluster import DIGEST, TIMEOUT_S
 from stimuli import LAYOUT, SIZE
 
+from danaz.optimizers import SGD
 from danaz.protocol.messages import Final, Leave, Parameters, Plan, Push, Refusal, Reply, Request
 from danaz.server.core import ServerCore
 from danaz.server.settings import ServerSettings
@@ -93,8 +94,8 @@ class MortalCluster:
 
     def start(self, worker):
         self.incarnation[worker] += 1
-        role = Role(worker, self.incarnation[worker], DIGEST, 0.9, LAYOUT, self.plan, self.ahead)
-        rule = self.settings.rule(0.9)
+        role = Role(worker, self.incarnation[worker], DIGEST, SGD, LAYOUT, self.plan, self.ahead)
+        rule = self.settings.rule()
         self.workers[worker] = WorkerCore(role, rule.worker_rule, push_moves_view=rule.push_moves_view)
         self.last.pop(worker, None)
         self.views[worker] = []

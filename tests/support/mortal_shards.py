@@ -16,6 +16,7 @@ import torch
 from live import read_updates
 from torch import Tensor
 
+from danaz.optimizers import SGD
 from danaz.protocol.messages import Final, Heartbeat, Leave, Parameters, Plan, Push, Refusal, Reply
 from danaz.run.folder import RunFolder, read_summary
 from danaz.server.answers import materialize
@@ -138,8 +139,8 @@ class Trainer:
         self.waits: list[float] = []
         self.while_it_waits: Callable[[], None] = lambda: None
         self.link = ShardedLink(self.ways, LAYOUT, pause=self._wait)
-        rule = servers.cores[0].settings.rule(0.9).worker_rule
-        self.core = WorkerCore(Role(worker, 1, "", 0.9, LAYOUT, PLAN), rule)
+        rule = servers.cores[0].settings.rule().worker_rule
+        self.core = WorkerCore(Role(worker, 1, "", SGD, LAYOUT, PLAN), rule)
         self.reply: Any = None
 
     def _wait(self, wait_s: float) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from danaz.optimizers import SGD
 from danaz.protocol.messages import Plan, Reply
 from danaz.run.settings import Settings
 from danaz.server.core import ServerCore
@@ -57,8 +58,8 @@ def linked(
 ) -> Iterator[tuple[WorkerCore, Any, list[CoreLink]]]:
     links = [CoreLink(core, worker, {}) for core in cores]
     link = ShardedLink(links, LAYOUT)
-    rule = cores[0].settings.rule(0.9)
-    role = Role(worker, 1, "", 0.9, LAYOUT, PLAN, ahead)
+    rule = cores[0].settings.rule()
+    role = Role(worker, 1, "", SGD, LAYOUT, PLAN, ahead)
     core = WorkerCore(role, rule.worker_rule, compressor=compressor, push_moves_view=rule.push_moves_view)
     yield core, link, links
     link.close()

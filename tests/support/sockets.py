@@ -12,6 +12,7 @@ import zmq
 from cluster import DIGEST, layout_of
 from torch import Tensor
 
+from danaz.optimizers import SGD
 from danaz.protocol.keys import ServerKeys, WorkerKeys
 from danaz.protocol.messages import Final, Heartbeat, Noted, Parameters, Plan, Reply, Request
 from danaz.protocol.wire import decode
@@ -84,7 +85,7 @@ class LiveWorker(threading.Thread):
         self.size = size
         self.keys = keys
         self.settings, self.address = settings, address
-        self.role = Role(number, 1, DIGEST, 0.9, layout_of(size, buffers=1), plan)
+        self.role = Role(number, 1, DIGEST, SGD, layout_of(size, buffers=1), plan)
         self.newest: Parameters | None = None  # the last view that it got
         self.final: Final | None = None
         self.error: BaseException | None = None
@@ -99,7 +100,7 @@ class LiveWorker(threading.Thread):
             link.close()
 
     def train(self, link: DealerLink) -> None:
-        core = WorkerCore(self.role, self.settings.rule(0.9).worker_rule)
+        core = WorkerCore(self.role, self.settings.rule().worker_rule)
 
         def ask(request: Request) -> Reply:
             reply = link.exchange(request)

@@ -8,6 +8,7 @@ import torch
 from cluster import DIGEST, TIMEOUT_S, layout_of
 from torch import Tensor
 
+from danaz.optimizers import SGD
 from danaz.protocol.messages import (
     Join,
     Parameters,
@@ -22,7 +23,7 @@ from danaz.server.settings import ServerSettings
 SIZE = 3
 LAYOUT = layout_of(SIZE, buffers=2)
 PLAN = Plan(batches_per_epoch=10, epochs=2)
-JOIN = Join(0, 1, 1, DIGEST, 0.9, LAYOUT, PLAN, 1, torch.ones(SIZE))
+JOIN = Join(0, 1, 1, DIGEST, SGD, LAYOUT, PLAN, 1, torch.ones(SIZE))
 NAN, INF = float("nan"), float("inf")
 GRADIENT = torch.tensor([1.0, -2.0, 3.0])
 

@@ -113,7 +113,7 @@ def test_a_guest_and_a_restarted_server_have_it_too() -> None:
     cluster = Cluster("dana", 1, torch.zeros(4))
     assert cluster.server.state.untrained.numel() == 0
     settings = cluster.settings
-    core = WorkerCore(cluster.workers[0].role, settings.rule(0.9).worker_rule)
+    core = WorkerCore(cluster.workers[0].role, settings.rule().worker_rule)
     server = ServerCore(settings)
     core.receive(server.handle(0, core.join(torch.zeros(4), beside), 0.0)[0][1])
     restored = ServerCore(settings)

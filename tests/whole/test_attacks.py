@@ -18,6 +18,7 @@ from attack import GREETING, LONG_COMMAND, MB, Victim, as_worker, knock, victim
 from cluster import DIGEST, layout_of
 from sockets import LiveWorker, received, serving, settings_for, until_done
 
+from danaz.optimizers import SGD
 from danaz.protocol import wire
 from danaz.protocol.frames import MAX_FRAME_BYTES
 from danaz.protocol.messages import Bye, Heartbeat, Join, Leave, Message, Parameters, Plan, Pull, Push, Refusal
@@ -36,7 +37,7 @@ STRANGER_MB = 64  # docs/security.md
 WORKER_MB = (WORKER_CONNECTIONS + 2 * WORKERS + SPARE) * MAX_UNREAD / MB + 64
 READY = b"\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER"
 CURVE_BYTES = 64  # that encryption adds to a frame, at most
-JOIN = Join(0, 1, 1, DIGEST, 0.9, layout_of(1000), Plan(5, 2), 1, torch.ones(1000))
+JOIN = Join(0, 1, 1, DIGEST, SGD, layout_of(1000), Plan(5, 2), 1, torch.ones(1000))
 
 
 @pytest.fixture(scope="module")

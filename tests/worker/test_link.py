@@ -10,6 +10,7 @@ import zmq
 from cluster import DIGEST, layout_of
 from sockets import PATIENCE_S, settings_for, silent_server
 
+from danaz.optimizers import SGD
 from danaz.protocol.messages import Heartbeat, Noted, Parameters, Plan, Pull, Push, Reply, Request
 from danaz.protocol.wire import CHUNK, decode, encode
 from danaz.server.core import ServerCore
@@ -156,14 +157,14 @@ class TestLocalLink:
     def test_a_lone_worker_needs_no_socket(self):
         closed = []
         link = LocalLink(ServerCore(settings_for(1)), on_close=lambda: closed.append(True))
-        role = Role(0, 1, DIGEST, 0.9, layout_of(3), Plan(1, 1))
-        reply = link.exchange(WorkerCore(role, settings_for(1).rule(0.9).worker_rule).join(torch.ones(3)))
+        role = Role(0, 1, DIGEST, SGD, layout_of(3), Plan(1, 1))
+        reply = link.exchange(WorkerCore(role, settings_for(1).rule().worker_rule).join(torch.ones(3)))
         assert isinstance(reply, Parameters)
         link.close()
         assert closed == [True]
 
     def test_waiting_for_others_would_be_for_ever(self):
         link = LocalLink(ServerCore(settings_for(2)))
-        role = Role(0, 1, DIGEST, 0.9, layout_of(3), Plan(1, 1))
+        role = Role(0, 1, DIGEST, SGD, layout_of(3), Plan(1, 1))
         with pytest.raises(ServerLostError, match="never come"):
-            link.exchange(WorkerCore(role, settings_for(2).rule(0.9).worker_rule).join(torch.ones(3)))
+            link.exchange(WorkerCore(role, settings_for(2).rule().worker_rule).join(torch.ones(3)))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from danaz.launch.options import RunOptions
 from danaz.launch.prepare import LaunchError, check_shards
+from danaz.optimizers import SGD
 from danaz.protocol.messages import Bye, Final, Noted, Parameters, Push, Refusal, Reply
 from danaz.protocol.wire import decode, split
 from danaz.run.settings import Settings
@@ -289,7 +290,7 @@ def test_a_shard_waits_for_the_others_before_it_tells_the_end() -> None:
     """A shard leases no batches, so it hears that none are left from each worker that leaves."""
     cores = make_cores("dana", 2, workers=2)
     settled: dict[int, Reply] = {}
-    roles = [WorkerCore(Role(n, 1, "", 0.9, LAYOUT, PLAN), cores[0].settings.rule(0.9).worker_rule) for n in (0, 1)]
+    roles = [WorkerCore(Role(n, 1, "", SGD, LAYOUT, PLAN), cores[0].settings.rule().worker_rule) for n in (0, 1)]
     for core in roles:
         join = replace(core.join(torch.zeros(64)), params=torch.zeros(64) if core is roles[0] else None)
         settled.update({int(to): reply for to, reply in cores[1].handle(core.role.worker, join, 0.0)})

@@ -15,6 +15,7 @@ from sockets import PATIENCE_S, serving
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from danaz.optimizers import SGD
 from danaz.protocol.messages import Heartbeat, Join, Parameters, Plan, Push
 from danaz.rules import Context, WorkerRule, find_algorithm
 from danaz.rules.base import Vectors
@@ -59,7 +60,7 @@ class Loop:
     def __init__(self, staging: Staging, launch: Callable[[Work], object], codec: str, device: str = "cpu"):
         rule = Launched(find_algorithm("dana").rule().worker_rule, launch)
         compressor = None if codec == "fp32" else Compressor(push_codec(codec), list(chunks(SIZE)))
-        self.core = WorkerCore(Role(0, 1, DIGEST, 0.9, LAYOUT, Plan(99, 1)), rule, device, staging, compressor)
+        self.core = WorkerCore(Role(0, 1, DIGEST, SGD, LAYOUT, Plan(99, 1)), rule, device, staging, compressor)
         self.staging, self.launch = staging, launch
         self.params, self.grad = torch.ones(SIZE, device=device), torch.zeros(SIZE, device=device)
         self.rooms = [staging.room(SIZE), staging.room(SIZE)]
@@ -150,7 +151,7 @@ def test_in_a_pipeline_only_the_link_waits_for_the_device():
 def test_in_a_pipeline_the_batch_ends_when_the_device_has_computed_it(monkeypatch):
     """Otherwise the next view would be fetched as the batch begins."""
     gpu, flat, computed = FakeGpu(0, eagerness=0), FlatModel(nn.Linear(2, 2)), []
-    core = WorkerCore(Role(0, 1, "", 0.9, flat.layout, Plan(9, 1)), WorkerRule(), "cpu", GpuStaging(gpu, 6))
+    core = WorkerCore(Role(0, 1, "", SGD, flat.layout, Plan(9, 1)), WorkerRule(), "cpu", GpuStaging(gpu, 6))
     worker = Worker(SoloGroup(), flat, 1, core, None, pipelined=True)
 
     class BatchEnded(Exception):
@@ -201,11 +202,11 @@ class Live:
             ServerSettings("dana", 1, "", sync_period=sync_period, gap_every=0, shard=shard, shards=shards)
             for shard in range(shards)
         ]
-        rule = servers[0].rule(0.9)
+        rule = servers[0].rule()
         with ExitStack() as stack:
             addresses = [stack.enter_context(serving(ServerCore(each)))[0] for each in servers]
             dealer = partial(DealerLink, heartbeat=Heartbeat(0, 1), give_up_s=PATIENCE_S, staging=staging)
-            role = Role(0, 1, "", 0.9, layout, Plan(12, 1), ahead=4)
+            role = Role(0, 1, "", SGD, layout, Plan(12, 1), ahead=4)
             core = WorkerCore(role, rule.worker_rule, "cpu", staging, push_moves_view=rule.push_moves_view)
             link = connect(addresses, layout, dealer, staging)
             self.worker = Worker(SoloGroup(), self.optimizer.flat, 4, core, link, pipelined=pipelined)

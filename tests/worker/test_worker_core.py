@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from danaz.optimizers import SGD
 from danaz.protocol.messages import Bye, Final, Join, Noted, Parameters, Plan, Pull, Refusal
 from danaz.protocol.transitions import IllegalTransitionError
 from danaz.rules import find_algorithm
@@ -19,7 +20,7 @@ from danaz.vectors.codecs import Compressor, push_codec
 from danaz.worker.core import Backoff, LocalStep, Role, WorkerCore, answers
 
 SIZE = 3
-ROLE = Role(2, 4, DIGEST, 0.9, layout_of(SIZE, buffers=1), Plan(10, 1), ahead=2)
+ROLE = Role(2, 4, DIGEST, SGD, layout_of(SIZE, buffers=1), Plan(10, 1), ahead=2)
 NO_BUFFERS = torch.zeros(1)
 
 
@@ -50,7 +51,7 @@ class TestRequests:
         core = worker()
         join = core.join(ones())
         assert (join.worker, join.incarnation, join.request, join.digest, join.ahead) == (2, 4, 1, DIGEST, 2)
-        assert (join.layout, join.plan, join.momentum) == (ROLE.layout, ROLE.plan, 0.9)
+        assert (join.layout, join.plan, join.optimizers) == (ROLE.layout, ROLE.plan, SGD)
         core.receive(view(1, version=5))
         push = core.push(ones(), (0.1,), 8, 0.5, 1)
         assert (push.worker, push.incarnation, push.request, push.view_version) == (2, 4, 2, 5)

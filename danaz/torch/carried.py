@@ -1,0 +1,106 @@
+"""Which of danaz' optimizers carries out the user's torch optimizer, and what its options mean for a gradient."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from danaz.optimizers import Adagrad, Adam, NAdam, Optimizer, OptimizerError, Optimizers, RMSprop, Sgd
+from danaz.vectors.flat import FlatModel
+
+Group = Mapping[str, Any]  # one of torch's param_groups
+
+
+class UnsupportedOptimizerError(TypeError):
+    """An optimizer, or an option of one, that no algorithm of danaz can carry out."""
+
+
+def optimizers_of(optimizer: torch.optim.Optimizer) -> Optimizers:
+    """Return the optimizer of each parameter group. Raises UnsupportedOptimizerError with the reason if there is none.
+
+    Implementations of the same mathematics (foreach, fused, capturable) make no difference here. The learning rate,
+    weight decay that is added to the gradient, and maximize are not part of the result: they are read at each step.
+    """
+    kind = type(optimizer)
+    if kind not in _READERS:
+        known = ", ".join(sorted(each.__name__ for each in _READERS))
+        raise UnsupportedOptimizerError(
+            f"danaz does not know the mathematics of {kind.__name__}, so its algorithms cannot look ahead along its "
+            f"momentum. The optimizers of torch.optim that danaz carries out are {known}."
+        )
+    groups = optimizer.param_groups
+    if any(group.get("dampening") for group in groups):
+        raise UnsupportedOptimizerError("danaz cannot carry out SGD with dampening: no asynchronous rule has it.")
+    if any(group.get("differentiable") for group in groups):
+        raise UnsupportedOptimizerError("danaz cannot differentiate through a step: make differentiable=False.")
+    try:
+        found = Optimizers(_READERS[kind](group) for group in groups)
+    except OptimizerError as error:
+        raise UnsupportedOptimizerError(f"{kind.__name__}: {error}") from None
+    return found
+
+
+def warn_if_not_nesterov(optimizer: torch.optim.Optimizer) -> None:
+    """Warn about an SGD momentum without nesterov=True: what danaz trains with is Nesterov's."""
+    if any(group["momentum"] and not group["nesterov"] for group in optimizer.param_groups if "nesterov" in group):
+        warnings.warn(
+            "danaz trains with Nesterov momentum (DANA is built on it); nesterov=False is not kept", stacklevel=4
+        )
+
+
+def _adam(group: Group, kind: type[Adam] = Adam, **others: float) -> Adam:
+    beta1, beta2 = group["betas"]
+    decay = float(group["weight_decay"]) if group.get("decoupled_weight_decay") else 0.0
+    return kind(float(beta1), float(beta2), float(group["eps"]), bool(group.get("amsgrad")), decay, **others)
+
+
+def _nadam(group: Group) -> Optimizer:
+    return _adam(group, NAdam, momentum_decay=float(group["momentum_decay"]))
+
+
+def _rmsprop(group: Group) -> Optimizer:
+    alpha, eps, momentum = (float(group[name]) for name in ("alpha", "eps", "momentum"))
+    return RMSprop(alpha, eps, momentum, bool(group["centered"]))
+
+
+def _adagrad(group: Group) -> Optimizer:
+    eps, lr_decay, initial = (float(group[name]) for name in ("eps", "lr_decay", "initial_accumulator_value"))
+    return Adagrad(eps, lr_decay, initial)
+
+
+_READERS: dict[type[torch.optim.Optimizer], Any] = {
+    torch.optim.SGD: lambda group: Sgd(float(group["momentum"])),
+    torch.optim.Adam: _adam,
+    torch.optim.AdamW: _adam,
+    torch.optim.NAdam: _nadam,
+    torch.optim.RMSprop: _rmsprop,
+    torch.optim.Adagrad: _adagrad,
+}
+
+
+def weight_decays(param_groups: Sequence[Group]) -> tuple[float, ...]:
+    """Return the weight decay β of each parameter group that is added to the gradient; a decoupled one is not."""
+    return tuple(
+        0.0 if group.get("decoupled_weight_decay") else float(group.get("weight_decay", 0.0)) for group in param_groups
+    )
+
+
+@torch.no_grad()
+def decayed_gradient(flat: FlatModel, param_groups: Sequence[Group]) -> Tensor:
+    """Return g + βθ̂ f32[P], where β is each group's weight decay; in a group with maximize, −g + βθ̂.
+
+    The flat gradient itself stays as it is, because some loops accumulate gradients.
+    """
+    decays, signs = weight_decays(param_groups), [-1.0 if group.get("maximize") else 1.0 for group in param_groups]
+    if not any(decays) and min(signs) > 0:
+        return flat.grads
+    for decay, sign, (start, stop) in zip(decays, signs, flat.layout.groups, strict=True):
+        out = flat.decayed[start:stop]
+        torch.add(flat.grads[start:stop], flat.params[start:stop], alpha=sign * decay, out=out)
+        if sign < 0:
+            out.neg_()
+    return flat.decayed
