@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from danaz.optimizers import Optimizers, Scalars, Vectors
+from danaz.optimizers import SGD, Optimizers, Scalars, Vectors
 from danaz.rules.base import Context, Rule, WorkerRule, algorithm, sgd_unless
 from danaz.rules.local import LocalSteps
 
@@ -24,7 +24,7 @@ class Displace(Rule):
 class Asgd(Rule):
     """θ ← θ + s, without momentum; the worker gets θ. If the optimizer has a state, the server keeps one for all."""
 
-    def __init__(self, optimizers: Optimizers):
+    def __init__(self, optimizers: Optimizers = SGD):
         self.optimizers = optimizers.without_momentum()
         self.shared_state = self.optimizers.state
         self.needs_view = self.optimizers.needs_view

@@ -30,7 +30,8 @@ class Counts:
         """Return these counts, but those of ``other`` in ``spans``, each (start, stop)."""
         runs: list[tuple[int, int]] = []  # (stop, count)
         start = 0
-        for stop in sorted({*self.stops, *other.stops, *(edge for span in spans for edge in span)} - {0}):
+        edges = {*self.stops, *other.stops, *(edge for span in spans for edge in span)}
+        for stop in sorted(edge for edge in edges if 0 < edge <= self.stops[-1]):
             source = other if any(begin <= start < end for begin, end in spans) else self
             [(_, _, count)] = source.runs(start, stop)
             if runs and runs[-1][1] == count:

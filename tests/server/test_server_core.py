@@ -9,7 +9,7 @@ import torch
 from cluster import DIGEST, TIMEOUT_S, Cluster, layout_of
 from stimuli import GRADIENT, JOIN, SIZE, answer, arithmetic_of, make_core, parameters, push_on, started
 
-from danaz.optimizers import SGD
+from danaz.optimizers import SGD, Adam, Optimizers, Sgd
 from danaz.protocol.messages import MAX_WORKERS, Heartbeat, Leave, Parameters, Plan, Pull, Push, Refusal
 from danaz.server.core import ServerCore
 from danaz.server.settings import ServerSettings
@@ -69,8 +69,8 @@ class TestJoining:
             ({"digest": "another"}, "different configurations"),
             ({"worker": -1}, "worker number"),
             ({"worker": MAX_WORKERS}, "worker number"),
-            ({"momentum": 1.0}, "out of range"),
-            ({"momentum": float("nan")}, "out of range"),
+            ({"optimizers": Optimizers([Sgd(), Sgd()])}, "neither one optimizer nor one for each parameter group"),
+            ({"optimizers": Optimizers()}, "neither one optimizer nor one for each parameter group"),
             ({"plan": Plan(0, 1)}, "out of range"),
             ({"plan": Plan(1, 0)}, "out of range"),
             ({"plan": Plan(-1, -1)}, "out of range"),
@@ -91,7 +91,13 @@ class TestJoining:
         assert not core.members
         assert parameters(core.handle(0, JOIN, 0.0)), "and a fit worker finds the place as it was"
 
-    @pytest.mark.parametrize("change", [{"layout": layout_of(SIZE)}, {"plan": Plan(3, 3)}, {"momentum": 0.5}])
+    def test_an_optimizer_that_the_rule_cannot_carry_out_is_not_let_in(self):
+        core = make_core(algorithm="ssgd-lars")
+        refusal = answer(core.handle(0, replace(JOIN, optimizers=Optimizers([Adam()])), 0.0))
+        assert isinstance(refusal, Refusal)
+        assert "ssgd-lars is a rule of SGD and cannot carry out adam" in refusal.reason
+
+    @pytest.mark.parametrize("change", [{"layout": layout_of(SIZE)}, {"plan": Plan(3, 3)}, {"optimizers": Optimizers([Sgd(0.5)])}])
     def test_who_runs_another_job(self, change):
         core, _ = started()
         refusal = answer(core.handle(1, replace(JOIN, worker=1, **change), 0.0), 1)
