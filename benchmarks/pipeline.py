@@ -34,7 +34,8 @@ from danaz.server.settings import ServerSettings
 from danaz.serving.router import Router
 from danaz.serving.socket import BoundRouter
 from danaz.vectors.flat import FlatModel
-from danaz.worker.core import Role, WorkerCore
+from danaz.worker.conversation import Conversation
+from danaz.worker.core import Role, Step, WorkerCore
 from danaz.worker.group import SoloGroup
 from danaz.worker.link import DealerLink
 from danaz.worker.worker import Worker
@@ -97,7 +98,7 @@ def _work(
         batch, began = worker.batches.begin(), time.monotonic()
         time.sleep(computing_s)
         times.append((began, time.monotonic()))
-        worker.push(grad, (1e-6,), 1, None, batch)
+        worker.push(Step(batch, (1e-6,), 1, None), grad)
         if done == SETTLE + options.batches:
             tell.send(_window(times[SETTLE:]))
 
@@ -114,7 +115,8 @@ def make_worker(address: str, number: int, pipelined: bool, options: argparse.Na
     rule, ahead = find_algorithm(options.algorithm).rule(), 2 if pipelined else 1
     role = Role(number, 1, "", 0.9, flat.layout, Plan(1 << 40, 1), ahead)
     core = WorkerCore(role, rule.worker_rule, push_moves_view=rule.push_moves_view)
-    return Worker(SoloGroup(), flat, ahead, core, DealerLink(address, Heartbeat(number, 1)), pipelined=pipelined)
+    conversation = Conversation(core, DealerLink(address, Heartbeat(number, 1)))
+    return Worker(SoloGroup(), flat, ahead, conversation, pipelined=pipelined)
 
 
 def measure(link: SlowLink, options: argparse.Namespace) -> list[dict[str, float]]:

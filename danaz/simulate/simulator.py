@@ -30,7 +30,7 @@ from danaz.torch.data import Batching
 from danaz.torch.optimizer import check_supported, decayed_gradient, kept_loss, weight_decays
 from danaz.torch.rates import effective_lr
 from danaz.vectors.flat import FlatModel
-from danaz.worker.core import LocalStep, Loss, Request, Role, WorkerCore
+from danaz.worker.core import Request, Role, Step, WorkerCore
 from danaz.workloads import build
 from danaz.workloads.computing import choose_device, place
 from danaz.workloads.evaluate import final_figures
@@ -156,12 +156,15 @@ class Simulation:
         worker.core.compute_on(self.flat.params)
         *earlier, last = worker.batches
         for batch in earlier:
-            grad, samples, loss = self._gradient(batch)
-            step = LocalStep(batch, tuple(self._lr(worker, batch)), samples, loss)
-            worker.core.local_step(step, self.flat.params, grad, self.flat.absent)
-        grad, samples, loss = self._gradient(last)
-        lr, params, absent = self._lr(worker, last), self.flat.params, self.flat.absent
-        return worker.core.push(grad, lr, samples, loss, last, params, wants_view, absent)
+            worker.core.local_step(*self._compute(worker, batch), self.flat.params)
+        return worker.core.push(*self._compute(worker, last), self.flat.params, wants_view=wants_view)
+
+    def _compute(self, worker: SimulatedWorker, batch: int) -> tuple[Step, Tensor]:
+        """Compute ``batch``. Return its step, and its gradient f32[P] including weight decay."""
+        x, y = self.batches.take(batch)
+        loss = kept_loss(self.step(x.to(self.device), y.to(self.device)))
+        grad = decayed_gradient(self.flat, self.optimizer.param_groups)
+        return Step(batch, tuple(self._lr(worker, batch)), len(y), loss, self.flat.absent), grad
 
     def _lr(self, worker: SimulatedWorker, batch: int) -> list[float]:
         config = self.config
@@ -172,12 +175,6 @@ class Simulation:
             warmup_epochs=config.lr_schedule.warmup_epochs,
             scales_lr=self.rule.scales_lr,
         )
-
-    def _gradient(self, batch: int) -> tuple[Tensor, int, Loss]:
-        """Gradient f32[P] of ``batch`` including weight decay, its number of samples, and its mean loss."""
-        x, y = self.batches.take(batch)
-        loss = self.step(x.to(self.device), y.to(self.device))
-        return decayed_gradient(self.flat, self.optimizer.param_groups), len(y), kept_loss(loss)
 
     def send(self, worker: SimulatedWorker, request: Request) -> None:
         """Hand a request to the server, and its replies to the workers that they are for."""

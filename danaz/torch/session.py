@@ -34,7 +34,8 @@ from danaz.torch.schedulers import follow
 from danaz.vectors.flat import FlatModel, Spans
 from danaz.vectors.untrained import Untrained
 from danaz.worker.between import first_text
-from danaz.worker.core import Role, WorkerCore
+from danaz.worker.conversation import Conversation
+from danaz.worker.core import Role, Step, WorkerCore
 from danaz.worker.group import Group, make_group
 from danaz.worker.link import DealerLink, Link
 from danaz.worker.sharded import connect
@@ -157,7 +158,7 @@ class Session:
         self._follows_torch = False
         batching = batching_of(loader, self._machines_per_batch, self._seed)
         everyone_alike = self.place.server is None
-        core, link = None, None
+        conversation = None
         if everyone_alike or self.group.rank == 0:
             role = Role(
                 worker=0 if everyone_alike else self.place.worker,
@@ -173,12 +174,12 @@ class Session:
             # A server in this process keeps its vectors on the model's device.
             staging = IN_PLACE if self.place.server is None else staging_for(device, role.layout.size)
             core = WorkerCore(role, rule.worker_rule, device, staging, compressor, rule.push_moves_view)
-            link = self._link(role, staging)
+            conversation = Conversation(core, self._link(role, staging))
         self._batching = batching
         self._share = replace(self._share_of_batch(), least=2 if has_batch_norm(optimizer.flat.model) else 1)
         self._warn_of_idle_ranks(batching)
         self._scales_lr = rule.scales_lr
-        self._worker = Worker(self.group, optimizer.flat, ahead, core, link, everyone_alike, pipelined)
+        self._worker = Worker(self.group, optimizer.flat, ahead, conversation, everyone_alike, pipelined)
         self._worker.sync_period = rule.worker_rule.sync_period
         self._enter(optimizer.flat)
         self._loader_batches = len(loader)
@@ -373,8 +374,8 @@ class Session:
         portion = self._end_batch()
         if verdict.edited and self.worker.replicated:
             self.group.broadcast(edited_params=self.optimizer.flat.params)  # each rank may have made its own edit
-        lr = self._applied_lr(verdict.lr)
-        self.worker.push(grad, lr, portion.samples, verdict.loss, portion.batch, absent)
+        lr = tuple(self._applied_lr(verdict.lr))
+        self.worker.push(Step(portion.batch, lr, portion.samples, verdict.loss, absent), grad)
 
     def skip(self) -> None:
         """See Updates."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,6 +38,7 @@ from danaz.worker.states import WORKER_TRANSITIONS, WorkerEvent, WorkerState
 
 Request = Join | Push | Pull | Fetch | Leave | Report | Bye | GoBack | Inquire
 Asked = TypeVar("Asked", bound=Request)
+Renewed = TypeVar("Renewed", Join, Leave)
 Loss = float | Tensor | None  # a tensor may still be on its way from the device
 
 
@@ -81,13 +81,14 @@ class View:
 
 
 @dataclass(frozen=True)
-class LocalStep:
-    """A step on one mini-batch that moved only this worker."""
+class Step:
+    """A step on one mini-batch, as the worker makes it alone or pushes it; the gradient comes beside it."""
 
     batch: int
-    lr: tuple[float, ...]
+    lr: tuple[float, ...]  # ηᵢ, one for each parameter group
     samples: int
     loss: Loss
+    absent: Spans = ()  # parameters without a gradient, which make no step
 
 
 class WorkerCore:
@@ -117,31 +118,40 @@ class WorkerCore:
         self.role = role
         self.rule = rule
         self.staging = staging
-        self.done = False  # whether no worker has batches left
-        self.epoch = 0.0  # the whole cluster's epoch, as this worker last heard
         self.compressor = compressor  # compresses the pushes
         self.push_moves_view = push_moves_view
+
         self.state = WorkerState.NEW
         self.unanswered: Request | None = None  # the request whose reply this worker waits for
-        self._request = 0
+        self.done = False  # whether no worker has batches left
+        self.epoch = 0.0  # the whole cluster's epoch, as this worker last heard
+        self._last_number = 0  # number of the last request
+
         self._view: View | None = None  # the view at hand
         self.fetched: View | None = None  # the view fetched ahead, while a batch is computed on the view at hand
-        self._ahead = False  # whether the next view to arrive will be used after the view at hand
-        self._own: Tensor | None = None  # f32[P], the push under way, which the view at hand does not contain
+        self._fetches_ahead = False  # whether the next view to arrive will be used after the view at hand
+        self._own_push: Tensor | None = None  # f32[P], the push under way, which the view at hand does not contain
         self._loaded: tuple[Tensor, Tensor | None] | None = None  # the view and the own push that filled the model
+
+        self._steps: list[Step] = []  # local steps since the last push
+        self._loss: Tensor | None = None  # f64[1], the loss of the push in preparation, to be read once it has arrived
+        self.undecided = 0  # request number of the push whose outcome the server has not told yet; 0: none
+        self.applied = False  # whether the last push was applied, as far as this worker knows
         self._in_doubt = False  # the next push may be refused: the last one was, or this worker had to join again
+        self._sick_in_a_row = 0  # number of pushes refused for their values since the last applied push
+
         self._committed = self._zeros(device)  # the rule's vectors after the last applied push
         self._current = self._committed  # the rule's vectors after the local steps since that push
         self._spare = [self._zeros(device) for _ in range(1 if rule.sync_period == 1 else 2)]
         self._lr = self._current_lr = (0.0,) * len(role.layout.groups)
-        self._steps: list[LocalStep] = []  # local steps since the last push
-        self._loss: Tensor | None = None  # f64[1], the loss of the push in preparation, to be read once it has arrived
-        self._sick_in_a_row = 0  # number of pushes refused for their values since the last applied push
-        self._undecided = 0  # request number of the push whose outcome the server has not told yet; 0: none
-        self.applied = False  # whether the last push was applied, as far as this worker knows
 
     def _zeros(self, device: torch.device | str) -> dict[str, Tensor]:
         return {name: torch.zeros(self.role.layout.size, device=device) for name in self.rule.worker_state}
+
+    @property
+    def version(self) -> int:
+        """The version of the view at hand."""
+        return 0 if self._view is None else self._view.version
 
     @property
     def vectors(self) -> dict[str, Tensor]:
@@ -162,44 +172,16 @@ class WorkerCore:
             self.rule.give_back(given[start:stop], _cut(self._committed, start, stop), self._lr[group])
         return self.staging.lift(given)
 
-    # ---- requests ------------------------------------------------------------------------------------------------
+    # ---- a batch: compute on the view, then step alone or push ---------------------------------------------------
 
-    def join(self, params: Tensor | None = None, untrained: Tensor | None = None) -> Join:
-        """Enter the run, or enter it again after a refusal that asked for this.
-
-        Worker 0 brings ``params`` f32[P], and ``untrained`` f32[U], which its model holds beside the parameters.
-
-        A worker that was in the run already brings its newest view, because a restarted server may lack it.
-        """
-        role, newest = self.role, self.fetched or self._view
-        return self._ask(
-            Join(
-                role.worker,
-                role.incarnation,
-                self._number(WorkerEvent.JOIN),
-                role.digest,
-                role.momentum,
-                role.layout,
-                role.plan,
-                role.ahead,
-                params if newest is None else newest.params,
-                0 if newest is None else newest.version,
-                0 if newest is None else newest.life,
-                untrained,
-            )
-        )
-
-    def local_step(self, step: LocalStep, params: Tensor, grad: Tensor | None, absent: Spans = ()) -> None:
-        """Move ``params`` f32[P] by one mini-batch, on this worker alone. The next push includes the step.
-
-        Parameters in ``absent`` spans stay as they are. Without a gradient, all parameters do.
-        """
-        self._move(WorkerEvent.LOCAL_STEP)
-        if grad is not None:
-            out = torch.empty_like(grad)
-            for start, stop in self._displace(out, grad, step.lr, absent):
-                params[start:stop].add_(out[start:stop])
-        self._steps.append(step)
+    def compute_on(self, params: Tensor) -> None:
+        """Fill ``params`` f32[P] with the values that the next gradient is to be computed on."""
+        assert self._view is not None
+        self.staging.load(params, self._view.params)
+        # Remember both: in a pipeline, another view may have arrived before the batch on this one ends.
+        self._loaded = self._view.params, self._own_push
+        if self._own_push is not None:
+            params.add_(self._own_push.to(params.device))
 
     def edit(self, params: Tensor) -> Tensor | None:
         """Return how far ``params`` f32[P] have changed since ``compute_on`` filled them; None if they have not.
@@ -217,30 +199,38 @@ class WorkerCore:
             return None
         return params - view
 
+    def local_step(self, step: Step, grad: Tensor | None, params: Tensor) -> None:
+        """Move ``params`` f32[P] along ``grad`` f32[P], on this worker alone. The next push includes the step.
+
+        Without a gradient, all parameters stay as they are.
+        """
+        self._move(WorkerEvent.LOCAL_STEP)
+        if grad is not None:
+            out = torch.empty_like(grad)
+            for start, stop in self._displace(out, grad, step):
+                params[start:stop].add_(out[start:stop])
+        self._steps.append(step)
+
     def push(
         self,
+        step: Step,
         grad: Tensor | None,
-        lr: Sequence[float],
-        samples: int,
-        loss: Loss,
-        batch: int,
         params: Tensor | None = None,
-        wants_view: bool = True,
-        absent: Spans = (),
+        *,
         edit: Tensor | None = None,
+        wants_view: bool = True,
     ) -> Push:
         """Push what the rule makes of a batch's gradient f32[P], which was computed on the view at hand.
 
         After local steps, the push covers all of them: ``params`` f32[P] are where the steps have led, and the last
-        batch may have no gradient. Parameters in ``absent`` spans make no step. If the rule pushes a displacement, the
-        push also carries ``edit`` f32[P].
+        batch may have no gradient. If the rule pushes a displacement, the push also carries ``edit`` f32[P].
         """
-        number = self._number(WorkerEvent.PUSH)
+        number = self._take_number(WorkerEvent.PUSH)
         assert self._view is not None
         assert wants_view or self.fetched is not None, "without a view, nothing can be computed next"
-        step, who = LocalStep(batch, tuple(lr), samples, loss), self.role
-        out, outbox = self._work_out(grad, step, self._view.params, params, absent, edit)
-        steps = [*self._steps, step]
+        steps, who = [*self._steps, step], self.role
+        vector, outbox = self._make_vector(step, grad, params, edit)
+        absent = step.absent
         if self.compressor is None and self.rule.pushes != "gradient":
             absent = ()  # the push is zero there already, except for an edit
         encoded = None
@@ -248,7 +238,7 @@ class WorkerCore:
             self.staging.settle()
             sent = outbox.to("cpu")
             encoded = self.compressor.compress(sent, self.epoch, absent)
-            out = outbox = sent.to(outbox.device)
+            vector = outbox = sent.to(outbox.device)
         push = Push(
             worker=who.worker,
             incarnation=who.incarnation,
@@ -265,38 +255,17 @@ class WorkerCore:
             wants_view=wants_view,
             encoded=encoded,
         )
-        self._undecided, self._ahead = number, not wants_view
+        self.undecided, self._fetches_ahead = number, not wants_view
         if not wants_view:
-            self._turn(out)
-        return self._ask(push)
+            self._advance_view(vector)
+        return self._expect_answer(push)
 
-    def _turn(self, push: Tensor) -> None:
-        """Go on with the view that was fetched ahead, which does not contain ``push`` f32[P]."""
-        self._view, self.fetched = self.fetched, None
-        adds_up = self.push_moves_view and not self._in_doubt and all_finite(push)
-        self._own = push if adds_up else None
-
-    def compute_on(self, params: Tensor) -> None:
-        """Fill ``params`` f32[P] with the values that the next gradient is to be computed on."""
-        assert self._view is not None
-        self.staging.load(params, self._view.params)
-        # Remember both: in a pipeline, another view may have arrived before the batch on this one ends.
-        self._loaded = self._view.params, self._own
-        if self._own is not None:
-            params.add_(self._own.to(params.device))
-
-    def _work_out(
-        self,
-        grad: Tensor | None,
-        step: LocalStep,
-        view: Tensor,
-        params: Tensor | None,
-        absent: Spans,
-        edit: Tensor | None,
+    def _make_vector(
+        self, step: Step, grad: Tensor | None, params: Tensor | None, edit: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Return the push f32[P], and its outbox, where the link takes it from.
+        """Return the vector to push, f32[P], and its outbox, where the link takes it from.
 
-        The slices of the push are still on their way to the outbox, one after another.
+        The slices of the vector are still on their way to the outbox, one after another.
         """
         slices: Iterator[tuple[int, int]]
         if grad is None:
@@ -306,8 +275,9 @@ class WorkerCore:
             slices = ((start, stop) for _, start, stop in self.role.layout.slices(self.staging.slice_floats))
         else:
             out = torch.empty_like(grad)
-            slices = self._displace(out, grad, step.lr, absent)
+            slices = self._displace(out, grad, step)
         outbox = self.staging.outbox(out)
+        assert self._view is not None
         for start, stop in slices:
             if edit is not None and self.rule.pushes == "displacement":
                 out[start:stop].add_(edit[start:stop])
@@ -315,28 +285,20 @@ class WorkerCore:
                 assert params is not None
                 out[start:stop].add_(params[start:stop])
             if self.rule.pushes != "parameters" and self._steps:  # x_K − x_0, the sum of all displacements
-                out[start:stop].sub_(view[start:stop].to(out.device, non_blocking=True))
+                out[start:stop].sub_(self._view.params[start:stop].to(out.device, non_blocking=True))
             self.staging.send(out, outbox, start, stop)
         return out, outbox
 
-    def _mean(self, losses: list[float | Tensor]) -> float | None:
-        """Return the mean of ``losses``; None if there is none, or if it is a tensor that ``complete`` reads later."""
-        mean = sum(losses) / len(losses) if losses else None
-        if not isinstance(mean, Tensor):
-            return mean
-        self._loss = self.staging.lift(mean.reshape(1))
-        return None
-
-    def _displace(self, out: Tensor, grad: Tensor, lr: tuple[float, ...], absent: Spans) -> Iterator[tuple[int, int]]:
+    def _displace(self, out: Tensor, grad: Tensor, step: Step) -> Iterator[tuple[int, int]]:
         """Write what the rule makes of one gradient into ``out`` f32[P]; yield (start, stop) of each finished slice.
 
-        In ``absent`` spans, write zeros and leave the rule's vectors as they are. After the last slice, the vectors
-        have moved on tentatively.
+        In absent spans, write zeros and leave the rule's vectors as they are. After the last slice, the vectors have
+        moved on tentatively.
         """
         new = self._spare.pop()
-        contexts = [Context(*rates, 0.0, 0, self.version, 0) for rates in zip(lr, self._current_lr, strict=True)]
+        contexts = [Context(*rates, 0.0, 0, self.version, 0) for rates in zip(step.lr, self._current_lr, strict=True)]
         for group, begin, end in self.role.layout.slices(self.staging.slice_floats):
-            for start, stop, is_absent in parts(begin, end, absent):
+            for start, stop, is_absent in parts(begin, end, step.absent):
                 old = _cut(self._current, start, stop)
                 if is_absent:
                     out[start:stop].zero_()
@@ -347,41 +309,90 @@ class WorkerCore:
             yield begin, end
         if self._current is not self._committed:
             self._spare.append(self._current)
-        self._current, self._current_lr = new, lr
+        self._current, self._current_lr = new, step.lr
+
+    def _mean(self, losses: list[float | Tensor]) -> float | None:
+        """Return the mean of ``losses``; None if there is none, or if it is a tensor that ``complete`` reads later."""
+        mean = sum(losses) / len(losses) if losses else None
+        if not isinstance(mean, Tensor):
+            return mean
+        self._loss = self.staging.lift(mean.reshape(1))
+        return None
+
+    def _advance_view(self, push: Tensor) -> None:
+        """Go on with the view that was fetched ahead, which does not contain ``push`` f32[P]."""
+        self._view, self.fetched = self.fetched, None
+        adds_up = self.push_moves_view and not self._in_doubt and all_finite(push)
+        self._own_push = push if adds_up else None
+
+    # ---- other requests ------------------------------------------------------------------------------------------
+
+    def join(self, params: Tensor | None = None, untrained: Tensor | None = None) -> Join:
+        """Enter the run, or enter it again after a refusal that asked for this.
+
+        Worker 0 brings ``params`` f32[P], and ``untrained`` f32[U], which its model holds beside the parameters.
+
+        A worker that was in the run already brings its newest view, because a restarted server may lack it.
+        """
+        role, newest = self.role, self.fetched or self._view
+        return self._expect_answer(
+            Join(
+                role.worker,
+                role.incarnation,
+                self._take_number(WorkerEvent.JOIN),
+                role.digest,
+                role.momentum,
+                role.layout,
+                role.plan,
+                role.ahead,
+                params if newest is None else newest.params,
+                0 if newest is None else newest.version,
+                0 if newest is None else newest.life,
+                untrained,
+            )
+        )
 
     def pull(self, ahead: bool = False, skipped: Sequence[int] = ()) -> Pull:
         """Ask for batches when none are left at hand; with ``ahead``, ask for the view to use after the next push.
 
         The request also tells the server which batches were ``skipped``: they count as used, without a step.
         """
-        number = self._number(WorkerEvent.PULL)
-        self._ahead = ahead
-        return self._ask(Pull(self.role.worker, self.role.incarnation, number, ahead, tuple(skipped)))
+        number = self._take_number(WorkerEvent.PULL)
+        self._fetches_ahead = ahead
+        return self._expect_answer(Pull(self.role.worker, self.role.incarnation, number, ahead, tuple(skipped)))
 
     def fetch(self) -> Fetch:
         """Ask for what worker 0's model holds beside the parameters."""
-        return self._ask(Fetch(self.role.worker, self.role.incarnation, self._number(WorkerEvent.FETCH)))
+        number = self._take_number(WorkerEvent.FETCH)
+        return self._expect_answer(Fetch(self.role.worker, self.role.incarnation, number))
 
     def leave(self, buffers: Tensor, edit: Tensor | None = None, stop: str = "") -> Leave:
         """Leave in good order, and send the batch-norm statistics f32[B] and the last ``edit`` f32[P].
 
         ``stop``, if given, says why the run is to end for all workers.
         """
-        number, done = self._number(WorkerEvent.LEAVE), self.done or bool(stop)
+        number, done = self._take_number(WorkerEvent.LEAVE), self.done or bool(stop)
         given = self.given_back()
         if edit is not None:
             given = self.staging.lift(edit) if given is None else given.add_(edit.to(given.device))
         who = self.role
-        return self._ask(Leave(who.worker, who.incarnation, number, given, buffers, done=done, stop=stop))
+        return self._expect_answer(Leave(who.worker, who.incarnation, number, given, buffers, done=done, stop=stop))
 
     def report(self, figures: dict[str, float | str | None]) -> Report:
         """Send figures for summary.json. Raises OutOfRangeError if they are too many or too long."""
         check_reported(figures)
-        return self._ask(Report(self.role.worker, self.role.incarnation, self._number(WorkerEvent.REPORT), figures))
+        number = self._take_number(WorkerEvent.REPORT)
+        return self._expect_answer(Report(self.role.worker, self.role.incarnation, number, figures))
 
     def bye(self) -> Bye:
         """End the conversation."""
-        return self._ask(Bye(self.role.worker, self.role.incarnation, self._number(WorkerEvent.BYE)))
+        return self._expect_answer(Bye(self.role.worker, self.role.incarnation, self._take_number(WorkerEvent.BYE)))
+
+    def renew(self, request: Renewed) -> Renewed:
+        """Make a Join or a Leave once more after a refusal, with a new number, as the worker is now."""
+        number, incarnation = self._take_number(EVENT_OF[type(request)]), self.role.incarnation
+        news: dict[str, Any] = {"done": self.done or bool(request.stop)} if isinstance(request, Leave) else {}
+        return self._expect_answer(replace(request, request=number, incarnation=incarnation, **news))
 
     def complete(self, request: Asked) -> Asked:
         """Return ``request`` once all its parts have arrived. This is the only wait for the device in a step."""
@@ -391,13 +402,14 @@ class WorkerCore:
         loss, self._loss = self._loss.item(), None
         return replace(request, loss=loss)
 
-    def _number(self, event: WorkerEvent) -> int:
+    def _take_number(self, event: WorkerEvent) -> int:
         """Return the number of a new request. Raises IllegalTransitionError if the worker may not make it now."""
         WORKER_TRANSITIONS.after(self.state, event, str(self.role.worker))
-        self._request += 1
-        return self._request
+        self._last_number += 1
+        return self._last_number
 
-    def _ask(self, request: Asked) -> Asked:
+    def _expect_answer(self, request: Asked) -> Asked:
+        """Note that ``request`` is made and waits for its reply, and return it."""
         self._move(EVENT_OF[type(request)])
         self.unanswered = request
         return request
@@ -415,15 +427,14 @@ class WorkerCore:
         if isinstance(reply, Parameters):
             self.epoch, self.done = reply.epoch, reply.done
             if reply.view.numel():
-                self._keep(View(reply.version, reply.life, reply.view))
+                self._store_view(View(reply.version, reply.life, reply.view))
             # If the answer to a push was lost, the server may have applied the push before it gave this worker up.
-            applied = reply.applied if asked is WorkerState.PUSHING else reply.last_applied == self._undecided != 0
-            differing = [part for part in reply.parts if (part[2] == self._undecided != 0) != applied]
-            self.applied = applied
-            self._commit(applied, [(start, stop) for start, stop, _ in differing])
+            self.applied = reply.applied if asked is WorkerState.PUSHING else self._is_undecided(reply.last_applied)
+            differing = [part for part in reply.parts if self._is_undecided(part[2]) != self.applied]
+            self._end_steps(self.applied, [(start, stop) for start, stop, _ in differing])
             if asked is WorkerState.PUSHING:
-                self._in_doubt = not applied
-                self._heed(reply)
+                self._in_doubt = not self.applied
+                self._start_afresh_if_sick(reply)
         elif isinstance(reply, Refusal):
             self._in_doubt = True
             if asked is WorkerState.JOINING and reply.newest >= self.role.incarnation:
@@ -431,36 +442,19 @@ class WorkerCore:
                 # worker that was in the run already, and was replaced, does not come back.)
                 self.role = replace(self.role, incarnation=reply.newest + 1)
 
-    def _heed(self, reply: Parameters) -> None:
-        """Start afresh after FRESH_AFTER pushes in a row were refused for their values.
-
-        With the same velocity and residual, the server would refuse the next push, too. The worker forfeits its share
-        of the look-ahead, as a worker that crashes does: the vectors led to the refused pushes, so giving them back
-        would move the parameters just as far.
-        """
-        self._sick_in_a_row = 0 if reply.applied else self._sick_in_a_row + (reply.refused in SICK)
-        if self._sick_in_a_row < FRESH_AFTER:
-            return
-        self._sick_in_a_row = 0
-        for vector in self._committed.values():
-            vector.zero_()
-        if self.compressor:
-            self.compressor.forget()
-
-    @property
-    def version(self) -> int:
-        """The version of the view at hand."""
-        return 0 if self._view is None else self._view.version
-
-    def _keep(self, view: View) -> None:
-        if self._ahead:
+    def _store_view(self, view: View) -> None:
+        if self._fetches_ahead:
             self.fetched = view
         else:
-            self._view, self.fetched, self._own = view, None, None
+            self._view, self.fetched, self._own_push = view, None, None
 
-    def _commit(self, applied: bool, otherwise: Sequence[tuple[int, int]] = ()) -> None:
-        """Keep the steps since the last push, or undo them; in the ``otherwise`` slices, do the opposite."""
-        self._steps, self._undecided = [], 0
+    def _is_undecided(self, number: int) -> bool:
+        """Return whether the push whose outcome is not known yet has this request number."""
+        return number == self.undecided != 0
+
+    def _end_steps(self, applied: bool, otherwise: Sequence[tuple[int, int]] = ()) -> None:
+        """Commit the steps since the last push, or undo them; in the ``otherwise`` slices, do the opposite."""
+        self._steps, self.undecided = [], 0
         if self.compressor:
             self.compressor.settle(applied, otherwise)
         if self._current is self._committed:
@@ -479,22 +473,25 @@ class WorkerCore:
             for vector in self._committed.values():
                 vector.zero_()
 
+    def _start_afresh_if_sick(self, reply: Parameters) -> None:
+        """Zero the rule's vectors and the residual if FRESH_AFTER pushes in a row were refused for their values.
+
+        With the same velocity and residual, the server would refuse the next push, too. The worker forfeits its share
+        of the look-ahead, as a worker that crashes does: the vectors led to the refused pushes, so giving them back
+        would move the parameters just as far.
+        """
+        self._sick_in_a_row = 0 if reply.applied else self._sick_in_a_row + (reply.refused in SICK)
+        if self._sick_in_a_row < FRESH_AFTER:
+            return
+        self._sick_in_a_row = 0
+        for vector in self._committed.values():
+            vector.zero_()
+        if self.compressor:
+            self.compressor.forget()
+
 
 def _cut(vectors: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
     return {name: vector[start:stop] for name, vector in vectors.items()}
-
-
-class Backoff:
-    """Growing waits between repetitions: each is twice the one before, up to a cap, plus a random 0 to 50 %."""
-
-    def __init__(self, first_s: float, longest_s: float, seed: int):
-        self._next_s = first_s
-        self._longest_s = longest_s
-        self._random = random.Random(seed)
-
-    def wait_s(self) -> float:
-        wait_s, self._next_s = self._next_s, min(2 * self._next_s, self._longest_s)
-        return wait_s * (1 + self._random.random() / 2)
 
 
 def answers(reply: Reply, request: Request) -> bool:

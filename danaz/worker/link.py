@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from math import ceil
@@ -17,7 +18,7 @@ from danaz.protocol.keys import WorkerKeys
 from danaz.protocol.memory import keep_freed_memory
 from danaz.protocol.messages import Heartbeat, Parameters, Reply
 from danaz.protocol.wire import Inbox, StrayChunkError, WireError, encode, split
-from danaz.worker.core import Backoff, Request, answers
+from danaz.worker.core import Request, answers
 from danaz.worker.staging import IN_PLACE, Staging
 
 HEARTBEAT_S = 5.0
@@ -56,6 +57,19 @@ class Link(Protocol):
 
     def close(self) -> None:
         """Free the resources of this link."""
+
+
+class Backoff:
+    """Growing waits between repetitions: each is twice the one before, up to a cap, plus a random 0 to 50 %."""
+
+    def __init__(self, first_s: float, longest_s: float, seed: int):
+        self._next_s = first_s
+        self._longest_s = longest_s
+        self._random = random.Random(seed)
+
+    def wait_s(self) -> float:
+        wait_s, self._next_s = self._next_s, min(2 * self._next_s, self._longest_s)
+        return wait_s * (1 + self._random.random() / 2)
 
 
 class DealerLink:

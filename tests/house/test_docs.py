@@ -18,8 +18,7 @@ from packages import ORDER
 import danaz.torch as danaz
 from danaz.cli.main import app
 from danaz.rules import ALGORITHMS
-from danaz.worker.core import Backoff
-from danaz.worker.link import GIVE_UP_S, RETRY_FIRST_S, RETRY_LONGEST_S
+from danaz.worker.link import GIVE_UP_S, RETRY_FIRST_S, RETRY_LONGEST_S, Backoff
 from danaz.worker.sharded import ASK_LONGEST_S
 
 ROOT = Path(__file__).parents[2]

@@ -17,7 +17,7 @@ from danaz.server.settings import ServerSettings
 from danaz.vectors.codecs import Compressor, push_codec, view_codec
 from danaz.vectors.cutting import announced
 from danaz.vectors.flat import SLICE_FLOATS, chunks
-from danaz.worker.core import Role, WorkerCore
+from danaz.worker.core import Role, Step, WorkerCore
 from danaz.worker.link import DealerLink
 
 SMALL, LARGE = 1000, 2 * SLICE_FLOATS + 77
@@ -118,7 +118,7 @@ def test_live_is_what_was_simulated(codec, size):
         reply = exchange(core.join(torch.zeros(size)))
         core.receive(reply)
         for step in range(6):
-            reply = exchange(core.push(reply.view - drawn(size, step), (0.1,), 1, 1.0, step))
+            reply = exchange(core.push(Step(step, (0.1,), 1, 1.0), reply.view - drawn(size, step)))
             assert reply.applied
             core.receive(reply)
         view: Tensor = reply.view.clone()

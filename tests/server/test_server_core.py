@@ -12,7 +12,7 @@ from stimuli import GRADIENT, JOIN, SIZE, answer, arithmetic_of, make_core, para
 from danaz.protocol.messages import MAX_WORKERS, Heartbeat, Leave, Parameters, Plan, Pull, Push, Refusal
 from danaz.server.core import ServerCore
 from danaz.server.settings import ServerSettings
-from danaz.worker.core import Role, WorkerCore
+from danaz.worker.core import Role, Step, WorkerCore
 
 
 class TestJoining:
@@ -226,7 +226,7 @@ def test_who_comes_back_is_told_what_of_his_was_applied():
     worker = WorkerCore(role, core.settings.rule(0.9).worker_rule)
     [(_, first)] = core.handle(b"a", worker.join(torch.zeros(2)), 0.0)
     worker.receive(first)
-    push = worker.push(torch.ones(2), (0.1,), 1, None, 0)
+    push = worker.push(Step(0, (0.1,), 1, None), torch.ones(2))
     [(_, lost)] = core.handle(b"a", push, 1.0)
     assert lost.applied
     core.tick(20.0)

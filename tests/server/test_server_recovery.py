@@ -14,6 +14,7 @@ from danaz.protocol.refusals import OUTLIER
 from danaz.server.core import ServerCore
 from danaz.server.health import ENOUGH_PUSHES, PushHealth
 from danaz.server.snapshot import CoreState
+from danaz.worker.core import Step
 from danaz.worker.states import WorkerState
 
 REPORTED = {"not_finite": 0, "outliers": 1, "refused_pushes": 0, "dropped_batches": 0, "dropped_samples": 0}
@@ -58,7 +59,7 @@ class TestGoingOn:
         cluster.train(4)
         theta = cluster.server.master.params.clone()
         core = cluster.workers[0]
-        push = core.push(GRADIENT, (0.1,), 1, 1.0, cluster.leases(0)[0])
+        push = core.push(Step(cluster.leases(0)[0], (0.1,), 1, 1.0), GRADIENT)
         cluster.server.handle(0, push, 0.0)  # and its answer is lost
         cluster.restart(state)
         for worker in (0, 1):
@@ -70,7 +71,7 @@ class TestGoingOn:
         cluster = Restartable("dana", 2, torch.ones(SIZE))
         state = cluster.server.snapshot()
         core = cluster.workers[0]
-        cluster.server.handle(0, core.push(GRADIENT, (0.1,), 1, 1.0, cluster.leases(0)[0]), 0.0)  # no answer
+        cluster.server.handle(0, core.push(Step(cluster.leases(0)[0], (0.1,), 1, 1.0), GRADIENT), 0.0)  # no answer
         cluster.push(1, GRADIENT, 0.1)
         cluster.restart(state)
         for worker in (0, 1):

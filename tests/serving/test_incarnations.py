@@ -19,9 +19,9 @@ from danaz.protocol.wire import decode, encode
 from danaz.server.core import ServerCore
 from danaz.server.offering import CompletedRun
 from danaz.worker import link as link_module
+from danaz.worker.conversation import RefusedError
 from danaz.worker.link import DealerLink, Link
 from danaz.worker.states import WorkerState
-from danaz.worker.worker import RefusedError
 
 FUTURE = 1 << 45  # milliseconds: a clock that is centuries ahead
 
@@ -52,7 +52,7 @@ class TestAClockThatIsSlow:
     def test_a_worker_joins_with_the_next_one(self) -> None:
         line = Line("dana")
         worker = make_worker(line)
-        core = worker._core
+        core = worker.conversation.core
         assert core is not None
         layout = core.role.layout
         first = replace(JOIN, incarnation=FUTURE, layout=layout, plan=core.role.plan, ahead=2)
@@ -141,7 +141,7 @@ class TestTooLate:
         line = Line("dana")
         over = self.Over(line if pushes is not None else None, pushes or 0)
         worker = make_worker(line)
-        worker._link = over
+        worker.conversation.link = over
         if not pipelined:
             worker.pipeline = None
         train(worker, says_good_bye=False)
@@ -152,8 +152,8 @@ class TestTooLate:
     def test_any_other_refusal_is_a_fault(self) -> None:
         line = Line("dana")
         worker = make_worker(line)
-        assert worker._core is not None
-        worker._core.role = replace(worker._core.role, digest="another")
+        assert worker.conversation.core is not None
+        worker.conversation.core.role = replace(worker.conversation.core.role, digest="another")
         with pytest.raises(RefusedError, match="different configurations"):
             worker.join(bring_params=True)
         worker.close(in_good_order=False)

@@ -13,7 +13,7 @@ from danaz.server.core import ServerCore
 from danaz.server.figures import Update
 from danaz.server.settings import ServerSettings
 from danaz.vectors.flat import Layout, Spans
-from danaz.worker.core import LocalStep, Request, Role, WorkerCore
+from danaz.worker.core import Request, Role, Step, WorkerCore
 
 DIGEST = "the same everywhere"
 TIMEOUT_S = 60.0
@@ -97,9 +97,9 @@ class Cluster:
         core, params = self.workers[worker], self.views[worker].clone()
         batches = self.leases(worker)
         for batch, grad in zip(batches, local, strict=False):
-            core.local_step(LocalStep(batch, rates, 0, loss), params, grad, absent)
+            core.local_step(Step(batch, rates, 0, loss, absent), grad, params)
         batch = batches[len(local)]
-        return self.say(worker, core.push(last, rates, samples, loss, batch, params, absent=absent, edit=edit))
+        return self.say(worker, core.push(Step(batch, rates, samples, loss, absent), last, params, edit=edit))
 
     def skip(self, worker: int) -> Reply | None:
         """Make no step for the first batch that the worker holds."""

@@ -15,7 +15,8 @@ from danaz.server.settings import ServerSettings
 from danaz.server.snapshot import CoreState
 from danaz.torch.alone import LocalLink
 from danaz.vectors.flat import FlatModel
-from danaz.worker.core import Request, Role, WorkerCore
+from danaz.worker.conversation import Conversation
+from danaz.worker.core import Request, Role, Step, WorkerCore
 from danaz.worker.group import SoloGroup
 from danaz.worker.sharded import ShardedLink
 from danaz.worker.worker import Worker
@@ -65,7 +66,7 @@ def make_worker(*lines: Line, size: int = SIZE) -> Worker:
     role = Role(0, 1, DIGEST, 0.9, flat.layout, PLAN, ahead=2)
     core = WorkerCore(role, rule.worker_rule, push_moves_view=rule.push_moves_view)
     link = lines[0] if len(lines) == 1 else ShardedLink(lines, flat.layout)
-    return Worker(SoloGroup(), flat, 2, core, link, pipelined=True)
+    return Worker(SoloGroup(), flat, 2, Conversation(core, link), pipelined=True)
 
 
 def train(worker: Worker, says_good_bye: bool = True) -> None:
@@ -74,7 +75,7 @@ def train(worker: Worker, says_good_bye: bool = True) -> None:
     while not worker.done:
         if worker.batches.waiting:
             batch = worker.batches.begin()
-            worker.push(worker.flat.params - 1, [0.05], 1, 1.0, batch)
+            worker.push(Step(batch, (0.05,), 1, 1.0), worker.flat.params - 1)
         else:
             worker.pull()
     worker.leave()

@@ -13,7 +13,7 @@ from danaz.protocol.messages import Final, Leave, Parameters, Plan, Push, Refusa
 from danaz.server.core import ServerCore
 from danaz.server.settings import ServerSettings
 from danaz.server.snapshot import CoreState
-from danaz.worker.core import Role, WorkerCore
+from danaz.worker.core import Role, Step, WorkerCore
 from danaz.worker.states import WorkerState
 
 WORKERS = 3
@@ -131,7 +131,7 @@ class MortalCluster:
             reply = inbox.pop(0)
             if core.unanswered is None or reply.request != core.unanswered.request:
                 continue
-            before, undecided = core.state, core._undecided
+            before, undecided = core.state, core.undecided
             core.receive(reply)
             if isinstance(reply, Parameters):
                 self.last[worker] = reply
@@ -158,7 +158,8 @@ class MortalCluster:
         elif view.leases:
             batch, *others = view.leases
             wants_view = not (self.pipelined and others)
-            self.ask(worker, core.push(torch.full((SIZE,), grad), (lr,), 2, 1.0, batch, wants_view=wants_view), lost)
+            step = Step(batch, (lr,), 2, 1.0)
+            self.ask(worker, core.push(step, torch.full((SIZE,), grad), wants_view=wants_view), lost)
         else:
             self.ask(worker, core.pull(), lost)
 

@@ -25,7 +25,7 @@ from danaz.server.settings import ServerSettings
 from danaz.serving.checkpoint import folder_of
 from danaz.serving.keeper import Keeper, SliceKeeper
 from danaz.vectors.flat import Layout
-from danaz.worker.core import Request, Role, WorkerCore, answers
+from danaz.worker.core import Request, Role, Step, WorkerCore, answers
 from danaz.worker.sharded import ShardedLink
 
 LAYOUT = Layout.from_lists([[["a", [40], [1]], ["b", [8, 6], [6, 1]], ["c", [40], [1]]], [], [128]])
@@ -164,7 +164,7 @@ class Trainer:
     def push(self) -> None:
         batch = self.reply.leases[0]
         grad = torch.randn(LAYOUT.size, generator=torch.Generator().manual_seed(batch))
-        self.reply = self.say(lambda: self.core.push(grad, (0.1,), 4, 1.0, batch))
+        self.reply = self.say(lambda: self.core.push(Step(batch, (0.1,), 4, 1.0), grad))
         assert isinstance(self.reply, Parameters)
 
     def train(self, pushes: int = 1000) -> None:

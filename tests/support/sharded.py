@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from danaz.protocol.messages import Plan, Reply
+from danaz.protocol.messages import Parameters, Plan, Push, Reply
 from danaz.run.settings import Settings
 from danaz.server.core import ServerCore
 from danaz.server.settings import ServerSettings
 from danaz.vectors.codecs import Compressor
 from danaz.vectors.flat import Layout
-from danaz.worker.core import Request, Role, WorkerCore, answers
+from danaz.worker.core import Request, Role, Step, WorkerCore, answers
 from danaz.worker.sharded import ShardedLink
 
 ROWS = [["a", [40], [1]], ["b", [8, 6], [6, 1]], ["c", [], []], ["d", [39], [1]]]  # 128 floats
@@ -29,8 +29,10 @@ class CoreLink:
     def __init__(self, core: ServerCore, route: int, mail: dict[int, Reply]):
         self.core, self.route, self.mail = core, route, mail
         self.said: list[Request] = []
+        self.alter: Callable[[Request], Request] = lambda request: request  # what becomes of a request on its way
 
     def exchange(self, request: Request) -> Reply:
+        request = self.alter(request)
         self.said.append(request)
         self.mail.update({int(to): reply for to, reply in self.core.handle(self.route, request, 0.0)})
         reply = self.mail.pop(self.route)
@@ -72,6 +74,11 @@ def say(core: WorkerCore, link: ShardedLink, request: Request) -> Any:
     reply = link.exchange(request)
     core.receive(reply)
     return reply
+
+
+def push_of(core: WorkerCore, view: Parameters, grad: Tensor | None = None) -> Push:
+    """Push ``grad`` f32[P], or ones, for the first batch that the worker holds."""
+    return core.push(Step(view.leases[0], (0.1, 0.1, 0.1), 1, 1.0), torch.ones(LAYOUT.size) if grad is None else grad)
 
 
 def gradients() -> Iterator[Tensor]:

@@ -20,7 +20,7 @@ from danaz.server.settings import ServerSettings
 from danaz.serving.recording import Recorder
 from danaz.serving.router import Router
 from danaz.serving.socket import BoundRouter
-from danaz.worker.core import Role, WorkerCore
+from danaz.worker.core import Role, Step, WorkerCore
 from danaz.worker.link import DealerLink, ServerLostError
 
 ANYWHERE = "tcp://127.0.0.1:0"
@@ -114,7 +114,8 @@ class LiveWorker(threading.Thread):
                 break
             if reply.leases:
                 grad: Tensor = reply.view - 1
-                reply = ask(core.push(grad, (0.05,), 4, float(grad.square().sum() / 2), reply.leases[0]))
+                step = Step(reply.leases[0], (0.05,), 4, float(grad.square().sum() / 2))
+                reply = ask(core.push(step, grad))
             else:
                 reply = ask(core.pull())
         final = ask(core.leave(torch.ones(1)))

@@ -104,7 +104,7 @@ def test_a_script_alone(alone: None) -> None:
     assert loss < 0.1
     danaz.finish()  # epochs() has done it already
     danaz.report(test_error_percent=12.5, remark="fine")
-    summary = danaz._current.worker._link.core.summary()
+    summary = danaz._current.worker.conversation.link.core.summary()
     assert summary["reported"]["test_error_percent"] == 12.5
     assert summary["reported"]["remark"] == "fine"
     assert summary["updates"] == 24
@@ -140,7 +140,7 @@ def test_leaving_the_loop_over_epochs_and_finishing_by_hand(alone: None) -> None
             break
     danaz.finish()
     danaz.report(epochs_used=epoch + 1)
-    theta = danaz._current.worker._link.core.master.params
+    theta = danaz._current.worker.conversation.link.core.master.params
     assert torch.equal(torch.cat([model.weight.detach().flatten(), model.bias.detach()]), theta)
 
 

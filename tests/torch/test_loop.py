@@ -72,7 +72,7 @@ class Script:
     @property
     def theta(self) -> torch.Tensor:
         assert danaz._current is not None
-        theta: torch.Tensor = danaz._current.worker._link.core.master.params  # type: ignore[union-attr]
+        theta: torch.Tensor = danaz._current.worker.conversation.link.core.master.params  # type: ignore[union-attr]
         return theta
 
     @property
@@ -83,7 +83,7 @@ class Script:
     @property
     def summary(self) -> dict[str, object]:
         assert danaz._current is not None
-        summary: dict[str, object] = danaz._current.worker._link.core.summary()  # type: ignore[union-attr]
+        summary: dict[str, object] = danaz._current.worker.conversation.link.core.summary()  # type: ignore[union-attr]
         return summary
 
 

@@ -190,14 +190,15 @@ def test_a_push_that_is_not_finite_leaves_the_velocity_and_training_goes_on(valu
         step = poisoned({2}, value)
         for count, (x, y) in enumerate(session.shard(DataLoader(make_data(), batch_size=5), 0)):
             if count == 2:
-                velocity, view = session.worker._core.vectors["velocity"].clone(), optimizer.flat.params.clone()
+                velocity = session.worker.conversation.core.vectors["velocity"].clone()
+                view = optimizer.flat.params.clone()
             step(model, optimizer, x, y)
             if count == 2:
-                assert torch.equal(session.worker._core.vectors["velocity"], velocity)
+                assert torch.equal(session.worker.conversation.core.vectors["velocity"], velocity)
                 assert torch.equal(optimizer.flat.params, view)
                 assert session.worker.metrics.refused_pushes == 1
         session.finish()
-        server = session.worker._link.core
+        server = session.worker.conversation.link.core
         assert count + 1 == 5
         assert server.figures.updates == 4
         assert dict(server.figures.refusals) == {"push is not finite": 1}
@@ -221,7 +222,7 @@ def test_three_in_a_row_end_the_run_as_diverged() -> None:
             for x, y in session.shard(DataLoader(make_data(), batch_size=BATCH), epoch):
                 step(model, optimizer, x, y)
         session.finish()
-        summary = session.worker._link.core.summary()
+        summary = session.worker.conversation.link.core.summary()
     assert steps == 6
     assert session.worker.metrics.diverged
     assert summary["diverged"]
@@ -341,7 +342,7 @@ def test_a_skipped_batch_counts_as_used() -> None:
             if number != 1:
                 usual_step(model, optimizer, x, y)
         session.finish()
-        summary = session.worker._link.core.summary()
+        summary = session.worker.conversation.link.core.summary()
         assert (summary["updates"], summary["skipped_batches"], summary["epochs"]) == (2, 1, 1.0)
 
 

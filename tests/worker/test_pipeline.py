@@ -24,9 +24,9 @@ from danaz.simulate.simulator import Simulation
 from danaz.torch.alone import LocalLink
 from danaz.vectors.codecs import Compressor, push_codec
 from danaz.vectors.flat import chunks
-from danaz.worker.core import Request
+from danaz.worker.core import Request, Step
 from danaz.worker.link import ServerLostError
-from danaz.worker.pipeline import Pipeline
+from danaz.worker.pipeline import FetchDelay
 
 QUADRATIC = Path(__file__).parents[2] / "configs/quadratic.yaml"
 WORKERS = 4
@@ -80,7 +80,7 @@ class Pipelined(Cluster):
         return self.views[worker].clone()
 
     def make(self, worker: int, grad: Tensor) -> Push:
-        return self.workers[worker].push(grad, (0.1,), 1, 1.0, self.leases(worker)[0], wants_view=False)
+        return self.workers[worker].push(Step(self.leases(worker)[0], (0.1,), 1, 1.0), grad, wants_view=False)
 
     def push_beside(self, worker: int, grad: Tensor = GRADIENT) -> Parameters:
         reply = self.say(worker, self.make(worker, grad))
@@ -186,21 +186,21 @@ class TestHowLateItIsApplied:
         [([0.1], True), ([0.1, 0.11], True), ([0.02, 0.18], False), ([0.003, 0.003, 0.03], False)],
     )
     def test_a_view_is_fetched_late_where_batches_take_even_time(self, computing_s, late):
-        pipeline = Pipeline(lambda make: Parameters(1, 1, True, "", (), True, 0.0, 0, None, torch.empty(0)))
+        delay = FetchDelay()
         for turn in range(100):
-            pipeline._computing.saw(computing_s[turn % len(computing_s)])
-            pipeline._fetching.saw(0.01)
-        pipeline.close()
-        assert (pipeline._patience_s > 0.05) == late
-        assert (pipeline._patience_s <= 0) == (not late), "as the batch begins"
+            delay.saw_batch(computing_s[turn % len(computing_s)])
+            delay.saw_fetch(0.01)
+        assert (delay.seconds > 0.05) == late
+        assert (delay.seconds <= 0) == (not late), "as the batch begins"
 
 
 class TestFaultsBetweenPushAndFetch:
     def goes_on(self, cluster: Pipelined, updates: int) -> None:
         """The batch that worker 0 computed on its old view is refused, computed again, and applied once."""
+        view = cluster.views[0].clone()
         refused = cluster.push_beside(0)
         assert not refused.applied
-        assert torch.equal(cluster.point(0), cluster.workers[0]._view.params), "the push on top would be refused too"
+        assert torch.equal(cluster.point(0), view), "the push on top would be refused too"
         cluster.fetch(0)
         assert cluster.push_beside(0).applied
         assert [update.version for update in cluster.updates] == list(range(1, updates + 1))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from live import Running, launch, read_updates, until
 from safetensors.torch import load_file
-from sharded import LAYOUT, PLAN, compressor_of, gradients, linked, make_cores, say
+from sharded import LAYOUT, PLAN, compressor_of, gradients, linked, make_cores, push_of, say
 from torch import Tensor
 
 from danaz.launch.options import RunOptions
@@ -26,7 +26,7 @@ from danaz.server.core import ServerCore
 from danaz.server.figures import Update
 from danaz.vectors.codecs import Compressor
 from danaz.vectors.flat import Layout, shard_spans
-from danaz.worker.core import Role, WorkerCore
+from danaz.worker.core import Role, Step, WorkerCore
 from danaz.workloads.digits import DigitsNet
 
 ELEMENTWISE = ["asgd", "nag-asgd", "dana", "dana-zero", "dana-ga", "dana-dc", "dana-sa", "dana-nadam", "easgd"]
@@ -49,7 +49,7 @@ def train(
             batch = replies[core.role.worker].leases[0]
             lr = (0.1, 0.2, 0.05 / (1 + number))
             params = replies[core.role.worker].view.clone()
-            reply = say(core, link, core.push(next(grads), lr, 4, 1.0, batch, params))
+            reply = say(core, link, core.push(Step(batch, lr, 4, 1.0), next(grads), params))
             assert reply.applied
             replies[core.role.worker] = reply
             views.append(reply.view.clone())
@@ -89,7 +89,7 @@ def test_each_shard_is_sent_its_chunks_alone() -> None:
     cores = make_cores("dana", 3)
     with linked(cores, compressor=compressor_of("topk:0.1", 3)) as (core, link, links):
         joined = say(core, link, core.join(torch.zeros(LAYOUT.size)))
-        push = core.push(next(gradients()), (0.1, 0.1, 0.1), 1, 1.0, joined.leases[0])
+        push = push_of(core, joined, next(gradients()))
         link.exchange(push)
         for each, (start, stop) in zip(links, shard_spans(LAYOUT.size, 3), strict=True):
             part = each.said[-1]
@@ -134,17 +134,17 @@ def test_there_is_no_gap_of_a_push_that_a_slice_has_lost() -> None:
         for number in range(4):
             if number == 1:
                 cores[1].tick(1000.0)  # shard 1 gives the worker up
-            reply = say(core, link, core.push(torch.ones(LAYOUT.size), (0.1, 0.1, 0.1), 1, 1.0, reply.leases[0]))
+            reply = say(core, link, push_of(core, reply))
     assert [update.gap is not None for update in journal] == [False, True, False, True]
 
 
 def refused_by_shard_0(**brought: Any) -> str:
     """Return why shard 0 did not apply a push that says this about the other slices."""
     cores = make_cores("asgd", 2)
-    with linked(cores) as (core, link, _):
+    with linked(cores) as (core, link, links):
         joined = say(core, link, core.join(torch.zeros(LAYOUT.size)))
-        push = link._part(0, core.push(torch.ones(LAYOUT.size), (0.1, 0.1, 0.1), 1, 1.0, joined.leases[0]))
-        [(_, reply)] = cores[0].handle(0, replace(push, **brought), 0.0)
+        links[0].alter = lambda push: replace(push, **brought)
+        reply = say(core, link, push_of(core, joined))
         assert isinstance(reply, Parameters)
         assert cores[0].master.version == 0
         return reply.refused
@@ -182,7 +182,7 @@ def test_what_no_shard_alone_sees_is_refused_by_all() -> None:
         joined = say(core, link, core.join(torch.zeros(LAYOUT.size)))
         grad = torch.ones(LAYOUT.size)
         grad[-1] = nan  # this element is in the slice of shard 1
-        reply = say(core, link, core.push(grad, (0.1, 0.1, 0.1), 1, 1.0, joined.leases[0]))
+        reply = say(core, link, push_of(core, joined, grad))
         assert reply.refused == "push is not finite"
         assert [each.master.version for each in cores] == [0, 0]
         assert not core.vectors["velocity"].any()
@@ -190,13 +190,11 @@ def test_what_no_shard_alone_sees_is_refused_by_all() -> None:
 
 def test_a_repeated_push_is_applied_once_by_each_shard() -> None:
     cores = make_cores("dana-zero", 2)
-    with linked(cores) as (core, link, _):
+    with linked(cores) as (core, link, links):
         joined = say(core, link, core.join(torch.zeros(LAYOUT.size)))
-        push = core.push(torch.ones(LAYOUT.size), (0.1, 0.1, 0.1), 1, 1.0, joined.leases[0])
-        first = link.exchange(push)
-        parts = [link._part(number, push) for number in (0, 1)]
-        for each, part in zip(cores, parts, strict=True):
-            each.handle(0, part, 0.0)
+        first = say(core, link, push_of(core, joined))
+        for each, said in zip(cores, links, strict=True):
+            each.handle(0, said.said[-1], 0.0)
         assert [each.master.version for each in cores] == [1, 1]
         assert first.applied
 
@@ -207,14 +205,14 @@ def test_a_shard_that_gave_a_worker_up_takes_it_in_again() -> None:
     with linked(cores) as (core, link, _):
         joined = say(core, link, core.join(torch.zeros(LAYOUT.size)))
         cores[1].tick(1000.0)
-        reply = say(core, link, core.push(torch.ones(LAYOUT.size), (0.1, 0.1, 0.1), 1, 1.0, joined.leases[0]))
+        reply = say(core, link, push_of(core, joined))
         assert reply.applied
         assert [each.master.version for each in cores] == [1, 0]
         (_, stop), _ = shard_spans(LAYOUT.size, 2)
         velocity = core.vectors["velocity"]
         assert velocity[:stop].all()
         assert not velocity[stop:].any()
-        say(core, link, core.push(torch.ones(LAYOUT.size), (0.1, 0.1, 0.1), 1, 1.0, reply.leases[0]))
+        say(core, link, push_of(core, reply))
         assert [each.master.version for each in cores] == [2, 1]
         assert core.vectors["velocity"].all()
 
@@ -224,7 +222,7 @@ def test_what_another_shard_applied_of_a_refused_push_counts_there() -> None:
     with linked(cores) as (core, link, _):
         joined = say(core, link, core.join(torch.zeros(LAYOUT.size)))
         cores[0].leases.give_up(0)  # the batch belongs to another worker by now
-        reply = say(core, link, core.push(torch.ones(LAYOUT.size), (0.1, 0.1, 0.1), 1, 1.0, joined.leases[0]))
+        reply = say(core, link, push_of(core, joined))
         assert "not leased" in reply.refused
         (_, stop), _ = shard_spans(LAYOUT.size, 2)
         velocity = core.vectors["velocity"]
@@ -240,7 +238,7 @@ def test_what_error_feedback_keeps_moves_on_with_each_slice() -> None:
     with linked(cores, compressor=compressor) as (core, link, _):
         joined = say(core, link, core.join(torch.zeros(LAYOUT.size)))
         cores[0].leases.give_up(0)
-        reply = say(core, link, core.push(next(gradients()), (0.1, 0.1, 0.1), 1, 1.0, joined.leases[0]))
+        reply = say(core, link, push_of(core, joined, next(gradients())))
         assert "not leased" in reply.refused
         (_, stop), _ = shard_spans(LAYOUT.size, 2)
         assert not compressor.residual[:stop].any()
@@ -252,7 +250,7 @@ def test_given_up_by_shard_0_it_joins_everywhere() -> None:
     with linked(cores) as (core, link, _):
         joined = say(core, link, core.join(torch.zeros(LAYOUT.size)))
         cores[0].tick(1000.0)
-        push = core.push(torch.ones(LAYOUT.size), (0.1, 0.1, 0.1), 1, 1.0, joined.leases[0])
+        push = push_of(core, joined)
         refusal = say(core, link, push)
         assert isinstance(refusal, Refusal)
         assert refusal.rejoin
@@ -268,7 +266,7 @@ def test_the_end_is_put_together_from_all_slices() -> None:
     with linked(cores) as (core, link, links):
         reply = say(core, link, core.join(torch.zeros(LAYOUT.size)))
         while not reply.done:
-            reply = say(core, link, core.push(torch.ones(LAYOUT.size), (0.1, 0.1, 0.1), 1, 1.0, reply.leases[0]))
+            reply = say(core, link, push_of(core, reply))
         given_back = core.given_back()
         before = torch.cat([each.master.params for each in cores])
         final = say(core, link, core.leave(torch.tensor([1.0, 2.0, 3.0])))

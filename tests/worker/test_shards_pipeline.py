@@ -15,7 +15,7 @@ from torch import Tensor
 from danaz.protocol.messages import Pull, Push
 from danaz.server.figures import Update
 from danaz.torch.alone import LocalLink
-from danaz.worker.core import Request
+from danaz.worker.core import Request, Step
 
 
 def computed_on(algorithm: str, shards: int, wire: str) -> tuple[list[Tensor], Tensor, list[Update]]:
@@ -30,7 +30,7 @@ def computed_on(algorithm: str, shards: int, wire: str) -> tuple[list[Tensor], T
         for number in range(11):
             core, link, _ = (second, first)[min(number % 3, 1)]
             batch = fetched[core.role.worker].leases[0]
-            say(core, link, core.push(next(grads), (0.1, 0.2, 0.05), 4, 1.0, batch, wants_view=False))
+            say(core, link, core.push(Step(batch, (0.1, 0.2, 0.05), 4, 1.0), next(grads), wants_view=False))
             points.append(torch.empty(LAYOUT.size))
             core.compute_on(points[-1])
             fetched[core.role.worker] = say(core, link, core.pull(ahead=True))

@@ -20,10 +20,12 @@ from danaz.rules import Context, WorkerRule, find_algorithm
 from danaz.rules.base import Vectors
 from danaz.server.core import ServerCore
 from danaz.server.settings import ServerSettings
+from danaz.torch.alone import LocalLink
 from danaz.torch.optimizer import DistributedOptimizer, Verdict
 from danaz.vectors.codecs import Compressor, push_codec
 from danaz.vectors.flat import SLICE_FLOATS, FlatModel, Spans, chunks
-from danaz.worker.core import Request, Role, WorkerCore
+from danaz.worker.conversation import Conversation
+from danaz.worker.core import Request, Role, Step, WorkerCore
 from danaz.worker.group import SoloGroup
 from danaz.worker.link import DealerLink
 from danaz.worker.sharded import connect
@@ -98,7 +100,7 @@ class Loop:
 
     def push(self, step: int, wants_view: bool) -> Push:
         loss = torch.tensor(float(step), dtype=torch.float64, device=self.grad.device)
-        return self.core.push(self.grad, (0.1, 0.2 / (1 + step)), 1, loss, 0, None, wants_view)
+        return self.core.push(Step(0, (0.1, 0.2 / (1 + step)), 1, loss), self.grad, wants_view=wants_view)
 
 
 def one_after_the_other(loop: Loop) -> None:
@@ -151,7 +153,8 @@ def test_in_a_pipeline_the_batch_ends_when_the_device_has_computed_it(monkeypatc
     """Otherwise the next view would be fetched as the batch begins."""
     gpu, flat, computed = FakeGpu(0, eagerness=0), FlatModel(nn.Linear(2, 2)), []
     core = WorkerCore(Role(0, 1, "", 0.9, flat.layout, Plan(9, 1)), WorkerRule(), "cpu", GpuStaging(gpu, 6))
-    worker = Worker(SoloGroup(), flat, 1, core, None, pipelined=True)
+    link = LocalLink(ServerCore(ServerSettings("dana", 1)))
+    worker = Worker(SoloGroup(), flat, 1, Conversation(core, link), pipelined=True)
 
     class BatchEnded(Exception):
         pass
@@ -164,7 +167,7 @@ def test_in_a_pipeline_the_batch_ends_when_the_device_has_computed_it(monkeypatc
     gpu.launch(lambda: computed.append("backward"))
     assert computed == []
     with pytest.raises(BatchEnded):
-        worker.push(flat.grads, [0.1], 1, None, 0)
+        worker.push(Step(0, (0.1,), 1, None), flat.grads)
     monkeypatch.undo()
     worker.close(in_good_order=False)
 
@@ -208,7 +211,7 @@ class Live:
             role = Role(0, 1, "", 0.9, layout, Plan(12, 1), ahead=4)
             core = WorkerCore(role, rule.worker_rule, "cpu", staging, push_moves_view=rule.push_moves_view)
             link = connect(addresses, layout, dealer, staging)
-            self.worker = Worker(SoloGroup(), self.optimizer.flat, 4, core, link, pipelined=pipelined)
+            self.worker = Worker(SoloGroup(), self.optimizer.flat, 4, Conversation(core, link), pipelined=pipelined)
             self.worker.sync_period = rule.worker_rule.sync_period
             self.optimizer.connect(self)
             self.train()
@@ -217,7 +220,7 @@ class Live:
         return self.worker.is_edited()
 
     def push(self, grad: Tensor, absent: Spans, verdict: Verdict) -> None:
-        self.worker.push(grad, verdict.lr, 1, verdict.loss, self.worker.batches.begin(), absent)
+        self.worker.push(Step(self.worker.batches.begin(), tuple(verdict.lr), 1, verdict.loss, absent), grad)
 
     def skip(self) -> None:
         raise AssertionError("every batch makes a step")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from danaz.worker.core import Backoff
-from danaz.worker.link import RETRY_FIRST_S, RETRY_LONGEST_S
+from danaz.worker.link import RETRY_FIRST_S, RETRY_LONGEST_S, Backoff
 
 MOST = 1.5  # the longest wait, as a multiple of the wait without its random part
 

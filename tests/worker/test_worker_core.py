@@ -16,7 +16,8 @@ from danaz.protocol.messages import Bye, Final, Join, Noted, Parameters, Plan, P
 from danaz.protocol.transitions import IllegalTransitionError
 from danaz.rules import find_algorithm
 from danaz.vectors.codecs import Compressor, push_codec
-from danaz.worker.core import Backoff, LocalStep, Role, WorkerCore, answers
+from danaz.worker.core import Role, Step, WorkerCore, answers
+from danaz.worker.link import Backoff
 
 SIZE = 3
 ROLE = Role(2, 4, DIGEST, 0.9, layout_of(SIZE, buffers=1), Plan(10, 1), ahead=2)
@@ -52,7 +53,7 @@ class TestRequests:
         assert (join.worker, join.incarnation, join.request, join.digest, join.ahead) == (2, 4, 1, DIGEST, 2)
         assert (join.layout, join.plan, join.momentum) == (ROLE.layout, ROLE.plan, 0.9)
         core.receive(view(1, version=5))
-        push = core.push(ones(), (0.1,), 8, 0.5, 1)
+        push = core.push(Step(1, (0.1,), 8, 0.5), ones())
         assert (push.worker, push.incarnation, push.request, push.view_version) == (2, 4, 2, 5)
         assert (push.lr, push.samples, push.loss, push.batch) == ((0.1,), 8, 0.5, 1)
         core.receive(view(2, version=6, applied=True))
@@ -60,7 +61,7 @@ class TestRequests:
 
     def test_a_life(self):
         core = joined()
-        core.push(ones(), (0.1,), 1, None, 0)
+        core.push(Step(0, (0.1,), 1, None), ones())
         core.receive(view(2, applied=True))
         core.leave(NO_BUFFERS)
         core.receive(Final(3, 1, False, ones(), NO_BUFFERS))
@@ -103,7 +104,7 @@ class TestRequests:
 
     def test_after_a_refusal_it_may_join_again(self):
         core = joined()
-        core.push(ones(), (0.1,), 1, None, 0)
+        core.push(Step(0, (0.1,), 1, None), ones())
         core.receive(Refusal(2, "worker was silent too long and was given up", rejoin=True))
         again = core.join()
         assert isinstance(again, Join)
@@ -112,7 +113,7 @@ class TestRequests:
 
 def ask(core: WorkerCore, event: str) -> None:
     if event == "push":
-        core.push(ones(), (0.1,), 1, None, 0)
+        core.push(Step(0, (0.1,), 1, None), ones())
     elif event == "leave":
         core.leave(NO_BUFFERS)
     elif event == "report":
@@ -124,7 +125,7 @@ def ask(core: WorkerCore, event: str) -> None:
 class TestCommitOnAcceptance:
     def test_an_applied_push_moves_the_velocity(self):
         core = joined()
-        push = core.push(ones(2.0), (0.1,), 1, None, 0)
+        push = core.push(Step(0, (0.1,), 1, None), ones(2.0))
         assert torch.allclose(push.push, ones(-0.1 * 2.0 * 1.9))
         assert core.vectors["velocity"].tolist() == [0, 0, 0], "not before the server says so"
         core.receive(view(2, applied=True))
@@ -136,23 +137,23 @@ class TestCommitOnAcceptance:
     )
     def test_a_refused_one_does_not(self, reply):
         core = joined()
-        core.push(ones(), (0.1,), 1, None, 0)
+        core.push(Step(0, (0.1,), 1, None), ones())
         core.receive(view(2, applied=True))
         before = str(state(core))
-        core.push(ones(float("nan")), (0.7,), 1, None, 1)
+        core.push(Step(1, (0.7,), 1, None), ones(float("nan")))
         core.receive(reply)
         if isinstance(reply, Refusal):
             core.receive(view(core.join().request))
         assert str(state(core)) == before
-        after_the_nan = core.push(ones(3.0), (0.1,), 1, None, 1)
+        after_the_nan = core.push(Step(1, (0.1,), 1, None), ones(3.0))
         assert torch.allclose(after_the_nan.push, ones(-0.1 * (0.9 * (0.9 + 3) + 3)))
 
     @pytest.mark.parametrize("was_applied", [True, False])
     def test_who_was_given_up_learns_whether_its_last_push_had_been_applied(self, was_applied):
         core = joined()
-        core.push(ones(), (0.1,), 1, None, 0)
+        core.push(Step(0, (0.1,), 1, None), ones())
         core.receive(view(2, applied=True))
-        core.push(ones(), (0.1,), 1, None, 1)  # request 3, whose answer is lost
+        core.push(Step(1, (0.1,), 1, None), ones())  # request 3, whose answer is lost
         core.receive(Refusal(3, "worker was silent too long and was given up", rejoin=True))
         join = core.join()
         core.receive(replace(view(join.request), last_applied=3 if was_applied else 2))
@@ -167,7 +168,7 @@ class TestCommitOnAcceptance:
     def test_what_is_given_back(self):
         """The worker gives back γηv of the last applied push."""
         core = joined()
-        core.push(ones(2.0), (0.1,), 1, None, 0)
+        core.push(Step(0, (0.1,), 1, None), ones(2.0))
         core.receive(view(2, applied=True))
         leave = core.leave(NO_BUFFERS)
         assert leave.give_back is not None
@@ -180,7 +181,7 @@ class TestCommitOnAcceptance:
     def test_the_push_is_a_buffer_of_its_own(self):
         """The push may still be on its way while the next gradient is computed into the flat vector."""
         grad = ones()
-        push = joined("asgd").push(grad, (0.1,), 1, None, 0)
+        push = joined("asgd").push(Step(0, (0.1,), 1, None), grad)
         grad.fill_(9)
         assert push.push.tolist() == [1, 1, 1]
 
@@ -195,10 +196,10 @@ class TestCompressedPushes:
         return core
 
     def pushed(self, core: WorkerCore, *grad: float) -> list[float]:
-        return core.push(torch.tensor(grad), (0.1,), 1, None, 0).push.tolist()
+        return core.push(Step(0, (0.1,), 1, None), torch.tensor(grad)).push.tolist()
 
     def test_the_server_gets_what_it_would_decode(self):
-        push = self.joined().push(torch.tensor([1.0, 3.0, -1.0]), (0.1,), 1, None, 0)
+        push = self.joined().push(Step(0, (0.1,), 1, None), torch.tensor([1.0, 3.0, -1.0]))
         assert push.push.tolist() == [2, 2, -1]
         assert push.encoded is not None
         decoded = torch.empty(SIZE)
@@ -231,15 +232,15 @@ class TestCompressedPushes:
 
     def test_not_in_the_first_epochs(self):
         core = self.joined(first_epoch=1.5)
-        push = core.push(torch.tensor([1.0, 3.0, -1.0]), (0.1,), 1, None, 0)
+        push = core.push(Step(0, (0.1,), 1, None), torch.tensor([1.0, 3.0, -1.0]))
         assert (push.push.tolist(), push.encoded) == ([1, 3, -1], None)
         core.receive(replace(view(2, applied=True), epoch=1.5))
         assert self.pushed(core, 1.0, 3.0, -1.0) == [2, 2, -1]
 
     def test_local_steps_are_compressed_as_one(self):
         core, params = self.joined("asgd", sync_period=2), torch.zeros(SIZE)
-        core.local_step(LocalStep(0, (1.0,), 1, None), params, torch.tensor([1.0, 1.0, 1.0]))
-        push = core.push(torch.tensor([1.0, 3.0, -2.0]), (1.0,), 1, None, 1, params)
+        core.local_step(Step(0, (1.0,), 1, None), torch.tensor([1.0, 1.0, 1.0]), params)
+        push = core.push(Step(1, (1.0,), 1, None), torch.tensor([1.0, 3.0, -2.0]), params)
         assert push.push.tolist() == [-3, -3, 1]
 
     def test_what_is_not_finite_arrives_as_such(self):
@@ -254,7 +255,7 @@ class TestLocalSteps:
     def walk(self, core: WorkerCore, *values: float) -> Tensor:
         params = ones(0.0)
         for batch, value in enumerate(values):
-            core.local_step(LocalStep(batch, (0.1,), 4, float(batch)), params, ones(value))
+            core.local_step(Step(batch, (0.1,), 4, float(batch)), ones(value), params)
         return params
 
     def test_they_move_the_worker_alone(self):
@@ -264,7 +265,7 @@ class TestLocalSteps:
     def test_the_push_tells_of_all(self):
         core = joined("asgd", sync_period=3)
         params = self.walk(core, 1.0, 2.0)
-        push = core.push(ones(4.0), (0.1,), 6, 4.0, 7, params)
+        push = core.push(Step(7, (0.1,), 6, 4.0), ones(4.0), params)
         assert torch.allclose(push.push, ones(-0.7))
         assert (push.samples, push.loss, push.batch, push.earlier, push.batches) == (14, 5 / 3, 7, (0, 1), (0, 1, 7))
 
@@ -272,16 +273,16 @@ class TestLocalSteps:
     def test_a_refusal_takes_all_of_them_back(self, applied):
         core = joined("dana", sync_period=3)
         before = str(state(core))
-        push = core.push(ones(4.0), (0.1,), 6, 4.0, 7, self.walk(core, 1.0, 2.0))
+        push = core.push(Step(7, (0.1,), 6, 4.0), ones(4.0), self.walk(core, 1.0, 2.0))
         core.receive(view(push.request, applied=applied))
         assert (str(state(core)) == before) is not applied
-        assert core.push(ones(), (0.1,), 1, None, 8).earlier == ()
+        assert core.push(Step(8, (0.1,), 1, None), ones()).earlier == ()
 
     def test_many_rounds_of_refusals_and_acceptances(self):
         """No vector is used for two purposes at once."""
         core, velocity = joined("dana", sync_period=3), torch.zeros(SIZE)
         for turn in range(12):
-            push = core.push(ones(3.0), (0.1,), 1, None, 7, self.walk(core, 1.0, 2.0))
+            push = core.push(Step(7, (0.1,), 1, None), ones(3.0), self.walk(core, 1.0, 2.0))
             applied = turn % 3 != 1
             if applied:
                 for value in (1.0, 2.0, 3.0):
