@@ -32,7 +32,7 @@ from danaz.protocol.refusals import FRESH_AFTER, SICK
 from danaz.rules import Context, WorkerRule
 from danaz.vectors.codecs import Compressor
 from danaz.vectors.cutting import all_finite
-from danaz.vectors.flat import Layout, Spans, parts
+from danaz.vectors.flat import Layout, Spans, common_spans, parts
 from danaz.worker.staging import IN_PLACE, Staging
 from danaz.worker.states import WORKER_TRANSITIONS, WorkerEvent, WorkerState
 
@@ -230,15 +230,15 @@ class WorkerCore:
         assert wants_view or self.fetched is not None, "without a view, nothing can be computed next"
         steps, who = [*self._steps, step], self.role
         vector, outbox = self._make_vector(step, grad, params, edit)
-        absent = step.absent
-        if self.compressor is None and self.rule.pushes != "gradient":
-            absent = ()  # the push is zero there already, except for an edit
-        encoded = None
+        absent, encoded = common_spans([each.absent for each in steps]), None
         if self.compressor is not None:
             self.staging.settle()
             sent = outbox.to("cpu")
+            absent = tuple((start, stop) for start, stop in absent if not sent[start:stop].any())  # else it was edited
             encoded = self.compressor.compress(sent, self.epoch, absent)
             vector = outbox = sent.to(outbox.device)
+        elif self.rule.pushes != "gradient":
+            absent = ()  # the push is zero there already, except for an edit
         push = Push(
             worker=who.worker,
             incarnation=who.incarnation,

@@ -243,6 +243,34 @@ class TestCompressedPushes:
         push = core.push(Step(1, (1.0,), 1, None), torch.tensor([1.0, 3.0, -2.0]), params)
         assert push.push.tolist() == [-3, -3, 1]
 
+    @pytest.mark.parametrize("absent", [((2, 3),), ((0, 2),)])
+    def test_a_parameter_that_only_one_of_several_steps_leaves_alone_moves(self, absent):
+        core, params = self.joined("asgd", sync_period=2), torch.zeros(SIZE)
+        core.local_step(Step(0, (1.0,), 1, None), ones(), params)
+        push = core.push(Step(1, (1.0,), 1, None, absent), ones(0.0), params)
+        assert push.push.tolist() == [-1, -1, -1]
+        assert push.absent == ()
+
+    def test_a_parameter_that_all_steps_leave_alone_stays(self):
+        core, params = self.joined("asgd", sync_period=2), torch.zeros(SIZE)
+        core.local_step(Step(0, (1.0,), 1, None, ((0, 2),)), ones(), params)
+        push = core.push(Step(1, (1.0,), 1, None, ((1, 3),)), ones(), params)
+        assert push.absent == ((1, 2),)
+        assert push.push[1] == 0
+
+    def test_an_edit_of_a_parameter_that_all_steps_leave_alone_is_pushed(self):
+        core, params = self.joined("asgd", sync_period=2), torch.zeros(SIZE)
+        core.local_step(Step(0, (1.0,), 1, None, ((0, 3),)), ones(), params)
+        push = core.push(Step(1, (1.0,), 1, None, ((0, 3),)), ones(), params.sub_(2.0))
+        assert push.push.tolist() == [-2, -2, -2]
+        assert push.absent == ()
+
+    def test_an_edit_of_a_parameter_without_a_gradient_is_pushed(self):
+        core = self.joined("dana")
+        push = core.push(Step(0, (0.1,), 1, None, ((0, 3),)), ones(), edit=ones(-2.0))
+        assert push.push.tolist() == [-2, -2, -2]
+        assert push.absent == ()
+
     def test_what_is_not_finite_arrives_as_such(self):
         """The server must see it, to refuse the push and count it."""
         core = self.joined()
