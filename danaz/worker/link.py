@@ -119,7 +119,7 @@ class DealerLink:
         )
 
     def edit(self, displacement: Tensor) -> None:
-        """Raises EditedError, because a pushed gradient cannot carry the displacement."""
+        """Raise EditedError, because a pushed gradient cannot carry the displacement."""
         raise EditedError
 
     def _send(self, request: Request) -> zmq.MessageTracker:

@@ -128,7 +128,7 @@ def test_without_a_generation_of_all_nothing_is_made_up(begin: Callable[..., Tra
     trainer.servers.kill()
     refusal = trainer.link.exchange(trainer.core.pull())
     assert isinstance(refusal, Refusal)
-    assert "no checkpoint is there, and sound, of all 2 shards: shard 0 has " in refusal.reason
+    assert "the 2 shards have no sound checkpoint in common: shard 0 has " in refusal.reason
     assert refusal.reason.endswith("shard 1 has 0")
     assert not refusal.rejoin, "to ask again is of no use"
     assert not any(core.started for core in trainer.servers.cores)
