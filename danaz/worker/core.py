@@ -68,7 +68,7 @@ class Role:
     momentum: float
     layout: Layout
     plan: Plan
-    ahead: int = 1
+    ahead: int = 1  # number of batches that the worker wants to hold at a time
 
 
 @dataclass(frozen=True)
@@ -114,11 +114,11 @@ class WorkerCore:
         compressor: Compressor | None = None,
         push_moves_view: bool = False,
     ):
-        """Put the vectors on ``device``; ``staging`` brings what is sent to where a server or a wire takes it."""
+        """Put the vectors on ``device``; ``staging`` brings what is sent to where the link takes it."""
         self.role = role
         self.rule = rule
         self.staging = staging
-        self.compressor = compressor  # compresses the pushes
+        self.compressor = compressor  # None: pushes travel as they are
         self.push_moves_view = push_moves_view
 
         self.state = WorkerState.NEW
@@ -142,6 +142,7 @@ class WorkerCore:
 
         self._committed = self._zeros(device)  # the rule's vectors after the last applied push
         self._current = self._committed  # the rule's vectors after the local steps since that push
+        # Memory for the vectors after the next step. Meanwhile those after the last push and the last step must stay.
         self._spare = [self._zeros(device) for _ in range(1 if rule.sync_period == 1 else 2)]
         self._lr = self._current_lr = (0.0,) * len(role.layout.groups)
 

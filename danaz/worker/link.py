@@ -1,4 +1,4 @@
-"""How a worker reaches its server: over a DEALER socket."""
+"""The worker's end of the wire: a DEALER socket that repeats requests, and gives up when no answer comes."""
 
 from __future__ import annotations
 
@@ -122,6 +122,16 @@ class DealerLink:
         """Raise EditedError, because a pushed gradient cannot carry the displacement."""
         raise EditedError
 
+    def receive_into(self, room: Tensor) -> None:
+        """Let the next view arrive in ``room`` f32[P] if it is long."""
+        self._rooms[1] = room
+
+    def close(self) -> None:
+        self._closing.set()
+        self._thread.join()
+        self._socket.close(linger=0)
+        self._context.term()
+
     def _send(self, request: Request) -> zmq.MessageTracker:
         """Hand a request to ZeroMQ. The returned tracker says when the last part of it has left for the network."""
         *messages, last = split(request)
@@ -161,6 +171,7 @@ class DealerLink:
         return None
 
     def _room(self, inbox: Inbox, message: Reply, size: int) -> Tensor:
+        """Return memory f32[size] for a vector of ``message`` that is about to arrive."""
         if not isinstance(message, Parameters):
             return torch.empty(size)
         if self._rooms[1].numel() != size:
@@ -168,14 +179,12 @@ class DealerLink:
         return self._rooms[1]
 
     def _arrived(self, message: Reply, piece: Tensor) -> None:
+        """Let a ``piece`` of a view go on to the device."""
         if isinstance(message, Parameters):
             self._staging.arrived(piece)
 
-    def receive_into(self, room: Tensor) -> None:
-        """Let the next view arrive in ``room`` f32[P] if it is long."""
-        self._rooms[1] = room
-
     def _beat(self) -> None:
+        """Tell the server every HEARTBEAT_S, over a socket of this thread's own, that the worker is alive."""
         socket = self._dealer(self._address)
         while not self._closing.wait(HEARTBEAT_S):
             socket.send_multipart(encode(self._heartbeat))
@@ -194,9 +203,3 @@ class DealerLink:
             socket.setsockopt(zmq.CURVE_SECRETKEY, self._keys.secret.encode())
         socket.connect(address)
         return socket
-
-    def close(self) -> None:
-        self._closing.set()
-        self._thread.join()
-        self._socket.close(linger=0)
-        self._context.term()

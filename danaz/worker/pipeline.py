@@ -1,4 +1,4 @@
-"""The exchange with the server while the training loop runs: a push, and then a late fetch of the view to use next."""
+"""The exchange with the server while the training loop runs: a push, and then, late, a fetch of the next view."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ class Estimate:
         self._is_first = True
 
     def saw(self, value: float) -> None:
+        """Take one more value into account."""
         if self._is_first:
             self.mean, self.deviation, self._is_first = value, value / 2, False
             return

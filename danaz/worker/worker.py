@@ -22,7 +22,7 @@ from danaz.worker.core import Step, WorkerCore
 from danaz.worker.group import Group
 from danaz.worker.pipeline import Pipeline
 
-NEWS = 7  # number of figures in front of the batch numbers
+NEWS = 7  # number of figures before the batch numbers
 ENDS_EARLY, CAME_LATE = 1, 2  # the news holds one of these; 0: neither
 
 
@@ -97,7 +97,7 @@ class Worker:
         self.metrics = Metrics()
         self.done = False
         self.sync_period = 1
-        self.is_asked_to_end: Callable[[], bool] = lambda: False  # the rank that speaks asks it
+        self.is_asked_to_end: Callable[[], bool] = lambda: False  # called on the rank that speaks
         self.ends_early = False  # whether this worker leaves while the run goes on
         self.conversation = conversation
         self.pipeline = Pipeline(conversation) if pipelined and conversation is not None else None
@@ -105,11 +105,11 @@ class Worker:
         self._local_steps = 0  # number of local steps since the last push
         # The news that all ranks must hear is stored after the view, so that one broadcast brings both.
         news_floats = 2 * (NEWS + ahead)  # two f32 make one f64
-        self._whole = flat.make_room(0 if self.replicated else news_floats + flat.layout.size % 2)
-        self._news: Tensor | None = None if self.replicated else self._whole[-news_floats:].view(torch.float64)
-        self._heard: list[float] = []  # the news, kept on the rank that speaks, which so need not read it back
+        self._view_and_news = flat.make_room(0 if self.replicated else news_floats + flat.layout.size % 2)
+        self._news: Tensor | None = None if self.replicated else self._view_and_news[-news_floats:].view(torch.float64)
+        self._heard: list[float] = []  # the latest news; the rank that speaks need not read it from the device
         self._heard_too_late = False  # whether the rank that speaks has told this one that the worker came late
-        self._since = perf_counter()
+        self._since = perf_counter()  # when the last step ended
 
     @property
     def came_late(self) -> bool:
@@ -245,7 +245,7 @@ class Worker:
         self.flat.load_buffers(buffers)
 
     def report(self, figures: dict[str, float | str | None]) -> None:
-        """Let the rank that speaks send figures for summary.json. Raises RefusedError if the run has too many."""
+        """Send figures for summary.json from the rank that speaks. Raises RefusedError if the run has too many."""
         if self.conversation is not None:
             reply = self.conversation.send(self.conversation.core.report(figures))
             if isinstance(reply, Refusal) and reply.reason == TOO_MANY_REPORTED:
@@ -274,7 +274,7 @@ class Worker:
         self._share()
 
     def _take(self, reply: Parameters) -> None:
-        """Put the news and the parameters to compute on where all ranks get them from.
+        """Put the news and the view of ``reply`` where all ranks get them from.
 
         A worker that was asked to end finishes the batches that it has begun, and begins no more.
         """
@@ -289,7 +289,7 @@ class Worker:
     def _share(self) -> None:
         """Let all ranks go on with rank 0's view; a pipeline fetches the next view while they compute."""
         if not self.replicated:
-            self.group.broadcast(view_and_news=self._whole)
+            self.group.broadcast(view_and_news=self._view_and_news)
         self._unpack()
         if self.pipeline is not None and not self.pipeline.busy and self.batches.any and not self.done:
             self.pipeline.begin(None)
