@@ -16,7 +16,7 @@ import torch
 from live import read_updates
 from torch import Tensor
 
-from danaz.protocol.messages import Final, Heartbeat, Leave, Parameters, Plan, Push, Refusal, Reply
+from danaz.protocol.messages import Final, Heartbeat, Parameters, Plan, Push, Reply
 from danaz.run.folder import RunFolder, read_summary
 from danaz.server.answers import materialize
 from danaz.server.core import ServerCore
@@ -25,6 +25,7 @@ from danaz.server.settings import ServerSettings
 from danaz.serving.checkpoint import folder_of
 from danaz.serving.keeper import Keeper, SliceKeeper
 from danaz.vectors.flat import Layout
+from danaz.worker.conversation import Conversation
 from danaz.worker.core import Request, Role, Step, WorkerCore, answers
 from danaz.worker.sharded import ShardedLink
 
@@ -140,6 +141,7 @@ class Trainer:
         self.link = ShardedLink(self.ways, LAYOUT, pause=self._wait)
         rule = servers.cores[0].settings.rule(0.9).worker_rule
         self.core = WorkerCore(Role(worker, 1, "", 0.9, LAYOUT, PLAN), rule)
+        self.conversation = Conversation(self.core, self.link)
         self.reply: Any = None
 
     def _wait(self, wait_s: float) -> None:
@@ -147,25 +149,12 @@ class Trainer:
         self.while_it_waits()
 
     def join(self) -> None:
-        self.reply = self.say(lambda: self.core.join(torch.ones(LAYOUT.size)))
-
-    def say(self, make: Callable[[], Request]) -> Reply:
-        """Do as a worker's process does: after a refusal, join again, and leave again if the worker was leaving."""
-        request = make()
-        reply = self.link.exchange(request)
-        self.core.receive(reply)
-        if isinstance(reply, Refusal):
-            assert reply.rejoin
-            reply = self.link.exchange(self.core.join())
-            self.core.receive(reply)
-            return self.say(make) if isinstance(request, Leave) else reply
-        return reply
+        self.reply = self.conversation.ask(self.core.join(torch.ones(LAYOUT.size)), Parameters)
 
     def push(self) -> None:
         batch = self.reply.leases[0]
         grad = torch.randn(LAYOUT.size, generator=torch.Generator().manual_seed(batch))
-        self.reply = self.say(lambda: self.core.push(Step(batch, (0.1,), 4, 1.0), grad))
-        assert isinstance(self.reply, Parameters)
+        self.reply = self.conversation.ask(self.core.push(Step(batch, (0.1,), 4, 1.0), grad), Parameters)
 
     def train(self, pushes: int = 1000) -> None:
         for _ in range(pushes):
@@ -175,12 +164,10 @@ class Trainer:
             self.servers.settle()
 
     def leave(self) -> Tensor:
-        final = self.say(lambda: self.core.leave(torch.empty(0)))
-        assert isinstance(final, Final)
-        return final.params
+        return self.conversation.ask(self.core.leave(torch.empty(0)), Final).params
 
     def bye(self) -> None:
-        self.core.receive(self.link.exchange(self.core.bye()))
+        self.conversation.send(self.core.bye())
 
 
 def undisturbed_end(folder: Path) -> Tensor:
@@ -192,7 +179,7 @@ def undisturbed_end(folder: Path) -> Tensor:
 
 @contextmanager
 def training(folder: Path, **settings: Any) -> Iterator[Trainer]:
-    """A worker that has joined."""
+    """Start the servers, and yield a worker that has joined."""
     trainer = Trainer(Servers(folder, **settings))
     trainer.join()
     try:
