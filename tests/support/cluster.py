@@ -27,7 +27,7 @@ def layout_of(*groups: int, buffers: int = 0) -> Layout:
 
 
 class Cluster:
-    """N worker cores around one server core. A method does what one worker does next, or what happens to it."""
+    """N worker cores around one server core. Each method does what a worker does next, or what happens to it."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class Cluster:
     ) -> Reply | None:
         """Push for the first batches that the worker holds, one for each gradient; all but the last are local steps.
 
-        Returns the answer, or None while the worker has to wait.
+        Return the answer, or None while the worker has to wait.
         """
         rates = (lr,) * len(self.layout.groups) if isinstance(lr, float) else tuple(lr)
         *local, last = [grads] if isinstance(grads, Tensor) else grads
@@ -102,7 +102,7 @@ class Cluster:
         return self.say(worker, core.push(Step(batch, rates, samples, loss, absent), last, params, edit=edit))
 
     def skip(self, worker: int) -> Reply | None:
-        """Make no step for the first batch that the worker holds."""
+        """Skip the first batch that the worker holds: it makes no step."""
         return self.say(worker, self.workers[worker].pull(skipped=self.leases(worker)[:1]))
 
     def pull(self, worker: int) -> Reply | None:
@@ -119,7 +119,7 @@ class Cluster:
     # ---- what happens to them ------------------------------------------------------------------------------------
 
     def lose(self, *workers: int) -> None:
-        """Let these workers be silent for too long, while the server hears all others."""
+        """Let these workers be silent for too long, while the server hears from all others."""
         self.now += TIMEOUT_S + 1
         for number, core in self.workers.items():
             if number not in workers:
@@ -129,7 +129,7 @@ class Cluster:
         self.deliver(self.server.tick(self.now))
 
     def come_back(self, worker: int) -> None:
-        """Let a worker that was given up say something, be refused, and join again with the same incarnation."""
+        """Let a worker that was given up send a request, be refused, and join again with the same incarnation."""
         core = self.workers[worker]
         request = core.unanswered or core.pull()
         refusal = self.say(worker, request)

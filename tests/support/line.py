@@ -1,4 +1,4 @@
-"""A training loop with a pipeline, and servers in this process that fail while it runs."""
+"""A training loop with a pipeline, and servers in its own process that fail while it runs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Line(LocalLink):
         self.updates: list = []
         self.life = 0
         self.checkpoint: CoreState | None = None
-        self.befalls: Callable[[Request], None] = lambda request: None
+        self.before_exchange: Callable[[Request], None] = lambda request: None
         super().__init__(self.start())
 
     def start(self) -> ServerCore:
@@ -43,7 +43,7 @@ class Line(LocalLink):
         del self.updates[core.master.version :]
 
     def exchange(self, request: Request) -> Reply:
-        self.befalls(request)
+        self.before_exchange(request)
         return super().exchange(request)
 
     def receive_into(self, room: Tensor) -> None:
@@ -60,7 +60,7 @@ class Line(LocalLink):
 
 
 def make_worker(*lines: Line, size: int = SIZE) -> Worker:
-    """Make a worker with a pipeline, and links to one server or to all shards."""
+    """Return a worker with a pipeline that is linked to one server or to all shards."""
     flat = FlatModel(nn.Linear(size, 1, bias=False))
     rule = lines[0].settings.rule(0.9)
     role = Role(0, 1, DIGEST, 0.9, flat.layout, PLAN, ahead=2)

@@ -1,4 +1,4 @@
-"""Workers and a server that obey the protocol. Each may be killed at any time; messages get lost, and come again."""
+"""Workers and a server that obey the protocol. Each may be killed at any time; messages get lost or arrive twice."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class MortalCluster:
 
     def deliver(self, replies):
         for route, reply in replies:
-            assert route in self.inbox, "an answer to nobody"
+            assert route in self.inbox, "an answer goes to a route that no process has"
             self.inbox[route].append(reply)
 
     def take(self, worker):
@@ -136,14 +136,14 @@ class MortalCluster:
             if isinstance(reply, Parameters):
                 self.last[worker] = reply
                 self.views[worker] += [reply.view.clone()] * (reply.view.numel() > 0)
-                assert reply.done or worker not in self.leaving, "its process is behind the end of the run"
+                assert reply.done or worker not in self.leaving, "its process left when the run was over"
                 if reply.applied or undecided == reply.last_applied != 0:
                     self.applied[worker].add((worker, core.role.incarnation, undecided))
             elif isinstance(reply, Final):
                 self.finals += [reply] * (worker in self.leaving)
             elif isinstance(reply, Refusal) and before not in (WorkerState.JOINING, WorkerState.REJOINING):
                 assert reply.rejoin, reply.reason
-                assert core.state is WorkerState.JOINED, "nobody who has left is sent away"
+                assert core.state is WorkerState.JOINED, "a worker that has left is not told to join again"
                 self.ask(worker, core.join(), lost=False)
 
     def step(self, worker, grad, lr, lost):

@@ -100,7 +100,7 @@ class Servers:
 
 
 class Way:
-    """A worker's link to one shard, whichever process serves it."""
+    """A worker's link to one shard, whichever process serves the shard."""
 
     def __init__(self, servers: Servers, shard: int, worker: int = 0):
         self._servers, self._shard, self._worker = servers, shard, worker

@@ -1,4 +1,4 @@
-"""Training scripts on threads of this process, around a server on a real socket. Each is a worker with a session."""
+"""Training scripts on threads of one process, around a server on a real socket. Each is a worker with a session."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Counted(Dataset[tuple[Tensor, Tensor]]):
 
 @dataclass
 class ScriptCluster:
-    """A server on a ROUTER socket, and workers on threads of this process."""
+    """A server on a ROUTER socket, and workers on threads of the same process."""
 
     settings: ServerSettings
     updates: list[Update] = field(default_factory=list)

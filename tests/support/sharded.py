@@ -1,4 +1,4 @@
-"""Several servers in this process, each with a slice of one small model, and workers that speak with all of them."""
+"""Several servers in one process, each with a slice of one small model, and workers that speak with all of them."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ PLAN = Plan(batches_per_epoch=6, epochs=2)
 
 
 class CoreLink:
-    """A link straight into a core; what the core says to other workers is kept for them."""
+    """A link that calls a core directly. What the core says to other workers is kept for them."""
 
     def __init__(self, core: ServerCore, route: int, mail: dict[int, Reply]):
         self.core, self.route, self.mail = core, route, mail
         self.said: list[Request] = []
-        self.alter: Callable[[Request], Request] = lambda request: request  # what becomes of a request on its way
+        self.alter: Callable[[Request], Request] = lambda request: request  # changes a request on its way
 
     def exchange(self, request: Request) -> Reply:
         request = self.alter(request)

@@ -1,4 +1,4 @@
-"""Servers and workers on real sockets of this machine, in threads of the test's own process."""
+"""Servers and workers on real sockets of this machine, in threads of the test process."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def serving(
 
 @contextmanager
 def silent_server(slow: bool = False) -> Iterator[tuple[zmq.Socket[bytes], str]]:
-    """A ROUTER socket whose messages the test reads and answers; a ``slow`` one takes little before the test reads."""
+    """Open a ROUTER socket that the test reads and answers; a ``slow`` one buffers little until the test reads."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     socket = context.socket(zmq.ROUTER)
     if slow:

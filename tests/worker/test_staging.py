@@ -39,7 +39,7 @@ LAYOUT = layout_of(30, 20)
 
 
 class Slices(GpuStaging):
-    """Cuts a small vector into several slices."""
+    """Staging that cuts a small vector into several slices."""
 
     slice_floats = PIECE
 
@@ -125,7 +125,7 @@ def in_a_pipeline(loop: Loop) -> None:
 
 @pytest.mark.parametrize("codec", ["fp32", "bf16"])
 @pytest.mark.parametrize("train", [one_after_the_other, in_a_pipeline])
-def test_the_link_finds_what_it_would_without_a_gpu(train, codec):
+def test_the_link_sends_the_same_bits_as_without_a_gpu(train, codec):
     expected = Loop(IN_PLACE, lambda work: work(), codec)
     train(expected)
     for seed in range(40):
@@ -144,13 +144,13 @@ def test_in_a_pipeline_only_the_link_waits_for_the_device():
     push = loop.push(0, wants_view=False)
     loop.compute(fetched)
     assert gpu.waits == before
-    assert push.push.isnan().all(), "nothing has arrived: a link that sent it now would send this"
+    assert push.push.isnan().all(), "nothing has arrived yet, so a link that sent it now would send NaN"
     assert not loop.core.complete(push).push.isnan().any()
     assert gpu.waits > before
 
 
 def test_in_a_pipeline_the_batch_ends_when_the_device_has_computed_it(monkeypatch):
-    """Otherwise the next view would be fetched as the batch begins."""
+    """Otherwise the next view would be fetched when the batch begins."""
     gpu, flat, computed = FakeGpu(0, eagerness=0), FlatModel(nn.Linear(2, 2)), []
     core = WorkerCore(Role(0, 1, "", 0.9, flat.layout, Plan(9, 1)), WorkerRule(), "cpu", GpuStaging(gpu, 6))
     link = LocalLink(ServerCore(ServerSettings("dana", 1)))
@@ -246,7 +246,7 @@ class Live:
 @pytest.mark.parametrize(
     ("shards", "pipelined", "sync_period"), [(1, False, None), (1, True, None), (1, False, 3), (3, False, None)]
 )
-def test_over_sockets_too(shards, pipelined, sync_period):
+def test_training_over_sockets_gives_the_same_bits(shards, pipelined, sync_period):
     expected = Live(shards, pipelined, sync_period, None)
     assert len(expected.seen) == 13
     for seed in range(3):
@@ -261,14 +261,14 @@ def test_a_step_reads_nothing_from_the_device():
     """The only exception is what the link reads for each slice of a view, and those numbers are in host memory."""
     in_a_pipeline = Live(1, True, None, None).reads
     assert in_a_pipeline[:-1] == [2] * 11, (
-        "the least and the largest of a push that it computes on before it is applied"
+        "the smallest and the largest value of a push that it computes on before it is applied"
     )
-    assert in_a_pipeline[-1] > 2, "nothing follows the last push, so nothing could be exchanged meanwhile"
+    assert in_a_pipeline[-1] > 2, "no batch follows the last push, so the training loop itself makes that exchange"
     with_local_steps = Live(1, False, 3, None).reads
     assert [reads > 0 for reads in with_local_steps] == [False, False, True] * 4
 
 
-def test_on_a_cpu_nothing_is_copied_to_be_sent():
+def test_on_a_cpu_a_push_is_not_copied():
     staging = staging_for(torch.device("cpu"), SIZE)
     vector = torch.ones(SIZE)
     assert staging is IN_PLACE

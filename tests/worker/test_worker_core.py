@@ -8,8 +8,6 @@ from math import isfinite
 import pytest
 import torch
 from cluster import DIGEST, layout_of
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 from danaz.protocol.messages import Bye, Final, Join, Noted, Parameters, Plan, Pull, Refusal
@@ -17,7 +15,6 @@ from danaz.protocol.transitions import IllegalTransitionError
 from danaz.rules import find_algorithm
 from danaz.vectors.codecs import Compressor, push_codec
 from danaz.worker.core import Role, Step, WorkerCore, answers
-from danaz.worker.link import Backoff
 
 SIZE = 3
 ROLE = Role(2, 4, DIGEST, 0.9, layout_of(SIZE, buffers=1), Plan(10, 1), ahead=2)
@@ -59,7 +56,7 @@ class TestRequests:
         core.receive(view(2, version=6, applied=True))
         assert core.pull().request == 3
 
-    def test_a_life(self):
+    def test_a_whole_conversation(self):
         core = joined()
         core.push(Step(0, (0.1,), 1, None), ones())
         core.receive(view(2, applied=True))
@@ -135,7 +132,7 @@ class TestCommitOnAcceptance:
     @pytest.mark.parametrize(
         "reply", [view(3, refused="push is not finite"), view(3), Refusal(3, "given up", rejoin=True)]
     )
-    def test_a_refused_one_does_not(self, reply):
+    def test_a_refused_push_does_not(self, reply):
         core = joined()
         core.push(Step(0, (0.1,), 1, None), ones())
         core.receive(view(2, applied=True))
@@ -149,7 +146,7 @@ class TestCommitOnAcceptance:
         assert torch.allclose(after_the_nan.push, ones(-0.1 * (0.9 * (0.9 + 3) + 3)))
 
     @pytest.mark.parametrize("was_applied", [True, False])
-    def test_who_was_given_up_learns_whether_its_last_push_had_been_applied(self, was_applied):
+    def test_a_worker_that_was_given_up_learns_whether_its_last_push_had_been_applied(self, was_applied):
         core = joined()
         core.push(Step(0, (0.1,), 1, None), ones())
         core.receive(view(2, applied=True))
@@ -179,7 +176,7 @@ class TestCommitOnAcceptance:
         assert joined(algorithm).leave(NO_BUFFERS).give_back is None
 
     def test_the_push_is_a_buffer_of_its_own(self):
-        """The push may still be on its way while the next gradient is computed into the flat vector."""
+        """The push may still be travelling while the next gradient is computed into the flat vector."""
         grad = ones()
         push = joined("asgd").push(Step(0, (0.1,), 1, None), grad)
         grad.fill_(9)
@@ -208,12 +205,12 @@ class TestCompressedPushes:
 
     def test_what_is_lost_goes_with_the_next_push(self):
         core = self.joined()
-        self.pushed(core, 1.0, 3.0, -1.0)  # lost: -1, 1, 0
+        self.pushed(core, 1.0, 3.0, -1.0)  # the codec loses -1, 1, 0
         core.receive(view(2, applied=True))
-        assert self.pushed(core, 2.0, 2.0, -1.0) == [2, 2, -1]  # of 1, 3, -1
+        assert self.pushed(core, 2.0, 2.0, -1.0) == [2, 2, -1]  # this is 1, 3, -1, compressed
 
     @pytest.mark.parametrize("reply", [view(2, refused="push is not finite"), Refusal(2, "given up", rejoin=True)])
-    def test_but_not_what_a_refused_one_lost(self, reply):
+    def test_what_a_refused_push_lost_does_not(self, reply):
         core = self.joined()
         self.pushed(core, 1.0, 3.0, -1.0)
         core.receive(reply)
@@ -221,16 +218,16 @@ class TestCompressedPushes:
             core.receive(view(core.join().request))
         assert self.pushed(core, 2.0, 4.0, -1.0) == [3, 3, -1]
 
-    def test_who_was_given_up_keeps_it_if_the_push_had_been_applied(self):
+    def test_a_worker_that_was_given_up_keeps_it_if_the_push_had_been_applied(self):
         core = self.joined()
         self.pushed(core, 1.0, 3.0, -1.0)
         core.receive(Refusal(2, "worker was silent too long and was given up", rejoin=True))
         core.receive(replace(view(core.join().request), last_applied=2))
-        assert self.pushed(core, 2.0, 4.0, -1.0) == [3, 3, -1]  # of 1, 5, -1
+        assert self.pushed(core, 2.0, 4.0, -1.0) == [3, 3, -1]  # this is 1, 5, -1, compressed
         core.receive(view(4, applied=True))
-        assert self.pushed(core, 3.0, 1.0, -1.0) == [2, 2, -1]  # of 1, 3, -1
+        assert self.pushed(core, 3.0, 1.0, -1.0) == [2, 2, -1]  # this is 1, 3, -1, compressed
 
-    def test_not_in_the_first_epochs(self):
+    def test_pushes_are_not_compressed_in_the_first_epochs(self):
         core = self.joined(first_epoch=1.5)
         push = core.push(Step(0, (0.1,), 1, None), torch.tensor([1.0, 3.0, -1.0]))
         assert (push.push.tolist(), push.encoded) == ([1, 3, -1], None)
@@ -271,7 +268,7 @@ class TestCompressedPushes:
         assert push.push.tolist() == [-2, -2, -2]
         assert push.absent == ()
 
-    def test_what_is_not_finite_arrives_as_such(self):
+    def test_values_that_are_not_finite_arrive_as_such(self):
         """The server must see it, to refuse the push and count it."""
         core = self.joined()
         assert any(not isfinite(value) for value in self.pushed(core, 1.0, float("nan"), 2.0))
@@ -286,11 +283,11 @@ class TestLocalSteps:
             core.local_step(Step(batch, (0.1,), 4, float(batch)), ones(value), params)
         return params
 
-    def test_they_move_the_worker_alone(self):
+    def test_they_move_only_the_worker(self):
         core = joined("asgd", sync_period=3)
         assert torch.allclose(self.walk(core, 1.0, 2.0), ones(-0.3))
 
-    def test_the_push_tells_of_all(self):
+    def test_the_push_contains_all_of_them(self):
         core = joined("asgd", sync_period=3)
         params = self.walk(core, 1.0, 2.0)
         push = core.push(Step(7, (0.1,), 6, 4.0), ones(4.0), params)
@@ -318,7 +315,7 @@ class TestLocalSteps:
             core.receive(view(push.request, applied=applied))
             assert torch.allclose(core.vectors["velocity"], velocity)
 
-    def test_none_while_an_answer_is_awaited(self):
+    def test_no_local_step_while_an_answer_is_awaited(self):
         core = joined("dana", sync_period=3)
         core.pull()
         with pytest.raises(IllegalTransitionError, match="worker 2: the event 'local step'"):
@@ -326,26 +323,15 @@ class TestLocalSteps:
 
 
 class TestAnswers:
-    def test_only_the_one_to_this_request(self):
+    def test_only_the_reply_to_this_request(self):
         assert answers(Noted(7), Pull(0, 1, 7))
-        assert not answers(Noted(6), Pull(0, 1, 7)), "a late one"
+        assert not answers(Noted(6), Pull(0, 1, 7)), "it is a late reply to an earlier request"
 
     def test_a_server_that_could_not_read_the_request_cannot_say_which(self):
         assert answers(Refusal(0, "unreadable", rejoin=False), Pull(0, 1, 7))
 
 
-class TestBackoff:
-    @given(st.integers(0, 2**32))
-    def test_waits_double_up_to_the_longest_with_jitter_on_top(self, seed):
-        backoff = Backoff(1.0, 6.0, seed)
-        for base in (1.0, 2.0, 4.0, 6.0, 6.0):
-            assert base <= backoff.wait_s() <= 1.5 * base
-
-    def test_two_workers_do_not_wait_alike(self):
-        assert Backoff(1.0, 6.0, 1).wait_s() != Backoff(1.0, 6.0, 2).wait_s()
-
-
-def test_a_view_that_comes_beside_a_batch_is_no_edit_of_the_script() -> None:
+def test_a_view_that_arrives_during_a_batch_is_no_edit() -> None:
     """In a pipeline, the worker may have to join again while the script computes on the view before."""
     core, params = joined("dana"), torch.zeros(3)
     core.compute_on(params)
