@@ -247,7 +247,7 @@ class WorkerCore:
             view_version=self._view.version,
             lr=step.lr,
             samples=sum(each.samples for each in steps),
-            loss=self._mean([each.loss for each in steps if each.loss is not None]),
+            loss=self._prepare_loss([each.loss for each in steps if each.loss is not None]),
             batch=step.batch,
             push=outbox,
             earlier=tuple(each.batch for each in self._steps),
@@ -312,7 +312,7 @@ class WorkerCore:
             self._spare.append(self._current)
         self._current, self._current_lr = new, step.lr
 
-    def _mean(self, losses: list[float | Tensor]) -> float | None:
+    def _prepare_loss(self, losses: list[float | Tensor]) -> float | None:
         """Return the mean of ``losses``; None if there is none, or if it is a tensor that ``complete`` reads later."""
         mean = sum(losses) / len(losses) if losses else None
         if not isinstance(mean, Tensor):
