@@ -6,15 +6,15 @@ be incomplete, altered, or written by another program.
 """
 
 import hashlib
-import io
 import os
 import shutil
-import tempfile
 from pathlib import Path
-from typing import BinaryIO
 
+from danaz.files.atomic import replacing, write_atomically
 from danaz.horovod_install.errors import HorovodError
 from danaz.horovod_install.recipe import Target, full_version
+
+MODE = 0o644  # of the files in a cache, which other users may share
 
 
 def cache_folder() -> Path:
@@ -57,19 +57,7 @@ def store_wheel(wheel: Path, wheels: Path) -> Path:
     """
     wheels.mkdir(parents=True, exist_ok=True)
     stored = wheels / wheel.name
-    with wheel.open("rb") as source:
-        _store(source, stored)
-    _store(io.BytesIO(f"{_sha256(wheel)}\n".encode()), _hash_file(stored))
+    with replacing(stored, mode=MODE) as part:
+        shutil.copyfile(wheel, part)
+    write_atomically(_hash_file(stored), f"{_sha256(wheel)}\n".encode(), MODE)
     return stored
-
-
-def _store(source: BinaryIO, path: Path) -> None:
-    descriptor, partial = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as sink:
-            shutil.copyfileobj(source, sink)
-        Path(partial).chmod(0o644)  # mkstemp's 0600 would not let other users of a shared cache read it
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
