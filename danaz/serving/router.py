@@ -100,15 +100,15 @@ class Router:
             raise
         except WireError as error:
             raise WireError(f"unreadable: {error}") from error
-        if message is not None and not self._is_himself(peer, message):
+        if message is not None and not self._owns_key(peer, message):
             raise WireError("worker number is not the one of this key")
         return message
 
-    def _is_himself(self, peer: Peer, message: Request) -> bool:
+    def _owns_key(self, peer: Peer, message: Request) -> bool:
         return self._worker_of_key is None or self._worker_of_key.get(peer[1]) == message.worker
 
     def _takes(self, core: Served) -> Callable[[Peer, Request], bool]:
-        return lambda peer, message: self._is_himself(peer, message) and core.takes(message)
+        return lambda peer, message: self._owns_key(peer, message) and core.takes(message)
 
     def _room(self, inbox: Inbox, message: Request, size: int) -> Tensor:
         """Memory for a vector that is about to arrive. The pushes of one worker all use the same memory."""

@@ -156,11 +156,11 @@ class Session:
         self._seed = self._seed_for(loader)
         self._follows_torch = False
         batching = batching_of(loader, self._machines_per_batch, self._seed)
-        everyone_alike = self.place.server is None
+        replicated = self.place.server is None
         core, link = None, None
-        if everyone_alike or self.group.rank == 0:
+        if replicated or self.group.rank == 0:
             role = Role(
-                worker=0 if everyone_alike else self.place.worker,
+                worker=0 if replicated else self.place.worker,
                 incarnation=self.place.incarnation,
                 digest=self.settings.digest,
                 momentum=optimizer.momentum,
@@ -178,7 +178,7 @@ class Session:
         self._share = replace(self._share_of_batch(), least=2 if has_batch_norm(optimizer.flat.model) else 1)
         self._warn_of_idle_ranks(batching)
         self._scales_lr = rule.scales_lr
-        self._worker = Worker(self.group, optimizer.flat, ahead, core, link, everyone_alike, pipelined)
+        self._worker = Worker(self.group, optimizer.flat, ahead, core, link, replicated, pipelined)
         self._worker.sync_period = rule.worker_rule.sync_period
         self._enter(optimizer.flat)
         self._loader_batches = len(loader)
