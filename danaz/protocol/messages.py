@@ -17,7 +17,7 @@ from typing import Annotated
 from torch import Tensor
 
 from danaz.vectors.codecs import FP32, Codec, Encoded
-from danaz.vectors.flat import MAX_GROUPS, MAX_TENSORS, Layout
+from danaz.vectors.layout import MAX_GROUPS, MAX_TENSORS, Layout
 
 LOCAL = {"local": True}  # a field that does not travel
 MAX_REASON = 300  # characters of a script's reason to end a run

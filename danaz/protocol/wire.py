@@ -29,7 +29,7 @@ from danaz.protocol import messages
 from danaz.protocol.messages import Streamed
 from danaz.vectors.codecs import FP32, Codec, CodecError, Encoded, UnknownCodecError, bytes_of, push_codec
 from danaz.vectors.cutting import announced, is_announced
-from danaz.vectors.flat import MAX_FLOATS, SLICE_FLOATS, Layout, chunks
+from danaz.vectors.layout import MAX_FLOATS, SLICE_FLOATS, Layout, chunks
 
 MAGIC = b"DANAZ\x02"
 CHUNK = struct.Struct("<8sQI")  # magic, request, number of the chunk within its message

@@ -14,8 +14,8 @@ from danaz.rules import Context, Rule
 from danaz.server.members import Member
 from danaz.vectors.codecs import FP32, Codec
 from danaz.vectors.cutting import all_finite
-from danaz.vectors.flat import Layout, Spans, chunks, present
 from danaz.vectors.gap import Layers
+from danaz.vectors.layout import Layout, Spans, chunks, present
 
 # While the norms of all vectors and of a push, and its rates, are below these, no rule can leave the range of float32.
 TAME = 1e9

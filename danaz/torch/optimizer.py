@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from danaz.vectors.flat import FlatModel, Spans
+from danaz.vectors.layout import FlatModel, Spans
 from danaz.worker.core import Loss
 from danaz.worker.group import Group
 

@@ -12,7 +12,7 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from danaz.vectors.flat import Layout, chunks
+from danaz.vectors.layout import Layout, chunks
 
 
 class Layers:

@@ -33,7 +33,7 @@ from danaz.protocol.refusals import FRESH_AFTER, SICK
 from danaz.rules import Context, WorkerRule
 from danaz.vectors.codecs import Compressor
 from danaz.vectors.cutting import all_finite
-from danaz.vectors.flat import Layout, Spans, parts
+from danaz.vectors.layout import Layout, Spans, parts
 from danaz.worker.staging import IN_PLACE, Staging
 from danaz.worker.states import WORKER_TRANSITIONS, WorkerEvent, WorkerState
 

@@ -30,7 +30,7 @@ from danaz.protocol.messages import (
     Report,
 )
 from danaz.protocol.refusals import COMPLETE
-from danaz.vectors.flat import FlatModel, Spans
+from danaz.vectors.layout import FlatModel, Spans
 from danaz.worker.core import LocalStep, Loss, Request, WorkerCore
 from danaz.worker.group import Group
 from danaz.worker.link import Link

@@ -15,7 +15,7 @@ from danaz.protocol import wire
 from danaz.protocol.messages import Final, Message, Push
 from danaz.protocol.wire import CHUNK, CHUNK_MAGIC, MAGIC, Inbox, StrayChunkError, WireError, decode, encode
 from danaz.vectors.cutting import is_announced
-from danaz.vectors.flat import SLICE_FLOATS
+from danaz.vectors.layout import SLICE_FLOATS
 
 
 class TestInbox:

@@ -45,7 +45,7 @@ from danaz.protocol.messages import (
     Within,
 )
 from danaz.protocol.wire import MAGIC, MESSAGES, WireError, decode, encode
-from danaz.vectors.flat import Layout
+from danaz.vectors.layout import Layout
 
 # ---- every message, with anything in its fields --------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from pair import GROUPS, SIZE, Pair, Run, close, runs
 from torch import Tensor
 
 from danaz.rules import ALGORITHMS, Context
-from danaz.vectors import flat
+from danaz.vectors import layout as flat
 
 every_algorithm = pytest.mark.parametrize("name", sorted(ALGORITHMS))
 

@@ -22,7 +22,7 @@ from danaz.server.core import ServerCore
 from danaz.server.settings import ServerSettings
 from danaz.torch.optimizer import DistributedOptimizer, Verdict
 from danaz.vectors.codecs import Compressor, push_codec
-from danaz.vectors.flat import SLICE_FLOATS, FlatModel, Spans, chunks
+from danaz.vectors.layout import SLICE_FLOATS, FlatModel, Spans, chunks
 from danaz.worker.core import Request, Role, WorkerCore
 from danaz.worker.group import SoloGroup
 from danaz.worker.link import DealerLink

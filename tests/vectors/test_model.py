@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from danaz.vectors import flat
-from danaz.vectors.flat import FlatModel, Layout
+from danaz.vectors import layout as flat
+from danaz.vectors.layout import FlatModel, Layout
 
 
 def net() -> nn.Sequential:
