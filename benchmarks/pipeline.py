@@ -33,7 +33,7 @@ from danaz.server.core import ServerCore
 from danaz.server.settings import ServerSettings
 from danaz.serving.router import Router
 from danaz.serving.socket import BoundRouter
-from danaz.vectors.layout import FlatModel
+from danaz.vectors.model import FlatModel
 from danaz.worker.core import Role, WorkerCore
 from danaz.worker.group import SoloGroup
 from danaz.worker.link import DealerLink

@@ -326,7 +326,7 @@ class Streamed:
     """Parameters whose view is computed while it is sent. A slice is valid until the next one is asked for."""
 
     header: Parameters  # its view is announced: it has a size and no values
-    slices: Iterator[Tensor]  # f32[n] each, as flat.chunks cuts a vector and as the worker decodes it
+    slices: Iterator[Tensor]  # f32[n] each, as cutting.chunks cuts a vector and as the worker decodes it
     codec: Codec = FP32  # the codec that the view travels in
 
     @property

@@ -28,8 +28,8 @@ from torch import Tensor
 from danaz.protocol import messages
 from danaz.protocol.messages import Streamed
 from danaz.vectors.codecs import FP32, Codec, CodecError, Encoded, UnknownCodecError, bytes_of, push_codec
-from danaz.vectors.cutting import announced, is_announced
-from danaz.vectors.layout import MAX_FLOATS, SLICE_FLOATS, Layout, chunks
+from danaz.vectors.cutting import SLICE_FLOATS, announced, chunks, is_announced
+from danaz.vectors.layout import MAX_FLOATS, Layout
 
 MAGIC = b"DANAZ\x02"
 CHUNK = struct.Struct("<8sQI")  # magic, request, number of the chunk within its message

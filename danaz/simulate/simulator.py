@@ -29,7 +29,7 @@ from danaz.simulate.step import EagerStep, make_step
 from danaz.torch.data import Batching
 from danaz.torch.optimizer import check_supported, decayed_gradient, kept_loss, weight_decays
 from danaz.torch.rates import effective_lr
-from danaz.vectors.layout import FlatModel
+from danaz.vectors.model import FlatModel
 from danaz.worker.core import LocalStep, Loss, Request, Role, WorkerCore
 from danaz.workloads import build
 from danaz.workloads.computing import choose_device, place

@@ -31,7 +31,8 @@ from danaz.torch.models import has_batch_norm
 from danaz.torch.optimizer import DistributedOptimizer, Verdict, weight_decays
 from danaz.torch.rates import effective_lr
 from danaz.torch.schedulers import follow
-from danaz.vectors.layout import FlatModel, Spans
+from danaz.vectors.cutting import Spans
+from danaz.vectors.model import FlatModel
 from danaz.vectors.untrained import Untrained
 from danaz.worker.between import first_text
 from danaz.worker.core import Role, WorkerCore

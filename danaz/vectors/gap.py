@@ -12,7 +12,8 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from danaz.vectors.layout import Layout, chunks
+from danaz.vectors.cutting import chunks
+from danaz.vectors.layout import Layout
 
 
 class Layers:
@@ -38,7 +39,7 @@ class Layers:
         return [(max(entry.start, start) - start, min(entry.stop, stop) - start) for entry in entries]
 
     def squares(self, slices: Iterable[Tensor]) -> Tensor:
-        """‖Δψ‖² of each layer, f64[layers]; Δ comes in slices, as flat.chunks cuts it."""
+        """‖Δψ‖² of each layer, f64[layers]; Δ comes in slices, as cutting.chunks cuts it."""
         squares = torch.zeros(len(self), dtype=torch.float64)
         for piece, (numbers, spans) in zip(slices, self._of_slice, strict=True):
             norms = torch._foreach_norm([piece[start:stop] for start, stop in spans])

@@ -32,8 +32,8 @@ from danaz.protocol.messages import (
 from danaz.protocol.refusals import FRESH_AFTER, SICK
 from danaz.rules import Context, WorkerRule
 from danaz.vectors.codecs import Compressor
-from danaz.vectors.cutting import all_finite
-from danaz.vectors.layout import Layout, Spans, parts
+from danaz.vectors.cutting import Spans, all_finite, cut, parts
+from danaz.vectors.layout import Layout
 from danaz.worker.staging import IN_PLACE, Staging
 from danaz.worker.states import WORKER_TRANSITIONS, WorkerEvent, WorkerState
 
@@ -159,7 +159,7 @@ class WorkerCore:
             return None
         given = torch.empty_like(next(iter(self._committed.values())))
         for group, (start, stop) in enumerate(self.role.layout.groups):
-            self.rule.give_back(given[start:stop], _cut(self._committed, start, stop), self._lr[group])
+            self.rule.give_back(given[start:stop], cut(self._committed, start, stop), self._lr[group])
         return self.staging.lift(given)
 
     # ---- requests ------------------------------------------------------------------------------------------------
@@ -337,13 +337,13 @@ class WorkerCore:
         contexts = [Context(*rates, 0.0, 0, self.version, 0) for rates in zip(lr, self._current_lr, strict=True)]
         for group, begin, end in self.role.layout.slices(self.staging.slice_floats):
             for start, stop, is_absent in parts(begin, end, absent):
-                old = _cut(self._current, start, stop)
+                old = cut(self._current, start, stop)
                 if is_absent:
                     out[start:stop].zero_()
                     for name, vector in old.items():
                         new[name][start:stop] = vector
                 else:
-                    self.rule.push(out[start:stop], grad[start:stop], old, _cut(new, start, stop), contexts[group])
+                    self.rule.push(out[start:stop], grad[start:stop], old, cut(new, start, stop), contexts[group])
             yield begin, end
         if self._current is not self._committed:
             self._spare.append(self._current)
@@ -478,10 +478,6 @@ class WorkerCore:
         if applied and self.rule.resets:
             for vector in self._committed.values():
                 vector.zero_()
-
-
-def _cut(vectors: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
-    return {name: vector[start:stop] for name, vector in vectors.items()}
 
 
 class Backoff:

@@ -30,7 +30,8 @@ from danaz.protocol.messages import (
     Report,
 )
 from danaz.protocol.refusals import COMPLETE
-from danaz.vectors.layout import FlatModel, Spans
+from danaz.vectors.cutting import Spans
+from danaz.vectors.model import FlatModel
 from danaz.worker.core import LocalStep, Loss, Request, WorkerCore
 from danaz.worker.group import Group
 from danaz.worker.link import Link

@@ -14,8 +14,7 @@ from torch import Tensor
 from danaz.protocol import wire
 from danaz.protocol.messages import Final, Message, Push
 from danaz.protocol.wire import CHUNK, CHUNK_MAGIC, MAGIC, Inbox, StrayChunkError, WireError, decode, encode
-from danaz.vectors.cutting import is_announced
-from danaz.vectors.layout import SLICE_FLOATS
+from danaz.vectors.cutting import SLICE_FLOATS, is_announced
 
 
 class TestInbox:

@@ -15,8 +15,7 @@ from danaz.protocol.wire import CHUNK, Inbox, WireError, decode, encode
 from danaz.server.core import ServerCore
 from danaz.server.settings import ServerSettings
 from danaz.vectors.codecs import Compressor, push_codec, view_codec
-from danaz.vectors.cutting import announced
-from danaz.vectors.layout import SLICE_FLOATS, chunks
+from danaz.vectors.cutting import SLICE_FLOATS, announced, chunks
 from danaz.worker.core import Role, WorkerCore
 from danaz.worker.link import DealerLink
 

@@ -21,7 +21,8 @@ from danaz.server.answers import Streams
 from danaz.server.core import ServerCore
 from danaz.server.master import Master, UnsettledError
 from danaz.server.members import Member
-from danaz.vectors.layout import SLICE_FLOATS, Layout
+from danaz.vectors.cutting import SLICE_FLOATS
+from danaz.vectors.layout import Layout
 from danaz.worker.link import DealerLink
 
 LAYOUT = Layout.from_lists([[["w", [SIZE], [1]]], [], [SLICE_FLOATS + 7, SLICE_FLOATS + 993]])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from danaz.protocol.messages import Message, Push, Streamed
 from danaz.protocol.wire import Inbox, split
-from danaz.vectors.layout import SLICE_FLOATS
+from danaz.vectors.cutting import SLICE_FLOATS
 
 SIZE = 2 * SLICE_FLOATS + 1000  # three chunks
 

@@ -12,7 +12,8 @@ from danaz.server.answers import Replies
 from danaz.server.core import ServerCore
 from danaz.server.figures import Update
 from danaz.server.settings import ServerSettings
-from danaz.vectors.layout import Layout, Spans
+from danaz.vectors.cutting import Spans
+from danaz.vectors.layout import Layout
 from danaz.worker.core import LocalStep, Request, Role, WorkerCore
 
 DIGEST = "the same everywhere"

@@ -22,7 +22,8 @@ from danaz.server.core import ServerCore
 from danaz.server.settings import ServerSettings
 from danaz.torch.optimizer import DistributedOptimizer, Verdict
 from danaz.vectors.codecs import Compressor, push_codec
-from danaz.vectors.layout import SLICE_FLOATS, FlatModel, Spans, chunks
+from danaz.vectors.cutting import SLICE_FLOATS, Spans, chunks
+from danaz.vectors.model import FlatModel
 from danaz.worker.core import Request, Role, WorkerCore
 from danaz.worker.group import SoloGroup
 from danaz.worker.link import DealerLink
