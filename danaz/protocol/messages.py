@@ -348,3 +348,7 @@ class Streamed:
 Request = Join | Push | Pull | Fetch | Heartbeat | Leave | Report | Bye | GoBack | Inquire
 Reply = Parameters | Fetched | Final | Noted | Refusal | Offer | Progress
 Message = Request | Reply
+
+Route = bytes | int  # where a reply goes; only the transport knows what it means
+Replies = list[tuple[Route, Reply]]
+Streams = list[tuple[Route, Reply | Streamed]]

@@ -10,9 +10,9 @@ import torch
 import zmq
 from torch import Tensor
 
-from danaz.protocol.messages import Fetched, Final, Push, Refusal, Request, Streamed
-from danaz.protocol.wire import Frame, Inbox, StrayChunkError, WireError, encode, messages_of, split
-from danaz.server.answers import Streams
+from danaz.protocol.inbox import Inbox, StrayChunkError
+from danaz.protocol.messages import Fetched, Final, Push, Refusal, Request, Streamed, Streams
+from danaz.protocol.wire import Frame, WireError, encode, messages_of, split
 from danaz.server.core import ServerCore
 from danaz.server.offering import AwaitingRollback, CompletedRun
 from danaz.serving.recording import Recorder

@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from danaz.protocol.messages import Final, Parameters
+from danaz.protocol.messages import Final, Parameters, Replies
 from danaz.run.config import Config
 from danaz.run.folder import RunFolder
 from danaz.run.settings import Settings
-from danaz.server.answers import Replies
 from danaz.server.core import ServerCore
 from danaz.simulate.batch_reader import BatchReader
 from danaz.simulate.orders import make_order

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from danaz.protocol import wire
+from danaz.protocol.inbox import Inbox, StrayChunkError
 from danaz.protocol.messages import Final, Message, Push
-from danaz.protocol.wire import CHUNK, CHUNK_MAGIC, MAGIC, Inbox, StrayChunkError, WireError, decode, encode
+from danaz.protocol.wire import CHUNK, CHUNK_MAGIC, MAGIC, WireError, decode, encode
 from danaz.vectors.cutting import SLICE_FLOATS, is_announced
 
 

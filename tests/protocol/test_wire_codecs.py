@@ -10,8 +10,9 @@ from cluster import DIGEST, layout_of
 from sockets import PATIENCE_S, serving
 from torch import Tensor
 
+from danaz.protocol.inbox import Inbox
 from danaz.protocol.messages import Heartbeat, Parameters, Plan, Push, Reply, Request, Streamed
-from danaz.protocol.wire import CHUNK, Inbox, WireError, decode, encode
+from danaz.protocol.wire import CHUNK, WireError, decode, encode
 from danaz.server.core import ServerCore
 from danaz.server.settings import ServerSettings
 from danaz.vectors.codecs import Compressor, push_codec, view_codec

@@ -16,6 +16,7 @@ from cluster import DIGEST, layout_of
 from stimuli import GRADIENT, JOIN, PLAN, SIZE, make_core, parameters, push_on
 from torch import Tensor
 
+from danaz.protocol.inbox import Inbox
 from danaz.protocol.messages import (
     Bye,
     GoBack,
@@ -31,7 +32,7 @@ from danaz.protocol.messages import (
     Streamed,
     Within,
 )
-from danaz.protocol.wire import Inbox, WireError, encode, split
+from danaz.protocol.wire import WireError, encode, split
 from danaz.server.core import ServerCore
 from danaz.vectors.cutting import announced
 from danaz.vectors.gap import Layers

@@ -15,9 +15,8 @@ from sockets import PATIENCE_S, LiveWorker, received, serving, settings_for, str
 from torch import Tensor
 
 from danaz.protocol import wire
-from danaz.protocol.messages import Heartbeat, Join, Leave, Parameters, Plan, Pull, Push, Refusal, Streamed
+from danaz.protocol.messages import Heartbeat, Join, Leave, Parameters, Plan, Pull, Push, Refusal, Streamed, Streams
 from danaz.protocol.wire import CHUNK, MAGIC, decode, encode
-from danaz.server.answers import Streams
 from danaz.server.core import ServerCore
 from danaz.server.master import Master, UnsettledError
 from danaz.server.members import Member

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from danaz.protocol.messages import Final, Heartbeat, Join, Parameters, Plan, Refusal, Reply
-from danaz.server.answers import Replies
+from danaz.protocol.messages import Final, Heartbeat, Join, Parameters, Plan, Refusal, Replies, Reply
 from danaz.server.core import ServerCore
 from danaz.server.figures import Update
 from danaz.server.settings import ServerSettings
