@@ -38,7 +38,7 @@ class Assembly:
     def __init__(
         self, message: messages.Message, codecs: dict[str, Codec], room: Callable[[int], Tensor], arrived: Arrived
     ):
-        """``room(n)`` f32[n] gives the memory to receive a vector into; ``arrived`` hears of each slice there."""
+        """``room(n)`` returns the memory f32[n] that receives a vector; ``arrived`` is told of each slice in it."""
         self.message = message
         self._arrived = arrived
         self._codecs = codecs
@@ -49,7 +49,7 @@ class Assembly:
         self._square = 0.0
 
     def take(self, request: int, number: int, data: Frame) -> messages.Message | None:
-        """Take the next chunk; returns the message when it is whole. Raises WireError."""
+        """Take the next chunk. Returns the message when it is complete, or None before. Raises WireError."""
         assert not isinstance(self.message, messages.Heartbeat), "it has no vectors"
         if request != self.message.request or number != self._next:
             raise StrayChunkError("chunk of no message under way")
@@ -74,14 +74,14 @@ class Assembly:
 
 
 def _summed(message: Any) -> Any:
-    """The message. A push gets the sum of its squares here, so that several readers need only one pass."""
+    """Return the message. A push gets the sum of its squares here, so that several readers need only one pass."""
     if not isinstance(message, messages.Push) or not message.push.numel():
         return message
     return dataclasses.replace(message, square=torch.dot(message.push, message.push).item())
 
 
 class Inbox:
-    """Puts the messages of many peers together from what arrives. Each peer has at most one message under way."""
+    """Puts the messages of many peers together from their slices. Each peer has at most one message under way."""
 
     def __init__(
         self,
@@ -90,15 +90,17 @@ class Inbox:
         room: Room,
         arrived: Arrived = lambda message, piece: None,
     ):
-        """``takes(peer, message)`` says whether the vectors that a message announces are worth receiving; if not, it
-        stays as it is. ``room(inbox, message, n)`` f32[n] is the memory to receive one into. ``arrived(message,
-        slice)`` hears of each slice in its room, before the message is whole.
+        """Expect messages of these kinds.
+
+        ``takes(peer, message)`` says whether to receive the vectors that a message announces; if not, the message keeps
+        its announced vectors. ``room(inbox, message, n)`` returns the memory f32[n] that receives one of them.
+        ``arrived(message, slice)`` is told of each slice in that memory, before the message is complete.
         """
         self._expect, self._takes, self._room, self._arrived = expect, takes, room, arrived
         self._under_way: dict[Hashable, Assembly] = {}
 
     def take(self, peer: Hashable, frames: Sequence[Frame]) -> Any:
-        """The message that ``frames`` are or complete; None while more is to come. Raises WireError."""
+        """Return the message that ``frames`` hold or complete, or None while more is to come. Raises WireError."""
         chunk = read_chunk(frames)
         if chunk is not None:
             return self._take_chunk(peer, *chunk)
@@ -121,6 +123,6 @@ class Inbox:
         return whole
 
     def forget(self, belongs: Callable[[Any], bool]) -> None:
-        """Give up the messages under way for which ``belongs`` is true."""
+        """Drop the messages under way for which ``belongs`` is true."""
         for peer in [peer for peer, assembly in self._under_way.items() if belongs(assembly.message)]:
             del self._under_way[peer]

@@ -2,8 +2,8 @@
 
 A message with a vector longer than a slice travels as several messages. The first has two frames, which announce the
 sizes of the vectors. Then each slice of each vector follows as [magic, request, number of the chunk | bytes]. So the
-other side receives, checks and applies the first slices while the last are on their way, and neither side allocates a
-message of 100 MB.
+receiver checks and applies the first slices while the last are on their way, and neither side allocates a message of
+100 MB.
 
 Decoding trusts nothing. It checks each field against the type and the range that its message declares, and the sizes of
 vectors before it allocates anything for them. Whatever does not fit raises WireError; decoding raises nothing else.
@@ -49,9 +49,9 @@ MESSAGES: dict[str, type] = {
 
 
 def encode(message: messages.Message) -> list[Frame]:
-    """The frames of a whole message. They share the tensors' memory, which must not change until they are sent.
+    """Return the frames of a whole message. They share the tensors' memory, which must not change until they are sent.
 
-    Announced vectors are only announced again. Raises ValueError if the header is too large to travel.
+    Announced vectors are announced again. Raises ValueError if the header is too large to travel.
     """
     vectors = vectors_of(message)
     frames = [] if any(map(is_announced, vectors.values())) else [_checked_bytes(vector) for vector in vectors.values()]
@@ -59,7 +59,7 @@ def encode(message: messages.Message) -> list[Frame]:
 
 
 def split(message: messages.Message | Streamed) -> Iterator[list[Frame]]:
-    """The messages that ``message`` travels as, each as frames. A Streamed is computed as it is sent."""
+    """Yield the messages as which ``message`` travels, each as frames. A Streamed is computed while it is sent."""
     header: messages.Message = message.header if isinstance(message, Streamed) else message
     announces = vectors_of(header)
     codec, pieces = _encoded(message, announces)
@@ -72,8 +72,8 @@ def split(message: messages.Message | Streamed) -> Iterator[list[Frame]]:
         yield [CHUNK.pack(CHUNK_MAGIC, header.request, number), piece]
 
 
-def messages_of(message: messages.Message | Streamed) -> int:
-    """How many messages ``split`` makes of ``message``."""
+def count_messages(message: messages.Message | Streamed) -> int:
+    """Return how many messages ``split`` makes of ``message``."""
     sizes = [
         vector.numel() for vector in vectors_of(message.header if isinstance(message, Streamed) else message).values()
     ]
@@ -81,7 +81,7 @@ def messages_of(message: messages.Message | Streamed) -> int:
 
 
 def _encoded(message: messages.Message | Streamed, vectors: dict[str, Tensor]) -> tuple[str, Iterator[Frame]]:
-    """The name of the codec of a message's vectors, and their slices encoded with it."""
+    """Return the name of the codec of a message's vectors, and their encoded slices."""
     if isinstance(message, Streamed):
         return message.codec.name, map(message.codec.encode, message.slices)
     if isinstance(message, messages.Push) and message.encoded is not None:
@@ -131,7 +131,7 @@ def _checked_bytes(tensor: Tensor) -> Frame:
 
 
 def decode(frames: Sequence[Frame], expect: type | types.UnionType = messages.Message) -> Any:
-    """The message in ``frames``, one of ``expect``. Its vectors use the frames' memory where that is writable.
+    """Return the message in ``frames``, one of ``expect``. Its vectors use the frames' memory where that is writable.
 
     Vectors that follow in chunks are only announced: they have a size, and take no memory. Raises WireError.
     """
@@ -169,7 +169,7 @@ def as_travelled(message: Any, codecs: dict[str, Codec], nbytes: int) -> Any:
 
 
 def _announcements(present: list[Any]) -> tuple[dict[str, int], dict[str, Codec]]:
-    """Name -> floats, and name -> codec, of each vector that a header announces."""
+    """Return name -> floats, and name -> codec, of each vector that a header announces."""
     sizes: dict[str, int] = {}
     codecs: dict[str, Codec] = {}
     for entry in present:
@@ -250,13 +250,13 @@ def read_chunk(frames: Sequence[Frame]) -> tuple[int, int, Frame] | None:
 
 @cache
 def _hints(message_type: type) -> dict[str, Any]:
-    """Name -> type of each field that travels, with the range that it declares."""
+    """Return name -> type of each field that travels, with the range that it declares."""
     hints = typing.get_type_hints(message_type, include_extras=True)
     return {f.name: hints[f.name] for f in dataclasses.fields(message_type) if not f.metadata.get("local")}
 
 
 def _fit(value: Any, hint: Any) -> Any:
-    """``value`` as the type that a message's field declares. Raises TypeError or ValueError if it does not fit.
+    """Return ``value`` as the type that a message's field declares. Raises TypeError or ValueError if it does not fit.
 
     Raises OutOfRangeError if the value has the right type but is not in the declared range.
     """
@@ -264,7 +264,7 @@ def _fit(value: Any, hint: Any) -> Any:
 
 
 def _limited(value: Any, kind: Any, *limits: Any) -> Any:
-    """Fit a value to ``Annotated[kind, *limits]``. The limits come first, so that an overlong value is not walked."""
+    """Fit a value to ``Annotated[kind, *limits]``. The limits come first, so that an overlong value is not read."""
     for limit in limits:
         limit.check(value)
     return _fit(value, kind)
@@ -298,7 +298,7 @@ def _dict(value: Any, key: Any, item: Any) -> dict[Any, Any]:
 def _union(value: Any, *choices: Any) -> Any:
     if value is None and type(None) in choices:
         return None
-    # str and float, say, have no value in common: at most one of the choices fits.
+    # The choices, such as str and float, have no value in common: at most one of them fits.
     for choice in choices:
         if choice is not type(None):
             with suppress(TypeError):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from danaz.protocol.inbox import Inbox, StrayChunkError
 from danaz.protocol.messages import Fetched, Final, Push, Refusal, Request, Streamed, Streams
-from danaz.protocol.wire import Frame, WireError, encode, messages_of, split
+from danaz.protocol.wire import Frame, WireError, count_messages, encode, split
 from danaz.server.core import ServerCore
 from danaz.server.offering import AwaitingRollback, CompletedRun
 from danaz.serving.recording import Recorder
@@ -140,7 +140,7 @@ class Router:
         return route not in self._leaving or self._leaving[route][0] != request
 
     def _send_large(self, route: bytes, reply: Streamed | Final | Fetched) -> None:
-        self._make_way(messages_of(reply))
+        self._make_way(count_messages(reply))
         pieces = split(reply)
         magic, header, *vectors = next(pieces)
         tracked = zmq.Frame(header, copy=False, track=True, copy_threshold=0)

@@ -33,9 +33,9 @@ def chunks(size: int) -> Iterator[tuple[int, int]]:
 
 
 def shard_spans(size: int, shards: int) -> list[tuple[int, int]]:
-    """(start, stop) of the slice of f32[size] that each of ``shards`` servers holds.
+    """Return the span of f32[size] that each of ``shards`` servers holds. Raises ValueError if a span is empty.
 
-    Raises ValueError if one is empty.
+    Spans begin at whole lines of cache.
     """
     cuts = [0, *(number * size // shards // ALIGNED_FLOATS * ALIGNED_FLOATS for number in range(1, shards)), size]
     spans = list(pairwise(cuts))
@@ -45,12 +45,15 @@ def shard_spans(size: int, shards: int) -> list[tuple[int, int]]:
 
 
 def chunks_of_shards(size: int, shards: int) -> list[list[tuple[int, int]]]:
-    """(start, stop) within f32[size] of the chunks that each shard's slice travels in. Raises ValueError as above."""
+    """Return, for each shard, the spans within f32[size] of the chunks in which its slice travels.
+
+    Raises ValueError as shard_spans does.
+    """
     return [[(at + start, at + stop) for start, stop in chunks(end - at)] for at, end in shard_spans(size, shards)]
 
 
 def parts(start: int, stop: int, absent: Spans) -> Iterator[tuple[int, int, bool]]:
-    """(start, stop, whether it is absent) of the pieces of a slice that lie in ``absent`` spans, or between them."""
+    """Divide a span where ``absent`` spans begin and end: yield (start, stop, whether it is absent) of each piece."""
     for first, last in absent:
         first, last = max(first, start), min(last, stop)
         if first >= last:
@@ -64,12 +67,12 @@ def parts(start: int, stop: int, absent: Spans) -> Iterator[tuple[int, int, bool
 
 
 def present(start: int, stop: int, absent: Spans) -> Iterator[tuple[int, int]]:
-    """(start, stop) of the pieces of a slice that lie in no ``absent`` span."""
+    """Yield the pieces of a span that lie in no ``absent`` span."""
     return ((first, last) for first, last, is_absent in parts(start, stop, absent) if not is_absent)
 
 
 def common_spans(each: Sequence[Spans]) -> Spans:
-    """The spans that lie in every one of several sets of spans."""
+    """Return the spans that lie in each of several sets of spans."""
     first, *others = each
     for spans in others:
         first = tuple(
@@ -79,7 +82,7 @@ def common_spans(each: Sequence[Spans]) -> Spans:
 
 
 def spans_within(spans: Spans, start: int, stop: int) -> Spans:
-    """The parts of ``spans`` that lie in this slice, counted from its start."""
+    """Return the parts of ``spans`` that lie between ``start`` and ``stop``, counted from ``start``."""
     inside = ((max(first, start) - start, min(last, stop) - start) for first, last in spans)
     return tuple((first, last) for first, last in inside if first < last)
 
@@ -90,17 +93,17 @@ def cut(vectors: Mapping[str, Tensor], start: int, stop: int) -> dict[str, Tenso
 
 
 def announced(size: int) -> Tensor:
-    """A vector f32[size] of which only the size is known, and which takes no memory."""
+    """Return a vector f32[size] that only announces its size: it has no values and takes no memory."""
     return torch.zeros(1).expand(size)
 
 
 def is_announced(vector: Tensor) -> bool:
-    """Whether only its size is known."""
+    """Return whether ``vector`` only announces its size."""
     return vector.numel() > 1 and vector.stride() == (0,)
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite, in one pass without a temporary."""
+    """Return whether no element is NaN or infinite, in one pass without a temporary."""
     if tensor.numel() == 0 or is_announced(tensor):
         return True
     low, high = torch.aminmax(tensor)

@@ -42,7 +42,7 @@ class Entry:
         return self.start + self.size
 
     def of(self, flat: Tensor) -> Tensor:
-        """This tensor as a view into ``flat``."""
+        """Return this tensor as a view into ``flat``."""
         return flat.as_strided(self.shape, self.stride, flat.storage_offset() + self.start)
 
 
@@ -73,28 +73,28 @@ class Layout:
         return cls(_place(parameters), _place(buffers), _spans([whole(size) for size in group_sizes]))
 
     def slices(self, floats: int | None = None) -> Iterator[tuple[int, int, int]]:
-        """(group, start, stop) of slices that tile the vector. No slice crosses a group or a multiple of ``floats``.
+        """Yield (group, start, stop) of slices that tile the vector.
 
-        ``floats`` is SLICE_FLOATS by default.
+        No slice crosses a group or a multiple of ``floats``, which is SLICE_FLOATS by default.
         """
         for group, (start, stop) in enumerate(self.groups):
             for piece in tiles(start, stop, floats):
                 yield group, *piece
 
     def layers(self) -> Iterator[tuple[int, int, int]]:
-        """(group, start, stop) of each parameter tensor."""
+        """Yield (group, start, stop) of each parameter tensor."""
         group = 0
         for entry in self.parameters:
             if entry.start == self.size:
-                return  # it and all after it are empty, and lie in no group
+                return  # this one and all after it are empty, and lie in no group
             while entry.start >= self.groups[group][1]:
                 group += 1
             yield group, entry.start, entry.stop
 
     def cut(self, start: int, stop: int) -> Layout:
-        """The table of the slice f32[stop - start], without buffers. A tensor that is cut appears as its flat part.
+        """Return the table of the slice f32[stop - start], without buffers.
 
-        All groups stay, even if some are empty.
+        A tensor that is cut appears as its flat part. All groups stay, even if some are empty.
         """
         inside = [e for e in self.parameters if e.start < stop and e.stop > start]
         parts = [(e, max(e.start, start), min(e.stop, stop)) for e in inside]
@@ -106,18 +106,18 @@ class Layout:
         return Layout(_place(rows), (), _spans(sizes))
 
     def named(self, params: Tensor, buffers: Tensor) -> dict[str, Tensor]:
-        """Name -> contiguous tensor, as a state dict holds them."""
+        """Return name -> contiguous tensor, copied, as a state dict holds them."""
         tensors = [(e.name, e.of(params)) for e in self.parameters] + [(e.name, e.of(buffers)) for e in self.buffers]
         return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors}
 
     def to_lists(self) -> list[Any]:
-        """As plain lists, for the wire."""
+        """Return the table as plain lists, for the wire."""
         tables = [[[e.name, list(e.shape), list(e.stride)] for e in table] for table in (self.parameters, self.buffers)]
         return [*tables, [stop - start for start, stop in self.groups]]
 
     @classmethod
     def from_lists(cls, lists: Any) -> Layout:
-        """The inverse of to_lists. Raises ValueError if it is not a dense, complete layout, or exceeds the limits."""
+        """Read what to_lists wrote. Raises ValueError if it is not dense or complete, or exceeds the limits."""
         try:
             parameters, buffers, group_sizes = lists
             layout = cls.of(parameters, buffers, group_sizes)
@@ -129,7 +129,7 @@ class Layout:
 
 
 def _check_limits(rows: Rows, groups: Sequence[int]) -> None:
-    """Raises ValueError if the layer table exceeds the limits of the models that danaz trains, or could not be saved.
+    """Raise ValueError if the layer table exceeds the limits of the models that danaz trains, or could not be saved.
 
     A table that passes can be processed in time and memory proportional to its own length.
     """

@@ -77,7 +77,7 @@ class FlatModel:
                     "Move and convert the model before you wrap the optimizer."
                 )
             view.copy_(p.data)
-            # It gets its own storage over the same memory: otherwise saving part of the model would save all of it.
+            # The parameter gets its own storage over the same memory: otherwise saving one would save the whole vector.
             p.data = from_dlpack(view)
             self._homes[number] = view.data_ptr()
 
@@ -96,8 +96,8 @@ class FlatModel:
                 continue
             if p.grad.is_sparse:
                 raise TypeError(
-                    f"the gradient of {self.layout.parameters[number].name} is sparse, and danaz sums dense gradients "
-                    "alone; look the rows up with sparse=False"
+                    f"the gradient of {self.layout.parameters[number].name} is sparse, and danaz sums only dense "
+                    "gradients; look the rows up with sparse=False"
                 )
             if p.grad is not view:
                 strays.append(p.grad)
@@ -108,7 +108,7 @@ class FlatModel:
 
     @property
     def absent(self) -> Spans:
-        """(start, stop) of parameters that had no gradient at the last gathering; torch does not change such ones."""
+        """The spans of parameters that had no gradient at the last gathering. Torch does not change such parameters."""
         if all(self.has_gradient):
             return ()
         spans: list[tuple[int, int]] = []
@@ -122,7 +122,7 @@ class FlatModel:
         return tuple(spans)
 
     def buffers(self) -> Tensor:
-        """A copy of the model's floating-point buffers, f32[B]."""
+        """Return a copy of the model's floating-point buffers, f32[B]."""
         flat = torch.empty(self.layout.buffer_size)
         for entry, buffer in zip(self.layout.buffers, self._buffers.values(), strict=True):
             entry.of(flat).copy_(buffer)
@@ -152,5 +152,5 @@ def _check_trained(trained: Sequence[nn.Parameter], names: dict[nn.Parameter, st
 
 
 def _dense_stride(tensor: Tensor) -> tuple[int, ...]:
-    """The tensor's own strides if they leave no holes, otherwise contiguous ones."""
+    """Return the tensor's own strides if they leave no holes, otherwise contiguous ones."""
     return torch.empty_like(tensor, memory_format=torch.preserve_format).stride()

@@ -1,4 +1,4 @@
-"""The YAML that danaz reads and writes: words that look like numbers are, and no others."""
+"""The YAML that danaz reads and writes: words are numbers if they look like numbers, and only then."""
 
 from __future__ import annotations
 

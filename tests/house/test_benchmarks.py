@@ -1,4 +1,4 @@
-"""Benchmarks run from beginning to end, at a size at which they measure nothing."""
+"""Benchmarks run from beginning to end, at a size too small to measure anything."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_shards_are_measured_behind_wires_of_their_own(tmp_path):
 
 @pytest.mark.parametrize("way", ["alone", "danaz"])
 def test_the_step_is_measured_without_a_launcher(way, tmp_path):
-    """As the processes measure it that the benchmark starts; danaz with a server of its own."""
+    """Measure as the benchmark's processes do; danaz has a server of its own."""
     figures = tmp_path / "figures.json"
     done = run("step_gpu.py", "--way", way, "--figures", figures, *SMALL)
     assert done.returncode == 0, done.stdout + done.stderr

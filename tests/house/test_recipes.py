@@ -60,14 +60,14 @@ def blocks(text: str) -> list[Block]:
 
 
 def halves(page: str) -> tuple[list[Block], list[Block]]:
-    """What is for a folder of one's own, and what for a copy of danaz."""
+    """Return what belongs in a folder of one's own, and what belongs in a copy of danaz."""
     before, own, rest = (ROOT / "docs" / page).read_text().partition(OWN)
     at = rest.find("\n## ")
     return (blocks(rest[:at]), blocks(before + rest[at:])) if own else ([], blocks(before))
 
 
 def changed(text: str, diff: str) -> str:
-    """``text`` after a change: a line is kept ( ), taken out (-) or put in (+); @@ begins a change at another place."""
+    """Apply a change to ``text``. Lines are kept ( ), removed (-) or added (+); @@ begins a change at another place."""
     for hunk in re.split(r"^@@.*\n", diff, flags=re.MULTILINE):
         lines = [(line[:1] or " ", line[1:]) for line in hunk.splitlines()]
         old = "".join(f"{line}\n" for sign, line in lines if sign != "+")
@@ -78,7 +78,7 @@ def changed(text: str, diff: str) -> str:
 
 
 def follow(steps: list[Block], folder: Path) -> str:
-    """Write and change the files, then run the commands; returns what they print."""
+    """Write and change the files, then run the commands. Returns what they print."""
     commands: list[str] = []
     for step in steps:
         if step.kind == "sh":
@@ -130,7 +130,7 @@ def test_within_danaz(page: str, tmp_path: Path) -> None:
 
 
 class TestTheseTests:
-    """They can fail."""
+    """The tests above can fail."""
 
     def test_a_change_needs_its_place(self) -> None:
         assert changed("a\nb\n", " a\n+c\n") == "a\nc\nb\n"

@@ -126,7 +126,7 @@ class TestInbox:
             inbox().take("a", [MAGIC, wire.msgpack.packb([kind, header, [entry]])])
 
     def test_an_announcement_is_written_down_as_one(self):
-        """A recording keeps it in a few bytes."""
+        """A recording keeps an announcement in a few bytes."""
         [header, *_] = travelling(push_of(torch.ones(SIZE)))
         message = decode(header)
         assert [bytes(frame) for frame in encode(message)] == header
@@ -139,7 +139,7 @@ PARTS = travelling(push_of(torch.ones(SIZE)))
 
 
 class Limited:
-    """An inbox that gives no more memory than a job's layout is large."""
+    """An inbox that provides no more memory than a job's layout needs."""
 
     def __init__(self) -> None:
         self.given = 0

@@ -97,7 +97,7 @@ def of_type(hint: typing.Any) -> st.SearchStrategy[typing.Any]:
 
 
 def in_range(kind: typing.Any, limit: Within | AtMost) -> st.SearchStrategy[typing.Any]:
-    """Values that a field may hold, the bounds among them."""
+    """Draw values that a field may hold, the bounds among them."""
     if isinstance(limit, AtMost):
         return of_type(kind)
     if kind is int:
@@ -121,7 +121,7 @@ def same(one: object, other: object) -> bool:
 
 
 def through(frames: list[wire.Frame]) -> list[bytes]:
-    """What the other side receives."""
+    """Return what the other side receives."""
     return [bytes(frame) for frame in frames]
 
 
@@ -137,7 +137,7 @@ class TestRoundTrip:
         assert same(decode(through(encode(message))), message)
 
     def test_tensors_are_not_copied(self):
-        """Neither when sent nor, where the frame is writable, when received."""
+        """Sending copies no tensor, and receiving copies none if the frame is writable."""
         push = Push(0, 1, 1, 0, (0.1,), 1, None, 0, torch.arange(3.0))
         frames = encode(push)
         push.push[0] = 7
@@ -148,7 +148,7 @@ class TestRoundTrip:
         assert memoryview(received[2]).cast("f").tolist() == [7, 8, 2]
 
     def test_a_non_finite_number_travels(self):
-        """To be refused with its reason by the core, which counts it."""
+        """The core refuses it, with the reason, and counts it."""
         push = Push(0, 1, 1, 0, (float("nan"),), 1, float("inf"), 0, torch.tensor([float("nan"), float("-inf")]))
         arrived = decode(through(encode(push)))
         assert str((arrived.lr, arrived.loss, arrived.push.tolist())) == "((nan,), inf, [nan, -inf])"
@@ -303,7 +303,7 @@ class TestGarbage:
         ],
     )
     def test_promises_are_not_allocated(self, packed):
-        """Memory follows what came, not what it says is still to come."""
+        """Memory follows what has arrived, not what is announced."""
         tracemalloc.start()
         rejected([MAGIC, packed])
         _, peak_bytes = tracemalloc.get_traced_memory()
@@ -324,7 +324,7 @@ class TestGarbage:
 
 
 def every_number(kind: type) -> typing.Iterator[tuple[str, Within]]:
-    """(field, range) of each field that holds one number."""
+    """Yield (field, range) of each field that holds one number."""
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
         choices = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else [hint]
         for choice in choices:
@@ -333,7 +333,7 @@ def every_number(kind: type) -> typing.Iterator[tuple[str, Within]]:
 
 
 def plain_hints(hint: typing.Any) -> typing.Iterator[typing.Any]:
-    """All types that a hint is made of, but for those whose range is declared."""
+    """Yield all types that a hint is made of, except those with a declared range."""
     origin = typing.get_origin(hint)
     if origin is typing.Annotated:
         if hint.__metadata__ and isinstance(hint.__metadata__[0], Within):
@@ -430,7 +430,7 @@ class TestRanges:
 
 
 class TestFuzz:
-    """Only WireError ever comes out of decode(), and never for long."""
+    """decode() raises nothing but WireError, and never takes long."""
 
     def test_mutated_messages(self):
         rng = random.Random(1)
@@ -469,7 +469,7 @@ class TestFuzz:
 
 
 def mutate(frames: list[bytes], rng: random.Random) -> list[bytes]:
-    """Flip, cut, repeat or insert bytes, or drop, double or swap frames; once or twice."""
+    """Flip, cut, repeat or insert bytes, or drop, double or swap frames, once or twice."""
     frames = list(frames)
     for _ in range(rng.randint(1, 2)):
         which = rng.randrange(len(frames)) if frames else 0
@@ -498,7 +498,7 @@ def mutate(frames: list[bytes], rng: random.Random) -> list[bytes]:
 
 
 def test_no_pickle_is_within_reach():
-    """torch.load, numpy.load and marshal unpickle too."""
+    """torch.load, numpy.load and marshal unpickle, too."""
     tree = ast.parse(Path(wire.__file__).read_text())
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     assert imported <= {"dataclasses", "struct", "types", "typing", "msgpack", "torch"}

@@ -1,4 +1,4 @@
-"""Compressed vectors on the wire: what is sent arrives as it was decoded by its sender, in one message or in chunks."""
+"""Compressed vectors on the wire arrive as their sender decoded them, in one message or in chunks."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class TestGarbage:
 @pytest.mark.parametrize("size", [SMALL, LARGE])
 @pytest.mark.parametrize("codec", [*LOSSY, "fp32"])
 def test_live_is_what_was_simulated(codec, size):
-    """The same worker against the same server, over a socket and within the process: the same bits, fewer bytes."""
+    """A worker and a server give the same bits over a socket as within a process, with fewer bytes."""
     settings = ServerSettings("dana", 1, DIGEST, wire_view="fp16")
 
     def trained(exchange, core: WorkerCore) -> Tensor:  # type: ignore[no-untyped-def]

@@ -1,4 +1,4 @@
-"""Codecs against their definitions, written out as loops in float64; what is no chunk; and that nothing is lost."""
+"""Codecs agree with their definitions, written as loops in float64; they refuse bad bytes; and nothing is lost."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SIZES = [0, 1, 7, 8, 9, 15, 16, 17, 511, 512, 513, 519, 520, 1024, 1025, 5000]
 
 
 def coded(codec: Codec, chunk: Tensor) -> Tensor:
-    """What arrives, through bytes that cannot be written to, in memory that holds something else."""
+    """Return what arrives in memory that held something else, through bytes that are read-only."""
     data = bytes(codec.encode(chunk.clone()))
     assert len(data) <= codec.encoded_bytes(chunk.numel())
     out = torch.full_like(chunk, 77.0)
@@ -46,16 +46,16 @@ def drawn(size: int, seed: int = 0) -> Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(seed)) * 10 ** (seed % 5 - 2)
 
 
-# ---- the definitions, one value after the other ------------------------------------------------------------------
+# ---- the definitions, value by value -------------------------------------------------------------------------------
 
 
 def nearest(value: float, candidates: list[float]) -> float:
-    """The nearer of two neighbours; of two as near, the one whose last bit is zero is listed first."""
+    """Return the nearer of two neighbours. If both are equally near, take the first, whose last bit is zero."""
     return min(candidates, key=lambda candidate: abs(candidate - value))
 
 
 def bf16_of(value: float) -> float:
-    """Upper half of the bits of a float32, rounded to nearest even; saturated."""
+    """Return the upper half of the bits of a float32, rounded to nearest even, and saturated."""
     (bits,) = struct.unpack("<I", struct.pack("<f", value))
     below = bits & 0xFFFF0000
     neighbours = sorted((below, below + 0x10000), key=lambda b: b >> 16 & 1)
@@ -65,7 +65,7 @@ def bf16_of(value: float) -> float:
 
 
 def fp16_of(value: float) -> float:
-    """Python's own half floats."""
+    """Return the value as Python rounds it to a half float, saturated."""
     return float(struct.unpack("<e", struct.pack("<e", max(-65504.0, min(65504.0, value))))[0])
 
 
@@ -126,7 +126,7 @@ class TestDefinitions:
         assert coded(push_codec("bf16"), chunk).tolist() == [bf16_of(v) for v in values]
 
     def test_places_that_are_far_apart(self):
-        """More than 255, and exactly multiples of it."""
+        """Steps above 255 take several bytes, and so do exact multiples of it."""
         chunk = torch.zeros(3000)
         for place in (254, 255, 510, 1276, 2999):
             chunk[place] = place
@@ -228,7 +228,7 @@ class TestMalformed:
     @given(st.sampled_from(NAMES), st.integers(0, 600), st.binary(max_size=200))
     @settings(FEW, max_examples=200)
     def test_any_bytes(self, name, size, data):
-        """A chunk, or CodecError; nothing else, and nothing beside the chunk is written."""
+        """Any bytes are a chunk or raise CodecError, and nothing beside the chunk is written."""
         memory = torch.full((size + 2,), 5.0)
         with suppress(CodecError):
             push_codec(name).decode(data, memory[1:-1])
@@ -237,7 +237,7 @@ class TestMalformed:
     @given(st.sampled_from(["fp32", "bf16", "fp16", "onebit"]), st.data())
     @settings(FEW, max_examples=100)
     def test_any_bytes_of_the_right_length_are_a_chunk(self, name, data):
-        """Every pattern is a number, a sign or a mean; whether they are finite is for the server to see."""
+        """Every pattern is a number, a sign or a mean. The server checks whether they are finite."""
         size, codec = data.draw(st.integers(1, 60)), push_codec(name)
         count = codec.encoded_bytes(size)
         out = torch.full((size,), math.nan)
@@ -257,7 +257,7 @@ class TestNames:
 
     @pytest.mark.parametrize("share", [1 / 3, 0.1 + 0.2, 1e-7, 0.123456789012345])
     def test_a_share_survives_its_name(self, share):
-        """Both sides must keep the same number."""
+        """Both sides must keep the same number of values."""
         codec = TopK(share)
         again = push_codec(codec.name)
         assert isinstance(again, TopK)

@@ -1,4 +1,4 @@
-"""A model as flat vectors: nothing a script may do to parameters and gradients breaks the views."""
+"""A model in flat vectors: nothing that a script may do to parameters and gradients breaks the views."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def batch() -> Tensor:
 
 
 def gradients(model: nn.Module) -> list[Tensor]:
-    """By plain autograd, in a model of its own."""
+    """Return the gradients that plain autograd computes."""
     model(batch()).square().sum().backward()
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
@@ -105,7 +105,7 @@ class TestModelInAVector:
         assert model[0].bias.grad is None, "torch tells a gradient of zero from none"
 
     def test_only_some_gradients_are_gathered(self):
-        """Bucket by bucket, while backward still runs."""
+        """Gradients are gathered bucket by bucket, while backward still runs."""
         flat = FlatModel(net())
         flat.model(batch()).square().sum().backward()
         flat.gather_gradients(range(4, 6))
