@@ -74,7 +74,7 @@ Text = Annotated[str, AtMost(MAX_TEXT)]
 Rates = Annotated[tuple[float, ...], AtMost(MAX_GROUPS)]
 Squares = Annotated[tuple[Square, ...], AtMost(MAX_TENSORS)]
 Batches = Annotated[tuple[Count, ...], AtMost(MAX_AHEAD)]
-Spans = Annotated[tuple[Annotated[tuple[Count, Count], AtMost(2)], ...], AtMost(MAX_TENSORS)]
+AbsentSpans = Annotated[tuple[Annotated[tuple[Count, Count], AtMost(2)], ...], AtMost(MAX_TENSORS)]
 Generations = Annotated[tuple[Count, ...], AtMost(1024)]
 Reported = Annotated[dict[Annotated[str, AtMost(MAX_NAME)], float | Text | None], AtMost(MAX_REPORTED)]
 
@@ -148,7 +148,7 @@ class Push:
     elsewhere: Count = 0  # to shard 0: bytes that the other shards' slices of ``push`` take on the wire
     generation: Count = 0  # to the other shards: the generation of shard 0's newest checkpoint, as shard 0 said
     common: Generations = ()  # to all shards: the newest two checkpoints that all of them said they have
-    absent: Spans = ()  # (start, stop) of parameters without a gradient, which make no step
+    absent: AbsentSpans = ()  # (start, stop) of parameters without a gradient, which make no step
     square: float | None = field(default=None, metadata=LOCAL)  # ‖push‖², if it was summed while the push arrived
     encoded: Encoded | None = field(default=None, metadata=LOCAL)  # how ``push`` travels; None: as it is
 
@@ -232,9 +232,6 @@ class GoBack:
     newest: Count = 0  # the largest number that a checkpoint of any shard has had, which is not used again
 
 
-# ---- what a server answers -------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Inquire:
     """A process asks how far the run is. It may ask before it has joined."""
@@ -242,6 +239,9 @@ class Inquire:
     worker: WorkerNumber
     incarnation: Count
     request: Count
+
+
+# ---- what a server answers -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from danaz.vectors.cutting import Span
+
 Data = bytes | bytearray | memoryview
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -266,9 +268,6 @@ class Encoded:
         return Encoded(self.codec, sum(map(len, chunks)), chunks)
 
 
-Spans = Sequence[tuple[int, int]]  # (start, stop) of each chunk
-
-
 def travelling_bytes(vector: Tensor, encoded: Encoded | None) -> int:
     """Return how many bytes ``vector`` f32[P] takes on the wire."""
     return 4 * vector.numel() if encoded is None else encoded.nbytes
@@ -281,7 +280,8 @@ class Compressor:
     2014; Stich et al., NeurIPS 2018). What is kept changes only when the server applies the push.
     """
 
-    def __init__(self, codec: Codec, spans: Spans, first_epoch: float = 0.0):
+    def __init__(self, codec: Codec, spans: Sequence[Span], first_epoch: float = 0.0):
+        """``spans`` are those of the chunks in which a push travels."""
         self.codec = codec
         self.first_epoch = first_epoch  # the cluster's epoch from which pushes are compressed
         self._spans = spans
@@ -290,7 +290,7 @@ class Compressor:
         self._next = torch.zeros(size)  # the residual if the push under way is applied
         self._under_way = False
 
-    def compress(self, push: Tensor, epoch: float, absent: Spans = ()) -> Encoded | None:
+    def compress(self, push: Tensor, epoch: float, absent: Sequence[Span] = ()) -> Encoded | None:
         """Encode ``push`` f32[P] plus what is kept, and set ``push`` to what the receiver will decode.
 
         Return None before ``first_epoch``. The receiver ignores the ``absent`` spans, so what is kept there stays.
@@ -311,7 +311,7 @@ class Compressor:
         self._under_way = True
         return Encoded(self.codec.name, sum(map(len, chunks)), tuple(chunks))
 
-    def settle(self, applied: bool, otherwise: Spans = ()) -> None:
+    def settle(self, applied: bool, otherwise: Sequence[Span] = ()) -> None:
         """Note whether the push under way, if there is one, was applied. In ``otherwise``, the opposite holds."""
         if not self._under_way:
             return

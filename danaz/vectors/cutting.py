@@ -1,7 +1,4 @@
-"""Slices, shards and other parts of flat vectors.
-
-A span is (start, stop), as in ``vector[start:stop]``.
-"""
+"""Slices, shards and other parts of flat vectors."""
 
 from __future__ import annotations
 
@@ -15,10 +12,11 @@ from torch import Tensor
 SLICE_FLOATS = 1 << 18  # 1 MB: a chunk that is sent, and that a rule works on, while it is in cache
 ALIGNED_FLOATS = 16  # a line of cache
 
-Spans = tuple[tuple[int, int], ...]  # ascending, without overlap
+Span = tuple[int, int]  # (start, stop), as in vector[start:stop]
+Spans = tuple[Span, ...]  # ascending, without overlap
 
 
-def tiles(start: int, stop: int, floats: int | None = None) -> Iterator[tuple[int, int]]:
+def tiles(start: int, stop: int, floats: int | None = None) -> Iterator[Span]:
     """Yield the spans that tile a span. None crosses a multiple of ``floats``, which is SLICE_FLOATS by default."""
     floats = floats or SLICE_FLOATS
     while start < stop:
@@ -27,12 +25,12 @@ def tiles(start: int, stop: int, floats: int | None = None) -> Iterator[tuple[in
         start = end
 
 
-def chunks(size: int) -> Iterator[tuple[int, int]]:
+def chunks(size: int) -> Iterator[Span]:
     """Yield the spans of the chunks in which a vector f32[size] travels."""
     return tiles(0, size)
 
 
-def shard_spans(size: int, shards: int) -> list[tuple[int, int]]:
+def shard_spans(size: int, shards: int) -> list[Span]:
     """Return the span of f32[size] that each of ``shards`` servers holds. Raises ValueError if a span is empty.
 
     Spans begin at whole lines of cache.
@@ -44,7 +42,7 @@ def shard_spans(size: int, shards: int) -> list[tuple[int, int]]:
     return spans
 
 
-def chunks_of_shards(size: int, shards: int) -> list[list[tuple[int, int]]]:
+def chunks_of_shards(size: int, shards: int) -> list[list[Span]]:
     """Return, for each shard, the spans within f32[size] of the chunks in which its slice travels.
 
     Raises ValueError as shard_spans does.
@@ -66,7 +64,7 @@ def parts(start: int, stop: int, absent: Spans) -> Iterator[tuple[int, int, bool
         yield start, stop, False
 
 
-def present(start: int, stop: int, absent: Spans) -> Iterator[tuple[int, int]]:
+def present(start: int, stop: int, absent: Spans) -> Iterator[Span]:
     """Yield the pieces of a span that lie in no ``absent`` span."""
     return ((first, last) for first, last, is_absent in parts(start, stop, absent) if not is_absent)
 

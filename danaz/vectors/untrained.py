@@ -32,8 +32,8 @@ class Untrained:
     def packed(self) -> Tensor:
         """Return a copy of everything, f32[U] on the CPU. Its values mean nothing as numbers."""
         words = torch.zeros(self.size)
-        for room, tensor in self._rooms(words):
-            room.copy_(tensor.detach().contiguous().reshape(-1).view(torch.uint8))
+        for place, tensor in self._places(words):
+            place.copy_(tensor.detach().contiguous().reshape(-1).view(torch.uint8))
         return words
 
     @torch.no_grad()
@@ -44,15 +44,15 @@ class Untrained:
                 f"the model's frozen parameters and buffers take {WORD_BYTES * self.size} bytes here and "
                 f"{WORD_BYTES * words.numel()} on worker 0: all workers must make the same model"
             )
-        for room, tensor in self._rooms(words):
-            values = room.clone().view(tensor.dtype)
+        for place, tensor in self._places(words):
+            values = place.clone().view(tensor.dtype)
             tensor.copy_(values.reshape(tensor.shape))
 
-    def _rooms(self, words: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Return each tensor together with its bytes in ``words`` f32[U]."""
-        rooms, start = [], 0
+    def _places(self, words: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return each tensor after the place in ``words`` f32[U] that holds its bytes."""
+        places, start = [], 0
         for tensor, count in zip(self._tensors, self._words, strict=True):
-            room = words[start : start + count].view(torch.uint8)
-            rooms.append((room[: tensor.numel() * tensor.element_size()], tensor))
+            place = words[start : start + count].view(torch.uint8)
+            places.append((place[: tensor.numel() * tensor.element_size()], tensor))
             start += count
-        return rooms
+        return places

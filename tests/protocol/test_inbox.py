@@ -102,7 +102,7 @@ class TestInbox:
             [bytes(CHUNK.size), b""],
         ],
     )
-    def test_what_is_no_chunk(self, frames):
+    def test_malformed_chunks(self, frames):
         with pytest.raises(WireError, match="not a chunk"):
             inbox().take("a", frames)
 
@@ -119,13 +119,13 @@ class TestInbox:
             (["tail", SIZE, "fp32"], "push has the wrong type"),
         ],
     )
-    def test_announcements_that_are_none(self, entry, why):
+    def test_malformed_announcements(self, entry, why):
         [_, packed], *_ = travelling(push_of(torch.ones(SIZE)))
         kind, header, _ = wire.msgpack.unpackb(packed)
         with pytest.raises(WireError, match=why):
             inbox().take("a", [MAGIC, wire.msgpack.packb([kind, header, [entry]])])
 
-    def test_an_announcement_is_written_down_as_one(self):
+    def test_an_announcement_is_encoded_as_an_announcement(self):
         """A recording keeps an announcement in a few bytes."""
         [header, *_] = travelling(push_of(torch.ones(SIZE)))
         message = decode(header)

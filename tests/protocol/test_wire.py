@@ -256,13 +256,13 @@ class TestGarbage:
             "abc",
         ],
     )
-    def test_a_layer_table_that_is_none(self, layout):
+    def test_a_malformed_layer_table(self, layout):
         join = msgpack.unpackb(bytes(encode(SAMPLES[0])[1]))
         join[1]["layout"] = layout
         rejected([MAGIC, msgpack.packb(join), bytes(24)], "layout has the wrong type")
 
     @pytest.mark.parametrize("plan", [[1], [1, 2, 3], ["1", 2], [1.0, 2], [None, None], {"a": 1}])
-    def test_a_plan_that_is_none(self, plan):
+    def test_a_malformed_plan(self, plan):
         join = msgpack.unpackb(bytes(encode(SAMPLES[0])[1]))
         join[1]["plan"] = plan
         rejected([MAGIC, msgpack.packb(join), bytes(24)], "plan has the wrong type")

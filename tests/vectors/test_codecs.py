@@ -143,13 +143,13 @@ class TestBytes:
     @pytest.mark.parametrize(
         ("name", "times"), [("fp32", 1), ("bf16", 2), ("fp16", 2), ("onebit", 25), ("topk:0.01", 70)]
     )
-    def test_so_many_times_fewer(self, name, times):
+    def test_by_which_factor_a_push_shrinks(self, name, times):
         chunk = drawn(100_000)
         assert 4 * chunk.numel() / len(push_codec(name).encode(chunk)) >= times
 
     @pytest.mark.parametrize("name", NAMES)
     @pytest.mark.parametrize("size", SIZES)
-    def test_never_more_than_is_said(self, name, size):
+    def test_never_more_bytes_than_announced(self, name, size):
         for seed in range(5):
             coded(push_codec(name), drawn(size, seed))
 
@@ -212,7 +212,7 @@ class TestMalformed:
             ([255, 1], "places of 1 values and 2 steps, 2 values expected"),
         ],
     )
-    def test_places_that_are_none(self, steps, why):
+    def test_invalid_places(self, steps, why):
         self.refused(TopK(0.2), struct.pack("<2f", 1, 2) + bytes(steps), 10, why)
 
     def test_a_step_too_many(self):
@@ -251,7 +251,7 @@ class TestMalformed:
 
 class TestNames:
     @pytest.mark.parametrize("name", NAMES)
-    def test_a_codec_says_its_own(self, name):
+    def test_a_codec_knows_its_name(self, name):
         assert push_codec(name).name == name
         assert push_codec(push_codec(name).name).encoded_bytes(999) == push_codec(name).encoded_bytes(999)
 
@@ -269,12 +269,12 @@ class TestNames:
             push_codec(name)
 
     @pytest.mark.parametrize("name", ["topk:", "topk:0", "topk:1", "topk:-0.1", "topk:nan", "topk:inf", "topk:x"])
-    def test_a_share_that_is_none(self, name):
+    def test_an_invalid_share(self, name):
         with pytest.raises(UnknownCodecError, match="above 0 and below 1"):
             push_codec(name)
 
     @pytest.mark.parametrize("name", ["onebit", "topk:0.1", "x"])
-    def test_a_view_is_never_thinned_out(self, name):
+    def test_a_view_has_no_codec_that_needs_error_feedback(self, name):
         with pytest.raises(UnknownCodecError, match="for views; there are fp32, bf16, fp16"):
             view_codec(name)
         assert set(VIEW_CODECS) == {"fp32", "bf16", "fp16"}
@@ -292,7 +292,7 @@ class TestErrorFeedback:
         return Compressor(push_codec(name), self.SPANS)
 
     @pytest.mark.parametrize("name", LOSSY)
-    def test_what_was_sent_and_what_is_kept_is_all(self, name):
+    def test_what_was_sent_and_what_is_kept_add_up_to_everything(self, name):
         compressor, total, sent = self.compressor(name), np.zeros(1300), np.zeros(1300)
         for seed in range(30):
             push = drawn(1300, seed=5 * seed + 2)
@@ -317,7 +317,7 @@ class TestErrorFeedback:
 
     @pytest.mark.parametrize("name", LOSSY)
     @pytest.mark.parametrize("applied", [True, False])
-    def test_a_slice_may_fare_otherwise(self, name, applied):
+    def test_one_slice_may_be_refused_alone(self, name, applied):
         one, other = self.compressor(name), self.compressor(name)
         for compressor in (one, other):
             compressor.compress(drawn(1300, 0), 0.0)
