@@ -16,7 +16,7 @@ from danaz.run.config import ConfigError, load_config
 from danaz.workloads import build
 
 ROOT = Path(__file__).parents[2]
-MODULE = "users_own"  # no other module is called so
+MODULE = "users_own"  # no other module has this name
 
 
 @pytest.fixture(autouse=True)

@@ -74,7 +74,7 @@ def test_it_is_resnet_50_that_is_measured(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     with torch.device("meta"):
         model = importlib.import_module("step_gpu").resnet50()
-    assert sum(p.numel() for p in model.parameters()) == 25_557_032, "as published with torchvision's"
+    assert sum(p.numel() for p in model.parameters()) == 25_557_032, "the number published for torchvision's ResNet-50"
     assert model(torch.empty(2, 3, 224, 224, device="meta")).shape == (2, 1000)
 
 

@@ -35,8 +35,8 @@ SOURCE = re.compile(r"`((?:danaz|launcher|tests|benchmarks|scripts|examples|conf
 TEST = re.compile(r"`(?:(?:tests/\w+/)?(test_\w+\.py)::)?((?:Test\w+|test_\w+)(?:::test_\w+)?)`")
 NEW = "danaz/rules/my_dana.py danaz/workloads/line.py configs/line.yaml danaz/protocol/framing.py danaz/worker/tcp.py"
 FENCES = re.DOTALL | re.MULTILINE
-WRITTEN = {*NEW.split(), "danaz/serving/tcp.py", "tests/serving/test_tcp.py"}  # by who follows a page
-OTHERS = {"--ntasks-per-node", "--nodes", "--my"}  # of other programs
+WRITTEN = {*NEW.split(), "danaz/serving/tcp.py", "tests/serving/test_tcp.py"}  # by readers who follow a page
+OTHERS = {"--ntasks-per-node", "--nodes", "--my"}  # options of other programs
 
 
 def text_of(page: str) -> str:
@@ -129,7 +129,9 @@ def shown_in(page: str) -> str:
 def commands_of(page: str) -> list[list[str]]:
     """Return the words of each `danaz …` that a page shows, up to the user's own command or a comment."""
     lines = re.findall(r"^(?:\S+\$ )?(?:salloc .* )?danaz ([a-z][^\n#|]*)", shown_in(page), re.MULTILINE)
-    return [line.split(" -- ")[0].split() for line in lines if ":" not in line.split()[0]]  # danaz server: it says that
+    return [
+        line.split(" -- ")[0].split() for line in lines if ":" not in line.split()[0]
+    ]  # output such as `danaz server: …`
 
 
 @cache

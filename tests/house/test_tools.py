@@ -17,7 +17,7 @@ HOOKS = [
 ]
 
 
-# Else the variables of a `make test T=…` that runs these tests would reach the `make` that they start.
+# Otherwise the variables of a `make test T=…` that runs these tests would reach the `make` that they start.
 ENV = {key: value for key, value in os.environ.items() if key not in {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "T", "K"}}
 
 
@@ -32,7 +32,7 @@ def commands(*arguments: str) -> list[str]:
 
 def test_pre_commit_runs_what_make_lint_runs() -> None:
     assert [hook["entry"] for hook in HOOKS] == commands("lint")
-    assert {hook["language"] for hook in HOOKS} == {"system"}, "the tools are those of .venv, with its versions"
+    assert {hook["language"] for hook in HOOKS} == {"system"}, "hooks run the tools of .venv"
 
 
 def test_pre_commit_is_installed_with_the_other_tools() -> None:

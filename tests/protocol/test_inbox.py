@@ -81,7 +81,7 @@ class TestInbox:
         take_all(box, before)
         with pytest.raises(StrayChunkError):
             box.take("a", last)
-        assert len(take_all(box, [header, *chunks])) == 1, "and the peer can begin anew"
+        assert len(take_all(box, [header, *chunks])) == 1, "the peer can begin again"
 
     @pytest.mark.parametrize("data", [b"", b"1234", bytes(4 * SLICE_FLOATS - 1), bytes(4 * SLICE_FLOATS + 4)])
     def test_a_chunk_of_the_wrong_size(self, data):
@@ -91,7 +91,7 @@ class TestInbox:
         box.take("a", header)
         with pytest.raises(WireError, match="another size"):
             box.take("a", [head, data])
-        assert (rooms[0] == 7).all(), "not a float of it was written"
+        assert (rooms[0] == 7).all(), "nothing was written"
 
     @pytest.mark.parametrize(
         "frames",

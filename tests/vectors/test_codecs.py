@@ -301,7 +301,7 @@ class TestErrorFeedback:
             sent += push.numpy()
             compressor.settle(applied=True)
         np.testing.assert_allclose(sent + compressor.residual.numpy(), total, atol=1e-3)
-        assert np.abs(compressor.residual.numpy()).max() > 0, "something was lost, else this tests nothing"
+        assert np.abs(compressor.residual.numpy()).max() > 0, "the test needs a codec that loses something"
 
     @pytest.mark.parametrize("name", LOSSY)
     def test_the_push_becomes_what_is_decoded(self, name):
@@ -343,5 +343,5 @@ class TestErrorFeedback:
             assert torch.equal(a, b)
             one.settle(applied=True)
             other.settle(applied=True)
-            one.settle(applied=True)  # an answer to something else than a push
+            one.settle(applied=True)  # the answer to another request than a push
             assert torch.equal(one.residual, other.residual)

@@ -102,7 +102,7 @@ class TestModelInAVector:
         assert flat.grads[:108].tolist() == [1] * 108
         assert flat.grads[108:].tolist() == [0] * (len(flat.grads) - 108)
         assert flat.absent == ((108, len(flat.grads)),)
-        assert model[0].bias.grad is None, "torch tells a gradient of zero from none"
+        assert model[0].bias.grad is None, "torch distinguishes a gradient of zero from none"
 
     def test_only_some_gradients_are_gathered(self):
         """Gradients are gathered bucket by bucket, while backward still runs."""
