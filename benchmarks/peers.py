@@ -72,7 +72,7 @@ def danaz(algorithm: str, gap: bool = False, encrypted: bool = False, shards: in
 
     def connect(address: str, floats: int, worker: int, workers: int) -> Exchange:
         from danaz.protocol.messages import Heartbeat, Join, Parameters, Plan, Push
-        from danaz.vectors.flat import Layout
+        from danaz.vectors.layout import Layout
         from danaz.worker.link import DealerLink
         from danaz.worker.sharded import connect as connect_all
 

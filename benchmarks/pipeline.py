@@ -33,7 +33,7 @@ from danaz.server.core import ServerCore
 from danaz.server.settings import ServerSettings
 from danaz.serving.router import Router
 from danaz.serving.socket import BoundRouter
-from danaz.vectors.flat import FlatModel
+from danaz.vectors.model import FlatModel
 from danaz.worker.conversation import Conversation
 from danaz.worker.core import Role, Step, WorkerCore
 from danaz.worker.group import SoloGroup

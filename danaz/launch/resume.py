@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from danaz.files.atomic import write_atomically
 from danaz.files.plain_yaml import dump_yaml
 from danaz.files.reading import UnreadableError, read_yaml
 from danaz.launch.options import fixed_names
 from danaz.run.config import Config, load_config
-from danaz.run.folder import read_summary, write_atomically
+from danaz.run.folder import read_summary
 from danaz.run.settings import Settings
 from danaz.serving.checkpoint import folder_of
 

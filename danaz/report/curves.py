@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from danaz.compare.results import Result
+from danaz.files.atomic import write_atomically
 from danaz.files.reading import UnreadableError, read_json
-from danaz.run.folder import write_atomically
 
 MOST_POINTS = 100  # of a curve; fewer if there are fewer epochs
 LEAST_POINTS = 20

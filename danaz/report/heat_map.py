@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from danaz.compare.tune import Tuning
+from danaz.files.atomic import write_atomically
 from danaz.report.style import RC, as_files
-from danaz.run.folder import write_atomically
 
 
 def print_tuning(tuning: Tuning) -> None:

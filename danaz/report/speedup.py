@@ -10,8 +10,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from danaz.files.atomic import write_atomically
 from danaz.report.style import COLOURS, MARKERS, RC, as_files
-from danaz.run.folder import write_atomically
 from danaz.simulate.speedup import Speedup
 
 SHOWN = (1, 2, 4, 8, 16, 24, 32, 48, 64, 128, 256)  # numbers of workers in the table, if there are many

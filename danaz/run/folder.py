@@ -17,6 +17,7 @@ from typing import Any
 
 from safetensors.torch import save
 
+from danaz.files.atomic import write_atomically
 from danaz.files.plain_yaml import dump_yaml
 from danaz.files.reading import read_json
 from danaz.run.lock import MODE
@@ -33,21 +34,6 @@ class UnwrittenError(RuntimeError):
 
 def tell_on_stderr(sentence: str) -> None:
     print(f"danaz: {sentence}", file=sys.stderr, flush=True)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """The file at ``path`` holds all of ``content``, or what it held before. Raises OSError."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)  # on a full disk it would be in the way of what is smaller
-        error.filename = str(path)
-        raise
 
 
 def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:

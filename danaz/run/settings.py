@@ -15,7 +15,8 @@ from danaz.protocol.keys import WorkerKeys, take_worker_keys
 from danaz.run.config import Config
 from danaz.server.settings import ServerSettings
 from danaz.vectors.codecs import Compressor, push_codec
-from danaz.vectors.flat import Layout, chunks_of_shards
+from danaz.vectors.cutting import chunks_of_shards
+from danaz.vectors.layout import Layout
 
 FROM_LAUNCHER = "`danaz launch` sets it; unset all DANAZ_ variables to train without"
 

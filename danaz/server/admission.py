@@ -30,7 +30,7 @@ from danaz.server.members import Member, MemberState
 from danaz.server.state import Job, ServerState
 from danaz.server.whole import own_part
 from danaz.vectors.cutting import all_finite
-from danaz.vectors.flat import Layout
+from danaz.vectors.layout import Layout
 
 MAX_LR = torch.finfo(torch.float32).max
 DIVERGED_STRIKES = 3  # non-finite pushes in a row, of every live worker

@@ -17,16 +17,16 @@ from danaz.protocol.messages import (
     Progress,
     Push,
     Refusal,
+    Replies,
     Reply,
     Request,
+    Route,
     Streamed,
+    Streams,
 )
-from danaz.server.members import Member, MemberEvent, Route
+from danaz.server.members import Member, MemberEvent
 from danaz.server.state import ServerState
 from danaz.vectors.cutting import all_finite, announced
-
-Replies = list[tuple[Route, Reply]]
-Streams = list[tuple[Route, Reply | Streamed]]
 
 
 class Answers:

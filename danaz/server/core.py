@@ -25,8 +25,11 @@ from danaz.protocol.messages import (
     Leave,
     Pull,
     Push,
+    Replies,
     Report,
     Request,
+    Route,
+    Streams,
 )
 from danaz.protocol.refusals import NEWER_JOINED, OVERFLOW
 from danaz.server.admission import (
@@ -40,12 +43,12 @@ from danaz.server.admission import (
     why_not_report,
     why_stranger,
 )
-from danaz.server.answers import Answers, Replies, Streams, materialize
+from danaz.server.answers import Answers, materialize
 from danaz.server.figures import RunTotals, Update
 from danaz.server.health import measured, norm_of
 from danaz.server.leases import Leases
 from danaz.server.master import Master
-from danaz.server.members import Member, MemberEvent, MemberState, Route
+from danaz.server.members import Member, MemberEvent, MemberState
 from danaz.server.recovery import Recovery
 from danaz.server.settings import ServerSettings
 from danaz.server.snapshot import CoreState, fill, take

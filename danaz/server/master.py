@@ -13,9 +13,9 @@ from torch import Tensor
 from danaz.rules import Context, Rule
 from danaz.server.members import Member
 from danaz.vectors.codecs import FP32, Codec
-from danaz.vectors.cutting import all_finite
-from danaz.vectors.flat import Layout, Spans, chunks, present
+from danaz.vectors.cutting import Spans, all_finite, chunks, cut, present
 from danaz.vectors.gap import Layers
+from danaz.vectors.layout import Layout
 
 # While the norms of all vectors and of a push, and its rates, are below these, no rule can leave the range of float32.
 TAME = 1e9
@@ -231,7 +231,7 @@ class Master:
         self._norm = None
 
     def view(self, member: Member, keep: bool, ahead: bool = False) -> Iterator[Tensor]:
-        """The parameters that ``member`` computes on next, slice by slice: f32[n] each, as flat.chunks cuts f32[P].
+        """The parameters that ``member`` computes on next, slice by slice: f32[n] each, as cutting.chunks cuts f32[P].
 
         A slice is valid until the next one is taken. With ``keep``, the view becomes ``member.view``, or
         ``member.ahead_view`` if it is sent ``ahead`` of its time. Raises
@@ -337,7 +337,3 @@ def is_within(tensor: Tensor, largest: float) -> bool:
 def exhaust(slices: Iterator[int]) -> None:
     for _ in slices:
         pass
-
-
-def cut(vectors: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
-    return {name: vector[start:stop] for name, vector in vectors.items()}

@@ -8,10 +8,8 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from danaz.protocol.messages import Push
+from danaz.protocol.messages import Push, Route
 from danaz.protocol.transitions import Transitions
-
-Route = bytes | int  # where replies go: opaque to the core, the transport's own
 
 
 class MemberState(Enum):

@@ -6,11 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from math import inf
 
-from danaz.protocol.messages import GoBack, Heartbeat, Offer, Refusal, Request
+from danaz.protocol.messages import GoBack, Heartbeat, Offer, Refusal, Request, Route, Streams
 from danaz.protocol.refusals import COMPLETE
-from danaz.server.answers import Streams
 from danaz.server.core import ServerCore
-from danaz.server.members import Route
 
 LARGEST_NUMBER = 1 << 53  # the number of a checkpoint must be below this to be believed
 QUIET_S = 20.0  # several heartbeats, and the longest wait before a worker connects again

@@ -14,7 +14,7 @@ from danaz.server.leases import LeasedElsewhere, Leases
 from danaz.server.members import Member, restored_state
 from danaz.server.state import Job, ServerState
 from danaz.server.whole import FullModel
-from danaz.vectors.flat import Layout
+from danaz.vectors.layout import Layout
 
 # What a checkpoint holds of each member: not the clock and the routes of one server process, nor what a worker that
 # joins again is sent anew. The state is held as three facts.

@@ -17,7 +17,7 @@ from danaz.server.members import MeanBuffers, Member
 from danaz.server.settings import ServerSettings
 from danaz.server.whole import FullModel
 from danaz.vectors.codecs import view_codec
-from danaz.vectors.flat import Layout
+from danaz.vectors.layout import Layout
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from danaz.server.figures import Update, mean
 from danaz.server.health import norm_of
 from danaz.server.members import Member
 from danaz.server.state import ServerState
-from danaz.vectors.flat import common_spans
+from danaz.vectors.cutting import common_spans
 
 
 def update_by(state: ServerState, parts: Sequence[Push]) -> Update | None:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from danaz.protocol.messages import Bye, Join
 from danaz.server.settings import ServerSettings
-from danaz.vectors.cutting import all_finite, is_announced
-from danaz.vectors.flat import Layout, shard_spans
+from danaz.vectors.cutting import all_finite, is_announced, shard_spans
 from danaz.vectors.gap import Layers
+from danaz.vectors.layout import Layout
 
 
 class FullModel:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from danaz.files.atomic import replacing
 from danaz.server.snapshot import CoreState, ResumeError
 
 FOLDER = "checkpoints"  # within a run folder
@@ -29,7 +29,9 @@ RESTARTS = "restarts"  # a file in FOLDER: how often the server was restarted, a
 KEPT = 2
 MANY = 8  # how many a shard keeps in addition to those that all shards have
 READ_BYTES = 1 << 20
-SUFFIXES = (".json", ".safetensors", ".part")
+PART = ".part"  # of a file that is being written; a kill leaves it, and its number is not used again
+SUFFIXES = (".json", ".safetensors", PART)
+MODE = 0o644  # others may read a run
 
 
 class DamagedError(Exception):
@@ -73,14 +75,11 @@ def write_checkpoint(folder: Path, number: int, state: CoreState, keep: Collecti
     folder.mkdir(exist_ok=True)
     tensors, facts = _files(folder, number)
     try:
-        part = tensors.with_suffix(".part")
-        _save(state, part)
-        os.chmod(part, 0o644)  # others may read a run
-        digest = _digest(state.facts, part)
-        _publish(part, tensors)
-        part = facts.with_suffix(".part")
-        part.write_text(json.dumps({"format": FORMAT, "sha256": digest, "facts": state.facts}))
-        _publish(part, facts)
+        with replacing(tensors, part=tensors.with_suffix(PART), mode=MODE) as part:
+            _save(state, part)
+            digest = _digest(state.facts, part)
+        with replacing(facts, part=facts.with_suffix(PART), mode=MODE) as part:
+            part.write_text(json.dumps({"format": FORMAT, "sha256": digest, "facts": state.facts}))
     except OSError:
         _delete(folder, but={other for other in _numbers(folder) if other != number})
         raise
@@ -157,9 +156,8 @@ def read_restarts(folder: Path) -> tuple[int, int]:
 def write_restarts(folder: Path, restarts: int, lost: int) -> None:
     """Keep these figures in case the server is killed before it writes a checkpoint. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f"{RESTARTS}.part"
-    part.write_text(f"{restarts} {lost}\n")
-    _publish(part, folder / RESTARTS)
+    with replacing(folder / RESTARTS, part=folder / f"{RESTARTS}{PART}", mode=MODE) as part:
+        part.write_text(f"{restarts} {lost}\n")
 
 
 def _digest(facts: object, tensors: Path) -> str:
@@ -169,21 +167,6 @@ def _digest(facts: object, tensors: Path) -> str:
         while content := file.read(READ_BYTES):
             digest.update(content)
     return digest.hexdigest()
-
-
-def _publish(part: Path, path: Path) -> None:
-    """Give a complete file its name, and make sure that file and name survive a crash of the machine."""
-    _sync(part)
-    part.replace(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _delete(folder: Path, but: Collection[int] = ()) -> None:

@@ -14,10 +14,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from danaz.protocol.messages import Request
+from danaz.protocol.messages import Replies, Request
 from danaz.protocol.wire import Frame, WireError, decode
 from danaz.run.folder import Tell, tell_on_stderr
-from danaz.server.answers import Replies
 from danaz.server.core import ServerCore
 
 LENGTH = struct.Struct("<I")

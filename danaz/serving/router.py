@@ -10,9 +10,9 @@ import torch
 import zmq
 from torch import Tensor
 
-from danaz.protocol.messages import Fetched, Final, Push, Refusal, Request, Streamed
-from danaz.protocol.wire import Frame, Inbox, StrayChunkError, WireError, encode, messages_of, split
-from danaz.server.answers import Streams
+from danaz.protocol.inbox import Inbox, StrayChunkError
+from danaz.protocol.messages import Fetched, Final, Push, Refusal, Request, Streamed, Streams
+from danaz.protocol.wire import Frame, WireError, count_messages, encode, split
 from danaz.server.core import ServerCore
 from danaz.server.offering import AwaitingRollback, CompletedRun
 from danaz.serving.recording import Recorder
@@ -100,15 +100,15 @@ class Router:
             raise
         except WireError as error:
             raise WireError(f"unreadable: {error}") from error
-        if message is not None and not self._is_himself(peer, message):
+        if message is not None and not self._owns_key(peer, message):
             raise WireError("worker number is not the one of this key")
         return message
 
-    def _is_himself(self, peer: Peer, message: Request) -> bool:
+    def _owns_key(self, peer: Peer, message: Request) -> bool:
         return self._worker_of_key is None or self._worker_of_key.get(peer[1]) == message.worker
 
     def _takes(self, core: Served) -> Callable[[Peer, Request], bool]:
-        return lambda peer, message: self._is_himself(peer, message) and core.takes(message)
+        return lambda peer, message: self._owns_key(peer, message) and core.takes(message)
 
     def _room(self, inbox: Inbox, message: Request, size: int) -> Tensor:
         """Memory for a vector that is about to arrive. The pushes of one worker all use the same memory."""
@@ -140,7 +140,7 @@ class Router:
         return route not in self._leaving or self._leaving[route][0] != request
 
     def _send_large(self, route: bytes, reply: Streamed | Final | Fetched) -> None:
-        self._make_way(messages_of(reply))
+        self._make_way(count_messages(reply))
         pieces = split(reply)
         magic, header, *vectors = next(pieces)
         tracked = zmq.Frame(header, copy=False, track=True, copy_threshold=0)

@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from danaz.protocol.messages import Final, Parameters
+from danaz.protocol.messages import Final, Parameters, Replies
 from danaz.run.config import Config
 from danaz.run.folder import RunFolder
 from danaz.run.settings import Settings
-from danaz.server.answers import Replies
 from danaz.server.core import ServerCore
 from danaz.simulate.batch_reader import BatchReader
 from danaz.simulate.orders import make_order
@@ -29,7 +28,7 @@ from danaz.simulate.step import EagerStep, make_step
 from danaz.torch.data import Batching
 from danaz.torch.optimizer import check_supported, decayed_gradient, kept_loss, weight_decays
 from danaz.torch.rates import effective_lr
-from danaz.vectors.flat import FlatModel
+from danaz.vectors.model import FlatModel
 from danaz.worker.core import Request, Role, Step, WorkerCore
 from danaz.workloads import build
 from danaz.workloads.computing import choose_device, place

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from danaz.run.config import Config
-from danaz.vectors.flat import FlatModel
+from danaz.vectors.model import FlatModel
 from danaz.workloads import Workload
 from danaz.workloads.computing import batch_loss
 

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from danaz.vectors.flat import FlatModel, Spans
+from danaz.vectors.cutting import Spans
+from danaz.vectors.model import FlatModel
 from danaz.worker.core import Loss
 from danaz.worker.group import Group
 

@@ -31,7 +31,8 @@ from danaz.torch.models import has_batch_norm
 from danaz.torch.optimizer import DistributedOptimizer, Verdict, weight_decays
 from danaz.torch.rates import effective_lr
 from danaz.torch.schedulers import follow
-from danaz.vectors.flat import FlatModel, Spans
+from danaz.vectors.cutting import Spans
+from danaz.vectors.model import FlatModel
 from danaz.vectors.untrained import Untrained
 from danaz.worker.between import first_text
 from danaz.worker.conversation import Conversation
@@ -157,11 +158,11 @@ class Session:
         self._seed = self._seed_for(loader)
         self._follows_torch = False
         batching = batching_of(loader, self._machines_per_batch, self._seed)
-        everyone_alike = self.place.server is None
+        replicated = self.place.server is None
         conversation = None
-        if everyone_alike or self.group.rank == 0:
+        if replicated or self.group.rank == 0:
             role = Role(
-                worker=0 if everyone_alike else self.place.worker,
+                worker=0 if replicated else self.place.worker,
                 incarnation=self.place.incarnation,
                 digest=self.settings.digest,
                 momentum=optimizer.momentum,
@@ -179,7 +180,7 @@ class Session:
         self._share = replace(self._share_of_batch(), least=2 if has_batch_norm(optimizer.flat.model) else 1)
         self._warn_of_idle_ranks(batching)
         self._scales_lr = rule.scales_lr
-        self._worker = Worker(self.group, optimizer.flat, ahead, conversation, everyone_alike, pipelined)
+        self._worker = Worker(self.group, optimizer.flat, ahead, conversation, replicated, pipelined)
         self._worker.sync_period = rule.worker_rule.sync_period
         self._enter(optimizer.flat)
         self._loader_batches = len(loader)

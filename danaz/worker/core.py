@@ -31,8 +31,8 @@ from danaz.protocol.messages import (
 from danaz.protocol.refusals import FRESH_AFTER, SICK
 from danaz.rules import Context, WorkerRule
 from danaz.vectors.codecs import Compressor
-from danaz.vectors.cutting import all_finite
-from danaz.vectors.flat import Layout, Spans, common_spans, parts
+from danaz.vectors.cutting import Spans, all_finite, common_spans, cut, parts
+from danaz.vectors.layout import Layout
 from danaz.worker.staging import IN_PLACE, Staging
 from danaz.worker.states import WORKER_TRANSITIONS, WorkerEvent, WorkerState
 
@@ -170,7 +170,7 @@ class WorkerCore:
             return None
         given = torch.empty_like(next(iter(self._committed.values())))
         for group, (start, stop) in enumerate(self.role.layout.groups):
-            self.rule.give_back(given[start:stop], _cut(self._committed, start, stop), self._lr[group])
+            self.rule.give_back(given[start:stop], cut(self._committed, start, stop), self._lr[group])
         return self.staging.lift(given)
 
     # ---- a batch: compute on the view, then step alone or push ---------------------------------------------------
@@ -300,13 +300,13 @@ class WorkerCore:
         contexts = [Context(*rates, 0.0, 0, self.version, 0) for rates in zip(step.lr, self._current_lr, strict=True)]
         for group, begin, end in self.role.layout.slices(self.staging.slice_floats):
             for start, stop, is_absent in parts(begin, end, step.absent):
-                old = _cut(self._current, start, stop)
+                old = cut(self._current, start, stop)
                 if is_absent:
                     out[start:stop].zero_()
                     for name, vector in old.items():
                         new[name][start:stop] = vector
                 else:
-                    self.rule.push(out[start:stop], grad[start:stop], old, _cut(new, start, stop), contexts[group])
+                    self.rule.push(out[start:stop], grad[start:stop], old, cut(new, start, stop), contexts[group])
             yield begin, end
         if self._current is not self._committed:
             self._spare.append(self._current)
@@ -489,10 +489,6 @@ class WorkerCore:
             vector.zero_()
         if self.compressor:
             self.compressor.forget()
-
-
-def _cut(vectors: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
-    return {name: vector[start:stop] for name, vector in vectors.items()}
 
 
 def answers(reply: Reply, request: Request) -> bool:

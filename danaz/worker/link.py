@@ -14,10 +14,11 @@ from torch import Tensor
 from zmq.utils import garbage  # noqa: F401 - its exit handler, which ends zero-copy sends, must be older than ours
 
 from danaz.protocol.frames import MAX_FRAME_BYTES
+from danaz.protocol.inbox import Inbox, StrayChunkError
 from danaz.protocol.keys import WorkerKeys
 from danaz.protocol.memory import keep_freed_memory
 from danaz.protocol.messages import Heartbeat, Parameters, Reply
-from danaz.protocol.wire import Inbox, StrayChunkError, WireError, encode, split
+from danaz.protocol.wire import WireError, encode, split
 from danaz.worker.core import Request, answers
 from danaz.worker.staging import IN_PLACE, Staging
 

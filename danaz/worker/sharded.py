@@ -38,9 +38,9 @@ from danaz.protocol.messages import (
     Report,
 )
 from danaz.vectors.codecs import travelling_bytes
-from danaz.vectors.cutting import all_finite
-from danaz.vectors.flat import Layout, chunks_of_shards, shard_spans, spans_within
+from danaz.vectors.cutting import all_finite, chunks_of_shards, shard_spans, spans_within
 from danaz.vectors.gap import Layers
+from danaz.vectors.layout import Layout
 from danaz.worker.core import Request
 from danaz.worker.link import GIVE_UP_S, Backoff, EditedError, Link, ServerLostError
 from danaz.worker.staging import IN_PLACE, Staging

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from danaz.protocol.messages import TOO_MANY_REPORTED, Fetched, Final, Join, Parameters, Pull, Refusal
-from danaz.vectors.flat import FlatModel
+from danaz.vectors.model import FlatModel
 from danaz.worker.conversation import Conversation, RefusedError
 from danaz.worker.core import Step, WorkerCore
 from danaz.worker.group import Group

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import danaz.torch as danaz
-from danaz.files.seeds import derived
+from danaz.files.seeds import derive_seed
 from danaz.run.config import Config
 from danaz.workloads import build, collate
 from danaz.workloads.computing import batch_loss, choose_device, place
@@ -24,7 +24,7 @@ def train(config: Config) -> None:
     workload, device = build(config), choose_device(config, danaz.device())
     model = place(workload.model, config, device)
     # Each rank augments its samples with its own random numbers.
-    torch.manual_seed(derived(config.seed, danaz.worker_id(), danaz.rank()))
+    torch.manual_seed(derive_seed(config.seed, danaz.worker_id(), danaz.rank()))
     optimizer = danaz.DistributedOptimizer(make_sgd(model, config), model)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: config.lr_at(epoch) / config.lr)
     loader = DataLoader(

@@ -34,8 +34,8 @@ SOURCE = re.compile(r"`((?:danaz|launcher|tests|benchmarks|scripts|examples|conf
 TEST = re.compile(r"`(?:(?:tests/\w+/)?(test_\w+\.py)::)?((?:Test\w+|test_\w+)(?:::test_\w+)?)`")
 NEW = "danaz/rules/my_dana.py danaz/workloads/line.py configs/line.yaml danaz/protocol/framing.py danaz/worker/tcp.py"
 FENCES = re.DOTALL | re.MULTILINE
-WRITTEN = {*NEW.split(), "danaz/serving/tcp.py", "tests/serving/test_tcp.py"}  # by who follows a page
-OTHERS = {"--ntasks-per-node", "--nodes", "--my"}  # of other programs
+WRITTEN = {*NEW.split(), "danaz/serving/tcp.py", "tests/serving/test_tcp.py"}  # by readers who follow a page
+OTHERS = {"--ntasks-per-node", "--nodes", "--my"}  # options of other programs
 
 
 def text_of(page: str) -> str:
@@ -47,7 +47,7 @@ def code_blocks(page: str) -> list[str]:
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings, as GitHub makes them."""
+    """Return the anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
@@ -79,13 +79,13 @@ def sources_of_tests() -> dict[str, str]:
 
 
 def is_a_test(file: str, name: str) -> bool:
-    """Whether some test, or one of ``file``, has this name."""
+    """Return whether any test, or one of ``file``, has this name."""
     texts = [text for other, text in sources_of_tests().items() if file in ("", other)]
     return any(all(re.search(rf"(class|def) {part}\b", text) for part in name.split("::")) for text in texts)
 
 
 def defined(tree: ast.Module) -> set[str]:
-    """What a module defines: f, C, C.method, NAME."""
+    """Return what a module defines: f, C, C.method, NAME."""
     names: set[str] = set()
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -118,7 +118,7 @@ def test_the_architecture_page_has_the_packages_in_their_order() -> None:
 
 
 def shown_in(page: str) -> str:
-    """All lines of commands and of inline code; a command that goes on in the next line is one line."""
+    """Return all lines of commands and of inline code. A command that goes on in the next line is one line."""
     text = text_of(page)
     fenced = [code for kind, code in re.findall(r"^```(\w*)\n(.*?)^```", text, FENCES) if kind in ("", "sh")]
     inline = re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=FENCES))
@@ -126,14 +126,16 @@ def shown_in(page: str) -> str:
 
 
 def commands_of(page: str) -> list[list[str]]:
-    """The words of each `danaz …` that a page shows, up to the command of the user's own, or the comment."""
+    """Return the words of each `danaz …` that a page shows, up to the user's own command or a comment."""
     lines = re.findall(r"^(?:\S+\$ )?(?:salloc .* )?danaz ([a-z][^\n#|]*)", shown_in(page), re.MULTILINE)
-    return [line.split(" -- ")[0].split() for line in lines if ":" not in line.split()[0]]  # danaz server: it says that
+    return [
+        line.split(" -- ")[0].split() for line in lines if ":" not in line.split()[0]
+    ]  # output such as `danaz server: …`
 
 
 @cache
 def options() -> dict[str, set[str]]:
-    """The options of each command of `danaz`."""
+    """Return the options of each command of `danaz`."""
     group = typer.main.get_command(app)
     commands = dict(getattr(group, "commands", {}))
     commands |= {f"horovod {name}": each for name, each in getattr(commands.pop("horovod"), "commands", {}).items()}
@@ -144,7 +146,7 @@ def options() -> dict[str, set[str]]:
 
 
 def wrong_with(words: list[str]) -> str:
-    """What is wrong with `danaz WORDS`; empty if nothing is."""
+    """Return what is wrong with `danaz WORDS`, or an empty text."""
     known = options()
     name = " ".join(words[:2]) if words[0] == "horovod" else words[0]
     if name not in known:
@@ -212,7 +214,7 @@ train_set = torch.utils.data.TensorDataset(torch.randn(300, 3), torch.zeros(300,
 
 
 def test_how_often_a_worker_asks_again_is_what_pages_say() -> None:
-    """Backoff adds up to half of a wait, at random."""
+    """Backoff adds a random part, up to half of each wait."""
 
     def waits(seconds: float) -> str:
         return f"{seconds:g} to {1.5 * seconds:g} s"

@@ -12,7 +12,7 @@ from torch import Tensor
 from danaz.protocol.messages import Parameters, Plan
 from danaz.rules.base import ALGORITHMS
 from danaz.vectors.codecs import Compressor, push_codec
-from danaz.vectors.flat import common_spans, parts, present, spans_within
+from danaz.vectors.cutting import common_spans, parts, present, spans_within
 
 HERE, GONE = 5, 3  # parameters with a gradient, and without
 ELEMENTWISE = sorted(name for name, each in ALGORITHMS.items() if not each.rule().per_layer and each.rule().live)

@@ -16,6 +16,7 @@ from cluster import DIGEST, layout_of
 from stimuli import GRADIENT, JOIN, PLAN, SIZE, make_core, parameters, push_on
 from torch import Tensor
 
+from danaz.protocol.inbox import Inbox
 from danaz.protocol.messages import (
     Bye,
     GoBack,
@@ -31,11 +32,11 @@ from danaz.protocol.messages import (
     Streamed,
     Within,
 )
-from danaz.protocol.wire import Inbox, WireError, encode, split
+from danaz.protocol.wire import WireError, encode, split
 from danaz.server.core import ServerCore
 from danaz.vectors.cutting import announced
-from danaz.vectors.flat import MAX_GROUPS, MAX_TENSORS, Layout
 from danaz.vectors.gap import Layers
+from danaz.vectors.layout import MAX_GROUPS, MAX_TENSORS, Layout
 
 HOSTILE = [0, 1, -1, 2, 2**31, 2**32, 2**40, 2**53, 2**53 + 1, 2**62, 2**63 - 1, 2**64 - 1, -(2**31), -(2**63)]
 HOSTILE_FLOATS = [0.0, -0.0, 1e-300, -1e300, 1e300, math.nan, math.inf, -math.inf]

@@ -10,7 +10,8 @@ import torch
 from danaz.rules import find_algorithm
 from danaz.server.master import Master, UnsettledError
 from danaz.server.members import Member
-from danaz.vectors.flat import SLICE_FLOATS, Layout
+from danaz.vectors.cutting import SLICE_FLOATS
+from danaz.vectors.layout import Layout
 
 PATIENCE_S = 30.0
 SIZE = 2 * SLICE_FLOATS

@@ -14,9 +14,8 @@ from cluster import Cluster
 from sockets import PATIENCE_S, LiveWorker, serving, settings_for, stranger, until_done
 from torch import Tensor
 
-from danaz.protocol.messages import Heartbeat, Plan, Pull, Streamed
+from danaz.protocol.messages import Heartbeat, Plan, Pull, Replies, Streamed, Streams
 from danaz.protocol.wire import encode
-from danaz.server.answers import Replies, Streams
 from danaz.server.core import ServerCore
 from danaz.server.settings import ServerSettings
 from danaz.serving import router as router_module

@@ -15,13 +15,13 @@ from sockets import PATIENCE_S, LiveWorker, received, serving, settings_for, str
 from torch import Tensor
 
 from danaz.protocol import wire
-from danaz.protocol.messages import Heartbeat, Join, Leave, Parameters, Plan, Pull, Push, Refusal, Streamed
+from danaz.protocol.messages import Heartbeat, Join, Leave, Parameters, Plan, Pull, Push, Refusal, Streamed, Streams
 from danaz.protocol.wire import CHUNK, MAGIC, decode, encode
-from danaz.server.answers import Streams
 from danaz.server.core import ServerCore
 from danaz.server.master import Master, UnsettledError
 from danaz.server.members import Member
-from danaz.vectors.flat import SLICE_FLOATS, Layout
+from danaz.vectors.cutting import SLICE_FLOATS
+from danaz.vectors.layout import Layout
 from danaz.worker.link import DealerLink
 
 LAYOUT = Layout.from_lists([[["w", [SIZE], [1]]], [], [SLICE_FLOATS + 7, SLICE_FLOATS + 993]])

@@ -22,8 +22,9 @@ from shipped import CONFIGS, shipped
 from typer.testing import CliRunner
 
 from danaz.cli.main import app
+from danaz.files.atomic import write_atomically
 from danaz.run.config import Config
-from danaz.run.folder import RunFolder, read_summary, with_measured, write_atomically
+from danaz.run.folder import RunFolder, read_summary, with_measured
 from danaz.run.lock import RunFolderError, free_run_folder
 from danaz.server.figures import Update
 from danaz.simulate.simulator import simulate

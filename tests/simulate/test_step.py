@@ -17,7 +17,7 @@ from danaz.simulate import simulator
 from danaz.simulate.batch_reader import BatchReader
 from danaz.simulate.step import WARM_UP, EagerStep, GraphedStep, Work, make_step
 from danaz.torch.data import Batching
-from danaz.vectors.flat import FlatModel
+from danaz.vectors.model import FlatModel
 from danaz.workloads import build
 from danaz.workloads.computing import place
 

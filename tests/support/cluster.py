@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from danaz.protocol.messages import Final, Heartbeat, Join, Parameters, Plan, Refusal, Reply
-from danaz.server.answers import Replies
+from danaz.protocol.messages import Final, Heartbeat, Join, Parameters, Plan, Refusal, Replies, Reply
 from danaz.server.core import ServerCore
 from danaz.server.figures import Update
 from danaz.server.settings import ServerSettings
-from danaz.vectors.flat import Layout, Spans
+from danaz.vectors.cutting import Spans
+from danaz.vectors.layout import Layout
 from danaz.worker.core import Request, Role, Step, WorkerCore
 
 DIGEST = "the same everywhere"

@@ -14,7 +14,7 @@ from danaz.server.core import ServerCore
 from danaz.server.settings import ServerSettings
 from danaz.server.snapshot import CoreState
 from danaz.torch.alone import LocalLink
-from danaz.vectors.flat import FlatModel
+from danaz.vectors.model import FlatModel
 from danaz.worker.conversation import Conversation
 from danaz.worker.core import Request, Role, Step, WorkerCore
 from danaz.worker.group import SoloGroup

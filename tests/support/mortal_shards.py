@@ -24,7 +24,7 @@ from danaz.server.offering import AwaitingRollback
 from danaz.server.settings import ServerSettings
 from danaz.serving.checkpoint import folder_of
 from danaz.serving.keeper import Keeper, SliceKeeper
-from danaz.vectors.flat import Layout
+from danaz.vectors.layout import Layout
 from danaz.worker.conversation import Conversation
 from danaz.worker.core import Request, Role, Step, WorkerCore, answers
 from danaz.worker.sharded import ShardedLink

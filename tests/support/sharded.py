@@ -14,7 +14,7 @@ from danaz.run.settings import Settings
 from danaz.server.core import ServerCore
 from danaz.server.settings import ServerSettings
 from danaz.vectors.codecs import Compressor
-from danaz.vectors.flat import Layout
+from danaz.vectors.layout import Layout
 from danaz.worker.core import Request, Role, Step, WorkerCore, answers
 from danaz.worker.sharded import ShardedLink
 

@@ -13,9 +13,9 @@ from danaz.protocol.messages import (
     Parameters,
     Plan,
     Push,
+    Replies,
     Reply,
 )
-from danaz.server.answers import Replies
 from danaz.server.core import ServerCore
 from danaz.server.settings import ServerSettings
 

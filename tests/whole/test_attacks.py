@@ -25,8 +25,8 @@ from danaz.protocol.wire import encode
 from danaz.server.core import ServerCore
 from danaz.serving.doorkeeper import MAX_STRANGERS, MAX_UNREAD, SPARE, WORKER_CONNECTIONS
 from danaz.vectors.codecs import push_codec
-from danaz.vectors.cutting import announced
-from danaz.vectors.flat import SLICE_FLOATS, Layout
+from danaz.vectors.cutting import SLICE_FLOATS, announced
+from danaz.vectors.layout import Layout
 from danaz.worker.link import DealerLink
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

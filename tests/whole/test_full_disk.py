@@ -16,9 +16,10 @@ import pytest
 import torch
 from cluster import Cluster
 
+from danaz.files.atomic import write_atomically
 from danaz.run import folder as run_folder
 from danaz.run.config import load_config
-from danaz.run.folder import Journal, write_atomically
+from danaz.run.folder import Journal
 from danaz.run.settings import Settings
 from danaz.server.snapshot import CoreState
 from danaz.serving.checkpoint import read_newest, write_checkpoint

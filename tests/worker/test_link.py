@@ -14,7 +14,7 @@ from danaz.protocol.messages import Heartbeat, Noted, Parameters, Plan, Pull, Pu
 from danaz.protocol.wire import CHUNK, decode, encode
 from danaz.server.core import ServerCore
 from danaz.torch.alone import LocalLink
-from danaz.vectors.flat import SLICE_FLOATS
+from danaz.vectors.cutting import SLICE_FLOATS
 from danaz.worker import link as link_module
 from danaz.worker.core import Role, WorkerCore
 from danaz.worker.link import DealerLink, ServerLostError

@@ -23,7 +23,7 @@ from danaz.server.core import ServerCore
 from danaz.simulate.simulator import Simulation
 from danaz.torch.alone import LocalLink
 from danaz.vectors.codecs import Compressor, push_codec
-from danaz.vectors.flat import chunks
+from danaz.vectors.cutting import chunks
 from danaz.worker.core import Request, Step
 from danaz.worker.link import ServerLostError
 from danaz.worker.pipeline import FetchDelay

@@ -25,7 +25,8 @@ from danaz.run.settings import Settings
 from danaz.server.core import ServerCore
 from danaz.server.figures import Update
 from danaz.vectors.codecs import Compressor
-from danaz.vectors.flat import Layout, shard_spans
+from danaz.vectors.cutting import shard_spans
+from danaz.vectors.layout import Layout
 from danaz.worker.core import Role, Step, WorkerCore
 from danaz.workloads.digits import DigitsNet
 

@@ -23,7 +23,8 @@ from danaz.server.settings import ServerSettings
 from danaz.torch.alone import LocalLink
 from danaz.torch.optimizer import DistributedOptimizer, Verdict
 from danaz.vectors.codecs import Compressor, push_codec
-from danaz.vectors.flat import SLICE_FLOATS, FlatModel, Spans, chunks
+from danaz.vectors.cutting import SLICE_FLOATS, Spans, chunks
+from danaz.vectors.model import FlatModel
 from danaz.worker.conversation import Conversation
 from danaz.worker.core import Request, Role, Step, WorkerCore
 from danaz.worker.group import SoloGroup
