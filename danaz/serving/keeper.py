@@ -9,7 +9,6 @@ from pathlib import Path
 from threading import Thread
 
 from danaz.protocol.messages import Leave, Offer, Push
-from danaz.run.folder import RunFolder
 from danaz.server.core import ServerCore
 from danaz.server.figures import Update
 from danaz.server.offering import AwaitingRollback
@@ -30,6 +29,7 @@ from danaz.serving.checkpoint import (
     write_checkpoint,
     write_restarts,
 )
+from danaz.serving.journal import RunWriter
 
 AT_ONCE = 8  # the most checkpoints that one worker can cause between two of its pushes
 Restore = Callable[[CoreState | None, float], None]  # restores a core at a time; with None training begins afresh
@@ -201,7 +201,7 @@ class Keeper:
     once when something happens that must not be undone, and otherwise at regular intervals while training goes on.
     """
 
-    def __init__(self, folder: RunFolder, settings: ServerSettings):
+    def __init__(self, folder: RunWriter, settings: ServerSettings):
         self.core = ServerCore(
             settings,
             self._update,
@@ -244,10 +244,10 @@ class Keeper:
     def _restore(self, state: CoreState | None, now: float) -> None:
         self._is_undecided = False
         if state is None:
-            self._checkpoints.count_restart(0, lost_updates=self._folder.cut(0))
+            self._checkpoints.count_restart(0, lost_updates=self._folder.cut_journal(0))
             self._folder.forget_reported()  # it will be reported again
         else:
-            journal = self._folder.journal(after=state.version)
+            journal = self._folder.read_journal(after=state.version)
             self.core.restore(state, journal, life=self._checkpoints.number, now=now)
             self._checkpoints.count_restart(0)
             self.core.figures.reported |= self._folder.reported()
@@ -273,7 +273,7 @@ class Keeper:
     def _milestone(self) -> None:
         if self._journal_life != self.core.life:
             self._journal_life = self.core.life
-            self._folder.cut(self.core.master.version)
+            self._folder.cut_journal(self.core.master.version)
         if self._every_s:
             self._begin_to_write()
             self._checkpoints.wait()

@@ -16,9 +16,9 @@ from typing import BinaryIO
 
 from danaz.protocol.messages import Request
 from danaz.protocol.wire import Frame, WireError, decode
-from danaz.run.folder import Tell, tell_on_stderr
 from danaz.server.answers import Replies
 from danaz.server.core import ServerCore
+from danaz.serving.journal import Tell, tell_on_stderr
 
 LENGTH = struct.Struct("<I")
 HEAD = struct.Struct("<dII")

@@ -26,7 +26,7 @@ def serve(bound: BoundRouter, settings: Settings, run: Path, record: bool, resum
     checkpoint to restore. If the run is complete, only tell the workers that do not know it yet. Raises ResumeError,
     UnwrittenError, UnreadableError.
     """
-    from danaz.run.folder import RunFolder
+    from danaz.serving.journal import RunWriter
     from danaz.serving.keeper import Keeper, log
     from danaz.serving.pace import telling
     from danaz.serving.recording import Recorder
@@ -35,7 +35,7 @@ def serve(bound: BoundRouter, settings: Settings, run: Path, record: bool, resum
     stopping = note_ending_signals()
     if resume and _see_off(bound, run, stopping):
         return
-    keeper = Keeper(RunFolder(run, settings.facts(), log), _settings_here(settings))
+    keeper = Keeper(RunWriter(run, settings.facts(), log), _settings_here(settings))
     keeper.core.on_update = announcing(telling(keeper.core, keeper.core.on_update))
     served = keeper.resume() if resume else keeper.begin()
     if keeper.core.started and (run / RECORDING).exists():

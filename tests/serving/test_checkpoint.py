@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from stimuli import JOIN
 
 from danaz.protocol.messages import Leave, Report
-from danaz.run.folder import RunFolder, read_summary
+from danaz.run.folder import read_summary
 from danaz.server.core import ServerCore
 from danaz.server.figures import Update
 from danaz.server.settings import ServerSettings
@@ -29,6 +29,7 @@ from danaz.serving.checkpoint import (
     worth_keeping,
     write_checkpoint,
 )
+from danaz.serving.journal import RunWriter
 from danaz.serving.keeper import Checkpoints, Keeper
 
 SIZE = 5
@@ -160,44 +161,44 @@ UPDATES = [
 
 
 class TestJournal:
-    def folder(self, path: Path) -> RunFolder:
-        folder = RunFolder(path, {})
+    def folder(self, path: Path) -> RunWriter:
+        folder = RunWriter(path, {})
         for update in UPDATES:
             folder.record(update)
         return folder
 
     def test_updates_come_back(self, tmp_path):
         folder = self.folder(tmp_path)
-        assert folder.journal(after=0) == UPDATES
-        assert folder.journal(after=2) == UPDATES[2:]
-        assert folder.journal(after=3) == []
+        assert folder.read_journal(after=0) == UPDATES
+        assert folder.read_journal(after=2) == UPDATES[2:]
+        assert folder.read_journal(after=3) == []
 
     def test_each_is_on_its_way_to_the_disk_before_its_worker_hears(self, tmp_path):
         """In the kernel's hands, where no SIGKILL reaches."""
-        folder = RunFolder(tmp_path, {})
+        folder = RunWriter(tmp_path, {})
         for number, update in enumerate(UPDATES, 1):
             folder.record(update)
             assert len((tmp_path / "updates.jsonl").read_bytes().splitlines()) == number
 
     def test_a_cut_leaves_whole_lines_and_writing_goes_on_behind_it(self, tmp_path):
         folder = self.folder(tmp_path)
-        assert folder.cut(1) == 2
+        assert folder.cut_journal(1) == 2
         folder.record(UPDATES[1])
-        assert folder.journal(after=0) == UPDATES[:2]
+        assert folder.read_journal(after=0) == UPDATES[:2]
 
     def test_it_ends_before_a_torn_line(self, tmp_path):
         folder = self.folder(tmp_path)
         path = tmp_path / "updates.jsonl"
         path.write_bytes(path.read_bytes()[:-9])
-        assert folder.journal(after=0) == UPDATES[:2]
-        folder.cut(2)
+        assert folder.read_journal(after=0) == UPDATES[:2]
+        folder.cut_journal(2)
         assert path.read_bytes().endswith(b"}\n")
 
     def test_it_ends_before_a_hole(self, tmp_path):
-        folder = RunFolder(tmp_path, {})
+        folder = RunWriter(tmp_path, {})
         for update in (UPDATES[0], UPDATES[2]):
             folder.record(update)
-        assert folder.journal(after=0) == UPDATES[:1]
+        assert folder.read_journal(after=0) == UPDATES[:1]
 
 
 def settings_of(algorithm: str, digest: str = DIGEST) -> ServerSettings:
@@ -207,7 +208,7 @@ def settings_of(algorithm: str, digest: str = DIGEST) -> ServerSettings:
 
 def resumed(run: Path, digest: str = DIGEST) -> Keeper:
     """A server process started again."""
-    keeper = Keeper(RunFolder(run, {}), settings_of("dana-zero", digest))
+    keeper = Keeper(RunWriter(run, {}), settings_of("dana-zero", digest))
     keeper.resume()
     return keeper
 
@@ -263,7 +264,7 @@ class TestKeeper:
         path = tmp_path / "updates.jsonl"
         first, second, _ = path.read_text().splitlines()
         path.write_text("\n".join([first, second, NESTED]))
-        assert folder.journal(after=0) == UPDATES[:2]
+        assert folder.read_journal(after=0) == UPDATES[:2]
 
     @pytest.mark.parametrize("content", [NESTED, "", "[1]", '{"compl'])
     def test_a_summary_that_is_none_is_named(self, content, tmp_path):
@@ -304,7 +305,7 @@ class TestKeeper:
 
     def test_another_algorithm_cannot_go_on(self, tmp_path):
         write_checkpoint(tmp_path / FOLDER, 1, state_of(1))
-        keeper = Keeper(RunFolder(tmp_path, {}), settings_of("asgd"))
+        keeper = Keeper(RunWriter(tmp_path, {}), settings_of("asgd"))
         with pytest.raises(ResumeError, match="algorithm dana-zero, this server has asgd"):
             keeper.resume()
 
@@ -314,7 +315,7 @@ class TestKeeper:
         keeper.resume()
         assert not keeper.core.started
         assert "begins afresh" in capsys.readouterr().err
-        assert folder.journal(after=0) == []
+        assert folder.read_journal(after=0) == []
         assert keeper.core.figures.lost_updates == 3
 
     @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left")])
@@ -331,7 +332,7 @@ class TestKeeper:
 
     def test_what_was_reported_outlives_a_kill_without_a_checkpoint_of_its_own(self, tmp_path):
         settings = ServerSettings("asgd", 1, DIGEST, recovery_s=0.0)
-        keeper = Keeper(RunFolder(tmp_path, {}), settings)
+        keeper = Keeper(RunWriter(tmp_path, {}), settings)
         core = keeper.begin()
         core.handle(0, JOIN, 0.0)
         core.handle(0, Leave(0, 1, 2, None, torch.zeros(2)), 0.0)
@@ -340,7 +341,7 @@ class TestKeeper:
             core.handle(0, Report(0, 1, request, {"accuracy": float(request)}), 0.0)
         assert complete_numbers(tmp_path / FOLDER) == written
 
-        again = Keeper(RunFolder(tmp_path, {}), settings)  # the process before was killed
+        again = Keeper(RunWriter(tmp_path, {}), settings)  # the process before was killed
         core = again.resume()
         assert isinstance(core, ServerCore)
         assert core.summary()["reported"] == {"accuracy": 19.0}
@@ -352,7 +353,7 @@ class TestKeeper:
 
     def test_the_error_that_a_script_reported_stands_in_its_own_place_too(self, tmp_path):
         """And the loss it measured is what comparisons read; the server's own stays what it was."""
-        keeper = Keeper(RunFolder(tmp_path, {}), ServerSettings("asgd", 1, DIGEST))
+        keeper = Keeper(RunWriter(tmp_path, {}), ServerSettings("asgd", 1, DIGEST))
         core = keeper.begin()
         core.handle(0, JOIN, 0.0)
         core.handle(0, Leave(0, 1, 2, None, torch.zeros(2)), 0.0)

@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 
 from danaz.protocol.messages import Join, Parameters, Push
 from danaz.run.config import load_config
-from danaz.run.folder import RunFolder, read_summary
+from danaz.run.folder import read_summary
 from danaz.run.settings import Settings
 from danaz.server.core import ServerCore
 from danaz.serving.checkpoint import complete_numbers, folder_of, read_newest
+from danaz.serving.journal import RunWriter
 from danaz.serving.keeper import Keeper
 from danaz.serving.serve import replay_run
 
@@ -57,7 +58,7 @@ class TestFinished:
         assert summary["complete"]
         assert summary["updates"] == 60
         assert summary["final_train_loss"] == pytest.approx(0.2852, abs=1e-4)
-        updates = RunFolder(runs / "finished", {}).journal(after=0)
+        updates = RunWriter(runs / "finished", {}).read_journal(after=0)
         assert [update.version for update in updates] == [*range(1, 61)]
         assert {update.worker for update in updates} == {0, 1}
 
@@ -82,7 +83,7 @@ def test_a_comparison_goes_on_where_it_was_and_is_reported(runs: Path) -> None:
 def resumed(run: Path) -> Keeper:
     config = load_config(run / "config.yaml")
     settings = Settings.of(config, schedule="live", collective="torch").for_server()
-    keeper = Keeper(RunFolder(run, {}), settings)
+    keeper = Keeper(RunWriter(run, {}), settings)
     assert keeper.resume() is keeper.core
     return keeper
 
@@ -149,7 +150,7 @@ class TestCheckpoint:
         """Only its own settings may go on from it."""
         config = load_config(runs / "interrupted" / "config.yaml")
         settings = replace(Settings.of(config, schedule="live", collective="torch"), digest="another")
-        keeper = Keeper(RunFolder(runs / "interrupted", {}), settings.for_server())
+        keeper = Keeper(RunWriter(runs / "interrupted", {}), settings.for_server())
         with pytest.raises(ValueError, match="config"):
             keeper.resume()
 

@@ -17,12 +17,13 @@ from live import read_updates
 from torch import Tensor
 
 from danaz.protocol.messages import Final, Heartbeat, Leave, Parameters, Plan, Push, Refusal, Reply
-from danaz.run.folder import RunFolder, read_summary
+from danaz.run.folder import read_summary
 from danaz.server.answers import materialize
 from danaz.server.core import ServerCore
 from danaz.server.offering import AwaitingRollback
 from danaz.server.settings import ServerSettings
 from danaz.serving.checkpoint import folder_of
+from danaz.serving.journal import RunWriter
 from danaz.serving.keeper import Keeper, SliceKeeper
 from danaz.vectors.flat import Layout
 from danaz.worker.core import Request, Role, WorkerCore, answers
@@ -61,7 +62,7 @@ class Servers:
 
     def _keeper(self, settings: ServerSettings) -> Keeper | SliceKeeper:
         folder = self.folders[settings.shard].parent
-        return SliceKeeper(folder, settings) if settings.shard else Keeper(RunFolder(folder, {}), settings)
+        return SliceKeeper(folder, settings) if settings.shard else Keeper(RunWriter(folder, {}), settings)
 
     def handle(self, shard: int, request: Request | Heartbeat, route: int = 0) -> list[tuple[Any, Reply]]:
         with self.busy:

@@ -16,12 +16,13 @@ import pytest
 import torch
 from cluster import Cluster
 
-from danaz.run import folder as run_folder
 from danaz.run.config import load_config
-from danaz.run.folder import Journal, write_atomically
+from danaz.run.folder import write_atomically
 from danaz.run.settings import Settings
 from danaz.server.snapshot import CoreState
+from danaz.serving import journal as run_journal
 from danaz.serving.checkpoint import read_newest, write_checkpoint
+from danaz.serving.journal import Journal
 from danaz.serving.keeper import Checkpoints
 from danaz.serving.recording import Recorder
 
@@ -110,7 +111,7 @@ class TestJournal:
         assert journal.path.read_bytes() == self.LINE * (1000 - missing)
 
     def test_memory_has_an_end(self, mount: Mount, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(run_folder, "MOST_WAITING_BYTES", 10 * len(self.LINE))
+        monkeypatch.setattr(run_journal, "MOST_WAITING_BYTES", 10 * len(self.LINE))
         disk, said = mount("16k"), []
         journal = Journal(disk / "updates.jsonl", said.append)
         for _ in range(1000):

@@ -18,10 +18,11 @@ from mortal_shards import Servers, Trainer, Way, check_end, check_run, training,
 from torch import Tensor
 
 from danaz.protocol.messages import GoBack, Refusal
-from danaz.run.folder import RunFolder, read_summary
+from danaz.run.folder import read_summary
 from danaz.server.settings import ServerSettings
 from danaz.server.snapshot import ResumeError
 from danaz.serving.checkpoint import read_newest
+from danaz.serving.journal import RunWriter
 from danaz.serving.keeper import Keeper, SliceKeeper
 from danaz.worker.core import Request
 
@@ -137,7 +138,7 @@ def test_without_a_generation_of_all_nothing_is_made_up(begin: Callable[..., Tra
 def test_another_number_of_shards_is_refused(begin: Callable[..., Trainer]) -> None:
     trainer = begin()
     trainer.train(3)
-    alone = Keeper(RunFolder(trainer.servers.run, {}), ServerSettings("dana-zero", 1))
+    alone = Keeper(RunWriter(trainer.servers.run, {}), ServerSettings("dana-zero", 1))
     with pytest.raises(ResumeError, match="shards 2, this server has 1"):
         alone.resume()
     more = SliceKeeper(trainer.servers.folders[1].parent, ServerSettings("dana-zero", 1, shard=1, shards=3)).resume()
