@@ -197,11 +197,11 @@ def _drop(state: ServerState, member: Member, push: Push, reason: str) -> None:
     for batch in push.batches:
         if state.leases.holds(member.worker, batch):  # not if the run has just ended early
             state.leases.complete(member.worker, batch)
-    if state.health.refused(push) % FRESH_AFTER == 0 and member.vectors:
+    if state.health.count_refused(push) % FRESH_AFTER == 0 and member.vectors:
         state.admit(member, afresh=True)
     if reason == OUTLIER:
         return
-    state.health.saw_not_finite(member.worker)
+    state.health.count_not_finite(member.worker)
     member.strikes += 1
     if all(m.strikes >= DIVERGED_STRIKES for m in state.members.values() if m.takes_part):
         state.diverge(f"the last {DIVERGED_STRIKES} pushes of every worker were not finite")

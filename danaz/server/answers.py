@@ -68,24 +68,25 @@ class Answers:
             self.send_view(member, applied=applied, refused=refused)
             return
         self._state.master.settle()  # no view finishes the update, and the transport reuses the memory of the push
-        self._waiting.append((member.route, self._parameters(member, applied, refused, size=0)))
+        self._waiting.append((member.route, self._lease_more(member, applied, refused, size=0)))
 
     def send_view(self, member: Member, *, applied: bool = False, refused: str = "", ahead: bool = False) -> None:
         """Send the newest view. The worker computes on it from now on; with ``ahead``, after its next push."""
         state, codec, size = self._state, self._state.master.view_codec, self._state.job.layout.size
-        view = state.master.view(member, bool(state.settings.gap_every) or state.master.rule.needs_view, ahead)
+        view = state.master.take_view(member, bool(state.settings.gap_every) or state.master.rule.needs_view, ahead)
         state.figures.view_bytes += codec.encoded_bytes(state.full_model.layout.size)
-        member.be_shown(state.master.version, ahead)
-        self._waiting.append((member.route, Streamed(self._parameters(member, applied, refused, size), view, codec)))
+        member.note_sent_view(state.master.version, ahead)
+        self._waiting.append((member.route, Streamed(self._lease_more(member, applied, refused, size), view, codec)))
 
-    def _parameters(self, member: Member, applied: bool, refused: str, size: int) -> Parameters:
+    def _lease_more(self, member: Member, applied: bool, refused: str, size: int) -> Parameters:
+        """Lease the batches that a worker lacks. Return the answer that tells it of them, for a view f32[size]."""
         state = self._state
         return Parameters(
             request=member.request,
             version=state.master.version,
             applied=applied,
             refused=refused,
-            leases=state.leases.top_up(member.worker, member.ahead),
+            leases=state.leases.lease_up_to(member.worker, member.ahead),
             done=state.leases.done,
             epoch=state.leases.epoch,
             lag=member.lag,

@@ -176,8 +176,10 @@ class ServerCore:
         self.state.settle()
 
     def snapshot(self, reuse: CoreState | None = None) -> CoreState:
-        """Copy everything that a restarted server must know. The copy is faster into the memory of ``reuse``."""
-        self.settle()
+        """Return a copy of what a restarted server must know. The copy is faster into the memory of ``reuse``.
+
+        Raises UnsettledError: call ``settle`` before.
+        """
         return take(self.state, reuse)
 
     def restore(self, saved: CoreState, journal: Sequence[Update], life: int, now: float) -> None:
@@ -275,7 +277,7 @@ class ServerCore:
         if member is None or member.incarnation < join.incarnation:
             member = self._replace(member, route, join, now)
         if self.recovery is not None and self.settings.shards == 1:  # a slice newer than the others is of no use
-            self.recovery.brought(join)
+            self.recovery.hear(join)
         # The same incarnation again lost our answer, or comes back after a silence: it keeps its velocity.
         answered = member.computing and member.request == join.request
         member.route, member.heard_at, member.request, member.ahead = route, now, join.request, join.ahead
@@ -417,7 +419,7 @@ class ServerCore:
             return False
         for part in parts:
             self.members[part.worker].strikes = 0
-            state.health.applied(part.worker)
+            state.health.count_applied(part.worker)
         if self.master.version % RESUM_EVERY == 0:
             state.resum()
         self.figures.count(update, now)
@@ -446,7 +448,7 @@ class ServerCore:
 
     def _answer_waiting(self, now: float) -> Streams:
         """Answer every worker that waits for something that has come true."""
-        if self.recovery is not None and self.recovery.over(self.members.values(), now):
+        if self.recovery is not None and self.recovery.is_over(self.members.values(), now):
             self.recovery.conclude(self.state, now)
             self.recovery = None
             self.state.resum()

@@ -49,7 +49,7 @@ class PushHealth:
     def _of(self, worker: int) -> Ailments:
         return self._ailments.setdefault(worker, Ailments())
 
-    def saw_not_finite(self, worker: int) -> None:
+    def count_not_finite(self, worker: int) -> None:
         ailments = self._of(worker)
         ailments.not_finite += 1
         if ailments.not_finite == 1:
@@ -97,7 +97,7 @@ class PushHealth:
         self._sizes = deque((entry for entry in self._sizes if entry[0] != worker), maxlen=RECENT_PUSHES)
         del self._in_a_row[worker]
 
-    def refused(self, push: Push) -> int:
+    def count_refused(self, push: Push) -> int:
         """Count what the run loses by a push that is refused as sick; returns how many were refused in a row."""
         worker, ailments = push.worker, self._of(push.worker)
         ailments.refused_pushes += 1
@@ -111,7 +111,7 @@ class PushHealth:
             )
         return self._in_a_row[worker]
 
-    def applied(self, worker: int) -> None:
+    def count_applied(self, worker: int) -> None:
         """A push of ``worker`` was applied: count its refused pushes in a row from zero again."""
         del self._in_a_row[worker]
 

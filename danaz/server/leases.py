@@ -21,7 +21,7 @@ class Leases:
         self._held: dict[int, list[int]] = {}
         self._closed = False
 
-    def top_up(self, worker: int, ahead: int) -> tuple[int, ...]:
+    def lease_up_to(self, worker: int, ahead: int) -> tuple[int, ...]:
         """Lease to ``worker`` until it holds ``ahead`` batches or none are left; returns all that it is to compute."""
         if self._closed:
             return ()
@@ -104,7 +104,7 @@ class Leases:
 class LeasedElsewhere(Leases):
     """The leases of a shard other than 0: shard 0 leases every batch, and workers say when none are left."""
 
-    def top_up(self, worker: int, ahead: int) -> tuple[int, ...]:
+    def lease_up_to(self, worker: int, ahead: int) -> tuple[int, ...]:
         return ()
 
     def has_news(self, worker: int) -> bool:

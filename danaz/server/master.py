@@ -230,12 +230,12 @@ class Master:
         self.params.copy_(params)
         self._norm = None
 
-    def view(self, member: Member, keep: bool, ahead: bool = False) -> Iterator[Tensor]:
-        """The parameters that ``member`` computes on next, slice by slice: f32[n] each, as flat.chunks cuts f32[P].
+    def take_view(self, member: Member, keep: bool, ahead: bool = False) -> Iterator[Tensor]:
+        """Compute the view that ``member`` gets next, slice by slice: f32[n] each, as flat.chunks cuts f32[P].
 
-        A slice is valid until the next one is taken. With ``keep``, the view becomes ``member.view``, or
-        ``member.ahead_view`` if it is sent ``ahead`` of its time. Raises
-        RuntimeError if another update came in between: a view is of one version.
+        Before each slice of the view, the last update is applied up to the end of that slice. A slice is valid until
+        the next one is taken. With ``keep``, the view becomes ``member.view``, or ``member.ahead_view`` if it is sent
+        ``ahead`` of its time. Raises RuntimeError if another update came in between: a view is of one version.
         """
         kept = None
         if keep and ahead:
@@ -244,9 +244,11 @@ class Master:
             )
         elif keep:
             kept = member.view = torch.empty_like(self._params) if member.view is None else member.view
-        return self._view(self.version, self._contexts(member, self.lr, lag=0), member, kept)
+        return self._take_view(self.version, self._contexts(member, self.lr, lag=0), member, kept)
 
-    def _view(self, version: int, contexts: list[Context], member: Member, kept: Tensor | None) -> Iterator[Tensor]:
+    def _take_view(
+        self, version: int, contexts: list[Context], member: Member, kept: Tensor | None
+    ) -> Iterator[Tensor]:
         slices = self.layout.slices()
         for start, stop in chunks(self.layout.size):
             if self.version != version:

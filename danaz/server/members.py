@@ -136,8 +136,8 @@ class Member:
         self.on(MemberEvent.ROUND)
         self.pending = push
 
-    def be_shown(self, version: int, ahead: bool) -> None:
-        """It is sent the view of ``version``. With ``ahead``, it computes on that one after its present view."""
+    def note_sent_view(self, version: int, ahead: bool) -> None:
+        """Note that the worker is sent the view of ``version``; with ``ahead``, as the one after its present view."""
         self.on(MemberEvent.VIEW)
         if ahead:
             self.ahead_version = version

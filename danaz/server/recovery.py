@@ -29,7 +29,7 @@ class Recovery:
         self._until = until
         self._newest: tuple[int, Tensor] | None = None  # version and f32[P]
 
-    def brought(self, join: Join) -> None:
+    def hear(self, join: Join) -> None:
         """Keep the newest view that workers bring. It counts if the journal has its version, made in the same life."""
         view = join.params
         if view is None or join.life != self._life_of.get(join.version):
@@ -38,7 +38,7 @@ class Recovery:
         if is_newer and view.numel() == self._size and all_finite(view):
             self._newest = (join.version, view)
 
-    def over(self, members: Iterable[Member], now: float) -> bool:
+    def is_over(self, members: Iterable[Member], now: float) -> bool:
         """Whether all workers that the server knew are back, or their time is up."""
         return now >= self._until or not any(m.state is MemberState.EXPECTED for m in members)
 

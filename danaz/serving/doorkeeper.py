@@ -85,7 +85,7 @@ class Doorkeeper:
         self._thread = threading.Thread(target=self._watch, name="danaz-doorkeeper", daemon=True)
         self._thread.start()
 
-    def heard(self, descriptor: int, key: str) -> None:
+    def note_message(self, descriptor: int, key: str) -> None:
         """The router has taken a message of this connection, which was made with ``key``."""
         connection = self._connections.get(descriptor)
         if connection is not None:

@@ -69,7 +69,7 @@ class Checkpoints:
         """
         if self._core.settings.shards > 1:
             offering = AwaitingRollback(
-                self._core, offer := self._offer(), lambda *choice: self._go_back(restore, *choice)
+                self._core, offer := self._find_offer(), lambda *choice: self._go_back(restore, *choice)
             )
             if offer.done and self._core.settings.shard == 0:
                 # A worker would choose the same, but perhaps no worker is left to do so.
@@ -90,7 +90,7 @@ class Checkpoints:
         self._core.state.kept = ()
         restore(None, now)
 
-    def _offer(self) -> Offer:
+    def _find_offer(self) -> Offer:
         """Offer the sound checkpoints, and 0 (the beginning) if a shard may still have to go back there."""
         sound: dict[int, CoreState] = {}
         numbers = complete_numbers(self._folder)
@@ -205,7 +205,7 @@ class Keeper:
         self.core = ServerCore(
             settings,
             self._update,
-            on_milestone=lambda core: self._milestone(),
+            on_milestone=lambda core: self._keep_milestone(),
             on_notice=log,
             on_carried=self._hear,
             on_report=self._keep_reported,
@@ -235,7 +235,7 @@ class Keeper:
         if self._is_undecided:
             return
         if self.core.started and self.core.recovery is None and not self.core.finished:
-            self._milestone()
+            self._keep_milestone()
         self.core.settle()
         self._folder.finish(self.core)
         if self.core.finished:
@@ -270,7 +270,7 @@ class Keeper:
         except OSError as error:
             log(f"reported figures could not be written yet: {error}. They are kept in memory for summary.json")
 
-    def _milestone(self) -> None:
+    def _keep_milestone(self) -> None:
         if self._journal_life != self.core.life:
             self._journal_life = self.core.life
             self._folder.cut_journal(self.core.master.version)
@@ -292,7 +292,7 @@ class SliceKeeper:
 
     def __init__(self, run: Path, settings: ServerSettings):
         self.core = ServerCore(
-            settings, on_milestone=lambda core: self._milestone(), on_notice=log, on_carried=self._hear
+            settings, on_milestone=lambda core: self._keep_milestone(), on_notice=log, on_carried=self._hear
         )
         self._checkpoints = Checkpoints(run, self.core)
         self._keeps = settings.checkpoint_s > 0
@@ -328,7 +328,7 @@ class SliceKeeper:
         """The largest number that shard 0 can have reached since a worker last named one, an update or two ago."""
         return self._checkpoints.number + AT_ONCE * (1 + len(self.core.members))
 
-    def _milestone(self) -> None:
+    def _keep_milestone(self) -> None:
         """Write the final state: once a worker may have the end of this slice, nothing may change it."""
         if self._keeps and self.core.state.final:
             self._checkpoints.write(self._checkpoints.number + 1)

@@ -38,7 +38,7 @@ class Recorder:
             self._file = path.open("wb", buffering=0)
             self._write(LENGTH.pack(len(settings.encode())) + settings.encode())
 
-    def event(self, now: float, route: bytes = b"", frames: Sequence[Frame] = ()) -> None:
+    def record(self, now: float, route: bytes = b"", frames: Sequence[Frame] = ()) -> None:
         lengths = [len(frame) for frame in frames]
         head = HEAD.pack(now, len(route), len(frames)) + struct.pack(f"<{len(frames)}Q", *lengths) + route
         with self._told():

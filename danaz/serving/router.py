@@ -41,7 +41,7 @@ class Router:
         """Feed ``core`` until it has finished or ``stop()``."""
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
-        inbox = Inbox(Request, self._takes(core), self._room)
+        inbox = Inbox(Request, self._takes(core), self._make_room)
         next_tick = time.monotonic() + TICK_S
         while not (core.finished or stop()):
             wait_s = max(0.0, next_tick - time.monotonic())
@@ -51,14 +51,14 @@ class Router:
             if now >= next_tick:
                 next_tick = now + TICK_S
                 if recorder:
-                    recorder.event(now)
+                    recorder.record(now)
                 self._send(core.stream_tick(now))
 
     # ---- hearing -------------------------------------------------------------------------------------------------
 
     def _receive(self, core: Served, inbox: Inbox, recorder: Recorder | None) -> None:
-        route, *frames = self._next_message()
-        self._doorkeeper.heard(route.get(zmq.SRCFD), self._key_of(route))
+        route, *frames = self._receive_message()
+        self._doorkeeper.note_message(route.get(zmq.SRCFD), self._key_of(route))
         now = time.monotonic()
         try:
             message = self._read(inbox, route, [frame.buffer for frame in frames])
@@ -72,10 +72,10 @@ class Router:
         if message is None:
             return
         if recorder:
-            recorder.event(now, route.bytes, encode(message))
+            recorder.record(now, route.bytes, encode(message))
         self._send(core.stream(route.bytes, message, now))
 
-    def _next_message(self) -> list[zmq.Frame]:
+    def _receive_message(self) -> list[zmq.Frame]:
         """The route and the frames of the next message. Frames beyond MAX_FRAMES are received and dropped."""
         frames = [self._socket.recv(copy=False)]
         last = frames[0]
@@ -100,17 +100,17 @@ class Router:
             raise
         except WireError as error:
             raise WireError(f"unreadable: {error}") from error
-        if message is not None and not self._is_himself(peer, message):
+        if message is not None and not self._owns_key(peer, message):
             raise WireError("worker number is not the one of this key")
         return message
 
-    def _is_himself(self, peer: Peer, message: Request) -> bool:
+    def _owns_key(self, peer: Peer, message: Request) -> bool:
         return self._worker_of_key is None or self._worker_of_key.get(peer[1]) == message.worker
 
     def _takes(self, core: Served) -> Callable[[Peer, Request], bool]:
-        return lambda peer, message: self._is_himself(peer, message) and core.takes(message)
+        return lambda peer, message: self._owns_key(peer, message) and core.takes(message)
 
-    def _room(self, inbox: Inbox, message: Request, size: int) -> Tensor:
+    def _make_room(self, inbox: Inbox, message: Request, size: int) -> Tensor:
         """Memory for a vector that is about to arrive. The pushes of one worker all use the same memory."""
         inbox.forget(lambda other: other.worker == message.worker)
         if not isinstance(message, Push):

@@ -38,7 +38,7 @@ def vectors_of(core: ServerCore) -> list[Tensor]:
 
 
 def views(core: ServerCore) -> list[Tensor]:
-    return [torch.cat([*core.master.view(member, keep=False)]) for member in core.members.values()]
+    return [torch.cat([*core.master.take_view(member, keep=False)]) for member in core.members.values()]
 
 
 @pytest.mark.parametrize("lr", [0.1, 1.0, 1e30])

@@ -47,7 +47,9 @@ def test_another_thread_that_reads_does_not_drive_the_update(monkeypatch):
     monkeypatch.setattr(type(master.rule), "apply", slow_apply)
     assert master.apply(torch.ones(SIZE), 1.0, (0.1,), member, 0)
     taken: list[torch.Tensor] = []
-    taking = threading.Thread(target=lambda: taken.extend(piece.clone() for piece in master.view(member, keep=False)))
+    taking = threading.Thread(
+        target=lambda: taken.extend(piece.clone() for piece in master.take_view(member, keep=False))
+    )
     taking.start()
     assert in_the_slice.wait(PATIENCE_S)
     try:

@@ -38,7 +38,7 @@ def path(tmp_path: Path) -> Path:
 def keep(path: Path, *events: tuple[float, bytes, list[bytes]]) -> None:
     recorder = Recorder(path, '{"seed": 1}')
     for now, route, frames in events:
-        recorder.event(now, route, frames)
+        recorder.record(now, route, frames)
     recorder.close()
 
 
@@ -98,7 +98,7 @@ class Recorded(Cluster):
         super().__init__(*args, **kwargs)
 
     def say(self, worker, request):
-        self.recorder.event(self.now, str(worker).encode(), encode(request))
+        self.recorder.record(self.now, str(worker).encode(), encode(request))
         return super().say(worker, request)
 
     def deliver(self, replies):

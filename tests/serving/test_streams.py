@@ -46,7 +46,7 @@ def pushes() -> Iterator[Tensor]:
 
 
 def lease_of(core: ServerCore, worker: int = 0) -> int:
-    return core.leases.top_up(worker, 1)[0]
+    return core.leases.lease_up_to(worker, 1)[0]
 
 
 @pytest.mark.parametrize("gap_every", [0, 1])
@@ -90,7 +90,7 @@ def test_an_answer_that_nobody_took_is_applied_all_the_same():
 def test_a_view_is_of_one_version():
     core = joined("dana")
     member: Member = core.members[0]
-    view = core.master.view(member, keep=False)
+    view = core.master.take_view(member, keep=False)
     next(view)
     core.master.apply(torch.ones(SIZE), 1.0, (0.1, 0.1), member, 0)
     with pytest.raises(RuntimeError, match="version 0"):

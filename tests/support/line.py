@@ -38,6 +38,7 @@ class Line(LocalLink):
         return ServerCore(self.settings, on_update=self.updates.append, on_milestone=self.keep)
 
     def keep(self, core: ServerCore) -> None:
+        core.settle()
         self.checkpoint = core.snapshot()
         del self.updates[core.master.version :]
 

@@ -77,6 +77,7 @@ class MortalCluster:
         self.write_checkpoint(core)
 
     def write_checkpoint(self, core):
+        core.settle()
         state = core.snapshot()
         self.checkpoint = CoreState(json.loads(json.dumps(state.facts)), state.tensors)
 

@@ -181,7 +181,7 @@ def test_a_recording_that_does_not_fit_ends_and_says_so_once(mount: Mount) -> No
     disk, said = mount("16k"), []
     recorder = Recorder(disk / "recording.bin", "{}", said.append)
     for _ in range(100):
-        recorder.event(1.0, b"route", [bytes(1000)])
+        recorder.record(1.0, b"route", [bytes(1000)])
     recorder.close()
     assert len(said) == 1
     assert NO_SPACE in said[0]
