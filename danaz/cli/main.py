@@ -163,7 +163,7 @@ def serve(
     from danaz.server.snapshot import ResumeError
     from danaz.serving.journal import UnwrittenError
     from danaz.serving.serve import serve as serve_run
-    from danaz.serving.serve import serve_slice
+    from danaz.serving.serve import serve_shard
 
     try:
         settings, _ = from_environment()
@@ -171,7 +171,7 @@ def serve(
         fail(error)
     try:
         if shard:
-            serve_slice(bound, settings, shard, run, resume)
+            serve_shard(bound, settings, shard, run, resume)
         else:
             serve_run(bound, settings, run, record, resume)
     except (ResumeError, UnreadableError, UnwrittenError) as error:

@@ -25,10 +25,10 @@ from danaz.protocol.messages import (
     Request,
 )
 from danaz.protocol.refusals import FRESH_AFTER, NEWER_JOINED, NOT_FINITE, OUTLIER, SICK
+from danaz.server.full_model import own_part
 from danaz.server.health import size_of
 from danaz.server.members import Member, MemberState
 from danaz.server.state import Job, ServerState
-from danaz.server.whole import own_part
 from danaz.vectors.cutting import all_finite
 from danaz.vectors.flat import Layout
 

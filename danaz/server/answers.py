@@ -74,7 +74,7 @@ class Answers:
         """Send the newest view. The worker computes on it from now on; with ``ahead``, after its next push."""
         state, codec, size = self._state, self._state.master.view_codec, self._state.job.layout.size
         view = state.master.take_view(member, bool(state.settings.gap_every) or state.master.rule.needs_view, ahead)
-        state.figures.view_bytes += codec.encoded_bytes(state.full_model.layout.size)
+        state.totals.view_bytes += codec.encoded_bytes(state.full_model.layout.size)
         member.note_sent_view(state.master.version, ahead)
         self._waiting.append((member.route, Streamed(self._lease_more(member, applied, refused, size), view, codec)))
 

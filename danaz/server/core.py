@@ -41,17 +41,17 @@ from danaz.server.admission import (
     why_stranger,
 )
 from danaz.server.answers import Answers, Replies, Streams, materialize
-from danaz.server.figures import RunTotals, Update
+from danaz.server.full_model import FullModel, own_part
 from danaz.server.health import measured, norm_of
 from danaz.server.leases import Leases
 from danaz.server.master import Master
 from danaz.server.members import Member, MemberEvent, MemberState, Route
+from danaz.server.records import RunTotals, Update
 from danaz.server.recovery import Recovery
 from danaz.server.settings import ServerSettings
-from danaz.server.snapshot import CoreState, fill, take
+from danaz.server.snapshot import Snapshot, restore_state, snapshot_of
 from danaz.server.state import Job, ServerState
 from danaz.server.updating import update_by
-from danaz.server.whole import FullModel, own_part
 from danaz.vectors.codecs import travelling_bytes
 from danaz.vectors.cutting import all_finite
 
@@ -98,8 +98,8 @@ class ServerCore:
         return self.state.members
 
     @property
-    def figures(self) -> RunTotals:
-        return self.state.figures
+    def totals(self) -> RunTotals:
+        return self.state.totals
 
     @property
     def job(self) -> Job:
@@ -154,7 +154,7 @@ class ServerCore:
         """The figures of summary.json that the server knows. Raises UnsettledError: call ``settle`` before."""
         state = self.state
         return {
-            **state.figures.summary(),
+            **state.totals.summary(),
             "complete": self.finished,
             "diverged": bool(state.diverged),
             "diverged_because": state.diverged or None,
@@ -175,21 +175,21 @@ class ServerCore:
         """Finish the last update, whose view nobody may have taken. Call this before you read parameters or summary."""
         self.state.settle()
 
-    def snapshot(self, reuse: CoreState | None = None) -> CoreState:
+    def snapshot(self, reuse: Snapshot | None = None) -> Snapshot:
         """Return a copy of what a restarted server must know. The copy is faster into the memory of ``reuse``.
 
         Raises UnsettledError: call ``settle`` before.
         """
-        return take(self.state, reuse)
+        return snapshot_of(self.state, reuse)
 
-    def restore(self, saved: CoreState, journal: Sequence[Update], life: int, now: float) -> None:
+    def restore(self, saved: Snapshot, journal: Sequence[Update], life: int, now: float) -> None:
         """Go on from ``saved``, and from what the workers remember of the updates since, which are in ``journal``.
 
         ``life`` is larger than that of any server before. Raises ResumeError.
         """
-        fill(self.state, saved, now)
+        restore_state(self.state, saved, now)
         self.state.life, self.state.started = life, True
-        self.figures.restarts += 1
+        self.totals.restarts += 1
         self.recovery = Recovery(journal, self.job.layout.size, until=now + self.settings.recovery_s)
 
     # ---- stimuli -------------------------------------------------------------------------------------------------
@@ -359,15 +359,15 @@ class ServerCore:
         """Count ``batch`` as used, without an update."""
         if self.leases.holds(member.worker, batch):
             self.leases.complete(member.worker, batch)
-            self.figures.skipped_batches += 1
+            self.totals.skipped_batches += 1
 
     def _report(self, member: Member, report: Report) -> None:
-        reason = why_not_report(report, self.figures.reported)
+        reason = why_not_report(report, self.totals.reported)
         if reason:
             self._answers.refuse(member.route, report, reason)
             return
-        self.figures.report(report.figures)
-        self.on_report(self.figures.reported)
+        self.totals.report(report.figures)
+        self.on_report(self.totals.reported)
         self._answers.confirm(member)
 
     def _bye(self, member: Member, bye: Bye) -> None:
@@ -422,10 +422,10 @@ class ServerCore:
             state.health.count_applied(part.worker)
         if self.master.version % RESUM_EVERY == 0:
             state.resum()
-        self.figures.count(update, now)
-        self.figures.push_bytes += sum(travelling_bytes(p.push, p.encoded) + p.elsewhere for p in parts)
+        self.totals.count(update, now)
+        self.totals.push_bytes += sum(travelling_bytes(p.push, p.encoded) + p.elsewhere for p in parts)
         self.on_update(update)
-        reason = self.figures.divergence(m.worker for m in self.members.values() if m.takes_part)
+        reason = self.totals.divergence(m.worker for m in self.members.values() if m.takes_part)
         if reason:
             state.diverge(reason)
         return True

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 
 from danaz.protocol.messages import Join
-from danaz.server.figures import Update
 from danaz.server.members import Member, MemberState
+from danaz.server.records import Update
 from danaz.server.state import ServerState
 from danaz.vectors.cutting import all_finite
 
@@ -52,7 +52,7 @@ class Recovery:
             state.master.replace(view)
         at = state.master.version
         lost = sum(update.version > at for update in self.journal)
-        state.figures.lost_updates += lost
+        state.totals.lost_updates += lost
         who, cost = "server", f", {lost} updates are lost"
         if state.settings.shard:  # shard 0 keeps the journal, so only shard 0 knows what is lost
             who, cost = f"shard {state.settings.shard}", ""
@@ -74,6 +74,6 @@ def account(state: ServerState, update: Update, now: float) -> None:
         state.leases.account(batch)
     master.version, master.lr = update.version, update.lr
     master.max_lr = tuple(map(max, master.max_lr, update.lr))
-    state.figures.count(update, now)
+    state.totals.count(update, now)
     if update.loss is not None:
-        state.figures.hear_loss(update.worker, update.loss)
+        state.totals.hear_loss(update.worker, update.loss)

@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from danaz.protocol.messages import Plan
-from danaz.server.figures import RunTotals
+from danaz.server.full_model import FullModel
 from danaz.server.leases import LeasedElsewhere, Leases
 from danaz.server.members import Member, restored_state
+from danaz.server.records import RunTotals
 from danaz.server.state import Job, ServerState
-from danaz.server.whole import FullModel
 from danaz.vectors.flat import Layout
 
 # What a checkpoint holds of each member: not the clock and the routes of one server process, nor what a worker that
@@ -28,7 +28,7 @@ class ResumeError(ValueError):
 
 
 @dataclass(frozen=True)
-class CoreState:
+class Snapshot:
     """The state of a server at one moment."""
 
     facts: dict[str, Any]  # as JSON has them
@@ -45,7 +45,7 @@ class CoreState:
         return Leases.restored(Plan(**self.facts["job"]["plan"]), self.facts["leases"]).done
 
 
-def take(state: ServerState, reuse: CoreState | None = None) -> CoreState:
+def snapshot_of(state: ServerState, reuse: Snapshot | None = None) -> Snapshot:
     """Copy the state of a server that has started, into the memory of ``reuse``, which nobody needs any more.
 
     Raises UnsettledError.
@@ -64,7 +64,7 @@ def take(state: ServerState, reuse: CoreState | None = None) -> CoreState:
         "master": {"version": master.version, "lr": list(master.lr), "max_lr": list(master.max_lr)},
         "members": [{name: getattr(member, name) for name in LASTING} for member in members],
         "leases": state.leases.facts(),
-        "figures": state.figures.facts(),
+        "figures": state.totals.facts(),
         "sick_workers": state.health.summary(),
         "diverged": state.diverged,
         "sound": list(state.sound),
@@ -81,10 +81,10 @@ def take(state: ServerState, reuse: CoreState | None = None) -> CoreState:
     tensors |= {"buffers.total": state.buffers.total, "buffers.last": state.buffers.last}
     memory = {} if reuse is None else reuse.tensors
     copies = {n: memory[n].copy_(t) if n in memory else t.clone() for n, t in tensors.items()}
-    return CoreState(facts, copies)
+    return Snapshot(facts, copies)
 
 
-def fill(state: ServerState, saved: CoreState, now: float) -> None:
+def restore_state(state: ServerState, saved: Snapshot, now: float) -> None:
     """Put what was saved into a new state. Raises ResumeError if the two have different settings."""
     facts, tensors, settings = saved.facts, saved.tensors, state.settings
     for name in ("algorithm", "sync_period", "shards", "shard"):
@@ -112,7 +112,7 @@ def fill(state: ServerState, saved: CoreState, now: float) -> None:
         kept = () if member.left else master.rule.worker_state
         member.vectors = {name: tensors[f"member.{member.worker}.{name}"].clone() for name in kept}
         state.members[member.worker] = member
-    state.figures = RunTotals.restored(facts["figures"], now)
+    state.totals = RunTotals.restored(facts["figures"], now)
     state.health.restore(facts["sick_workers"])
     state.diverged, state.stopped = facts["diverged"], facts.get("stopped", "")
     state.final, state.generation = facts["final"], facts["generation"]

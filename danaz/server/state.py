@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from danaz.protocol.messages import Join, Plan
-from danaz.server.figures import RunTotals
+from danaz.server.full_model import FullModel
 from danaz.server.health import PushHealth
 from danaz.server.leases import LeasedElsewhere, Leases
 from danaz.server.master import Master
 from danaz.server.members import MeanBuffers, Member
+from danaz.server.records import RunTotals
 from danaz.server.settings import ServerSettings
-from danaz.server.whole import FullModel
 from danaz.vectors.codecs import view_codec
 from danaz.vectors.flat import Layout
 
@@ -45,7 +45,7 @@ class ServerState:
         self.on_notice = on_notice
         self.ahead = ahead
         self.members: dict[int, Member] = {}
-        self.figures = RunTotals()
+        self.totals = RunTotals()
         self.health = PushHealth(on_notice)
         self.life = 0  # grows with each restart
         self.generation = 0  # number of shard 0's newest checkpoint
@@ -127,7 +127,7 @@ class ServerState:
     def start(self, now: float) -> None:
         """Enough workers have joined: training begins."""
         self.started = True
-        self.figures.started_at = now
+        self.totals.started_at = now
         self.admit(*(m for m in self.members.values() if m.alive))
 
     def admit(self, *members: Member, afresh: bool = False) -> None:
@@ -157,7 +157,7 @@ class ServerState:
 
     def refuse(self, reason: str) -> None:
         """Count a message that is not served, also one that could not even be read."""
-        self.figures.refusals[reason] += 1
+        self.totals.refusals[reason] += 1
 
     def diverge(self, reason: str) -> None:
         """End the run early. The checkpoints from before stay."""

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from math import isfinite
 
 from danaz.protocol.messages import Push
-from danaz.server.figures import Update, mean
 from danaz.server.health import norm_of
 from danaz.server.members import Member
+from danaz.server.records import Update, mean
 from danaz.server.state import ServerState
 from danaz.vectors.flat import common_spans
 
@@ -38,7 +38,7 @@ def update_by(state: ServerState, parts: Sequence[Push]) -> Update | None:
             state.leases.complete(p.worker, batch)
     losses = {p.worker: p.loss for p in parts if p.loss is not None}
     for worker, loss in losses.items():
-        state.figures.hear_loss(worker, loss)
+        state.totals.hear_loss(worker, loss)
     return Update(
         version=master.version,
         worker=last.worker,

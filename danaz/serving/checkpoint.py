@@ -21,7 +21,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from danaz.server.snapshot import CoreState, ResumeError
+from danaz.server.snapshot import ResumeError, Snapshot
 
 FOLDER = "checkpoints"  # within a run folder
 FORMAT = "danaz checkpoint 2"
@@ -64,7 +64,7 @@ def worth_keeping(numbers: Sequence[int], common: Collection[int]) -> list[int]:
     return [number for number in numbers if number in {*common, *since[-MANY:]}]
 
 
-def write_checkpoint(folder: Path, number: int, state: CoreState, keep: Collection[int] = ()) -> None:
+def write_checkpoint(folder: Path, number: int, snapshot: Snapshot, keep: Collection[int] = ()) -> None:
     """Write a checkpoint, then delete all others except those in ``keep``.
 
     If this raises OSError, it leaves no part of the new checkpoint. The run folder must exist: if it was deleted, this
@@ -74,12 +74,12 @@ def write_checkpoint(folder: Path, number: int, state: CoreState, keep: Collecti
     tensors, facts = _files(folder, number)
     try:
         part = tensors.with_suffix(".part")
-        _save(state, part)
+        _save(snapshot, part)
         os.chmod(part, 0o644)  # others may read a run
-        digest = _digest(state.facts, part)
+        digest = _digest(snapshot.facts, part)
         _publish(part, tensors)
         part = facts.with_suffix(".part")
-        part.write_text(json.dumps({"format": FORMAT, "sha256": digest, "facts": state.facts}))
+        part.write_text(json.dumps({"format": FORMAT, "sha256": digest, "facts": snapshot.facts}))
         _publish(part, facts)
     except OSError:
         _delete(folder, but={other for other in _numbers(folder) if other != number})
@@ -87,15 +87,15 @@ def write_checkpoint(folder: Path, number: int, state: CoreState, keep: Collecti
     _delete(folder, but={number, *keep})
 
 
-def _save(state: CoreState, path: Path) -> None:
+def _save(snapshot: Snapshot, path: Path) -> None:
     """Save the vectors. Raises OSError where safetensors raises its own error, which has the cause only as text."""
     try:
-        save_file(state.tensors, path)
+        save_file(snapshot.tensors, path)
     except SafetensorError as error:
         raise OSError(errno.EIO, str(error), str(path)) from None
 
 
-def read_newest(folder: Path) -> tuple[CoreState, list[str]] | None:
+def read_newest(folder: Path) -> tuple[Snapshot, list[str]] | None:
     """The newest sound checkpoint, and why newer ones were skipped; None if no checkpoint was ever finished.
 
     Raises ResumeError if there are checkpoints but all of them are damaged.
@@ -111,11 +111,11 @@ def read_newest(folder: Path) -> tuple[CoreState, list[str]] | None:
     return None
 
 
-def read_checkpoint(folder: Path, number: int) -> CoreState:
+def read_checkpoint(folder: Path, number: int) -> Snapshot:
     """Read one checkpoint. Raises DamagedError unless all of it is sound."""
     facts = read_facts(folder, number)
     try:
-        return CoreState(facts, load_file(_files(folder, number)[0]))
+        return Snapshot(facts, load_file(_files(folder, number)[0]))
     except (OSError, SafetensorError) as error:
         raise DamagedError(number, error) from error
 

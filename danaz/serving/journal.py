@@ -21,7 +21,7 @@ from danaz.files.reading import read_json
 from danaz.run.folder import PARAMETERS, SUMMARY, UPDATES, reported_number, with_measured, write_atomically
 from danaz.run.lock import MODE
 from danaz.server.core import ServerCore
-from danaz.server.figures import Update
+from danaz.server.records import Update
 
 MOST_WAITING_BYTES = 64 << 20  # of a journal that cannot be written
 Tell = Callable[[str], None]  # a sentence to whoever watches the run

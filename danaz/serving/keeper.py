@@ -10,10 +10,10 @@ from threading import Thread
 
 from danaz.protocol.messages import Leave, Offer, Push
 from danaz.server.core import ServerCore
-from danaz.server.figures import Update
-from danaz.server.offering import AwaitingRollback
+from danaz.server.records import Update
+from danaz.server.rollback import AwaitingRollback
 from danaz.server.settings import ServerSettings
-from danaz.server.snapshot import CoreState, ResumeError
+from danaz.server.snapshot import ResumeError, Snapshot
 from danaz.serving.checkpoint import (
     KEPT,
     DamagedError,
@@ -32,7 +32,7 @@ from danaz.serving.checkpoint import (
 from danaz.serving.journal import RunWriter
 
 AT_ONCE = 8  # the most checkpoints that one worker can cause between two of its pushes
-Restore = Callable[[CoreState | None, float], None]  # restores a core at a time; with None training begins afresh
+Restore = Callable[[Snapshot | None, float], None]  # restores a core at a time; with None training begins afresh
 
 
 class Checkpoints:
@@ -44,9 +44,9 @@ class Checkpoints:
         self.number = newest_number(self._folder)  # the largest that any shard has used: it is never used again
         self._core.state.kept = tuple(complete_numbers(self._folder))
         self._common: tuple[int, ...] = ()  # the newest checkpoints that all shards have, as workers have said
-        self._figures: dict[str, int] = {}  # what restarts have cost, as the newest checkpoint says
+        self._restart_totals: dict[str, int] = {}  # what restarts have cost, as the newest checkpoint says
         self._thread = Thread()
-        self._state: CoreState | None = None  # what was written last
+        self._written: Snapshot | None = None  # what was written last
         self._in_trouble = False  # whether the last checkpoint could not be written
 
     @property
@@ -68,21 +68,21 @@ class Checkpoints:
         Raises ResumeError.
         """
         if self._core.settings.shards > 1:
-            offering = AwaitingRollback(
+            waiting = AwaitingRollback(
                 self._core, offer := self._find_offer(), lambda *choice: self._go_back(restore, *choice)
             )
             if offer.done and self._core.settings.shard == 0:
                 # A worker would choose the same, but perhaps no worker is left to do so.
-                offering.go_back(max(offer.generations), offer.newest, time.monotonic())
-            return offering
+                waiting.go_back(max(offer.generations), offer.newest, time.monotonic())
+            return waiting
         found = read_newest(self._folder)
         if found is None:
             self._begin_afresh(restore, time.monotonic())
             return self._core
-        state, damaged = found
+        snapshot, damaged = found
         for each in damaged:
             log(f"{each}; the one before it is taken")
-        restore(state, time.monotonic())
+        restore(snapshot, time.monotonic())
         return self._core
 
     def _begin_afresh(self, restore: Restore, now: float) -> None:
@@ -92,19 +92,19 @@ class Checkpoints:
 
     def _find_offer(self) -> Offer:
         """Offer the sound checkpoints, and 0 (the beginning) if a shard may still have to go back there."""
-        sound: dict[int, CoreState] = {}
+        sound: dict[int, Snapshot] = {}
         numbers = complete_numbers(self._folder)
         for number in numbers:
             try:
-                sound[number] = CoreState(read_facts(self._folder, number), {})
+                sound[number] = Snapshot(read_facts(self._folder, number), {})
             except DamagedError as error:
                 log(str(error))
         newest = sound[max(sound)] if sound else None
         if newest is not None:
             # Going back to an earlier checkpoint does not forget what restarts have cost.
-            figures = newest.facts["figures"]
-            self._figures = {name: figures[name] for name in ("restarts", "lost_updates")}
-        is_beginning = not numbers or any(state.version == 0 for state in sound.values())
+            totals = newest.facts["figures"]
+            self._restart_totals = {name: totals[name] for name in ("restarts", "lost_updates")}
+        is_beginning = not numbers or any(snapshot.version == 0 for snapshot in sound.values())
         self._core.state.kept = tuple(sound)
         generations = (*[0] * is_beginning, *sound)
         return Offer(0, generations, self.number, done=newest is not None and newest.done)
@@ -116,11 +116,11 @@ class Checkpoints:
             self._begin_afresh(restore, now)
             return
         try:
-            state = read_checkpoint(self._folder, generation)
+            snapshot = read_checkpoint(self._folder, generation)
         except DamagedError as error:
             raise ResumeError(str(error)) from error
-        state.facts["figures"] |= self._figures
-        restore(state, now)
+        snapshot.facts["figures"] |= self._restart_totals
+        restore(snapshot, now)
         self._core.state.kept = tuple(number for number in self._core.state.kept if number <= generation)
 
     # ---- writing -------------------------------------------------------------------------------------------------
@@ -149,8 +149,8 @@ class Checkpoints:
             log("the parameters are not finite, and no checkpoint is written of them; the one before stays")
             return
         self._core.state.generation = self.number = number
-        self._state = self._core.snapshot(reuse=self._state)
-        self._thread = Thread(target=self._write, args=(number, self._state), name="danaz-checkpoint")
+        self._written = self._core.snapshot(reuse=self._written)
+        self._thread = Thread(target=self._write, args=(number, self._written), name="danaz-checkpoint")
         self._thread.start()
 
     def wait(self) -> None:
@@ -167,19 +167,19 @@ class Checkpoints:
         """Tell the core what restarts have cost, including restarts after which no checkpoint was written."""
         counted, lost = read_restarts(self._folder)
         counted, lost = counted + restarts, lost + lost_updates
-        figures = self._core.figures
-        figures.restarts, figures.lost_updates = max(figures.restarts, counted), max(figures.lost_updates, lost)
+        totals = self._core.totals
+        totals.restarts, totals.lost_updates = max(totals.restarts, counted), max(totals.lost_updates, lost)
         try:
-            write_restarts(self._folder, figures.restarts, lost)
+            write_restarts(self._folder, totals.restarts, lost)
         except OSError as error:
             log(f"this restart could not be counted: {error}. Training goes on")
 
-    def _write(self, number: int, state: CoreState) -> None:
+    def _write(self, number: int, snapshot: Snapshot) -> None:
         kept = [*self._core.state.kept, number]
         common = self._common if self._core.settings.shards > 1 else kept[-KEPT:]
         keep = sorted({*worth_keeping(kept, common), *self._core.state.sound})
         try:
-            write_checkpoint(self._folder, number, state, keep)
+            write_checkpoint(self._folder, number, snapshot, keep)
         except OSError as error:
             if not self._in_trouble:
                 log(
@@ -194,7 +194,7 @@ class Checkpoints:
             self._core.state.kept = tuple(keep)
 
 
-class Keeper:
+class RunKeeper:
     """Makes a server core whose updates go into a run folder, and that can go on after a kill at any moment.
 
     Each line of the journal is handed to the kernel before the worker hears of its update. A checkpoint is written at
@@ -241,16 +241,16 @@ class Keeper:
         if self.core.finished:
             self._checkpoints.delete()
 
-    def _restore(self, state: CoreState | None, now: float) -> None:
+    def _restore(self, snapshot: Snapshot | None, now: float) -> None:
         self._is_undecided = False
-        if state is None:
+        if snapshot is None:
             self._checkpoints.count_restart(0, lost_updates=self._folder.cut_journal(0))
             self._folder.forget_reported()  # it will be reported again
         else:
-            journal = self._folder.read_journal(after=state.version)
-            self.core.restore(state, journal, life=self._checkpoints.number, now=now)
+            journal = self._folder.read_journal(after=snapshot.version)
+            self.core.restore(snapshot, journal, life=self._checkpoints.number, now=now)
             self._checkpoints.count_restart(0)
-            self.core.figures.reported |= self._folder.reported()
+            self.core.totals.reported |= self._folder.reported()
 
     # ---- what the core calls -------------------------------------------------------------------------------------
 
@@ -283,7 +283,7 @@ class Keeper:
         self._due_at = time.monotonic() + self._every_s * self._checkpoints.backoff_factor
 
 
-class SliceKeeper:
+class ShardKeeper:
     """Makes the core of a shard other than 0. It writes a checkpoint for each one of shard 0, and one at its end.
 
     Workers tell it of shard 0's checkpoints. What a worker does after shard 0's checkpoint must come after this shard's
@@ -311,9 +311,9 @@ class SliceKeeper:
         if self.core.finished:
             self._checkpoints.delete()
 
-    def _restore(self, state: CoreState | None, now: float) -> None:
-        if state is not None:
-            self.core.restore(state, [], life=self._checkpoints.number, now=now)
+    def _restore(self, snapshot: Snapshot | None, now: float) -> None:
+        if snapshot is not None:
+            self.core.restore(snapshot, [], life=self._checkpoints.number, now=now)
 
     # ---- what the core calls -------------------------------------------------------------------------------------
 

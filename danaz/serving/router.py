@@ -13,8 +13,9 @@ from torch import Tensor
 from danaz.protocol.messages import Fetched, Final, Push, Refusal, Request, Streamed
 from danaz.protocol.wire import Frame, Inbox, StrayChunkError, WireError, encode, messages_of, split
 from danaz.server.answers import Streams
+from danaz.server.completed import CompletedRun
 from danaz.server.core import ServerCore
-from danaz.server.offering import AwaitingRollback, CompletedRun
+from danaz.server.rollback import AwaitingRollback
 from danaz.serving.recording import Recorder
 from danaz.serving.socket import ANSWERS_MESSAGES, BoundRouter
 

@@ -12,7 +12,7 @@ from danaz.run.signals import note_ending_signals
 from danaz.serving.socket import BoundRouter
 
 if TYPE_CHECKING:
-    from danaz.server.figures import Update
+    from danaz.server.records import Update
     from danaz.server.settings import ServerSettings
 
 RECORDING = "recording.bin"
@@ -27,16 +27,16 @@ def serve(bound: BoundRouter, settings: Settings, run: Path, record: bool, resum
     UnwrittenError, UnreadableError.
     """
     from danaz.serving.journal import RunWriter
-    from danaz.serving.keeper import Keeper, log
-    from danaz.serving.pace import telling
+    from danaz.serving.keeper import RunKeeper, log
+    from danaz.serving.progress import with_progress
     from danaz.serving.recording import Recorder
     from danaz.serving.router import Router
 
     stopping = note_ending_signals()
     if resume and _see_off(bound, run, stopping):
         return
-    keeper = Keeper(RunWriter(run, settings.facts(), log), _settings_here(settings))
-    keeper.core.on_update = announcing(telling(keeper.core, keeper.core.on_update))
+    keeper = RunKeeper(RunWriter(run, settings.facts(), log), _settings_here(settings))
+    keeper.core.on_update = with_announcement(with_progress(keeper.core, keeper.core.on_update))
     served = keeper.resume() if resume else keeper.begin()
     if keeper.core.started and (run / RECORDING).exists():
         (run / RECORDING).rename(run / UNTIL_RESTART)
@@ -50,16 +50,16 @@ def serve(bound: BoundRouter, settings: Settings, run: Path, record: bool, resum
     bound.close()
 
 
-def serve_slice(bound: BoundRouter, settings: Settings, shard: int, run: Path, resume: bool = False) -> None:
+def serve_shard(bound: BoundRouter, settings: Settings, shard: int, run: Path, resume: bool = False) -> None:
     """As ``serve``, for the slice of the vector of a shard other than 0. It writes only its checkpoints to the folder.
 
     At the end, workers carry what it holds to shard 0.
     """
-    from danaz.serving.keeper import SliceKeeper
+    from danaz.serving.keeper import ShardKeeper
     from danaz.serving.router import Router
 
     stopping = note_ending_signals()
-    keeper = SliceKeeper(run, _settings_here(settings, shard))
+    keeper = ShardKeeper(run, _settings_here(settings, shard))
     served = keeper.resume() if resume else keeper.begin()
     Router(bound).serve(served, None, stopping)
     keeper.finish()
@@ -76,7 +76,7 @@ def _settings_here(settings: Settings, shard: int = 0) -> ServerSettings:
 def _see_off(bound: BoundRouter, run: Path, stopping: Callable[[], bool]) -> bool:
     """If the run is complete, tell the workers that do not know it yet; returns whether it is."""
     from danaz.run.folder import read_summary
-    from danaz.server.offering import CompletedRun
+    from danaz.server.completed import CompletedRun
     from danaz.serving.checkpoint import delete_checkpoints, folder_of
     from danaz.serving.keeper import log
     from danaz.serving.router import Router
@@ -92,7 +92,7 @@ def _see_off(bound: BoundRouter, run: Path, stopping: Callable[[], bool]) -> boo
     return True
 
 
-def announcing(record: Callable[[Update], None]) -> Callable[[Update], None]:
+def with_announcement(record: Callable[[Update], None]) -> Callable[[Update], None]:
     """``record``; at the first update, also tell the launcher that training waits for nobody any more."""
     announced = False
 
@@ -130,7 +130,7 @@ def replay_run(run: Path) -> tuple[int, bool]:
     core = ServerCore(settings.for_server())
     for _ in replay(path, core):
         pass
-    updates = core.figures.updates
+    updates = core.totals.updates
     if not core.started:
         raise RecordingError(f"{path} holds no training")
     if updates != summary.get("updates"):

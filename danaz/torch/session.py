@@ -22,7 +22,7 @@ from danaz.run.settings import RankInfo, Settings
 from danaz.run.signals import note_ending_signals
 from danaz.server.core import ServerCore
 from danaz.serving.journal import RunWriter
-from danaz.serving.pace import telling
+from danaz.serving.progress import with_progress
 from danaz.torch.alone import LocalLink
 from danaz.torch.data import Batching, LeaseSampler, Portion, Share, batching_of, read_ahead, rebuild
 from danaz.torch.ending import Ending
@@ -222,7 +222,7 @@ class Session:
             return LocalLink(ServerCore(settings))
         folder = RunWriter(self.place.run, self.settings.facts())
         core = ServerCore(settings)
-        core.on_update = telling(core, folder.record)
+        core.on_update = with_progress(core, folder.record)
         return LocalLink(core, on_close=partial(folder.finish_at_exit, core))
 
     def _share_of_batch(self) -> Share:

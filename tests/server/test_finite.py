@@ -17,7 +17,7 @@ from danaz.rules import ALGORITHMS
 from danaz.rules.asgd import Asgd
 from danaz.rules.base import Context, Vectors
 from danaz.server.core import ServerCore
-from danaz.server.figures import DIVERGED_LOSS_RATIO, RunTotals
+from danaz.server.records import DIVERGED_LOSS_RATIO, RunTotals
 
 HUGE = 3e38
 SERVED = [name for name, each in ALGORITHMS.items() if each.rule().live]
@@ -127,7 +127,7 @@ def test_what_is_given_back_leaves_the_parameters_finite():
     for worker in (0, 1):
         core.handle(worker, Leave(worker, 1, 2, torch.full((SIZE,), HUGE), torch.zeros(2)), 1.0)
     assert torch.equal(core.master.params, torch.ones(SIZE))
-    assert core.figures.refusals == {
+    assert core.totals.refusals == {
         "parameters would leave the range of float32 with what a leaving worker gives back": 2
     }
 

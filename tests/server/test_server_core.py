@@ -86,7 +86,7 @@ class TestJoining:
         assert isinstance(refusal, Refusal)
         assert reason in refusal.reason
         assert not refusal.rejoin
-        assert sum(core.figures.refusals.values()) == 1
+        assert sum(core.totals.refusals.values()) == 1
         assert not core.members
         assert parameters(core.handle(0, JOIN, 0.0)), "and a fit worker finds the place as it was"
 
@@ -113,12 +113,12 @@ class TestJoining:
         refusal = answer(core.handle("x", message, 1.0), "x")
         assert isinstance(refusal, Refusal)
         assert refusal.rejoin
-        assert core.figures.refusals["worker has not joined"] == 1
+        assert core.totals.refusals["worker has not joined"] == 1
 
     def test_a_strangers_heartbeat_is_counted_and_not_answered(self):
         core, _ = started()
         assert core.handle("x", Heartbeat(5, 1), 1.0) == []
-        assert core.figures.refusals["worker has not joined"] == 1
+        assert core.totals.refusals["worker has not joined"] == 1
 
 
 class TestSilence:

@@ -174,8 +174,8 @@ class ServerUnderFaults(MortalCluster, RuleBasedStateMachine):
     @invariant()
     def what_is_lost_is_counted(self):
         if self.core.started and not self.core.recovery:
-            assert self.core.figures.lost_updates == self.lost
-            assert self.core.master.version == self.core.figures.updates == len(self.updates)
+            assert self.core.totals.lost_updates == self.lost
+            assert self.core.master.version == self.core.totals.updates == len(self.updates)
 
     def teardown(self):
         """From whatever state, the run comes to its end when faults cease."""

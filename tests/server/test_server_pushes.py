@@ -187,7 +187,7 @@ class TestWhatTouchesNothing:
         reply = parameters(core.handle(0, push_on(view, request=4, **change), 2.0))
         assert arithmetic_of(core) == before
         assert (reply.applied, reply.refused) == (False, "push is not finite")
-        assert core.figures.refusals == {"push is not finite": 1}
+        assert core.totals.refusals == {"push is not finite": 1}
         assert core.leases.completed == 3, "computed again, it would be no better: the batch counts as used"
         assert not core.diverged
 
@@ -197,7 +197,7 @@ class TestWhatTouchesNothing:
         reply = parameters(core.handle(0, push_on(view, request=4, **change), 2.0))
         assert arithmetic_of(core) == before
         assert reply.refused == "push has the wrong size"
-        assert core.figures.refusals == {"push has the wrong size": 1}
+        assert core.totals.refusals == {"push has the wrong size": 1}
         assert core.leases.completed == 2
         assert view.leases[0] in reply.leases
 

@@ -13,7 +13,7 @@ from danaz.protocol.messages import Final, Heartbeat, Noted, Parameters, Plan, R
 from danaz.protocol.refusals import OUTLIER
 from danaz.server.core import ServerCore
 from danaz.server.health import ENOUGH_PUSHES, PushHealth
-from danaz.server.snapshot import CoreState
+from danaz.server.snapshot import Snapshot
 from danaz.worker.states import WorkerState
 
 REPORTED = {"not_finite": 0, "outliers": 1, "refused_pushes": 0, "dropped_batches": 0, "dropped_samples": 0}
@@ -26,7 +26,7 @@ class Restartable(Cluster):
         self.notices: list[str] = []
         super().__init__(*args, **kwargs)
 
-    def restart(self, state: CoreState, life: int = 1) -> None:
+    def restart(self, state: Snapshot, life: int = 1) -> None:
         self.server = ServerCore(self.settings, on_update=self.updates.append, on_notice=self.notices.append)
         self.server.restore(state, self.updates[state.version :], life, self.now)
 
@@ -47,7 +47,7 @@ class TestGoingOn:
         assert 1 not in cluster.views, "worker 0 may have a newer one"
         cluster.come_back(0)
         assert torch.equal(cluster.server.master.params, before.master.params)
-        assert (cluster.server.master.version, cluster.server.figures.lost_updates) == (9, 0)
+        assert (cluster.server.master.version, cluster.server.totals.lost_updates) == (9, 0)
         assert [m.updates for m in cluster.server.members.values()] == [5, 4]
         assert cluster.server.leases.completed == before.leases.completed
         assert cluster.notices == ["server restarted: it goes on at version 9, 0 updates are lost"]
@@ -64,7 +64,7 @@ class TestGoingOn:
         for worker in (0, 1):
             cluster.come_back(worker)
         assert torch.equal(cluster.server.master.params, theta)
-        assert (cluster.server.master.version, cluster.server.figures.lost_updates) == (4, 1)
+        assert (cluster.server.master.version, cluster.server.totals.lost_updates) == (4, 1)
 
     def test_an_unanswered_push_that_is_in_the_newest_view_is_not_done_again(self):
         cluster = Restartable("dana", 2, torch.ones(SIZE))
@@ -100,7 +100,7 @@ class TestGoingOn:
         cluster.restart(state)
         for worker in (0, 1):
             cluster.come_back(worker)
-        assert (cluster.server.master.version, cluster.server.figures.lost_updates) == (4, 5)
+        assert (cluster.server.master.version, cluster.server.totals.lost_updates) == (4, 5)
         assert torch.allclose(cluster.views[1], view), "parameters and all velocities"
         assert cluster.server.leases.completed == 4
 

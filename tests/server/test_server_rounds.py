@@ -168,7 +168,7 @@ class TestDivergence:
         cluster.leave(1, torch.tensor([3.0, 4.0]))
         assert cluster.final.keys() == {0, 1}
         assert cluster.final[0].buffers.tolist() == [3.0, 4.0]
-        assert cluster.server.figures.refusals["leaving worker's vectors are not finite"] == 1
+        assert cluster.server.totals.refusals["leaving worker's vectors are not finite"] == 1
 
     def test_a_gap_beyond_float32_is_none(self):
         cluster = Cluster("asgd", 2, torch.ones(SIZE), gap_every=1)

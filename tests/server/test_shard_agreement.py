@@ -69,7 +69,7 @@ def test_killed_at_any_moment(moment: int, when: str, tmp_path: Path, undisturbe
     trainer.bye()
     # Once shard 0 has kept that training is over, nothing is trained again of what the other has not kept.
     assert torch.equal(end, undisturbed) or kill.training_was_over
-    check_run(trainer.servers, trainer.servers.cores[0].figures.restarts)
+    check_run(trainer.servers, trainer.servers.cores[0].totals.restarts)
     assert not any(folder.exists() for folder in trainer.servers.folders)
     trainer.link.close()
 

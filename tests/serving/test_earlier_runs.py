@@ -23,7 +23,7 @@ from danaz.run.settings import Settings
 from danaz.server.core import ServerCore
 from danaz.serving.checkpoint import complete_numbers, folder_of, read_newest
 from danaz.serving.journal import RunWriter
-from danaz.serving.keeper import Keeper
+from danaz.serving.keeper import RunKeeper
 from danaz.serving.serve import replay_run
 
 EARLIER = Path(__file__).parents[1] / "fixtures" / "before_layout"
@@ -80,10 +80,10 @@ def test_a_comparison_goes_on_where_it_was_and_is_reported(runs: Path) -> None:
 # ---- a checkpoint ----------------------------------------------------------------------------------------------------
 
 
-def resumed(run: Path) -> Keeper:
+def resumed(run: Path) -> RunKeeper:
     config = load_config(run / "config.yaml")
     settings = Settings.of(config, schedule="live", collective="torch").for_server()
-    keeper = Keeper(RunWriter(run, {}), settings)
+    keeper = RunKeeper(RunWriter(run, {}), settings)
     assert keeper.resume() is keeper.core
     return keeper
 
@@ -150,7 +150,7 @@ class TestCheckpoint:
         """Only its own settings may go on from it."""
         config = load_config(runs / "interrupted" / "config.yaml")
         settings = replace(Settings.of(config, schedule="live", collective="torch"), digest="another")
-        keeper = Keeper(RunWriter(runs / "interrupted", {}), settings.for_server())
+        keeper = RunKeeper(RunWriter(runs / "interrupted", {}), settings.for_server())
         with pytest.raises(ValueError, match="config"):
             keeper.resume()
 

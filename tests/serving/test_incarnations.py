@@ -16,8 +16,8 @@ from stimuli import GRADIENT, JOIN, SIZE, answer, make_core
 from danaz.protocol.keys import make_keys
 from danaz.protocol.messages import Heartbeat, Noted, Parameters, Push, Refusal, Reply, Request
 from danaz.protocol.wire import decode, encode
+from danaz.server.completed import CompletedRun
 from danaz.server.core import ServerCore
-from danaz.server.offering import CompletedRun
 from danaz.worker import link as link_module
 from danaz.worker.link import DealerLink, Link
 from danaz.worker.states import WorkerState
@@ -47,7 +47,7 @@ class TestAClockThatIsSlow:
         cluster.come_back(0)
         assert cluster.server.members[1].incarnation == FUTURE + 1
         assert isinstance(cluster.push(1, GRADIENT, 0.1), Parameters), "its pushes and heartbeats follow"
-        assert cluster.server.figures.updates == 2
+        assert cluster.server.totals.updates == 2
 
     def test_a_worker_joins_with_the_next_one(self) -> None:
         line = Line("dana")

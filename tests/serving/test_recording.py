@@ -193,7 +193,7 @@ def test_a_recorded_live_run_replays_to_the_bit(path, monkeypatch, algorithm):
     fresh = ServerCore(settings)
     assert [said(replies) for replies in replay(path, fresh)] == live.said
     assert torch.equal(fresh.master.params, live.master.params)
-    assert fresh.figures.updates == live.figures.updates == (40 if algorithm != "ssgd" else live.master.version)
+    assert fresh.totals.updates == live.totals.updates == (40 if algorithm != "ssgd" else live.master.version)
     assert any(replies == [] for replies in live.said), "some of them ticks"
 
 
@@ -212,4 +212,4 @@ def test_a_recorded_run_in_chunks_replays_to_the_bit(path, algorithm):
         pass
     assert torch.equal(fresh.master.params, core.master.params)
     assert fresh.summary() == core.summary()
-    assert not core.figures.refusals
+    assert not core.totals.refusals

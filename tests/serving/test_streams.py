@@ -168,8 +168,8 @@ def test_half_a_push_stalls_nobody_and_touches_nothing():
         assert second.applied
         send(half, travelling(Leave(0, 1, 3, None, torch.zeros(1))))
         until_done(other)
-    assert core.figures.updates == 20
-    assert not core.figures.refusals
+    assert core.totals.updates == 20
+    assert not core.totals.refusals
 
 
 def receive_all(socket: zmq.Socket[bytes]) -> list[list[bytes]]:
@@ -274,7 +274,7 @@ def test_small_answers_that_nobody_reads_are_bounded_too():
         deaf.setsockopt(zmq.RCVHWM, 1)
         for _ in range(200):
             deaf.send_multipart([b"?" * 10])
-        soon(lambda: sum(core.figures.refusals.values()) == 200, "every refusal")
+        soon(lambda: sum(core.totals.refusals.values()) == 200, "every refusal")
         worker = LiveWorker(address, 0, settings, Plan(5, 1))
         worker.start()
         until_done(worker)
@@ -295,9 +295,9 @@ def test_garbage_in_chunks_disturbs_nobody():
             send(socket, [*chunks, [chunks[0][0], b"1234"], [bytes(CHUNK.size), b""], [chunks[0][0]]])
         until_done(*workers)
         server.join(PATIENCE_S)
-    assert core.figures.updates == 20
+    assert core.totals.updates == 20
     assert core.master.params.max() < 2
-    assert set(core.figures.refusals) == {
+    assert set(core.totals.refusals) == {
         "worker has not joined",
         "chunk of no message under way",
         "unreadable: not a chunk of this version of danaz",

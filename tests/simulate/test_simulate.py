@@ -25,7 +25,7 @@ from danaz.cli.main import app
 from danaz.run.config import Config
 from danaz.run.folder import read_summary, with_measured, write_atomically
 from danaz.run.lock import RunFolderError, free_run_folder
-from danaz.server.figures import Update
+from danaz.server.records import Update
 from danaz.serving.journal import RunWriter
 from danaz.simulate.simulator import simulate
 

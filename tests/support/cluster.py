@@ -10,7 +10,7 @@ from torch import Tensor
 from danaz.protocol.messages import Final, Heartbeat, Join, Parameters, Plan, Refusal, Reply
 from danaz.server.answers import Replies
 from danaz.server.core import ServerCore
-from danaz.server.figures import Update
+from danaz.server.records import Update
 from danaz.server.settings import ServerSettings
 from danaz.vectors.flat import Layout, Spans
 from danaz.worker.core import LocalStep, Request, Role, WorkerCore

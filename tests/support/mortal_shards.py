@@ -20,11 +20,11 @@ from danaz.protocol.messages import Final, Heartbeat, Leave, Parameters, Plan, P
 from danaz.run.folder import read_summary
 from danaz.server.answers import materialize
 from danaz.server.core import ServerCore
-from danaz.server.offering import AwaitingRollback
+from danaz.server.rollback import AwaitingRollback
 from danaz.server.settings import ServerSettings
 from danaz.serving.checkpoint import folder_of
 from danaz.serving.journal import RunWriter
-from danaz.serving.keeper import Keeper, SliceKeeper
+from danaz.serving.keeper import RunKeeper, ShardKeeper
 from danaz.vectors.flat import Layout
 from danaz.worker.core import Request, Role, WorkerCore, answers
 from danaz.worker.sharded import ShardedLink
@@ -51,7 +51,7 @@ class Servers:
             for shard in range(shards)
         ]
         self.folders = [folder_of(run / str(shard), shard) for shard in range(shards)]
-        self.keepers: list[Keeper | SliceKeeper] = []
+        self.keepers: list[RunKeeper | ShardKeeper] = []
         self._served: list[ServerCore | AwaitingRollback] = []
         self.busy = threading.RLock()
         self.mail: defaultdict[tuple[int, int], Queue[Reply]] = defaultdict(Queue)  # the mail by shard and worker
@@ -60,9 +60,9 @@ class Servers:
             self.keepers.append(self._keeper(settings))
             self._served.append(self.keepers[-1].begin())
 
-    def _keeper(self, settings: ServerSettings) -> Keeper | SliceKeeper:
+    def _keeper(self, settings: ServerSettings) -> RunKeeper | ShardKeeper:
         folder = self.folders[settings.shard].parent
-        return SliceKeeper(folder, settings) if settings.shard else Keeper(RunWriter(folder, {}), settings)
+        return ShardKeeper(folder, settings) if settings.shard else RunKeeper(RunWriter(folder, {}), settings)
 
     def handle(self, shard: int, request: Request | Heartbeat, route: int = 0) -> list[tuple[Any, Reply]]:
         with self.busy:

@@ -19,7 +19,7 @@ from cluster import Cluster
 from danaz.run.config import load_config
 from danaz.run.folder import write_atomically
 from danaz.run.settings import Settings
-from danaz.server.snapshot import CoreState
+from danaz.server.snapshot import Snapshot
 from danaz.serving import journal as run_journal
 from danaz.serving.checkpoint import read_newest, write_checkpoint
 from danaz.serving.journal import Journal
@@ -77,8 +77,8 @@ def danaz(*words: str | Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def state(floats: int) -> CoreState:
-    return CoreState({"master": {"version": 1}}, {"params": torch.zeros(floats)})
+def state(floats: int) -> Snapshot:
+    return Snapshot({"master": {"version": 1}}, {"params": torch.zeros(floats)})
 
 
 # ---- the parts ---------------------------------------------------------------------------------------------------

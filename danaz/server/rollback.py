@@ -1,19 +1,16 @@
-"""What serves workers in the place of a ServerCore: a shard that waits to roll back, and a run that is complete."""
+"""A restarted shard serves workers with this in place of its core, until they have agreed on a checkpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from math import inf
 
-from danaz.protocol.messages import GoBack, Heartbeat, Offer, Refusal, Request
-from danaz.protocol.refusals import COMPLETE
+from danaz.protocol.messages import GoBack, Heartbeat, Offer, Request
 from danaz.server.answers import Streams
 from danaz.server.core import ServerCore
 from danaz.server.members import Route
 
 LARGEST_NUMBER = 1 << 53  # the number of a checkpoint must be below this to be believed
-QUIET_S = 20.0  # several heartbeats, and the longest wait before a worker connects again
 
 
 class AwaitingRollback:
@@ -68,36 +65,3 @@ class AwaitingRollback:
         offer = self._offer
         is_new = offer.newest <= message.newest < LARGEST_NUMBER
         return not offer.told and is_new and message.generation in offer.generations
-
-
-class CompletedRun:
-    """A server after the end of its run: it refuses everything; a worker that has left takes that for its dismissal.
-
-    A server that is killed between its last write to the run folder and its end is started again like any other. Its
-    workers may not have heard the answer to their good-bye, and would ask for it until they give up.
-    """
-
-    def __init__(self, quiet_s: float = QUIET_S):
-        """It is finished when no worker has sent anything for ``quiet_s`` seconds."""
-        self.finished = False
-        self._quiet_s = quiet_s
-        self._heard_at = -inf
-
-    def stream(self, route: Route, message: Request, now: float) -> Streams:
-        self._heard_at = now
-        if isinstance(message, Heartbeat):
-            return []
-        return [(route, Refusal(message.request, COMPLETE, rejoin=False))]
-
-    def stream_tick(self, now: float) -> Streams:
-        if self._heard_at == -inf:
-            self._heard_at = now
-        self.finished = now - self._heard_at >= self._quiet_s
-        return []
-
-    def takes(self, message: Request) -> bool:
-        """Receive no vectors."""
-        return False
-
-    def refuse(self, reason: str) -> None:
-        """Count nothing any more."""

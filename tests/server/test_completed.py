@@ -5,7 +5,7 @@ from __future__ import annotations
 from stimuli import JOIN
 
 from danaz.protocol.messages import Bye, GoBack, Heartbeat, Refusal
-from danaz.server.offering import CompletedRun
+from danaz.server.completed import CompletedRun
 
 BYE = Bye(worker=0, incarnation=1, request=9)
 

@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 from danaz.run.units import duration
 from danaz.server.core import ServerCore
-from danaz.server.figures import Update
+from danaz.server.records import Update
 
 FIRST_S = 5.0  # time to the first sentence; it doubles from each sentence to the next
 LONGEST_S = 60.0
 
 
-class Pace:
+class ProgressMeter:
     """Sums updates up between two sentences. ``now`` is in seconds on any monotonic clock."""
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class Pace:
         self._updates = self._samples = self._lags = 0
         self._losses: list[float] = []
 
-    def saw(self, update: Update, epoch: float, epochs: int, now: float) -> str | None:
+    def add(self, update: Update, epoch: float, epochs: int, now: float) -> str | None:
         """Hear of an update, at ``epoch`` of ``epochs``; a sentence if one is due."""
         if self._began is None:
             self._began = (now, epoch)
@@ -58,13 +58,13 @@ class Pace:
         return ", ".join(parts)
 
 
-def telling(core: ServerCore, record: Callable[[Update], None]) -> Callable[[Update], None]:
+def with_progress(core: ServerCore, record: Callable[[Update], None]) -> Callable[[Update], None]:
     """``record``, and on standard output how far the run of ``core`` is."""
-    pace = Pace()
+    meter = ProgressMeter()
 
     def note(update: Update) -> None:
         record(update)
-        sentence = pace.saw(update, core.leases.epoch, core.job.plan.epochs, time.monotonic())
+        sentence = meter.add(update, core.leases.epoch, core.job.plan.epochs, time.monotonic())
         if sentence is not None:
             print(sentence, flush=True)
 
