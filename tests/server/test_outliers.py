@@ -103,7 +103,7 @@ def test_pushes_that_are_not_finite_start_afresh_too(bad):
     """A velocity near the end of float32 makes every push infinite."""
     cluster = Refusing("dana")
     cluster.step(0)
-    cluster.workers[0]._committed["velocity"].fill_(bad)
+    cluster.workers[0].vectors["velocity"].fill_(bad)
     applied = [cluster.step(0).applied for _ in range(FRESH_AFTER + 1)]
     assert applied == [False] * FRESH_AFTER + [True]
     assert not cluster.server.diverged

@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from mortal import WORKERS, MortalCluster
 from stimuli import SIZE
 
-from danaz.protocol.messages import Heartbeat
+from danaz.protocol.messages import Heartbeat, Parameters, Push
 from danaz.worker.states import WorkerState
 
 ALGORITHMS = ["dana-zero", "dana", "asgd", "ssgd", "dana-ga"]
@@ -34,7 +34,19 @@ class ServerUnderFaults(MortalCluster, RuleBasedStateMachine):
         pipelined=st.booleans(),
     )
     def begin(self, algorithm, ahead, batches, pipelined):
+        self.delivered: list[tuple[torch.Tensor, torch.Tensor]] = []  # views: as held, as sent
         super().begin(algorithm, ahead, batches, pipelined)
+
+    def deliver(self, replies):
+        super().deliver(replies)
+        views = [reply.view for _, reply in replies if isinstance(reply, Parameters)]
+        self.delivered += [(view, view.clone()) for view in views]
+
+    def undecided(self, worker):
+        """Return the request number of the newest push of a worker's process, if it has not heard what came of it."""
+        incarnation, last = self.incarnation[worker], self.last[worker].request
+        pushes = [r for r in self.sent[worker] if isinstance(r, Push) and r.incarnation == incarnation]
+        return max((push.request for push in pushes if push.request > last), default=0)
 
     # ---- what may happen -----------------------------------------------------------------------------------------
 
@@ -137,27 +149,30 @@ class ServerUnderFaults(MortalCluster, RuleBasedStateMachine):
 
     @invariant()
     def workers_hold_views_as_they_were_sent(self):
-        """Whatever they compute on: a server that was restarted may go on from such a view. And that is no NaN."""
+        """Whatever they compute on: a restarted server may go on from such a view. And no view holds a NaN."""
+        assert all(torch.equal(held, sent) for held, sent in self.delivered)
         for worker, core in self.workers.items():
-            for view in (core._view, core.fetched):
-                assert view is None or any(torch.equal(view.params, sent) for sent in self.views[worker])
-            if core._view is not None:
+            views = self.views[worker]
+            assert core.fetched is None or any(torch.equal(core.fetched.params, sent) for sent in views)
+            if views:
                 point = torch.empty(SIZE)
                 core.compute_on(point)
                 assert point.isfinite().all()
+                # In a pipeline, a worker may add its own push to the view.
+                assert self.pipelined or any(torch.equal(point, sent) for sent in views)
 
     @invariant()
     def worker_and_server_count_the_same_pushes(self):
         """Each push is applied exactly once, as both ends see it: else dana's velocities and its server drift apart."""
         for worker, core in self.workers.items():
             member = self.core.members.get(worker)
-            is_in = core._view is not None and core.state is not WorkerState.LEFT
-            knows_of_restart = is_in and core._view.life == self.core.life
+            is_in = bool(self.views[worker]) and core.state is not WorkerState.LEFT
+            knows_of_restart = is_in and self.last[worker].life == self.core.life
             if member and knows_of_restart and member.incarnation == core.role.incarnation and not self.core.recovery:
                 process = worker, member.incarnation
                 journal = {push for pushes in self.pushes for push in pushes if push[:2] == process}
                 assert member.updates == len(journal)
-                assert self.applied[worker] - self.lost_pushes == journal - {(*process, core._undecided)}
+                assert self.applied[worker] - self.lost_pushes == journal - {(*process, self.undecided(worker))}
 
     @invariant()
     def the_parameters_are_the_sum_of_the_journals_pushes(self):
