@@ -38,21 +38,21 @@ def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """summary.json of a finished run, as with_measured has it. Raises UnreadableError."""
+    """Return summary.json of a finished run, as with_measured completes it. Raises UnreadableError."""
     return with_measured(read_json(folder / SUMMARY))
 
 
 def with_measured(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """The summary, in which the training loss that a script measured on the trained model stands in for the server's.
+    """Return the summary with the training loss that a script measured on the trained model, if it reported one.
 
-    The server's own, the mean of the workers' last losses, is an estimate. In a folder of an earlier version, what was
-    reported stands among the other figures already.
+    The server's own figure, the mean of the workers' last losses, is only an estimate. In a folder of an earlier
+    version, the reported figures already stand among the others.
     """
     loss = reported_number(summary.get("reported", {}), "final_train_loss", summary.get("final_train_loss"))
     return {**summary, "final_train_loss": loss}
 
 
 def reported_number(reported: Mapping[str, Any], name: str, otherwise: float | None) -> float | None:
-    """A reported figure, if it is a number or the absence of one."""
+    """Return a reported figure if it is a number or None, and ``otherwise`` if not."""
     value = reported.get(name, otherwise)
     return value if value is None or isinstance(value, (int, float)) else otherwise

@@ -1,4 +1,4 @@
-"""After the end of a run, a server that was started again serves workers with this in place of a core."""
+"""Stands in for the core of a server that was started again after its run was complete."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ QUIET_S = 20.0  # several heartbeats, and the longest wait before a worker conne
 
 
 class CompletedRun:
-    """A server after the end of its run: it refuses everything; a worker that has left takes that for its dismissal.
+    """The server of a complete run. It refuses every request, and a worker that has left takes that as its good-bye.
 
-    A server that is killed between its last write to the run folder and its end is started again like any other. Its
-    workers may not have heard the answer to their good-bye, and would ask for it until they give up.
+    A server that is killed between its last write to the run folder and its end is started again like any other. Some
+    workers may have missed the answer to their good-bye. Without this server, they would ask until they give up.
     """
 
     def __init__(self, quiet_s: float = QUIET_S):
-        """It is finished when no worker has sent anything for ``quiet_s`` seconds."""
+        """End when no worker has sent anything for ``quiet_s`` seconds."""
         self.finished = False
         self._quiet_s = quiet_s
         self._heard_at = -inf
@@ -38,8 +38,8 @@ class CompletedRun:
         return []
 
     def takes(self, message: Request) -> bool:
-        """Receive no vectors."""
+        """Return False: no vectors are received."""
         return False
 
     def refuse(self, reason: str) -> None:
-        """Count nothing any more."""
+        """Do nothing: the counts of the run are final."""

@@ -1,8 +1,8 @@
-"""How a restarted server finds where to go on: at its checkpoint, or at the newest view that a worker brings.
+"""A restarted server goes on from its checkpoint, or from the newest view that a worker brings.
 
-Under some rules the server holds nothing but what a view shows. Then a worker's view of version n is the server's state
-at version n, and the journal (updates.jsonl) says which pushes are in it: only updates that are in no worker's view are
-lost. Under all other rules the server goes back to its checkpoint.
+Under some rules, a view shows all that the server holds. Then a worker's view of version n is the server's state at
+version n, and the journal (updates.jsonl) says which pushes are in it, so only updates that no worker has in a view are
+lost. Under all other rules, the server goes back to its checkpoint.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from danaz.vectors.cutting import all_finite
 
 
 class Recovery:
-    """Lasts from a restart until all workers that the server knew are back, or their time is up."""
+    """The time after a restart, until all workers that the server knew are back or their time is up."""
 
     def __init__(self, journal: Sequence[Update], size: int, until: float):
         """``journal`` holds the updates since the checkpoint, ``size`` is P."""
@@ -30,7 +30,7 @@ class Recovery:
         self._newest: tuple[int, Tensor] | None = None  # version and f32[P]
 
     def hear(self, join: Join) -> None:
-        """Keep the newest view that workers bring. It counts if the journal has its version, made in the same life."""
+        """Keep the view that ``join`` brings if it is the newest one whose version the journal has, from its life."""
         view = join.params
         if view is None or join.life != self._life_of.get(join.version):
             return
@@ -39,11 +39,11 @@ class Recovery:
             self._newest = (join.version, view)
 
     def is_over(self, members: Iterable[Member], now: float) -> bool:
-        """Whether all workers that the server knew are back, or their time is up."""
+        """Return whether all workers that the server knew are back, or their time is up."""
         return now >= self._until or not any(m.state is MemberState.EXPECTED for m in members)
 
     def conclude(self, state: ServerState, now: float) -> None:
-        """Bring ``state`` to the version to go on from."""
+        """Bring ``state`` to the version that the run goes on from."""
         if self._newest is not None and state.master.rule.view_is_state:
             version, view = self._newest
             for update in self.journal:
@@ -60,10 +60,10 @@ class Recovery:
 
 
 def account(state: ServerState, update: Update, now: float) -> None:
-    """Do all the bookkeeping of an update. Its arithmetic is in the view already."""
+    """Record an update in ``state``, all but its arithmetic, which the view contains already."""
     master, member = state.master, state.members.get(update.worker)
     if member is None or member.incarnation < update.incarnation:
-        # It joined after the checkpoint, and is not back yet.
+        # This worker joined after the checkpoint, and is not back yet.
         member = Member(update.worker, update.incarnation, b"", 0, 1, {}, update.lr, now, MemberState.LOST)
         state.members[update.worker] = member
     if member.incarnation == update.incarnation:

@@ -1,4 +1,4 @@
-"""A restarted shard serves workers with this in place of its core, until they have agreed on a checkpoint."""
+"""Stands in for the core of a restarted shard until workers have chosen the checkpoint to restore."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ LARGEST_NUMBER = 1 << 53  # the number of a checkpoint must be below this to be 
 
 
 class AwaitingRollback:
-    """One of several shards, restarted: it offers checkpoints, and a worker that has heard all shards chooses one.
+    """A restarted shard among several: it offers its checkpoints, and a worker that has asked all shards chooses one.
 
-    The offer does not change until a worker chooses; then the shard offers that choice alone. So all workers that ask
-    all shards come to the same choice. ``go_back(generation, newest, now)`` restores the core, which takes over. As
-    soon as it has made an update, every shard has been told, and this one goes on like any other.
+    The offer stays the same until a worker chooses; from then on it holds that choice alone. So all workers that ask
+    all shards make the same choice. ``go_back(generation, newest, now)`` restores the core, which takes over. Once the
+    core has made an update, every shard must have been told, and this shard goes on like any other server.
     """
 
     def __init__(self, core: ServerCore, offer: Offer, go_back: Callable[[int, int, float], None]):
@@ -61,7 +61,7 @@ class AwaitingRollback:
         return self._core.started and self._core.master.version > self._version
 
     def _may_be_told(self, message: GoBack) -> bool:
-        """Whether to heed a choice: one from before this shard's newest checkpoint may come from an earlier life."""
+        """Return whether to obey a choice. If it ignores the newest checkpoint, it may be from an earlier life."""
         offer = self._offer
         is_new = offer.newest <= message.newest < LARGEST_NUMBER
         return not offer.told and is_new and message.generation in offer.generations

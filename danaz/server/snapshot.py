@@ -1,4 +1,4 @@
-"""The server's state as plain values and tensors: what a checkpoint holds."""
+"""A snapshot: the server's state as plain values and tensors, which a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from danaz.server.records import RunTotals
 from danaz.server.state import Job, ServerState
 from danaz.vectors.flat import Layout
 
-# What a checkpoint holds of each member: not the clock and the routes of one server process, nor what a worker that
-# joins again is sent anew. The state is held as three facts.
+# The attributes of a member that a snapshot holds. It holds nothing that only one server process can use, such as the
+# route, and nothing that a worker is sent again when it rejoins. Three facts stand for the member's state.
 STATE_FACTS = ("alive", "left", "said_bye")
 OTHER_FACTS = ("updates", "applied_request", "lag", "gap", "strikes")
 LASTING = ("worker", "incarnation", "request", "ahead", "lr", *STATE_FACTS, *OTHER_FACTS)
 
 
 class ResumeError(ValueError):
-    """A run that cannot go on from what is left of it."""
+    """The run cannot go on from what is left of it."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
     """The state of a server at one moment."""
 
-    facts: dict[str, Any]  # as JSON has them
-    tensors: dict[str, Tensor]  # f32[P] or f32[B] each, except for a sum f64[B]
+    facts: dict[str, Any]  # all values but tensors, as JSON has them
+    tensors: dict[str, Tensor]  # f32[P] or f32[B] each; one is a sum f64[B]
 
     @property
     def version(self) -> int:
@@ -46,7 +46,7 @@ class Snapshot:
 
 
 def snapshot_of(state: ServerState, reuse: Snapshot | None = None) -> Snapshot:
-    """Copy the state of a server that has started, into the memory of ``reuse``, which nobody needs any more.
+    """Return a copy of the state of a server that has started, in the memory of ``reuse``, which nobody needs any more.
 
     Raises UnsettledError.
     """
@@ -85,7 +85,7 @@ def snapshot_of(state: ServerState, reuse: Snapshot | None = None) -> Snapshot:
 
 
 def restore_state(state: ServerState, saved: Snapshot, now: float) -> None:
-    """Put what was saved into a new state. Raises ResumeError if the two have different settings."""
+    """Put ``saved`` into a new state. Raises ResumeError if the two have different settings."""
     facts, tensors, settings = saved.facts, saved.tensors, state.settings
     for name in ("algorithm", "sync_period", "shards", "shard"):
         if facts[name] != (asked := getattr(settings, name)):
@@ -128,7 +128,7 @@ def _member(values: Mapping[str, Any], now: float) -> Member:
 
 
 def _fill_buffers(state: ServerState, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """A checkpoint of an earlier version of danaz holds separate buffers for each worker that had left."""
+    """Restore the buffers. A checkpoint of an earlier version holds separate buffers for each worker that had left."""
     buffers = state.buffers
     if "buffers" in facts:
         buffers.updates = facts["buffers"]["updates"]

@@ -1,4 +1,4 @@
-"""Makes one update of pushes that may be applied: the next version of the master, and the record of it."""
+"""Makes one update of pushes that passed all checks: the master's next version, and its record."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from danaz.vectors.flat import common_spans
 
 
 def update_by(state: ServerState, parts: Sequence[Push]) -> Update | None:
-    """Apply one update made of ``parts``, the push of one worker or those of a whole round, and complete its leases.
+    """Apply one update made of ``parts``, one worker's push or those of a whole round, and complete their leases.
 
     Returns None, and changes nothing, if the result would not be finite.
     """
@@ -58,10 +58,10 @@ def update_by(state: ServerState, parts: Sequence[Push]) -> Update | None:
 
 
 def _gap(state: ServerState, member: Member, push: Push) -> float | None:
-    """The gap of the view that ``push`` was computed on, if it is to be measured.
+    """Return the gap of the view that ``push`` was computed on, if it is to be measured.
 
-    With several shards, it is the gap of the worker's previous push: ``push`` brings what the other shards measured
-    for that one.
+    With several shards, return the gap of the worker's previous push instead: ``push`` brings what the other shards
+    measured for that one.
     """
     settings, full = state.settings, state.full_model
     # All shards must measure the same pushes. They agree on a worker's request numbers, but not on versions.

@@ -1,11 +1,11 @@
-"""The whole server core on disk: number.safetensors holds its vectors, number.json the rest and a checksum of both.
+"""A checkpoint on disk: number.safetensors holds the server's vectors, number.json the rest and a checksum of both.
 
-The JSON file is written last, and a file gets its name only when it is complete. So a kill at any moment leaves either
-a whole checkpoint or none. If a checkpoint is torn or altered all the same, its checksum shows it, and the server takes
-the checkpoint before it.
+The JSON file is written last, and a file gets its name only when it is complete, so a kill at any moment leaves either
+a whole checkpoint or none. If a checkpoint is torn or altered all the same, its checksum shows this, and the server
+takes the checkpoint before it.
 
-With several shards, each shard has a folder of its own, maybe on another machine. The checkpoints that have the same
-number form one generation, and belong together.
+With several shards, each shard has a folder of its own, perhaps on another machine. The checkpoints with the same
+number form one generation: they belong together.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from danaz.server.snapshot import ResumeError, Snapshot
 FOLDER = "checkpoints"  # within a run folder
 FORMAT = "danaz checkpoint 2"
 RESTARTS = "restarts"  # a file in FOLDER: how often the server was restarted, and updates lost without a checkpoint
-KEPT = 2
+KEPT = 2  # how many checkpoints a run keeps
 MANY = 8  # how many a shard keeps in addition to those that all shards have
 READ_BYTES = 1 << 20
 SUFFIXES = (".json", ".safetensors", ".part")
@@ -40,17 +40,17 @@ class DamagedError(Exception):
 
 
 def folder_of(run: Path, shard: int = 0) -> Path:
-    """Where this shard keeps its checkpoints."""
+    """Return the folder in which this shard keeps its checkpoints."""
     return run / (f"{FOLDER}.{shard}" if shard else FOLDER)
 
 
 def complete_numbers(folder: Path) -> list[int]:
-    """The numbers of the finished checkpoints, sound or not, in ascending order."""
+    """Return the numbers of the finished checkpoints, sound or not, in ascending order."""
     return sorted(_numbers(folder, ".json"))
 
 
 def newest_number(folder: Path) -> int:
-    """The largest number of any checkpoint, finished or not; 0 if there is none."""
+    """Return the largest number of any checkpoint, finished or not; 0 if there is none."""
     return max(_numbers(folder), default=0)
 
 
@@ -96,7 +96,7 @@ def _save(snapshot: Snapshot, path: Path) -> None:
 
 
 def read_newest(folder: Path) -> tuple[Snapshot, list[str]] | None:
-    """The newest sound checkpoint, and why newer ones were skipped; None if no checkpoint was ever finished.
+    """Return the newest sound checkpoint, and why newer ones were skipped; None if none was ever finished.
 
     Raises ResumeError if there are checkpoints but all of them are damaged.
     """
@@ -146,7 +146,7 @@ def delete_checkpoints(folder: Path, but: Collection[int] = ()) -> None:
 
 
 def read_restarts(folder: Path) -> tuple[int, int]:
-    """How often the server was restarted, and how many updates were lost without a checkpoint; 0 if not recorded."""
+    """Return how often the server was restarted, and how many updates were lost without a checkpoint; 0 if unknown."""
     try:
         restarts, lost = map(int, (folder / RESTARTS).read_text().split())
     except (FileNotFoundError, ValueError):
@@ -163,7 +163,7 @@ def write_restarts(folder: Path, restarts: int, lost: int) -> None:
 
 
 def _digest(facts: object, tensors: Path) -> str:
-    """SHA-256 over the facts and over every byte of the tensors' file."""
+    """Return the SHA-256 of the facts and of every byte of the tensors' file."""
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     with tensors.open("rb") as file:
         while content := file.read(READ_BYTES):
@@ -193,7 +193,7 @@ def _delete(folder: Path, but: Collection[int] = ()) -> None:
 
 
 def _numbers(folder: Path, *suffixes: str) -> set[int]:
-    """The numbers of all checkpoints that have a file with one of ``suffixes`` (any suffix if none is given)."""
+    """Return the numbers of all checkpoints that have a file with one of ``suffixes`` (any suffix if none is given)."""
     paths = folder.iterdir() if folder.is_dir() else ()
     return {int(p.stem) for p in paths if p.suffix in (suffixes or SUFFIXES) and p.stem.isdigit()}
 

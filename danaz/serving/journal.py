@@ -23,33 +23,34 @@ from danaz.run.lock import MODE
 from danaz.server.core import ServerCore
 from danaz.server.records import Update
 
-MOST_WAITING_BYTES = 64 << 20  # of a journal that cannot be written
-Tell = Callable[[str], None]  # a sentence to whoever watches the run
+MOST_WAITING_BYTES = 64 << 20  # the most that waits in memory while the journal cannot be written
+Tell = Callable[[str], None]  # shows a sentence to whoever watches the run
 
 
 class UnwrittenError(RuntimeError):
-    """What a run left could not all be written into its folder."""
+    """Some of what a run left could not be written into its folder."""
 
 
 def tell_on_stderr(sentence: str) -> None:
+    """Print ``sentence`` on standard error."""
     print(f"danaz: {sentence}", file=sys.stderr, flush=True)
 
 
 class Journal:
     """Writes updates.jsonl. When ``add`` returns, the kernel has the line, unless the disk did not take it.
 
-    Lines that the disk does not take wait in memory until it does. The user is told once of the trouble, and once of
-    its end. The file holds whole lines without gaps: once some lines are lost, no more are written.
+    Lines that the disk does not take wait in memory until it does. The user is told once when this begins, and once
+    when it is over. The file holds whole lines without gaps: once some lines are lost, no more are written.
     """
 
     def __init__(self, path: Path, tell: Tell):
         self.path = path
         self._tell = tell
         self._descriptor: int | None = None
-        self._waiting = bytearray()  # what has not been written
-        self._torn = 0  # bytes of a line that were written before the disk was full
-        self._lines = 0  # that were added
-        self._lost = 0  # of these, those that will not be written
+        self._waiting = bytearray()  # lines that have not been written
+        self._torn = 0  # bytes at the end of the file that are the beginning of a line
+        self._lines = 0  # number of lines that were added
+        self._lost = 0  # number of these that will not be written
         self._in_trouble = False
 
     def add(self, line: bytes) -> None:
@@ -62,13 +63,13 @@ class Journal:
         self._write()
 
     def cut(self, lines: int) -> int:
-        """Cut the file after this number of lines; returns how many lines were removed. Raises OSError."""
+        """Cut the file after this number of lines. Return how many lines were removed. Raises OSError."""
         there = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
         os.ftruncate(self._open(), sum(map(len, there[:lines])))
         return max(0, len(there) - lines)
 
     def close(self) -> int:
-        """Write what waits; returns how many of the lines are not in the file."""
+        """Write the lines that wait. Return how many of all lines are not in the file."""
         if not self._lost:
             self._write()
         if self._waiting:
@@ -120,7 +121,7 @@ class Journal:
 
 
 class RunWriter:
-    """Writes what becomes of a server core into its run folder."""
+    """Writes into the run folder what a server core does, and the results at the end."""
 
     def __init__(self, path: Path, facts: Mapping[str, Any], tell: Tell = tell_on_stderr):
         """``facts`` are the figures of summary.json that the server does not know, such as the seed."""
@@ -142,13 +143,13 @@ class RunWriter:
             "batch": update.batch,
         }
         line |= {"samples": update.samples, "incarnation": update.incarnation, "request": update.request}
-        # What is seldom there is left out.
+        # Values that are seldom set are written only if they are.
         rare = {"round": update.round, "earlier": update.earlier, "life": update.life}
         line |= {name: value for name, value in rare.items() if value}
         self._journal.add((json.dumps(line) + "\n").encode())
 
     def read_journal(self, after: int) -> list[Update]:
-        """The updates after version ``after``, as far as they follow each other without a hole."""
+        """Return the updates after version ``after``, up to the first gap or damaged line."""
         updates: list[Update] = []
         if not self._journal.path.exists():
             return updates
@@ -161,24 +162,25 @@ class RunWriter:
         return updates
 
     def cut_journal(self, version: int) -> int:
-        """Let updates.jsonl end with ``version``; returns how many lines were removed."""
+        """Let updates.jsonl end with ``version``. Return how many lines were removed."""
         return self._journal.cut(version)
 
     def keep_reported(self, reported: Mapping[str, Any]) -> None:
-        """Let what scripts have reported outlive this process; summary.json takes it over."""
+        """Save what scripts have reported, in case this process ends before it writes summary.json."""
         write_atomically(self._reported, json.dumps(dict(reported)).encode())
 
     def reported(self) -> dict[str, Any]:
-        """What scripts had reported to a server that did not come to write summary.json. Raises UnreadableError."""
+        """Return what scripts reported to a server that ended before it wrote summary.json. Raises UnreadableError."""
         return read_json(self._reported) if self._reported.exists() else {}
 
     def forget_reported(self) -> None:
+        """Delete what ``keep_reported`` saved."""
         self._reported.unlink(missing_ok=True)
 
     def finish(self, core: ServerCore) -> dict[str, Any]:
-        """Write the final parameters and summary.json; returns the summary as read_summary would.
+        """Write the final parameters and summary.json. Return the summary as read_summary does.
 
-        Raises UnwrittenError if something could not be written. The summary is there only if the parameters are.
+        The summary is written only after the parameters. Raises UnwrittenError if something could not be written.
         """
         missing = self._journal.close()
         figures = core.summary()
@@ -206,7 +208,7 @@ class RunWriter:
         return with_measured(summary)
 
     def finish_at_exit(self, core: ServerCore) -> None:
-        """Like ``finish``, for a process that is about to end: if writing fails, it exits at once with code 1."""
+        """Do the same as ``finish`` in a process that is about to end. If writing fails, exit at once with code 1."""
         try:
             self.finish(core)
         except UnwrittenError as error:
@@ -216,7 +218,7 @@ class RunWriter:
 
 
 def _update_of(line: bytes) -> Update | None:
-    """The inverse of RunWriter.record; None if the line is none, such as one cut short by a full disk."""
+    """Return the update that RunWriter.record wrote as ``line``; None if the line is damaged, as by a full disk."""
     try:
         values = json.loads(line)
         values["lr"] = tuple(values["lr"]) if isinstance(values["lr"], list) else (values["lr"],)

@@ -1,4 +1,4 @@
-"""Keeps what must survive the server's process: the journal, and a checkpoint from time to time."""
+"""Keeps on disk what must survive the server's process: the journal, and a checkpoint from time to time."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from danaz.serving.checkpoint import (
 from danaz.serving.journal import RunWriter
 
 AT_ONCE = 8  # the most checkpoints that one worker can cause between two of its pushes
-Restore = Callable[[Snapshot | None, float], None]  # restores a core at a time; with None training begins afresh
+Restore = Callable[[Snapshot | None, float], None]  # restores a core at a time; with None, it begins afresh
 
 
 class Checkpoints:
@@ -41,20 +41,21 @@ class Checkpoints:
     def __init__(self, run: Path, core: ServerCore):
         self._folder = folder_of(run, core.settings.shard)
         self._core = core
-        self.number = newest_number(self._folder)  # the largest that any shard has used: it is never used again
+        self.number = newest_number(self._folder)  # the largest that any shard has used; never used again
         self._core.state.kept = tuple(complete_numbers(self._folder))
         self._common: tuple[int, ...] = ()  # the newest checkpoints that all shards have, as workers have said
-        self._restart_totals: dict[str, int] = {}  # what restarts have cost, as the newest checkpoint says
+        self._restart_totals: dict[str, int] = {}  # what restarts have cost, according to the newest checkpoint
         self._thread = Thread()
-        self._written: Snapshot | None = None  # what was written last
+        self._written: Snapshot | None = None  # the last one that was written; its memory is used again
         self._in_trouble = False  # whether the last checkpoint could not be written
 
     @property
     def busy(self) -> bool:
+        """Whether a checkpoint is being written."""
         return self._thread.is_alive()
 
     def begin(self) -> ServerCore:
-        """Begin a run. With several shards, delete an earlier run's checkpoints, lest they pass for this run's."""
+        """Begin a run. With several shards, delete an earlier run's checkpoints: they are not this run's."""
         if self._core.settings.shards > 1:
             self.delete()
             self.number, self._core.state.kept = 0, ()
@@ -63,7 +64,7 @@ class Checkpoints:
     # ---- going back ----------------------------------------------------------------------------------------------
 
     def resume(self, restore: Restore) -> ServerCore | AwaitingRollback:
-        """Go on from the newest checkpoint. One of several shards first waits until a worker names the checkpoint.
+        """Go on from the newest checkpoint. With several shards, wait until a worker names the checkpoint.
 
         Raises ResumeError.
         """
@@ -72,7 +73,7 @@ class Checkpoints:
                 self._core, offer := self._find_offer(), lambda *choice: self._go_back(restore, *choice)
             )
             if offer.done and self._core.settings.shard == 0:
-                # A worker would choose the same, but perhaps no worker is left to do so.
+                # A worker would choose the same, but perhaps none is left.
                 waiting.go_back(max(offer.generations), offer.newest, time.monotonic())
             return waiting
         found = read_newest(self._folder)
@@ -91,7 +92,7 @@ class Checkpoints:
         restore(None, now)
 
     def _find_offer(self) -> Offer:
-        """Offer the sound checkpoints, and 0 (the beginning) if a shard may still have to go back there."""
+        """Make an offer of the sound checkpoints, and of 0 (the beginning) if a shard may have to go back there."""
         sound: dict[int, Snapshot] = {}
         numbers = complete_numbers(self._folder)
         for number in numbers:
@@ -101,7 +102,7 @@ class Checkpoints:
                 log(str(error))
         newest = sound[max(sound)] if sound else None
         if newest is not None:
-            # Going back to an earlier checkpoint does not forget what restarts have cost.
+            # What restarts have cost still counts if the run goes back to an earlier checkpoint.
             totals = newest.facts["figures"]
             self._restart_totals = {name: totals[name] for name in ("restarts", "lost_updates")}
         is_beginning = not numbers or any(snapshot.version == 0 for snapshot in sound.values())
@@ -126,7 +127,7 @@ class Checkpoints:
     # ---- writing -------------------------------------------------------------------------------------------------
 
     def hear(self, common: tuple[int, ...]) -> None:
-        """A worker names the checkpoints that all shards have. Only those that this shard has are believed."""
+        """Note the checkpoints that all shards have, as a worker says. Believe it only if this shard has them."""
         if common and max(common) > max(self._common, default=0) and {*common} <= {*self._core.state.kept}:
             self._common = common
 
@@ -142,7 +143,7 @@ class Checkpoints:
         return 1 if self._core.settings.shards == 1 else 1 << max(0, len(pending) - KEPT)
 
     def write(self, number: int) -> None:
-        """Begin to write the core's present state, after the checkpoint before it is written."""
+        """Begin to write the core's present state, once the checkpoint before it is written."""
         self.wait()
         self._core.settle()
         if not self._core.master.is_finite:
@@ -195,7 +196,7 @@ class Checkpoints:
 
 
 class RunKeeper:
-    """Makes a server core whose updates go into a run folder, and that can go on after a kill at any moment.
+    """Makes a server core that writes its run folder and can go on after a kill at any moment.
 
     Each line of the journal is handed to the kernel before the worker hears of its update. A checkpoint is written at
     once when something happens that must not be undone, and otherwise at regular intervals while training goes on.
@@ -215,22 +216,22 @@ class RunKeeper:
         self._every_s = settings.checkpoint_s
         self._due_at = time.monotonic() + self._every_s
         self._journal_life = 0  # the life that the end of the journal belongs to
-        self._is_undecided = False  # whether it is still open where to go on
+        self._is_undecided = False  # whether the checkpoint to go on from is still to be chosen
 
     def begin(self) -> ServerCore:
-        """What serves a run that begins."""
+        """Return the core of a new run."""
         return self._checkpoints.begin()
 
     def resume(self) -> ServerCore | AwaitingRollback:
-        """What serves a resumed run, from a checkpoint if there is one. Raises ResumeError."""
+        """Resume the run from a checkpoint, if there is one. Return what serves it. Raises ResumeError."""
         self._is_undecided = True
         self._checkpoints.count_restart()
         return self._checkpoints.resume(self._restore)
 
     def finish(self) -> None:
-        """Write the results. The checkpoints of a complete run are deleted; any other run can be resumed.
+        """Write the results, and delete the checkpoints if the run is complete. Any other run can be resumed.
 
-        A run whose results could not be written can be resumed, too. Raises UnwrittenError.
+        If the results cannot be written, the run can be resumed, too. Raises UnwrittenError.
         """
         if self._is_undecided:
             return
@@ -245,7 +246,7 @@ class RunKeeper:
         self._is_undecided = False
         if snapshot is None:
             self._checkpoints.count_restart(0, lost_updates=self._folder.cut_journal(0))
-            self._folder.forget_reported()  # it will be reported again
+            self._folder.forget_reported()  # scripts will report it again
         else:
             journal = self._folder.read_journal(after=snapshot.version)
             self.core.restore(snapshot, journal, life=self._checkpoints.number, now=now)
@@ -284,10 +285,10 @@ class RunKeeper:
 
 
 class ShardKeeper:
-    """Makes the core of a shard other than 0. It writes a checkpoint for each one of shard 0, and one at its end.
+    """Makes the core of a shard other than 0. It writes a checkpoint for each one of shard 0, and one at the end.
 
-    Workers tell it of shard 0's checkpoints. What a worker does after shard 0's checkpoint must come after this shard's
-    checkpoint of that number, too.
+    Workers tell it of shard 0's checkpoints. What a worker does after a checkpoint of shard 0 must come after this
+    shard's checkpoint with the same number, too.
     """
 
     def __init__(self, run: Path, settings: ServerSettings):
@@ -298,15 +299,15 @@ class ShardKeeper:
         self._keeps = settings.checkpoint_s > 0
 
     def begin(self) -> ServerCore:
-        """What serves a run that begins."""
+        """Return the core of a new run."""
         return self._checkpoints.begin()
 
     def resume(self) -> ServerCore | AwaitingRollback:
-        """What serves a resumed run."""
+        """Resume the run. Return what serves it until a worker names the checkpoint."""
         return self._checkpoints.resume(self._restore)
 
     def finish(self) -> None:
-        """The process ends. A run that was interrupted can be resumed."""
+        """End the process, and delete the checkpoints if the run is complete. Any other run can be resumed."""
         self._checkpoints.wait()
         if self.core.finished:
             self._checkpoints.delete()
@@ -325,16 +326,16 @@ class ShardKeeper:
 
     @property
     def _largest(self) -> int:
-        """The largest number that shard 0 can have reached since a worker last named one, an update or two ago."""
+        """The largest number that shard 0 can have reached since workers last named one, an update or two ago."""
         return self._checkpoints.number + AT_ONCE * (1 + len(self.core.members))
 
     def _keep_milestone(self) -> None:
-        """Write the final state: once a worker may have the end of this slice, nothing may change it."""
+        """Write the final state: once a worker may have the final parameters of this shard, nothing may change them."""
         if self._keeps and self.core.state.final:
             self._checkpoints.write(self._checkpoints.number + 1)
             self._checkpoints.wait()
 
 
 def log(text: str) -> None:
-    """Tell the person who watches the run, on standard error."""
+    """Print ``text`` on standard error, for the person who watches the run."""
     print(f"danaz server: {text}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Tells people who watch a live run how far it is: a sentence from time to time, less often in a long run."""
+"""Tells people who watch a live run how far it is, with a sentence from time to time, less often in a long run."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from danaz.run.units import duration
 from danaz.server.core import ServerCore
 from danaz.server.records import Update
 
-FIRST_S = 5.0  # time to the first sentence; it doubles from each sentence to the next
-LONGEST_S = 60.0
+FIRST_S = 5.0  # wait for the first sentence; each wait is twice the one before
+LONGEST_S = 60.0  # the longest wait
 
 
 class ProgressMeter:
-    """Sums updates up between two sentences. ``now`` is in seconds on any monotonic clock."""
+    """Sums up the updates between two sentences. ``now`` is in seconds on any monotonic clock."""
 
     def __init__(self) -> None:
-        self._began: tuple[float, float] | None = None  # when, and at which epoch
+        self._began: tuple[float, float] | None = None  # when the first update came, and at which epoch
         self._wait_s = FIRST_S
         self._start_over(0.0)
 
@@ -27,7 +27,7 @@ class ProgressMeter:
         self._losses: list[float] = []
 
     def add(self, update: Update, epoch: float, epochs: int, now: float) -> str | None:
-        """Hear of an update, at ``epoch`` of ``epochs``; a sentence if one is due."""
+        """Add an update, made at ``epoch`` of ``epochs``. Return a sentence if one is due."""
         if self._began is None:
             self._began = (now, epoch)
             self._start_over(now)
@@ -59,7 +59,7 @@ class ProgressMeter:
 
 
 def with_progress(core: ServerCore, record: Callable[[Update], None]) -> Callable[[Update], None]:
-    """``record``, and on standard output how far the run of ``core`` is."""
+    """Return a function that calls ``record``, and prints from time to time how far the run of ``core`` is."""
     meter = ProgressMeter()
 
     def note(update: Update) -> None:

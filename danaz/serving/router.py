@@ -28,18 +28,18 @@ Peer = tuple[bytes, str]  # a connection, and the key it was made with
 
 
 class Router:
-    """Serves a core on a bound ROUTER."""
+    """Feeds a core from a bound ROUTER, and sends what it answers."""
 
     def __init__(self, bound: BoundRouter):
         self._socket = bound.socket
         self._doorkeeper = bound.doorkeeper
         self._worker_of_key = bound.worker_of_key
-        self._rooms: dict[int, Tensor] = {}  # worker -> f32[P], where its pushes are received
-        self._leaving: dict[bytes, tuple[int, zmq.MessageTracker]] = {}  # route -> request, beginning of its answer
+        self._rooms: dict[int, Tensor] = {}  # worker -> f32[P], the memory that receives its pushes
+        self._leaving: dict[bytes, tuple[int, zmq.MessageTracker]] = {}  # route -> request, start of its answer
         self._longest_answer = ANSWERS_MESSAGES // ANSWERS_WAITING  # in messages
 
     def serve(self, core: Served, recorder: Recorder | None, stop: Callable[[], bool]) -> None:
-        """Feed ``core`` until it has finished or ``stop()``."""
+        """Feed ``core`` until it has finished or ``stop()`` is true."""
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         inbox = Inbox(Request, self._takes(core), self._make_room)
@@ -55,7 +55,7 @@ class Router:
                     recorder.record(now)
                 self._send(core.stream_tick(now))
 
-    # ---- hearing -------------------------------------------------------------------------------------------------
+    # ---- receiving -----------------------------------------------------------------------------------------------
 
     def _receive(self, core: Served, inbox: Inbox, recorder: Recorder | None) -> None:
         route, *frames = self._receive_message()
@@ -77,7 +77,7 @@ class Router:
         self._send(core.stream(route.bytes, message, now))
 
     def _receive_message(self) -> list[zmq.Frame]:
-        """The route and the frames of the next message. Frames beyond MAX_FRAMES are received and dropped."""
+        """Return the route and the frames of the next message. Receive frames beyond MAX_FRAMES, but drop them."""
         frames = [self._socket.recv(copy=False)]
         last = frames[0]
         while last.more:
@@ -90,7 +90,7 @@ class Router:
         return "" if self._worker_of_key is None else str(route.get("User-Id"))
 
     def _read(self, inbox: Inbox, route: zmq.Frame, buffers: Sequence[Frame]) -> Request | None:
-        """The message that these buffers complete, or None while more is to come.
+        """Return the message that these buffers complete, or None while more is to come.
 
         Raises WireError if it cannot be read, or if the sender's key does not belong to the worker it names.
         """
@@ -112,7 +112,7 @@ class Router:
         return lambda peer, message: self._owns_key(peer, message) and core.takes(message)
 
     def _make_room(self, inbox: Inbox, message: Request, size: int) -> Tensor:
-        """Memory for a vector that is about to arrive. The pushes of one worker all use the same memory."""
+        """Return memory for a vector that is about to arrive. All pushes of one worker use the same memory."""
         inbox.forget(lambda other: other.worker == message.worker)
         if not isinstance(message, Push):
             return torch.empty(size)
@@ -121,7 +121,7 @@ class Router:
             room = self._rooms[message.worker] = torch.empty(size)
         return room
 
-    # ---- speaking ------------------------------------------------------------------------------------------------
+    # ---- sending -------------------------------------------------------------------------------------------------
 
     def _send(self, replies: Streams) -> None:
         for route, reply in replies:
@@ -132,7 +132,7 @@ class Router:
                 self._send_large(route, reply)
 
     def _may_leave(self, route: bytes, request: int) -> bool:
-        """Whether to send an answer to this request.
+        """Return whether to send an answer to this request.
 
         A worker that repeats a request while the answer still waits to be read gets no second answer. If it sends a new
         request, it has read the answers before.

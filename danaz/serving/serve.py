@@ -1,4 +1,4 @@
-"""The server process."""
+"""Serves a run, or a shard of it, in a process of its own; and replays a recording."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from danaz.server.settings import ServerSettings
 
 RECORDING = "recording.bin"
-UNTIL_RESTART = "recording.until-restart.bin"  # a replay would not see the restart, and would end elsewhere
+UNTIL_RESTART = "recording.until-restart.bin"  # cannot be replayed to the end, because it lacks the restart
 
 
 def serve(bound: BoundRouter, settings: Settings, run: Path, record: bool, resume: bool = False) -> None:
-    """Serve one run on a bound ROUTER, write its folder, and return when it is over or on SIGTERM.
+    """Serve one run on a bound ROUTER, and write its folder. Return when the run is over, or on SIGTERM.
 
     With ``resume``, go on from the newest sound checkpoint in the folder; with several shards, a worker chooses which
-    checkpoint to restore. If the run is complete, only tell the workers that do not know it yet. Raises ResumeError,
-    UnwrittenError, UnreadableError.
+    checkpoint to restore. If the run is complete, only tell this to workers that do not know it yet. Raises
+    ResumeError, UnwrittenError, UnreadableError.
     """
     from danaz.serving.journal import RunWriter
     from danaz.serving.keeper import RunKeeper, log
@@ -51,9 +51,9 @@ def serve(bound: BoundRouter, settings: Settings, run: Path, record: bool, resum
 
 
 def serve_shard(bound: BoundRouter, settings: Settings, shard: int, run: Path, resume: bool = False) -> None:
-    """As ``serve``, for the slice of the vector of a shard other than 0. It writes only its checkpoints to the folder.
+    """Serve a shard other than 0, as ``serve`` does for shard 0. Write only its checkpoints into the folder.
 
-    At the end, workers carry what it holds to shard 0.
+    At the end, workers carry this shard's part of the parameters to shard 0.
     """
     from danaz.serving.keeper import ShardKeeper
     from danaz.serving.router import Router
@@ -67,14 +67,14 @@ def serve_shard(bound: BoundRouter, settings: Settings, shard: int, run: Path, r
 
 
 def _settings_here(settings: Settings, shard: int = 0) -> ServerSettings:
-    """The settings that a server core needs, and the memory of this machine."""
+    """Return the settings of a server core on this machine, with the size of its memory."""
     from danaz.protocol.memory import machine_bytes
 
     return replace(settings.for_server(shard=shard), memory_bytes=machine_bytes())
 
 
 def _see_off(bound: BoundRouter, run: Path, stopping: Callable[[], bool]) -> bool:
-    """If the run is complete, tell the workers that do not know it yet; returns whether it is."""
+    """Return whether the run is complete. If it is, first tell the workers that do not know it yet."""
     from danaz.run.folder import read_summary
     from danaz.server.completed import CompletedRun
     from danaz.serving.checkpoint import delete_checkpoints, folder_of
@@ -85,7 +85,7 @@ def _see_off(bound: BoundRouter, run: Path, stopping: Callable[[], bool]) -> boo
     if not summary.get("complete"):
         return False
     log(f"the run in {run} is complete; its workers are seen off")
-    if not summary.get("diverged"):  # otherwise those from before it diverged stay
+    if not summary.get("diverged"):  # otherwise the checkpoints from before it diverged stay
         delete_checkpoints(folder_of(run))
     Router(bound).serve(CompletedRun(), None, stopping)
     bound.close()
@@ -93,7 +93,7 @@ def _see_off(bound: BoundRouter, run: Path, stopping: Callable[[], bool]) -> boo
 
 
 def with_announcement(record: Callable[[Update], None]) -> Callable[[Update], None]:
-    """``record``; at the first update, also tell the launcher that training waits for nobody any more."""
+    """Return a function that calls ``record``, and at the first update tells the launcher that training has begun."""
     announced = False
 
     def note(update: Update) -> None:
@@ -107,7 +107,7 @@ def with_announcement(record: Callable[[Update], None]) -> Callable[[Update], No
 
 
 def replay_run(run: Path) -> tuple[int, bool]:
-    """Replay the recording in ``run``; returns the number of updates and whether it gives the run's parameters.
+    """Replay the recording in ``run``. Return the number of updates, and whether it gives the run's parameters.
 
     Raises RecordingError, UnreadableError for files that are missing or damaged.
     """
