@@ -98,7 +98,7 @@ def test_whatever_happens_each_batch_is_completed_once(plan, ahead, events):
             held[worker] = mine[:-1]
             completed += [mine[-1]] * (what == "complete")
         everything = [batch for batches in held.values() for batch in batches] + completed
-        assert len(everything) == len(set(everything)), "a batch is in two hands"
+        assert len(everything) == len(set(everything)), "a batch is leased to two workers"
     assert sorted(completed) == list(range(plan.batches))
     assert leases.done
     assert leases.completed == plan.batches

@@ -1,4 +1,4 @@
-"""Checkpoints on disk, and the journal beside them: whatever is cut or altered is recognised."""
+"""Checkpoints on disk, and the journal beside them: damage of any kind is recognised."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SIZE = 5
 
 
 def snapshot_of(version: int, algorithm: str = "dana-zero") -> Snapshot:
-    """The state of a server after this number of updates, by two workers in turn; one has left."""
+    """Return a snapshot of a server after ``version`` updates by two workers in turn, of which one has left."""
     cluster = Cluster(algorithm, 3, torch.ones(SIZE), groups=(2, 3), buffers=2)
     cluster.leave(2, torch.tensor([3.0, 4.0]))
     for number in range(version):
@@ -102,10 +102,10 @@ class TestCheckpoints:
     @pytest.mark.parametrize(
         ("numbers", "common", "kept"),
         [
-            ([3, 4, 5, 6], [4, 5], [4, 5, 6]),  # of one shard alone, the last two are those of all
+            ([3, 4, 5, 6], [4, 5], [4, 5, 6]),  # with one shard, the last two are those of all
             ([1, 2, 3, 5, 6, 7], [3], [3, 5, 6, 7]),
-            ([1, 2, 3], [], [1, 2, 3]),  # another shard may have kept any
-            ([1, *range(3, 20)], [1, 3], [1, 3, *range(12, 20)]),  # another cannot write any more
+            ([1, 2, 3], [], [1, 2, 3]),  # another shard may have any of them
+            ([1, *range(3, 20)], [1, 3], [1, 3, *range(12, 20)]),  # another shard cannot write any more
         ],
     )
     def test_what_all_shards_can_go_back_to_is_kept(self, numbers, common, kept):
@@ -174,7 +174,7 @@ class TestJournal:
         assert folder.read_journal(after=3) == []
 
     def test_each_is_on_its_way_to_the_disk_before_its_worker_hears(self, tmp_path):
-        """In the kernel's hands, where no SIGKILL reaches."""
+        """The kernel has it, and no SIGKILL takes it away."""
         folder = RunWriter(tmp_path, {})
         for number, update in enumerate(UPDATES, 1):
             folder.record(update)
@@ -202,12 +202,12 @@ class TestJournal:
 
 
 def settings_of(algorithm: str, digest: str = DIGEST) -> ServerSettings:
-    """The settings of the server that continues from state_of."""
+    """Return the settings of a server that goes on from snapshot_of."""
     return ServerSettings(algorithm, workers=2, digest=digest)
 
 
 def resumed(run: Path, digest: str = DIGEST) -> RunKeeper:
-    """A server process started again."""
+    """Start the server's process again, and return its keeper."""
     keeper = RunKeeper(RunWriter(run, {}), settings_of("dana-zero", digest))
     keeper.resume()
     return keeper
@@ -229,7 +229,7 @@ class TestKeeper:
         assert resumed(tmp_path, digest="deadbeef").core.started
 
     def test_each_restart_counts_also_one_that_came_to_nothing(self, tmp_path):
-        """Killed while it waits for its workers, a server has written nothing of itself but that."""
+        """A server that is killed while it waits for its workers has written nothing else."""
         write_checkpoint(tmp_path / FOLDER, 1, snapshot_of(1))
         for _ in range(3):
             assert resumed(tmp_path).core.recovery is not None
@@ -273,7 +273,7 @@ class TestKeeper:
             read_summary(tmp_path)
 
     def test_what_was_before_training_diverged_stays(self, tmp_path):
-        """Each checkpoint since then holds what cannot be used; these go when the run is over."""
+        """The checkpoints since then cannot be used, and are deleted when the run is over."""
         core = ServerCore(settings_of("dana-zero"))
         core.restore(snapshot_of(4), [], 1, 0.0)
         checkpoints = Checkpoints(tmp_path, core)
@@ -288,7 +288,7 @@ class TestKeeper:
         assert complete_numbers(folder) == [2, 3, 5, 6]
         again = ServerCore(settings_of("dana-zero"))
         again.restore(newest(folder), [], 2, 0.0)
-        assert again.state.sound == (2, 3), "a restart does not forget it"
+        assert again.state.sound == (2, 3), "a restart keeps this"
         Checkpoints(tmp_path, again).delete()
         assert complete_numbers(folder) == [2, 3]
 
@@ -326,7 +326,7 @@ class TestKeeper:
         write_checkpoint(tmp_path / FOLDER, 1, snapshot_of(1))
         monkeypatch.setattr("danaz.serving.checkpoint.save_file", full)
         keeper = resumed(tmp_path)
-        keeper.core.tick(1e12)  # nobody comes
+        keeper.core.tick(1e12)  # no worker comes
         assert "could not be written" in capsys.readouterr().err
         assert keeper.core.master.version == 1
 
@@ -352,7 +352,7 @@ class TestKeeper:
         assert not list(tmp_path.glob("reported*"))
 
     def test_the_error_that_a_script_reported_stands_in_its_own_place_too(self, tmp_path):
-        """And the loss it measured is what comparisons read; the server's own stays what it was."""
+        """Comparisons read the loss that a script measured. The server's own figure stays in the file."""
         keeper = RunKeeper(RunWriter(tmp_path, {}), ServerSettings("asgd", 1, DIGEST))
         core = keeper.begin()
         core.handle(0, JOIN, 0.0)

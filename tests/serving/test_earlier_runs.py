@@ -27,17 +27,17 @@ from danaz.serving.keeper import RunKeeper
 from danaz.serving.serve import replay_run
 
 EARLIER = Path(__file__).parents[1] / "fixtures" / "before_layout"
-REQUEST = 1000  # above those of the earlier run
+REQUEST = 1000  # larger than the numbers of the earlier run
 
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
-    """A copy of the earlier folders, beside the module that their model and data come from."""
+    """Return a copy of the earlier folders, beside the module that holds their model and data."""
     return Path(shutil.copytree(EARLIER, tmp_path / "runs"))
 
 
 def danaz(folder: Path, *words: str) -> str:
-    """What the command says in ``folder``; it must succeed."""
+    """Run a command in ``folder``, and return what it prints. It must succeed."""
     root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-m", "danaz", *words],
@@ -66,7 +66,7 @@ class TestFinished:
         assert replay_run(runs / "finished") == (60, True)
 
     def test_its_settings_have_the_same_digest(self, runs: Path) -> None:
-        """Server, workers and checkpoints compare it: a new key of the config must not change it."""
+        """Server, workers and checkpoints compare it, so a new key of the config must not change it."""
         facts = json.loads((runs / "interrupted" / "checkpoints" / "000003.json").read_text())["facts"]
         assert load_config(runs / "interrupted" / "config.yaml").digest() == facts["digest"]
 
@@ -89,7 +89,7 @@ def resumed(run: Path) -> RunKeeper:
 
 
 def rejoin(core: ServerCore, *workers: int) -> dict[int, Parameters]:
-    """The workers of the earlier run, still the same processes, join again; each gets its view when the last has."""
+    """Let the processes of the earlier run join again. Each gets its view when the last one has joined."""
     job, digest = core.job, core.settings.digest
     views = {}
     for worker in workers:
@@ -147,7 +147,7 @@ class TestCheckpoint:
         assert read_updates(run)[-1]["version"] == version + 1
 
     def test_one_that_another_version_wrote_is_refused(self, runs: Path) -> None:
-        """Only its own settings may go on from it."""
+        """A server with any other settings refuses it."""
         config = load_config(runs / "interrupted" / "config.yaml")
         settings = replace(Settings.of(config, schedule="live", collective="torch"), digest="another")
         keeper = RunKeeper(RunWriter(runs / "interrupted", {}), settings.for_server())
@@ -156,7 +156,7 @@ class TestCheckpoint:
 
     @pytest.mark.slow
     def test_the_run_is_resumed(self, runs: Path) -> None:
-        """It is launched again as it was, but for the folder that it was launched in."""
+        """It is launched again as it was, but in another folder."""
         options = runs / "interrupted" / "launch.yaml"
         options.write_text(options.read_text().replace("chdir: /tmp/oldrun", f"chdir: {runs}"))
         danaz(runs, "launch", "--resume", "interrupted")

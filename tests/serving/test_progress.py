@@ -1,4 +1,4 @@
-"""What is said of a live run while it goes on."""
+"""The sentences about a live run while it goes on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def update(version: int, loss: float | None = 0.5, lag: int = 1) -> Update:
 
 
 def said(meter: ProgressMeter, updates_per_s: int, seconds: int, epochs: int = 100) -> list[tuple[float, str]]:
-    """When, in seconds, and what is said of a run with this number of updates a second and a hundred an epoch."""
+    """Return (when in s, sentence) of each sentence about a run with a hundred updates in an epoch."""
     sentences = []
     for version in range(1, updates_per_s * seconds + 1):
         now = 1000 + version / updates_per_s

@@ -42,7 +42,7 @@ def test_garbage_is_refused_with_a_reason_while_others_train_on():
     core = ServerCore(settings)
     with serving(core) as (address, server), stranger(address) as socket:
         workers = [LiveWorker(address, number, settings, Plan(50, 2)) for number in range(2)]
-        workers[0].start()  # waits for the other: the run is alive, but not over before the garbage is in
+        workers[0].start()  # waits for the other one, so that the run is not over before the garbage has come
         for frames in GARBAGE.values():
             socket.send_multipart(frames)
             refusal = received(socket)
@@ -62,7 +62,7 @@ def test_garbage_is_refused_with_a_reason_while_others_train_on():
     assert core.totals.updates == 100
     for worker in workers:
         assert torch.equal(worker.final.params, core.master.params)
-        assert (worker.final.params - 1).abs().max() < 0.05, "and it learned"
+        assert (worker.final.params - 1).abs().max() < 0.05, "it learned"
 
 
 def test_a_well_formed_stranger_is_refused_too():
@@ -91,7 +91,7 @@ def test_an_oversized_frame_costs_its_sender_the_connection(monkeypatch):
 
 
 class TestKeys:
-    """CURVE: this run's workers get through, each as itself; nobody else gets anything."""
+    """With CURVE, this run's workers are admitted, each as itself, and all others get no answer."""
 
     def test_workers_with_their_keys_train(self) -> None:
         server_keys, worker_keys = make_keys(2)
