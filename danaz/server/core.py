@@ -1,9 +1,9 @@
 """The server without I/O, clock or thread: it takes messages and the time, and returns replies.
 
-The ROUTER loop feeds it from sockets, the simulator from a schedule and a replay from a file. The same
-input gives the same result to the bit. In a run, workers join and wait for each other. Then each gets a view and
-batches, pushes, and gets the next view. When every batch is completed, the workers leave and give back what their rule
-says. When the last one has left, the parameters are final, and all workers get them.
+The ROUTER loop feeds it from sockets, the simulator from a schedule, and a replay from a file. The same input gives the
+same result to the bit. In a run, workers join and wait for each other. Then each gets a view and batches, pushes, and
+gets the next view. When every batch is completed, the workers leave and give back what their rule says. When the last
+one has left, the parameters are final, and all workers get them.
 """
 
 from __future__ import annotations

@@ -190,7 +190,7 @@ class Master:
         return self._norm
 
     def _try(self, slices: Iterator[int], vectors: Sequence[dict[str, Tensor]]) -> bool:
-        """Make an update at once. If its result is infinite or nearly so, restore the vectors and return False."""
+        """Make an update at once. If its result is not finite, or too large, restore the vectors and return False."""
         owns = (vector for own in vectors for name, vector in own.items() if name != "view")
         written = [self._params, *self.shared.values(), *owns]
         before = [vector.clone() for vector in written]

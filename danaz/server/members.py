@@ -116,7 +116,7 @@ class Member:
     sent_version: int = 0  # version of the view that it computes on
     view: Tensor | None = None  # f32[P], that view, kept for the gap and for rules that need it
     ahead_version: int | None = None  # in a pipeline, version of its next view, if that was sent already
-    ahead_view: Tensor | None = None  # f32[P], that next view
+    ahead_view: Tensor | None = None  # f32[P], that next view, or memory for it
     pending: Push | None = None  # the push that waits for its round, in the state IN_ROUND
     updates: int = 0  # number of its applied pushes
     applied_request: int = 0  # request number of its last applied push

@@ -169,7 +169,7 @@ class RunWriter:
         """Save what scripts have reported, in case this process ends before it writes summary.json."""
         write_atomically(self._reported, json.dumps(dict(reported)).encode())
 
-    def reported(self) -> dict[str, Any]:
+    def read_reported(self) -> dict[str, Any]:
         """Return what scripts reported to a server that ended before it wrote summary.json. Raises UnreadableError."""
         return read_json(self._reported) if self._reported.exists() else {}
 

@@ -70,7 +70,7 @@ class Checkpoints:
         """
         if self._core.settings.shards > 1:
             waiting = AwaitingRollback(
-                self._core, offer := self._find_offer(), lambda *choice: self._go_back(restore, *choice)
+                self._core, offer := self._make_offer(), lambda *choice: self._go_back(restore, *choice)
             )
             if offer.done and self._core.settings.shard == 0:
                 # A worker would choose the same, but perhaps none is left.
@@ -91,7 +91,7 @@ class Checkpoints:
         self._core.state.kept = ()
         restore(None, now)
 
-    def _find_offer(self) -> Offer:
+    def _make_offer(self) -> Offer:
         """Make an offer of the sound checkpoints, and of 0 (the beginning) if a shard may have to go back there."""
         sound: dict[int, Snapshot] = {}
         numbers = complete_numbers(self._folder)
@@ -202,7 +202,7 @@ class RunKeeper:
     once when something happens that must not be undone, and otherwise at regular intervals while training goes on.
     """
 
-    def __init__(self, folder: RunWriter, settings: ServerSettings):
+    def __init__(self, writer: RunWriter, settings: ServerSettings):
         self.core = ServerCore(
             settings,
             self._update,
@@ -211,8 +211,8 @@ class RunKeeper:
             on_carried=self._hear,
             on_report=self._keep_reported,
         )
-        self._folder = folder
-        self._checkpoints = Checkpoints(folder.path, self.core)
+        self._writer = writer
+        self._checkpoints = Checkpoints(writer.path, self.core)
         self._every_s = settings.checkpoint_s
         self._due_at = time.monotonic() + self._every_s
         self._journal_life = 0  # the life that the end of the journal belongs to
@@ -238,25 +238,25 @@ class RunKeeper:
         if self.core.started and self.core.recovery is None and not self.core.finished:
             self._keep_milestone()
         self.core.settle()
-        self._folder.finish(self.core)
+        self._writer.finish(self.core)
         if self.core.finished:
             self._checkpoints.delete()
 
     def _restore(self, snapshot: Snapshot | None, now: float) -> None:
         self._is_undecided = False
         if snapshot is None:
-            self._checkpoints.count_restart(0, lost_updates=self._folder.cut_journal(0))
-            self._folder.forget_reported()  # scripts will report it again
+            self._checkpoints.count_restart(0, lost_updates=self._writer.cut_journal(0))
+            self._writer.forget_reported()  # scripts will report it again
         else:
-            journal = self._folder.read_journal(after=snapshot.version)
+            journal = self._writer.read_journal(after=snapshot.version)
             self.core.restore(snapshot, journal, life=self._checkpoints.number, now=now)
             self._checkpoints.count_restart(0)
-            self.core.totals.reported |= self._folder.reported()
+            self.core.totals.reported |= self._writer.read_reported()
 
     # ---- what the core calls -------------------------------------------------------------------------------------
 
     def _update(self, update: Update) -> None:
-        self._folder.record(update)
+        self._writer.record(update)
         if self._every_s and time.monotonic() >= self._due_at and not self._checkpoints.busy:
             self._begin_to_write()
 
@@ -267,14 +267,14 @@ class RunKeeper:
     def _keep_reported(self, reported: Mapping[str, float | str | None]) -> None:
         """Keep reported figures. They get no checkpoint of their own, because there may be many reports."""
         try:
-            self._folder.keep_reported(reported)
+            self._writer.keep_reported(reported)
         except OSError as error:
             log(f"reported figures could not be written yet: {error}. They are kept in memory for summary.json")
 
     def _keep_milestone(self) -> None:
         if self._journal_life != self.core.life:
             self._journal_life = self.core.life
-            self._folder.cut_journal(self.core.master.version)
+            self._writer.cut_journal(self.core.master.version)
         if self._every_s:
             self._begin_to_write()
             self._checkpoints.wait()
