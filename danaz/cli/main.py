@@ -159,11 +159,11 @@ def serve(
     typer.echo(f"{'DANAZ_SERVER' if shard == 0 else f'DANAZ_SERVER_{shard}'}={bound.address}")
     sys.stdout.flush()  # workers start now, while the imports below take their seconds
     from danaz.files.reading import UnreadableError
-    from danaz.run.folder import UnwrittenError
     from danaz.run.settings import from_environment
     from danaz.server.snapshot import ResumeError
+    from danaz.serving.journal import UnwrittenError
     from danaz.serving.serve import serve as serve_run
-    from danaz.serving.serve import serve_slice
+    from danaz.serving.serve import serve_shard
 
     try:
         settings, _ = from_environment()
@@ -171,7 +171,7 @@ def serve(
         fail(error)
     try:
         if shard:
-            serve_slice(bound, settings, shard, run, resume)
+            serve_shard(bound, settings, shard, run, resume)
         else:
             serve_run(bound, settings, run, record, resume)
     except (ResumeError, UnreadableError, UnwrittenError) as error:

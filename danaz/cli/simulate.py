@@ -43,9 +43,10 @@ def simulate(config: options.Experiment, asked: SimulateOptions) -> None:
     from danaz.compare.tables import print_summary
     from danaz.run.config import Config, load_config
     from danaz.run.fit import check_workers
-    from danaz.run.folder import UnwrittenError, write_settings
+    from danaz.run.folder import write_settings
     from danaz.run.lock import claimed_run_folder
     from danaz.run.settings import Settings
+    from danaz.serving.journal import UnwrittenError
     from danaz.simulate.simulator import Simulation
 
     try:

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from danaz.protocol.messages import Final, Parameters, Replies
 from danaz.run.config import Config
-from danaz.run.folder import RunFolder
 from danaz.run.settings import Settings
 from danaz.server.core import ServerCore
+from danaz.serving.journal import RunWriter
 from danaz.simulate.batch_reader import BatchReader
 from danaz.simulate.orders import make_order
 from danaz.simulate.step import EagerStep, make_step
@@ -86,7 +86,7 @@ class Simulation:
         self.workers = [self._make_worker(number) for number in range(config.workers)]
         self._order = make_order(config.schedule, config.workers, config.seed)
         run.mkdir(parents=True, exist_ok=True)
-        self.folder = RunFolder(run, self.settings.facts())
+        self.folder = RunWriter(run, self.settings.facts())
         self._last_loss: float | None = None
         torch.manual_seed(config.seed)  # for augmentation
 

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from danaz.protocol.messages import Heartbeat, Inquire, Progress
-from danaz.run.folder import RunFolder
 from danaz.run.milestones import reach
 from danaz.run.settings import RankInfo, Settings
 from danaz.run.signals import note_ending_signals
 from danaz.server.core import ServerCore
-from danaz.serving.pace import telling
+from danaz.serving.journal import RunWriter
+from danaz.serving.progress import with_progress
 from danaz.torch.alone import LocalLink
 from danaz.torch.data import Batching, LeaseSampler, Portion, Share, batching_of, read_ahead, rebuild
 from danaz.torch.ending import Ending
@@ -222,9 +222,9 @@ class Session:
         settings = self.settings.for_server(workers=1, weight_decay=weight_decays(self.optimizer.param_groups))
         if self.place.run is None or self.group.rank != 0:
             return LocalLink(ServerCore(settings))
-        folder = RunFolder(self.place.run, self.settings.facts())
+        folder = RunWriter(self.place.run, self.settings.facts())
         core = ServerCore(settings)
-        core.on_update = telling(core, folder.record)
+        core.on_update = with_progress(core, folder.record)
         return LocalLink(core, on_close=partial(folder.finish_at_exit, core))
 
     def _share_of_batch(self) -> Share:

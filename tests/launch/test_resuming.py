@@ -16,7 +16,7 @@ from danaz.launch.begin import prepare, prepared
 from danaz.launch.options import LaunchOptions
 from danaz.launch.prepare import Launch, execute, write_folder
 from danaz.launch.resume import ResumeError, check_checkpoints
-from danaz.server.snapshot import CoreState
+from danaz.server.snapshot import Snapshot
 from danaz.serving.checkpoint import write_checkpoint
 from launcher.run import Outcome
 
@@ -106,7 +106,7 @@ def test_of_a_complete_run_no_checkpoint_stays(tmp_path: Path, monkeypatch: pyte
 
     def play(complete: bool) -> list[str]:
         def run(plan: object, folder: Path, **options: object) -> Outcome:
-            write_checkpoint(folder / "checkpoints.1", 3, CoreState({}, {}))
+            write_checkpoint(folder / "checkpoints.1", 3, Snapshot({}, {}))
             (folder / "summary.json").write_text(json.dumps({"complete": complete}))
             return Outcome(0)
 

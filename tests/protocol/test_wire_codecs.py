@@ -140,5 +140,5 @@ def test_live_is_what_was_simulated(codec, size):
             link.close()
     assert torch.equal(arrived, simulated)
     assert torch.equal(live.master.params, within.master.params)
-    assert live.figures.push_bytes == within.figures.push_bytes
-    assert live.figures.view_bytes == within.figures.view_bytes == 7 * 2 * size
+    assert live.totals.push_bytes == within.totals.push_bytes
+    assert live.totals.view_bytes == within.totals.view_bytes == 7 * 2 * size

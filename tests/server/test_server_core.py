@@ -86,9 +86,9 @@ class TestJoining:
         assert isinstance(refusal, Refusal)
         assert reason in refusal.reason
         assert not refusal.rejoin
-        assert sum(core.figures.refusals.values()) == 1
+        assert sum(core.totals.refusals.values()) == 1
         assert not core.members
-        assert parameters(core.handle(0, JOIN, 0.0)), "and a fit worker finds the place as it was"
+        assert parameters(core.handle(0, JOIN, 0.0)), "a valid worker can still join as before"
 
     @pytest.mark.parametrize("change", [{"layout": layout_of(SIZE)}, {"plan": Plan(3, 3)}, {"momentum": 0.5}])
     def test_who_runs_another_job(self, change):
@@ -113,12 +113,12 @@ class TestJoining:
         refusal = answer(core.handle("x", message, 1.0), "x")
         assert isinstance(refusal, Refusal)
         assert refusal.rejoin
-        assert core.figures.refusals["worker has not joined"] == 1
+        assert core.totals.refusals["worker has not joined"] == 1
 
     def test_a_strangers_heartbeat_is_counted_and_not_answered(self):
         core, _ = started()
         assert core.handle("x", Heartbeat(5, 1), 1.0) == []
-        assert core.figures.refusals["worker has not joined"] == 1
+        assert core.totals.refusals["worker has not joined"] == 1
 
 
 class TestSilence:
@@ -137,7 +137,7 @@ class TestSilence:
         cluster = Cluster("asgd", 2, torch.ones(SIZE), plan=Plan(2, 1))
         cluster.push(0, GRADIENT, 0.1)
         assert cluster.leases(0) == ()
-        assert cluster.pull(0) is None, "there may be more: worker 1 still holds one"
+        assert cluster.pull(0) is None, "a batch may come back: worker 1 still holds one"
         cluster.lose(1)
         assert cluster.leases(0) == (1,)
 
@@ -178,7 +178,7 @@ class TestSilence:
         theta = cluster.server.master.params.clone()
         cluster.lose(1)
         cluster.pull(0)
-        assert torch.allclose(cluster.views[0], theta - 0.9 * 0.1 * 1.0), "the look-ahead forgets who is gone"
+        assert torch.allclose(cluster.views[0], theta - 0.9 * 0.1 * 1.0), "the look-ahead leaves out lost workers"
         cluster.come_back(1)
         assert torch.allclose(cluster.views[1], theta - 0.9 * 0.1 * 3.0)
         cluster.pull(0)
@@ -196,7 +196,7 @@ class TestSilence:
     def test_a_newer_incarnation_takes_the_place_of_a_live_one(self):
         core, view = started(workers=1)
         fresh = parameters(core.handle("new", replace(JOIN, incarnation=2, params=None), 1.0), "new")
-        assert fresh.leases == (0,), "what the old one held"
+        assert fresh.leases == (0,), "the batch that the old process held"
         refusal = answer(core.handle(0, push_on(view), 2.0))
         assert isinstance(refusal, Refusal)
         assert "another incarnation" in refusal.reason

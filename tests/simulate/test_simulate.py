@@ -24,9 +24,10 @@ from typer.testing import CliRunner
 from danaz.cli.main import app
 from danaz.files.atomic import write_atomically
 from danaz.run.config import Config
-from danaz.run.folder import RunFolder, read_summary, with_measured
+from danaz.run.folder import read_summary, with_measured
 from danaz.run.lock import RunFolderError, free_run_folder
-from danaz.server.figures import Update
+from danaz.server.records import Update
+from danaz.serving.journal import RunWriter
 from danaz.simulate.simulator import simulate
 
 DIMENSION, PER_EPOCH = 1000, 100
@@ -311,7 +312,7 @@ UPDATE = Update(1, 0, 2, (0.1,), 0.5, "parameters", 1.5, 7)
 
 class TestRunFolder:
     def test_several_groups_and_rounds_show_in_a_line(self, tmp_path):
-        folder = RunFolder(tmp_path, {})
+        folder = RunWriter(tmp_path, {})
         folder.record(Update(1, 1, 0, (0.1, 0.2), None, "lookahead", None, 4, ((0, 3), (1, 4))))
         [line] = lines(tmp_path)
         assert (line["lr"], line["round"], line["gap"], line["loss"]) == ([0.1, 0.2], [[0, 3], [1, 4]], None, None)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from danaz.protocol.messages import Final, Heartbeat, Join, Parameters, Plan, Refusal, Replies, Reply
 from danaz.server.core import ServerCore
-from danaz.server.figures import Update
+from danaz.server.records import Update
 from danaz.server.settings import ServerSettings
 from danaz.vectors.cutting import Spans
 from danaz.vectors.layout import Layout

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from danaz.protocol.messages import Plan, Reply
 from danaz.server.core import ServerCore
 from danaz.server.settings import ServerSettings
-from danaz.server.snapshot import CoreState
+from danaz.server.snapshot import Snapshot
 from danaz.torch.alone import LocalLink
 from danaz.vectors.model import FlatModel
 from danaz.worker.conversation import Conversation
@@ -31,7 +31,7 @@ class Line(LocalLink):
         self.settings = ServerSettings(algorithm=algorithm, workers=1, digest=DIGEST, shard=shard, shards=shards)
         self.updates: list = []
         self.life = 0
-        self.checkpoint: CoreState | None = None
+        self.checkpoint: Snapshot | None = None
         self.before_exchange: Callable[[Request], None] = lambda request: None
         super().__init__(self.start())
 
@@ -39,6 +39,7 @@ class Line(LocalLink):
         return ServerCore(self.settings, on_update=self.updates.append, on_milestone=self.keep)
 
     def keep(self, core: ServerCore) -> None:
+        core.settle()
         self.checkpoint = core.snapshot()
         del self.updates[core.master.version :]
 

@@ -12,7 +12,7 @@ from stimuli import LAYOUT, SIZE
 from danaz.protocol.messages import Final, Leave, Parameters, Plan, Push, Refusal, Reply, Request
 from danaz.server.core import ServerCore
 from danaz.server.settings import ServerSettings
-from danaz.server.snapshot import CoreState
+from danaz.server.snapshot import Snapshot
 from danaz.worker.core import Role, Step, WorkerCore
 from danaz.worker.states import WorkerState
 
@@ -39,7 +39,7 @@ class MortalCluster:
         self.sent_pushes: dict[PushId, Push] = {}
         self.lost, self.lost_pushes = 0, set[PushId]()  # lost by the server's restarts
         self.life = self.journal_life = 0
-        self.checkpoint: CoreState | None = None
+        self.checkpoint: Snapshot | None = None
         self.core = self.make_core()
         self.pipelined = pipelined and algorithm not in WAITS_FOR_OTHERS
         self.ahead, self.now = ahead + self.pipelined, 0.0
@@ -77,8 +77,9 @@ class MortalCluster:
         self.write_checkpoint(core)
 
     def write_checkpoint(self, core):
+        core.settle()
         state = core.snapshot()
-        self.checkpoint = CoreState(json.loads(json.dumps(state.facts)), state.tensors)
+        self.checkpoint = Snapshot(json.loads(json.dumps(state.facts)), state.tensors)
 
     def restart(self):
         self.life += 1

@@ -17,13 +17,14 @@ from live import read_updates
 from torch import Tensor
 
 from danaz.protocol.messages import Final, Heartbeat, Parameters, Plan, Push, Reply
-from danaz.run.folder import RunFolder, read_summary
+from danaz.run.folder import read_summary
 from danaz.server.answers import materialize
 from danaz.server.core import ServerCore
-from danaz.server.offering import AwaitingRollback
+from danaz.server.rollback import AwaitingRollback
 from danaz.server.settings import ServerSettings
 from danaz.serving.checkpoint import folder_of
-from danaz.serving.keeper import Keeper, SliceKeeper
+from danaz.serving.journal import RunWriter
+from danaz.serving.keeper import RunKeeper, ShardKeeper
 from danaz.vectors.layout import Layout
 from danaz.worker.conversation import Conversation
 from danaz.worker.core import Request, Role, Step, WorkerCore, answers
@@ -51,7 +52,7 @@ class Servers:
             for shard in range(shards)
         ]
         self.folders = [folder_of(run / str(shard), shard) for shard in range(shards)]
-        self.keepers: list[Keeper | SliceKeeper] = []
+        self.keepers: list[RunKeeper | ShardKeeper] = []
         self._served: list[ServerCore | AwaitingRollback] = []
         self.busy = threading.RLock()
         self.mail: defaultdict[tuple[int, int], Queue[Reply]] = defaultdict(Queue)  # the mail by shard and worker
@@ -60,9 +61,9 @@ class Servers:
             self.keepers.append(self._keeper(settings))
             self._served.append(self.keepers[-1].begin())
 
-    def _keeper(self, settings: ServerSettings) -> Keeper | SliceKeeper:
+    def _keeper(self, settings: ServerSettings) -> RunKeeper | ShardKeeper:
         folder = self.folders[settings.shard].parent
-        return SliceKeeper(folder, settings) if settings.shard else Keeper(RunFolder(folder, {}), settings)
+        return ShardKeeper(folder, settings) if settings.shard else RunKeeper(RunWriter(folder, {}), settings)
 
     def handle(self, shard: int, request: Request | Heartbeat, route: int = 0) -> list[tuple[Any, Reply]]:
         with self.busy:

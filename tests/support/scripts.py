@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from danaz.run.settings import RankInfo, Settings
 from danaz.server.core import ServerCore
-from danaz.server.figures import Update
+from danaz.server.records import Update
 from danaz.server.settings import ServerSettings
 from danaz.serving.router import Router
 from danaz.serving.socket import BoundRouter

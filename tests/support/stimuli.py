@@ -74,5 +74,5 @@ def arithmetic_of(core: ServerCore) -> list[object]:
         vectors,
         shared,
         rates,
-        core.figures.updates,
+        core.totals.updates,
     ]

@@ -200,8 +200,8 @@ def test_a_push_that_is_not_finite_leaves_the_velocity_and_training_goes_on(valu
         session.finish()
         server = session.worker.conversation.link.core
         assert count + 1 == 5
-        assert server.figures.updates == 4
-        assert dict(server.figures.refusals) == {"push is not finite": 1}
+        assert server.totals.updates == 4
+        assert dict(server.totals.refusals) == {"push is not finite": 1}
         assert not server.diverged
     assert all(p.isfinite().all() for p in model.parameters())
 

@@ -209,7 +209,7 @@ class TestLimits:
             worker.start()
             until_done(worker)
             thread.join(live.DEADLINE_S)
-        assert core.figures.updates == 3
+        assert core.totals.updates == 3
 
     def test_without_keys_a_connection_is_bounded_too(self):
         """Where everyone is believed, each connection has its limit, and their number has none."""

@@ -17,12 +17,12 @@ import torch
 from cluster import Cluster
 
 from danaz.files.atomic import write_atomically
-from danaz.run import folder as run_folder
 from danaz.run.config import load_config
-from danaz.run.folder import Journal
 from danaz.run.settings import Settings
-from danaz.server.snapshot import CoreState
+from danaz.server.snapshot import Snapshot
+from danaz.serving import journal as run_journal
 from danaz.serving.checkpoint import read_newest, write_checkpoint
+from danaz.serving.journal import Journal
 from danaz.serving.keeper import Checkpoints
 from danaz.serving.recording import Recorder
 
@@ -77,8 +77,8 @@ def danaz(*words: str | Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def state(floats: int) -> CoreState:
-    return CoreState({"master": {"version": 1}}, {"params": torch.zeros(floats)})
+def state(floats: int) -> Snapshot:
+    return Snapshot({"master": {"version": 1}}, {"params": torch.zeros(floats)})
 
 
 # ---- the parts ---------------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ class TestJournal:
         assert journal.path.read_bytes() == self.LINE * (1000 - missing)
 
     def test_memory_has_an_end(self, mount: Mount, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(run_folder, "MOST_WAITING_BYTES", 10 * len(self.LINE))
+        monkeypatch.setattr(run_journal, "MOST_WAITING_BYTES", 10 * len(self.LINE))
         disk, said = mount("16k"), []
         journal = Journal(disk / "updates.jsonl", said.append)
         for _ in range(1000):
@@ -181,7 +181,7 @@ def test_a_recording_that_does_not_fit_ends_and_says_so_once(mount: Mount) -> No
     disk, said = mount("16k"), []
     recorder = Recorder(disk / "recording.bin", "{}", said.append)
     for _ in range(100):
-        recorder.event(1.0, b"route", [bytes(1000)])
+        recorder.record(1.0, b"route", [bytes(1000)])
     recorder.close()
     assert len(said) == 1
     assert NO_SPACE in said[0]

@@ -18,11 +18,12 @@ from mortal_shards import Servers, Trainer, Way, check_end, check_run, training,
 from torch import Tensor
 
 from danaz.protocol.messages import GoBack, Refusal
-from danaz.run.folder import RunFolder, read_summary
+from danaz.run.folder import read_summary
 from danaz.server.settings import ServerSettings
 from danaz.server.snapshot import ResumeError
 from danaz.serving.checkpoint import read_newest
-from danaz.serving.keeper import Keeper, SliceKeeper
+from danaz.serving.journal import RunWriter
+from danaz.serving.keeper import RunKeeper, ShardKeeper
 from danaz.worker.core import Request
 
 
@@ -92,7 +93,7 @@ def test_a_restart_counts_though_a_second_one_goes_back_behind_it(
         trainer.servers.kill()
         trainer.push()  # it has nothing to tell the others yet
     assert trainer.servers.versions == [4, 4]
-    assert trainer.servers.cores[0].figures.lost_updates == 1
+    assert trainer.servers.cores[0].totals.lost_updates == 1
     check_end(trainer, undisturbed, restarts=2)
 
 
@@ -137,10 +138,10 @@ def test_without_a_generation_of_all_nothing_is_made_up(begin: Callable[..., Tra
 def test_another_number_of_shards_is_refused(begin: Callable[..., Trainer]) -> None:
     trainer = begin()
     trainer.train(3)
-    alone = Keeper(RunFolder(trainer.servers.run, {}), ServerSettings("dana-zero", 1))
+    alone = RunKeeper(RunWriter(trainer.servers.run, {}), ServerSettings("dana-zero", 1))
     with pytest.raises(ResumeError, match="shards 2, this server has 1"):
         alone.resume()
-    more = SliceKeeper(trainer.servers.folders[1].parent, ServerSettings("dana-zero", 1, shard=1, shards=3)).resume()
+    more = ShardKeeper(trainer.servers.folders[1].parent, ServerSettings("dana-zero", 1, shard=1, shards=3)).resume()
     with pytest.raises(ResumeError, match="shards 2, this server has 3"):
         more.stream(0, GoBack(0, 1, -1, generation=2, newest=9), 0.0)
 

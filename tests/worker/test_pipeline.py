@@ -254,7 +254,7 @@ class TestFaultsBetweenPushAndFetch:
         cluster.is_refused_and_joins_again(0, request)
         cluster.come_back(1)
         assert torch.equal(cluster.server.master.params, view)
-        assert (cluster.server.master.version, cluster.server.figures.lost_updates) == (1, 1)
+        assert (cluster.server.master.version, cluster.server.totals.lost_updates) == (1, 1)
         del cluster.updates[1:]  # the keeper does the same
         self.check_that_it_goes_on(cluster, updates=2)
 

@@ -23,7 +23,7 @@ from danaz.protocol.messages import Bye, Final, Noted, Parameters, Push, Refusal
 from danaz.protocol.wire import decode, split
 from danaz.run.settings import Settings
 from danaz.server.core import ServerCore
-from danaz.server.figures import Update
+from danaz.server.records import Update
 from danaz.vectors.codecs import Compressor
 from danaz.vectors.cutting import shard_spans
 from danaz.vectors.layout import Layout
@@ -64,7 +64,7 @@ def test_slices_hold_the_same_bits_as_the_whole(algorithm: str, shards: int) -> 
     whole_views, whole_params, whole, _ = train(algorithm, 1)
     assert all(torch.equal(view, other) for view, other in zip(views, whole_views, strict=True))
     assert torch.equal(params, whole_params)
-    assert leader.figures.updates == whole.figures.updates == 11
+    assert leader.totals.updates == whole.totals.updates == 11
     assert leader.leases.completed == whole.leases.completed == 11
 
 
@@ -82,8 +82,8 @@ def test_slices_that_travel_encoded_hold_the_same_bits_as_the_whole(wire: str, s
     assert all(torch.equal(view, other) for view, other in zip(views, whole_views, strict=True))
     plain_views, _, plain, _ = train("dana", shards)
     assert not torch.equal(views[-1], plain_views[-1]), "the codec must lose something, or this tests nothing"
-    assert leader.figures.push_bytes == whole.figures.push_bytes < plain.figures.push_bytes == 11 * 4 * LAYOUT.size
-    assert leader.figures.view_bytes == whole.figures.view_bytes == 13 * 4 * LAYOUT.size
+    assert leader.totals.push_bytes == whole.totals.push_bytes < plain.totals.push_bytes == 11 * 4 * LAYOUT.size
+    assert leader.totals.view_bytes == whole.totals.view_bytes == 13 * 4 * LAYOUT.size
 
 
 def test_each_shard_is_sent_only_its_own_chunks() -> None:
@@ -114,7 +114,7 @@ def test_the_gap_is_that_of_one_server_but_one_push_later(algorithm: str, shards
         assert known[0] is None
         assert known[1:] == pytest.approx(expected[:-1], rel=1e-6)
     assert any(gap for gap in gaps_of(whole, 0))
-    assert leader.figures.gaps_measured == 11 - 2
+    assert leader.totals.gaps_measured == 11 - 2
 
 
 def test_the_gap_is_measured_as_often_as_asked_in_all_slices() -> None:

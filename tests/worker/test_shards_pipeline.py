@@ -13,7 +13,7 @@ from sharded import LAYOUT, compressor_of, gradients, linked, make_cores, say
 from torch import Tensor
 
 from danaz.protocol.messages import Pull, Push
-from danaz.server.figures import Update
+from danaz.server.records import Update
 from danaz.torch.alone import LocalLink
 from danaz.worker.core import Request, Step
 
