@@ -13,7 +13,8 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from math import isclose
 from typing import Any, Protocol
@@ -69,14 +70,14 @@ class _Follower:
         self._move(scheduler, step, max(0, target - self.moved))
 
     def catch_up(self, scheduler: LRScheduler, step: Callable[..., None]) -> None:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
-            self._move(scheduler, step, self.clock.epochs_over)
+        self._move(scheduler, step, self.clock.epochs_over)
 
     def _move(self, scheduler: LRScheduler, step: Callable[..., None], steps: int) -> None:
         self.moved += steps
-        for _ in range(steps):
-            step(scheduler)
+        # torch expects a step of the optimizer first, but so far only the other workers may have had batches.
+        with nullcontext() if self.clock.own_batches else _no_warning_of_a_missing_step():
+            for _ in range(steps):
+                step(scheduler)
 
     def _explicit(self, scheduler: LRScheduler, epoch: float | None = None) -> tuple[float | None]:
         """Check an epoch that the script has computed, either from its own batches or from the cluster's."""
@@ -89,6 +90,13 @@ class _Follower:
                 "nothing of the cluster's. Call step() without an argument, or step(danaz.progress())"
             )
         return (epoch,)
+
+
+@contextmanager
+def _no_warning_of_a_missing_step() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
+        yield
 
 
 _followers: weakref.WeakKeyDictionary[LRScheduler, _Follower] = weakref.WeakKeyDictionary()

@@ -182,8 +182,7 @@ class Session:
         self._worker.sync_period = rule.worker_rule.sync_period
         self._enter(optimizer.flat)
         self._loader_batches = len(loader)
-        one_worker = self.place.server is None or self.settings.workers == 1
-        follow([optimizer, optimizer.wrapped], self, one_worker=one_worker)
+        follow([optimizer, optimizer.wrapped], self, one_worker=self._is_only_worker)
         reach("shard")
         if self.place.guest:
             self._worker.is_asked_to_end = note_ending_signals()
@@ -205,6 +204,11 @@ class Session:
             words.copy_(found)
         self.group.broadcast(untrained=words)
         untrained.load(words)
+
+    @property
+    def _is_only_worker(self) -> bool:
+        """Whether this worker makes every update. In an all-reduce world, all machines together are one worker."""
+        return self.place.server is None or self.settings.workers == 1
 
     @property
     def _machines_per_batch(self) -> int:
@@ -418,7 +422,7 @@ class Session:
 
     def _leave(self, stop: str) -> None:
         """Leave the run in good order, with all ranks of this worker. ``stop`` is the reason to end it for everyone."""
-        if self.optimizer.was_passed_over and not self.optimizer.was_stepped:
+        if self._never_stepped and self._knows_that_nobody_trained:
             raise RuntimeError(
                 "optimizer.step() was never called, so nothing was trained. Call it once for each batch of "
                 "danaz.shard, on the optimizer that danaz.DistributedOptimizer returned."
@@ -437,6 +441,21 @@ class Session:
         self.ending.stop_watching()
         if self.worker.ends_early:
             raise SystemExit(128 + signal.SIGTERM)  # the code after the script's loop is meant for a run that is over
+
+    @property
+    def _never_stepped(self) -> bool:
+        """Whether the script has skipped every batch that this process was given."""
+        return self.optimizer.was_passed_over and not self.optimizer.was_stepped
+
+    @property
+    def _knows_that_nobody_trained(self) -> bool:
+        """Whether the run has made no update, as far as it has come.
+
+        While other workers compute, one of them may have made an update that this worker has not heard of.
+        """
+        worker = self.worker
+        saw_the_end = worker.done and not worker.ends_early and not worker.came_late
+        return worker.metrics.version == 0 and (self._is_only_worker or saw_the_end)
 
     def _agree_to_end(self) -> None:
         """Bring all ranks to the point where they leave, although the others may be anywhere in their loops.
