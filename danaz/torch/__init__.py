@@ -81,7 +81,7 @@ def init(*, digest: str = "", seed: int | None = None) -> None:
         settings, place = from_environment()
         _current = Session(replace(settings, digest=digest) if digest else settings, place)
         _current.choose_seed(seed)
-        atexit.register(_current.ending.end_process)
+        atexit.register(_current.end_process)
     elif seed is not None:
         _current.choose_seed(seed)
 

@@ -37,9 +37,9 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(danaz, "_current", None)
     yield
     if danaz._current is not None:
-        atexit.unregister(danaz._current.ending.end_process)
-        atexit.unregister(danaz._current._close)
-        danaz._current._close()
+        atexit.unregister(danaz._current.end_process)
+        atexit.unregister(danaz._current.close)
+        danaz._current.close()
 
 
 def loader(samples: int = 12) -> DataLoader[tuple[torch.Tensor, ...]]:

@@ -39,9 +39,9 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     danaz.init()
     yield
     assert danaz._current is not None
-    atexit.unregister(danaz._current.ending.end_process)
-    atexit.unregister(danaz._current._close)
-    danaz._current._close()
+    atexit.unregister(danaz._current.end_process)
+    atexit.unregister(danaz._current.close)
+    danaz._current.close()
 
 
 def loader(batch_size: int = 4, data: TensorDataset = DATA, **options: object) -> DataLoader[tuple[torch.Tensor, ...]]:

@@ -20,7 +20,8 @@ from danaz.rules import Context, WorkerRule, find_algorithm
 from danaz.rules.base import Vectors
 from danaz.server.core import ServerCore
 from danaz.server.settings import ServerSettings
-from danaz.torch.optimizer import DistributedOptimizer, Verdict
+from danaz.torch.exchange import Verdict
+from danaz.torch.optimizer import DistributedOptimizer
 from danaz.vectors.codecs import Compressor, push_codec
 from danaz.vectors.flat import SLICE_FLOATS, FlatModel, Spans, chunks
 from danaz.worker.core import Request, Role, WorkerCore
