@@ -106,7 +106,10 @@ class GradientExchange:
             return
         number = self._bucket_of[index]
         if number < len(current.handles):
-            raise RuntimeError("a gradient was produced twice in one backward, after its sum over the ranks had begun")
+            raise RuntimeError(
+                "a gradient was produced twice in one backward, after its sum over the ranks had begun. If the model "
+                "uses activation checkpointing, give torch.utils.checkpoint.checkpoint use_reentrant=False."
+            )
         current.missing[number] -= 1
         while len(current.handles) < len(self._buckets) and not current.missing[len(current.handles)]:
             self._begin_next_sum()

@@ -16,28 +16,33 @@ from danaz.worker.group import Group
 
 
 class UnsupportedOptimizerError(TypeError):
-    """An optimizer that DANA cannot stand in for."""
+    """The cluster cannot carry out this optimizer."""
 
 
 def check_supported(optimizer: torch.optim.Optimizer) -> float:
     """Return the optimizer's momentum. Raises UnsupportedOptimizerError with the reason if danaz cannot replace it."""
     if type(optimizer) is not torch.optim.SGD:
         raise UnsupportedOptimizerError(
-            f"danaz carries out torch.optim.SGD, not {type(optimizer).__name__}: the rules it implements are those of "
-            "SGD with (Nesterov) momentum."
+            f"danaz.DistributedOptimizer takes a plain torch.optim.SGD, not {type(optimizer).__name__}: the cluster "
+            "makes the steps in its place, and it knows only those of SGD with Nesterov momentum. Train with "
+            "torch.optim.SGD(…, momentum=0.9, nesterov=True)."
         )
     for key in ("dampening", "maximize"):
         if any(group[key] for group in optimizer.param_groups):
-            raise UnsupportedOptimizerError(f"danaz cannot carry out SGD with {key}: no asynchronous rule has it.")
+            raise UnsupportedOptimizerError(
+                f"danaz cannot carry out SGD with {key}, because no asynchronous rule has it: make it without."
+            )
     momenta = {float(group["momentum"]) for group in optimizer.param_groups}
     if len(momenta) > 1:
         raise UnsupportedOptimizerError(
             f"all parameter groups must have the same momentum, these have {sorted(momenta)}: the server looks ahead "
-            "along one sum of velocities."
+            "along one sum of velocities. Give all groups one momentum."
         )
     if momenta != {0.0} and not all(group["nesterov"] for group in optimizer.param_groups):
         warnings.warn(
-            "danaz trains with Nesterov momentum (DANA is built on it); nesterov=False is not kept", stacklevel=3
+            "the optimizer has nesterov=False, but DANA is built on Nesterov momentum: danaz trains with it, and "
+            "nesterov=False is not kept. Make the optimizer with nesterov=True to say the same.",
+            stacklevel=3,
         )
     return momenta.pop()
 
@@ -90,7 +95,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._replicated = replicated and group.size > 1
         self.wrapped = optimizer
         self._updates: Updates | None = None
-        self.was_stepped = self.was_passed_over = False  # whether any batch so far was, or was not, followed by step()
+        self.was_stepped = False  # whether the script has called step()
+        self.was_passed_over = False  # whether the script has gone on from a batch without step()
         self._watches: list[Any] = []  # handles of the hooks that look for the gradient of a skipped batch
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._refuse_the_wrapped_one()
@@ -112,13 +118,18 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """Let ``updates`` carry out the steps of this optimizer."""
         self._updates = updates
 
+    # ---- what every optimizer of torch has -----------------------------------------------------------------------
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Raises UnsupportedOptimizerError, because wrapping the optimizer fixes the layout of the vectors."""
-        if hasattr(self, "_updates") and len(self.param_groups) >= len(self.flat.layout.groups):
+        """Add a group that the wrapped optimizer had from the start.
+
+        Raises UnsupportedOptimizerError for another one, because the layout of the vectors is fixed.
+        """
+        if len(self.param_groups) >= len(self.flat.layout.groups):
             raise UnsupportedOptimizerError(
-                "add_param_group() after DistributedOptimizer: the cluster lays the parameters out once. Give the "
-                "optimizer all parameters from the start, and freeze those that are to train later with "
-                "p.requires_grad_(False): a parameter without a gradient makes no step."
+                "add_param_group() was called after danaz.DistributedOptimizer, but the cluster lays the parameters "
+                "out once. Give the optimizer all parameters from the start, and freeze those that are to train later "
+                "with p.requires_grad_(False): a parameter without a gradient makes no step."
             )
         super().add_param_group(param_group)
 
@@ -127,21 +138,31 @@ class DistributedOptimizer(torch.optim.Optimizer):
         saved = state_dict["param_groups"]
         if any(state.get("momentum_buffer") is not None for state in state_dict["state"].values()):
             raise UnsupportedOptimizerError(
-                "load_state_dict() with momentum buffers: the cluster's momentum lives in its workers and server, and "
-                "cannot be taken over from one optimizer. Load the groups alone: state_dict['state'] = {}"
+                "load_state_dict() was given momentum buffers, but the cluster's momentum lives in its workers and "
+                "server, and cannot be taken over from one optimizer. Set state_dict['state'] = {}, and load the rest."
             )
-        if [len(group["params"]) for group in saved] != [len(group["params"]) for group in self.param_groups]:
-            raise ValueError("load_state_dict(): the saved optimizer has other parameter groups")
+        found, expected = ([len(group["params"]) for group in groups] for groups in (saved, self.param_groups))
+        if found != expected:
+            raise ValueError(
+                f"load_state_dict() was given parameter groups of {found} parameters, expected {expected}: load what "
+                "an optimizer with the same groups has saved"
+            )
         for group, values in zip(self.param_groups, saved, strict=True):
             group.update({name: value for name, value in values.items() if name != "params"})
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of all parameters."""
+        super().zero_grad(set_to_none)
 
     @property
     def rates(self) -> list[float]:
         """The learning rate η of each parameter group, as the script has set it now."""
         return [float(group["lr"]) for group in self.param_groups]
 
+    # ---- a step --------------------------------------------------------------------------------------------------
+
     def synchronize(self) -> None:
-        """Make every ``p.grad`` the mean over the ranks now. ``backward()`` does so after its last pass."""
+        """Make every ``p.grad`` the mean over the ranks now. Otherwise ``backward()`` does so in its last pass."""
         self.exchange.settle()
 
     @torch.no_grad()
@@ -156,7 +177,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
                 result = loss = closure()
         if self._updates is None:
             raise RuntimeError(
-                "optimizer.step() outside of danaz.shard: iterate `for batch in danaz.shard(loader, epoch)`"
+                "optimizer.step() was called outside of danaz.shard: call it once for each batch of "
+                "`for batch in danaz.shard(loader, epoch)`"
             )
         self.was_stepped = True
         self._check_momentum()
@@ -176,16 +198,6 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self.wrapped._opt_called = True  # type: ignore[attr-defined]
         return result
 
-    def pass_over(self) -> None:
-        """Note that the script has gone on to the next batch without ``step()``, so that no rank makes a step."""
-        assert self._updates is not None
-        self.was_passed_over = True
-        if self._conclude(None, steps=False).ends:
-            self._updates.end()
-            return
-        self._updates.skip()
-        self._watch_for_accumulation()
-
     def _conclude(self, loss: Loss, *, steps: bool) -> Verdict:
         assert self._updates is not None
         self.flat.bring_home()
@@ -198,12 +210,12 @@ class DistributedOptimizer(torch.optim.Optimizer):
             raise UnsupportedOptimizerError(
                 f"the momentum was {self.momentum:g} when the optimizer was wrapped, and is "
                 f"{', '.join(f'{value:g}' for value in sorted(momenta))} now; the cluster looks ahead along one "
-                "momentum for the whole run. A scheduler that cycles it can leave it alone: "
+                "momentum for the whole run. Leave it as it is; a scheduler that would cycle it takes an option: "
                 "OneCycleLR(…, cycle_momentum=False)"
             )
 
     def _unscale(self) -> bool:
-        """Divide gradients by a GradScaler's scale if it has not done so; return whether it has found an overflow."""
+        """Divide gradients by a GradScaler's scale if it left that to us; return whether it has found an overflow."""
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if scale is not None:
             self.exchange.gather()
@@ -211,16 +223,28 @@ class DistributedOptimizer(torch.optim.Optimizer):
         return found_inf is not None and bool(found_inf)
 
     def _take_over_rank_0s(self) -> None:
-        """The ranks have changed their gradients differently: let all of them go on with rank 0's."""
+        """Let all ranks go on with rank 0's gradients, after they have changed them differently."""
         flat = self.flat
         flat.summed[: len(flat.trained)].copy_(torch.tensor(flat.has_gradient, dtype=torch.float32))
         self._group.broadcast(final_grads=flat.summed)
         flat.has_gradient[:] = [bool(flag) for flag in flat.summed[: len(flat.trained)].tolist()]
 
-    def _watch_for_accumulation(self) -> None:
-        """Watch for the next backward.
+    # ---- a batch without a step ----------------------------------------------------------------------------------
 
-        If the loop has not cleared the gradients by then, it meant to add up batches and not to skip one.
+    def pass_over(self) -> None:
+        """Note that the script has gone on to the next batch without ``step()``, so that no rank makes a step."""
+        assert self._updates is not None
+        self.was_passed_over = True
+        if self._conclude(None, steps=False).ends:
+            self._updates.end()
+            return
+        self._updates.skip()
+        self._watch_for_accumulation()
+
+    def _watch_for_accumulation(self) -> None:
+        """Watch for the next backward, which tells whether the loop skipped a batch or meant to add batches up.
+
+        In the second case, the gradients have not been cleared by then.
         """
         if not self._watches and any(p.grad is not None for p in self.flat.trained):
             watched, look = [p for p in self.flat.trained if p.requires_grad], self._look_for_accumulation
@@ -237,10 +261,6 @@ class DistributedOptimizer(torch.optim.Optimizer):
                 "batch_size; to save memory, split the batch in your loop, call backward() for each part, and step() "
                 "once. To skip a batch, clear its gradient with optimizer.zero_grad()."
             )
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients of all parameters."""
-        super().zero_grad(set_to_none)
 
 
 def kept_loss(loss: Loss) -> Loss:

@@ -77,7 +77,10 @@ class Session:
     @property
     def _member(self) -> Membership:
         if self._membership is None:
-            raise NotInitializedError("the run begins with the first `for batch in danaz.shard(loader, epoch)`")
+            raise NotInitializedError(
+                "nothing is known of the run yet: the run begins with the first `for batch in danaz.shard(loader, "
+                "epoch)`"
+            )
         return self._membership
 
     @property
@@ -115,7 +118,10 @@ class Session:
     def adopt(self, optimizer: DistributedOptimizer) -> None:
         """Let this session carry out the steps of ``optimizer``. Raises NotInitializedError for a second one."""
         if self._optimizer is not None:
-            raise NotInitializedError("danaz trains one model a process: DistributedOptimizer was made already")
+            raise NotInitializedError(
+                "danaz.DistributedOptimizer was called a second time, but danaz trains one model a process: give it "
+                "one optimizer for all parameters that are to train"
+            )
         self._optimizer = optimizer
         optimizer.connect(self)
         reach("optimizer")
@@ -200,8 +206,8 @@ class Session:
         here = share.ranks_at_work(self._member.batching.batch_size)
         if self.group.rank == 0 and here < share.ranks:
             warnings.warn(
-                f"only {here} of this worker's {share.ranks} ranks get samples: batch_size is per worker, its "
-                "ranks share each batch, and batch norm needs two samples a rank. Raise the loader's batch_size.",
+                f"only {here} of this worker's {share.ranks} ranks get samples: the worker's ranks share each batch of "
+                "batch_size samples, and batch norm needs two on each rank. Raise the loader's batch_size.",
                 stacklevel=2,
             )
 
@@ -209,8 +215,8 @@ class Session:
         machines = machines_per_batch(self.settings, self.place)
         if batching_of(loader, machines, self._seed_for(loader)) != self._member.batching:
             raise ValueError(
-                "danaz.shard: this loader has another size, batch size or order than the run began with. It is for "
-                "training data alone; to evaluate, iterate the loader itself"
+                "danaz.shard was given a loader of another size, batch size or order than the run began with. Give it "
+                "the training data alone; to evaluate, iterate the loader itself"
             )
         if not torch.is_grad_enabled():
             raise RuntimeError(
@@ -290,7 +296,10 @@ class Session:
                 "optimizer.step() was called after the end of the run; after danaz.stop(reason), leave the loop"
             )
         if portion is None:
-            raise RuntimeError("optimizer.step() was called twice for one batch, or outside of danaz.shard")
+            raise RuntimeError(
+                "optimizer.step() was called twice for one batch, or outside of danaz.shard: call it once for each "
+                "batch of danaz.shard"
+            )
         self.own_batches += 1
         return portion
 
@@ -325,7 +334,9 @@ class Session:
         if self.finished:
             return
         if not self._has_begun:
-            raise NotInitializedError("danaz.stop ends a run that has begun, which the first batch of danaz.shard does")
+            raise NotInitializedError(
+                "danaz.stop was called before the run began; it begins with the first batch of danaz.shard"
+            )
         self._leave(reason or "the script asked for it")
 
     def finish(self) -> None:
@@ -388,7 +399,10 @@ class Session:
         """See danaz.torch.report."""
         self._end_if_left()
         if not self.finished:
-            raise NotInitializedError("danaz.report comes after the loop over danaz.epochs(), or after danaz.finish()")
+            raise NotInitializedError(
+                "danaz.report was called before the end of the run: it comes after the loop over danaz.epochs(), or "
+                "after danaz.finish()"
+            )
         self.worker.report(figures)
 
     def close(self) -> None:
