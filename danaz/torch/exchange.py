@@ -27,21 +27,21 @@ class Verdict:
     loss: Loss  # mean over the batch
     lr: list[float]  # rank 0's rates, one for each parameter group
     edited: bool  # whether some rank's script has changed parameters since the last step
-    alike: bool  # whether all ranks hold the same gradient, if that was asked for
+    alike: bool  # whether all ranks hold the same gradient, if the exchange is to find that out
     ends: bool = False  # whether a rank has asked to end the run; all ranks hear it in this step
 
 
 @dataclass(frozen=True)
 class _Ballot:
-    """The vote of one rank at the end of a round."""
+    """The vote of one rank at the end of a round. The flags are 0 or 1, so that their sums count the ranks."""
 
-    more: int = 0
-    skips: int = 0
-    edited: int = 0
+    more: int = 0  # whether another backward is about to add to the gradient
+    skips: int = 0  # whether the rank makes no step
+    edited: int = 0  # whether its script has changed parameters
     has_loss: int = 0
-    loss: float = 0.0
-    lr: Sequence[float] = ()
-    ends: int = 0
+    loss: float = 0.0  # the mean over its samples, times its weight
+    lr: Sequence[float] = ()  # its rates, one for each parameter group
+    ends: int = 0  # whether it asks to end the run
 
 
 @dataclass

@@ -169,7 +169,7 @@ def train(
     after_step: Callable[[], object] = lambda: None,
     **loader: Any,
 ) -> None:
-    """Run the usual training loop."""
+    """Run the usual training loop; ``hold`` runs as each sample is fetched, ``after_step`` after each step."""
     model, optimizer = make_optimizer(session)
     session.epochs = epochs
     data = Counted(samples, number, cluster.fetched, hold)

@@ -187,7 +187,7 @@ def poisoned(bad_steps: set[int], value: float) -> Step:
 def test_a_push_that_is_not_finite_leaves_the_velocity_and_training_goes_on(
     value: float, servers: list[ServerCore]
 ) -> None:
-    """The steps after it are those of a script that skips the batch."""
+    """The steps after the refused push are those of a script that skips the batch."""
     model = make_net()
     with alone() as session:
         optimizer = adopt(session, model, make_sgd(model))

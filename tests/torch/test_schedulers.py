@@ -130,7 +130,7 @@ def test_a_worker_that_comes_back_catches_up() -> None:
 
 @pytest.mark.parametrize("own_batches", [0, 1])
 def test_torchs_warning_of_a_missing_step_spares_a_worker_that_got_no_batch(own_batches: int) -> None:
-    """Without a batch it cannot step its optimizer; a script that has one and does not step is still warned."""
+    """Such a worker cannot step its optimizer; a script that has a batch and does not step is still warned."""
     sgd = SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
     scheduler = MultiStepLR(sgd, [1], gamma=0.1)
     follow([sgd], Cluster(completed=BATCHES, own_batches=own_batches, in_loop=False), one_worker=False)
