@@ -150,10 +150,6 @@ class DistributedOptimizer(torch.optim.Optimizer):
         for group, values in zip(self.param_groups, saved, strict=True):
             group.update({name: value for name, value in values.items() if name != "params"})
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients of all parameters."""
-        super().zero_grad(set_to_none)
-
     @property
     def rates(self) -> list[float]:
         """The learning rate η of each parameter group, as the script has set it now."""

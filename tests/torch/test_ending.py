@@ -16,6 +16,7 @@ from torch.nn.functional import mse_loss
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader
 
+import danaz.worker.link
 from danaz.server.settings import ServerSettings
 from danaz.torch.ending import UNFINISHED
 from danaz.torch.optimizer import DistributedOptimizer
@@ -174,14 +175,17 @@ def test_a_worker_that_skips_its_only_batch_may_leave_before_it_hears_of_an_upda
     assert (summary["stopped"], summary["skipped_batches"]) == ("the loss is not finite" if stops else None, 1)
 
 
-def test_workers_that_all_skip_their_batches_are_told_that_nothing_was_trained() -> None:
-    cluster = ScriptCluster(ServerSettings("dana", workers=2, worker_timeout_s=0.5))
+def test_workers_that_all_skip_their_batches_are_told_that_nothing_was_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(danaz.worker.link, "HEARTBEAT_S", 0.05)
+    cluster = ScriptCluster(ServerSettings("dana", workers=2, worker_timeout_s=2.0))
+    both_told = threading.Barrier(2, timeout=PATIENCE_S)
     told: list[int] = []
 
     def skips(session: Session, number: int) -> None:
         with pytest.raises(RuntimeError, match=r"optimizer\.step\(\) was never called, so nothing was trained"):
             skip(Script(cluster, session, number))
         told.append(number)
+        both_told.wait()
 
     cluster.worker(0, skips)
     cluster.worker(1, skips)

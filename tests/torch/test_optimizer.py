@@ -401,6 +401,8 @@ def test_a_saved_optimizer_state() -> None:
         usual_step(source, sgd, *make_data()[:5])
         with pytest.raises(UnsupportedOptimizerError, match="momentum buffers"):
             optimizer.load_state_dict(sgd.state_dict())
+        with pytest.raises(ValueError, match=r"groups of \[2, 2\] parameters, expected \[6\]"):
+            optimizer.load_state_dict(make_sgd_of_groups(source).state_dict())
 
 
 def test_memory_that_does_not_fit_any_more() -> None:
