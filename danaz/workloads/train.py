@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -41,10 +39,7 @@ def train(config: Config) -> None:
             loss = batch_loss(model, workload, x, y, config, device)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step(loss=loss)
-        with warnings.catch_warnings():
-            # If the other workers are fast, this one may get no batch in an epoch, and so make no optimizer step.
-            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
-            scheduler.step()
+        scheduler.step()
     if danaz.is_main():
         danaz.report(**final_figures(model, workload, config, device))
 

@@ -71,8 +71,8 @@ def alone(algorithm: str = "dana", **settings: Any) -> Iterator[Session]:
     try:
         yield session
     finally:
-        atexit.unregister(session._close)
-        session._close()
+        atexit.unregister(session.close)
+        session.close()
 
 
 def adopt(session: Session, model: nn.Module, sgd: torch.optim.Optimizer, passes: int = 1) -> DistributedOptimizer:

@@ -65,11 +65,11 @@ class ScriptCluster:
     def _work(self, number: int, story: Callable[[Session, int], None]) -> None:
         settings = Settings(self.settings.algorithm, self.settings.workers)
         session = Session(settings, RankInfo(worker=number, server=self.address))
-        atexit.unregister(session._close)
+        atexit.unregister(session.close)
         try:
             story(session, number)
         finally:
-            session._close()
+            session.close()
 
     def _guarded(self, work: Callable[[], None]) -> None:
         try:

@@ -68,7 +68,7 @@ def run_everywhere(out: Path, mode: str, workers: int, ranks: int, collective: s
 
 
 def check(loop: Loop, problem: Problem, out: Path, ranks: int) -> None:
-    """All ranks have the same model, and it is torch's."""
+    """Assert that all ranks have the same model, and that it is torch's."""
     theirs = train_with_torch(loop, problem)
     for rank in range(ranks):
         result = torch.load(out / f"{loop.__name__}.{rank}")

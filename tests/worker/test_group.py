@@ -54,7 +54,7 @@ class Noted(torch.utils.data.Dataset):
 
 def train(name, make, step, passes=1, channels_last=False, **options):
     session = Session(settings, place if name == "usual_step" else RankInfo())  # one of them writes the run folder
-    atexit.unregister(session._close)
+    atexit.unregister(session.close)
     model = make_net()
     if ranks.rank:
         torch.nn.init.ones_(model.last.weight)  # rank 0's parameters are everyone's
@@ -72,7 +72,7 @@ def train(name, make, step, passes=1, channels_last=False, **options):
             if channels_last:
                 assert not model.convolution.weight.is_contiguous()
     session.finish()
-    session._close()
+    session.close()
     return model.state_dict(), without_gradient
 
 

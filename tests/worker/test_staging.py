@@ -21,7 +21,8 @@ from danaz.rules.base import Vectors
 from danaz.server.core import ServerCore
 from danaz.server.settings import ServerSettings
 from danaz.torch.alone import LocalLink
-from danaz.torch.optimizer import DistributedOptimizer, Verdict
+from danaz.torch.exchange import Verdict
+from danaz.torch.optimizer import DistributedOptimizer
 from danaz.vectors.codecs import Compressor, push_codec
 from danaz.vectors.cutting import SLICE_FLOATS, Spans, chunks
 from danaz.vectors.model import FlatModel
