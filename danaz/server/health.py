@@ -68,6 +68,9 @@ class PushHealth:
 
     def _outlier_ratio(self, worker: int, size: float) -> float | None:
         """How many times the usual size of the others' pushes ``size`` is; None if it is no outlier."""
+        # Most pushes need no median: it is at least the smallest size.
+        if size <= OUTLIER_RATIO * min((known for _, known in self._sizes), default=0.0):
+            return None
         usual = self._usual_beside(worker)
         if usual is None or size <= OUTLIER_RATIO * usual:
             return None

@@ -49,6 +49,7 @@ S, E = MemberState, MemberEvent
 _AT_WORK = (S.STARTING, S.COMPUTING, S.IN_ROUND, S.IDLE)
 TAKES_PART = frozenset((S.EXPECTED, *_AT_WORK))
 HAS_LEFT = frozenset((S.LEAVING, S.LEFT, S.SILENT_LEAVING, S.SILENT_LEFT, S.DISMISSED))
+IS_ALIVE = frozenset((*TAKES_PART, S.LEAVING, S.LEFT, S.DISMISSED))
 
 MEMBER = Transitions(
     "member",
@@ -153,7 +154,7 @@ class Member:
     @property
     def alive(self) -> bool:
         """Whether anyone may wait for it: it is neither silent nor did it quit."""
-        return self.state not in (S.LOST, S.QUIT, S.SILENT_LEAVING, S.SILENT_LEFT)
+        return self.state in IS_ALIVE
 
     @property
     def left(self) -> bool:
