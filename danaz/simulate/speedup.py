@@ -29,6 +29,11 @@ class Speedup:
     synchronous: Times
     synchronous_std: Times
 
+    @property
+    def machines(self) -> str:
+        """Return what the machines are like, in words."""
+        return "machines that differ" if self.heterogeneous else "machines of one kind"
+
 
 def speedup(
     workers: Sequence[int], *, heterogeneous: bool, repetitions: int = 20, iterations: int = 100_000, seed: int = 0

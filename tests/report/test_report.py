@@ -10,8 +10,9 @@ import pytest
 import yaml
 from shipped import shipped
 
+from danaz.cli.output import print_comparison
 from danaz.compare.results import Result, Setting, group, read_outcome
-from danaz.compare.tables import comparison_rows, print_comparison
+from danaz.compare.tables import comparison_rows
 from danaz.report.comparison import write_report
 from danaz.report.curves import make_curves, read_curves
 from danaz.report.matrix import matrices
