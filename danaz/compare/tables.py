@@ -8,7 +8,7 @@ from danaz.compare.results import TEST_ERROR, ComparisonOutcome, Group, Spread, 
 
 
 def figure(value: Any, digits: int = 4, unit: str = "") -> str:
-    """A figure as text for people; a dash if there is none."""
+    """Return a figure as text for people; a dash if there is none."""
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -19,7 +19,7 @@ def figure(value: Any, digits: int = 4, unit: str = "") -> str:
 
 
 def accuracy(error_percent: float | None) -> str:
-    """The test accuracy in percent that belongs to a test error."""
+    """Return the test accuracy in percent that belongs to a test error."""
     return "–" if error_percent is None else f"{100 - error_percent:.2f}"
 
 
@@ -50,7 +50,7 @@ COLUMNS = (
 
 
 def comparison_rows(outcome: ComparisonOutcome) -> tuple[list[str], list[list[str]]]:
-    """Titles and rows of a comparison's table, one row per group. Terminal, Markdown and HTML show the same table."""
+    """Return the titles and rows of a comparison's table, one row per group."""
     measure = outcome.measure
     columns = [column for column in COLUMNS if measure is TEST_ERROR or column.key != TEST_ERROR.key]
     titles = ["algorithm", "run as", *(column.title for column in columns), "remark"]
@@ -67,7 +67,7 @@ def comparison_rows(outcome: ComparisonOutcome) -> tuple[list[str], list[list[st
 
 
 def remark(each: Group) -> str:
-    """What the figures of a group do not show: how many seeds it has, and how many cells diverged or failed."""
+    """Return what the figures of a group do not show: how many seeds it has, and how many cells diverged or failed."""
     seeds = len(each.results)
     of = f" {{}} of {seeds}" if seeds > 1 else ""
     failed = seeds - len(each.finished)
