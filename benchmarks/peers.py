@@ -53,7 +53,7 @@ def _keys() -> tuple[ServerKeys, list[WorkerKeys]]:
 
 
 def danaz(algorithm: str, gap: bool = False, encrypted: bool = False, shards: int = 1) -> Peer:
-    """danaz with its real server loop and link. Like every peer, it pushes the same vector again and again."""
+    """Return danaz with its real server loop and link. Like every peer, it pushes the same vector again and again."""
 
     def serve(ready: Ready, floats: int, workers: int) -> None:
         from danaz.server.core import ServerCore
@@ -291,7 +291,7 @@ PEERS = [
 
 
 def exchanges_per_second(exchange: Exchange, seconds: float) -> float:
-    """Rate of one worker, measured for about ``seconds`` after one exchange that is not counted."""
+    """Return the rate of one worker, measured for about ``seconds`` after one exchange that is not counted."""
     exchange()
     count, began = 0, time.perf_counter()
     while (now := time.perf_counter()) - began < seconds:

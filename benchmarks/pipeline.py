@@ -104,13 +104,13 @@ def _work(
 
 
 def _window(times: Sequence[tuple[float, float]]) -> Window:
-    """The figures of all batches but the last, whose beginning is the end of the one before."""
+    """Return the figures of all batches but the last, whose beginning is the end of the one before."""
     (first, _), *_, (last, _) = times
     return Window((last - first) / (len(times) - 1), statistics.mean(computed - began for began, computed in times))
 
 
 def make_worker(address: str, number: int, pipelined: bool, options: argparse.Namespace) -> Worker:
-    """A worker as a training loop uses it, with one rank."""
+    """Return a worker as a training loop uses it, with one rank."""
     flat = FlatModel(nn.Linear(round(options.megabytes * 250_000), 1, bias=False))
     rule, ahead = find_algorithm(options.algorithm).rule(), 2 if pipelined else 1
     role = Role(number, 1, "", 0.9, flat.layout, Plan(1 << 40, 1), ahead)
@@ -120,7 +120,7 @@ def make_worker(address: str, number: int, pipelined: bool, options: argparse.Na
 
 
 def measure(link: SlowLink, options: argparse.Namespace) -> list[dict[str, float]]:
-    """A row for each number of workers and each ratio: medians over the repetitions."""
+    """Return a row for each number of workers and each ratio: medians over the repetitions."""
     exchange_s = window(link, 1, 0.0, False, options).batch_s
     print(f"{link.manner}; an exchange of {options.megabytes:g} MB each way takes {1000 * exchange_s:.0f} ms")
     print(LINE.format(workers="workers", ratio="compute/exchange", **{name: name for name in FIGURES}))

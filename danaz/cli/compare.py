@@ -120,8 +120,9 @@ def tune(
 
         danaz tune configs/digits.yaml -a asgd -n 16 --lr 0.05,0.1,0.2 --momentum 0
     """
+    from danaz.cli.output import print_tuning
     from danaz.compare.tune import tune as run_grid
-    from danaz.report.heat_map import print_tuning, write_tuning
+    from danaz.report.heat_map import write_tuning
     from danaz.run.config import load_config
     from danaz.run.fit import check_workers
     from danaz.run.settings import Settings
@@ -184,7 +185,7 @@ def _words(text: str) -> list[str]:
 
 def _report(call: CompletedCall) -> int:
     """Print the results and write the report. Returns the exit code."""
-    from danaz.compare.tables import print_comparison
+    from danaz.cli.output import print_comparison
     from danaz.report.comparison import write_report
 
     outcome = call.outcome

@@ -86,7 +86,7 @@ def doctor(asked: MachineOptions) -> None:
 
 
 def _play(ready: Launch) -> int:
-    from danaz.compare.tables import print_summary
+    from danaz.cli.output import print_summary
     from danaz.launch.prepare import execute
     from danaz.run.folder import read_summary
     from danaz.run.lock import RunFolderError

@@ -236,6 +236,6 @@ def algorithms() -> None:
 
         danaz algorithms
     """
-    from danaz.compare.tables import print_algorithms
+    from danaz.cli.output import print_algorithms
 
     print_algorithms()

@@ -39,8 +39,8 @@ def simulate(config: options.Experiment, asked: SimulateOptions) -> None:
 
         danaz simulate configs/digits.yaml -n 4 --wire onebit --set wire_warmup_epochs=2
     """
+    from danaz.cli.output import print_summary
     from danaz.cli.progress import progress_bar
-    from danaz.compare.tables import print_summary
     from danaz.run.config import Config, load_config
     from danaz.run.fit import check_workers
     from danaz.run.folder import write_settings
@@ -80,7 +80,8 @@ def speedup(
 
         danaz speedup --workers 1,2,4,8,16,32 --repetitions 5 --out /tmp/speedup
     """
-    from danaz.report.speedup import print_speedup, write_speedup
+    from danaz.cli.output import print_speedup
+    from danaz.report.speedup import write_speedup
     from danaz.simulate.speedup import speedup as compute
 
     try:

@@ -15,7 +15,7 @@ CELLS = "cells"  # its key, and the folder beside it that holds a run folder for
 
 
 def read_index(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """The shared config of the comparison in ``folder``, and the names of its cells. Raises UnreadableError."""
+    """Return the shared config of the comparison in ``folder``, and the names of its cells. Raises UnreadableError."""
     path = folder / INDEX
     index = read_yaml(path)
     config, names = index.get("config"), index.get(CELLS)

@@ -38,9 +38,10 @@ class Transitions(Generic[State, Event]):
 
         ``who``, such as a worker's number, is added to the role in the error.
         """
-        if not self.allows(state, event):
+        after = self.table.get(event, {}).get(state)
+        if after is None:
             raise IllegalTransitionError(f"{self.role} {who}".rstrip(), event, state)
-        return self.table[event][state]
+        return after
 
     def picture(self) -> str:
         """Return a mermaid state diagram of the whole table: one arrow for each pair of states, with all its events."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import compress
 from math import inf, isfinite, sqrt
 from statistics import median_low
 from typing import Any
@@ -43,7 +44,8 @@ class PushHealth:
     def __init__(self, on_notice: Callable[[str], None]):
         self._on_notice = on_notice
         self._ailments: dict[int, Ailments] = {}  # by worker; a worker without any is not in it
-        self._sizes: deque[tuple[int, float]] = deque(maxlen=RECENT_PUSHES)  # (worker, ‖push‖)
+        self._sizes: deque[float] = deque(maxlen=RECENT_PUSHES)  # ‖push‖ of each recent push
+        self._senders: deque[int] = deque(maxlen=RECENT_PUSHES)  # the worker that made each of them
         self._in_a_row: Counter[int] = Counter()  # by worker, its refused pushes since the last applied one
 
     def _of(self, worker: int) -> Ailments:
@@ -62,13 +64,17 @@ class PushHealth:
         ``refused`` says what becomes of outliers.
         """
         ratio = self._outlier_ratio(worker, size)
-        self._sizes.append((worker, size))
+        self._sizes.append(size)
+        self._senders.append(worker)
         if ratio is not None:
             self._count_outlier(worker, ratio, refused)
         return ratio is not None
 
     def _outlier_ratio(self, worker: int, size: float) -> float | None:
         """Return ``size`` over the usual size of the others' pushes; None if it is no outlier."""
+        # Most pushes need no median: it is at least the smallest size.
+        if size <= OUTLIER_RATIO * min(self._sizes, default=0.0):
+            return None
         usual = self._usual_beside(worker)
         if usual is None or size <= OUTLIER_RATIO * usual:
             return None
@@ -87,7 +93,7 @@ class PushHealth:
     def _usual_beside(self, worker: int) -> float | None:
         """Return the median size of the other workers' recent pushes; None while there are too few to judge by."""
         of_each: dict[int, list[float]] = {}
-        for other, size in self._sizes:
+        for other, size in zip(self._senders, self._sizes, strict=True):
             if other != worker:
                 of_each.setdefault(other, []).append(size)
         others = [size for sizes in of_each.values() for size in sizes[-RECENT_OF_EACH:]]
@@ -95,7 +101,9 @@ class PushHealth:
 
     def forget(self, worker: int) -> None:
         """Stop comparing others with what ``worker``, which is gone, has pushed."""
-        self._sizes = deque((entry for entry in self._sizes if entry[0] != worker), maxlen=RECENT_PUSHES)
+        of_others = [sender != worker for sender in self._senders]
+        self._sizes = deque(compress(self._sizes, of_others), maxlen=RECENT_PUSHES)
+        self._senders = deque(compress(self._senders, of_others), maxlen=RECENT_PUSHES)
         del self._in_a_row[worker]
 
     def count_refused(self, push: Push) -> int:

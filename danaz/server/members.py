@@ -47,6 +47,7 @@ S, E = MemberState, MemberEvent
 _AT_WORK = (S.STARTING, S.COMPUTING, S.IN_ROUND, S.IDLE)
 TAKES_PART = frozenset((S.EXPECTED, *_AT_WORK))
 HAS_LEFT = frozenset((S.LEAVING, S.LEFT, S.SILENT_LEAVING, S.SILENT_LEFT, S.DISMISSED))
+IS_ALIVE = frozenset((*TAKES_PART, S.LEAVING, S.LEFT, S.DISMISSED))
 
 MEMBER = Transitions(
     "member",
@@ -152,7 +153,7 @@ class Member:
     @property
     def alive(self) -> bool:
         """Whether others may wait for it: it is not silent and has not quit."""
-        return self.state not in (S.LOST, S.QUIT, S.SILENT_LEAVING, S.SILENT_LEFT)
+        return self.state in IS_ALIVE
 
     @property
     def left(self) -> bool:

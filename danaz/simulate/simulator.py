@@ -44,7 +44,7 @@ class SimulatedWorker:
     def __init__(self, core: WorkerCore):
         self.core = core
         self.batches: deque[int] = deque()  # numbers of the batches that it has leased
-        self.waits = True  # until a reply brings a view
+        self.waits = True  # whether a reply with a view is still to come
         self.epoch = 0.0  # the cluster's epoch in the last reply
         self.done = False  # no batches are left
 
@@ -88,7 +88,7 @@ class Simulation:
         run.mkdir(parents=True, exist_ok=True)
         self.folder = RunWriter(run, self.settings.facts())
         self._last_loss: float | None = None
-        torch.manual_seed(config.seed)  # for augmentation
+        torch.manual_seed(config.seed)  # which augmentation draws from
 
     def _make_worker(self, number: int) -> SimulatedWorker:
         role = Role(
@@ -146,7 +146,7 @@ class Simulation:
             self.send(worker, worker.core.pull())
 
     def pipelined_turn(self, worker: SimulatedWorker) -> None:
-        """One turn under ``pipeline``: fetch the view for the next batch, then compute and push this batch."""
+        """Take a turn under ``pipeline``: fetch the view for the next batch, then compute and push this batch."""
         self.send(worker, worker.core.pull(ahead=True))
         self.send(worker, self.make_push(worker, wants_view=False))
 
