@@ -27,10 +27,12 @@ SLOWEST_BYTES_PER_S = 1 << 16  # …plus the time that the returned files take a
 
 @dataclass(frozen=True)
 class Timeouts:
-    grace_s: float
-    start_s: float
-    finish_s: float
-    overtime_s: float
+    """How long a run waits, in seconds."""
+
+    grace_s: float = 5.0  # between SIGTERM and SIGKILL
+    start_s: float = 60.0  # for an agent to answer, and for a service to announce itself
+    finish_s: float = 75.0  # for the services to end after the last rank has ended well
+    overtime_s: float = 30.0  # for all processes to end after one of `Plan.concludes` has ended well
 
 
 @dataclass

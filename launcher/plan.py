@@ -1,7 +1,6 @@
 """Hosts -> processes. Pure: the same arguments give the same plan, and nothing is started or looked up.
 
-A *world* is the set of ranks that form one Horovod world. Asynchronous algorithms have one world per worker;
-synchronous SGD has a single world for all ranks. The slots of a host form one worker, or `workers_per_host` workers.
+A *world* is the set of ranks that form one Horovod world: the ranks of one worker, or those of all workers.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ __all__ = [
     "Returns",
     "Service",
     "Unit",
+    "Workers",
     "World",
     "plan",
     "slots_of",
@@ -83,6 +84,25 @@ class Service:
 
 
 @dataclass(frozen=True)
+class Workers:
+    """The workers of a run. Their ranks all run one command.
+
+    The slots of each host form `per_host` workers, and their numbers start at `first`. With `one_world`, all ranks form
+    a single world. `returns` is like `Service.returns`, for rank 0. `secrets` are like `Service.secret`, one for the
+    first rank of each world. `milestones` maps each milestone to the words for a rank that did not reach it: a rank
+    that ends with exit code 0 has failed unless it reached all of them.
+    """
+
+    command: Sequence[str]
+    per_host: int = 1
+    one_world: bool = False
+    first: int = 0
+    returns: Returns | None = None
+    secrets: Sequence[str] = field(default=(), repr=False)
+    milestones: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class World:
     """The ranks of one Horovod world meet on the machine of its first rank, and the agent there finds free ports."""
 
@@ -101,6 +121,7 @@ class Process:
     argv: tuple[str, ...]
     env: Mapping[str, str]
     rank: int | None = None  # on the whole cluster; None: a service
+    worker: int | None = None
     world: int | None = None
     announces: str | None = None
     returns: Returns | None = None
@@ -152,14 +173,18 @@ class Plan:
     services: tuple[Process, ...]
     ranks: tuple[Process, ...]
     worlds: tuple[World, ...]
-    workers: int
     cwd: str
     env: Mapping[str, str] = field(repr=False)  # may hold secrets: never printed
     run_id: str = ""  # unique on every machine; it names the folders of returned files there
 
     @property
+    def workers(self) -> int:
+        """The number of workers."""
+        return len({rank.worker for rank in self.ranks})
+
+    @property
     def units(self) -> tuple[Unit, ...]:
-        """Services first."""
+        """All units, services first."""
         groups: dict[str, list[Process]] = {}
         for process in self.services:
             groups.setdefault(process.group, []).append(process)
@@ -168,8 +193,8 @@ class Plan:
 
     def _unit(self, world: World) -> Unit:
         ranks = tuple(rank for rank in self.ranks if rank.world == world.index)
-        workers = {rank.env["DANAZ_WORKER"] for rank in ranks}
-        return Unit(f"worker {min(workers)}" if len(workers) == 1 else "the world of all workers", ranks, world)
+        workers = {rank.worker for rank in ranks}
+        return Unit(f"worker {ranks[0].worker}" if len(workers) == 1 else "the world of all workers", ranks, world)
 
     @property
     def concludes(self) -> frozenset[str]:
@@ -221,71 +246,49 @@ class _Seat(NamedTuple):
 
 def plan(
     hosts: Sequence[Host],
-    command: Sequence[str],
+    workers: Workers,
+    services: Sequence[Service] = (),
     *,
-    one_world: bool,
     env: Mapping[str, str],
     cwd: str,
-    workers_per_host: int = 1,
-    services: Sequence[Service] = (),
-    first_rank_returns: Returns | None = None,
-    secrets: Sequence[str] = (),
     machines: Mapping[str, Machine] | None = None,
-    first_worker: int = 0,
     run_id: str = "",
-    milestones: Mapping[str, str] | None = None,
 ) -> Plan:
     """Put one rank into every slot of every host.
 
     `env` is sent to every process; it may choose network interfaces, but not set a process's place. `machines` says by
-    name what is known about each host (cores, GPUs, address). `first_rank_returns` is like `Service.returns`, for rank
-    0. `secrets` are like `Service.secret`, one for the first rank of each world. Worker numbers start at
-    `first_worker`. `run_id` names the run on other machines. `milestones` maps each milestone to the words for a rank
-    that did not reach it: a rank that ends with exit code 0 has failed unless it reached all of them.
+    name what is known about each host (cores, GPUs, address). `run_id` names the run on other machines.
     Raises PlanError.
     """
-    if not command:
-        raise PlanError("there is no command to run; write it after --, for example: -- python train.py")
-    if not hosts:
-        raise PlanError("there are no hosts; expected at least one, for example localhost:1")
-    names = [service.name for service in services]
-    if len(set(names)) < len(names) or any(name.startswith("rank.") for name in names):
-        raise PlanError(f"services need names of their own, other than rank.N; got {', '.join(names)}")
+    _check_complete(hosts, workers, services)
     known = machines or {}
-    seats = _seats(hosts, workers_per_host, known)
-    by_world: dict[int, list[_Seat]] = {}
-    for seat in seats:
-        by_world.setdefault(0 if one_world else seat.worker, []).append(seat)
-    worlds = tuple(_world(index, members, known) for index, members in by_world.items())
-    workers = seats[-1].worker + 1
+    seats = _seats(hosts, workers, known)
+    groups = [seats] if workers.one_world else [[*group] for _, group in groupby(seats, key=lambda seat: seat.worker)]
     ranks: list[Process] = []
-    for world in worlds:
-        for rank, seat in enumerate(by_world[world.index]):
-            place = {
-                **_worker_env(seat, first_worker),
-                **_world_env(rank, by_world[world.index], world),
-                **_meeting_env(seat, world),
-            }
+    worlds = []
+    for index, members in enumerate(groups):
+        world = _world(index, members, known)
+        worlds.append(world)
+        for rank, seat in enumerate(members):
+            place = {**_worker_env(seat), **_world_env(rank, members, world), **_meeting_env(seat, world)}
             _check_is_free(env, place, services)
-            way = _way_env(seat, world, known)
-            names_and_values = {**place, **{name: value for name, value in way.items() if name not in env}}
-            number = len(ranks)
+            way = {name: value for name, value in _way_env(seat, world, known).items() if name not in env}
             ranks.append(
                 Process(
-                    f"rank.{number}",
+                    f"rank.{len(ranks)}",
                     seat.host,
-                    tuple(command),
-                    names_and_values,
-                    rank=number,
-                    world=world.index,
-                    returns=first_rank_returns if number == 0 else None,
+                    tuple(workers.command),
+                    {**place, **way},
+                    rank=len(ranks),
+                    worker=seat.worker,
+                    world=index,
+                    returns=None if ranks else workers.returns,
                     defaults=_defaults(seat, known),
-                    secret=secrets[world.index] if secrets and rank == 0 else None,
-                    milestones=milestones or {},
+                    secret=workers.secrets[index] if workers.secrets and rank == 0 else None,
+                    milestones=workers.milestones,
                 )
             )
-    beside = tuple(_service_process(service) for service in services)
-    return Plan(beside, tuple(ranks), worlds, workers, cwd, dict(env), run_id)
+    return Plan(tuple(map(_service_process, services)), tuple(ranks), tuple(worlds), cwd, dict(env), run_id)
 
 
 def slots_of(host: Host, machines: Mapping[str, Machine]) -> int:
@@ -296,22 +299,36 @@ def slots_of(host: Host, machines: Mapping[str, Machine]) -> int:
     return slots if host.max_slots is None else min(slots, host.max_slots)
 
 
-def _seats(hosts: Sequence[Host], workers_per_host: int, machines: Mapping[str, Machine]) -> list[_Seat]:
-    if workers_per_host < 1:
-        raise PlanError(f"workers per host is {workers_per_host}; expected at least 1")
+def _check_complete(hosts: Sequence[Host], workers: Workers, services: Sequence[Service]) -> None:
+    """Raises PlanError if something is missing, or has a wrong name or number, whatever the machines are."""
+    if not workers.command:
+        raise PlanError("there is no command to run; write it after --, for example: -- python train.py")
+    if not hosts:
+        raise PlanError("there are no hosts; expected at least one, for example localhost:1")
+    if workers.per_host < 1:
+        raise PlanError(f"workers per host is {workers.per_host}; expected at least 1")
+    names = [service.name for service in services]
+    if len(set(names)) < len(names) or any(name.startswith("rank.") for name in names):
+        raise PlanError(f"services need names of their own, other than rank.N; got {', '.join(names)}")
+    for service in services:
+        if not service.command:
+            raise PlanError(f"the service {service.name} has no command")
+
+
+def _seats(hosts: Sequence[Host], workers: Workers, machines: Mapping[str, Machine]) -> list[_Seat]:
     seats: list[_Seat] = []
     for number, host in enumerate(hosts):
-        slots = slots_of(host, machines)
-        if workers_per_host > slots:
+        slots, parts = slots_of(host, machines), workers.per_host
+        if parts > slots:
             raise PlanError(
-                f"{host.name} has {_count(slots, 'slot')}, too few for {workers_per_host} workers of one rank or more; "
-                f"give it more slots ({host.name}:{workers_per_host}) or ask for fewer workers per host"
+                f"{host.name} has {_count(slots, 'slot')}, too few for {parts} workers of one rank or more; "
+                f"give it more slots ({host.name}:{parts}) or ask for fewer workers per host"
             )
         for slot in range(slots):
             # The slots are split among the workers as evenly as possible, and the larger parts come first.
-            small, larger = divmod(slots, workers_per_host)
+            small, larger = divmod(slots, parts)
             within = slot // (small + 1) if slot < larger * (small + 1) else (slot - larger) // small
-            seats.append(_Seat(host, number * workers_per_host + within, slot, slots))
+            seats.append(_Seat(host, workers.first + number * parts + within, slot, slots))
     return seats
 
 
@@ -327,9 +344,9 @@ def _within_one_machine(members: Sequence[_Seat]) -> bool:
     return len(names) == 1 or all(is_loopback(name) for name in names)
 
 
-def _worker_env(seat: _Seat, first_worker: int) -> dict[str, str]:
+def _worker_env(seat: _Seat) -> dict[str, str]:
     return {
-        "DANAZ_WORKER": str(first_worker + seat.worker),
+        "DANAZ_WORKER": str(seat.worker),
         "DANAZ_LOCAL_RANK": str(seat.slot),
         "DANAZ_LOCAL_SIZE": str(seat.slots),
         "DANAZ_LOCAL_DEVICE": str(seat.host.devices[seat.slot] if seat.host.devices else seat.slot),
@@ -401,8 +418,6 @@ def _defaults(seat: _Seat, machines: Mapping[str, Machine]) -> dict[str, str]:
 
 
 def _service_process(service: Service) -> Process:
-    if not service.command:
-        raise PlanError(f"the service {service.name} has no command")
     return Process(
         service.name,
         service.host,

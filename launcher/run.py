@@ -19,7 +19,7 @@ from launcher.signals import ENDING_SIGNALS, NotedSignals, noted_signals
 from launcher.supervisor import Decision, Policy, Supervisor
 from launcher.transport import AgentCommand, local_agent_command
 
-__all__ = ["Failure", "Outcome", "Tell", "run"]
+__all__ = ["Failure", "Outcome", "Tell", "Timeouts", "run"]
 
 Tell = Callable[[str], None]  # called with one sentence per event
 CANNOT_GO_ON = 2  # the exit code of a service that no restart would help
@@ -45,26 +45,19 @@ def run(
     echo: Echo | None = None,
     tell: Tell | None = None,
     agent_command: AgentCommand = local_agent_command,
-    grace_s: float = 5.0,
-    start_timeout_s: float = 60.0,
-    finish_timeout_s: float = 75.0,
-    overtime_s: float = 30.0,
+    timeouts: Timeouts | None = None,
 ) -> Outcome:
     """Start every process of `plan`, and return when none of them is left.
 
     `policy` says what to do after a failure; by default, the first failure ends the run. `echo` shows a line of output;
     the default is `Terminal()`, which shows every line with its process in front. `tell` is called with a sentence for
-    each failure that the run survives. `start_timeout_s` is how long an agent may take to answer, and a service to
-    announce itself. `finish_timeout_s` is how long services may go on after the last rank has ended well. `overtime_s`
-    is how long all processes may go on once the run is over, which means that one of the processes in `Plan.concludes`
-    has ended well. `grace_s` is the time between SIGTERM and SIGKILL. SIGINT, SIGTERM and SIGHUP end the run; a second
-    such signal ends it without grace. Call this from the main thread, because only that gets signals; otherwise it
-    raises ValueError. Raises OSError when the run folder cannot be written at the start; later, `tell` hears what could
-    not be kept, and the run goes on.
+    each failure that the run survives. SIGINT, SIGTERM and SIGHUP end the run; a second such signal ends it without
+    grace. Call this from the main thread, because only that gets signals; otherwise it raises ValueError. Raises
+    OSError when the run folder cannot be written at the start; later, `tell` hears what could not be kept, and the run
+    goes on.
     """
     plan = replace(plan, run_id=plan.run_id or token_hex(8))
-    timeouts = Timeouts(grace_s, start_timeout_s, finish_timeout_s, overtime_s)
-    around = RunContext(plan, Logs(run_folder, echo or Terminal()), agent_command, timeouts)
+    around = RunContext(plan, Logs(run_folder, echo or Terminal()), agent_command, timeouts or Timeouts())
     with noted_signals(*ENDING_SIGNALS) as signals:
         return _Run(around, policy or Policy(), tell or (lambda _: None), signals).execute()
 

@@ -18,7 +18,7 @@ from danaz.protocol.keys import WorkerKeys, to_json
 from danaz.run.milestones import MISSING
 from launcher.hosts import parse_hosts
 from launcher.machine import in_url, local_machines
-from launcher.plan import Plan, plan
+from launcher.plan import Plan, Workers, plan
 
 FORMAT = "danaz invitation 1"
 FOLDER = "invitations"
@@ -111,14 +111,7 @@ def plan_to_join(invitation: Invitation, server: str, slots: int | None, cwd: st
     """The ranks of one more worker on this machine, for the server at ``server``, tcp://ADDRESS:PORT."""
     [here] = parse_hosts("localhost")
     here = replace(here, slots=slots)
-    return plan(
-        [here],
-        invitation.task.command,
-        one_world=False,
-        env={**invitation.task.env, "DANAZ_SERVER": server, "DANAZ_GUEST": "1"},
-        cwd=cwd,
-        secrets=[] if invitation.keys is None else [to_json(invitation.keys)],
-        machines=local_machines([here]),
-        first_worker=invitation.worker,
-        milestones=MISSING,
-    )
+    secrets = [] if invitation.keys is None else [to_json(invitation.keys)]
+    worker = Workers(invitation.task.command, first=invitation.worker, secrets=secrets, milestones=MISSING)
+    env = {**invitation.task.env, "DANAZ_SERVER": server, "DANAZ_GUEST": "1"}
+    return plan([here], worker, env=env, cwd=cwd, machines=local_machines([here]))

@@ -27,7 +27,7 @@ from danaz.serving.checkpoint import delete_checkpoints, folder_of
 from launcher.hosts import Host
 from launcher.logs import Echo
 from launcher.machine import Machine, in_url
-from launcher.plan import ANNOUNCED, PYTHON, Plan, Returns, Service, plan, slots_of
+from launcher.plan import ANNOUNCED, PYTHON, Plan, Returns, Service, Workers, plan, slots_of
 from launcher.run import Outcome, Tell, run
 from launcher.supervisor import OnFailure, Policy
 
@@ -238,19 +238,22 @@ def make_plan(
     returns = None if reach.is_direct(writer) else Returns("DANAZ_RUN", RESULTS)
     guarded = not all_reduce and not reach.insecure  # on one machine, too: others may have accounts there
     server_keys, worker_keys = make_keys(cluster.workers + options.invite) if guarded else (None, [])
+    workers = Workers(
+        task.command,
+        per_host=cluster.workers_per_host,
+        one_world=all_reduce,
+        returns=returns if all_reduce else None,
+        secrets=[to_json(keys) for keys in worker_keys[: cluster.workers]],
+        milestones=MISSING,
+    )
     laid = plan(
         cluster.hosts,
-        task.command,
-        one_world=all_reduce,
+        workers,
+        [_server(cluster, options, shard, server_keys) for shard in range(0 if all_reduce else shards)],
         env={**travels, **run_env},
         cwd=reach.cwd,
-        workers_per_host=cluster.workers_per_host,
-        services=[_server(cluster, options, shard, server_keys) for shard in range(0 if all_reduce else shards)],
-        first_rank_returns=returns if all_reduce else None,
-        secrets=[to_json(keys) for keys in worker_keys[: cluster.workers]],
         machines=cluster.machines,
         run_id=_run_id(run_folder),
-        milestones=MISSING,
     )
     guests = range(cluster.workers, cluster.workers + options.invite)
     keys = [worker_keys[number] if guarded else None for number in guests]

@@ -15,7 +15,7 @@ from launcher.failure import USAGE, Failure
 from launcher.hosts import parse_hosts
 from launcher.life import LONGEST_SETTLE_S, SETTLE_S, Life, RunContext, Timeouts
 from launcher.logs import Logs, quiet
-from launcher.plan import plan
+from launcher.plan import Workers, plan
 from launcher.transport import local_agent_command
 
 TRACEBACK = b"Traceback (most recent call last)\nRuntimeError: Connection closed by peer\n"
@@ -30,9 +30,9 @@ class Unit:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(logs_module, "time", types.SimpleNamespace(monotonic=lambda: self.now_s))
         self.now_s = 100.0
-        laid = plan(parse_hosts("localhost:4"), ["train"], one_world=True, env={}, cwd="/")
+        laid = plan(parse_hosts("localhost:4"), Workers(["train"], one_world=True), env={}, cwd="/")
         logs = Logs(folder, quiet)
-        around = RunContext(laid, logs, local_agent_command, Timeouts(0.0, 1.0, 1.0, 1.0))
+        around = RunContext(laid, logs, local_agent_command, Timeouts(grace_s=0.0))
         self.life = Life(laid.units[0], around, 1)
         self.ranks = {str(process.rank): process for process in laid.ranks}
         for process in laid.ranks:

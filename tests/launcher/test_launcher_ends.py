@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import pytest
 
 from launcher.hosts import parse_hosts
 from launcher.logs import quiet
-from launcher.plan import Service, plan
-from launcher.run import Outcome, run
+from launcher.plan import Service, Workers, plan
+from launcher.run import Outcome, Timeouts, run
 from launcher.supervisor import Policy
 
 # A rank whose story uses these; a milestone is a line in the file that the agent names.
@@ -36,6 +37,7 @@ import os, time
 print("DANAZ_SERVER=x", flush=True)
 while not os.path.exists(os.environ["FOLDER"] + "/over"): time.sleep(0.005)
 """
+QUICK = Timeouts(grace_s=0.5)
 MILESTONES = {"init": "it never began", "finish": "it left early"}
 
 
@@ -48,25 +50,20 @@ def play(
     one_world: bool = False,
     serve: str | None = SERVE,
     policy: Policy | None = None,
-    milestones: dict[str, str] | None = MILESTONES,
+    milestones: dict[str, str] = MILESTONES,
+    timeouts: Timeouts = QUICK,
     **options: Any,
 ) -> tuple[Outcome, list[str]]:
     """The outcome, and the sentences that were told."""
     services: Sequence[Service] = ()
     if serve is not None:
         services = [Service("server", [sys.executable, "-c", serve], announces="DANAZ_SERVER")]
-    laid = plan(
-        parse_hosts(hosts),
-        [sys.executable, "-c", RANK + story],
-        one_world=one_world,
-        workers_per_host=workers_per_host,
-        services=services,
-        env={**os.environ, "FOLDER": str(folder)},
-        cwd="/",
-        milestones=milestones,
+    workers = Workers(
+        [sys.executable, "-c", RANK + story], per_host=workers_per_host, one_world=one_world, milestones=milestones
     )
+    laid = plan(parse_hosts(hosts), workers, services, env={**os.environ, "FOLDER": str(folder)}, cwd="/")
     told: list[str] = []
-    arguments: dict[str, Any] = {"echo": quiet, "grace_s": 0.5, "tell": told.append, **options}
+    arguments: dict[str, Any] = {"echo": quiet, "tell": told.append, "timeouts": timeouts, **options}
     return run(laid, folder, policy=policy or Policy("restart", backoff_s=0.05), **arguments), told
 
 
@@ -96,7 +93,7 @@ def test_who_reaches_all_ends_well(tmp_path: Path) -> None:
 
 
 def test_without_milestones_an_exit_code_is_all(tmp_path: Path) -> None:
-    outcome, _ = play(tmp_path, 'assert "DANAZ_MILESTONES" not in os.environ', milestones=None, serve=None)
+    outcome, _ = play(tmp_path, 'assert "DANAZ_MILESTONES" not in os.environ', milestones={}, serve=None)
     assert outcome == Outcome(0)
 
 
@@ -183,7 +180,7 @@ print("DANAZ_SERVER=x", flush=True)
 there = lambda each: os.path.exists(os.environ["FOLDER"] + "/hangs." + each)
 while not all(there(each) for each in {hanging!r}): time.sleep(0.005)
 """
-    outcome, told = play(tmp_path, story, serve=serve, overtime_s=0.3)
+    outcome, told = play(tmp_path, story, serve=serve, timeouts=replace(QUICK, overtime_s=0.3))
     late = "did not end within 0.3 s of the end of the run, and what is left of it is ended"
     assert sorted(told) == [f"worker {each} on localhost: rank {each} {late}" for each in hanging]
     assert outcome == Outcome(0, events=tuple(f"worker {each} did not end by itself" for each in hanging))
@@ -198,7 +195,13 @@ until(lambda: exists("hangs"))
 reach("finish")
 """
     outcome, told = play(
-        tmp_path, story, workers_per_host=1, one_world=True, serve=None, policy=Policy("stop"), overtime_s=0.3
+        tmp_path,
+        story,
+        workers_per_host=1,
+        one_world=True,
+        serve=None,
+        policy=Policy("stop"),
+        timeouts=replace(QUICK, overtime_s=0.3),
     )
     assert outcome == Outcome(0, events=("worker 0 did not end by itself",))
     assert told[0].startswith("worker 0 on localhost: rank 1 did not end within 0.3 s of the end of the run")
@@ -223,7 +226,7 @@ print("DANAZ_SERVER=x", flush=True)
 {deaf}
 time.sleep(600)
 """
-    outcome, told = play(tmp_path, 'reach("init", "finish")', serve=serve, finish_timeout_s=0.3)
+    outcome, told = play(tmp_path, 'reach("init", "finish")', serve=serve, timeouts=replace(QUICK, finish_s=0.3))
     assert outcome == Outcome(0)
     assert told == ["server on localhost did not end by itself after the ranks, and is ended"]
 
@@ -246,7 +249,7 @@ if worker == "1":
     touch("over")
     while True: signal.pause()
 """
-    outcome, told = play(tmp_path, story, overtime_s=0.3)
+    outcome, told = play(tmp_path, story, timeouts=replace(QUICK, overtime_s=0.3))
     assert outcome == Outcome(0, events=("worker 1 did not end by itself",)), told
     for pid in (tmp_path / "pids").read_text().split():
         assert not _is_alive(int(pid)), "something of it is left"

@@ -15,14 +15,12 @@ LAUNCHER = """
 import json, os, sys
 from launcher.hosts import parse_hosts
 from launcher.logs import quiet
-from launcher.plan import plan
+from launcher.plan import Workers, plan
 from launcher.run import run
 
 folder, hosts, one_world, workers_per_host, script = sys.argv[1:]
-laid = plan(
-    parse_hosts(hosts), [sys.executable, "-c", script], one_world=one_world == "yes", env=dict(os.environ), cwd=folder,
-    workers_per_host=int(workers_per_host),
-)
+workers = Workers([sys.executable, "-c", script], int(workers_per_host), one_world == "yes")
+laid = plan(parse_hosts(hosts), workers, env=dict(os.environ), cwd=folder)
 outcome = run(laid, folder, echo=quiet)
 print(json.dumps({"exit_code": outcome.exit_code, "failure": str(outcome.failure)}))
 """

@@ -21,13 +21,13 @@ LAUNCHER = """
 import dataclasses, json, os, sys
 from launcher.hosts import parse_hosts
 from launcher.logs import quiet
-from launcher.plan import Service, plan
-from launcher.run import run
+from launcher.plan import Service, Workers, plan
+from launcher.run import Timeouts, run
 
 folder, hosts, grace_s, *command = sys.argv[1:]
 server = Service("server", command, announces="DANAZ_SERVER", env={"NAME": "server"})
-laid = plan(parse_hosts(hosts), command, one_world=True, services=[server], env=dict(os.environ), cwd=folder)
-outcome = run(laid, folder, echo=quiet, grace_s=float(grace_s), finish_timeout_s=0.1)
+laid = plan(parse_hosts(hosts), Workers(command, one_world=True), [server], env=dict(os.environ), cwd=folder)
+outcome = run(laid, folder, echo=quiet, timeouts=Timeouts(grace_s=float(grace_s), finish_s=0.1))
 print(json.dumps({"exit_code": outcome.exit_code, "failure": str(outcome.failure)}))
 sys.exit(outcome.exit_code)
 """

@@ -15,9 +15,9 @@ import pytest
 from launcher.channel import Channel, ChannelError
 from launcher.hosts import Host, parse_hosts
 from launcher.logs import quiet
-from launcher.plan import Returns, Service, plan
+from launcher.plan import Returns, Service, Workers, plan
 from launcher.reports import FILE_PIECE_BYTES, REPORTS, read_report
-from launcher.run import Outcome, run
+from launcher.run import Outcome, Timeouts, run
 from launcher.transport import local_agent_command
 
 # Answers as an agent does, up to the moment when a process is started; then it says what it is told to say.
@@ -56,16 +56,9 @@ def play(folder: Path, lies: Sequence[object], about: str = "rank.1", **options:
     returns = Returns("FOLDER", (r"updates\.jsonl", r"checkpoints/[0-9]+\.json"))
     where = parse_hosts("b" if about == "server" else "localhost")[0]
     server = Service("server", [sys.executable, "-c", serve], announces="DANAZ_SERVER", returns=returns, host=where)
-    laid = plan(
-        parse_hosts("localhost:1,b:1"),
-        ["sleep", "600"],
-        one_world=False,
-        services=[server],
-        env=dict(os.environ),
-        cwd="/",
-    )
+    laid = plan(parse_hosts("localhost:1,b:1"), Workers(["sleep", "600"]), [server], env=dict(os.environ), cwd="/")
     agents = liar(lies, about)
-    return run(laid, folder, echo=quiet, agent_command=agents, grace_s=0.5, finish_timeout_s=0.5, **options)
+    return run(laid, folder, echo=quiet, agent_command=agents, timeouts=Timeouts(grace_s=0.5, finish_s=0.5), **options)
 
 
 def piece(path: str, data: bytes = b"planted", last: bool = True) -> dict[str, object]:
@@ -181,8 +174,10 @@ def test_an_agent_that_has_lied_is_not_listened_to(tmp_path: Path) -> None:
 
 def test_a_line_without_an_end_is_cut_off(tmp_path: Path) -> None:
     script = "while True: __import__('os').write(1, b'x' * (1 << 20))"
-    laid = plan(parse_hosts("localhost:1"), ["true"], one_world=True, env={}, cwd="/")
-    outcome = run(laid, tmp_path, echo=quiet, agent_command=lambda host: [sys.executable, "-c", script], grace_s=0.1)
+    laid = plan(parse_hosts("localhost:1"), Workers(["true"]), env={}, cwd="/")
+    command = [sys.executable, "-c", script]
+    timeouts = Timeouts(grace_s=0.1)
+    outcome = run(laid, tmp_path, echo=quiet, agent_command=lambda host: command, timeouts=timeouts)
     reason = str(outcome.failure)
     assert reason.startswith("the agent on localhost sent something else than an answer: xxx")
     assert len(reason) < 1000

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 
 from launcher.hosts import Host, parse_hosts
 from launcher.machine import Machine
-from launcher.plan import Plan, PlanError, Returns, Service, plan
+from launcher.plan import Plan, PlanError, Returns, Service, Workers, plan
 
 FOLDER = Returns("FOLDER", ("summary.json",))
 
 
-def lay(hosts: str, workers_per_host: int = 1, *, one_world: bool = False, **options: object) -> Plan:
+def lay(hosts: str, per_host: int = 1, *, one_world: bool = False, **options: object) -> Plan:
     arguments: dict[str, object] = {"env": {}, "cwd": "/here", **options}
-    return plan(parse_hosts(hosts), ["train"], one_world=one_world, workers_per_host=workers_per_host, **arguments)  # type: ignore[arg-type]
+    return plan(parse_hosts(hosts), Workers(["train"], per_host, one_world), **arguments)  # type: ignore[arg-type]
 
 
 def column(laid: Plan, name: str) -> list[str | None]:
@@ -82,7 +82,7 @@ def test_a_host_split_into_workers() -> None:
 def test_slots_left_out_are_the_gpus_there_else_one() -> None:
     machines = {"a": Machine(gpus=8), "b": Machine(gpus=0)}
     assert len(lay("a,b", machines=machines).ranks) == 9
-    capped = plan([Host("a", max_slots=4)], ["train"], one_world=False, env={}, cwd="/", machines=machines)
+    capped = plan([Host("a", max_slots=4)], Workers(["train"]), env={}, cwd="/", machines=machines)
     assert len(capped.ranks) == 4
 
 
@@ -99,13 +99,13 @@ def test_the_users_own_environment_is_kept() -> None:
 
 
 def test_chosen_slots_are_the_devices() -> None:
-    laid = plan([Host("a", 2, devices=(1, 3))], ["train"], one_world=False, env={}, cwd="/")
+    laid = plan([Host("a", 2, devices=(1, 3))], Workers(["train"]), env={}, cwd="/")
     assert column(laid, "DANAZ_LOCAL_DEVICE") == ["1", "3"]
     assert column(laid, "HOROVOD_LOCAL_RANK") == ["0", "1"]
 
 
 def test_the_first_rank_may_return_files() -> None:
-    laid = plan(parse_hosts("a:2"), ["train"], one_world=True, env={}, cwd="/", first_rank_returns=FOLDER)
+    laid = plan(parse_hosts("a:2"), Workers(["train"], one_world=True, returns=FOLDER), env={}, cwd="/")
     assert [rank.returns for rank in laid.ranks] == [FOLDER, None]
 
 
@@ -132,8 +132,8 @@ def test_the_description_shows_everything_but_the_environment_of_the_user() -> N
 @pytest.mark.parametrize(
     ("hosts", "options", "message"),
     [
-        ("a:2", {"workers_per_host": 3}, r"a has 2 slots, too few for 3 workers of one rank or more; .* \(a:3\)"),
-        ("a:2", {"workers_per_host": 0}, "workers per host is 0; expected at least 1"),
+        ("a:2", {"per_host": 3}, r"a has 2 slots, too few for 3 workers of one rank or more; .* \(a:3\)"),
+        ("a:2", {"per_host": 0}, "workers per host is 0; expected at least 1"),
         ("a:1", {"services": [Service("s", ["x"]), Service("s", ["y"])]}, "services need names of their own"),
         ("a:1", {"services": [Service("rank.0", ["x"])]}, "services need names of their own"),
         ("a:1", {"services": [Service("server", [])]}, "the service server has no command"),
@@ -146,16 +146,16 @@ def test_what_does_not_fit(hosts: str, options: Mapping[str, object], message: s
 
 def test_nothing_to_run() -> None:
     with pytest.raises(PlanError, match="there is no command to run; write it after --"):
-        plan(parse_hosts("a:1"), [], one_world=True, env={}, cwd="/")
+        plan(parse_hosts("a:1"), Workers([]), env={}, cwd="/")
     with pytest.raises(PlanError, match="there are no hosts"):
-        plan([], ["train"], one_world=True, env={}, cwd="/")
+        plan([], Workers(["train"]), env={}, cwd="/")
 
 
 @given(slots=st.lists(st.integers(1, 9), min_size=1, max_size=6), parts=st.integers(1, 9), one_world=st.booleans())
 def test_every_slot_has_its_rank(slots: list[int], parts: int, one_world: bool) -> None:
     parts = min(parts, *slots)
     hosts = [Host(f"h{number}", count) for number, count in enumerate(slots)]
-    laid = plan(hosts, ["train"], one_world=one_world, workers_per_host=parts, env={}, cwd="/")
+    laid = plan(hosts, Workers(["train"], parts, one_world), env={}, cwd="/")
     assert len(laid.ranks) == sum(slots)
     assert laid.workers == len(slots) * parts
     assert [rank.rank for rank in laid.ranks] == list(range(sum(slots)))

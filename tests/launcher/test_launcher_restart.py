@@ -13,8 +13,8 @@ import pytest
 
 from launcher.hosts import Host, parse_hosts
 from launcher.logs import quiet
-from launcher.plan import ANNOUNCED, Returns, Service, plan
-from launcher.run import Outcome, run
+from launcher.plan import ANNOUNCED, Returns, Service, Workers, plan
+from launcher.run import Outcome, Timeouts, run
 from launcher.supervisor import Policy
 from launcher.transport import local_agent_command
 
@@ -50,17 +50,9 @@ def play(
     """The outcome, and the sentences that were told."""
     env = {**os.environ, "FOLDER": str(folder)}
     command = [sys.executable, "-c", RANK + story]
-    laid = plan(
-        parse_hosts(hosts),
-        command,
-        one_world=one_world,
-        workers_per_host=workers_per_host,
-        services=services,
-        env=env,
-        cwd="/",
-    )
+    laid = plan(parse_hosts(hosts), Workers(command, workers_per_host, one_world), services, env=env, cwd="/")
     told: list[str] = []
-    arguments: dict[str, object] = {"echo": quiet, "grace_s": 1.0, "tell": told.append, **options}
+    arguments: dict[str, object] = {"echo": quiet, "tell": told.append, "timeouts": Timeouts(grace_s=1.0), **options}
     outcome = run(laid, folder, policy=policy, **arguments)  # type: ignore[arg-type]
     return outcome, told
 
@@ -112,7 +104,7 @@ except ProcessLookupError:
     sys.exit(0)
 sys.exit("the daemon lives")
 """
-    outcome, _ = play(tmp_path, story, hosts="localhost:1", workers_per_host=1, grace_s=0.2)
+    outcome, _ = play(tmp_path, story, hosts="localhost:1", workers_per_host=1, timeouts=Timeouts(grace_s=0.2))
     assert outcome == Outcome(0, events=("worker 0 was restarted once",))
 
 
@@ -125,7 +117,7 @@ if life == 1:
     os.kill(agent if {whom!r} == "agent" else parent(agent), signal.SIGKILL)
     until(lambda: False)
 """
-    outcome, told = play(tmp_path, story, hosts="localhost:1", workers_per_host=1, grace_s=0.1)
+    outcome, told = play(tmp_path, story, hosts="localhost:1", workers_per_host=1, timeouts=Timeouts(grace_s=0.1))
     assert outcome == Outcome(0, events=("worker 0 was restarted once",))
     assert told[0].startswith("worker 0 on localhost: the agent "), told
     assert told[0].endswith("; restart 1 of 3 in 1.1 s"), "what the agent had started may need its grace to end"
@@ -317,7 +309,7 @@ print("DANAZ_SERVER=x", flush=True)
 while not os.path.exists(os.environ["FOLDER"] + "/1.0.2"): time.sleep(0.005)
 """
     service = Service("server", [sys.executable, "-c", code], announces="DANAZ_SERVER")
-    outcome, told = play(tmp_path, story, services=[service], overtime_s=0.5)
+    outcome, told = play(tmp_path, story, services=[service], timeouts=Timeouts(grace_s=1.0, overtime_s=0.5))
     assert outcome == Outcome(0, events=("worker 1 was restarted once", "worker 1 did not end by itself"))
     late = "rank 1 did not end within 0.5 s of the end of the run, and what is left of it is ended"
     assert told[-1] == f"worker 1 on localhost: {late}"

@@ -18,8 +18,8 @@ from launcher import life as life_module
 from launcher.channel import wait_ready
 from launcher.hosts import Host, parse_hosts
 from launcher.logs import Logs, Terminal, quiet
-from launcher.plan import PYTHON, Returns, Service, plan
-from launcher.run import Outcome, run
+from launcher.plan import PYTHON, Returns, Service, Workers, plan
+from launcher.run import Outcome, Timeouts, run
 from launcher.transport import AgentLink, local_agent_command
 
 
@@ -33,8 +33,9 @@ def play(
     cwd: str = "/",
     **options: object,
 ) -> Outcome:
-    laid = plan(parse_hosts(hosts), command, one_world=one_world, services=services, env=dict(os.environ), cwd=cwd)
-    arguments: dict[str, object] = {"echo": quiet, "grace_s": 1.0, **options}
+    workers = Workers(command, one_world=one_world)
+    laid = plan(parse_hosts(hosts), workers, services, env=dict(os.environ), cwd=cwd)
+    arguments: dict[str, object] = {"echo": quiet, "timeouts": Timeouts(grace_s=1.0), **options}
     return run(laid, folder, **arguments)  # type: ignore[arg-type]
 
 
@@ -179,7 +180,7 @@ print("written")
 
 def test_a_service_that_does_not_end_is_stopped_without_blame(tmp_path: Path) -> None:
     server = Service("server", python(ANNOUNCE + "import time; time.sleep(60)"), announces="DANAZ_SERVER")
-    assert play(tmp_path, ["true"], services=[server], finish_timeout_s=0.1) == Outcome(0)
+    assert play(tmp_path, ["true"], services=[server], timeouts=Timeouts(grace_s=1.0, finish_s=0.1)) == Outcome(0)
 
 
 def test_a_service_may_end_before_the_ranks(tmp_path: Path) -> None:
@@ -202,7 +203,7 @@ def test_a_service_may_end_before_the_ranks(tmp_path: Path) -> None:
 )
 def test_a_service_that_fails_ends_the_run(tmp_path: Path, code: str, exit_code: int, message: str) -> None:
     server = Service("server", python(code), announces="DANAZ_SERVER")
-    outcome = play(tmp_path, ["sleep", "60"], services=[server], start_timeout_s=1.0)
+    outcome = play(tmp_path, ["sleep", "60"], services=[server], timeouts=Timeouts(grace_s=1.0, start_s=1.0))
     assert outcome.exit_code == exit_code
     assert str(outcome.failure).startswith(message)
 
@@ -234,7 +235,9 @@ def test_a_machine_that_cannot_be_reached(tmp_path: Path) -> None:
     ],
 )
 def test_an_agent_that_does_not_come_up(tmp_path: Path, script: str, message: str) -> None:
-    outcome = play(tmp_path, ["true"], agent_command=lambda host: ["sh", "-c", script], start_timeout_s=1.0)
+    outcome = play(
+        tmp_path, ["true"], agent_command=lambda host: ["sh", "-c", script], timeouts=Timeouts(grace_s=1.0, start_s=1.0)
+    )
     assert outcome.exit_code == 1
     assert str(outcome.failure).startswith(f"the agent on localhost {message}")
 
@@ -251,7 +254,7 @@ def test_a_rank_gets_its_machines_environment_and_over_it_what_travels(
     for name, value in {"THERE": "1", "BOTH": "1", "OMP_NUM_THREADS": "7"}.items():
         monkeypatch.setenv(name, value)
     command = ["sh", "-c", "echo $THERE $BOTH $OMP_NUM_THREADS $PYTHONUNBUFFERED; command -v python3"]
-    laid = plan(parse_hosts("localhost:1"), command, one_world=True, env={"BOTH": "2"}, cwd="/")
+    laid = plan(parse_hosts("localhost:1"), Workers(command), env={"BOTH": "2"}, cwd="/")
     assert run(laid, tmp_path, echo=quiet) == Outcome(0)
     # `python` is the one that danaz is installed in.
     assert written(tmp_path, "rank.0") == f"1 2 7 1\n{Path(sys.executable).parent}/python3\n"

@@ -25,8 +25,8 @@ import os, sys
 from launcher.connections import SharedConnections
 from launcher.hosts import parse_hosts
 from launcher.logs import quiet
-from launcher.plan import plan
-from launcher.run import run
+from launcher.plan import Workers, plan
+from launcher.run import Timeouts, run
 from launcher.ssh import Ssh
 from launcher.survey import survey
 
@@ -34,8 +34,8 @@ folder, hosts, workers, *command = sys.argv[1:]
 hosts, ssh = parse_hosts(hosts), Ssh(connections=SharedConnections())
 found = survey(hosts, ssh, hub=hosts[0], cwd="/")
 assert not [finding.problem for finding in found.values() if finding.problem], found
-laid = plan(hosts, command, one_world=False, env={}, cwd="/", workers_per_host=int(workers))
-outcome = run(laid, folder, echo=quiet, agent_command=ssh, grace_s=0.2)
+laid = plan(hosts, Workers(command, int(workers)), env={}, cwd="/")
+outcome = run(laid, folder, echo=quiet, agent_command=ssh, timeouts=Timeouts(grace_s=0.2))
 print([outcome.exit_code, str(outcome.failure), len(laid.ranks)])
 """
 

@@ -29,8 +29,8 @@ from launcher import agents, ssh
 from launcher.connections import SharedConnections
 from launcher.hosts import parse_hosts
 from launcher.logs import quiet
-from launcher.plan import ANNOUNCED, Returns, Service, plan
-from launcher.run import run
+from launcher.plan import ANNOUNCED, Returns, Service, Workers, plan
+from launcher.run import Timeouts, run
 from launcher.supervisor import Policy
 
 folder, policy, silence_s, server_host, *command = sys.argv[1:]
@@ -41,10 +41,10 @@ if silence_s:
 serve = 'echo DANAZ_SERVER=tcp://there:4711; echo "$0" >> $KEPT/lives; exec sleep 2000'
 server = Service("server", ["sh", "-c", serve, "first"], announces="DANAZ_SERVER", again=["sh", "-c", serve, ANNOUNCED],
                  host=parse_hosts(server_host)[0], returns=Returns("KEPT", ("lives",)))
-laid = plan(parse_hosts("a:1,b:1"), command, one_world=False, services=[server], env={}, cwd="/")
+laid = plan(parse_hosts("a:1,b:1"), Workers(command), [server], env={}, cwd="/")
 told = open(folder + "/told", "w", buffering=1)
 outcome = run(laid, folder, echo=quiet, tell=lambda sentence: print(sentence, file=told),
-              agent_command=ssh.Ssh(connections=SharedConnections()), grace_s=1.0, finish_timeout_s=1.0,
+              agent_command=ssh.Ssh(connections=SharedConnections()), timeouts=Timeouts(grace_s=1.0, finish_s=1.0),
               policy=Policy(**json.loads(policy)))
 print(json.dumps([outcome.exit_code, str(outcome.failure), outcome.events]))
 """
