@@ -16,9 +16,10 @@ agent sends the files when all these processes have ended well, and at a stop. I
 says that it kept the files. With `keep_files`, or when the agent ends without an order, the files stay for a process
 that will continue from them.
 
-A process with `milestones` finds the name of a file in DANAZ_MILESTONES, and adds a line to it for each milestone that
-it reaches. The exit report lists them. The last milestone is "leave", and the exit report says how many seconds passed
-between it and the end of the process.
+A process with `milestones` finds the name of a file in LAUNCHER_MILESTONES, and adds a line to it for each milestone
+that it reaches. The exit report lists them. The last milestone is "leave", and the exit report says how many seconds
+passed between it and the end of the process. A process with a `secret` reads it from the file descriptor that
+LAUNCHER_SECRET_FD names. `prefix` in the order replaces LAUNCHER_ in these names.
 
 A process gets the agent's own environment (on another machine, that of a login there). The variables in its order
 override it.
@@ -371,12 +372,12 @@ def command(argv: Sequence[str]) -> list[str]:
 def environment(order: Message, folder: Path | None, secret: tuple[int, ...], notes: Path | None) -> dict[str, str]:
     """The environment of a process: this machine's own, overridden by the order's.
 
-    In it, `python` is the Python that danaz is installed in.
+    In it, `python` is the Python that runs this agent.
     """
     path = os.pathsep.join((os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)))
     returns = {} if folder is None else {order["returns"]: str(folder)}
-    secrets = {"DANAZ_SECRET_FD": str(secret[0])} if secret else {}
-    milestones = {} if notes is None else {"DANAZ_MILESTONES": str(notes)}
+    secrets = {f"{order['prefix']}SECRET_FD": str(secret[0])} if secret else {}
+    milestones = {} if notes is None else {f"{order['prefix']}MILESTONES": str(notes)}
     return {**order["defaults"], **os.environ, "PATH": path, **order["env"], **returns, **secrets, **milestones}
 
 
@@ -458,7 +459,7 @@ def main() -> int:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # some parents leave it ignored, which would hide how children end
     adopt_orphans()
     guardian = os.getpid()
-    folder = Path(tempfile.gettempdir(), f"danaz-agent-{token_hex(8)}")
+    folder = Path(tempfile.gettempdir(), f"launcher-agent-{token_hex(8)}")
     agent = os.fork()
     if agent != 0:
         return guard(agent, folder)

@@ -13,7 +13,7 @@ from launcher.gate import Gate, delay_s
 from launcher.hosts import Host
 from launcher.logs import Logs, printable
 from launcher.machine import is_this_machine
-from launcher.plan import Process, World
+from launcher.plan import PREFIX, Process, World
 from launcher.reports import (
     LEAVING,
     Ended,
@@ -63,10 +63,12 @@ class LostAgent:
 class Agents:
     """`connect`, `open_world`, `start` and `stop` send orders to the agents; `pump` receives their reports."""
 
-    def __init__(self, processes: Iterable[Process], logs: Logs, gate: Gate | None = None) -> None:
-        """`gate` is shared by all lives that connect at the same time."""
+    def __init__(
+        self, processes: Iterable[Process], logs: Logs, gate: Gate | None = None, prefix: str = PREFIX
+    ) -> None:
+        """`gate` is shared by all lives that connect at the same time. `prefix` is like `Plan.prefix`."""
         self.processes = {process.name: process for process in processes}
-        self.logs, self.gate = logs, gate or Gate()
+        self.logs, self.gate, self.prefix = logs, gate or Gate(), prefix
         self.links: dict[str, AgentLink] = {}  # by host name
         self.announced: dict[str, str] = {}
         self.ports: dict[int, dict[str, str]] = {}  # world -> environment variables that name its ports
@@ -132,6 +134,7 @@ class Agents:
             "folder": folder,
             "milestones": bool(process.milestones),
             "secret": process.secret,
+            "prefix": self.prefix,
             "cwd": process.cwd or cwd,
         }
         self.links[process.host.name].channel.send(order)

@@ -56,4 +56,4 @@ class SharedConnections:
 
 def _make_folder() -> Path:
     parent = tempfile.gettempdir()
-    return Path(tempfile.mkdtemp(prefix="danaz-ssh-", dir=parent if USABLE.fullmatch(parent) else "/tmp"))
+    return Path(tempfile.mkdtemp(prefix="launcher-ssh-", dir=parent if USABLE.fullmatch(parent) else "/tmp"))

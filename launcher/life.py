@@ -72,7 +72,7 @@ class Life:
     def __init__(self, unit: Unit, around: RunContext, number: int) -> None:
         """`number` counts the lives of the unit from 1."""
         self.unit, self.around, self.number = unit, around, number
-        self.agents = Agents(unit.processes, around.logs, around.gate)
+        self.agents = Agents(unit.processes, around.logs, around.gate, around.plan.prefix)
         self.up = False  # all its processes were started
         self.ended = False  # all of them ended well
         self.ending = False
@@ -123,7 +123,8 @@ class Life:
         ports = {} if unit.world is None else self.agents.ports[unit.world.index]
         found = {}
         if unit.world is not None:
-            found = {**self.around.announced, **ports, "DANAZ_INCARNATION": str(self.around.next_incarnation())}
+            incarnation = {f"{plan.prefix}INCARNATION": str(self.around.next_incarnation())}
+            found = {**self.around.announced, **ports, **incarnation}
         for process in unit.processes:
             env = {**plan.env, **process.env, **found}
             folder = self._folder(process) if process.returns else ""
@@ -134,7 +135,7 @@ class Life:
 
         The machine's number is part of it, because two machines may share their temporary files.
         """
-        name = f"danaz-{self.around.plan.run_id}-{process.group or process.name}"
+        name = f"{self.around.plan.run_id}-{process.group or process.name}"
         number = self.unit.hosts.index(process.host)
         return f"{name}.{number}" if number else name
 

@@ -19,6 +19,7 @@ __all__ = [
     "ANNOUNCED",
     "INTERFACE_VARIABLES",
     "LAUNCHING_MACHINE",
+    "PREFIX",
     "PYTHON",
     "Plan",
     "PlanError",
@@ -37,7 +38,8 @@ LAUNCHING_MACHINE = Host("localhost")
 # our modules, without importing anything from the working directory.
 PYTHON = "{python}"
 INTERFACE_VARIABLES = ("HOROVOD_GLOO_IFACE", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")  # `env` wins
-FOUND_LATER = ("HOROVOD_GLOO_RENDEZVOUS_PORT", "MASTER_PORT", "DANAZ_INCARNATION", "DANAZ_SECRET_FD")
+FOUND_LATER = ("HOROVOD_GLOO_RENDEZVOUS_PORT", "MASTER_PORT")
+PREFIX = "LAUNCHER_"  # of the variables that neither Horovod nor torchrun has
 ANNOUNCED = "{announced}"  # in the command that restarts a service: the value it first announced
 
 
@@ -60,10 +62,10 @@ class Returns:
 class Service:
     """A process that runs beside the ranks and is started before them.
 
-    When `announces` is a name, such as DANAZ_SERVER, the service must print a line `DANAZ_SERVER=value` on stdout, and
+    When `announces` is a name, such as SERVER, the service must print a line `SERVER=value` on stdout, and
     every rank finds that value in its environment. With `returns`, the files that it leaves in a folder of its own on
     its machine are brought into the run folder. The service reads `secret` from the file descriptor that
-    DANAZ_SECRET_FD names; the secret is sent to its machine and is only ever held in memory. `again` is the command
+    LAUNCHER_SECRET_FD names; the secret is sent to its machine and is only ever held in memory. `again` is the command
     that continues from where the service was killed. With it, the service can be restarted during a run: it gets the
     same folder, and ANNOUNCED in the command is replaced by the value it first announced. Services of one `group` fail
     and restart together, and those on one machine return their files in one folder. When `begins` is a name, the run
@@ -175,7 +177,8 @@ class Plan:
     worlds: tuple[World, ...]
     cwd: str
     env: Mapping[str, str] = field(repr=False)  # may hold secrets: never printed
-    run_id: str = ""  # unique on every machine; it names the folders of returned files there
+    run_id: str = ""  # unique on every machine; it begins the names of the folders of returned files there
+    prefix: str = PREFIX
 
     @property
     def workers(self) -> int:
@@ -231,8 +234,8 @@ class Plan:
             return {}
         port = f"<free port on {self.worlds[process.world].host.name}>"
         announced = {service.announces: f"<from {service.name}>" for service in self.services if service.announces}
-        announced["DANAZ_INCARNATION"] = "<from the clock>"
-        return {"HOROVOD_GLOO_RENDEZVOUS_PORT": port, "MASTER_PORT": port, **announced}
+        incarnation = {f"{self.prefix}INCARNATION": "<from the clock>"}
+        return {"HOROVOD_GLOO_RENDEZVOUS_PORT": port, "MASTER_PORT": port, **announced, **incarnation}
 
 
 class _Seat(NamedTuple):
@@ -253,12 +256,15 @@ def plan(
     cwd: str,
     machines: Mapping[str, Machine] | None = None,
     run_id: str = "",
+    prefix: str = PREFIX,
 ) -> Plan:
     """Put one rank into every slot of every host.
 
     `env` is sent to every process; it may choose network interfaces, but not set a process's place. `machines` says by
-    name what is known about each host (cores, GPUs, address). `run_id` names the run on other machines.
-    Raises PlanError.
+    name what is known about each host (cores, GPUs, address). `run_id` names the run on other machines. `prefix`
+    replaces LAUNCHER_ in the names of the launcher's own variables. A rank finds the number of its worker in
+    LAUNCHER_WORKER, and its place on its host in LAUNCHER_LOCAL_RANK, LAUNCHER_LOCAL_SIZE and LAUNCHER_LOCAL_DEVICE.
+    LAUNCHER_INCARNATION grows with each start. Raises PlanError.
     """
     _check_complete(hosts, workers, services)
     known = machines or {}
@@ -270,8 +276,8 @@ def plan(
         world = _world(index, members, known)
         worlds.append(world)
         for rank, seat in enumerate(members):
-            place = {**_worker_env(seat), **_world_env(rank, members, world), **_meeting_env(seat, world)}
-            _check_is_free(env, place, services)
+            place = {**_worker_env(seat, prefix), **_world_env(rank, members, world), **_meeting_env(seat, world)}
+            _check_is_free(env, {*place, *FOUND_LATER, f"{prefix}INCARNATION", f"{prefix}SECRET_FD"}, services)
             way = {name: value for name, value in _way_env(seat, world, known).items() if name not in env}
             ranks.append(
                 Process(
@@ -288,7 +294,7 @@ def plan(
                     milestones=workers.milestones,
                 )
             )
-    return Plan(tuple(map(_service_process, services)), tuple(ranks), tuple(worlds), cwd, dict(env), run_id)
+    return Plan(tuple(map(_service_process, services)), tuple(ranks), tuple(worlds), cwd, dict(env), run_id, prefix)
 
 
 def slots_of(host: Host, machines: Mapping[str, Machine]) -> int:
@@ -344,12 +350,12 @@ def _within_one_machine(members: Sequence[_Seat]) -> bool:
     return len(names) == 1 or all(is_loopback(name) for name in names)
 
 
-def _worker_env(seat: _Seat) -> dict[str, str]:
+def _worker_env(seat: _Seat, prefix: str) -> dict[str, str]:
     return {
-        "DANAZ_WORKER": str(seat.worker),
-        "DANAZ_LOCAL_RANK": str(seat.slot),
-        "DANAZ_LOCAL_SIZE": str(seat.slots),
-        "DANAZ_LOCAL_DEVICE": str(seat.host.devices[seat.slot] if seat.host.devices else seat.slot),
+        f"{prefix}WORKER": str(seat.worker),
+        f"{prefix}LOCAL_RANK": str(seat.slot),
+        f"{prefix}LOCAL_SIZE": str(seat.slots),
+        f"{prefix}LOCAL_DEVICE": str(seat.host.devices[seat.slot] if seat.host.devices else seat.slot),
     }
 
 
@@ -397,10 +403,10 @@ def _way_env(seat: _Seat, world: World, machines: Mapping[str, Machine]) -> dict
     return dict.fromkeys(INTERFACE_VARIABLES, interface) if interface else {}
 
 
-def _check_is_free(env: Mapping[str, str], place: Mapping[str, str], services: Sequence[Service]) -> None:
-    """Raises PlanError if `env` would set a variable that only the plan may set, such as a process's place."""
+def _check_is_free(env: Mapping[str, str], own: Collection[str], services: Sequence[Service]) -> None:
+    """Raises PlanError if `env` would set a variable that each process is told for itself, such as its place."""
     announced = {service.announces for service in services if service.announces}
-    taken = sorted(env.keys() & {*place, *FOUND_LATER, *announced})
+    taken = sorted(env.keys() & {*own, *announced})
     if taken:
         raise PlanError(
             f"{', '.join(taken)}: each process is told its own by the launcher; leave out what gives another value "

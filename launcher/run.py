@@ -56,7 +56,7 @@ def run(
     OSError when the run folder cannot be written at the start; later, `tell` hears what could not be kept, and the run
     goes on.
     """
-    plan = replace(plan, run_id=plan.run_id or token_hex(8))
+    plan = replace(plan, run_id=plan.run_id or f"launcher-{token_hex(8)}")
     around = RunContext(plan, Logs(run_folder, echo or Terminal()), agent_command, timeouts or Timeouts())
     with noted_signals(*ENDING_SIGNALS) as signals:
         return _Run(around, policy or Policy(), tell or (lambda _: None), signals).execute()

@@ -159,8 +159,8 @@ CURES = {
     r"No user exists for uid": "your user id has no entry in the list of users here, which ssh needs; ask your "
     "administrator for one",
     r"timed out|No route to host|Network is unreachable": "is it up, and does a firewall let ssh through?",
-    r"No module named '?launcher|ModuleNotFoundError": "danaz is not installed in {python} there; install the same "
-    "version, or name the right Python with --remote-python",
+    r"No module named '?launcher|ModuleNotFoundError": "this program is not installed in {python} there; install the "
+    "same version, or name the right Python with --remote-python",
     r"(?i)no such file|not found|cannot execute|permission denied": "there is no {python} there; name the right Python "
     "with --remote-python",
     r"(?i)bad configuration option|terminating, \d+ bad|unknown option": "your ssh cannot read its configuration; try: "

@@ -33,7 +33,7 @@ ANY_HOST = "*"
 CLOSE_S = 5.0
 SHOWN_LINES = 3
 NO_START = "does it have that working directory, and may you use it? If not, name another with --chdir"
-NO_PROBE = "is danaz whole there? Install it again, or name another Python with --remote-python"
+NO_PROBE = "is this program whole there? Install it again, or name another Python with --remote-python"
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from danaz.launch.reach import PREFIX
 from danaz.protocol.keys import WorkerKeys, to_json
 from danaz.run.milestones import MISSING
 from launcher.hosts import parse_hosts
@@ -114,4 +115,4 @@ def plan_to_join(invitation: Invitation, server: str, slots: int | None, cwd: st
     secrets = [] if invitation.keys is None else [to_json(invitation.keys)]
     worker = Workers(invitation.task.command, first=invitation.worker, secrets=secrets, milestones=MISSING)
     env = {**invitation.task.env, "DANAZ_SERVER": server, "DANAZ_GUEST": "1"}
-    return plan([here], worker, env=env, cwd=cwd, machines=local_machines([here]))
+    return plan([here], worker, env=env, cwd=cwd, machines=local_machines([here]), prefix=PREFIX)

@@ -14,7 +14,7 @@ from typing import Any, cast, get_args
 
 from danaz.launch.invitation import Invitation, Task, write_invitations
 from danaz.launch.options import RunOptions
-from danaz.launch.reach import Reach, find_machines, replaced_here
+from danaz.launch.reach import PREFIX, Reach, find_machines, replaced_here
 from danaz.launch.resume import write_options
 from danaz.protocol.keys import ServerKeys, make_keys, to_json
 from danaz.run.config import Config
@@ -253,7 +253,8 @@ def make_plan(
         env={**travels, **run_env},
         cwd=reach.cwd,
         machines=cluster.machines,
-        run_id=_run_id(run_folder),
+        run_id=run_id_of(run_folder),
+        prefix=PREFIX,
     )
     guests = range(cluster.workers, cluster.workers + options.invite)
     keys = [worker_keys[number] if guarded else None for number in guests]
@@ -261,10 +262,10 @@ def make_plan(
     return laid, [Invitation(number, task, key) for number, key in zip(guests, keys, strict=True)]
 
 
-def _run_id(run_folder: Path) -> str:
-    """The same whenever the run is resumed: what its server left on another machine is found by it."""
+def run_id_of(run_folder: Path) -> str:
+    """Return what names the run on other machines. A resumed run has the same, and finds what its server left there."""
     place = f"{socket.gethostname()}:{run_folder.resolve()}"
-    return hashlib.sha256(place.encode()).hexdigest()[:16]
+    return f"danaz-{hashlib.sha256(place.encode()).hexdigest()[:16]}"
 
 
 def _server(cluster: Cluster, options: RunOptions, shard: int, keys: ServerKeys | None) -> Service:

@@ -19,7 +19,7 @@ from launcher.survey import ANY_HOST, Finding, Probe, survey
 from launcher.transport import AgentCommand, local_agent_command
 
 PROBE = Probe((PYTHON, "-m", "danaz.launch.probe"), FIELDS, MEASURED)
-OWN = "DANAZ_"  # how the names of danaz's own variables begin
+PREFIX = "DANAZ_"  # of danaz's own variables
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 QUOTED = re.compile(r"""'(?P<plain>[^']*)'|"(?P<escaped>(?:[^"\\]|\\.)*)\"""")
 
@@ -153,9 +153,9 @@ def parse_environment(variables: Sequence[str], env_file: Path | None) -> dict[s
         if not equals and name not in os.environ:
             raise ReachError(f"-x {name}: it is not set here; write -x {name}=VALUE")
         found[name] = value if equals else os.environ[name]
-    own = sorted(name for name in found if name.startswith(OWN))
+    own = sorted(name for name in found if name.startswith(PREFIX))
     if own:
-        raise ReachError(f"{', '.join(own)}: what begins with {OWN} is set by danaz itself; give it another name")
+        raise ReachError(f"{', '.join(own)}: what begins with {PREFIX} is set by danaz itself; give it another name")
     return found
 
 

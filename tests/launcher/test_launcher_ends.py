@@ -21,20 +21,20 @@ from launcher.supervisor import Policy
 # A rank whose story uses these; a milestone is a line in the file that the agent names.
 RANK = """
 import os, signal, sys, time
-worker, rank = os.environ["DANAZ_WORKER"], os.environ["RANK"]
+worker, rank = os.environ["LAUNCHER_WORKER"], os.environ["RANK"]
 def at(name): return os.path.join(os.environ["FOLDER"], name)
 def until(condition):
     while not condition(): time.sleep(0.005)
 def exists(name): return os.path.exists(at(name))
 def touch(name): open(at(name), "w").close()
 def reach(*words):
-    for word in words: open(os.environ["DANAZ_MILESTONES"], "a").write(word + "\\n")
+    for word in words: open(os.environ["LAUNCHER_MILESTONES"], "a").write(word + "\\n")
 def hang(): os.kill(os.getpid(), signal.SIGSTOP)
 """
 # It ends as soon as the ranks say so.
 SERVE = """
 import os, time
-print("DANAZ_SERVER=x", flush=True)
+print("SERVER=x", flush=True)
 while not os.path.exists(os.environ["FOLDER"] + "/over"): time.sleep(0.005)
 """
 QUICK = Timeouts(grace_s=0.5)
@@ -57,7 +57,7 @@ def play(
     """The outcome, and the sentences that were told."""
     services: Sequence[Service] = ()
     if serve is not None:
-        services = [Service("server", [sys.executable, "-c", serve], announces="DANAZ_SERVER")]
+        services = [Service("server", [sys.executable, "-c", serve], announces="SERVER")]
     workers = Workers(
         [sys.executable, "-c", RANK + story], per_host=workers_per_host, one_world=one_world, milestones=milestones
     )
@@ -93,7 +93,7 @@ def test_who_reaches_all_ends_well(tmp_path: Path) -> None:
 
 
 def test_without_milestones_an_exit_code_is_all(tmp_path: Path) -> None:
-    outcome, _ = play(tmp_path, 'assert "DANAZ_MILESTONES" not in os.environ', milestones={}, serve=None)
+    outcome, _ = play(tmp_path, 'assert "LAUNCHER_MILESTONES" not in os.environ', milestones={}, serve=None)
     assert outcome == Outcome(0)
 
 
@@ -176,7 +176,7 @@ reach("finish")
 """
     serve = f"""
 import os, time
-print("DANAZ_SERVER=x", flush=True)
+print("SERVER=x", flush=True)
 there = lambda each: os.path.exists(os.environ["FOLDER"] + "/hangs." + each)
 while not all(there(each) for each in {hanging!r}): time.sleep(0.005)
 """
@@ -222,7 +222,7 @@ def test_a_service_that_hangs_is_ended_and_told(tmp_path: Path, deaf: str) -> No
     serve = f"""
 import os, signal, time
 def hang(): os.kill(os.getpid(), signal.SIGSTOP)
-print("DANAZ_SERVER=x", flush=True)
+print("SERVER=x", flush=True)
 {deaf}
 time.sleep(600)
 """

@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 import horovod.torch as hvd
 hvd.init()
-value = float(os.environ["BASE"]) * 10 ** int(os.environ["DANAZ_WORKER"]) * (hvd.rank() + 1)
+value = float(os.environ["BASE"]) * 10 ** int(os.environ["LAUNCHER_WORKER"]) * (hvd.rank() + 1)
 total = hvd.allreduce(torch.full((1000,), value), op=hvd.Sum)
 names = hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size(), hvd.cross_rank(), hvd.cross_size()
 hvd.shutdown()

@@ -25,7 +25,7 @@ from launcher.plan import Service, Workers, plan
 from launcher.run import Timeouts, run
 
 folder, hosts, grace_s, *command = sys.argv[1:]
-server = Service("server", command, announces="DANAZ_SERVER", env={"NAME": "server"})
+server = Service("server", command, announces="SERVER", env={"NAME": "server"})
 laid = plan(parse_hosts(hosts), Workers(command, one_world=True), [server], env=dict(os.environ), cwd=folder)
 outcome = run(laid, folder, echo=quiet, timeouts=Timeouts(grace_s=float(grace_s), finish_s=0.1))
 print(json.dumps({"exit_code": outcome.exit_code, "failure": str(outcome.failure)}))
@@ -38,7 +38,7 @@ import os, select, signal, time
 note = lambda name: open(name, "w").close()
 signal.signal(signal.SIGTERM, lambda *_: note("terminated"))
 signal.signal(signal.SIGINT, lambda *_: note("interrupted"))
-print("DANAZ_SERVER=tcp://127.0.0.1:5555", flush=True)
+print("SERVER=tcp://127.0.0.1:5555", flush=True)
 name = os.environ.get("NAME") or "rank." + os.environ.get("RANK", "bystander")
 def pause():
     while True: signal.pause()

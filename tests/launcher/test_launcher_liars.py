@@ -35,7 +35,7 @@ for line in sys.stdin:
     if order["do"] == "start":
         say({"is": "started", "name": order["name"], "pid": 1})
         if order["name"].startswith("server"): say({"is": "output", "name": order["name"], "stream": "stdout",
-                                                    "text": "DANAZ_SERVER=x\\n"})
+                                                    "text": "SERVER=x\\n"})
         for lie in lies if order["name"] == sys.argv[2] else []: say(lie)
 """
 
@@ -52,10 +52,10 @@ def liar(lies: Sequence[object], about: str) -> Callable[[Host], list[str]]:
 
 def play(folder: Path, lies: Sequence[object], about: str = "rank.1", **options: Any) -> Outcome:
     """A server and a worker here, and a worker on b, where everything lies."""
-    serve = "import time; print('DANAZ_SERVER=x', flush=True); time.sleep(600)"
+    serve = "import time; print('SERVER=x', flush=True); time.sleep(600)"
     returns = Returns("FOLDER", (r"updates\.jsonl", r"checkpoints/[0-9]+\.json"))
     where = parse_hosts("b" if about == "server" else "localhost")[0]
-    server = Service("server", [sys.executable, "-c", serve], announces="DANAZ_SERVER", returns=returns, host=where)
+    server = Service("server", [sys.executable, "-c", serve], announces="SERVER", returns=returns, host=where)
     laid = plan(parse_hosts("localhost:1,b:1"), Workers(["sleep", "600"]), [server], env=dict(os.environ), cwd="/")
     agents = liar(lies, about)
     return run(laid, folder, echo=quiet, agent_command=agents, timeouts=Timeouts(grace_s=0.5, finish_s=0.5), **options)

@@ -31,7 +31,7 @@ def test_a_world_per_worker() -> None:
         ("b", "127.0.0.1", 1),
     ]
     assert [rank.label for rank in laid.ranks] == ["a:0", "a:1", "b:2"]
-    assert column(laid, "DANAZ_WORKER") == ["0", "0", "1"]
+    assert column(laid, "LAUNCHER_WORKER") == ["0", "0", "1"]
     assert column(laid, "HOROVOD_RANK") == column(laid, "RANK") == ["0", "1", "0"]
     assert column(laid, "HOROVOD_SIZE") == column(laid, "WORLD_SIZE") == ["2", "2", "1"]
     assert column(laid, "HOROVOD_CROSS_SIZE") == ["1", "1", "1"]
@@ -53,7 +53,7 @@ def test_one_world_over_unequal_hosts() -> None:
     for name in ("HOROVOD_GLOO_IFACE", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         assert column(laid, name) == ["eth0", "eth0", "ens5", "ens5", "ens5"]
     assert column(laid, "MASTER_ADDR") == column(laid, "HOROVOD_GLOO_RENDEZVOUS_ADDR") == ["10.0.0.1"] * 5
-    assert column(laid, "DANAZ_WORKER") == ["0", "0", "1", "1", "1"]
+    assert column(laid, "LAUNCHER_WORKER") == ["0", "0", "1", "1", "1"]
 
 
 def test_what_travels_chooses_interfaces_but_no_place() -> None:
@@ -69,12 +69,12 @@ def test_what_travels_chooses_interfaces_but_no_place() -> None:
 
 def test_a_host_split_into_workers() -> None:
     laid = lay("a:5", 2)
-    assert column(laid, "DANAZ_WORKER") == ["0", "0", "0", "1", "1"]
+    assert column(laid, "LAUNCHER_WORKER") == ["0", "0", "0", "1", "1"]
     assert column(laid, "HOROVOD_LOCAL_RANK") == ["0", "1", "2", "0", "1"]
-    assert column(laid, "DANAZ_LOCAL_DEVICE") == ["0", "1", "2", "3", "4"]
+    assert column(laid, "LAUNCHER_LOCAL_DEVICE") == ["0", "1", "2", "3", "4"]
     assert [world.size for world in laid.worlds] == [3, 2]
     together = lay("a:5", 2, one_world=True)
-    assert column(together, "DANAZ_WORKER") == column(laid, "DANAZ_WORKER")
+    assert column(together, "LAUNCHER_WORKER") == column(laid, "LAUNCHER_WORKER")
     assert column(together, "HOROVOD_LOCAL_RANK") == ["0", "1", "2", "3", "4"]
     assert [world.size for world in together.worlds] == [5]
 
@@ -100,7 +100,7 @@ def test_the_users_own_environment_is_kept() -> None:
 
 def test_chosen_slots_are_the_devices() -> None:
     laid = plan([Host("a", 2, devices=(1, 3))], Workers(["train"]), env={}, cwd="/")
-    assert column(laid, "DANAZ_LOCAL_DEVICE") == ["1", "3"]
+    assert column(laid, "LAUNCHER_LOCAL_DEVICE") == ["1", "3"]
     assert column(laid, "HOROVOD_LOCAL_RANK") == ["0", "1"]
 
 
@@ -110,7 +110,7 @@ def test_the_first_rank_may_return_files() -> None:
 
 
 def test_services_come_first_and_tell_their_address() -> None:
-    server = Service("server", ["serve", "--port", "0"], announces="DANAZ_SERVER", env={"KEY": "value"})
+    server = Service("server", ["serve", "--port", "0"], announces="SERVER", env={"KEY": "value"})
     laid = lay("a:1", services=[server])
     assert [host.name for host in laid.hosts] == ["localhost", "a"]
     assert laid.services[0].env == {"KEY": "value"}
@@ -119,12 +119,12 @@ def test_services_come_first_and_tell_their_address() -> None:
 
 
 def test_the_description_shows_everything_but_the_environment_of_the_user() -> None:
-    server = Service("server", ["serve", "two words"], announces="DANAZ_SERVER")
+    server = Service("server", ["serve", "two words"], announces="SERVER")
     text = lay("a:2", services=[server], env={"TOKEN": "secret"}).describe()
     assert text.splitlines()[:2] == ["1 worker, 2 ranks, one Horovod world over all", "in /here"]
-    assert "[localhost:server] serve 'two words'\n    announces DANAZ_SERVER" in text
-    assert "[a:1] train\n    DANAZ_LOCAL_RANK=1\n    DANAZ_LOCAL_DEVICE=1\n    HOROVOD_RANK=1" in text
-    assert "    MASTER_PORT=<free port on a>\n    DANAZ_SERVER=<from server>" in text
+    assert "[localhost:server] serve 'two words'\n    announces SERVER" in text
+    assert "[a:1] train\n    LAUNCHER_LOCAL_RANK=1\n    LAUNCHER_LOCAL_DEVICE=1\n    HOROVOD_RANK=1" in text
+    assert "    MASTER_PORT=<free port on a>\n    SERVER=<from server>" in text
     assert "secret" not in text
     assert "secret" not in repr(lay("a:2", env={"TOKEN": "secret"}))
 
@@ -159,7 +159,7 @@ def test_every_slot_has_its_rank(slots: list[int], parts: int, one_world: bool) 
     assert len(laid.ranks) == sum(slots)
     assert laid.workers == len(slots) * parts
     assert [rank.rank for rank in laid.ranks] == list(range(sum(slots)))
-    workers = [int(worker or "") for worker in column(laid, "DANAZ_WORKER")]
+    workers = [int(worker or "") for worker in column(laid, "LAUNCHER_WORKER")]
     assert workers == sorted(workers)
     assert set(workers) == set(range(laid.workers))
     sizes = [workers.count(worker) for worker in range(laid.workers)]
@@ -172,5 +172,5 @@ def test_every_slot_has_its_rank(slots: list[int], parts: int, one_world: bool) 
         assert [rank.env["HOROVOD_RANK"] for rank in members] == [str(rank) for rank in range(world.size)]
         seats = {(rank.env["HOROVOD_CROSS_RANK"], rank.env["HOROVOD_LOCAL_RANK"]) for rank in members}
         assert len(seats) == world.size
-    devices = {(rank.host.name, rank.env["DANAZ_LOCAL_DEVICE"]) for rank in laid.ranks}
+    devices = {(rank.host.name, rank.env["LAUNCHER_LOCAL_DEVICE"]) for rank in laid.ranks}
     assert len(devices) == sum(slots)

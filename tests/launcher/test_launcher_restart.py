@@ -23,11 +23,12 @@ QUICK = Policy("restart", backoff_s=0.05)
 # Every rank writes which life it lives, as `<worker>.<rank>.<life>`, and then does what its worker's line says.
 RANK = """
 import os, signal, sys, time
-worker, rank = os.environ["DANAZ_WORKER"], os.environ["RANK"]
+worker, rank = os.environ["LAUNCHER_WORKER"], os.environ["RANK"]
 def at(name): return os.path.join(os.environ["FOLDER"], name)
 life = 1
 while os.path.exists(at(f"{worker}.{rank}.{life}")): life += 1
-with open(at("new" + worker + rank), "w") as file: file.write(os.environ["DANAZ_INCARNATION"] + " " + str(os.getpid()))
+with open(at("new" + worker + rank), "w") as file:
+    file.write(os.environ["LAUNCHER_INCARNATION"] + " " + str(os.getpid()))
 os.rename(at("new" + worker + rank), at(f"{worker}.{rank}.{life}"))
 def until(condition):
     while not condition(): time.sleep(0.005)
@@ -182,7 +183,7 @@ def until(condition):
     while not condition(): time.sleep(0.005)
 folder, kept = Path(os.environ["FOLDER"]), Path(os.environ.get("KEPT", os.environ["FOLDER"]))
 again = sys.argv[1:]
-print("DANAZ_SERVER=tcp://here:" + (again[0].rpartition(":")[2] if again else "4711"), flush=True)
+print("SERVER=tcp://here:" + (again[0].rpartition(":")[2] if again else "4711"), flush=True)
 if not again:
     (kept / "checkpoint").write_text("half")
     until((folder / "0.0.1").exists)
@@ -198,12 +199,12 @@ KEPT = Returns("KEPT", ("checkpoint", "asked"))
 def server(**options: object) -> Service:
     command = [sys.executable, "-c", SERVER]
     again = [*command, "--bind", ANNOUNCED, "--resume"]
-    return Service("server", command, announces="DANAZ_SERVER", again=again, **options)  # type: ignore[arg-type]
+    return Service("server", command, announces="SERVER", again=again, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("on_failure", ["restart", "continue"])
 def test_a_killed_server_goes_on_at_the_same_place_with_its_files(tmp_path: Path, on_failure: str) -> None:
-    story = 'until(lambda: exists("server.again"))\nprint(os.environ["DANAZ_SERVER"])'
+    story = 'until(lambda: exists("server.again"))\nprint(os.environ["SERVER"])'
     policy = Policy(on_failure, backoff_s=0.05)  # type: ignore[arg-type]
     outcome, told = play(tmp_path, story, services=[server(returns=KEPT)], policy=policy)
     assert outcome == Outcome(0, events=("server was restarted once",))
@@ -221,7 +222,7 @@ def test_the_failure_that_ends_a_run_is_told_and_not_one_that_was_survived(tmp_p
     """A server is killed, comes back, and then cannot go on."""
     code = "import sys\n" + SERVER.replace('(folder / "server.again")', 'sys.exit(2)\n(folder / "server.again")')
     command = [sys.executable, "-c", code]
-    service = Service("server", command, announces="DANAZ_SERVER", again=[*command, "--bind", ANNOUNCED])
+    service = Service("server", command, announces="SERVER", again=[*command, "--bind", ANNOUNCED])
     outcome, _ = play(tmp_path, "until(lambda: False)", services=[service])
     assert str(outcome.failure).startswith("server on localhost ended with exit code 2")
     assert outcome.exit_code == 2
@@ -239,7 +240,7 @@ folder, kept = os.environ["FOLDER"], os.environ["KEPT"]
 def end(*_):
     open(kept + "/asked", "w"); os._exit(0)
 signal.signal(signal.SIGTERM, end)
-print("DANAZ_OTHER=" + (sys.argv[1] if len(sys.argv) > 1 else "there"), flush=True)
+print("OTHER=" + (sys.argv[1] if len(sys.argv) > 1 else "there"), flush=True)
 if len(sys.argv) == 1: signal.pause()
 open(folder + "/other.again", "w").write(" ".join(os.listdir(kept)))
 """
@@ -247,9 +248,9 @@ open(folder + "/other.again", "w").write(" ".join(os.listdir(kept)))
     again, [there] = [*command, ANNOUNCED], parse_hosts(host)
     services = [
         server(returns=KEPT, group="both"),
-        Service("other", command, announces="DANAZ_OTHER", again=again, returns=KEPT, group="both", host=there),
+        Service("other", command, announces="OTHER", again=again, returns=KEPT, group="both", host=there),
     ]
-    story = 'until(lambda: exists("server.again") and exists("other.again"))\nprint(os.environ["DANAZ_OTHER"])'
+    story = 'until(lambda: exists("server.again") and exists("other.again"))\nprint(os.environ["OTHER"])'
     outcome, told = play(tmp_path, story, services=services)
     assert outcome == Outcome(0, events=("both was restarted once",))
     assert told[0] == f"{label}: server was killed by SIGKILL; restart 1 of 3 in 0.05 s"
@@ -264,7 +265,7 @@ open(folder + "/other.again", "w").write(" ".join(os.listdir(kept)))
 def test_a_server_that_is_killed_again_and_again_ends_the_run(tmp_path: Path) -> None:
     code = """
 import os, time
-print("DANAZ_SERVER=x", flush=True)
+print("SERVER=x", flush=True)
 at = lambda name: os.path.join(os.environ["FOLDER"], name)
 life = 1
 while os.path.exists(at(f"server.{life}")): life += 1
@@ -273,7 +274,7 @@ while not os.path.exists(at("0.0.1") if life == 1 else at(f"told.{life}")): time
 os.kill(os.getpid(), 9)
 """
     command = [sys.executable, "-c", code]
-    service = Service("server", command, announces="DANAZ_SERVER", again=command)
+    service = Service("server", command, announces="SERVER", again=command)
     told: list[str] = []
 
     def tell(sentence: str) -> None:
@@ -290,8 +291,8 @@ os.kill(os.getpid(), 9)
 
 def test_nobody_is_given_up_before_training_began(tmp_path: Path) -> None:
     """The server would wait for the lost worker, and the others with it."""
-    code = 'import time; print("DANAZ_SERVER=x", flush=True); time.sleep(60)'
-    service = Service("server", [sys.executable, "-c", code], announces="DANAZ_SERVER", begins="TRAINS")
+    code = 'import time; print("SERVER=x", flush=True); time.sleep(60)'
+    service = Service("server", [sys.executable, "-c", code], announces="SERVER", begins="TRAINS")
     story = 'die() if worker == "1" else until(lambda: False)'
     outcome, told = play(tmp_path, story, services=[service], policy=Policy("continue"))
     assert (outcome.exit_code, told[-1]) == (137, "training had not begun, and waits for all workers")
@@ -305,10 +306,10 @@ until(lambda: False)
 """
     code = """
 import os, time
-print("DANAZ_SERVER=x", flush=True)
+print("SERVER=x", flush=True)
 while not os.path.exists(os.environ["FOLDER"] + "/1.0.2"): time.sleep(0.005)
 """
-    service = Service("server", [sys.executable, "-c", code], announces="DANAZ_SERVER")
+    service = Service("server", [sys.executable, "-c", code], announces="SERVER")
     outcome, told = play(tmp_path, story, services=[service], timeouts=Timeouts(grace_s=1.0, overtime_s=0.5))
     assert outcome == Outcome(0, events=("worker 1 was restarted once", "worker 1 did not end by itself"))
     late = "rank 1 did not end within 0.5 s of the end of the run, and what is left of it is ended"

@@ -176,8 +176,8 @@ def test_a_probe_may_say_more_and_travels_with_variables(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("code", "problem"),
     [
-        ("raise SystemExit('not today')", "localhost: not today; is danaz whole there?"),
-        ("pass", "localhost: it said nothing; is danaz whole there?"),
+        ("raise SystemExit('not today')", "localhost: not today; is this program whole there?"),
+        ("pass", "localhost: it said nothing; is this program whole there?"),
         (
             "import json; print(json.dumps({'address': None, 'unreachable': 'no route'}))",
             "localhost: cannot connect to this machine at 127.0.0.1: no route; let its firewall",

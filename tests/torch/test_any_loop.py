@@ -48,7 +48,7 @@ out, mode, workers, ranks, script = sys.argv[1:]
 laid = plan(
     parse_hosts(f"localhost:{int(workers) * int(ranks)}"),
     Workers([sys.executable, "-c", script, out, workers], 1 if mode == "ssgd" else int(workers), mode == "ssgd"),
-    env={**os.environ, "MODE": mode}, cwd=out,
+    env={**os.environ, "MODE": mode}, cwd=out, prefix="DANAZ_",
 )
 outcome = run(laid, out, echo=quiet)
 print(outcome.failure or "")

@@ -45,7 +45,7 @@ def connections(log: Path) -> int:
 
 
 def sockets(folder: Path) -> list[Path]:
-    return list(folder.glob("danaz-ssh-*/*"))
+    return list(folder.glob("launcher-ssh-*/*"))
 
 
 def start(network: Namespaces, folder: Path, hosts: str, workers: int, *command: str) -> subprocess.Popen[str]:
@@ -67,7 +67,7 @@ def test_a_survey_and_a_run_share_one_connection_a_machine(network: Namespaces, 
     said = ended(start(network, short, f"a:{WORKERS},b:{WORKERS}", WORKERS, "true"))
     assert said == f"[0, 'None', {2 * WORKERS}]\n"
     assert [connections(log) - count for log, count in zip(logs, before, strict=True)] == [1, 1]
-    until(lambda: not list(short.glob("danaz-ssh-*")), "the keeper removes the folder")
+    until(lambda: not list(short.glob("launcher-ssh-*")), "the keeper removes the folder")
 
 
 def test_doctor_makes_one_connection_a_machine(network: Namespaces, tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_the_connection_ends_with_the_launcher(network: Namespaces, short: Path,
     launcher.send_signal(signum)
     launcher.communicate(timeout=30.0)
     until(lambda: not network.processes("a") and not network.processes("b"), "nothing is left there")
-    until(lambda: not list(short.glob("danaz-ssh-*")), "the keeper removes the folder")
+    until(lambda: not list(short.glob("launcher-ssh-*")), "the keeper removes the folder")
     here = f"{short}/"
     until(
         lambda: not [line for line in network.processes("launching").values() if here in line],

@@ -59,7 +59,7 @@ def launch(network: Namespaces, folder: Path, hosts: list[str], *command: str) -
 def test_an_sshd_that_takes_few_connections_at_once(network: Namespaces, tmp_path: Path) -> None:
     names, config = aliases(network, 16)
     with another_sshd(network, tmp_path, "MaxStartups 2:100:3"), ssh_config(network, config):
-        said = launch(network, tmp_path, names, "sh", "-c", "echo $DANAZ_WORKER")
+        said = launch(network, tmp_path, names, "sh", "-c", "echo $LAUNCHER_WORKER")
     assert said == '[0, "None"]\n'
     workers = {int(path.read_text()) for path in tmp_path.glob("run/logs/alias*/rank.*/stdout")}
     assert workers == set(range(len(names)))

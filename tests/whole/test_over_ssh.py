@@ -320,7 +320,7 @@ def test_a_machine_that_lacks_something(network: Namespaces, tmp_path: Path, lac
             ["--remote-python", "/no/python"],
             "a: bash: line 1: /no/python: No such file or directory; there is",
         ),
-        "danaz": (["--remote-python", str(bare_python)], f"; danaz is not installed in {bare_python} there"),
+        "danaz": (["--remote-python", str(bare_python)], f"; this program is not installed in {bare_python} there"),
         "the same danaz": (["--remote-python", str(old_python)], "a: danaz 0.0.9 there, 0.1.0 here; install the same"),
         "its directory": (["--chdir", "/no/directory"], "a: cannot start: [Errno 2] No such file or directory"),
     }[lacks]

@@ -15,7 +15,7 @@ from live import read_updates
 from namespaces import Namespaces
 from waiting import until
 
-from danaz.launch.prepare import _run_id
+from danaz.launch.prepare import run_id_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(400)]
 
@@ -36,7 +36,7 @@ class Run:
     @property
     def kept(self) -> list[Path]:
         """What is on a and b of this run, which see the same temporary files."""
-        return sorted(Path(tempfile.gettempdir()).glob(f"danaz-{_run_id(self.folder)}-*"))
+        return sorted(Path(tempfile.gettempdir()).glob(f"{run_id_of(self.folder)}-*"))
 
     def trains(self) -> bool:
         """Both shards have kept a generation or two that shard 0 began while training went on."""
