@@ -1,4 +1,4 @@
-"""Invitations: who can read them, what they hold, and what is said of those that cannot be used."""
+"""Invitations: who can read them, what they hold, and what the error says when one cannot be used."""
 
 from __future__ import annotations
 

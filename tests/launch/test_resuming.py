@@ -30,7 +30,7 @@ def launch(*arguments: str, command: list[str] | None = None) -> Result:
 
 @pytest.fixture
 def begun(tmp_path: Path) -> Path:
-    """The folder of a run that began, and was killed."""
+    """The folder of a run that began and was killed."""
     options = {"hosts": "localhost:2", "workers_per_host": 2, "variables": [f"TOKEN={SECRET}"], "server_port": 4711}
     return begin(tmp_path / "run", config=Path(CONFIG), **options)
 
@@ -59,7 +59,7 @@ def test_the_same_run_on_the_same_machines(begun: Path) -> None:
 
 
 def test_the_same_run_elsewhere(begun: Path) -> None:
-    """As many machines as there are now; its configuration, which the checkpoint was made under, stays."""
+    """The machines may change. The configuration, which made the checkpoint, does not."""
     ready = resume(begun, hosts="localhost:6", workers_per_host=4)
     assert (ready.plan.workers, len(ready.plan.ranks)) == (4, 6)
     assert json.loads(ready.plan.env["DANAZ_CONFIG"])["workers"] == 2
@@ -102,7 +102,7 @@ def test_with_as_many_shards_as_it_began(tmp_path: Path) -> None:
 
 
 def test_of_a_complete_run_no_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not those of a shard either that was stopped before it knew, on whichever machine."""
+    """A shard may have been stopped before it knew, on any machine: its checkpoints go too."""
 
     def play(complete: bool) -> list[str]:
         def run(plan: object, folder: Path, **options: object) -> Outcome:

@@ -54,7 +54,7 @@ def play(
     timeouts: Timeouts = QUICK,
     **options: Any,
 ) -> tuple[Outcome, list[str]]:
-    """The outcome, and the sentences that were told."""
+    """Return the outcome, and the sentences that the user was told."""
     services: Sequence[Service] = ()
     if serve is not None:
         services = [Service("server", [sys.executable, "-c", serve], announces="SERVER")]
@@ -78,7 +78,7 @@ def play(
 def test_a_script_that_reaches_too_little_fails_at_once(
     tmp_path: Path, reached: tuple[str, ...], words: str, on_failure: str
 ) -> None:
-    """With the exit code 1, and without a restart: it would do the same again."""
+    """The exit code is 1. There is no restart, because the script would do the same again."""
     policy = Policy(on_failure, backoff_s=600.0)  # type: ignore[arg-type]
     outcome, told = play(tmp_path, f"reach(*{reached!r})", policy=policy)
     assert outcome.exit_code == 1
@@ -120,7 +120,7 @@ def test_the_last_one_that_leaves_early_ends_the_run(tmp_path: Path) -> None:
 
 
 def test_who_left_in_silence_is_blamed_and_not_who_failed_for_want_of_it(tmp_path: Path) -> None:
-    """As Horovod has it: the rank that exits is kept until the other one has failed."""
+    """Horovod holds the rank that exits until the other one has failed."""
     story = """
 reach("init")
 if rank == "1":
@@ -235,7 +235,7 @@ time.sleep(600)
 def test_a_run_that_is_over_ends_though_an_agent_hangs(
     tmp_path: Path, whom: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And nothing of it is left on this machine."""
+    """Nothing of the run is left on this machine."""
     monkeypatch.setattr("launcher.life.AGENT_END_S", 1.0)
     story = f"""
 def parent(pid): return int(open(f"/proc/{{pid}}/stat").read().rpartition(")")[2].split()[1])
@@ -256,7 +256,7 @@ if worker == "1":
 
 
 def _is_alive(pid: int) -> bool:
-    """Zombies that fell to the machine's first process are not."""
+    """Return whether a process is alive. A zombie that init has not reaped is not."""
     try:
         return Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
     except (FileNotFoundError, ProcessLookupError):
@@ -276,7 +276,7 @@ def test_a_bare_sigkill_comes_with_a_hint(tmp_path: Path) -> None:
 
 
 def test_a_kill_for_want_of_memory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel counts them; here the count of a machine is a file that the rank writes."""
+    """The kernel counts such kills. Here the rank itself writes the file with the count."""
     stand_in = tmp_path / "vmstat"
     stand_in.write_text("nr_free_pages 7\noom_kill 3\n")
     (tmp_path / "sitecustomize.py").write_text(

@@ -1,4 +1,4 @@
-"""Horovod and torch.distributed meet through what the launcher gives their ranks: real processes, real all-reduces."""
+"""Ranks of Horovod and torch.distributed find each other by what the launcher gives them, and all-reduce for real."""
 
 from __future__ import annotations
 

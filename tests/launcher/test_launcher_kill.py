@@ -1,4 +1,4 @@
-"""Whoever is killed, nothing of the run is left, and nobody else is touched."""
+"""Whichever process is killed, nothing of the run is left, and no other process is touched."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def until(condition: Callable[[], object], what: str) -> None:
 
 
 def alive(token: str) -> set[int]:
-    """All processes that inherited this token, wherever in the tree they are."""
+    """Return all processes that inherited this token, wherever in the tree they are."""
     found = set()
     for entry in filter(str.isdigit, os.listdir("/proc")):
         try:
@@ -82,7 +82,7 @@ def parent(pid: int) -> int:
 
 
 class Launched:
-    """A launcher with two ranks and a service, all of them stubborn, all marked with a token."""
+    """A launcher with two ranks and a service. All ignore SIGTERM, and all are marked with a token."""
 
     def __init__(self, folder: Path, grace_s: float = 0.2, **env: str) -> None:
         self.folder, self.token = folder, f"TOKEN={uuid.uuid4()}"
@@ -139,7 +139,7 @@ def launch(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
 
 @pytest.fixture
 def bystander(tmp_path: Path) -> Iterator[str]:
-    """Three processes with the very command line of a rank, which no run started; their token."""
+    """Start three processes that have the command line of a rank but belong to no run; yield their token."""
     token = f"TOKEN={uuid.uuid4()}"
     env = {**os.environ, "MARK": token}
     process = subprocess.Popen([sys.executable, "-c", STUBBORN], cwd=tmp_path, env=env, stdout=subprocess.DEVNULL)

@@ -1,4 +1,4 @@
-"""An agent on another machine may be broken, or lie: real processes that speak its protocol and break its rules."""
+"""Agents that are broken or lie. They are real processes that speak the protocol and break its rules."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ for line in sys.stdin:
 
 
 def liar(lies: Sequence[object], about: str) -> Callable[[Host], list[str]]:
-    """Agents of which the one that starts the process `about` lies, on the host b; and honest ones elsewhere."""
+    """Return a command for agents: on host b, the agent that starts the process `about` lies; all others are honest."""
 
     def agent_command(host: Host) -> Sequence[str]:
         honest = local_agent_command(Host("localhost"))
@@ -51,7 +51,7 @@ def liar(lies: Sequence[object], about: str) -> Callable[[Host], list[str]]:
 
 
 def play(folder: Path, lies: Sequence[object], about: str = "rank.1", **options: Any) -> Outcome:
-    """A server and a worker here, and a worker on b, where everything lies."""
+    """Run a server and a worker here, and a worker on b, whose agent lies."""
     serve = "import time; print('SERVER=x', flush=True); time.sleep(600)"
     returns = Returns("FOLDER", (r"updates\.jsonl", r"checkpoints/[0-9]+\.json"))
     where = parse_hosts("b" if about == "server" else "localhost")[0]
@@ -199,7 +199,7 @@ def test_a_channel_keeps_no_more_than_its_longest_line() -> None:
 
 
 def test_every_field_of_every_report_has_a_range() -> None:
-    """Whatever stands in a field, the report is read or refused with a reason."""
+    """Whatever a field holds, the report is read, or refused with a reason."""
     odd: list[object] = [None, True, -1, 1 << 80, 1.5, "", "x" * 10_000, "\x1b[2J", [], [[]], {}, {"a": {}}]
     for kind, (_, checks) in REPORTS.items():
         for key in checks:

@@ -1,4 +1,4 @@
-"""Hosts -> processes: who sits where, and which variables say so."""
+"""Plans: which rank runs on which host, and which variables tell it so."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def play(
     one_world: bool = False,
     **options: object,
 ) -> tuple[Outcome, list[str]]:
-    """The outcome, and the sentences that were told."""
+    """Return the outcome, and the sentences that the user was told."""
     env = {**os.environ, "FOLDER": str(folder)}
     command = [sys.executable, "-c", RANK + story]
     laid = plan(parse_hosts(hosts), Workers(command, workers_per_host, one_world), services, env=env, cwd="/")
@@ -59,7 +59,7 @@ def play(
 
 
 def lives(folder: Path, worker: int, rank: int = 0) -> list[int]:
-    """The incarnation of each life."""
+    """Return the incarnation of each life."""
     files = sorted(folder.glob(f"{worker}.{rank}.*"), key=lambda path: int(path.suffix[1:]))
     return [int(path.read_text().split()[0]) for path in files]
 
@@ -87,7 +87,7 @@ until(lambda: exists("back"))
 
 
 def test_a_killed_tree_leaves_nobody_behind(tmp_path: Path) -> None:
-    """Children and daemons of a worker's first life are gone before its second begins."""
+    """Children and daemons of a worker's first life are gone before its second life begins."""
     story = """
 if life == 1:
     if os.fork() == 0:
@@ -230,7 +230,7 @@ def test_the_failure_that_ends_a_run_is_told_and_not_one_that_was_survived(tmp_p
 
 @pytest.mark.parametrize(("host", "label"), [("localhost", "both on localhost"), ("127.0.0.1", "both")])
 def test_services_of_one_group_start_again_together_with_their_files(tmp_path: Path, host: str, label: str) -> None:
-    """One is killed; the other, which ends well when it is asked to, finds what it had, with an agent of its own too.
+    """One is killed. The other ends well when it is asked to, and then finds its files again, even with its own agent.
 
     On one machine they have one folder.
     """
@@ -317,7 +317,7 @@ while not os.path.exists(os.environ["FOLDER"] + "/1.0.2"): time.sleep(0.005)
 
 
 def refusing(tries: int) -> Callable[[Host], Sequence[str]]:
-    """An agent command that works once, then fails ``tries`` times, and then works again."""
+    """Return an agent command that works once, then fails ``tries`` times, and then works again."""
     calls = 0
 
     def agent_command(host: Host) -> Sequence[str]:
@@ -348,7 +348,7 @@ def test_a_machine_that_refuses_for_too_long_is_given_up(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("phase", ["waiting", "starting"])
 def test_ctrl_c_during_a_restart(tmp_path: Path, phase: str) -> None:
-    """Whatever a worker is just doing, the run ends, and all of it."""
+    """Whatever a worker is doing at that moment, the whole run ends."""
     policy = Policy("restart", backoff_s=0.05 if phase == "starting" else 600.0)
     answers = 0
 

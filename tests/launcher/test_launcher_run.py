@@ -1,4 +1,4 @@
-"""Runs of real processes in this process: what they see, what they leave, and what is said when one fails."""
+"""Real processes, started by a launcher in this process: what they see and leave, and what is said when one fails."""
 
 from __future__ import annotations
 
@@ -312,7 +312,7 @@ print("SERVER=" + os.environ["FOLDER"], flush=True)
 
 
 def test_what_cannot_be_kept_here_stays_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder is in the place of one of the files."""
+    """A folder has the name of one of the files."""
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     run_folder = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""What ssh is told, which hosts are chosen, and what machines are asked, without ssh itself."""
+"""The command line for ssh, the choice of hosts, and the survey of machines, all without ssh itself."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ AGENT = "cd / && exec /there/python -m launcher.agent"
 
 
 def told(ssh: Ssh, host: Host) -> list[str]:
-    """The command without the options that are always the same."""
+    """Return the command without the options that are always the same."""
     words = list(ssh(host))
     assert words.pop(0) == "ssh"
     while words[0] == "-o":
@@ -49,7 +49,7 @@ def options_of(ssh: Ssh) -> dict[str, str]:
 
 
 def test_every_option_of_ssh_is_one_that_it_knows_and_takes() -> None:
-    """`ssh -G` prints the configuration that it would use, in small letters."""
+    """`ssh -G` prints the configuration that ssh would use, in small letters."""
     asked = options_of(Ssh())
     words = [word for name, value in asked.items() for word in ("-o", f"{name}={value}")]
     told = subprocess.run(["ssh", "-G", *words, "b"], stdout=subprocess.PIPE, text=True, check=True).stdout

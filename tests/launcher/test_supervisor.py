@@ -27,7 +27,7 @@ def done(decisions: list[Decision]) -> list[str]:
 
 
 def fail(supervisor: Supervisor, name: str, now_s: float, **how: bool) -> str:
-    """A unit fails and is gone; the sentence about it."""
+    """Let a unit fail and be gone; return the sentence about it."""
     [decision] = supervisor.failed(name, DIED, now_s, **how)  # type: ignore[arg-type]
     assert (decision.do, decision.unit) == ("end", name)
     assert supervisor.due(inf) == [], "something of it is still there"
@@ -36,7 +36,7 @@ def fail(supervisor: Supervisor, name: str, now_s: float, **how: bool) -> str:
 
 
 def start(supervisor: Supervisor, name: str) -> float:
-    """The time when a unit is started again."""
+    """Return the time at which a unit is started again."""
     now_s = supervisor.next_s
     assert supervisor.due(now_s - 0.01) == []
     assert [(decision.do, decision.unit) for decision in supervisor.due(now_s)] == [("start", name)]
@@ -227,7 +227,7 @@ def test_nobody_waits_for_a_pause_to_pass_when_all_is_over() -> None:
 
 
 class Anything(RuleBasedStateMachine):
-    """Whatever happens in whatever order: a unit is never started twice, nor while something of it is there."""
+    """Events in any order. A unit is never started twice, nor while something of its last life is left."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A program for the machines of `namespaces`: it runs a plan over ssh with the launcher alone, and trains nothing."""
+"""A program for the machines of `namespaces`. It runs a plan over ssh by the launcher alone, and trains nothing."""
 
 # Its arguments: the folder, the hosts, the seconds of silence after which a machine is given up, the command.
 # It prints the exit code and the failure.

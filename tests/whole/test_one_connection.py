@@ -1,4 +1,4 @@
-"""How many ssh connections a command makes: sshd's own log counts them."""
+"""A command makes one ssh connection to each machine, as sshd's own log shows, and closes it at its end."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def sockets(folder: Path) -> list[Path]:
 
 
 def start(network: Namespaces, folder: Path, hosts: str, workers: int, *command: str) -> subprocess.Popen[str]:
-    """With a folder for temporary files of its own."""
+    """Start the launcher with `folder` as its folder for temporary files."""
     arguments = [str(folder / "run"), hosts, str(workers), *command]
     return network.popen([sys.executable, "-c", LAUNCHER, *arguments], env={**os.environ, "TMPDIR": str(folder)})
 
 
 @pytest.fixture
 def short() -> Iterator[Path]:
-    """A folder of which the path is short enough for a socket, as pytest's are not."""
+    """A folder whose path is short enough for a socket. Those of pytest are too long."""
     with tempfile.TemporaryDirectory(prefix="danaz-test-", dir="/tmp") as folder:
         yield Path(folder)
 

@@ -1,4 +1,4 @@
-"""Several servers, each with a slice of the vector, are killed: all of them go on from one generation."""
+"""Several servers, each with a slice of the vector, are killed. All of them go on from one generation."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_all_go_back_to_one_generation(
 
 
 def test_what_a_shard_has_not_heard_of_is_not_gone_back_to(begin: Callable[..., Trainer], undisturbed: Tensor) -> None:
-    """Shard 0 has a checkpoint of its last update, of which a worker would have told the others with its next push."""
+    """Shard 0 has a checkpoint of its last update. The others have not heard of it: the next push would tell them."""
     trainer = begin()
     trainer.train(5)
     servers = trainer.servers
@@ -147,7 +147,7 @@ def test_another_number_of_shards_is_refused(begin: Callable[..., Trainer]) -> N
 
 @pytest.mark.parametrize("algorithm", ["dana", "dana-zero"])
 def test_a_shard_that_has_let_a_worker_go_stays_at_the_end(algorithm: str, begin: Callable[..., Trainer]) -> None:
-    """Killed when it has told the end of its slice, and shard 0 has not: the worker gives back its share once."""
+    """It is killed after it has announced its end and before shard 0 has: the worker gives back its share only once."""
     ends = []
     for name, is_killed in (("quiet", False), ("killed", True)):
         trainer = begin(name, algorithm=algorithm)
@@ -169,7 +169,7 @@ def test_a_shard_that_has_let_a_worker_go_stays_at_the_end(algorithm: str, begin
 
 
 def test_what_workers_brought_of_the_end_outlives_shard_0(begin: Callable[..., Trainer]) -> None:
-    """Killed between the last good-bye and the end of the process: nobody is left to tell the shards anything."""
+    """It is killed between the last good-bye and the end of its process, when nobody is left to tell the shards."""
     trainer = begin()
     trainer.train()
     trainer.leave()
