@@ -7,7 +7,7 @@ In reading order: `hosts` and `selection` (which machines), `survey` (what they 
 one of our modules), `agent` (what runs on a machine), `processes` (how it ends a process tree), `rendezvous` (where
 Horovod's ranks find each other), `logs` (where their output goes).
 
-The package knows nothing about training, and needs only Python:
+The package knows nothing about training or about its caller, and needs only Python:
 
     from launcher.hosts import parse_hosts
     from launcher.machine import local_machines

@@ -61,7 +61,7 @@ from launcher.reports import FILE_PIECE_BYTES, LEAVING, MOST_REACHED
 from launcher.signals import ENDING_SIGNALS, NotedSignals, noted_signals
 from launcher.start import module_command
 
-GRACE_S = 5.0  # between SIGTERM and SIGKILL, unless told otherwise
+GRACE_S = 5.0  # between SIGTERM and SIGKILL, unless the launcher says otherwise
 KILL_S = 10.0  # SIGKILL works at once, except on a process that hangs in the kernel (a dead NFS mount, a GPU driver)
 MILESTONES_BYTES = 4096  # how much of a file of milestones is read
 MAX_PENDING_BYTES = 1 << 22  # output the launcher has not taken yet; beyond this, we let the ranks' own pipes fill up
@@ -90,7 +90,7 @@ class Child:
             os.close(self.milestones)
 
     def last_report(self, status: int) -> Message:
-        """The report of how it ended."""
+        """Return the report of how it ended."""
         exit = exit_report(self.name, status, None) | {"out_of_memory": count_memory_kills() > self.memory_kills}
         if self.milestones is not None:
             lines = os.pread(self.milestones, MILESTONES_BYTES, 0).decode(errors="replace").splitlines()
@@ -118,7 +118,7 @@ class Agent:
         self.returning: deque[Iterator[Message]] = deque()  # files and exit reports of ended processes
         self.kept: set[Path] = set()  # folders of processes that may be started again
         self.owed: dict[Path, list[str]] = {}  # folder -> patterns of the files to return from it
-        self.unanswered: dict[str, Path] = {}  # sent folders; the launcher has not said yet if it kept them
+        self.unanswered: dict[str, Path] = {}  # sent folders, until the launcher says if it kept them
         self.returns_all = False
         self.silence_s = math.inf
         self.heard_s = time.monotonic()
@@ -287,7 +287,7 @@ class Agent:
     def _return_files(self) -> bool:
         """Send files until the launcher takes no more; a model may be large.
 
-        Returns whether there was something to send and the launcher can take more.
+        Return whether there was something to send and the launcher can take more.
         """
         had_some = bool(self.returning) and self._can_return()
         while self.returning and self._can_return() and self.channel.pending_bytes <= MAX_PENDING_BYTES:
@@ -319,7 +319,7 @@ class Agent:
         self.kill_at_s = min(self.kill_at_s, time.monotonic() + grace_s)
 
     def _tree_has_ended(self) -> bool:
-        """Whether no process is left, or we have waited long enough after SIGKILL.
+        """Return whether no process is left, or we have waited long enough after SIGKILL.
 
         We become the parent of every orphan, so SIGCHLD tells us when to look again.
         """
@@ -337,7 +337,7 @@ class Agent:
 
 
 def hello() -> Message:
-    """What the launcher should know about this machine and about its connection to it."""
+    """Return what the launcher should know about this machine and about its connection to it."""
     machine = dataclasses.asdict(this_machine())
     # sshd sets it to "client port server port"
     client, _, server, _ = (os.environ.get("SSH_CONNECTION", "").split() + [""] * 4)[:4]
@@ -347,13 +347,13 @@ def hello() -> Message:
 
 
 def exit_report(name: str, status: int, error: str | None) -> Message:
-    """The exit report of a process that noted no milestones."""
+    """Return the exit report of a process that noted no milestones."""
     end: Message = {"status": status, "error": error, "reached": [], "leaving_s": 0.0, "out_of_memory": False}
     return {"is": "exit", "name": name, **end}
 
 
 def keep_in_memory(secret: str | None) -> tuple[int, ...]:
-    """Put `secret` into a file in memory that has no name; returns its descriptor, or nothing if there is no secret."""
+    """Put `secret` into a nameless file in memory. Return its descriptor, or nothing if there is no secret."""
     if secret is None:
         return ()
     fd = os.memfd_create("secret")
@@ -363,14 +363,14 @@ def keep_in_memory(secret: str | None) -> tuple[int, ...]:
 
 
 def command(argv: Sequence[str]) -> list[str]:
-    """The command line that starts a process of the plan on this machine."""
+    """Return the command line that starts a process of the plan on this machine."""
     if argv[0] != PYTHON:
         return list(argv)
     return module_command(*argv[2:]) if argv[1] == "-m" else [sys.executable, *argv[1:]]
 
 
 def environment(order: Message, folder: Path | None, secret: tuple[int, ...], notes: Path | None) -> dict[str, str]:
-    """The environment of a process: this machine's own, overridden by the order's.
+    """Return the environment of a process: this machine's own, overridden by the order's.
 
     In it, `python` is the Python that runs this agent.
     """
@@ -382,9 +382,9 @@ def environment(order: Message, folder: Path | None, secret: tuple[int, ...], no
 
 
 def own_folder(name: str) -> Path:
-    """The folder of this name among the temporary files. It is made if it does not exist, and must belong to this user.
+    """Return the folder of this name among the temporary files. Make it if it does not exist.
 
-    Raises OSError.
+    Raises OSError, also if it belongs to another user.
     """
     path = Path(tempfile.gettempdir(), name)
     path.mkdir(mode=0o700, exist_ok=True)
@@ -400,7 +400,7 @@ def files_and_exit(folder: Path, owed: Sequence[str], exit: Message) -> Iterator
 
 
 def files_of(folder: Path, owed: Sequence[str]) -> Iterator[Message]:
-    """The owed files in a folder and in its subfolders, piece by piece, and then a message that these are all.
+    """Yield the owed files in a folder and its subfolders, piece by piece, and then a message that these are all.
 
     Links are skipped, because they may point out of this folder.
     """
@@ -439,7 +439,7 @@ def reserve_port() -> socket.socket:
 def guard(agent: int, folder: Path) -> int:
     """Wait for the agent to end. If it was killed, we inherit its orphans and end them before we end ourselves.
 
-    Then delete the agent's folder. Returns the agent's exit code, or 128 + signal.
+    Then delete the agent's folder. Return the agent's exit code, or 128 + signal.
     """
     for signum in ENDING_SIGNALS:
         signal.signal(signum, lambda got, _frame: send_signal([agent], signal.Signals(got)))

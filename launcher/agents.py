@@ -92,7 +92,7 @@ class Agents:
         self.links[host.name] = AgentLink(host, command, greeting)
 
     def dial(self, now_s: float) -> float:
-        """Start the agents that are due and that the gate admits. Returns when to look again."""
+        """Start the agents that are due and that the gate admits. Return when to look again."""
         if self._stopping:
             return math.inf
         for link in self.links.values():
@@ -149,11 +149,11 @@ class Agents:
         return [link for link in self.links.values() if link.is_open]
 
     def busy_links(self) -> list[AgentLink]:
-        """Agents that may have processes. We give no process to an agent that has not said hello."""
+        """Return the agents that may have processes. We give no process to an agent that has not said hello."""
         return [link for link in self.open_links() if link.said_hello]
 
     def close(self, deadline: float) -> None:
-        """Close the connections to the agents, which makes them end if they have not yet; kill them at the deadline."""
+        """Close the connections to the agents. That ends those that still run; kill them at the deadline."""
         for link in self.links.values():
             self.gate.gave_up(link)
             if link.is_open and not link.said_hello:
@@ -187,7 +187,7 @@ class Agents:
             self._lose(link, "ended although nobody asked it to")
 
     def _will_try_again(self, link: AgentLink) -> bool:
-        """Whether an agent that could not be reached is worth another attempt; if so, the attempt is scheduled."""
+        """Schedule another attempt if an agent that could not be reached is worth one. Return whether it is."""
         obstacle = None if self._stopping or link.said_hello else passing_obstacle(link, time.monotonic())
         if obstacle is None:
             return False
@@ -223,7 +223,7 @@ class Agents:
                 self._lose(link, f"stopped: {printable(report.why)}")
 
     def _own(self, link: AgentLink, name: str) -> Process:
-        """The running process of that name. Raises ChannelError if this agent does not run it."""
+        """Return the running process of that name. Raises ChannelError if this agent does not run it."""
         process = self.processes.get(name)
         if process is None or process.host.name != link.host.name or name not in self._started or name in self.exits:
             raise ChannelError(f"a report on {name!r}, which it does not run")
@@ -246,8 +246,9 @@ class Agents:
         self.exits[process.name] = Exit(report.status, error, began_s, missing, report.out_of_memory, leaves)
 
     def _keep_file(self, link: AgentLink, piece: FilePiece) -> None:
-        """Keep a piece of a file. Raises ChannelError if no process of this agent owes that file, or at too many files
-        or bytes.
+        """Keep a piece of a file.
+
+        Raises ChannelError if no process of this agent owes that file, or if there are too many files or bytes.
         """
         running = [self.processes[name] for name in self._started if self.processes[name].host.name == link.host.name]
         owed = [pattern for process in running if process.returns is not None for pattern in process.returns.files]

@@ -49,9 +49,9 @@ class RunContext:
     last_incarnation: int = 0
 
     def next_incarnation(self) -> int:
-        """A number above all earlier ones, even those of a former launcher of this run, because it is the clock's time.
+        """Return a number above all earlier ones, even those of an earlier launcher of this run: the clock's time.
 
-        If the former launcher's clock was ahead of ours, the server says so, and the worker takes the next number
+        If the earlier launcher's clock was ahead of ours, the server says so, and the worker takes the next number
         itself.
         """
         self.last_incarnation = max(self.last_incarnation + 1, time.time_ns() // 1_000_000)
@@ -131,7 +131,7 @@ class Life:
             self.agents.start(process, env, plan.cwd, self._command(process), folder)
 
     def _folder(self, process: Process) -> str:
-        """The name of the folder for returned files: one for each group and machine.
+        """Return the name of the folder for returned files: one for each group and machine.
 
         The machine's number is part of it, because two machines may share their temporary files.
         """
@@ -165,7 +165,7 @@ class Life:
     # What becomes of it
 
     def advance(self, now_s: float) -> bool:
-        """Take the next step if the condition that it waits for holds. Returns whether it did."""
+        """Take the next step if the condition that it waits for holds. Return whether it did."""
         if self.ended or self.ending:
             return False
         if self._wait is not None and not self._wait.condition():
@@ -177,7 +177,7 @@ class Life:
         return True
 
     def failure(self, now_s: float) -> Failure | None:
-        """Why it cannot go on. None until the first cause is clear, or no further sign of trouble came for a while."""
+        """Return why it cannot go on; None until the cause is clear, or no further sign of trouble came for a while."""
         failure = failure_of(self.agents) or self._overdue
         if failure is None or self.ending or self.ended:
             return None
@@ -198,7 +198,7 @@ class Life:
         self.agents.stop(grace_s, keep_files)
 
     def is_gone(self, now_s: float) -> bool:
-        """Whether nothing of it is left, or its time is over.
+        """Return whether nothing of it is left, or its time is over.
 
         When the time is over, the caller cuts the connection, and the agent notices that. Returned files extend the
         time, because a model may be large.

@@ -36,7 +36,7 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """This machine: the cores that this process may use and the GPUs that it may see.
+    """Describe this machine: the cores that this process may use and the GPUs that it may see.
 
     It does not ask CUDA, because a launcher must not start CUDA.
     """
@@ -47,7 +47,7 @@ def this_machine() -> Machine:
 
 
 def _identity(addresses: Iterable[str]) -> str | None:
-    """Identifies the boot of a kernel, and a container on it, which has its own processes, network or host name.
+    """Identify the boot of a kernel, and a container on it, which has its own processes, network or host name.
 
     The addresses are included, because virtual machines that continue from one snapshot share everything else.
     """
@@ -60,7 +60,7 @@ def _identity(addresses: Iterable[str]) -> str | None:
 
 
 def local_machines(hosts: Iterable[Host]) -> dict[str, Machine]:
-    """The facts, for `plan`, about those hosts that are this machine."""
+    """Return the facts, for `plan`, about those hosts that are this machine."""
     return {host.name: this_machine() for host in hosts if is_this_machine(host.name)}
 
 
@@ -75,7 +75,7 @@ def _count_gpus() -> int:
 
 
 def _interfaces() -> dict[str, str]:
-    """Every IPv4 address of this machine and its network interface."""
+    """Return every IPv4 address of this machine and its network interface."""
     buffer = array.array("B", bytes(IFREQ.size * 1024))
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         request = struct.pack("iL", len(buffer), buffer.buffer_info()[0])
@@ -88,7 +88,7 @@ def _interfaces() -> dict[str, str]:
 
 
 def _ipv6_interfaces() -> dict[str, str]:
-    """Every IPv6 address and its network interface, except link-local ones (fe80::…), valid on one link only."""
+    """Return every IPv6 address and its interface, except link-local ones (fe80::…), which hold on one link only."""
     try:
         lines = Path("/proc/net/if_inet6").read_text().splitlines()
     except FileNotFoundError:  # a kernel without
@@ -99,7 +99,7 @@ def _ipv6_interfaces() -> dict[str, str]:
 
 
 def source_address(destination: str | None) -> str | None:
-    """This machine's address on the route to another; None if there is no route. No packet is sent.
+    """Return this machine's address on the route to another; None if there is no route. Send no packet.
 
     The address is IPv4, unless an IPv6 address is given.
     """
@@ -116,7 +116,7 @@ def source_address(destination: str | None) -> str | None:
 
 
 def is_loopback(name: str) -> bool:
-    """Whether the name means this machine on every machine: localhost, 127.x or ::1."""
+    """Return whether the name means the local machine everywhere: localhost, 127.x or ::1."""
     try:
         return ipaddress.ip_address(name).is_loopback
     except ValueError:
@@ -124,12 +124,12 @@ def is_loopback(name: str) -> bool:
 
 
 def in_url(address: str) -> str:
-    """The address as written before a port: an IPv6 address gets brackets."""
+    """Return the address as it is written before a port: an IPv6 address gets brackets."""
     return f"[{address}]" if ":" in address else address
 
 
 def is_this_machine(name: str) -> bool:
-    """Whether the name is a loopback name, one of this machine's addresses, or its host name with or without a domain.
+    """Return whether a name is loopback, one of this machine's addresses, or its host name with or without a domain.
 
     If the domain differs from the host name's own, the name must resolve to this machine, because a machine elsewhere
     may have the same short name.
@@ -158,7 +158,7 @@ def _is_own_address(text: str) -> bool:
 
 @cache
 def _resolve(name: str) -> tuple[str, ...]:
-    """The addresses of a name, or an empty tuple. The answer is cached: if no DNS answers, asking takes seconds."""
+    """Return the addresses of a name, or none. The answer is cached: if no DNS answers, asking takes seconds."""
     try:
         found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):

@@ -136,7 +136,7 @@ class Process:
     milestones: Mapping[str, str] = field(default_factory=dict)  # in order; milestone -> what to say if missing
 
     def missing(self, reached: Collection[str]) -> str | None:
-        """What it left undone if it ends now: the words for the first milestone that it has not reached, or None."""
+        """Return the words for the first milestone that it has not reached, or None."""
         return next((words for milestone, words in self.milestones.items() if milestone not in reached), None)
 
     @property
@@ -215,7 +215,7 @@ class Plan:
         return tuple({process.host.name: process.host for process in (*self.services, *self.ranks)}.values())
 
     def describe(self) -> str:
-        """The plan for a reader (`--dry-run`): every process, its command, and the variables the plan adds."""
+        """Describe the plan for a reader: every process, its command, and the variables that the plan adds."""
         worlds = "one Horovod world over all" if len(self.worlds) == 1 else "a Horovod world per worker"
         ranks = [{**rank.defaults, **rank.env, **self._found_later(rank)} for rank in self.ranks]
         common = {name: value for name, value in ranks[0].items() if all(env.get(name) == value for env in ranks)}
@@ -298,7 +298,7 @@ def plan(
 
 
 def slots_of(host: Host, machines: Mapping[str, Machine]) -> int:
-    """How many ranks a host gets: the number the user wrote, or the number of its GPUs, or 1."""
+    """Return how many ranks a host gets: the number the user wrote, or the number of its GPUs, or 1."""
     if host.slots is not None:
         return host.slots
     slots = max(1, machines.get(host.name, Machine()).gpus)
@@ -306,7 +306,7 @@ def slots_of(host: Host, machines: Mapping[str, Machine]) -> int:
 
 
 def _check_complete(hosts: Sequence[Host], workers: Workers, services: Sequence[Service]) -> None:
-    """Raises PlanError if something is missing, or has a wrong name or number, whatever the machines are."""
+    """Raise PlanError if something is missing, or has a wrong name or number, whatever the machines are."""
     if not workers.command:
         raise PlanError("there is no command to run; write it after --, for example: -- python train.py")
     if not hosts:
@@ -360,7 +360,7 @@ def _worker_env(seat: _Seat, prefix: str) -> dict[str, str]:
 
 
 def _world_env(rank: int, members: Sequence[_Seat], world: World) -> dict[str, str]:
-    """A rank's place in its world, in the variables of Horovod and of torchrun."""
+    """Return a rank's place in its world, in the variables of Horovod and of torchrun."""
     seat = members[rank]
     local: dict[str, list[int]] = {}  # host name -> its ranks in this world
     for other, member in enumerate(members):
@@ -384,7 +384,7 @@ def _world_env(rank: int, members: Sequence[_Seat], world: World) -> dict[str, s
 
 
 def _meeting_env(seat: _Seat, world: World) -> dict[str, str]:
-    """Where Horovod's ranks find each other."""
+    """Return where Horovod's ranks find each other."""
     return {
         "HOROVOD_HOSTNAME": seat.host.name,
         "HOROVOD_CONTROLLER": "gloo",
@@ -394,7 +394,7 @@ def _meeting_env(seat: _Seat, world: World) -> dict[str, str]:
 
 
 def _way_env(seat: _Seat, world: World, machines: Mapping[str, Machine]) -> dict[str, str]:
-    """The variables that name the network interface to the other ranks, on which gloo and NCCL also listen.
+    """Return the variables that name the network interface to the other ranks. gloo and NCCL also listen on it.
 
     Inside one machine, that is loopback. Without a name, gloo would resolve the host's name, often to 127.0.1.1.
     """
@@ -404,7 +404,7 @@ def _way_env(seat: _Seat, world: World, machines: Mapping[str, Machine]) -> dict
 
 
 def _check_is_free(env: Mapping[str, str], own: Collection[str], services: Sequence[Service]) -> None:
-    """Raises PlanError if `env` would set a variable that each process is told for itself, such as its place."""
+    """Raise PlanError if `env` would set a variable that each process is told for itself, such as its place."""
     announced = {service.announces for service in services if service.announces}
     taken = sorted(env.keys() & {*own, *announced})
     if taken:
@@ -415,7 +415,7 @@ def _check_is_free(env: Mapping[str, str], own: Collection[str], services: Seque
 
 
 def _defaults(seat: _Seat, machines: Mapping[str, Machine]) -> dict[str, str]:
-    """Default variables: threads for a fair share of the cores, and unbuffered output.
+    """Return variables that a machine may override: threads for a fair share of its cores, and unbuffered output.
 
     Without the first, torch would start a thread per core in every rank.
     """

@@ -114,7 +114,7 @@ class _Run:
         self.lives[unit.name] = Life(unit, self.around, self.numbers[unit.name])
 
     def _let_services_finish(self) -> None:
-        """Give services time to write their results. One that does not end by itself is stopped; that is no failure."""
+        """Give services time to write their results. Stop one that does not end by itself; that is no failure."""
         now_s = time.monotonic()
         deadline = min(now_s + self.around.timeouts.finish_s, max(now_s, self._overtime_ends_s))
         while not self.supervisor.have_ended(self.services) and time.monotonic() < deadline:
@@ -142,7 +142,7 @@ class _Run:
             pump([life.agents for life in self.lives.values()], self.signals, max(0.0, next_s - now_s))
 
     def _look_at(self, life: Life, now_s: float) -> bool:
-        """Act on what has become of a life. Returns whether something has changed."""
+        """Act on what has become of a life. Return whether something has changed."""
         name = life.unit.name
         if life.is_gone(now_s):
             self._close(life, now_s)
@@ -226,7 +226,7 @@ class _Run:
         return (*self.supervisor.report(), *([missing] if missing else []))
 
     def _unkept(self) -> Failure | None:
-        """The failure to report if returned files could not be kept on this machine, or None."""
+        """Return the failure to report if returned files could not be kept on this machine, or None."""
         logs = self.around.logs
         if not logs.lost_files:
             return None

@@ -91,13 +91,13 @@ class Ssh:
         ]
 
     def reaches_directly(self, host: Host) -> bool:
-        """Whether the host is this machine, so that its processes can be children of this one."""
+        """Return whether the host is this machine, so that its processes can be children of this one."""
         ours = host.user in (None, _own_user()) and host.ssh_port is None
         return ours and not self.always and is_this_machine(host.name)
 
 
 def shared_connection(command: Sequence[str]) -> str | None:
-    """The socket of the connection that an agent shares with others on its machine; None if it shares no connection."""
+    """Return the socket of the connection that an agent shares with others on its machine; None if it shares none."""
     if command[0] != "ssh" or "ControlMaster=auto" not in command:
         return None
     return next(word.removeprefix("ControlPath=") for word in command if word.startswith("ControlPath="))
@@ -114,13 +114,13 @@ def forget_connection(command: Sequence[str]) -> None:
 
 
 def by_itself(command: Sequence[str]) -> list[str]:
-    """The same command without a shared connection, for a user who tries it by hand."""
+    """Return the same command without a shared connection, for a user who tries it by hand."""
     alone = {"ControlMaster=auto": "ControlMaster=no", f"ControlPath={shared_connection(command)}": "ControlPath=none"}
     return [alone.get(word, word) for word in command]
 
 
 def _own_user() -> str | None:
-    """The name of this user, looked up by user id as ssh does, not by USER or LOGNAME. None if the id has no entry."""
+    """Return this user's name, by user id as ssh does, not by USER or LOGNAME. None if the id has no entry."""
     try:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:
@@ -133,7 +133,7 @@ def _options() -> Mapping[str, str]:
 
 @cache
 def _version() -> tuple[int, int]:
-    """The version of OpenSSH on this machine; (0, 0) if there is none."""
+    """Return the version of OpenSSH on this machine; (0, 0) if there is none."""
     try:
         told = subprocess.run(["ssh", "-V"], stdin=subprocess.DEVNULL, capture_output=True, check=False).stderr
     except OSError:
@@ -185,7 +185,7 @@ CROWDED_S, AWAY_S, AWAY_ATTEMPTS = 40.0, 20.0, 3
 
 
 def passing_obstacle(link: AgentLink, now_s: float) -> Literal["crowded", "away"] | None:
-    """Why an agent did not come up, if another attempt is worthwhile at this time; otherwise None."""
+    """Return why an agent did not come up, if another attempt is worthwhile at this time; otherwise None."""
     words = link.read_last_words()
     tried_s = now_s - link.first_attempt_s
     if link.command[0] != "ssh" or FINAL.search(words):
@@ -196,7 +196,7 @@ def passing_obstacle(link: AgentLink, now_s: float) -> Literal["crowded", "away"
 
 
 def cure(link: AgentLink) -> str | None:
-    """What to do about an agent on another machine that did not come up; None if we do not know the error message."""
+    """Return what to do about an agent on another machine that did not come up; None for an unknown error message."""
     *_, target, there = link.command
     if link.command[0] != "ssh" or not link.closed:
         return None
