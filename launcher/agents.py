@@ -152,13 +152,17 @@ class Agents:
         """Return the agents that may have processes. We give no process to an agent that has not said hello."""
         return [link for link in self.open_links() if link.said_hello]
 
-    def close(self, deadline: float) -> None:
-        """Close the connections to the agents. That ends those that still run; kill them at the deadline."""
+    def close(self, deadline: float, forget_silent: bool = False) -> None:
+        """Close the connections to the agents. That ends those that still run; kill them at the deadline.
+
+        With `forget_silent`, later agents do not share a connection over which no answer came.
+        """
         for link in self.links.values():
             self.gate.gave_up(link)
-            if link.is_open and not link.said_hello:
-                forget_connection(link.command)
+            is_silent = link.is_open and not link.said_hello
             link.close(max(0.0, deadline - time.monotonic()) if link.said_hello else 0.0)
+            if is_silent and forget_silent:
+                forget_connection(link.command)
 
     def have_ended(self, processes: Iterable[Process]) -> bool:
         return all(process.name in self.exits for process in processes)

@@ -211,4 +211,5 @@ class Life:
         """Close the connections to its agents, which makes them end if they have not yet."""
         for process in self.agents.running():
             self.around.logs.close(process)
-        self.agents.close(max(now_s, min(self._end_by_s, now_s + AGENT_END_S)))
+        deadline = max(now_s, min(self._end_by_s, now_s + AGENT_END_S))
+        self.agents.close(deadline, forget_silent=self._overdue is not None)

@@ -14,6 +14,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -56,6 +57,7 @@ OPTIONS = {
 # the others find that by its socket. Where sshd accepts no further session (MaxSessions), ssh makes another connection.
 SHARING_OPTIONS = {"ControlMaster": "auto", "ControlPersist": "15"}  # seconds after the last session
 NEWER_OPTIONS = {"StdinNull": "no", "ForkAfterAuthentication": "no", "SessionType": "default"}
+FORGET_S = 2.0  # for the process that holds a shared connection to stop sharing it
 NEWER_SINCE = (8, 7)  # older versions of OpenSSH do not know these options
 
 
@@ -106,11 +108,17 @@ def shared_connection(command: Sequence[str]) -> str | None:
 def forget_connection(command: Sequence[str]) -> None:
     """Make the next agent on that machine open a new connection, because no answer came over this one.
 
-    Agents that already use it keep it.
+    Agents that already use it keep it, and it ends with the last of them.
     """
     socket = shared_connection(command)
-    if socket is not None:
-        Path(socket).unlink(missing_ok=True)
+    if socket is None:
+        return
+    # The process that holds the connection must remove the socket itself. Otherwise it would do so when it ends, and
+    # remove that of the next connection, which has the same name.
+    stop = ["ssh", "-F", "none", "-o", f"ControlPath={socket}", "-O", "stop", "--", "shared"]
+    with suppress(OSError, subprocess.TimeoutExpired):
+        subprocess.run(stop, stdin=subprocess.DEVNULL, capture_output=True, timeout=FORGET_S, check=False)
+    Path(socket).unlink(missing_ok=True)
 
 
 def by_itself(command: Sequence[str]) -> list[str]:
