@@ -16,7 +16,16 @@ from pathlib import Path
 
 from launcher.hosts import Host
 
-__all__ = ["Machine", "in_url", "is_loopback", "is_this_machine", "local_machines", "source_address", "this_machine"]
+__all__ = [
+    "Machine",
+    "in_url",
+    "interfaces",
+    "is_loopback",
+    "is_this_machine",
+    "local_machines",
+    "source_address",
+    "this_machine",
+]
 
 # <linux/sockios.h>, and struct ifreq of <net/if.h> on 64-bit Linux
 SIOCGIFCONF = 0x8912
@@ -40,10 +49,8 @@ def this_machine() -> Machine:
 
     It does not ask CUDA, because a launcher must not start CUDA.
     """
-    interfaces = {**_interfaces(), **_ipv6_interfaces()}
-    return Machine(
-        cores=len(os.sched_getaffinity(0)), gpus=_count_gpus(), interfaces=interfaces, identity=_identity(interfaces)
-    )
+    found = interfaces()
+    return Machine(cores=len(os.sched_getaffinity(0)), gpus=_count_gpus(), interfaces=found, identity=_identity(found))
 
 
 def _identity(addresses: Iterable[str]) -> str | None:
@@ -74,7 +81,12 @@ def _count_gpus() -> int:
     return sum(re.fullmatch("nvidia[0-9]+", name) is not None for name in os.listdir("/dev"))
 
 
-def _interfaces() -> dict[str, str]:
+def interfaces() -> dict[str, str]:
+    """Return every address of this machine, IPv4 first, and its network interface."""
+    return {**_ipv4_interfaces(), **_ipv6_interfaces()}
+
+
+def _ipv4_interfaces() -> dict[str, str]:
     """Return every IPv4 address of this machine and its network interface."""
     buffer = array.array("B", bytes(IFREQ.size * 1024))
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
@@ -153,7 +165,7 @@ def _is_address(name: str) -> bool:
 
 def _is_own_address(text: str) -> bool:
     address = ipaddress.ip_address(text)
-    return address.is_loopback or str(address) in {**_interfaces(), **_ipv6_interfaces()}
+    return address.is_loopback or str(address) in interfaces()
 
 
 @cache

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from live import Running, read_updates, until
 from mortal_shards import Servers, Trainer, Way, check_end, check_run, training, undisturbed_end
 from torch import Tensor
 
-from danaz.protocol.messages import GoBack, Refusal
+from danaz.protocol.messages import GoBack, Push, Refusal, Reply
 from danaz.run.folder import RunFolder, read_summary
 from danaz.server.settings import ServerSettings
 from danaz.server.snapshot import ResumeError
@@ -97,12 +98,19 @@ def test_a_restart_counts_though_a_second_one_goes_back_behind_it(
 
 
 def test_a_generation_that_shard_0_cannot_have_begun_is_not_believed(
-    begin: Callable[..., Trainer], undisturbed: Tensor
+    begin: Callable[..., Trainer], undisturbed: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = begin()
     trainer.train(3)
-    trainer.link._generation = 1 << 40
-    trainer.train(3)
+    honest = trainer.ways[1].exchange
+
+    def lie(request: Request) -> Reply:
+        return honest(replace(request, generation=1 << 40) if isinstance(request, Push) else request)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.ways[1], "exchange", lie)
+        trainer.train(1)
+    trainer.train(2)
     trainer.servers.kill()
     trainer.push()
     assert trainer.servers.versions == [5, 5]
