@@ -126,6 +126,7 @@ class Agent:
     def run(self) -> None:
         while self.stop_reason is None or not self._tree_has_ended() or self._still_returns():
             self._wait()
+            self._kill_if_due()
         self._say_last_words()
 
     def _wait(self) -> None:
@@ -318,16 +319,17 @@ class Agent:
             send_signal(descendants(), signal.SIGTERM)
         self.kill_at_s = min(self.kill_at_s, time.monotonic() + grace_s)
 
+    def _kill_if_due(self) -> None:
+        """Kill what is left of the process tree after the grace period."""
+        if time.monotonic() >= self.kill_at_s:
+            send_signal(descendants(), signal.SIGKILL)
+
     def _tree_has_ended(self) -> bool:
         """Return whether no process is left, or we have waited long enough after SIGKILL.
 
         We become the parent of every orphan, so SIGCHLD tells us when to look again.
         """
-        tree = descendants()
-        now = time.monotonic()
-        if now >= self.kill_at_s:
-            send_signal(tree, signal.SIGKILL)
-        return not tree or now > self.kill_at_s + KILL_S
+        return not descendants() or time.monotonic() > self.kill_at_s + KILL_S
 
     def _say_last_words(self) -> None:
         deadline = time.monotonic() + KILL_S

@@ -96,7 +96,7 @@ class Agents:
         if self._stopping:
             return math.inf
         for link in self.links.values():
-            if link.next_attempt_s > now_s or not self.gate.admits(link, now_s, shared_connection(link.command)):
+            if link.next_attempt_s > now_s or not self.gate.admit(link, now_s, shared_connection(link.command)):
                 continue
             try:
                 link.open(now_s)
@@ -186,11 +186,11 @@ class Agents:
                     self._note(link, read_report(message))
         except ChannelError as error:
             self._distrust(link, str(error))
-        if link.closed and not self._will_try_again(link):
+        if link.closed and not self._try_again(link):
             self.gate.gave_up(link)
             self._lose(link, "ended although nobody asked it to")
 
-    def _will_try_again(self, link: AgentLink) -> bool:
+    def _try_again(self, link: AgentLink) -> bool:
         """Schedule another attempt if an agent that could not be reached is worth one. Return whether it is."""
         obstacle = None if self._stopping or link.said_hello else passing_obstacle(link, time.monotonic())
         if obstacle is None:

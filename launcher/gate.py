@@ -26,7 +26,7 @@ class Gate:
         self._inside: dict[Hashable, float] = {}  # who is connecting, since when
         self._making: dict[Hashable, Hashable] = {}  # shared connection -> who makes it
 
-    def admits(self, who: Hashable, now_s: float, shared: Hashable = None) -> bool:
+    def admit(self, who: Hashable, now_s: float, shared: Hashable = None) -> bool:
         """Let `who` connect now if there is room; it then counts as connecting. Return whether there is.
 
         `shared` names the connection that it shares with others, if any. One of them makes it, and the others wait

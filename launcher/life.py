@@ -67,7 +67,7 @@ class _Wait(NamedTuple):
 
 
 class Life:
-    """One life. `advance` takes it one step further; `failure` says why it cannot go on; `end` ends it at any time."""
+    """One life. `advance` takes it one step further; `judge` says why it cannot go on; `end` ends it at any time."""
 
     def __init__(self, unit: Unit, around: RunContext, number: int) -> None:
         """`number` counts the lives of the unit from 1."""
@@ -76,7 +76,7 @@ class Life:
         self.up = False  # all its processes were started
         self.ended = False  # all of them ended well
         self.ending = False
-        self.next_s = inf  # when to look at it again even if nothing was heard
+        self._next_s = inf
         self._story = self._tell()
         self._wait: _Wait | None = None
         self._wait_until_s = inf
@@ -164,6 +164,14 @@ class Life:
 
     # What becomes of it
 
+    @property
+    def next_s(self) -> float:
+        """When to look at it again even if nothing was heard.
+
+        Once it is ending, that is when its time is over. Returned files extend the time, because a model may be large.
+        """
+        return self._end_by_s + self.agents.returned_bytes / SLOWEST_BYTES_PER_S if self.ending else self._next_s
+
     def advance(self, now_s: float) -> bool:
         """Take the next step if the condition that it waits for holds. Return whether it did."""
         if self.ended or self.ending:
@@ -173,10 +181,10 @@ class Life:
                 self._overdue = self._wait.failure()
             return False
         self._wait = next(self._story, None)
-        self._wait_until_s = self.next_s = inf if self._wait is None else now_s + self._wait.timeout_s
+        self._wait_until_s = self._next_s = inf if self._wait is None else now_s + self._wait.timeout_s
         return True
 
-    def failure(self, now_s: float) -> Failure | None:
+    def judge(self, now_s: float) -> Failure | None:
         """Return why it cannot go on; None until the cause is clear, or no further sign of trouble came for a while."""
         failure = failure_of(self.agents) or self._overdue
         if failure is None or self.ending or self.ended:
@@ -185,26 +193,22 @@ class Life:
         if signs - self._signs:
             self._signs, self._quiet_since_s = self._signs | signs, now_s
         self._trouble_s = min(self._trouble_s, now_s)
-        self.next_s = min(self._quiet_since_s + SETTLE_S, self._trouble_s + LONGEST_SETTLE_S)
-        return failure if now_s >= self.next_s or is_settled(failure, self.agents, now_s) else None
+        self._next_s = min(self._quiet_since_s + SETTLE_S, self._trouble_s + LONGEST_SETTLE_S)
+        return failure if now_s >= self._next_s or is_settled(failure, self.agents, now_s) else None
 
     # The end
 
     def end(self, now_s: float, grace_s: float, keep_files: bool = False) -> None:
         """End all its processes. A second call can only bring the end forward."""
-        by_s = now_s + grace_s + AGENT_END_S
-        self.next_s = self._end_by_s = min(self._end_by_s, by_s)
+        self._end_by_s = min(self._end_by_s, now_s + grace_s + AGENT_END_S)
         self.ending = True
         self.agents.stop(grace_s, keep_files)
 
     def is_gone(self, now_s: float) -> bool:
         """Return whether nothing of it is left, or its time is over.
 
-        When the time is over, the caller cuts the connection, and the agent notices that. Returned files extend the
-        time, because a model may be large.
+        When the time is over, the caller cuts the connection, and the agent notices that.
         """
-        if self.ending:
-            self.next_s = self._end_by_s + self.agents.returned_bytes / SLOWEST_BYTES_PER_S
         return self.ending and (not self.agents.busy_links() or now_s >= self.next_s)
 
     def close(self, now_s: float) -> None:

@@ -132,7 +132,7 @@ class _Run:
         now_s = time.monotonic()
         went_on = [self._look_at(life, now_s) for life in list(self.lives.values())]
         self.around.everybody_answered |= all(life.answered for life in self.lives.values())
-        starts = self.supervisor.due(now_s)
+        starts = self.supervisor.take_due(now_s)
         for decision in starts:
             self._begin(self.units[decision.unit])
         self._tell_news()
@@ -148,7 +148,7 @@ class _Run:
             self._close(life, now_s)
             self.supervisor.gone(name)
             return True
-        failure = life.failure(now_s)
+        failure = life.judge(now_s)
         if failure is not None:
             self._fail(life, failure, now_s)
             return True

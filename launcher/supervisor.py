@@ -147,7 +147,7 @@ class Supervisor:
         unit = self._units[name]
         unit.state = _State.WAITING if unit.due_s < inf else _State.LOST
 
-    def due(self, now_s: float) -> list[Decision]:
+    def take_due(self, now_s: float) -> list[Decision]:
         """Return the units to start now, as decisions. They count as starting."""
         waiting = [unit for unit in self._units.values() if unit.state is _State.WAITING]
         ready = [unit for unit in waiting if unit.due_s <= now_s or self.over]
@@ -159,7 +159,7 @@ class Supervisor:
 
     @property
     def next_s(self) -> float:
-        """When to call `due` again."""
+        """When to call `take_due` again."""
         waiting = [unit.due_s for unit in self._units.values() if unit.state is _State.WAITING]
         return min(waiting, default=inf)
 

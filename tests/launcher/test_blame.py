@@ -50,7 +50,7 @@ class Unit:
         self.life.agents.exits[self.ranks[rank].name] = end
 
     def judge(self) -> Failure | None:
-        return self.life.failure(self.now_s)
+        return self.life.judge(self.now_s)
 
     def blame(self, events: tuple[str, ...], apart_s: float) -> Failure:
         """Return the first verdict. Look after each event, and then as often as the life asks."""
