@@ -149,7 +149,7 @@ def _describe(end: Exit) -> str:
     if end.missing is not None:
         return f"ended with exit code 0, but {end.missing}"
     if status == 0:
-        return "ended before it was of use"
+        return "ended before it announced itself"
     if status > 0:
         return f"ended with exit code {status}"
     names = {signum.value: signum.name for signum in signal.Signals}
@@ -167,6 +167,6 @@ def _advice(process: Process, end: Exit) -> str | None:
     if end.out_of_memory:
         return f"the kernel of {process.host.name} kills processes when memory runs out: use less of it, or fewer ranks"
     return (
-        f"if nobody did that, it may have been the kernel of {process.host.name}, for want of memory (`dmesg` there "
-        "says so), or a batch system that enforces a limit"
+        f"if nobody did that, the kernel of {process.host.name} may have run out of memory (`dmesg` there says so), "
+        "or a batch system enforced a limit"
     )

@@ -103,7 +103,7 @@ def _ipv6_interfaces() -> dict[str, str]:
     """Return every IPv6 address and its interface, except link-local ones (fe80::…), which hold on one link only."""
     try:
         lines = Path("/proc/net/if_inet6").read_text().splitlines()
-    except FileNotFoundError:  # a kernel without
+    except FileNotFoundError:  # a kernel without IPv6
         return {}
     # address in hex, index, prefix length, scope, flags, interface
     found = ((ipaddress.IPv6Address(bytes.fromhex(line.split()[0])), line.split()[5]) for line in lines)

@@ -409,8 +409,8 @@ def _check_is_free(env: Mapping[str, str], own: Collection[str], services: Seque
     taken = sorted(env.keys() & {*own, *announced})
     if taken:
         raise PlanError(
-            f"{', '.join(taken)}: each process is told its own by the launcher; leave out what gives another value "
-            "to all of them (-x, --env-file)"
+            f"{', '.join(taken)}: the launcher gives each process its own value; do not give one value to all of them "
+            "(-x, --env-file)"
         )
 
 

@@ -81,8 +81,8 @@ def _tasks(nodes: int, env: Mapping[str, str]) -> list[int] | list[None]:
     per_node = env.get("SLURM_TASKS_PER_NODE") or asked.get("SLURM_NTASKS_PER_NODE")
     if per_node is None and nodes > 1:
         raise HostsError(
-            f"SLURM_NTASKS={asked['SLURM_NTASKS']} is set, but not SLURM_TASKS_PER_NODE, so that nobody knows how many "
-            f"of them each of the {nodes} machines has; name the machines by --hosts, with their slots"
+            f"SLURM_NTASKS={asked['SLURM_NTASKS']} is set, but not SLURM_TASKS_PER_NODE, so the number on each of "
+            f"the {nodes} machines is unknown; name the machines by --hosts, with their slots"
         )
     tasks = expand_tasks(per_node or asked["SLURM_NTASKS"])
     if len(tasks) == 1 and not env.get("SLURM_TASKS_PER_NODE"):

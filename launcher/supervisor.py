@@ -208,7 +208,7 @@ class Supervisor:
         unit.attempts += 1
         wait_s = min(self.policy.backoff_s * 2**unit.attempts, LONGEST_RETRY_S)
         if now_s + wait_s > unit.lost_s + self.policy.unreachable_s:
-            return inf, f"that for {self.policy.unreachable_s:g} s now; {others}"
+            return inf, f"it was out of reach for {self.policy.unreachable_s:g} s; {others}"
         return now_s + wait_s, f"next try in {wait_s:g} s"
 
     def _stop_if_hopeless(self, unit: _Unit) -> Sequence[Decision]:

@@ -79,7 +79,7 @@ def read_invitation(path: Path) -> Invitation:
         values = None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise InvitationError(
-            f"--key {path} is no invitation of this version of danaz; `danaz launch --invite K` writes them into "
+            f"--key {path} is not an invitation of this version of danaz; `danaz launch --invite K` writes them into "
             f"RUN/{FOLDER}/"
         )
     if mode & 0o077:

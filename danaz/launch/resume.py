@@ -61,7 +61,7 @@ def merge_options(run: Path, given: Mapping[str, Any], named: Collection[str]) -
     shards, asked = kept.get("server_shards", 1), given.get("server_shards")
     if "server_shards" in named and asked != shards:
         raise ResumeError(
-            f"--server-shards {asked}: the checkpoints of {run} are of {shards} slices, and cannot be cut again; "
+            f"--server-shards {asked}: the checkpoints of {run} hold {shards} slices, which cannot be cut again; "
             "leave it out"
         )
     if WHERE & set(named):
@@ -117,7 +117,7 @@ def check_all_there(path: Path, values: Mapping[str, Any], names: Iterable[str])
     """Raise UnreadableError if a file was cut or edited: a missing value would silently become a default."""
     missing = [name for name in names if name not in values]
     if missing:
-        raise UnreadableError(path, f"it is not whole, or of another version of danaz: it lacks {', '.join(missing)}")
+        raise UnreadableError(path, f"it is incomplete, or of another version of danaz: it lacks {', '.join(missing)}")
 
 
 def checked(path: Path, kind: type[Kept], values: Mapping[str, Any]) -> Kept:

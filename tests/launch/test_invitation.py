@@ -100,9 +100,9 @@ def test_every_variable_of_danaz_that_a_rank_finds(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "mode", "message"),
     [
-        ("not JSON", 0o600, "is no invitation of this version of danaz"),
-        ("[]", 0o600, "is no invitation of this version of danaz"),
-        ('{"format": "danaz invitation 0"}', 0o600, "is no invitation of this version of danaz"),
+        ("not JSON", 0o600, "is not an invitation of this version of danaz"),
+        ("[]", 0o600, "is not an invitation of this version of danaz"),
+        ('{"format": "danaz invitation 0"}', 0o600, "is not an invitation of this version of danaz"),
         ('{"format": "danaz invitation 1"}', 0o644, "can be read by others, and holds a key; run: chmod 600"),
         ('{"format": "danaz invitation 1"}', 0o600, "is damaged"),
         ('{"format": "danaz invitation 1", "keys": {"public": "x"}}', 0o600, "is damaged"),

@@ -167,7 +167,7 @@ def test_a_server_beyond_this_machine_admits_the_keys_of_this_run_alone() -> Non
 
 
 def test_on_this_machine_alone_there_are_keys_too() -> None:
-    """Other users of this machine can reach loopback."""
+    """Users of other accounts on this machine can reach loopback."""
     here = Cluster(parse_hosts("localhost:2"), workers_per_host=2)
     found, notes = find_out(here, DANA)
     assert notes == []

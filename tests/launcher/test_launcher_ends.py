@@ -18,7 +18,7 @@ from launcher.plan import Service, Workers, plan
 from launcher.run import Outcome, Timeouts, run
 from launcher.supervisor import Policy
 
-# A rank whose story uses these; a milestone is a line in the file that the agent names.
+# Every rank begins with these lines. A milestone is a line in the file that the agent names.
 RANK = """
 import os, signal, sys, time
 worker, rank = os.environ["LAUNCHER_WORKER"], os.environ["RANK"]
@@ -31,7 +31,7 @@ def reach(*words):
     for word in words: open(os.environ["LAUNCHER_MILESTONES"], "a").write(word + "\\n")
 def hang(): os.kill(os.getpid(), signal.SIGSTOP)
 """
-# It ends as soon as the ranks say so.
+# A server that ends as soon as the ranks say so.
 SERVE = """
 import os, time
 print("SERVER=x", flush=True)
@@ -272,7 +272,7 @@ def test_a_bare_sigkill_comes_with_a_hint(tmp_path: Path) -> None:
     assert outcome.exit_code == 128 + signal.SIGKILL
     first, second, *_ = str(outcome.failure).splitlines()
     assert first == "rank 0 on localhost was killed by SIGKILL"
-    assert "for want of memory" in second
+    assert "may have run out of memory" in second
 
 
 def test_a_kill_for_want_of_memory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

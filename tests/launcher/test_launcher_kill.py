@@ -16,7 +16,7 @@ import pytest
 
 DEADLINE_S = 20.0
 
-# Plays the plan that its arguments describe, in a process of its own so that it can be killed.
+# Runs the plan that its arguments describe, in a process of its own so that it can be killed.
 LAUNCHER = """
 import dataclasses, json, os, sys
 from launcher.hosts import parse_hosts
@@ -32,7 +32,7 @@ print(json.dumps({"exit_code": outcome.exit_code, "failure": str(outcome.failure
 sys.exit(outcome.exit_code)
 """
 
-# A rank (or service) as bad as can be: deaf to SIGTERM, with a child and a double-forked daemon as deaf.
+# A rank (or service) that ignores SIGTERM, with a child and a double-forked daemon that ignore it too.
 STUBBORN = """
 import os, select, signal, time
 note = lambda name: open(name, "w").close()

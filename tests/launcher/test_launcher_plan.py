@@ -63,8 +63,18 @@ def test_what_travels_chooses_interfaces_but_no_place() -> None:
     assert column(laid, "GLOO_SOCKET_IFNAME") == ["eth0", "ens5"]
     server = Service("server", ["serve"], announces="SERVER")
     for name in ("RANK", "MASTER_PORT", "HOROVOD_CONTROLLER", "SERVER"):
-        with pytest.raises(PlanError, match=f"^{name}: each process is told its own by the launcher; leave out"):
+        with pytest.raises(PlanError, match=f"^{name}: the launcher gives each process its own value; do not"):
             lay("a:1", env={name: "1"}, services=[server])
+
+
+def test_its_own_variables_have_the_callers_prefix() -> None:
+    laid = lay("a:1", prefix="MINE_")
+    own = {"MINE_WORKER", "MINE_LOCAL_RANK", "MINE_LOCAL_SIZE", "MINE_LOCAL_DEVICE"}
+    assert {name for name in laid.ranks[0].env if name.startswith(("MINE_", "LAUNCHER_"))} == own
+    assert "    MINE_INCARNATION=<from the clock>" in laid.describe()
+    for name in ("MINE_WORKER", "MINE_INCARNATION", "MINE_SECRET_FD"):
+        with pytest.raises(PlanError, match=f"^{name}: the launcher gives each process its own value"):
+            lay("a:1", prefix="MINE_", env={name: "1"})
 
 
 def test_a_host_split_into_workers() -> None:

@@ -342,7 +342,7 @@ def test_a_machine_that_refuses_for_too_long_is_given_up(tmp_path: Path) -> None
     options = {"hosts": "localhost:1", "workers_per_host": 1, "agent_command": refusing(1000)}
     outcome, told = play(tmp_path, "die()", policy=policy, **options)  # type: ignore[arg-type]
     assert outcome.exit_code == 137, "the first failure is what is told in the end"
-    assert "; that for 0.3 s now; the others go on" in told[-2]
+    assert "; it was out of reach for 0.3 s; the others go on" in told[-2]
     assert told[-1] == "no worker is left"
 
 

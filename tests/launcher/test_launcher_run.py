@@ -197,7 +197,7 @@ def test_a_service_may_end_before_the_ranks(tmp_path: Path) -> None:
             "server on localhost did not print SERVER=… within 1 s",
         ),
         ("raise SystemExit('port in use')", 1, "server on localhost ended with exit code 1"),
-        ("print('hello')", 1, "server on localhost ended before it was of use\nits last lines:\n  | hello"),
+        ("print('hello')", 1, "server on localhost ended before it announced itself\nits last lines:\n  | hello"),
         (ANNOUNCE + "import os; os._exit(5)", 5, "server on localhost ended with exit code 5"),
     ],
 )

@@ -121,7 +121,7 @@ def test_a_machine_that_cannot_be_reached_for_long_is_given_up() -> None:
     fail(supervisor, "worker 1", 10.0)
     supervisor.take_due(supervisor.next_s)
     [decision] = supervisor.failed("worker 1", "Connection refused", 107.0, reached=False)
-    assert decision.reason == "Connection refused; that for 100 s now; the others go on"
+    assert decision.reason == "Connection refused; it was out of reach for 100 s; the others go on"
     supervisor.gone("worker 1")
     assert supervisor.have_ended(["worker 1"])
 

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 TWO_WORKERS = ("--hosts", "localhost:2", "--workers-per-host", "2", "--algorithm", "dana")
 ONE_WORLD = ("--hosts", "localhost:2", "--algorithm", "ssgd")
 
-# It trains, in lines that can be left out or changed.
+# A script that trains. The tests leave out or change some of its lines.
 LINES = {
     "import": "import os, pathlib, signal, sys, time, torch\nfrom torch.utils.data import DataLoader, TensorDataset\n"
     "import danaz.torch as danaz",
@@ -88,7 +88,7 @@ def test_a_worker_that_leaves_early_is_told_at_the_end(tmp_path: Path) -> None:
     """The worker may not have meant to. The run ends in good order, and its exit code says that it was cut short."""
     left = f"pathlib.Path({str(tmp_path / 'left')!r})"
     leaves = f"        if step == 3 and danaz.worker_id() == 1: {left}.touch(); sys.exit(0)\n"
-    # Else worker 0 could train all of it before a slow worker 1 comes to its fourth batch.
+    # Otherwise worker 0 could train all batches before a slow worker 1 reaches its fourth.
     stays = f"        while step == 3 and danaz.worker_id() == 0 and not {left}.exists(): time.sleep(0.01)"
     run = live.launch(*TWO_WORKERS, out=tmp_path / "run", script=write(tmp_path, early=leaves + stays), succeeds=False)
     assert run.exit_code == UNFINISHED

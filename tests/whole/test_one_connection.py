@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(240)]
 
 WORKERS = 4  # on each machine
 
-# Surveys the machines, then plays a plan on them, as `danaz launch` does.
+# Surveys the machines, then runs a plan on them, as `danaz launch` does.
 LAUNCHER = """
 import os, sys
 from launcher.connections import SharedConnections

@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(240)]
 SECRET = "a secret of the launching machine"
 SENT = "a variable that is sent along"
 
-# A rank that heeds no signal, with a daemon of a session of its own.
+# A rank that ignores signals, with a daemon in a session of its own.
 STUBBORN = "trap '' TERM INT HUP; (setsid sleep 1001 &); while :; do sleep 1000; done"
 
 

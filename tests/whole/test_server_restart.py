@@ -157,7 +157,7 @@ def test_workers_of_a_run_that_is_complete_are_seen_off(tmp_path: Path, clusters
     assert (reply.reason, reply.rejoin) == ("the run is complete", False)
     late = cluster.start(["work"], DANAZ_WORKER="1", DANAZ_SERVER=cluster.address, DANAZ_INCARNATION="2")
     _, errors = late.communicate(timeout=live.DEADLINE_S)
-    link.close()  # its heartbeats kept the server there, however long the process took to start
+    link.close()  # its heartbeats kept the server alive, however long the process took to start
     assert late.returncode == 0, errors
     assert errors.strip() == "danaz: the run was complete before this worker came; there is nothing left to do"
     kept, said = cluster.finish()
