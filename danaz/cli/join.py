@@ -13,7 +13,7 @@ from danaz.cli.command import fail
 from danaz.cli.launch import show_outcome, tell
 from danaz.launch.invitation import find_server, plan_to_join, read_invitation
 from danaz.run.lock import claimed_run_folder
-from launcher.run import run
+from launcher.run import Timeouts, run
 from launcher.supervisor import Policy
 
 LEAVING_S = 30.0  # for the batches that are begun, and for the server to say that it has heard
@@ -34,7 +34,7 @@ def join_run(server: str, key: Path, slots: int | None, out: Path | None) -> int
         settings = json.loads(plan.env["DANAZ_SETTINGS"])
         typer.echo(f"worker {invitation.worker} of a run of {settings['algorithm']}; its logs are in {folder}")
         try:
-            outcome = run(plan, folder, policy=Policy("restart"), tell=tell, grace_s=LEAVING_S)
+            outcome = run(plan, folder, policy=Policy("restart"), tell=tell, timeouts=Timeouts(grace_s=LEAVING_S))
         except OSError as error:
             fail(f"the folder {folder} cannot be written: {error.strerror}")
     show_outcome(outcome)

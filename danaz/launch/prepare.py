@@ -14,7 +14,7 @@ from typing import Any, cast, get_args
 
 from danaz.launch.invitation import Invitation, Task, write_invitations
 from danaz.launch.options import RunOptions
-from danaz.launch.reach import Reach, find_machines, replaced_here
+from danaz.launch.reach import PREFIX, Reach, find_machines, replaced_here
 from danaz.launch.resume import write_options
 from danaz.protocol.keys import ServerKeys, make_keys, to_json
 from danaz.run.config import Config
@@ -27,7 +27,7 @@ from danaz.serving.checkpoint import delete_checkpoints, folder_of
 from launcher.hosts import Host
 from launcher.logs import Echo
 from launcher.machine import Machine, in_url
-from launcher.plan import ANNOUNCED, PYTHON, Plan, Returns, Service, plan, slots_of
+from launcher.plan import ANNOUNCED, PYTHON, Plan, Returns, Service, Workers, plan, slots_of
 from launcher.run import Outcome, Tell, run
 from launcher.supervisor import OnFailure, Policy
 
@@ -238,19 +238,23 @@ def make_plan(
     returns = None if reach.is_direct(writer) else Returns("DANAZ_RUN", RESULTS)
     guarded = not all_reduce and not reach.insecure  # on one machine, too: others may have accounts there
     server_keys, worker_keys = make_keys(cluster.workers + options.invite) if guarded else (None, [])
+    workers = Workers(
+        task.command,
+        per_host=cluster.workers_per_host,
+        one_world=all_reduce,
+        returns=returns if all_reduce else None,
+        secrets=[to_json(keys) for keys in worker_keys[: cluster.workers]],
+        milestones=MISSING,
+    )
     laid = plan(
         cluster.hosts,
-        task.command,
-        one_world=all_reduce,
+        workers,
+        [_server(cluster, options, shard, server_keys) for shard in range(0 if all_reduce else shards)],
         env={**travels, **run_env},
         cwd=reach.cwd,
-        workers_per_host=cluster.workers_per_host,
-        services=[_server(cluster, options, shard, server_keys) for shard in range(0 if all_reduce else shards)],
-        first_rank_returns=returns if all_reduce else None,
-        secrets=[to_json(keys) for keys in worker_keys[: cluster.workers]],
         machines=cluster.machines,
-        run_id=_run_id(run_folder),
-        milestones=MISSING,
+        run_id=run_id_of(run_folder),
+        prefix=PREFIX,
     )
     guests = range(cluster.workers, cluster.workers + options.invite)
     keys = [worker_keys[number] if guarded else None for number in guests]
@@ -258,10 +262,10 @@ def make_plan(
     return laid, [Invitation(number, task, key) for number, key in zip(guests, keys, strict=True)]
 
 
-def _run_id(run_folder: Path) -> str:
-    """The same whenever the run is resumed: what its server left on another machine is found by it."""
+def run_id_of(run_folder: Path) -> str:
+    """Return what names the run on other machines. A resumed run has the same, and finds what its server left there."""
     place = f"{socket.gethostname()}:{run_folder.resolve()}"
-    return hashlib.sha256(place.encode()).hexdigest()[:16]
+    return f"danaz-{hashlib.sha256(place.encode()).hexdigest()[:16]}"
 
 
 def _server(cluster: Cluster, options: RunOptions, shard: int, keys: ServerKeys | None) -> Service:

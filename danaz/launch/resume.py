@@ -1,4 +1,4 @@
-"""Reads and writes RUN/launch.yaml, which says how a run was launched: `danaz launch --resume RUN` needs it."""
+"""Reads and writes RUN/launch.yaml, which says how a run was launched. `danaz launch --resume RUN` needs it."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ if TYPE_CHECKING:
 Kept = TypeVar("Kept", bound="DataclassInstance")
 
 OPTIONS = "launch.yaml"
-WHERE = {"hosts", "hostfile", "include", "exclude"}  # only together do they say which machines
+WHERE = {"hosts", "hostfile", "include", "exclude"}  # they say together which machines take part
 
 
 class ResumeError(ValueError):
-    """A run that cannot go on, and why."""
+    """A run cannot go on; the message says why."""
 
 
 def write_options(run: Path, options: Mapping[str, Any]) -> None:
-    """Keep how a run was launched."""
+    """Write how a run was launched."""
     write_atomically(run / OPTIONS, dump_yaml(dict(options)).encode())
 
 
 def check_begun(run: Path) -> None:
-    """Raises ResumeError unless a run was launched in this folder."""
+    """Raise ResumeError unless a run was launched in this folder."""
     if not (run / OPTIONS).exists() or not (run / "config.yaml").exists():
         raise ResumeError(f"--resume {run}: there is no run of `danaz launch` (no {OPTIONS} and config.yaml)")
 
 
 def read_options(run: Path) -> dict[str, Any]:
-    """How a run was launched. Raises ResumeError if it cannot go on, UnreadableError."""
+    """Read how a run was launched. Raises ResumeError if it cannot go on, and UnreadableError."""
     check_begun(run)
     if (run / "summary.json").exists() and read_summary(run).get("complete"):
         raise ResumeError(f"--resume {run}: this run is complete; its figures are in {run / 'summary.json'}")
@@ -51,7 +51,7 @@ def read_options(run: Path) -> dict[str, Any]:
 
 
 def merge_options(run: Path, given: Mapping[str, Any], named: Collection[str]) -> dict[str, Any]:
-    """``given`` options where the command line ``named`` them, else those the run was launched with.
+    """Return ``given`` options where the command line ``named`` them, else those the run was launched with.
 
     Raises ResumeError.
     """
@@ -62,7 +62,7 @@ def merge_options(run: Path, given: Mapping[str, Any], named: Collection[str]) -
     shards, asked = kept.get("server_shards", 1), given.get("server_shards")
     if "server_shards" in named and asked != shards:
         raise ResumeError(
-            f"--server-shards {asked}: the checkpoints of {run} are of {shards} slices, and cannot be cut again; "
+            f"--server-shards {asked}: the checkpoints of {run} hold {shards} slices, which cannot be cut again; "
             "leave it out"
         )
     if WHERE & set(named):
@@ -71,7 +71,7 @@ def merge_options(run: Path, given: Mapping[str, Any], named: Collection[str]) -
 
 
 def check_variables(kept: Sequence[str], found: Collection[str]) -> None:
-    """The values of `-x` are not kept, for they may be secrets. Raises ResumeError for one that is missing."""
+    """Raise ResumeError for a missing variable. The values of `-x` are not kept, because they may be secrets."""
     missing = [name for name in kept if name not in found]
     if missing:
         again = " ".join(f"-x {name}" for name in missing)
@@ -99,7 +99,7 @@ def check_checkpoints(run: Path, earlier: str | None, now: str | None, elsewhere
 
 
 def read_settings(run: Path) -> tuple[Config, None] | tuple[Settings, list[str]]:
-    """The config of a run, or the settings and the command of a script's.
+    """Read the config of a run, or the settings and the command if it runs a script.
 
     Raises ResumeError, ConfigError, UnreadableError.
     """
@@ -115,14 +115,14 @@ def read_settings(run: Path) -> tuple[Config, None] | tuple[Settings, list[str]]
 
 
 def check_all_there(path: Path, values: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Raises UnreadableError for a file that was cut or edited: what is missing would silently be a default."""
+    """Raise UnreadableError if a file was cut or edited: a missing value would silently become a default."""
     missing = [name for name in names if name not in values]
     if missing:
-        raise UnreadableError(path, f"it is not whole, or of another version of danaz: it lacks {', '.join(missing)}")
+        raise UnreadableError(path, f"it is incomplete, or of another version of danaz: it lacks {', '.join(missing)}")
 
 
 def checked(path: Path, kind: type[Kept], values: Mapping[str, Any]) -> Kept:
-    """A dataclass of ``kind`` with the values that a file holds. Raises UnreadableError if they do not fit."""
+    """Return a dataclass of ``kind`` with the values that a file holds. Raises UnreadableError if they do not fit."""
     unknown = values.keys() - {field.name for field in fields(kind)}
     if unknown:
         raise UnreadableError(path, f"this version of danaz does not know {', '.join(sorted(unknown))}")

@@ -198,6 +198,18 @@ def test_the_launcher_imports_nothing_of_danaz():
     )
 
 
+def test_the_launcher_names_nothing_of_danaz():
+    """What concerns danaz is handed in: commands, names of variables, names of folders, and the words for the user."""
+    none_of(
+        [
+            f"{at(module, number)}: {line.strip()}"
+            for module in LAUNCHER.values()
+            for number, line in enumerate(module.path.read_text().splitlines(), start=1)
+            if "danaz" in line.lower()
+        ]
+    )
+
+
 def test_nothing_unpickles():
     """torch.load and numpy.load unpickle, too."""
     imports = [

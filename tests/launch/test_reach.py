@@ -27,7 +27,7 @@ from danaz.launch.reach import (
 from danaz.run.settings import Settings
 from launcher.hosts import Host, parse_hosts
 from launcher.machine import Machine
-from launcher.plan import ANNOUNCED, LAUNCHING_MACHINE, Plan, plan
+from launcher.plan import ANNOUNCED, LAUNCHING_MACHINE, Plan, Workers, plan
 from launcher.survey import ANY_HOST, Finding
 
 HERE = versions()
@@ -119,7 +119,7 @@ def test_an_interface_of_this_environment_that_ranks_here_do_not_get(monkeypatch
     here = Reach(only_here=True)
 
     def lay(env: dict[str, str]) -> Plan:
-        return plan(parse_hosts("localhost:2"), ["train"], one_world=False, env=env, cwd="/")
+        return plan(parse_hosts("localhost:2"), Workers(["train"]), env=env, cwd="/")
 
     [note] = replaced_here(lay({}), here)
     assert note.startswith("NCCL_SOCKET_IFNAME is ib0 here, but ranks get lo")
@@ -167,7 +167,7 @@ def test_a_server_beyond_this_machine_admits_the_keys_of_this_run_alone() -> Non
 
 
 def test_on_this_machine_alone_there_are_keys_too() -> None:
-    """Whoever has another account here can reach loopback."""
+    """Users of other accounts on this machine can reach loopback."""
     here = Cluster(parse_hosts("localhost:2"), workers_per_host=2)
     found, notes = find_out(here, DANA)
     assert notes == []

@@ -30,7 +30,7 @@ def launch(*arguments: str, command: list[str] | None = None) -> Result:
 
 @pytest.fixture
 def begun(tmp_path: Path) -> Path:
-    """The folder of a run that began, and was killed."""
+    """Return the folder of a run that began and was killed."""
     options = {"hosts": "localhost:2", "workers_per_host": 2, "variables": [f"TOKEN={SECRET}"], "server_port": 4711}
     return begin(tmp_path / "run", config=Path(CONFIG), **options)
 
@@ -59,7 +59,7 @@ def test_the_same_run_on_the_same_machines(begun: Path) -> None:
 
 
 def test_the_same_run_elsewhere(begun: Path) -> None:
-    """As many machines as there are now; its configuration, which the checkpoint was made under, stays."""
+    """The number of machines changes; the configuration under which the checkpoint was made stays."""
     ready = resume(begun, hosts="localhost:6", workers_per_host=4)
     assert (ready.plan.workers, len(ready.plan.ranks)) == (4, 6)
     assert json.loads(ready.plan.env["DANAZ_CONFIG"])["workers"] == 2
@@ -98,11 +98,11 @@ def test_with_as_many_shards_as_it_began(tmp_path: Path) -> None:
     assert [service.argv[-1] for service in services] == ["--resume"] * 2
     said = launch("--resume", str(run), "--server-shards", "3")
     assert said.exit_code == 2
-    assert "are of 2 slices, and cannot be cut again" in " ".join(said.output.split())
+    assert "hold 2 slices, which cannot be cut again" in " ".join(said.output.split())
 
 
-def test_of_a_complete_run_no_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not those of a shard either that was stopped before it knew, on whichever machine."""
+def test_a_complete_run_keeps_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even those of a shard that was stopped before it heard of the end."""
 
     def play(complete: bool) -> list[str]:
         def run(plan: object, folder: Path, **options: object) -> Outcome:

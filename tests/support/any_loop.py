@@ -87,7 +87,7 @@ FLAT = Problem(Flat, lambda output, y: (output * y).mean(), momentum=0.0, weight
 
 @dataclass
 class Run:
-    """All that a loop gets."""
+    """Everything that a loop gets."""
 
     problem: Problem
     model: nn.Module

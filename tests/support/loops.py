@@ -66,7 +66,7 @@ def make_sgd_of_groups(model: nn.Module) -> torch.optim.SGD:
 
 @contextmanager
 def alone(algorithm: str = "dana", **settings: Any) -> Iterator[Session]:
-    """A session of a lone process, which leaves no trace."""
+    """Open a session of a lone process, and leave no trace of it at the end."""
     session = Session(Settings(algorithm=algorithm, **settings), RankInfo())
     try:
         yield session

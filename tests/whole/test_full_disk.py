@@ -1,4 +1,4 @@
-"""A full disk, and a run folder that is deleted: training goes on where it can, and the end says what is lost."""
+"""The disk is full, or the run folder is deleted: training goes on where it can, and the end says what is lost."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Mount = Callable[[str], Path]
 
 @pytest.fixture
 def mount(tmp_path: Path) -> Iterator[Mount]:
-    """Makes a small disk."""
+    """Mount a small disk."""
     mounted: list[Path] = []
 
     def make(size: str, options: str = "rw") -> Path:
@@ -56,7 +56,7 @@ def mount(tmp_path: Path) -> Iterator[Mount]:
 
 
 def fill(disk: Path) -> Path:
-    """Take what is left of a disk; returns the file to delete."""
+    """Fill the rest of a disk; return the file to delete."""
     filler = disk / "filler"
     try:
         with filler.open("wb", buffering=0) as file:
@@ -264,7 +264,7 @@ def test_a_launch_on_a_disk_that_fills_up_ends_with_a_sentence(algorithm: str, m
 
 
 class Served:
-    """A server and a worker on the quadratic, each a process of this test's own."""
+    """A server and a worker that train on the quadratic. This test starts the two processes itself."""
 
     def __init__(self, folder: Path, epochs: int):
         config = load_config(CONFIG, [f"epochs={epochs}", "workers=1"])
@@ -300,7 +300,7 @@ class Served:
         live.until(lambda: trains() or self.server.poll() is not None, "it trains")
 
     def end(self) -> tuple[int, str]:
-        """How the server ended; its worker ended well."""
+        """Check that the worker ended well, and return how the server ended."""
         _, said = self.server.communicate(timeout=live.DEADLINE_S)
         _, errors = self.worker.communicate(timeout=live.DEADLINE_S)
         assert self.worker.returncode == 0, errors
