@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from danaz.protocol.messages import Heartbeat, Inquire, Progress
 from danaz.run.folder import RunFolder
 from danaz.run.milestones import reach
+from danaz.run.rates import effective_lr
 from danaz.run.settings import RankInfo, Settings
 from danaz.run.signals import note_ending_signals
 from danaz.server.core import ServerCore
@@ -29,7 +30,6 @@ from danaz.torch.ending import Ending
 from danaz.torch.loop import Counted, Loop
 from danaz.torch.models import has_batch_norm
 from danaz.torch.optimizer import DistributedOptimizer, Verdict, weight_decays
-from danaz.torch.rates import effective_lr
 from danaz.torch.schedulers import follow
 from danaz.vectors.flat import FlatModel, Spans
 from danaz.vectors.untrained import Untrained
