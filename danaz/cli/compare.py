@@ -12,8 +12,8 @@ import typer
 
 from danaz.cli import options
 from danaz.cli.command import fail
-from danaz.launch.options import OVERRIDES
-from danaz.run.option import Option, given
+from danaz.options.option import Option, given, options_of
+from danaz.options.shared import OVERRIDES, WORKERS, Method
 
 if TYPE_CHECKING:
     from danaz.compare.cells import Comparison
@@ -95,20 +95,21 @@ def compare(
     raise typer.Exit(code)
 
 
-def tune(
-    config: options.Experiment,
-    algorithm: Annotated[str, typer.Option("--algorithm", "-a", help="Algorithm to tune")] = "nag-asgd",
-    workers: options.Workers = None,
-    lr: Annotated[str, typer.Option(help="Learning rates, separated by commas")] = "0.01,0.02,0.05,0.1,0.2",
-    momentum: Annotated[
-        str, typer.Option(help="Momenta, separated by commas; they may be negative")
-    ] = "-0.6,-0.3,0,0.3,0.6,0.9",
-    overrides: options.Overrides = None,
-    jobs: options.Jobs = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Folder of the search. Default: `runs/tune-NAME-ALGORITHM-N`")
-    ] = None,
-) -> None:
+@dataclass(frozen=True)
+class TuneOptions:
+    """The options of `danaz tune`."""
+
+    algorithm: Annotated[str, options_of(Method)["algorithm"][1]] = "nag-asgd"
+    workers: Annotated[int | None, WORKERS] = None
+    lr: Annotated[str, Option("Learning rates, separated by commas")] = "0.01,0.02,0.05,0.1,0.2"
+    momentum: Annotated[str, Option("Momenta, separated by commas; they may be negative")] = "-0.6,-0.3,0,0.3,0.6,0.9"
+    overrides: Annotated[list[str] | None, OVERRIDES] = None
+    jobs: Annotated[int | None, options.JOBS] = None
+    out: Annotated[Path | None, Option("Folder of the search. Default: `runs/tune-NAME-ALGORITHM-N`")] = None
+
+
+@options.expanded
+def tune(config: options.Experiment, asked: TuneOptions) -> None:
     """Search learning rate and momentum for an algorithm on a grid: the search that DANA makes unnecessary.
 
     Simulations run in parallel. Finished ones are kept: after Ctrl-C, the same command continues. The result is a table
@@ -127,14 +128,15 @@ def tune(
     from danaz.run.settings import Settings
 
     try:
-        chosen = {"algorithm": algorithm} | ({} if workers is None else {"workers": workers})
-        base = load_config(config, overrides or (), chosen)
+        chosen = given(asked, {"algorithm", "workers"})
+        overrides = asked.overrides or ()
+        base = load_config(config, overrides, chosen)
         check_workers(Settings.of(base, schedule=base.schedule, collective="none"))
-        lrs, momenta = _floats(lr, "--lr"), _floats(momentum, "--momentum")
+        lrs, momenta = _floats(asked.lr, "--lr"), _floats(asked.momentum, "--momentum")
         for rate, inertia in product(lrs, momenta):
-            load_config(config, overrides or (), {**chosen, "lr": rate, "momentum": inertia})
-        folder = out or Path("runs", f"tune-{base.name}-{base.algorithm}-{base.workers}")
-        tuning = run_grid(base, lrs, momenta, folder, jobs)
+            load_config(config, overrides, {**chosen, "lr": rate, "momentum": inertia})
+        folder = asked.out or Path("runs", f"tune-{base.name}-{base.algorithm}-{base.workers}")
+        tuning = run_grid(base, lrs, momenta, folder, asked.jobs)
     except (ValueError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +18,8 @@ from danaz.cli.launch import doctor, launch
 from danaz.cli.mistyped import advice
 from danaz.cli.simulate import simulate, speedup
 from danaz.horovod_install.cli import app as horovod_app
+from danaz.options.option import Option
+from danaz.options.shared import RECORD
 
 if TYPE_CHECKING:
     from danaz.protocol.keys import ServerKeys
@@ -76,17 +79,19 @@ def _settle_surroundings() -> None:
         sys.exit("danaz: the working directory is there no more; change into another one")
 
 
+@dataclass(frozen=True)
+class WorkOptions:
+    """The options of `danaz work`."""
+
+    join: Annotated[str | None, Option("Take part in the run of the server there", metavar="HOST:PORT")] = None
+    key: Annotated[Path | None, Option("An invitation to it, as `danaz launch --invite` made", metavar="FILE")] = None
+    slots: Annotated[int | None, Option("Ranks here. Default: the GPUs, else 1", min=1)] = None
+    out: Annotated[Path | None, Option("Folder for logs. Default: runs/TIME-join")] = None
+
+
 @app.command()
-def work(
-    join: Annotated[
-        str | None, typer.Option("--join", metavar="HOST:PORT", help="Take part in the run of the server there")
-    ] = None,
-    key: Annotated[
-        Path | None, typer.Option("--key", metavar="FILE", help="An invitation to it, as `danaz launch --invite` made")
-    ] = None,
-    slots: Annotated[int | None, typer.Option("--slots", min=1, help="Ranks here. Default: the GPUs, else 1")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for logs. Default: runs/TIME-join")] = None,
-) -> None:
+@options.expanded
+def work(asked: WorkOptions) -> None:
     """Add this machine to a running job as one more worker. It leaves with the end of the run, or by Ctrl-C.
 
     (Without --join, train as one rank of a worker: `danaz launch` starts that, and the environment tells its place.)
@@ -97,12 +102,12 @@ def work(
 
         danaz work --join launching-machine:5555 --key worker-2.json --slots 4
     """
-    if join is not None or key is not None:
-        if join is None or key is None:
+    if asked.join is not None or asked.key is not None:
+        if asked.join is None or asked.key is None:
             fail("--join HOST:PORT and --key FILE belong together")
         from danaz.cli.join import join_run
 
-        raise typer.Exit(join_run(join, key, slots, out))
+        raise typer.Exit(join_run(asked.join, asked.key, asked.slots, asked.out))
     from danaz.run.config import Config, ConfigError
     from danaz.workloads.train import train
 
@@ -118,21 +123,21 @@ def work(
         fail(error)
 
 
+@dataclass(frozen=True)
+class ServeOptions:
+    """The options of `danaz serve`."""
+
+    run: Annotated[Path, Option("Run folder to write", variable="DANAZ_RUN")]
+    bind: Annotated[str, Option("Address to listen on")] = "tcp://127.0.0.1:*"
+    insecure: Annotated[bool, Option("Listen beyond this machine without keys, and believe whoever connects")] = False
+    record: Annotated[bool, RECORD] = False
+    resume: Annotated[bool, Option("Go on from the newest sound checkpoint in the run folder")] = False
+    shard: Annotated[int, Option("Which slice of the vector, of as many as DANAZ_SETTINGS says", min=0)] = 0
+
+
 @app.command()
-def serve(
-    run: Annotated[Path, typer.Option(help="Run folder to write", envvar="DANAZ_RUN")],
-    bind: Annotated[str, typer.Option(help="Address to listen on")] = "tcp://127.0.0.1:*",
-    insecure: Annotated[
-        bool, typer.Option("--insecure", help="Listen beyond this machine without keys: believe whoever connects")
-    ] = False,
-    record: options.Record = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest sound checkpoint in the run folder")
-    ] = False,
-    shard: Annotated[
-        int, typer.Option("--shard", min=0, help="Which slice of the vector, of as many as DANAZ_SETTINGS says")
-    ] = 0,
-) -> None:
+@options.expanded
+def serve(asked: ServeOptions) -> None:
     """Serve one run. `danaz launch` starts this; its settings come in DANAZ_SETTINGS, its keys from the launcher.
 
     With --resume a run goes on whose server was killed or stopped: its workers join again by themselves, and tell
@@ -144,18 +149,19 @@ def serve(
     """
     from danaz.run.lock import MODE, RunFolderError, check_server_begins, lock_server
 
-    if resume and not run.is_dir():
+    run, shard = asked.run, asked.shard
+    if asked.resume and not run.is_dir():
         fail(f"{run} is no run folder; --resume goes on with a run that was begun")
-    keys = _take_keys(bind, insecure)
+    keys = _take_keys(asked.bind, asked.insecure)
     try:
         run.mkdir(mode=MODE, parents=True, exist_ok=True)
         lock_server(run, shard=shard)
-        if not resume:
+        if not asked.resume:
             check_server_begins(run, shard)
     except (RunFolderError, OSError) as error:
         fail(error)
     # Only now: the server that had this port before has ended.
-    bound = _listen(bind, keys)
+    bound = _listen(asked.bind, keys)
     typer.echo(f"{'DANAZ_SERVER' if shard == 0 else f'DANAZ_SERVER_{shard}'}={bound.address}")
     sys.stdout.flush()  # workers start now, while the imports below take their seconds
     from danaz.files.reading import UnreadableError
@@ -171,9 +177,9 @@ def serve(
         fail(error)
     try:
         if shard:
-            serve_slice(bound, settings, shard, run, resume)
+            serve_slice(bound, settings, shard, run, asked.resume)
         else:
-            serve_run(bound, settings, run, record, resume)
+            serve_run(bound, settings, run, asked.record, asked.resume)
     except (ResumeError, UnreadableError, UnwrittenError) as error:
         fail(error)
 

@@ -10,15 +10,16 @@ import typer
 
 from danaz.cli import options
 from danaz.cli.command import fail
-from danaz.launch.options import OVERRIDES, TrainingOptions
-from danaz.run.option import Option, given
+from danaz.launch.options import TrainingOptions
+from danaz.options.option import Option, given
+from danaz.options.shared import OVERRIDES, WORKERS
 
 
 @dataclass(frozen=True)
 class SimulateOptions(TrainingOptions):
     """The options of `danaz simulate`."""
 
-    workers: Annotated[int | None, options.WORKERS] = None
+    workers: Annotated[int | None, WORKERS] = None
     schedule: Annotated[str | None, options.SCHEDULE] = None
     device: Annotated[str | None, options.DEVICE] = None
     overrides: Annotated[list[str] | None, OVERRIDES] = None
@@ -61,13 +62,19 @@ def simulate(config: options.Experiment, asked: SimulateOptions) -> None:
     print_summary(summary, run)
 
 
-def speedup(
-    workers: Annotated[str, typer.Option("--workers", "-n", help="Numbers of workers: `1,4,8` or `1-64`")] = "1-64",
-    repetitions: Annotated[int, typer.Option(min=1, help="Random repetitions to average over")] = 20,
-    iterations: Annotated[int, typer.Option(min=1, help="Batches of each worker in a repetition")] = 100_000,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the random batch times")] = 0,
-    out: Annotated[Path, typer.Option("--out", help="Folder for speedup.csv, .png and .svg")] = Path("runs/speedup"),
-) -> None:
+@dataclass(frozen=True)
+class SpeedupOptions:
+    """The options of `danaz speedup`."""
+
+    workers: Annotated[str, Option("Numbers of workers: `1,4,8` or `1-64`", ("--workers", "-n"))] = "1-64"
+    repetitions: Annotated[int, Option("Random repetitions to average over", min=1)] = 20
+    iterations: Annotated[int, Option("Batches of each worker in a repetition", min=1)] = 100_000
+    seed: Annotated[int, Option("Seed of the random batch times", min=0)] = 0
+    out: Annotated[Path, Option("Folder for speedup.csv, .png and .svg")] = Path("runs/speedup")
+
+
+@options.expanded
+def speedup(asked: SpeedupOptions) -> None:
     """Compute the theoretical speed-up of asynchronous and synchronous training over one worker.
 
     Batch times follow a gamma distribution, and communication costs nothing. The result is both panels of the DANA
@@ -83,13 +90,19 @@ def speedup(
     from danaz.simulate.speedup import speedup as compute
 
     try:
-        numbers = parse_numbers(workers)
+        numbers = parse_numbers(asked.workers)
         panels = [
-            compute(numbers, heterogeneous=kind, repetitions=repetitions, iterations=iterations, seed=seed)
+            compute(
+                numbers,
+                heterogeneous=kind,
+                repetitions=asked.repetitions,
+                iterations=asked.iterations,
+                seed=asked.seed,
+            )
             for kind in (False, True)
         ]
         print_speedup(panels)
-        for file in write_speedup(panels, out):
+        for file in write_speedup(panels, asked.out):
             typer.echo(f"  {file}")
     except (ValueError, OSError) as error:
         fail(error)

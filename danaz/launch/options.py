@@ -3,66 +3,53 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
 from danaz.launch.reach import Reach, ReachError, parse_environment, parse_interfaces
-from danaz.run.option import LARGEST_SEED, Option, options_of
+from danaz.options.option import Option, given, options_of, overriding
+from danaz.options.shared import (
+    EXCHANGE,
+    FAILURES,
+    OVERRIDES,
+    RECORD,
+    SEED,
+    SHARDS,
+    WARMUP_EPOCHS,
+    Method,
+    Serving,
+)
 from launcher.connections import SharedConnections
 from launcher.hosts import Host, HostsError, parse_hostfile, parse_hosts
 from launcher.selection import select_hosts
 from launcher.slurm import Srun, hosts_of_allocation, is_in_allocation
 from launcher.ssh import Ssh
 
-EXCHANGE, FAILURES, MACHINES = "Exchange with the server", "When things fail", "Machines"
-SERVER, REMOTE = "The server", "Other machines, by ssh"
+MACHINES, SERVER, REMOTE = "Machines", "The server", "Other machines, by ssh"
 PANELS = (None, EXCHANGE, FAILURES, MACHINES, SERVER, REMOTE)  # in the order of --help
 
-ALGORITHM = Option(
-    "Update rule: dana, nag-asgd, ssgd, …; `danaz algorithms` lists them", ("--algorithm", "-a"), on_resume="fixed"
-)
-SYNC_PERIOD = Option("Push the sum of K local steps", panel=EXCHANGE, metavar="K", min=1, on_resume="fixed")
-WIRE = Option(
-    "Send pushes as fp32, bf16, fp16, onebit or topk:SHARE, with error feedback", panel=EXCHANGE, on_resume="fixed"
-)
-WIRE_VIEW = Option("Send views as fp32, bf16 or fp16", panel=EXCHANGE, on_resume="fixed")
-PIPELINE = Option(
-    "Compute the next batch while the last one is pushed: a higher lag",
-    ("--pipeline/--no-pipeline",),
-    EXCHANGE,
-    on_resume="fixed",
-)
-RECORD = Option("Keep every message for `danaz replay`")
-OVERRIDES = Option(
-    "Override a key of the config, e.g. `--set lr=0.05`. Repeatable.",
-    ("--set",),
-    metavar="KEY=VALUE",
-    on_resume="fixed",
-)
+
+def for_scripts(option: Option) -> Option:
+    """Return an option of a config's key as one that only a script needs, for a config has the key itself."""
+    return replace(option, help=f"{option.help} (for scripts; default: 0)")
 
 
 @dataclass(frozen=True)
+@overriding(Method)
 class TrainingOptions:
-    """How the cluster trains. The names are the keys of a config; None leaves the config's value, or the default."""
-
-    algorithm: Annotated[str | None, ALGORITHM] = None
-    sync_period: Annotated[int | None, SYNC_PERIOD] = None
-    wire: Annotated[str | None, WIRE] = None
-    wire_view: Annotated[str | None, WIRE_VIEW] = None
-    pipeline: Annotated[bool | None, PIPELINE] = None
+    """How the cluster trains. None leaves the value of the config, or the default."""
 
     @property
     def training(self) -> dict[str, Any]:
         """The values that were given, by the keys of a config."""
-        values = {name: getattr(self, name) for name in options_of(TrainingOptions)}
-        return {name: value for name, value in values.items() if value is not None}
+        return given(self, options_of(Method))
 
 
 @dataclass(frozen=True)
-class RunOptions:
+class RunOptions(Serving):
     """How a run is kept going, and what is kept of it."""
 
     resume: Annotated[
@@ -84,12 +71,6 @@ class RunOptions:
     max_restarts: Annotated[
         int, Option("Restarts of each worker and of the server within an hour", panel=FAILURES, min=0)
     ] = 3
-    checkpoint_seconds: Annotated[
-        float, Option("Seconds between checkpoints; 0 for none", panel=FAILURES, metavar="SECONDS", min=0)
-    ] = 30.0
-    refuse_outliers: Annotated[
-        bool, Option("Refuse steps far outside the cluster's size, which are otherwise reported", panel=FAILURES)
-    ] = False
     invite: Annotated[
         int,
         Option(
@@ -97,9 +78,12 @@ class RunOptions:
         ),
     ] = 0
     record: Annotated[bool, RECORD] = False
-    server_shards: Annotated[
-        int, Option("Server processes, each with a slice of the parameters", panel=SERVER, metavar="S", min=1)
-    ] = 1
+    server_shards: Annotated[int, SHARDS] = 1
+
+    @property
+    def serving(self) -> dict[str, Any]:
+        """The values that servers must know, by the names of their settings."""
+        return given(self, {*options_of(Serving), "server_shards"})
 
     @property
     def resumes(self) -> bool:
@@ -194,16 +178,8 @@ class LaunchOptions(MachineOptions, RunOptions, TrainingOptions):
     ] = None
     overrides: Annotated[list[str] | None, OVERRIDES] = None
     out: Annotated[Path | None, Option("Run folder. Default: runs/TIME-NAME", on_resume="fixed")] = None
-    warmup_epochs: Annotated[
-        float | None,
-        Option("Epochs over which lr rises from lr/N to lr (scripts; default: none)", min=0, on_resume="fixed"),
-    ] = None
-    seed: Annotated[
-        int | None,
-        Option(
-            "Seed of sample order (for scripts; configs have their own)", min=0, max=LARGEST_SEED, on_resume="fixed"
-        ),
-    ] = None
+    warmup_epochs: Annotated[float | None, for_scripts(WARMUP_EPOCHS)] = None
+    seed: Annotated[int | None, for_scripts(SEED)] = None
     dry_run: Annotated[bool, Option("Print every process and its environment; start none", on_resume="given again")] = (
         False
     )
@@ -249,18 +225,33 @@ class LaunchOptions(MachineOptions, RunOptions, TrainingOptions):
         return [known.get(server.name, server) for server in servers]
 
     def kept(self, environment: Collection[str]) -> dict[str, Any]:
-        """What RUN/launch.yaml holds: all that can be asked for again, and of the environment the names alone."""
-        values = {name: getattr(self, name) for name in options_of(LaunchOptions) if name in kept_names()}
+        """Return what RUN/launch.yaml holds: the options that a resumed run takes from there.
+
+        Of the environment it holds the names alone.
+        """
+        values = {key: getattr(self, name) for key, name in keys_of_launch_yaml().items() if key in kept_names()}
         for name in ("hostfile", "ssh_identity"):
             values[name] = None if values[name] is None else str(Path(values[name]).resolve())
         return {**values, "chdir": self.working_directory, "variables": sorted(environment)}
 
+    @staticmethod
+    def by_field(values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return values of launch.yaml by the names of these fields; an unknown key stays as it is."""
+        names = keys_of_launch_yaml()
+        return {names.get(key, key): value for key, value in values.items()}
+
+
+@cache
+def keys_of_launch_yaml() -> dict[str, str]:
+    """Return key -> field of each option; launch.yaml holds those of ``kept_names``."""
+    return {option.key or name: name for name, (_, option) in options_of(LaunchOptions).items()}
+
 
 @cache
 def kept_names() -> frozenset[str]:
-    """The options that launch.yaml keeps."""
+    """Return the keys of the options that launch.yaml keeps."""
     options = options_of(LaunchOptions).items()
-    return frozenset(name for name, (_, option) in options if option.on_resume == "may change")
+    return frozenset(option.key or name for name, (_, option) in options if option.on_resume == "may change")
 
 
 @cache

@@ -137,12 +137,7 @@ def prepare_script(
 def _prepare(
     task: Task, settings: Settings, cluster: Cluster, run: Path, options: RunOptions, values: Mapping[str, Any]
 ) -> Launch:
-    settings = replace(
-        settings,
-        checkpoint_s=options.checkpoint_seconds,
-        refuse_outliers=options.refuse_outliers,
-        server_shards=options.server_shards,
-    )
+    settings = replace(settings, **options.serving)
     check_workers(settings)
     check_shards(settings, options)
     check_server_hosts(cluster.reach, options)

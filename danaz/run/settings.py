@@ -6,14 +6,15 @@ import json
 import os
 import re
 from collections.abc import Mapping, MutableMapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from danaz.options.shared import Training
 from danaz.protocol.keys import WorkerKeys, take_worker_keys
 from danaz.run.config import Config
-from danaz.server.settings import ServerSettings
+from danaz.server.settings import CommonSettings, ServerSettings
 from danaz.vectors.codecs import Compressor, push_codec
 from danaz.vectors.flat import Layout, chunks_of_shards
 
@@ -21,35 +22,21 @@ FROM_LAUNCHER = "`danaz launch` sets it; unset all DANAZ_ variables to train wit
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(CommonSettings):
     """The run's settings, the same for all its processes. They travel as JSON in DANAZ_SETTINGS."""
 
-    algorithm: str = "baseline"
-    workers: int = 1
-    seed: int = 0
+    algorithm: str = "baseline"  # of a process that nobody launched, and which trains alone
     warmup_epochs: float = 0.0
-    lr_correction: bool = True
-    sync_period: int | None = None
-    pipeline: bool = False  # compute the next batch while the last one is pushed
-    hyperparameters: dict[str, Any] = field(default_factory=dict)  # the algorithm's own
-    wire: str = "fp32"  # codec of pushes
-    wire_view: str = "fp32"  # and of views
-    wire_warmup_epochs: float = 0.0  # of the cluster, in which pushes travel as they are
-    gap_every: int = 1
-    digest: str = ""  # of the configuration: server and workers must agree
     collective: str = "none"  # horovod or torch; none: a process alone
     ranks_per_worker: int = 1
     schedule: str = "live"
-    checkpoint_s: float = 30.0  # between the server's checkpoints, 0 never
     server_shards: int = 1  # server processes, each with a slice of the vector
-    refuse_outliers: bool = False  # pushes far outside the cluster's size
 
     @classmethod
     def of(cls, config: Config, *, schedule: str, collective: str) -> Settings:
-        """The settings of a run of ``config``; a field that has the name of a key of the config has its value."""
-        shared = {field.name for field in fields(cls)} & Config.model_fields.keys() - {"schedule"}
+        """Return the settings of a run of ``config``."""
         return cls(
-            **{name: getattr(config, name) for name in shared},
+            **{field.name: getattr(config, field.name) for field in fields(Training)},
             warmup_epochs=config.lr_schedule.warmup_epochs,
             gap_every=gap_every(config.gap),
             digest=config.digest(),
@@ -65,25 +52,14 @@ class Settings:
     def for_server(
         self, workers: int | None = None, weight_decay: tuple[float, ...] = (), shard: int = 0
     ) -> ServerSettings:
-        """What a server core needs of them; it starts when ``workers`` (default: all) have joined.
+        """Return the settings of a server core, which starts when ``workers`` (default: all) have joined.
 
         ``weight_decay``, one a parameter group, is known where the server is in the optimizer's own process.
         """
-        return ServerSettings(
-            algorithm=self.algorithm,
-            workers=self.workers if workers is None else workers,
-            digest=self.digest,
-            lr_correction=self.lr_correction,
-            weight_decay=weight_decay,
-            sync_period=self.sync_period,
-            hyperparameters=self.hyperparameters,
-            wire_view=self.wire_view,
-            gap_every=self.gap_every,
-            checkpoint_s=self.checkpoint_s,
-            shard=shard,
-            shards=self.server_shards,
-            refuse_outliers=self.refuse_outliers,
-        )
+        values = {field.name: getattr(self, field.name) for field in fields(CommonSettings)}
+        if workers is not None:
+            values["workers"] = workers
+        return ServerSettings(**values, weight_decay=weight_decay, shard=shard, shards=self.server_shards)
 
     def compressor(self, layout: Layout) -> Compressor | None:
         """What a worker compresses its pushes with, None if it does not."""

@@ -10,7 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from danaz.cli.options import expanded
-from danaz.run.option import Option, given
+from danaz.options.option import Option, given
 
 
 @dataclass(frozen=True)
