@@ -34,17 +34,19 @@ class CompareOptions:
     ] = None
     workers: Annotated[
         str | None,
-        Option("Numbers of simulated workers, e.g. `1,4,8`. Default: 1, and the config's number", ("--workers", "-n")),
+        Option("Numbers of simulated workers, e.g. `1,4,8`. Default: 1 and the config's number", ("--workers", "-n")),
     ] = None
     seeds: Annotated[int | None, Option("Number of seeds, counted from the config's seed. Default: 1", min=1)] = None
     schedule: Annotated[str | None, options.SCHEDULE] = None
     jobs: Annotated[int | None, options.JOBS] = None
     device: Annotated[str | None, options.DEVICE] = None
     overrides: Annotated[list[str] | None, OVERRIDES] = None
-    out: Annotated[Path | None, Option("Folder of the comparison. Default: `runs/compare-NAME`")] = None
+    out: Annotated[Path | None, Option("Folder of the results. Default: `runs/compare-NAME`")] = None
     live: Annotated[bool, Option("Run real processes on machines, one algorithm after another")] = False
-    hosts: Annotated[str | None, Option("Machines and their slots, e.g. `a:4,b:4`", ("--hosts", "-H"), LIVE)] = None
-    hostfile: Annotated[Path | None, Option("A file of machines, as for `danaz launch`", panel=LIVE)] = None
+    hosts: Annotated[str | None, Option("Machines and the ranks on each, e.g. `a:4,b:4`", ("--hosts", "-H"), LIVE)] = (
+        None
+    )
+    hostfile: Annotated[Path | None, Option("File of machines, as for `danaz launch`", panel=LIVE)] = None
     workers_per_host: Annotated[
         int | None, Option("Number of workers that share the slots of a host. Default: 1", panel=LIVE, min=1)
     ] = None
@@ -64,8 +66,9 @@ def compare(
 ) -> None:
     """Run one experiment with several algorithms, numbers of workers and seeds, and report them side by side.
 
-    Simulations run in parallel, one thread each. Finished runs are kept: after Ctrl-C, the same command continues; with
-    more algorithms, workers or seeds, it adds to the finished runs. With one worker, every algorithm is the baseline.
+    Simulations run in parallel, one thread each. Finished runs are kept: after Ctrl-C, the same command continues, and
+    with more algorithms, workers or seeds it runs only what is missing. With one worker, all algorithms are the same,
+    and run as `baseline`.
 
     Examples:
 
@@ -105,12 +108,12 @@ class TuneOptions:
     momentum: Annotated[str, Option("Momenta, separated by commas; they may be negative")] = "-0.6,-0.3,0,0.3,0.6,0.9"
     overrides: Annotated[list[str] | None, OVERRIDES] = None
     jobs: Annotated[int | None, options.JOBS] = None
-    out: Annotated[Path | None, Option("Folder of the search. Default: `runs/tune-NAME-ALGORITHM-N`")] = None
+    out: Annotated[Path | None, Option("Folder of the results. Default: `runs/tune-NAME-ALGORITHM-N`")] = None
 
 
 @options.expanded
 def tune(config: options.Experiment, asked: TuneOptions) -> None:
-    """Search learning rate and momentum for an algorithm on a grid: the search that DANA makes unnecessary.
+    """Search a grid of learning rates and momenta for an algorithm: the search that DANA makes unnecessary.
 
     Simulations run in parallel. Finished ones are kept: after Ctrl-C, the same command continues. The result is a table
     and a heat map.

@@ -1,4 +1,4 @@
-"""Options that several commands share: each is named, and explained, once."""
+"""Turns declared options into parameters of Typer commands, and declares those that only commands share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from danaz.run.schedules import SCHEDULE_FORMS, SCHEDULES
 
 
 def expanded(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace each parameter that is a dataclass by one option for each of its fields."""
+    """Replace each parameter of ``command`` that is a dataclass by one option for each field of the dataclass."""
     hints = get_type_hints(command, include_extras=True)
     params: list[Parameter] = []
     kinds: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
@@ -38,7 +38,7 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _parameters(kind: Any) -> list[Parameter]:
-    """Return its fields as parameters of a Typer command, panel after panel."""
+    """Return the fields of a dataclass as parameters of a Typer command, panel after panel."""
     required = {MISSING: Parameter.empty}
     defaults = {field.name: required.get(field.default, field.default) for field in fields(kind)}
     options = sorted(options_of(kind).items(), key=lambda item: _order(item[1][1].panel))

@@ -28,7 +28,7 @@ class SimulateOptions(TrainingOptions):
 
 @options.expanded
 def simulate(config: options.Experiment, asked: SimulateOptions) -> None:
-    """Train with N simulated workers in one process. The update rules are the same code as in a live run.
+    """Train with N simulated workers in one process. It runs the same code of server, workers and rules as a live run.
 
     Examples:
 
@@ -77,8 +77,8 @@ class SpeedupOptions:
 def speedup(asked: SpeedupOptions) -> None:
     """Compute the theoretical speed-up of asynchronous and synchronous training over one worker.
 
-    Batch times follow a gamma distribution, and communication costs nothing. The result is both panels of the DANA
-    paper's Figure 5: machines of one kind, and machines that differ.
+    Batch times follow a gamma distribution, and communication takes no time. The result is Figure 5 of the DANA paper,
+    with a panel for equal machines and a panel for unequal ones.
 
     Examples:
 

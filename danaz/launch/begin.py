@@ -1,4 +1,4 @@
-"""From the options of `danaz launch` to a run that is ready to start: a new one, or one that goes on."""
+"""Makes a run that is ready to start out of the options of `danaz launch`: a new run, or one that is resumed."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ from danaz.worker.group import choose_collective
 
 
 def prepare(options: LaunchOptions, named: Collection[str], command: Sequence[str]) -> tuple[Launch, str]:
-    """The run that the options ask for, and which collective was chosen and why. It writes and claims nothing.
+    """Return the run that the options ask for, and a sentence on the collective that was chosen.
 
-    ``named`` are the options given on the command line. Raises ValueError or RuntimeError, which say what is wrong.
+    This writes and claims nothing. ``named`` are the options given on the command line. Raises ValueError or
+    RuntimeError, which say what is wrong.
     """
     if options.resume is not None:
         return _prepare_resumed(options, named, command)
@@ -42,7 +43,7 @@ def prepare(options: LaunchOptions, named: Collection[str], command: Sequence[st
 
 @contextmanager
 def prepared(options: LaunchOptions, named: Collection[str], command: Sequence[str]) -> Iterator[tuple[Launch, str]]:
-    """Like ``prepare``, but this process alone owns the run folder during the block."""
+    """Like ``prepare``, but hold the run folder for this process alone during the block."""
     if options.resume is not None:
         check_begun(options.resume)
         with locked_run_folder(options.resume):
@@ -54,12 +55,12 @@ def prepared(options: LaunchOptions, named: Collection[str], command: Sequence[s
 
 
 def _task(options: LaunchOptions, command: Sequence[str]) -> Config | Settings:
-    """What a new run trains: a config, or the settings of a script."""
+    """Return what a new run trains: a config, or the settings of a script."""
     if (options.config is None) == (not command):
         raise LaunchError("give either a CONFIG or, after --, a command such as: -- python train.py")
     if options.config is not None:
         if options.warmup_epochs is not None or options.seed is not None:
-            raise LaunchError("a config sets these itself: use --set lr_schedule.warmup_epochs=… and --set seed=…")
+            raise LaunchError("a config has these keys: use --set lr_schedule.warmup_epochs=… and --set seed=…")
         return load_config(options.config, options.overrides or (), options.training)
     if options.overrides:
         raise LaunchError("--set changes a config, and a script has none; pass its own arguments after --")

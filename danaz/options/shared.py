@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from danaz.options.option import LARGEST_SEED, MOST, MOST_PROCESSES, Option
 
-EXCHANGE, FAILURES = "Exchange with the server", "When things fail"  # panels of --help
+EXCHANGE, FAILURES, SERVER = "Exchange with the server", "When things fail", "The server"  # panels of --help
 
 WORKERS = Option(
     "Number of workers: machines that train asynchronously, or simulated ones",
@@ -22,7 +22,7 @@ WORKERS = Option(
     on_resume="fixed",
 )
 SEED = Option(
-    "Seed of the order of the samples; in a config, also of the initial parameters and the schedule",
+    "Seed of the sample order and, with a config, of the initial parameters and the schedule",
     min=0,
     max=LARGEST_SEED,
     on_resume="fixed",
@@ -45,7 +45,7 @@ class Method:
     sync_period: Annotated[
         int | None,
         Option(
-            "Mini-batches between a worker's pushes, each the sum of K local steps. Default: the algorithm's own",
+            "Mini-batches between a worker's pushes: a push is the sum of K local steps. Default: the algorithm's own",
             panel=EXCHANGE,
             metavar="K",
             min=1,
@@ -56,7 +56,7 @@ class Method:
     pipeline: Annotated[
         bool,
         Option(
-            "Compute the next batch on the view at hand while the last one is pushed: a higher lag",
+            "Compute the next batch while the last one is pushed: this hides the exchange, but raises the lag",
             ("--pipeline/--no-pipeline",),
             EXCHANGE,
             on_resume="fixed",
@@ -90,18 +90,18 @@ class Training(Method):
     ] = 0.0
     hyperparameters: Annotated[
         dict[str, Any],
-        Option("Values for the algorithm alone, by the names that `danaz algorithms` lists", on_resume="fixed"),
+        Option("Hyper-parameters of the algorithm, by the names that `danaz algorithms` lists", on_resume="fixed"),
     ] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Serving:
-    """How the servers keep a run."""
+    """What the servers of a live run write, and what they refuse."""
 
     checkpoint_s: Annotated[
         float,
         Option(
-            "Seconds between checkpoints; 0 for none",
+            "Seconds between checkpoints; 0: write none",
             ("--checkpoint-seconds",),
             FAILURES,
             metavar="SECONDS",
@@ -110,21 +110,25 @@ class Serving:
         ),
     ] = 30.0
     refuse_outliers: Annotated[
-        bool, Option("Refuse steps far outside the cluster's size, which are otherwise reported", panel=FAILURES)
+        bool,
+        Option(
+            "Refuse pushes that are far larger than the cluster's others, instead of only reporting them",
+            panel=FAILURES,
+        ),
     ] = False
 
 
 # ---- options that stand in several classes, with a default of their own in each --------------------------------------
 
 WARMUP_EPOCHS = Option(
-    "Epochs of the cluster over which lr rises from lr / workers to lr; 0 for no warm-up", min=0, on_resume="fixed"
+    "Epochs of the cluster over which lr rises from lr / workers to lr; 0: no warm-up", min=0, on_resume="fixed"
 )
-SHARDS = Option("Server processes, each with a slice of the parameters", panel="The server", metavar="S", min=1)
+SHARDS = Option("Number of server processes, each with a slice of the parameters", panel=SERVER, metavar="S", min=1)
 SCHEDULE = Option("Order of the workers in a simulation")
 DEVICE = Option("`cpu`, `cuda`, or `auto`: a GPU if torch sees one")
-RECORD = Option("Keep every message for `danaz replay`")
+RECORD = Option("Record every message, for `danaz replay`")
 OVERRIDES = Option(
-    "Override a key of the config, e.g. `--set lr=0.05`. Repeatable.",
+    "Override a key of the config, e.g. `--set lr=0.05`. Repeatable",
     ("--set",),
     metavar="KEY=VALUE",
     on_resume="fixed",

@@ -1,7 +1,7 @@
-"""The YAML of an experiment, checked: what is trained, how fast it learns, and by whom.
+"""The YAML of an experiment: it says what is trained, how fast it learns, and by whom.
 
-``load_config`` reads a file and ``--set key=value`` overrides into a frozen :class:`Config`; whatever is wrong comes
-back as one :class:`ConfigError` that names the file, the key, the value given and what is allowed.
+``load_config`` reads a file and ``--set key=value`` overrides into a frozen :class:`Config`. If anything is wrong, it
+raises one :class:`ConfigError` that names the file, the key, the value given and what is allowed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class ConfigError(ValueError):
 
 
 def suggest(given: object, allowed: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` for the allowed word nearest to ``given``, or nothing when none is near."""
+    """Return ``"; did you mean 'x'?"`` for the allowed word nearest to ``given``; nothing if none is near."""
     nearest = difflib.get_close_matches(str(given), list(allowed), n=1)
     return f"; did you mean {nearest[0]!r}?" if nearest else ""
 
@@ -70,7 +70,7 @@ Float = Annotated[float, BeforeValidator(_number)]
 Scalar = Annotated[bool | int | float | str, BeforeValidator(_scalar)]
 Gap = Annotated[str, BeforeValidator(_gap)]
 
-# Fields that may differ from machine to machine (or only label a run): no part of the digest.
+# Fields that may differ from machine to machine, or only label a run. The digest leaves them out.
 LOCAL: dict[str, Any] = {"local": True}
 
 
@@ -203,11 +203,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), options: Mappin
         path: the file. ``name`` defaults to its stem.
         overrides: ``key=value`` each, the value in YAML: ``lr=0.1``, ``lr_schedule.factor=0.2`` or
             ``lr_schedule={milestones: [2, 3]}``. A mapping is merged into the file's, anything else replaces it.
-        options: values of keys that have an option of their own on the command line, such as ``--algorithm``; they
-            come after the overrides.
+        options: values of keys that have an option of their own on the command line, such as ``--algorithm``. They
+            replace those of the overrides.
 
     Raises:
-        ConfigError: the file is missing or no mapping, or a key or value is not allowed.
+        ConfigError: the file is missing or is not a mapping, or a key or value is not allowed.
     """
     path = Path(path)
     values = {"name": path.stem, **_read_mapping(path)}
@@ -229,7 +229,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), options: Mappin
 def _read_mapping(path: Path) -> dict[str, Any]:
     if path.suffix == ".py":
         raise ConfigError(
-            f"{path} is a Python script, and no YAML of an experiment; start it by: danaz launch -- python {path}"
+            f"{path} is a Python script, not the YAML of an experiment; start it by: danaz launch -- python {path}"
         )
     try:
         values = parse_yaml(path.read_text(encoding="utf-8"))
@@ -270,7 +270,7 @@ def _merge(values: dict[str, Any], keys: Sequence[str], value: Any, override: st
 
 
 def _explain(problem: Mapping[str, Any], path: Path, origin: Mapping[str, str]) -> str:
-    """One pydantic problem as a sentence: where, key, value given, what is allowed."""
+    """Return one pydantic problem as a sentence: where it is, the key, the value given, and what is allowed."""
     location, given = problem["loc"], _SHORT.repr(problem["input"])
     key = ".".join(map(str, location))
     sources = [said for name, said in origin.items() if f"{key}.".startswith(f"{name}.")]
@@ -299,10 +299,10 @@ def _described(field: FieldInfo) -> str:
 
 
 def _fields_beside(location: Sequence[str | int]) -> dict[str, FieldInfo]:
-    """The fields of the mapping that a pydantic location ends in, or is somewhere in."""
+    """Return the fields of the mapping that holds a pydantic location."""
     return LrSchedule.model_fields if location[0] == "lr_schedule" and len(location) > 1 else Config.model_fields
 
 
-# As `repr`, but of a value of any size or depth a line is left.
+# Like `repr`, but a value of any size or depth gives one line.
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100

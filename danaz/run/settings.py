@@ -1,4 +1,4 @@
-"""What the launcher tells each process of a run: its place in the cluster and how the cluster trains."""
+"""What the launcher tells each process of a run: how the cluster trains, and the place of the process in it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FROM_LAUNCHER = "`danaz launch` sets it; unset all DANAZ_ variables to train wit
 
 @dataclass(frozen=True)
 class Settings(CommonSettings):
-    """The run's settings, the same for all its processes. They travel as JSON in DANAZ_SETTINGS."""
+    """The settings of a run, which all its processes share. They travel as JSON in DANAZ_SETTINGS."""
 
     algorithm: str = "baseline"  # of a process that nobody launched, and which trains alone
     warmup_epochs: float = 0.0
@@ -45,7 +45,7 @@ class Settings(CommonSettings):
         )
 
     def facts(self) -> dict[str, Any]:
-        """What these settings contribute to summary.json."""
+        """Return the entries of summary.json that these settings give."""
         names = ("algorithm", "workers", "ranks_per_worker", "schedule", "seed", "collective")
         return {name: getattr(self, name) for name in names}
 
@@ -62,7 +62,7 @@ class Settings(CommonSettings):
         return ServerSettings(**values, weight_decay=weight_decay, shard=shard, shards=self.server_shards)
 
     def compressor(self, layout: Layout) -> Compressor | None:
-        """What a worker compresses its pushes with, None if it does not."""
+        """Return what a worker compresses its pushes with; None if they travel as they are."""
         if self.wire == "fp32":
             return None
         spans = chain.from_iterable(chunks_of_shards(layout.size, self.server_shards))
@@ -73,7 +73,7 @@ class Settings(CommonSettings):
 
     @classmethod
     def from_json(cls, text: str) -> Settings:
-        """The inverse of to_json. Raises ValueError for what is none of this version."""
+        """Invert to_json. Raises ValueError for text that this version did not write."""
         known = {field.name for field in fields(cls)}
         try:
             values: Any = json.loads(text)
@@ -87,7 +87,7 @@ class Settings(CommonSettings):
 
 
 def gap_every(gap: str) -> int:
-    """on, off or every:K as a number of updates; 0 is never."""
+    """Return on, off or every:K as a number of updates; 0 means never."""
     return {"on": 1, "off": 0}[gap] if gap in ("on", "off") else int(gap.removeprefix("every:"))
 
 
@@ -96,20 +96,20 @@ class RankInfo:
     """This process's place in the cluster."""
 
     worker: int = 0
-    device: int = 0  # that this rank uses of its machine's
+    device: int = 0  # index of the GPU of its machine that this rank uses
     local_rank: int = 0  # among the ranks of all workers on its machine
     local_size: int = 1
     incarnation: int = 1
-    launched: bool = False  # by a launcher, which decides what all processes must agree on
-    guest: bool = False  # it joined a run that goes on without it: when it is to end, it leaves in good order
+    launched: bool = False  # a launcher started it, which decides what all processes must agree on
+    guest: bool = False  # it joined a running job, which goes on without it; told to end, it leaves in good order
     server: str | None = None  # tcp://host:port; None: train by all-reduce, or alone
-    followers: tuple[str, ...] = ()  # the other shards' addresses, in order
+    followers: tuple[str, ...] = ()  # addresses of the other shards, in order
     run: Path | None = None  # the run folder, for the process that writes it
-    keys: WorkerKeys | None = None  # for a server that admits its run's workers alone
+    keys: WorkerKeys | None = None  # None: the server believes whoever connects
 
 
 def server_variable(shard: int) -> str:
-    """The variable that holds a shard's address."""
+    """Return the name of the variable that holds a shard's address."""
     return f"DANAZ_SERVER_{shard}" if shard else "DANAZ_SERVER"
 
 
@@ -127,7 +127,7 @@ def _text(environment: Mapping[str, str], name: str) -> str:
 
 
 def from_environment(environment: MutableMapping[str, str] = os.environ) -> tuple[Settings, RankInfo]:
-    """Read the launcher's variables; without them, one process trains alone. Raises ValueError for odd ones."""
+    """Read the launcher's variables. Without them, one process trains alone. Raises ValueError for bad values."""
     settings = Settings.from_json(environment["DANAZ_SETTINGS"]) if environment.get("DANAZ_SETTINGS") else Settings()
     run, server = environment.get("DANAZ_RUN"), environment.get("DANAZ_SERVER")
     others = range(1, settings.server_shards) if server else range(0)

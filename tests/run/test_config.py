@@ -1,4 +1,4 @@
-"""The YAML of an experiment: what is accepted, what is said when it is not, and what must agree across machines."""
+"""The YAML of an experiment: which values are allowed, what the errors say, and what must agree across machines."""
 
 from pathlib import Path
 
@@ -221,7 +221,7 @@ class TestErrors:
     def test_bounds(self, path: Path, override: str, complaint: str) -> None:
         assert error_of(path, override).startswith(f"{path}, --set {override}: {complaint}")
 
-    def test_all_problems_are_told_at_once(self, path: Path) -> None:
+    def test_one_error_lists_all_problems(self, path: Path) -> None:
         assert len(error_of(path, "lr=0", "epochs=0").splitlines()) == 2
 
     @pytest.mark.parametrize(
@@ -249,11 +249,11 @@ class TestErrors:
         assert error_of(path).startswith(f"{path}: not valid YAML: ")
         assert error_of(path).count("9") < 100
 
-    def test_a_value_of_any_size_is_told_in_a_line(self, path: Path) -> None:
+    def test_an_error_shows_a_huge_value_in_one_line(self, path: Path) -> None:
         path.write_text(MINIMAL + f"momentun: {[list(range(100))] * 100}\n")
         assert len(error_of(path)) < 1000
 
-    def test_a_script_is_told_how_to_start_it(self, path: Path) -> None:
+    def test_the_error_for_a_script_says_how_to_start_it(self, path: Path) -> None:
         script = path.with_name("train.py")
         for text in ("import danaz\nfor epoch in danaz.epochs(3):\n    pass\n", "import danaz\n"):
             script.write_text(text)
