@@ -13,7 +13,7 @@ import typer
 from danaz.cli import options
 from danaz.cli.command import fail
 from danaz.options.option import Option, given, options_of
-from danaz.options.shared import OVERRIDES, WORKERS, Method
+from danaz.options.shared import OVERRIDES, Method
 
 if TYPE_CHECKING:
     from danaz.compare.cells import Comparison
@@ -103,7 +103,7 @@ class TuneOptions:
     """The options of `danaz tune`."""
 
     algorithm: Annotated[str, options_of(Method)["algorithm"][1]] = "nag-asgd"
-    workers: Annotated[int | None, WORKERS] = None
+    workers: Annotated[int | None, options.WORKERS] = None
     lr: Annotated[str, Option("Learning rates, separated by commas")] = "0.01,0.02,0.05,0.1,0.2"
     momentum: Annotated[str, Option("Momenta, separated by commas; they may be negative")] = "-0.6,-0.3,0,0.3,0.6,0.9"
     overrides: Annotated[list[str] | None, OVERRIDES] = None

@@ -89,4 +89,5 @@ def _of_the_config(option: Option, *values: str) -> Option:
 
 SCHEDULE = _of_the_config(shared.SCHEDULE, *SCHEDULES, *SCHEDULE_FORMS.values())
 DEVICE = _of_the_config(shared.DEVICE)
+WORKERS = replace(shared.WORKERS, min=None, max=None)  # the config checks the number, and its error says more
 JOBS = Option("Simulations at a time. Default: one a core", ("--jobs", "-j"), min=1)

@@ -12,14 +12,14 @@ from danaz.cli import options
 from danaz.cli.command import fail
 from danaz.launch.options import TrainingOptions
 from danaz.options.option import Option, given
-from danaz.options.shared import OVERRIDES, WORKERS
+from danaz.options.shared import OVERRIDES
 
 
 @dataclass(frozen=True)
 class SimulateOptions(TrainingOptions):
     """The options of `danaz simulate`."""
 
-    workers: Annotated[int | None, WORKERS] = None
+    workers: Annotated[int | None, options.WORKERS] = None
     schedule: Annotated[str | None, options.SCHEDULE] = None
     device: Annotated[str | None, options.DEVICE] = None
     overrides: Annotated[list[str] | None, OVERRIDES] = None

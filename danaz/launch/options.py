@@ -18,10 +18,9 @@ from danaz.options.shared import (
     RECORD,
     SEED,
     SERVER,
-    SHARDS,
     WARMUP_EPOCHS,
     Method,
-    Serving,
+    Servers,
 )
 from launcher.connections import SharedConnections
 from launcher.hosts import Host, HostsError, parse_hostfile, parse_hosts
@@ -36,7 +35,7 @@ PANELS = (None, EXCHANGE, FAILURES, MACHINES, SERVER, REMOTE)  # in the order of
 
 def for_scripts(option: Option) -> Option:
     """Return the option of a config's key as an option for scripts, which have no config."""
-    return replace(option, help=f"{option.help}. For scripts only; a config has this key. Default: 0")
+    return replace(option, help=f"{option.help}. Only for scripts: a config has this key. Default: 0")
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class TrainingOptions:
 
 
 @dataclass(frozen=True)
-class RunOptions(Serving):
+class RunOptions(Servers):
     """How a run continues after failures, and what it records."""
 
     resume: Annotated[
@@ -83,12 +82,11 @@ class RunOptions(Serving):
         ),
     ] = 0
     record: Annotated[bool, RECORD] = False
-    server_shards: Annotated[int, SHARDS] = 1
 
     @property
     def serving(self) -> dict[str, Any]:
         """The values that servers must know, by the names of their settings."""
-        return given(self, {*options_of(Serving), "server_shards"})
+        return given(self, options_of(Servers))
 
     @property
     def resumes(self) -> bool:

@@ -60,7 +60,7 @@ def check_pipeline(settings: Settings, rule: Rule) -> None:
     reasons = {
         "its workers wait for each other at every update": rule.barrier or rule.all_reduce,
         "its workers push parameters, which must hold the step before": rule.pushes == "parameters",
-        "its workers change the parameters between pushes, while these are exchanged": rule.worker_rule.sync_period > 1,
+        "a worker that steps alone between pushes changes what is being exchanged": rule.worker_rule.sync_period > 1,
     }
     reason = next((reason for reason, holds in reasons.items() if holds), None)
     if settings.pipeline and reason:

@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from danaz.options.shared import Training
+from danaz.options.shared import Servers, Training
 from danaz.protocol.keys import WorkerKeys, take_worker_keys
 from danaz.run.config import Config
 from danaz.server.settings import CommonSettings, ServerSettings
@@ -22,7 +22,7 @@ FROM_LAUNCHER = "`danaz launch` sets it; unset all DANAZ_ variables to train wit
 
 
 @dataclass(frozen=True)
-class Settings(CommonSettings):
+class Settings(Servers, CommonSettings):
     """The settings of a run, which all its processes share. They travel as JSON in DANAZ_SETTINGS."""
 
     algorithm: str = "baseline"  # of a process that nobody launched, and which trains alone
@@ -30,7 +30,6 @@ class Settings(CommonSettings):
     collective: str = "none"  # horovod or torch; none: a process alone
     ranks_per_worker: int = 1
     schedule: str = "live"
-    server_shards: int = 1  # server processes, each with a slice of the vector
 
     @classmethod
     def of(cls, config: Config, *, schedule: str, collective: str) -> Settings:

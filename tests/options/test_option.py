@@ -12,7 +12,7 @@ from danaz.cli.main import app
 from danaz.cli.simulate import SimulateOptions
 from danaz.launch.options import LaunchOptions, MachineOptions, TrainingOptions, fixed_names, kept_names
 from danaz.options.option import Option, declared, newer_names, options_of, overriding
-from danaz.options.shared import Method, Serving, Training
+from danaz.options.shared import Method, Servers, Serving, Training
 from danaz.run.config import Config, load_config
 from danaz.run.settings import Settings
 from danaz.server.settings import CommonSettings, ServerSettings
@@ -109,12 +109,13 @@ def test_a_method_is_an_option_that_overrides_the_config(command: str, kind: typ
     assert fixed_names()[name] == option.words(name)
 
 
-@pytest.mark.parametrize("name", options_of(Serving))
-def test_what_servers_keep_is_an_option_of_launch_and_a_setting(name: str) -> None:
-    option = options_of(Serving)[name]
-    for kind in (LaunchOptions, Settings, ServerSettings):
+@pytest.mark.parametrize("name", options_of(Servers))
+def test_an_option_of_servers_is_an_option_of_launch_and_a_setting(name: str) -> None:
+    option = options_of(Servers)[name]
+    core = [ServerSettings] if name in options_of(Serving) else []
+    for kind in (LaunchOptions, Settings, *core):
         assert declared(kind)[name] == option
-        assert defaults_of(kind)[name] == defaults_of(Serving)[name]
+        assert defaults_of(kind)[name] == defaults_of(Servers)[name]
     assert (option[1].key or name) in kept_names()
 
 
