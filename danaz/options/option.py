@@ -37,9 +37,7 @@ class Option:
     variable: str | None = None  # of the environment, which gives the value if the command line does not
     key: str | None = None  # in launch.yaml; None: the name of the field
     on_resume: OnResume = "may change"
-    since: str | None = (
-        None  # the version that added it, if earlier run folders lack it; the default must change nothing
-    )
+    since: str | None = None  # version that added it; run folders of earlier ones lack it, and go on with the default
 
     def words(self, name: str) -> str:
         """Return how a sentence names the option of the field ``name``."""
