@@ -1,4 +1,4 @@
-"""This machine as one more worker of a run that is under way."""
+"""Adds this machine as one more worker to a run that is under way."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from danaz.run.lock import claimed_run_folder
 from launcher.run import Timeouts, run
 from launcher.supervisor import Policy
 
-LEAVING_S = 30.0  # for the batches that are begun, and for the server to say that it has heard
+LEAVING_S = 30.0  # to finish the batches that have begun, and to hear from the server that it knows
 
 
 def join_run(server: str, key: Path, slots: int | None, out: Path | None) -> int:
-    """Work for the server at ``server``, HOST:PORT, until its run is over; returns an exit code.
+    """Work for the server at ``server``, HOST:PORT, until its run is over. Returns an exit code.
 
-    SIGINT and SIGTERM let this machine leave in good order, a second one at once.
+    On SIGINT or SIGTERM, this machine leaves in good order; on a second signal, at once.
     """
     with ExitStack() as held:
         try:

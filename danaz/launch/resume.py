@@ -13,6 +13,7 @@ from danaz.files.atomic import write_atomically
 from danaz.files.plain_yaml import dump_yaml
 from danaz.files.reading import UnreadableError, read_yaml
 from danaz.launch.options import fixed_names
+from danaz.options.option import newer_names
 from danaz.run.config import Config, load_config
 from danaz.run.folder import read_summary
 from danaz.run.settings import Settings
@@ -105,12 +106,12 @@ def read_settings(run: Path) -> tuple[Config, None] | tuple[Settings, list[str]]
     """
     values = read_yaml(run / "config.yaml")
     if "command" not in values:
-        check_all_there(run / "config.yaml", values, Config.model_fields)
+        check_all_there(run / "config.yaml", values, sorted(Config.model_fields.keys() - newer_names(Config)))
         return load_config(run / "config.yaml"), None
     path, command = run / "config.yaml", values.pop("command")
     if not isinstance(command, list) or not command or not all(isinstance(word, str) for word in command):
         raise UnreadableError(path, "command should be the words of a command")
-    check_all_there(path, values, [field.name for field in fields(Settings)])
+    check_all_there(path, values, sorted({field.name for field in fields(Settings)} - newer_names(Settings)))
     return checked(path, Settings, values), command
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from danaz.protocol.messages import Final, Parameters, Replies
 from danaz.run.config import Config
+from danaz.run.rates import effective_lr, lr_at
 from danaz.run.settings import Settings
 from danaz.server.core import ServerCore
 from danaz.serving.journal import RunWriter
@@ -27,7 +28,6 @@ from danaz.simulate.orders import make_order
 from danaz.simulate.step import EagerStep, make_step
 from danaz.torch.data import Batching
 from danaz.torch.optimizer import check_supported, decayed_gradient, kept_loss, weight_decays
-from danaz.torch.rates import effective_lr
 from danaz.vectors.model import FlatModel
 from danaz.worker.core import Request, Role, Step, WorkerCore
 from danaz.workloads import build
@@ -168,7 +168,7 @@ class Simulation:
     def _lr(self, worker: SimulatedWorker, batch: int) -> list[float]:
         config = self.config
         return effective_lr(
-            [config.lr_at(self.batching.epoch_of(batch))],
+            [lr_at(config, self.batching.epoch_of(batch))],
             epoch=worker.epoch,
             workers=config.workers,
             warmup_epochs=config.lr_schedule.warmup_epochs,

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from danaz.run.milestones import reach
+from danaz.run.rates import effective_lr
 from danaz.run.settings import RankInfo, Settings
 from danaz.run.signals import note_ending_signals
 from danaz.torch.data import LeaseSampler, Portion, batching_of, rebuild
@@ -25,7 +26,6 @@ from danaz.torch.exchange import Verdict
 from danaz.torch.joining import Membership, current_epoch, enter, machines_per_batch, make_membership
 from danaz.torch.loop import Counted, Loop
 from danaz.torch.optimizer import DistributedOptimizer
-from danaz.torch.rates import effective_lr
 from danaz.torch.schedulers import follow
 from danaz.vectors.cutting import Spans
 from danaz.worker.between import first_text

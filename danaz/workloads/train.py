@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 import danaz.torch as danaz
 from danaz.files.seeds import derive_seed
 from danaz.run.config import Config
+from danaz.run.rates import lr_at
 from danaz.workloads import build, collate
 from danaz.workloads.computing import batch_loss, choose_device, place
 from danaz.workloads.evaluate import final_figures
@@ -24,7 +25,7 @@ def train(config: Config) -> None:
     # Each rank augments its samples with its own random numbers.
     torch.manual_seed(derive_seed(config.seed, danaz.worker_id(), danaz.rank()))
     optimizer = danaz.DistributedOptimizer(make_sgd(model, config), model)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: config.lr_at(epoch) / config.lr)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: lr_at(config, epoch) / config.lr)
     loader = DataLoader(
         workload.train,
         batch_size=config.batch_size,

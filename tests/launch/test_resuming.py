@@ -1,4 +1,4 @@
-"""What a run folder must hold so that the run can be resumed, and which options may change."""
+"""How a run is resumed from its folder, and which options may change."""
 
 from __future__ import annotations
 
@@ -131,13 +131,13 @@ def test_a_script_keeps_its_command(tmp_path: Path) -> None:
     assert launch("--resume", str(run), command=["python", "other.py"]).exit_code == 2
 
 
-def test_what_is_no_run(tmp_path: Path) -> None:
+def test_a_folder_without_a_run(tmp_path: Path) -> None:
     said = launch("--resume", str(tmp_path))
     assert said.exit_code == 2
     assert "there is no run of `danaz launch`" in " ".join(said.output.split())
 
 
-def test_what_is_complete(begun: Path) -> None:
+def test_a_complete_run(begun: Path) -> None:
     (begun / "summary.json").write_text('{"complete": true}')
     said = launch("--resume", str(begun), "-x", "TOKEN=again")
     assert said.exit_code == 2
@@ -148,7 +148,7 @@ def test_what_is_complete(begun: Path) -> None:
     ("earlier", "now", "here", "has_them", "message"),
     [
         (None, None, True, True, None),
-        (None, None, True, False, None),  # it died before the first: training begins afresh
+        (None, None, True, False, None),  # the server died before its first checkpoint: training begins afresh
         ("b", "b", False, False, None),
         ("b", "localhost", True, True, None),
         ("b", "b", False, True, "are on this machine; let its server run here: --server-host localhost"),

@@ -32,10 +32,10 @@ from torch.nn.functional import mse_loss
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, MultiStepLR
 from torch.utils.data import DataLoader
 
+from danaz.run.rates import effective_lr
 from danaz.server.core import ServerCore
 from danaz.torch.data import Batching
 from danaz.torch.optimizer import DistributedOptimizer, UnsupportedOptimizerError, kept_loss
-from danaz.torch.rates import effective_lr
 from danaz.torch.session import NotInitializedError
 from danaz.worker.group import SoloGroup
 

@@ -143,7 +143,7 @@ def test_a_working_directory_that_was_deleted(tmp_path: Path) -> None:
     ended = subprocess.run(["sh", "-c", script], cwd=gone, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (
         1,
-        "danaz: the working directory is there no more; change into another one\n",
+        "danaz: the working directory no longer exists; change into another one\n",
     )
 
 
