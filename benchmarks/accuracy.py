@@ -19,7 +19,7 @@ Row = tuple[Sequence[str], Sequence[Summary]]  # (the cells that identify the ro
 
 
 def make_parser(description: str | None, seeds: int) -> argparse.ArgumentParser:
-    """A parser with the options that all these benchmarks have; ``seeds`` is the default number of seeds."""
+    """Return a parser with the options that all these benchmarks have; ``seeds`` is the default number of seeds."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="YAML of an experiment")
     parser.add_argument("--workers", type=int, nargs="+", default=[4, 8], help="numbers of workers")

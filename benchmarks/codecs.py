@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 
 from danaz.vectors.codecs import Compressor, push_codec
-from danaz.vectors.flat import SLICE_FLOATS
+from danaz.vectors.cutting import SLICE_FLOATS
 
 
 def seconds(act: Callable[[], object]) -> float:

@@ -54,7 +54,7 @@ def _keys() -> tuple[ServerKeys, list[WorkerKeys]]:
 
 
 def danaz(algorithm: str, gap: bool = False, encrypted: bool = False, shards: int = 1) -> Peer:
-    """danaz with its real server loop and link. Like every peer, it pushes the same vector again and again."""
+    """Return danaz with its real server loop and link. Like every peer, it pushes the same vector again and again."""
 
     def serve(ready: Ready, floats: int, workers: int) -> None:
         from danaz.server.core import ServerCore
@@ -73,7 +73,7 @@ def danaz(algorithm: str, gap: bool = False, encrypted: bool = False, shards: in
 
     def connect(address: str, floats: int, worker: int, workers: int) -> Exchange:
         from danaz.protocol.messages import Heartbeat, Join, Parameters, Plan, Push
-        from danaz.vectors.flat import Layout
+        from danaz.vectors.layout import Layout
         from danaz.worker.link import DealerLink
         from danaz.worker.sharded import connect as connect_all
 
@@ -292,7 +292,7 @@ PEERS = [
 
 
 def exchanges_per_second(exchange: Exchange, seconds: float) -> float:
-    """Rate of one worker, measured for about ``seconds`` after one exchange that is not counted."""
+    """Return the rate of one worker, measured for about ``seconds`` after one exchange that is not counted."""
     exchange()
     count, began = 0, time.perf_counter()
     while (now := time.perf_counter()) - began < seconds:

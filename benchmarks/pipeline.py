@@ -34,8 +34,9 @@ from danaz.server.core import ServerCore
 from danaz.server.settings import ServerSettings
 from danaz.serving.router import Router
 from danaz.serving.socket import BoundRouter
-from danaz.vectors.flat import FlatModel
-from danaz.worker.core import Role, WorkerCore
+from danaz.vectors.model import FlatModel
+from danaz.worker.conversation import Conversation
+from danaz.worker.core import Role, Step, WorkerCore
 from danaz.worker.group import SoloGroup
 from danaz.worker.link import DealerLink
 from danaz.worker.worker import Worker
@@ -98,28 +99,29 @@ def _work(
         batch, began = worker.batches.begin(), time.monotonic()
         time.sleep(computing_s)
         times.append((began, time.monotonic()))
-        worker.push(grad, (1e-6,), 1, None, batch)
+        worker.push(Step(batch, (1e-6,), 1, None), grad)
         if done == SETTLE + options.batches:
             tell.send(_window(times[SETTLE:]))
 
 
 def _window(times: Sequence[tuple[float, float]]) -> Window:
-    """The figures of all batches but the last, whose beginning is the end of the one before."""
+    """Return the figures of all batches but the last, whose beginning is the end of the one before."""
     (first, _), *_, (last, _) = times
     return Window((last - first) / (len(times) - 1), statistics.mean(computed - began for began, computed in times))
 
 
 def make_worker(address: str, number: int, pipelined: bool, options: argparse.Namespace) -> Worker:
-    """A worker as a training loop uses it, with one rank."""
+    """Return a worker as a training loop uses it, with one rank."""
     flat = FlatModel(nn.Linear(round(options.megabytes * 250_000), 1, bias=False))
     rule, ahead = find_algorithm(options.algorithm).rule(), 2 if pipelined else 1
     role = Role(number, 1, "", SGD, flat.layout, Plan(1 << 40, 1), ahead)
     core = WorkerCore(role, rule.worker_rule, push_moves_view=rule.push_moves_view)
-    return Worker(SoloGroup(), flat, ahead, core, DealerLink(address, Heartbeat(number, 1)), pipelined=pipelined)
+    conversation = Conversation(core, DealerLink(address, Heartbeat(number, 1)))
+    return Worker(SoloGroup(), flat, ahead, conversation, pipelined=pipelined)
 
 
 def measure(link: SlowLink, options: argparse.Namespace) -> list[dict[str, float]]:
-    """A row for each number of workers and each ratio: medians over the repetitions."""
+    """Return a row for each number of workers and each ratio: medians over the repetitions."""
     exchange_s = window(link, 1, 0.0, False, options).batch_s
     print(f"{link.manner}; an exchange of {options.megabytes:g} MB each way takes {1000 * exchange_s:.0f} ms")
     print(LINE.format(workers="workers", ratio="compute/exchange", **{name: name for name in FIGURES}))

@@ -56,7 +56,7 @@ FORMS = {
 
 
 def forms_of(algorithm: str) -> list[str]:
-    """Names of the forms that differ from each other under this algorithm."""
+    """Return the names of the forms that differ from each other under this algorithm."""
     moves = find_algorithm(algorithm).rule().push_moves_view
     return [name for name in FORMS if moves or "own push" not in name]
 

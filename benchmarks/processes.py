@@ -46,20 +46,20 @@ class Processes:
 
 
 def hear(pipe: Connection) -> Any:
-    """The next message from the process at the other end. Raises TimeoutError after PATIENCE_S."""
+    """Return the next message from the process at the other end. Raises TimeoutError after PATIENCE_S."""
     if not pipe.poll(PATIENCE_S):
         raise TimeoutError("a server or worker did not answer")
     return pipe.recv()
 
 
 def cpu_s(processes: Iterable[ForkProcess]) -> float:
-    """User plus system time of processes and of all their descendants, in seconds."""
+    """Return the user plus system time of processes and of all their descendants, in seconds."""
     times = [each.cpu_times() for each in _with_descendants(processes)]
     return sum(t.user + t.system for t in times)
 
 
 def resident_bytes(processes: Iterable[ForkProcess]) -> int:
-    """Resident memory of processes and of all their descendants."""
+    """Return the resident memory of processes and of all their descendants."""
     return sum(each.memory_info().rss for each in _with_descendants(processes))
 
 

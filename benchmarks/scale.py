@@ -63,7 +63,7 @@ def window(peer: Peer, workers: int, options: argparse.Namespace) -> Window:
 
 
 def _busy_shares(groups: Sequence[Sequence[Any]], begin: float, seconds: float) -> list[float]:
-    """CPU time of each group of processes in the window, divided by the length of the window."""
+    """Return the CPU time of each group of processes in the window, divided by the length of the window."""
     time.sleep(max(0.0, begin - time.monotonic()))
     began, before = time.monotonic(), [cpu_s(group) for group in groups]
     time.sleep(seconds)
@@ -120,7 +120,7 @@ def _batches(exchange: Exchange, times_s: Sequence[float], begin: float, end: fl
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, float]]:
-    """A row for each number of workers: medians over the repetitions."""
+    """Return a row for each number of workers: medians over the repetitions."""
     peer = danaz(options.algorithm, gap=options.gap)
     synchronous = speedup(options.workers, heterogeneous=False, repetitions=3, iterations=20_000).synchronous
     windows: dict[int, list[Window]] = {n: [] for n in options.workers}

@@ -78,7 +78,7 @@ def _work(
 
 
 def measure(link: SlowLink, options: argparse.Namespace) -> list[dict[str, float]]:
-    """A row for each number of workers and shards: medians over the repetitions, which alternate."""
+    """Return a row for each number of workers and shards: medians over the repetitions, which alternate."""
     print(LINE.format(workers="workers", shards="shards", **{name: name for name in FIGURES}))
     rows = []
     for workers in options.workers:

@@ -35,7 +35,7 @@ Advance = Callable[[int], None]
 
 
 def plain_loop(config: Config) -> Advance:
-    """A function that makes a number of steps of a plain loop."""
+    """Return a function that makes a number of steps of a plain loop."""
     device = choose_device(config)
     workload = build(config).with_data_on(device)
     model = place(workload.model, config, device).train()
@@ -56,7 +56,7 @@ def plain_loop(config: Config) -> Advance:
 
 
 def simulation(config: Config, run: Path) -> Advance:
-    """A function that makes a number of simulated updates."""
+    """Return a function that makes a number of simulated updates."""
     made = Simulation(config, run)
     made.start()
     return made.advance

@@ -23,13 +23,13 @@ NETWORK = "10.79.0"
 CLONE_NEWNET = 0x40000000
 BURST = "128kb"  # data that may leave at once
 QUEUE = "20ms"  # data may wait for the link for this long before the sender has to wait
-RELAYED_BYTES = 64 * 1024  # of one read
+RELAYED_BYTES = 64 * 1024  # what one read takes at most
 RELAYED_AHEAD = 8  # reads that are in a relay at a time: more than 1 Gbit/s brings in a few ms
 _numbers = itertools.count()  # number the networks that this process makes
 
 
 def missing() -> str | None:
-    """Why this machine cannot have a slow link; None if it can."""
+    """Return why this machine cannot have a slow link; None if it can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     absent = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
@@ -53,7 +53,7 @@ class SlowLink:
 
     @property
     def needs_relay(self) -> bool:
-        """Whether a machine must reach the others through a relay, for there to be a delay."""
+        """Whether a machine must reach the others through a relay, because nothing else delays its bytes."""
         return self._delay_s > 0 and not self._has_netem
 
     def relay(self, machine: int, address: str, ready: Callable[[str], None]) -> None:
@@ -140,7 +140,7 @@ def _succeeds(*command: str) -> bool:
 
 @contextmanager
 def slow_link(machines: int, gbit_per_s: float, delay_ms: float) -> Iterator[SlowLink]:
-    """A slow link for the length of a block. Everything on its machines should end within the block."""
+    """Make a slow link for the length of a block. Everything on its machines should end within the block."""
     link = SlowLink(machines, gbit_per_s, delay_ms)
     try:
         link.up()

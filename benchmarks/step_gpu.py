@@ -60,7 +60,7 @@ def convolution(inputs: int, outputs: int, size: int, stride: int = 1) -> tuple[
 
 
 def resnet50() -> nn.Module:
-    """ResNet-50 for 1000 classes: 25.6 M parameters."""
+    """Return a ResNet-50 for 1000 classes: 25.6 M parameters."""
     layers = [*convolution(3, 64, 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)]
     inputs = 64
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
@@ -77,7 +77,7 @@ MODELS = {
 
 
 def batches(way: str, loader: DataLoader[Any]) -> Iterator[Any]:
-    """The batches of one epoch, as this way shares them out."""
+    """Yield the batches of one epoch, as this way shares them out."""
     if WAYS[way] is None:
         yield from loader
         return
@@ -115,7 +115,7 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def run(way: str, options: argparse.Namespace) -> float:
-    """Milliseconds per step of one way, measured in new processes."""
+    """Return the milliseconds per step of one way, measured in new processes."""
     with tempfile.TemporaryDirectory() as folder:
         figures = Path(folder, "figures.json")
         script = [sys.executable, __file__, "--way", way, "--figures", str(figures), *sys.argv[1:]]

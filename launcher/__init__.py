@@ -7,15 +7,15 @@ In reading order: `hosts` and `selection` (which machines), `survey` (what they 
 one of our modules), `agent` (what runs on a machine), `processes` (how it ends a process tree), `rendezvous` (where
 Horovod's ranks find each other), `logs` (where their output goes).
 
-The package knows nothing about training, and needs only Python:
+The package knows nothing about training or about its caller, and needs only Python:
 
     from launcher.hosts import parse_hosts
     from launcher.machine import local_machines
-    from launcher.plan import plan
+    from launcher.plan import Workers, plan
     from launcher.run import run
 
     hosts = parse_hosts("localhost:4")
-    command = ["python", "train.py"]
-    todo = plan(hosts, command, one_world=True, env={}, cwd=os.getcwd(), machines=local_machines(hosts))
+    workers = Workers(["python", "train.py"], one_world=True)
+    todo = plan(hosts, workers, env={}, cwd=os.getcwd(), machines=local_machines(hosts))
     outcome = run(todo, "runs/first")
 """

@@ -16,9 +16,10 @@ agent sends the files when all these processes have ended well, and at a stop. I
 says that it kept the files. With `keep_files`, or when the agent ends without an order, the files stay for a process
 that will continue from them.
 
-A process with `milestones` finds the name of a file in DANAZ_MILESTONES, and adds a line to it for each milestone that
-it reaches. The exit report lists them. The last milestone is "leave", and the exit report says how many seconds passed
-between it and the end of the process.
+A process with `milestones` finds the name of a file in LAUNCHER_MILESTONES, and adds a line to it for each milestone
+that it reaches. The exit report lists them. The last milestone is "leave", and the exit report says how many seconds
+passed between it and the end of the process. A process with a `secret` reads it from the file descriptor that
+LAUNCHER_SECRET_FD names. `prefix` in the order replaces LAUNCHER_ in these names.
 
 A process gets the agent's own environment (on another machine, that of a login there). The variables in its order
 override it.
@@ -60,7 +61,7 @@ from launcher.reports import FILE_PIECE_BYTES, LEAVING, MOST_REACHED
 from launcher.signals import ENDING_SIGNALS, NotedSignals, noted_signals
 from launcher.start import module_command
 
-GRACE_S = 5.0  # between SIGTERM and SIGKILL, unless told otherwise
+GRACE_S = 5.0  # between SIGTERM and SIGKILL, unless the launcher says otherwise
 KILL_S = 10.0  # SIGKILL works at once, except on a process that hangs in the kernel (a dead NFS mount, a GPU driver)
 MILESTONES_BYTES = 4096  # how much of a file of milestones is read
 MAX_PENDING_BYTES = 1 << 22  # output the launcher has not taken yet; beyond this, we let the ranks' own pipes fill up
@@ -89,7 +90,7 @@ class Child:
             os.close(self.milestones)
 
     def last_report(self, status: int) -> Message:
-        """The report of how it ended."""
+        """Return the report of how it ended."""
         exit = exit_report(self.name, status, None) | {"out_of_memory": count_memory_kills() > self.memory_kills}
         if self.milestones is not None:
             lines = os.pread(self.milestones, MILESTONES_BYTES, 0).decode(errors="replace").splitlines()
@@ -117,7 +118,7 @@ class Agent:
         self.returning: deque[Iterator[Message]] = deque()  # files and exit reports of ended processes
         self.kept: set[Path] = set()  # folders of processes that may be started again
         self.owed: dict[Path, list[str]] = {}  # folder -> patterns of the files to return from it
-        self.unanswered: dict[str, Path] = {}  # sent folders; the launcher has not said yet if it kept them
+        self.unanswered: dict[str, Path] = {}  # sent folders, until the launcher says if it kept them
         self.returns_all = False
         self.silence_s = math.inf
         self.heard_s = time.monotonic()
@@ -125,6 +126,7 @@ class Agent:
     def run(self) -> None:
         while self.stop_reason is None or not self._tree_has_ended() or self._still_returns():
             self._wait()
+            self._kill_if_due()
         self._say_last_words()
 
     def _wait(self) -> None:
@@ -286,7 +288,7 @@ class Agent:
     def _return_files(self) -> bool:
         """Send files until the launcher takes no more; a model may be large.
 
-        Returns whether there was something to send and the launcher can take more.
+        Return whether there was something to send and the launcher can take more.
         """
         had_some = bool(self.returning) and self._can_return()
         while self.returning and self._can_return() and self.channel.pending_bytes <= MAX_PENDING_BYTES:
@@ -317,16 +319,17 @@ class Agent:
             send_signal(descendants(), signal.SIGTERM)
         self.kill_at_s = min(self.kill_at_s, time.monotonic() + grace_s)
 
+    def _kill_if_due(self) -> None:
+        """Kill what is left of the process tree after the grace period."""
+        if time.monotonic() >= self.kill_at_s:
+            send_signal(descendants(), signal.SIGKILL)
+
     def _tree_has_ended(self) -> bool:
-        """Whether no process is left, or we have waited long enough after SIGKILL.
+        """Return whether no process is left, or we have waited long enough after SIGKILL.
 
         We become the parent of every orphan, so SIGCHLD tells us when to look again.
         """
-        tree = descendants()
-        now = time.monotonic()
-        if now >= self.kill_at_s:
-            send_signal(tree, signal.SIGKILL)
-        return not tree or now > self.kill_at_s + KILL_S
+        return not descendants() or time.monotonic() > self.kill_at_s + KILL_S
 
     def _say_last_words(self) -> None:
         deadline = time.monotonic() + KILL_S
@@ -336,7 +339,7 @@ class Agent:
 
 
 def hello() -> Message:
-    """What the launcher should know about this machine and about its connection to it."""
+    """Return what the launcher should know about this machine and about its connection to it."""
     machine = dataclasses.asdict(this_machine())
     # sshd sets it to "client port server port"
     client, _, server, _ = (os.environ.get("SSH_CONNECTION", "").split() + [""] * 4)[:4]
@@ -346,13 +349,13 @@ def hello() -> Message:
 
 
 def exit_report(name: str, status: int, error: str | None) -> Message:
-    """The exit report of a process that noted no milestones."""
+    """Return the exit report of a process that noted no milestones."""
     end: Message = {"status": status, "error": error, "reached": [], "leaving_s": 0.0, "out_of_memory": False}
     return {"is": "exit", "name": name, **end}
 
 
 def keep_in_memory(secret: str | None) -> tuple[int, ...]:
-    """Put `secret` into a file in memory that has no name; returns its descriptor, or nothing if there is no secret."""
+    """Put `secret` into a nameless file in memory. Return its descriptor, or nothing if there is no secret."""
     if secret is None:
         return ()
     fd = os.memfd_create("secret")
@@ -362,28 +365,28 @@ def keep_in_memory(secret: str | None) -> tuple[int, ...]:
 
 
 def command(argv: Sequence[str]) -> list[str]:
-    """The command line that starts a process of the plan on this machine."""
+    """Return the command line that starts a process of the plan on this machine."""
     if argv[0] != PYTHON:
         return list(argv)
     return module_command(*argv[2:]) if argv[1] == "-m" else [sys.executable, *argv[1:]]
 
 
 def environment(order: Message, folder: Path | None, secret: tuple[int, ...], notes: Path | None) -> dict[str, str]:
-    """The environment of a process: this machine's own, overridden by the order's.
+    """Return the environment of a process: this machine's own, overridden by the order's.
 
-    In it, `python` is the Python that danaz is installed in.
+    In it, `python` is the Python that runs this agent.
     """
     path = os.pathsep.join((os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)))
     returns = {} if folder is None else {order["returns"]: str(folder)}
-    secrets = {"DANAZ_SECRET_FD": str(secret[0])} if secret else {}
-    milestones = {} if notes is None else {"DANAZ_MILESTONES": str(notes)}
+    secrets = {f"{order['prefix']}SECRET_FD": str(secret[0])} if secret else {}
+    milestones = {} if notes is None else {f"{order['prefix']}MILESTONES": str(notes)}
     return {**order["defaults"], **os.environ, "PATH": path, **order["env"], **returns, **secrets, **milestones}
 
 
 def own_folder(name: str) -> Path:
-    """The folder of this name among the temporary files. It is made if it does not exist, and must belong to this user.
+    """Return the folder of this name among the temporary files. Make it if it does not exist.
 
-    Raises OSError.
+    Raises OSError, also if it belongs to another user.
     """
     path = Path(tempfile.gettempdir(), name)
     path.mkdir(mode=0o700, exist_ok=True)
@@ -399,7 +402,7 @@ def files_and_exit(folder: Path, owed: Sequence[str], exit: Message) -> Iterator
 
 
 def files_of(folder: Path, owed: Sequence[str]) -> Iterator[Message]:
-    """The owed files in a folder and in its subfolders, piece by piece, and then a message that these are all.
+    """Yield the owed files in a folder and its subfolders, piece by piece, and then a message that these are all.
 
     Links are skipped, because they may point out of this folder.
     """
@@ -438,7 +441,7 @@ def reserve_port() -> socket.socket:
 def guard(agent: int, folder: Path) -> int:
     """Wait for the agent to end. If it was killed, we inherit its orphans and end them before we end ourselves.
 
-    Then delete the agent's folder. Returns the agent's exit code, or 128 + signal.
+    Then delete the agent's folder. Return the agent's exit code, or 128 + signal.
     """
     for signum in ENDING_SIGNALS:
         signal.signal(signum, lambda got, _frame: send_signal([agent], signal.Signals(got)))
@@ -458,7 +461,7 @@ def main() -> int:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # some parents leave it ignored, which would hide how children end
     adopt_orphans()
     guardian = os.getpid()
-    folder = Path(tempfile.gettempdir(), f"danaz-agent-{token_hex(8)}")
+    folder = Path(tempfile.gettempdir(), f"launcher-agent-{token_hex(8)}")
     agent = os.fork()
     if agent != 0:
         return guard(agent, folder)

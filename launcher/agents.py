@@ -13,7 +13,7 @@ from launcher.gate import Gate, delay_s
 from launcher.hosts import Host
 from launcher.logs import Logs, printable
 from launcher.machine import is_this_machine
-from launcher.plan import Process, World
+from launcher.plan import PREFIX, Process, World
 from launcher.reports import (
     LEAVING,
     Ended,
@@ -63,10 +63,12 @@ class LostAgent:
 class Agents:
     """`connect`, `open_world`, `start` and `stop` send orders to the agents; `pump` receives their reports."""
 
-    def __init__(self, processes: Iterable[Process], logs: Logs, gate: Gate | None = None) -> None:
-        """`gate` is shared by all lives that connect at the same time."""
+    def __init__(
+        self, processes: Iterable[Process], logs: Logs, gate: Gate | None = None, prefix: str = PREFIX
+    ) -> None:
+        """`gate` is shared by all lives that connect at the same time. `prefix` is like `Plan.prefix`."""
         self.processes = {process.name: process for process in processes}
-        self.logs, self.gate = logs, gate or Gate()
+        self.logs, self.gate, self.prefix = logs, gate or Gate(), prefix
         self.links: dict[str, AgentLink] = {}  # by host name
         self.announced: dict[str, str] = {}
         self.ports: dict[int, dict[str, str]] = {}  # world -> environment variables that name its ports
@@ -90,11 +92,11 @@ class Agents:
         self.links[host.name] = AgentLink(host, command, greeting)
 
     def dial(self, now_s: float) -> float:
-        """Start the agents that are due and that the gate admits. Returns when to look again."""
+        """Start the agents that are due and that the gate admits. Return when to look again."""
         if self._stopping:
             return math.inf
         for link in self.links.values():
-            if link.next_attempt_s > now_s or not self.gate.admits(link, now_s, shared_connection(link.command)):
+            if link.next_attempt_s > now_s or not self.gate.admit(link, now_s, shared_connection(link.command)):
                 continue
             try:
                 link.open(now_s)
@@ -132,6 +134,7 @@ class Agents:
             "folder": folder,
             "milestones": bool(process.milestones),
             "secret": process.secret,
+            "prefix": self.prefix,
             "cwd": process.cwd or cwd,
         }
         self.links[process.host.name].channel.send(order)
@@ -146,16 +149,20 @@ class Agents:
         return [link for link in self.links.values() if link.is_open]
 
     def busy_links(self) -> list[AgentLink]:
-        """Agents that may have processes. We give no process to an agent that has not said hello."""
+        """Return the agents that may have processes. We give no process to an agent that has not said hello."""
         return [link for link in self.open_links() if link.said_hello]
 
-    def close(self, deadline: float) -> None:
-        """Close the connections to the agents, which makes them end if they have not yet; kill them at the deadline."""
+    def close(self, deadline: float, forget_silent: bool = False) -> None:
+        """Close the connections to the agents. That ends those that still run; kill them at the deadline.
+
+        With `forget_silent`, later agents do not share a connection over which no answer came.
+        """
         for link in self.links.values():
             self.gate.gave_up(link)
-            if link.is_open and not link.said_hello:
-                forget_connection(link.command)
+            is_silent = link.is_open and not link.said_hello
             link.close(max(0.0, deadline - time.monotonic()) if link.said_hello else 0.0)
+            if is_silent and forget_silent:
+                forget_connection(link.command)
 
     def have_ended(self, processes: Iterable[Process]) -> bool:
         return all(process.name in self.exits for process in processes)
@@ -179,12 +186,12 @@ class Agents:
                     self._note(link, read_report(message))
         except ChannelError as error:
             self._distrust(link, str(error))
-        if link.closed and not self._will_try_again(link):
+        if link.closed and not self._try_again(link):
             self.gate.gave_up(link)
             self._lose(link, "ended although nobody asked it to")
 
-    def _will_try_again(self, link: AgentLink) -> bool:
-        """Whether an agent that could not be reached is worth another attempt; if so, the attempt is scheduled."""
+    def _try_again(self, link: AgentLink) -> bool:
+        """Schedule another attempt if an agent that could not be reached is worth one. Return whether it is."""
         obstacle = None if self._stopping or link.said_hello else passing_obstacle(link, time.monotonic())
         if obstacle is None:
             return False
@@ -220,7 +227,7 @@ class Agents:
                 self._lose(link, f"stopped: {printable(report.why)}")
 
     def _own(self, link: AgentLink, name: str) -> Process:
-        """The running process of that name. Raises ChannelError if this agent does not run it."""
+        """Return the running process of that name. Raises ChannelError if this agent does not run it."""
         process = self.processes.get(name)
         if process is None or process.host.name != link.host.name or name not in self._started or name in self.exits:
             raise ChannelError(f"a report on {name!r}, which it does not run")
@@ -243,8 +250,9 @@ class Agents:
         self.exits[process.name] = Exit(report.status, error, began_s, missing, report.out_of_memory, leaves)
 
     def _keep_file(self, link: AgentLink, piece: FilePiece) -> None:
-        """Keep a piece of a file. Raises ChannelError if no process of this agent owes that file, or at too many files
-        or bytes.
+        """Keep a piece of a file.
+
+        Raises ChannelError if no process of this agent owes that file, or if there are too many files or bytes.
         """
         running = [self.processes[name] for name in self._started if self.processes[name].host.name == link.host.name]
         owed = [pattern for process in running if process.returns is not None for pattern in process.returns.files]

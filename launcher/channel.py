@@ -72,7 +72,7 @@ class Channel:
             self._unsent.clear()
 
     def receive(self) -> list[Message]:
-        """The complete messages that have arrived. Raises ChannelError on an invalid line, and on too much noise."""
+        """Return the complete messages that have arrived. Raises ChannelError at an invalid line or much noise."""
         try:
             data = os.read(self.read_fd, READ_BYTES)
         except BlockingIOError:
@@ -135,7 +135,7 @@ def text_to_bytes(text: str) -> bytes:
 def wait_ready(read_fds: Iterable[int], write_fds: Iterable[int], timeout_s: float) -> tuple[set[int], set[int]]:
     """Wait until a descriptor is ready or the time is over.
 
-    Returns the descriptors that can be read (or are at their end), and those that can be written.
+    Return the descriptors that can be read (or are at their end), and those that can be written.
     """
     poll = select.poll()  # select.select cannot take descriptors from 1024 on
     wanted: dict[int, int] = dict.fromkeys(read_fds, select.POLLIN)

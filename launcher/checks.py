@@ -70,7 +70,7 @@ def _checked(key: str, value: object, check: Check | None) -> Any:
 
 
 def read_object(text: str) -> dict[str, Any]:
-    """The JSON object in `text`. Raises FieldError."""
+    """Return the JSON object in `text`. Raises FieldError."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
@@ -81,7 +81,7 @@ def read_object(text: str) -> dict[str, Any]:
 
 
 def shown(value: object) -> str:
-    """A wrong value, escaped and shortened for an error message."""
+    """Return a wrong value, escaped and shortened for an error message."""
     text = ascii(value) if isinstance(value, str) else repr(value)
     return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN - 1]}…"
 
@@ -99,7 +99,7 @@ def integer(low: int, high: int) -> Check:
 
 
 def number(low: float, high: float, unit: str) -> Check:
-    """A finite number of `unit`, such as seconds."""
+    """Return a check for a finite number of `unit`, such as seconds."""
 
     def check(value: object) -> float:
         if type(value) not in (int, float) or not low <= value <= high or not math.isfinite(value):  # type: ignore[operator, arg-type]
@@ -122,7 +122,7 @@ def name(value: object) -> str:
 
 
 def words(value: object) -> str:
-    """Text, in which control characters are replaced by escapes."""
+    """Accept text, and replace its control characters by escapes."""
     if not isinstance(value, str) or len(value) > MOST_WORDS:
         raise ValueError(f"text of at most {MOST_WORDS} characters")
     return UNSHOWN.sub(lambda found: ascii(found[0])[1:-1], value)
@@ -136,12 +136,12 @@ def address(value: object) -> str:
 
 
 def optional(check: Check) -> Check:
-    """Null, or what `check` takes."""
+    """Return a check for null, or what `check` accepts."""
     return lambda value: None if value is None else check(value)
 
 
 def record(checks: Mapping[str, Check]) -> Check:
-    """An object with exactly these fields."""
+    """Return a check for an object with exactly these fields."""
 
     def check(value: object) -> dict[str, Any]:
         if not isinstance(value, dict):

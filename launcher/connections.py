@@ -37,7 +37,7 @@ class SharedConnections:
         self._keeper: subprocess.Popen[bytes] | None = None
 
     def socket_of(self, target: Sequence[str]) -> str:
-        """The path of the socket for `target`: the words of ssh's command line that name machine, user, port and key.
+        """Return the path of the socket for `target`: the words for ssh that name machine, user, port and key.
 
         Raises OSError when no folder can be made.
         """
@@ -56,4 +56,4 @@ class SharedConnections:
 
 def _make_folder() -> Path:
     parent = tempfile.gettempdir()
-    return Path(tempfile.mkdtemp(prefix="danaz-ssh-", dir=parent if USABLE.fullmatch(parent) else "/tmp"))
+    return Path(tempfile.mkdtemp(prefix="launcher-ssh-", dir=parent if USABLE.fullmatch(parent) else "/tmp"))

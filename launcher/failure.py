@@ -51,7 +51,7 @@ class Failure:
 
 
 def failure_of(agents: Agents) -> Failure | None:
-    """The first failure in a unit, the one that caused the others, as far as we know; None if nothing has failed.
+    """Return the failure that caused the others in a unit, as far as we know; None if nothing has failed.
 
     A process that failed by itself takes precedence over one whose neighbours may have made it fail, in whatever order
     we hear of them: a rank that leaves breaks the collectives of the others, and their tracebacks may arrive before its
@@ -79,7 +79,7 @@ def failure_of(agents: Agents) -> Failure | None:
 
 
 def is_settled(failure: Failure, agents: Agents, now_s: float) -> bool:
-    """Whether no running process and no report still on its way can change which process is to blame.
+    """Return whether no running process and no report on its way can change which process is to blame.
 
     A process may have ended with an exit code of its own, or by abort() as C++ libraries do, because another process
     failed that has not ended yet, or whose end has not been reported yet. A process that still runs and has printed a
@@ -94,7 +94,7 @@ def is_settled(failure: Failure, agents: Agents, now_s: float) -> bool:
 
 
 def signs_of_trouble(agents: Agents, now_s: float) -> set[str]:
-    """The signs of trouble so far: ended processes, and tracebacks of running ones. While new ones appear, wait."""
+    """Return the signs of trouble: ended processes, and tracebacks of running ones. While new ones appear, wait."""
     raising = [process.name for process in agents.running() if _tracebacks_s(agents.logs, process, now_s)]
     return {*(f"{name} ended" for name in agents.exits), *(f"{name} raises" for name in raising)}
 
@@ -116,7 +116,7 @@ def process_failure(logs: Logs, process: Process, what: str, exit_code: int) -> 
 
 
 def has_failed(agents: Agents, name: str) -> bool:
-    """Whether a process that ended did not end well."""
+    """Return whether a process that ended has failed."""
     # A service may end well before the ranks do, after the workers have left it, but it must have announced itself.
     announces, end = agents.processes[name].announces, agents.exits[name]
     unannounced = announces is not None and announces not in agents.announced
@@ -124,7 +124,7 @@ def has_failed(agents: Agents, name: str) -> bool:
 
 
 def _is_cause(end: Exit) -> bool:
-    """Whether a process ended in a way that a failing neighbour cannot cause.
+    """Return whether a process ended in a way that a failing neighbour cannot cause.
 
     Either its exit code USAGE says that it left a run that goes on, or it was killed by SIGKILL, or it ended with exit
     code 0 too early and without reporting that it leaves.
@@ -134,7 +134,7 @@ def _is_cause(end: Exit) -> bool:
 
 
 def _trouble_began_s(agents: Agents, process: Process) -> float:
-    """When it died, or when it began to print the traceback of the error that ended it."""
+    """Return when it died, or when it began to print the traceback of the error that ended it."""
     died_s = agents.exits[process.name].at_s
     return min([died_s, *_tracebacks_s(agents.logs, process, died_s)])
 
@@ -149,7 +149,7 @@ def _describe(end: Exit) -> str:
     if end.missing is not None:
         return f"ended with exit code 0, but {end.missing}"
     if status == 0:
-        return "ended before it was of use"
+        return "ended before it announced itself"
     if status > 0:
         return f"ended with exit code {status}"
     names = {signum.value: signum.name for signum in signal.Signals}
@@ -161,12 +161,12 @@ def _ran_out_of_memory(end: Exit) -> bool:
 
 
 def _advice(process: Process, end: Exit) -> str | None:
-    """What a SIGKILL may mean, because a process that gets one cannot print a reason."""
+    """Say what a SIGKILL may mean, because a process that gets one cannot print a reason."""
     if end.status != -signal.SIGKILL:
         return None
     if end.out_of_memory:
         return f"the kernel of {process.host.name} kills processes when memory runs out: use less of it, or fewer ranks"
     return (
-        f"if nobody did that, it may have been the kernel of {process.host.name}, for want of memory (`dmesg` there "
-        "says so), or a batch system that enforces a limit"
+        f"if nobody did that, the kernel of {process.host.name} may have run out of memory (`dmesg` there says so), "
+        "or a batch system enforced a limit"
     )

@@ -26,8 +26,8 @@ class Gate:
         self._inside: dict[Hashable, float] = {}  # who is connecting, since when
         self._making: dict[Hashable, Hashable] = {}  # shared connection -> who makes it
 
-    def admits(self, who: Hashable, now_s: float, shared: Hashable = None) -> bool:
-        """Whether `who` may connect now; if so, it counts as connecting.
+    def admit(self, who: Hashable, now_s: float, shared: Hashable = None) -> bool:
+        """Let `who` connect now if there is room; it then counts as connecting. Return whether there is.
 
         `shared` names the connection that it shares with others, if any. One of them makes it, and the others wait
         until that one is connected or has given up.
@@ -53,18 +53,18 @@ class Gate:
         self._leaves(who)
 
     def dropped(self, who: Hashable) -> None:
-        """An sshd dropped this connection because it has too many."""
+        """Note that an sshd dropped this connection because it has too many."""
         self._leaves(who)
         self.limit = max(1.0, self.limit / 2)
 
     def _leaves(self, who: Hashable) -> bool:
-        """Stop counting `who` as connecting. Returns whether it was still counted."""
+        """Stop counting `who` as connecting. Return whether it was still counted."""
         self._making = {shared: maker for shared, maker in self._making.items() if maker != who}
         return self._inside.pop(who, None) is not None
 
 
 def delay_s(attempts: int) -> float:
-    """How long to wait after this number of attempts.
+    """Return how long to wait after this number of attempts.
 
     The wait grows with each attempt, and is random, so that connections that were dropped together do not all come back
     together.

@@ -168,7 +168,7 @@ def _count_slots(hosts: Iterable[Host]) -> tuple[Host, ...]:
 
 
 def _check_repeats(first: Host, other: Host) -> None:
-    """Raises HostsError if a repeated host has a number of slots, or differs from its first mention."""
+    """Raise HostsError if a repeated host has a number of slots, or differs from its first mention."""
     if first.slots is not None or replace(first, name=other.name) != other:
         raise HostsError(
             f"{other.name} is named twice: {first.place} and {other.place}; write it once, with all its slots, or "

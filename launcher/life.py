@@ -27,10 +27,12 @@ SLOWEST_BYTES_PER_S = 1 << 16  # …plus the time that the returned files take a
 
 @dataclass(frozen=True)
 class Timeouts:
-    grace_s: float
-    start_s: float
-    finish_s: float
-    overtime_s: float
+    """How long a run waits, in seconds."""
+
+    grace_s: float = 5.0  # between SIGTERM and SIGKILL
+    start_s: float = 60.0  # for an agent to answer, and for a service to announce itself
+    finish_s: float = 75.0  # for the services to end after the last rank has ended well
+    overtime_s: float = 30.0  # for all processes to end after one of `Plan.concludes` has ended well
 
 
 @dataclass
@@ -47,9 +49,9 @@ class RunContext:
     last_incarnation: int = 0
 
     def next_incarnation(self) -> int:
-        """A number above all earlier ones, even those of a former launcher of this run, because it is the clock's time.
+        """Return a number above all earlier ones, even those of an earlier launcher of this run: the clock's time.
 
-        If the former launcher's clock was ahead of ours, the server says so, and the worker takes the next number
+        If the earlier launcher's clock was ahead of ours, the server says so, and the worker takes the next number
         itself.
         """
         self.last_incarnation = max(self.last_incarnation + 1, time.time_ns() // 1_000_000)
@@ -65,16 +67,16 @@ class _Wait(NamedTuple):
 
 
 class Life:
-    """One life. `advance` takes it one step further; `failure` says why it cannot go on; `end` ends it at any time."""
+    """One life. `advance` takes it one step further; `judge` says why it cannot go on; `end` ends it at any time."""
 
     def __init__(self, unit: Unit, around: RunContext, number: int) -> None:
         """`number` counts the lives of the unit from 1."""
         self.unit, self.around, self.number = unit, around, number
-        self.agents = Agents(unit.processes, around.logs, around.gate)
+        self.agents = Agents(unit.processes, around.logs, around.gate, around.plan.prefix)
         self.up = False  # all its processes were started
         self.ended = False  # all of them ended well
         self.ending = False
-        self.next_s = inf  # when to look at it again even if nothing was heard
+        self._next_s = inf
         self._story = self._tell()
         self._wait: _Wait | None = None
         self._wait_until_s = inf
@@ -121,18 +123,19 @@ class Life:
         ports = {} if unit.world is None else self.agents.ports[unit.world.index]
         found = {}
         if unit.world is not None:
-            found = {**self.around.announced, **ports, "DANAZ_INCARNATION": str(self.around.next_incarnation())}
+            incarnation = {f"{plan.prefix}INCARNATION": str(self.around.next_incarnation())}
+            found = {**self.around.announced, **ports, **incarnation}
         for process in unit.processes:
             env = {**plan.env, **process.env, **found}
             folder = self._folder(process) if process.returns else ""
             self.agents.start(process, env, plan.cwd, self._command(process), folder)
 
     def _folder(self, process: Process) -> str:
-        """The name of the folder for returned files: one for each group and machine.
+        """Return the name of the folder for returned files: one for each group and machine.
 
         The machine's number is part of it, because two machines may share their temporary files.
         """
-        name = f"danaz-{self.around.plan.run_id}-{process.group or process.name}"
+        name = f"{self.around.plan.run_id}-{process.group or process.name}"
         number = self.unit.hosts.index(process.host)
         return f"{name}.{number}" if number else name
 
@@ -161,8 +164,16 @@ class Life:
 
     # What becomes of it
 
+    @property
+    def next_s(self) -> float:
+        """When to look at it again even if nothing was heard.
+
+        Once it is ending, that is when its time is over. Returned files extend the time, because a model may be large.
+        """
+        return self._end_by_s + self.agents.returned_bytes / SLOWEST_BYTES_PER_S if self.ending else self._next_s
+
     def advance(self, now_s: float) -> bool:
-        """Take the next step if the condition that it waits for holds. Returns whether it did."""
+        """Take the next step if the condition that it waits for holds. Return whether it did."""
         if self.ended or self.ending:
             return False
         if self._wait is not None and not self._wait.condition():
@@ -170,11 +181,11 @@ class Life:
                 self._overdue = self._wait.failure()
             return False
         self._wait = next(self._story, None)
-        self._wait_until_s = self.next_s = inf if self._wait is None else now_s + self._wait.timeout_s
+        self._wait_until_s = self._next_s = inf if self._wait is None else now_s + self._wait.timeout_s
         return True
 
-    def failure(self, now_s: float) -> Failure | None:
-        """Why it cannot go on. None until the first cause is clear, or no further sign of trouble came for a while."""
+    def judge(self, now_s: float) -> Failure | None:
+        """Return why it cannot go on; None until the cause is clear, or no further sign of trouble came for a while."""
         failure = failure_of(self.agents) or self._overdue
         if failure is None or self.ending or self.ended:
             return None
@@ -182,30 +193,27 @@ class Life:
         if signs - self._signs:
             self._signs, self._quiet_since_s = self._signs | signs, now_s
         self._trouble_s = min(self._trouble_s, now_s)
-        self.next_s = min(self._quiet_since_s + SETTLE_S, self._trouble_s + LONGEST_SETTLE_S)
-        return failure if now_s >= self.next_s or is_settled(failure, self.agents, now_s) else None
+        self._next_s = min(self._quiet_since_s + SETTLE_S, self._trouble_s + LONGEST_SETTLE_S)
+        return failure if now_s >= self._next_s or is_settled(failure, self.agents, now_s) else None
 
     # The end
 
     def end(self, now_s: float, grace_s: float, keep_files: bool = False) -> None:
         """End all its processes. A second call can only bring the end forward."""
-        by_s = now_s + grace_s + AGENT_END_S
-        self.next_s = self._end_by_s = min(self._end_by_s, by_s)
+        self._end_by_s = min(self._end_by_s, now_s + grace_s + AGENT_END_S)
         self.ending = True
         self.agents.stop(grace_s, keep_files)
 
     def is_gone(self, now_s: float) -> bool:
-        """Whether nothing of it is left, or its time is over.
+        """Return whether nothing of it is left, or its time is over.
 
-        When the time is over, the caller cuts the connection, and the agent notices that. Returned files extend the
-        time, because a model may be large.
+        When the time is over, the caller cuts the connection, and the agent notices that.
         """
-        if self.ending:
-            self.next_s = self._end_by_s + self.agents.returned_bytes / SLOWEST_BYTES_PER_S
         return self.ending and (not self.agents.busy_links() or now_s >= self.next_s)
 
     def close(self, now_s: float) -> None:
         """Close the connections to its agents, which makes them end if they have not yet."""
         for process in self.agents.running():
             self.around.logs.close(process)
-        self.agents.close(max(now_s, min(self._end_by_s, now_s + AGENT_END_S)))
+        deadline = max(now_s, min(self._end_by_s, now_s + AGENT_END_S))
+        self.agents.close(deadline, forget_silent=self._overdue is not None)

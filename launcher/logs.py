@@ -1,5 +1,8 @@
-"""Handles the output of a run. It goes unchanged to `<run>/logs/<host>/<process>/stdout` and `stderr`, and line by line
-to the terminal, where the process stands in front of each line: `[host:rank] `."""
+"""Handles the output of a run.
+
+It goes unchanged to `<run>/logs/<host>/<process>/stdout` and `stderr`, and line by line to the terminal, where each
+line begins with its process: `[host:rank] `.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ CONTROL = re.compile(
 
 
 class Line(NamedTuple):
-    """A line, and when it began to come."""
+    """A line, and when its first bytes came."""
 
     text: str
     at_s: float
@@ -58,7 +61,7 @@ class LineSplitter:
         return [_as_text(line) for line in lines]
 
     def flush(self) -> list[str]:
-        """The last line, if it has no end."""
+        """Return the last line, if it has no line break."""
         rest, self._partial = self._partial, bytearray()
         return [_as_text(rest)] if rest else []
 
@@ -69,7 +72,7 @@ def _as_text(line: bytes | bytearray) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` without anything that makes a terminal do more than show it. Colours stay, and are reset at the end."""
+    """Remove all that makes a terminal do more than show `text`. Colours stay, and are reset at the end."""
     shown = CONTROL.sub(r"\1", text)
     colours = COLOUR.findall(shown)
     return shown if not colours or colours[-1] == RESET else shown + RESET
@@ -108,7 +111,7 @@ class Logs:
             self._miss_output(error)
 
     def write(self, process: Process, stream: str, data: bytes) -> list[str]:
-        """Keep and show a piece of output; on a full disk, only show it. Returns the lines that it completed."""
+        """Keep and show a piece of output; on a full disk, only show it. Return the lines that it completed."""
         try:
             with (self.folder(process) / stream).open("ab") as file:
                 file.write(data)
@@ -162,12 +165,12 @@ class Logs:
         self._news.append(sentence)
 
     def take_news(self) -> list[str]:
-        """New sentences for the user: that output cannot be kept (once), and each file that cannot be kept."""
+        """Return new sentences for the user: that output cannot be kept (once), and each file that cannot be kept."""
         news, self._news = self._news, []
         return news
 
     def close(self, process: Process) -> None:
-        """The process has ended: show its last lines even if they lack a line break."""
+        """Show the last lines of a process that has ended, even if they lack a line break."""
         for (name, stream), splitter in self._splitters.items():
             if name == process.name:
                 self._show(process, stream, splitter.flush())

@@ -16,7 +16,16 @@ from pathlib import Path
 
 from launcher.hosts import Host
 
-__all__ = ["Machine", "in_url", "is_loopback", "is_this_machine", "local_machines", "source_address", "this_machine"]
+__all__ = [
+    "Machine",
+    "in_url",
+    "interfaces",
+    "is_loopback",
+    "is_this_machine",
+    "local_machines",
+    "source_address",
+    "this_machine",
+]
 
 # <linux/sockios.h>, and struct ifreq of <net/if.h> on 64-bit Linux
 SIOCGIFCONF = 0x8912
@@ -36,18 +45,16 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """This machine: the cores that this process may use and the GPUs that it may see.
+    """Describe this machine: the cores that this process may use and the GPUs that it may see.
 
     It does not ask CUDA, because a launcher must not start CUDA.
     """
-    interfaces = {**_interfaces(), **_ipv6_interfaces()}
-    return Machine(
-        cores=len(os.sched_getaffinity(0)), gpus=_count_gpus(), interfaces=interfaces, identity=_identity(interfaces)
-    )
+    found = interfaces()
+    return Machine(cores=len(os.sched_getaffinity(0)), gpus=_count_gpus(), interfaces=found, identity=_identity(found))
 
 
 def _identity(addresses: Iterable[str]) -> str | None:
-    """Identifies the boot of a kernel, and a container on it, which has its own processes, network or host name.
+    """Identify the boot of a kernel, and a container on it, which has its own processes, network or host name.
 
     The addresses are included, because virtual machines that continue from one snapshot share everything else.
     """
@@ -60,7 +67,7 @@ def _identity(addresses: Iterable[str]) -> str | None:
 
 
 def local_machines(hosts: Iterable[Host]) -> dict[str, Machine]:
-    """The facts, for `plan`, about those hosts that are this machine."""
+    """Return the facts, for `plan`, about those hosts that are this machine."""
     return {host.name: this_machine() for host in hosts if is_this_machine(host.name)}
 
 
@@ -74,8 +81,13 @@ def _count_gpus() -> int:
     return sum(re.fullmatch("nvidia[0-9]+", name) is not None for name in os.listdir("/dev"))
 
 
-def _interfaces() -> dict[str, str]:
-    """Every IPv4 address of this machine and its network interface."""
+def interfaces() -> dict[str, str]:
+    """Return every address of this machine, IPv4 first, and its network interface."""
+    return {**_ipv4_interfaces(), **_ipv6_interfaces()}
+
+
+def _ipv4_interfaces() -> dict[str, str]:
+    """Return every IPv4 address of this machine and its network interface."""
     buffer = array.array("B", bytes(IFREQ.size * 1024))
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         request = struct.pack("iL", len(buffer), buffer.buffer_info()[0])
@@ -88,10 +100,10 @@ def _interfaces() -> dict[str, str]:
 
 
 def _ipv6_interfaces() -> dict[str, str]:
-    """Every IPv6 address and its network interface, except link-local ones (fe80::…), valid on one link only."""
+    """Return every IPv6 address and its interface, except link-local ones (fe80::…), which hold on one link only."""
     try:
         lines = Path("/proc/net/if_inet6").read_text().splitlines()
-    except FileNotFoundError:  # a kernel without
+    except FileNotFoundError:  # a kernel without IPv6
         return {}
     # address in hex, index, prefix length, scope, flags, interface
     found = ((ipaddress.IPv6Address(bytes.fromhex(line.split()[0])), line.split()[5]) for line in lines)
@@ -99,7 +111,7 @@ def _ipv6_interfaces() -> dict[str, str]:
 
 
 def source_address(destination: str | None) -> str | None:
-    """This machine's address on the route to another; None if there is no route. No packet is sent.
+    """Return this machine's address on the route to another; None if there is no route. Send no packet.
 
     The address is IPv4, unless an IPv6 address is given.
     """
@@ -116,7 +128,7 @@ def source_address(destination: str | None) -> str | None:
 
 
 def is_loopback(name: str) -> bool:
-    """Whether the name means this machine on every machine: localhost, 127.x or ::1."""
+    """Return whether the name means the local machine everywhere: localhost, 127.x or ::1."""
     try:
         return ipaddress.ip_address(name).is_loopback
     except ValueError:
@@ -124,12 +136,12 @@ def is_loopback(name: str) -> bool:
 
 
 def in_url(address: str) -> str:
-    """The address as written before a port: an IPv6 address gets brackets."""
+    """Return the address as it is written before a port: an IPv6 address gets brackets."""
     return f"[{address}]" if ":" in address else address
 
 
 def is_this_machine(name: str) -> bool:
-    """Whether the name is a loopback name, one of this machine's addresses, or its host name with or without a domain.
+    """Return whether a name is loopback, one of this machine's addresses, or its host name with or without a domain.
 
     If the domain differs from the host name's own, the name must resolve to this machine, because a machine elsewhere
     may have the same short name.
@@ -153,12 +165,12 @@ def _is_address(name: str) -> bool:
 
 def _is_own_address(text: str) -> bool:
     address = ipaddress.ip_address(text)
-    return address.is_loopback or str(address) in {**_interfaces(), **_ipv6_interfaces()}
+    return address.is_loopback or str(address) in interfaces()
 
 
 @cache
 def _resolve(name: str) -> tuple[str, ...]:
-    """The addresses of a name, or an empty tuple. The answer is cached: if no DNS answers, asking takes seconds."""
+    """Return the addresses of a name, or none. The answer is cached: if no DNS answers, asking takes seconds."""
     try:
         found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):

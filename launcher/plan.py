@@ -1,7 +1,6 @@
 """Hosts -> processes. Pure: the same arguments give the same plan, and nothing is started or looked up.
 
-A *world* is the set of ranks that form one Horovod world. Asynchronous algorithms have one world per worker;
-synchronous SGD has a single world for all ranks. The slots of a host form one worker, or `workers_per_host` workers.
+A *world* is the set of ranks that form one Horovod world: the ranks of one worker, or those of all workers.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ __all__ = [
     "ANNOUNCED",
     "INTERFACE_VARIABLES",
     "LAUNCHING_MACHINE",
+    "PREFIX",
     "PYTHON",
     "Plan",
     "PlanError",
@@ -26,6 +27,7 @@ __all__ = [
     "Returns",
     "Service",
     "Unit",
+    "Workers",
     "World",
     "plan",
     "slots_of",
@@ -36,7 +38,8 @@ LAUNCHING_MACHINE = Host("localhost")
 # our modules, without importing anything from the working directory.
 PYTHON = "{python}"
 INTERFACE_VARIABLES = ("HOROVOD_GLOO_IFACE", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")  # `env` wins
-FOUND_LATER = ("HOROVOD_GLOO_RENDEZVOUS_PORT", "MASTER_PORT", "DANAZ_INCARNATION", "DANAZ_SECRET_FD")
+FOUND_LATER = ("HOROVOD_GLOO_RENDEZVOUS_PORT", "MASTER_PORT")
+PREFIX = "LAUNCHER_"  # of the variables that neither Horovod nor torchrun has
 ANNOUNCED = "{announced}"  # in the command that restarts a service: the value it first announced
 
 
@@ -59,10 +62,10 @@ class Returns:
 class Service:
     """A process that runs beside the ranks and is started before them.
 
-    When `announces` is a name, such as DANAZ_SERVER, the service must print a line `DANAZ_SERVER=value` on stdout, and
+    When `announces` is a name, such as SERVER, the service must print a line `SERVER=value` on stdout, and
     every rank finds that value in its environment. With `returns`, the files that it leaves in a folder of its own on
     its machine are brought into the run folder. The service reads `secret` from the file descriptor that
-    DANAZ_SECRET_FD names; the secret is sent to its machine and is only ever held in memory. `again` is the command
+    LAUNCHER_SECRET_FD names; the secret is sent to its machine and is only ever held in memory. `again` is the command
     that continues from where the service was killed. With it, the service can be restarted during a run: it gets the
     same folder, and ANNOUNCED in the command is replaced by the value it first announced. Services of one `group` fail
     and restart together, and those on one machine return their files in one folder. When `begins` is a name, the run
@@ -80,6 +83,25 @@ class Service:
     again: Sequence[str] = ()
     begins: str | None = None
     group: str = ""  # by default the service is a group by itself
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The workers of a run. Their ranks all run one command.
+
+    The slots of each host form `per_host` workers, and their numbers start at `first`. With `one_world`, all ranks form
+    a single world. `returns` is like `Service.returns`, for rank 0. `secrets` are like `Service.secret`, one for the
+    first rank of each world. `milestones` maps each milestone to the words for a rank that did not reach it: a rank
+    that ends with exit code 0 has failed unless it reached all of them.
+    """
+
+    command: Sequence[str]
+    per_host: int = 1
+    one_world: bool = False
+    first: int = 0
+    returns: Returns | None = None
+    secrets: Sequence[str] = field(default=(), repr=False)
+    milestones: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -101,6 +123,7 @@ class Process:
     argv: tuple[str, ...]
     env: Mapping[str, str]
     rank: int | None = None  # on the whole cluster; None: a service
+    worker: int | None = None
     world: int | None = None
     announces: str | None = None
     returns: Returns | None = None
@@ -113,7 +136,7 @@ class Process:
     milestones: Mapping[str, str] = field(default_factory=dict)  # in order; milestone -> what to say if missing
 
     def missing(self, reached: Collection[str]) -> str | None:
-        """What it left undone if it ends now: the words for the first milestone that it has not reached, or None."""
+        """Return the words for the first milestone that it has not reached, or None."""
         return next((words for milestone, words in self.milestones.items() if milestone not in reached), None)
 
     @property
@@ -152,14 +175,19 @@ class Plan:
     services: tuple[Process, ...]
     ranks: tuple[Process, ...]
     worlds: tuple[World, ...]
-    workers: int
     cwd: str
     env: Mapping[str, str] = field(repr=False)  # may hold secrets: never printed
-    run_id: str = ""  # unique on every machine; it names the folders of returned files there
+    run_id: str = ""  # unique on every machine; it begins the names of the folders of returned files there
+    prefix: str = PREFIX
+
+    @property
+    def workers(self) -> int:
+        """The number of workers."""
+        return len({rank.worker for rank in self.ranks})
 
     @property
     def units(self) -> tuple[Unit, ...]:
-        """Services first."""
+        """All units, services first."""
         groups: dict[str, list[Process]] = {}
         for process in self.services:
             groups.setdefault(process.group, []).append(process)
@@ -168,8 +196,8 @@ class Plan:
 
     def _unit(self, world: World) -> Unit:
         ranks = tuple(rank for rank in self.ranks if rank.world == world.index)
-        workers = {rank.env["DANAZ_WORKER"] for rank in ranks}
-        return Unit(f"worker {min(workers)}" if len(workers) == 1 else "the world of all workers", ranks, world)
+        workers = {rank.worker for rank in ranks}
+        return Unit(f"worker {ranks[0].worker}" if len(workers) == 1 else "the world of all workers", ranks, world)
 
     @property
     def concludes(self) -> frozenset[str]:
@@ -187,7 +215,7 @@ class Plan:
         return tuple({process.host.name: process.host for process in (*self.services, *self.ranks)}.values())
 
     def describe(self) -> str:
-        """The plan for a reader (`--dry-run`): every process, its command, and the variables the plan adds."""
+        """Describe the plan for a reader: every process, its command, and the variables that the plan adds."""
         worlds = "one Horovod world over all" if len(self.worlds) == 1 else "a Horovod world per worker"
         ranks = [{**rank.defaults, **rank.env, **self._found_later(rank)} for rank in self.ranks]
         common = {name: value for name, value in ranks[0].items() if all(env.get(name) == value for env in ranks)}
@@ -206,8 +234,8 @@ class Plan:
             return {}
         port = f"<free port on {self.worlds[process.world].host.name}>"
         announced = {service.announces: f"<from {service.name}>" for service in self.services if service.announces}
-        announced["DANAZ_INCARNATION"] = "<from the clock>"
-        return {"HOROVOD_GLOO_RENDEZVOUS_PORT": port, "MASTER_PORT": port, **announced}
+        incarnation = {f"{self.prefix}INCARNATION": "<from the clock>"}
+        return {"HOROVOD_GLOO_RENDEZVOUS_PORT": port, "MASTER_PORT": port, **announced, **incarnation}
 
 
 class _Seat(NamedTuple):
@@ -221,97 +249,92 @@ class _Seat(NamedTuple):
 
 def plan(
     hosts: Sequence[Host],
-    command: Sequence[str],
+    workers: Workers,
+    services: Sequence[Service] = (),
     *,
-    one_world: bool,
     env: Mapping[str, str],
     cwd: str,
-    workers_per_host: int = 1,
-    services: Sequence[Service] = (),
-    first_rank_returns: Returns | None = None,
-    secrets: Sequence[str] = (),
     machines: Mapping[str, Machine] | None = None,
-    first_worker: int = 0,
     run_id: str = "",
-    milestones: Mapping[str, str] | None = None,
+    prefix: str = PREFIX,
 ) -> Plan:
     """Put one rank into every slot of every host.
 
     `env` is sent to every process; it may choose network interfaces, but not set a process's place. `machines` says by
-    name what is known about each host (cores, GPUs, address). `first_rank_returns` is like `Service.returns`, for rank
-    0. `secrets` are like `Service.secret`, one for the first rank of each world. Worker numbers start at
-    `first_worker`. `run_id` names the run on other machines. `milestones` maps each milestone to the words for a rank
-    that did not reach it: a rank that ends with exit code 0 has failed unless it reached all of them.
-    Raises PlanError.
+    name what is known about each host (cores, GPUs, address). `run_id` names the run on other machines. `prefix`
+    replaces LAUNCHER_ in the names of the launcher's own variables. A rank finds the number of its worker in
+    LAUNCHER_WORKER, and its place on its host in LAUNCHER_LOCAL_RANK, LAUNCHER_LOCAL_SIZE and LAUNCHER_LOCAL_DEVICE.
+    LAUNCHER_INCARNATION grows with each start. Raises PlanError.
     """
-    if not command:
-        raise PlanError("there is no command to run; write it after --, for example: -- python train.py")
-    if not hosts:
-        raise PlanError("there are no hosts; expected at least one, for example localhost:1")
-    names = [service.name for service in services]
-    if len(set(names)) < len(names) or any(name.startswith("rank.") for name in names):
-        raise PlanError(f"services need names of their own, other than rank.N; got {', '.join(names)}")
+    _check_complete(hosts, workers, services)
     known = machines or {}
-    seats = _seats(hosts, workers_per_host, known)
-    by_world: dict[int, list[_Seat]] = {}
-    for seat in seats:
-        by_world.setdefault(0 if one_world else seat.worker, []).append(seat)
-    worlds = tuple(_world(index, members, known) for index, members in by_world.items())
-    workers = seats[-1].worker + 1
+    seats = _seats(hosts, workers, known)
+    groups = [seats] if workers.one_world else [[*group] for _, group in groupby(seats, key=lambda seat: seat.worker)]
     ranks: list[Process] = []
-    for world in worlds:
-        for rank, seat in enumerate(by_world[world.index]):
-            place = {
-                **_worker_env(seat, first_worker),
-                **_world_env(rank, by_world[world.index], world),
-                **_meeting_env(seat, world),
-            }
-            _check_is_free(env, place, services)
-            way = _way_env(seat, world, known)
-            names_and_values = {**place, **{name: value for name, value in way.items() if name not in env}}
-            number = len(ranks)
+    worlds = []
+    for index, members in enumerate(groups):
+        world = _world(index, members, known)
+        worlds.append(world)
+        for rank, seat in enumerate(members):
+            place = {**_worker_env(seat, prefix), **_world_env(rank, members, world), **_meeting_env(seat, world)}
+            _check_is_free(env, {*place, *FOUND_LATER, f"{prefix}INCARNATION", f"{prefix}SECRET_FD"}, services)
+            way = {name: value for name, value in _way_env(seat, world, known).items() if name not in env}
             ranks.append(
                 Process(
-                    f"rank.{number}",
+                    f"rank.{len(ranks)}",
                     seat.host,
-                    tuple(command),
-                    names_and_values,
-                    rank=number,
-                    world=world.index,
-                    returns=first_rank_returns if number == 0 else None,
+                    tuple(workers.command),
+                    {**place, **way},
+                    rank=len(ranks),
+                    worker=seat.worker,
+                    world=index,
+                    returns=None if ranks else workers.returns,
                     defaults=_defaults(seat, known),
-                    secret=secrets[world.index] if secrets and rank == 0 else None,
-                    milestones=milestones or {},
+                    secret=workers.secrets[index] if workers.secrets and rank == 0 else None,
+                    milestones=workers.milestones,
                 )
             )
-    beside = tuple(_service_process(service) for service in services)
-    return Plan(beside, tuple(ranks), worlds, workers, cwd, dict(env), run_id)
+    return Plan(tuple(map(_service_process, services)), tuple(ranks), tuple(worlds), cwd, dict(env), run_id, prefix)
 
 
 def slots_of(host: Host, machines: Mapping[str, Machine]) -> int:
-    """How many ranks a host gets: the number the user wrote, or the number of its GPUs, or 1."""
+    """Return how many ranks a host gets: the number the user wrote, or the number of its GPUs, or 1."""
     if host.slots is not None:
         return host.slots
     slots = max(1, machines.get(host.name, Machine()).gpus)
     return slots if host.max_slots is None else min(slots, host.max_slots)
 
 
-def _seats(hosts: Sequence[Host], workers_per_host: int, machines: Mapping[str, Machine]) -> list[_Seat]:
-    if workers_per_host < 1:
-        raise PlanError(f"workers per host is {workers_per_host}; expected at least 1")
+def _check_complete(hosts: Sequence[Host], workers: Workers, services: Sequence[Service]) -> None:
+    """Raise PlanError if something is missing, or has a wrong name or number, whatever the machines are."""
+    if not workers.command:
+        raise PlanError("there is no command to run; write it after --, for example: -- python train.py")
+    if not hosts:
+        raise PlanError("there are no hosts; expected at least one, for example localhost:1")
+    if workers.per_host < 1:
+        raise PlanError(f"workers per host is {workers.per_host}; expected at least 1")
+    names = [service.name for service in services]
+    if len(set(names)) < len(names) or any(name.startswith("rank.") for name in names):
+        raise PlanError(f"services need names of their own, other than rank.N; got {', '.join(names)}")
+    for service in services:
+        if not service.command:
+            raise PlanError(f"the service {service.name} has no command")
+
+
+def _seats(hosts: Sequence[Host], workers: Workers, machines: Mapping[str, Machine]) -> list[_Seat]:
     seats: list[_Seat] = []
     for number, host in enumerate(hosts):
-        slots = slots_of(host, machines)
-        if workers_per_host > slots:
+        slots, parts = slots_of(host, machines), workers.per_host
+        if parts > slots:
             raise PlanError(
-                f"{host.name} has {_count(slots, 'slot')}, too few for {workers_per_host} workers of one rank or more; "
-                f"give it more slots ({host.name}:{workers_per_host}) or ask for fewer workers per host"
+                f"{host.name} has {_count(slots, 'slot')}, too few for {parts} workers of one rank or more; "
+                f"give it more slots ({host.name}:{parts}) or ask for fewer workers per host"
             )
         for slot in range(slots):
             # The slots are split among the workers as evenly as possible, and the larger parts come first.
-            small, larger = divmod(slots, workers_per_host)
+            small, larger = divmod(slots, parts)
             within = slot // (small + 1) if slot < larger * (small + 1) else (slot - larger) // small
-            seats.append(_Seat(host, number * workers_per_host + within, slot, slots))
+            seats.append(_Seat(host, workers.first + number * parts + within, slot, slots))
     return seats
 
 
@@ -327,17 +350,17 @@ def _within_one_machine(members: Sequence[_Seat]) -> bool:
     return len(names) == 1 or all(is_loopback(name) for name in names)
 
 
-def _worker_env(seat: _Seat, first_worker: int) -> dict[str, str]:
+def _worker_env(seat: _Seat, prefix: str) -> dict[str, str]:
     return {
-        "DANAZ_WORKER": str(first_worker + seat.worker),
-        "DANAZ_LOCAL_RANK": str(seat.slot),
-        "DANAZ_LOCAL_SIZE": str(seat.slots),
-        "DANAZ_LOCAL_DEVICE": str(seat.host.devices[seat.slot] if seat.host.devices else seat.slot),
+        f"{prefix}WORKER": str(seat.worker),
+        f"{prefix}LOCAL_RANK": str(seat.slot),
+        f"{prefix}LOCAL_SIZE": str(seat.slots),
+        f"{prefix}LOCAL_DEVICE": str(seat.host.devices[seat.slot] if seat.host.devices else seat.slot),
     }
 
 
 def _world_env(rank: int, members: Sequence[_Seat], world: World) -> dict[str, str]:
-    """A rank's place in its world, in the variables of Horovod and of torchrun."""
+    """Return a rank's place in its world, in the variables of Horovod and of torchrun."""
     seat = members[rank]
     local: dict[str, list[int]] = {}  # host name -> its ranks in this world
     for other, member in enumerate(members):
@@ -361,7 +384,7 @@ def _world_env(rank: int, members: Sequence[_Seat], world: World) -> dict[str, s
 
 
 def _meeting_env(seat: _Seat, world: World) -> dict[str, str]:
-    """Where Horovod's ranks find each other."""
+    """Return where Horovod's ranks find each other."""
     return {
         "HOROVOD_HOSTNAME": seat.host.name,
         "HOROVOD_CONTROLLER": "gloo",
@@ -371,7 +394,7 @@ def _meeting_env(seat: _Seat, world: World) -> dict[str, str]:
 
 
 def _way_env(seat: _Seat, world: World, machines: Mapping[str, Machine]) -> dict[str, str]:
-    """The variables that name the network interface to the other ranks, on which gloo and NCCL also listen.
+    """Return the variables that name the network interface to the other ranks. gloo and NCCL also listen on it.
 
     Inside one machine, that is loopback. Without a name, gloo would resolve the host's name, often to 127.0.1.1.
     """
@@ -380,19 +403,19 @@ def _way_env(seat: _Seat, world: World, machines: Mapping[str, Machine]) -> dict
     return dict.fromkeys(INTERFACE_VARIABLES, interface) if interface else {}
 
 
-def _check_is_free(env: Mapping[str, str], place: Mapping[str, str], services: Sequence[Service]) -> None:
-    """Raises PlanError if `env` would set a variable that only the plan may set, such as a process's place."""
+def _check_is_free(env: Mapping[str, str], own: Collection[str], services: Sequence[Service]) -> None:
+    """Raise PlanError if `env` would set a variable that each process is told for itself, such as its place."""
     announced = {service.announces for service in services if service.announces}
-    taken = sorted(env.keys() & {*place, *FOUND_LATER, *announced})
+    taken = sorted(env.keys() & {*own, *announced})
     if taken:
         raise PlanError(
-            f"{', '.join(taken)}: each process is told its own by the launcher; leave out what gives another value "
-            "to all of them (-x, --env-file)"
+            f"{', '.join(taken)}: the launcher gives each process its own value; do not give one value to all of them "
+            "(-x, --env-file)"
         )
 
 
 def _defaults(seat: _Seat, machines: Mapping[str, Machine]) -> dict[str, str]:
-    """Default variables: threads for a fair share of the cores, and unbuffered output.
+    """Return variables that a machine may override: threads for a fair share of its cores, and unbuffered output.
 
     Without the first, torch would start a thread per core in every rank.
     """
@@ -401,8 +424,6 @@ def _defaults(seat: _Seat, machines: Mapping[str, Machine]) -> dict[str, str]:
 
 
 def _service_process(service: Service) -> Process:
-    if not service.command:
-        raise PlanError(f"the service {service.name} has no command")
     return Process(
         service.name,
         service.host,

@@ -19,7 +19,7 @@ FIELDS = {"address": optional(address), "unreachable": optional(words)}  # how t
 
 
 def way_to_hub() -> dict[str, str | None]:
-    """`address`: our own on the route to the hub; `unreachable`: why we cannot connect to the hub, None if we can."""
+    """Return our own `address` on the route to the hub, and why the hub is `unreachable`, or None if it is not."""
     address, _, port = os.environ[HUB].rpartition(":")
     try:
         with socket.create_connection((address, int(port)), TIMEOUT_S) as probe:

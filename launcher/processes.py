@@ -39,7 +39,7 @@ def _check(result: int) -> None:
 
 
 def descendants(root: int | None = None) -> set[int]:
-    """The pids of all processes below `root` (default: this one), including zombies that nobody has waited for."""
+    """Return the pids of all processes below `root` (default: this one), including zombies."""
     children: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
         parent = _parent(entry) if entry.isdigit() else None
@@ -74,7 +74,7 @@ def send_signal(pids: Iterable[int], signum: signal.Signals) -> None:
 
 
 def count_memory_kills() -> int:
-    """How many processes the kernel of this machine has killed because memory ran out; 0 if the kernel does not say."""
+    """Return how many processes this machine's kernel has killed because memory ran out; 0 if it does not say."""
     try:
         with open(VMSTAT, "rb") as file:
             lines = file.read().splitlines()
@@ -84,7 +84,7 @@ def count_memory_kills() -> int:
 
 
 def reap() -> Iterator[tuple[int, int]]:
-    """Wait for all children that have ended. Yields (pid, exit status, or minus the signal that ended it)."""
+    """Wait for all children that have ended. Yield (pid, exit status, or minus the signal that ended it)."""
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)

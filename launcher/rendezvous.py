@@ -51,7 +51,7 @@ class Rendezvous(socketserver.ThreadingMixIn, HTTPServer):
         return self.server_port
 
     def put(self, path: str, value: bytes) -> bool:
-        """Keep a value; False when the store is full."""
+        """Keep a value. Return False when the store is full."""
         with self.lock:
             grown = self.store_bytes + len(value) - len(self.values.get(path, b""))
             if grown > MAX_STORE_BYTES:

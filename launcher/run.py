@@ -19,7 +19,7 @@ from launcher.signals import ENDING_SIGNALS, NotedSignals, noted_signals
 from launcher.supervisor import Decision, Policy, Supervisor
 from launcher.transport import AgentCommand, local_agent_command
 
-__all__ = ["Failure", "Outcome", "Tell", "run"]
+__all__ = ["Failure", "Outcome", "Tell", "Timeouts", "run"]
 
 Tell = Callable[[str], None]  # called with one sentence per event
 CANNOT_GO_ON = 2  # the exit code of a service that no restart would help
@@ -45,26 +45,19 @@ def run(
     echo: Echo | None = None,
     tell: Tell | None = None,
     agent_command: AgentCommand = local_agent_command,
-    grace_s: float = 5.0,
-    start_timeout_s: float = 60.0,
-    finish_timeout_s: float = 75.0,
-    overtime_s: float = 30.0,
+    timeouts: Timeouts | None = None,
 ) -> Outcome:
     """Start every process of `plan`, and return when none of them is left.
 
     `policy` says what to do after a failure; by default, the first failure ends the run. `echo` shows a line of output;
     the default is `Terminal()`, which shows every line with its process in front. `tell` is called with a sentence for
-    each failure that the run survives. `start_timeout_s` is how long an agent may take to answer, and a service to
-    announce itself. `finish_timeout_s` is how long services may go on after the last rank has ended well. `overtime_s`
-    is how long all processes may go on once the run is over, which means that one of the processes in `Plan.concludes`
-    has ended well. `grace_s` is the time between SIGTERM and SIGKILL. SIGINT, SIGTERM and SIGHUP end the run; a second
-    such signal ends it without grace. Call this from the main thread, because only that gets signals; otherwise it
-    raises ValueError. Raises OSError when the run folder cannot be written at the start; later, `tell` hears what could
-    not be kept, and the run goes on.
+    each failure that the run survives. SIGINT, SIGTERM and SIGHUP end the run; a second such signal ends it without
+    grace. Call this from the main thread, because only that gets signals; otherwise it raises ValueError. Raises
+    OSError when the run folder cannot be written at the start; later, `tell` hears what could not be kept, and the run
+    goes on.
     """
-    plan = replace(plan, run_id=plan.run_id or token_hex(8))
-    timeouts = Timeouts(grace_s, start_timeout_s, finish_timeout_s, overtime_s)
-    around = RunContext(plan, Logs(run_folder, echo or Terminal()), agent_command, timeouts)
+    plan = replace(plan, run_id=plan.run_id or f"launcher-{token_hex(8)}")
+    around = RunContext(plan, Logs(run_folder, echo or Terminal()), agent_command, timeouts or Timeouts())
     with noted_signals(*ENDING_SIGNALS) as signals:
         return _Run(around, policy or Policy(), tell or (lambda _: None), signals).execute()
 
@@ -121,7 +114,7 @@ class _Run:
         self.lives[unit.name] = Life(unit, self.around, self.numbers[unit.name])
 
     def _let_services_finish(self) -> None:
-        """Give services time to write their results. One that does not end by itself is stopped; that is no failure."""
+        """Give services time to write their results. Stop one that does not end by itself; that is no failure."""
         now_s = time.monotonic()
         deadline = min(now_s + self.around.timeouts.finish_s, max(now_s, self._overtime_ends_s))
         while not self.supervisor.have_ended(self.services) and time.monotonic() < deadline:
@@ -139,7 +132,7 @@ class _Run:
         now_s = time.monotonic()
         went_on = [self._look_at(life, now_s) for life in list(self.lives.values())]
         self.around.everybody_answered |= all(life.answered for life in self.lives.values())
-        starts = self.supervisor.due(now_s)
+        starts = self.supervisor.take_due(now_s)
         for decision in starts:
             self._begin(self.units[decision.unit])
         self._tell_news()
@@ -149,13 +142,13 @@ class _Run:
             pump([life.agents for life in self.lives.values()], self.signals, max(0.0, next_s - now_s))
 
     def _look_at(self, life: Life, now_s: float) -> bool:
-        """Act on what has become of a life. Returns whether something has changed."""
+        """Act on what has become of a life. Return whether something has changed."""
         name = life.unit.name
         if life.is_gone(now_s):
             self._close(life, now_s)
             self.supervisor.gone(name)
             return True
-        failure = life.failure(now_s)
+        failure = life.judge(now_s)
         if failure is not None:
             self._fail(life, failure, now_s)
             return True
@@ -233,7 +226,7 @@ class _Run:
         return (*self.supervisor.report(), *([missing] if missing else []))
 
     def _unkept(self) -> Failure | None:
-        """The failure to report if returned files could not be kept on this machine, or None."""
+        """Return the failure to report if returned files could not be kept on this machine, or None."""
         logs = self.around.logs
         if not logs.lost_files:
             return None

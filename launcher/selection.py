@@ -19,7 +19,7 @@ WHERE = re.compile(r"(?P<name>\[[^]]*\]|[^:]*)(?::(?P<slots>.*))?", re.DOTALL)
 
 
 def select_hosts(hosts: Sequence[Host], include: str | None = None, exclude: str | None = None) -> tuple[Host, ...]:
-    """The hosts and slots that remain. Raises HostsError."""
+    """Return the hosts and slots that remain. Raises HostsError."""
     if include is not None and exclude is not None:
         raise HostsError("--include and --exclude cannot be given together; one of them says it all")
     if include is not None:
@@ -37,7 +37,7 @@ def select_hosts(hosts: Sequence[Host], include: str | None = None, exclude: str
 
 
 def _parse(text: str, option: str, hosts: Sequence[Host]) -> dict[str, tuple[int, ...]]:
-    """Name of host -> its chosen slots; an empty tuple means all of them."""
+    """Return name of host -> its chosen slots; an empty tuple means all of them."""
     names = {host.name for host in hosts}
     named: dict[str, tuple[int, ...]] = {}
     for part in text.split("@"):

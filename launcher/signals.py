@@ -24,7 +24,7 @@ class NotedSignals:
         os.read(self.wakeup_fd, 4096)
 
     def take(self) -> list[signal.Signals]:
-        """The signals received since the last call."""
+        """Return the signals received since the last call."""
         taken, self.received = self.received, []
         return taken
 

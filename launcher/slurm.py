@@ -47,17 +47,17 @@ class Srun:
         return ["srun", *OPTIONS, f"--nodelist={host.name}", self.python, "-m", "launcher.agent"]
 
     def reaches_directly(self, host: Host) -> bool:
-        """Whether the host is named as loopback. Under its Slurm node name, we use even this machine by a job step."""
+        """Return whether the host is named as loopback. Under its node name, even this machine gets a job step."""
         return is_loopback(host.name)
 
 
 def is_in_allocation(env: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process runs in a Slurm job."""
+    """Return whether this process runs in a Slurm job."""
     return bool(env.get("SLURM_JOB_ID"))
 
 
 def hosts_of_allocation(env: Mapping[str, str] = os.environ) -> tuple[Host, ...]:
-    """The machines of this job, each with one slot per Slurm task on it. Raises HostsError outside of a job."""
+    """Return the machines of this job, each with one slot per Slurm task. Raises HostsError outside of a job."""
     nodes = env.get("SLURM_JOB_NODELIST")
     if not nodes and is_in_allocation(env):
         raise HostsError(
@@ -71,7 +71,7 @@ def hosts_of_allocation(env: Mapping[str, str] = os.environ) -> tuple[Host, ...]
 
 
 def _tasks(nodes: int, env: Mapping[str, str]) -> list[int] | list[None]:
-    """How many tasks each node has; None for each if the user asked for no tasks. Raises HostsError.
+    """Return how many tasks each node has; None for each if the user asked for no tasks. Raises HostsError.
 
     Without such a request, SLURM_TASKS_PER_NODE says one task per core, which the user did not ask for.
     """
@@ -81,8 +81,8 @@ def _tasks(nodes: int, env: Mapping[str, str]) -> list[int] | list[None]:
     per_node = env.get("SLURM_TASKS_PER_NODE") or asked.get("SLURM_NTASKS_PER_NODE")
     if per_node is None and nodes > 1:
         raise HostsError(
-            f"SLURM_NTASKS={asked['SLURM_NTASKS']} is set, but not SLURM_TASKS_PER_NODE, so that nobody knows how many "
-            f"of them each of the {nodes} machines has; name the machines by --hosts, with their slots"
+            f"SLURM_NTASKS={asked['SLURM_NTASKS']} is set, but not SLURM_TASKS_PER_NODE, so the number on each of "
+            f"the {nodes} machines is unknown; name the machines by --hosts, with their slots"
         )
     tasks = expand_tasks(per_node or asked["SLURM_NTASKS"])
     if len(tasks) == 1 and not env.get("SLURM_TASKS_PER_NODE"):
@@ -93,7 +93,7 @@ def _tasks(nodes: int, env: Mapping[str, str]) -> list[int] | list[None]:
 
 
 def expand_nodes(text: str) -> list[str]:
-    """`n[01-03,7],gpu1` -> n01, n02, n03, n7, gpu1. Raises HostsError."""
+    """Expand `n[01-03,7],gpu1` to n01, n02, n03, n7, gpu1. Raises HostsError."""
     parts = _split(text)
     if any(part.count("[") > MOST_BRACKETS for part in parts):
         raise HostsError(f"{text[:80]!r} is not a list of Slurm's nodes: a name holds too many brackets")
@@ -106,7 +106,7 @@ def expand_nodes(text: str) -> list[str]:
 
 
 def expand_tasks(text: str) -> list[int]:
-    """`4(x2),3` -> 4, 4, 3. Raises HostsError."""
+    """Expand `4(x2),3` to 4, 4, 3. Raises HostsError."""
     counts: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"([1-9][0-9]{0,3})(?:\(x([1-9][0-9]{0,4})\))?", part)

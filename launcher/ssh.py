@@ -14,6 +14,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -56,6 +57,7 @@ OPTIONS = {
 # the others find that by its socket. Where sshd accepts no further session (MaxSessions), ssh makes another connection.
 SHARING_OPTIONS = {"ControlMaster": "auto", "ControlPersist": "15"}  # seconds after the last session
 NEWER_OPTIONS = {"StdinNull": "no", "ForkAfterAuthentication": "no", "SessionType": "default"}
+FORGET_S = 2.0  # for the process that holds a shared connection to stop sharing it
 NEWER_SINCE = (8, 7)  # older versions of OpenSSH do not know these options
 
 
@@ -91,13 +93,13 @@ class Ssh:
         ]
 
     def reaches_directly(self, host: Host) -> bool:
-        """Whether the host is this machine, so that its processes can be children of this one."""
+        """Return whether the host is this machine, so that its processes can be children of this one."""
         ours = host.user in (None, _own_user()) and host.ssh_port is None
         return ours and not self.always and is_this_machine(host.name)
 
 
 def shared_connection(command: Sequence[str]) -> str | None:
-    """The socket of the connection that an agent shares with others on its machine; None if it shares no connection."""
+    """Return the socket of the connection that an agent shares with others on its machine; None if it shares none."""
     if command[0] != "ssh" or "ControlMaster=auto" not in command:
         return None
     return next(word.removeprefix("ControlPath=") for word in command if word.startswith("ControlPath="))
@@ -106,21 +108,27 @@ def shared_connection(command: Sequence[str]) -> str | None:
 def forget_connection(command: Sequence[str]) -> None:
     """Make the next agent on that machine open a new connection, because no answer came over this one.
 
-    Agents that already use it keep it.
+    Agents that already use it keep it, and it ends with the last of them.
     """
     socket = shared_connection(command)
-    if socket is not None:
-        Path(socket).unlink(missing_ok=True)
+    if socket is None:
+        return
+    # The process that holds the connection must remove the socket itself. Otherwise it would do so when it ends, and
+    # remove that of the next connection, which has the same name.
+    stop = ["ssh", "-F", "none", "-o", f"ControlPath={socket}", "-O", "stop", "--", "shared"]
+    with suppress(OSError, subprocess.TimeoutExpired):
+        subprocess.run(stop, stdin=subprocess.DEVNULL, capture_output=True, timeout=FORGET_S, check=False)
+    Path(socket).unlink(missing_ok=True)
 
 
 def by_itself(command: Sequence[str]) -> list[str]:
-    """The same command without a shared connection, for a user who tries it by hand."""
+    """Return the same command without a shared connection, for a user who tries it by hand."""
     alone = {"ControlMaster=auto": "ControlMaster=no", f"ControlPath={shared_connection(command)}": "ControlPath=none"}
     return [alone.get(word, word) for word in command]
 
 
 def _own_user() -> str | None:
-    """The name of this user, looked up by user id as ssh does, not by USER or LOGNAME. None if the id has no entry."""
+    """Return this user's name, by user id as ssh does, not by USER or LOGNAME. None if the id has no entry."""
     try:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:
@@ -133,7 +141,7 @@ def _options() -> Mapping[str, str]:
 
 @cache
 def _version() -> tuple[int, int]:
-    """The version of OpenSSH on this machine; (0, 0) if there is none."""
+    """Return the version of OpenSSH on this machine; (0, 0) if there is none."""
     try:
         told = subprocess.run(["ssh", "-V"], stdin=subprocess.DEVNULL, capture_output=True, check=False).stderr
     except OSError:
@@ -159,8 +167,8 @@ CURES = {
     r"No user exists for uid": "your user id has no entry in the list of users here, which ssh needs; ask your "
     "administrator for one",
     r"timed out|No route to host|Network is unreachable": "is it up, and does a firewall let ssh through?",
-    r"No module named '?launcher|ModuleNotFoundError": "danaz is not installed in {python} there; install the same "
-    "version, or name the right Python with --remote-python",
+    r"No module named '?launcher|ModuleNotFoundError": "this program is not installed in {python} there; install the "
+    "same version, or name the right Python with --remote-python",
     r"(?i)no such file|not found|cannot execute|permission denied": "there is no {python} there; name the right Python "
     "with --remote-python",
     r"(?i)bad configuration option|terminating, \d+ bad|unknown option": "your ssh cannot read its configuration; try: "
@@ -185,7 +193,7 @@ CROWDED_S, AWAY_S, AWAY_ATTEMPTS = 40.0, 20.0, 3
 
 
 def passing_obstacle(link: AgentLink, now_s: float) -> Literal["crowded", "away"] | None:
-    """Why an agent did not come up, if another attempt is worthwhile at this time; otherwise None."""
+    """Return why an agent did not come up, if another attempt is worthwhile at this time; otherwise None."""
     words = link.read_last_words()
     tried_s = now_s - link.first_attempt_s
     if link.command[0] != "ssh" or FINAL.search(words):
@@ -196,7 +204,7 @@ def passing_obstacle(link: AgentLink, now_s: float) -> Literal["crowded", "away"
 
 
 def cure(link: AgentLink) -> str | None:
-    """What to do about an agent on another machine that did not come up; None if we do not know the error message."""
+    """Return what to do about an agent on another machine that did not come up; None for an unknown error message."""
     *_, target, there = link.command
     if link.command[0] != "ssh" or not link.closed:
         return None

@@ -16,12 +16,12 @@ FOLDER = os.path.dirname(os.path.abspath(__file__))
 
 
 def module_command(*words: str) -> list[str]:
-    """The command that runs one of our modules on this machine; `words` are the module's name and its arguments."""
+    """Return the command that runs one of our modules here; `words` are the module's name and its arguments."""
     return [sys.executable, os.path.join(FOLDER, "start.py"), "-m", *words]
 
 
 def search_path(entries: list[str], here: str) -> list[str]:
-    """`entries` without the folder of this file; entries that are the directory `here` come last."""
+    """Return `entries` without the folder of this file; entries that are the directory `here` come last."""
     installed = os.path.dirname(FOLDER)
     kept = [entry for entry in entries if entry and os.path.abspath(entry) != FOLDER]
     if installed not in kept:
@@ -30,7 +30,7 @@ def search_path(entries: list[str], here: str) -> list[str]:
 
 
 def working_directory() -> str:
-    """The working directory without links; an empty string if it has been deleted."""
+    """Return the working directory without links; an empty string if it has been deleted."""
     try:
         return os.path.realpath(os.getcwd())
     except FileNotFoundError:

@@ -85,7 +85,7 @@ class Supervisor:
     # Stimuli
 
     def up(self, name: str, now_s: float) -> None:
-        """All processes of a unit were started."""
+        """Note that all processes of a unit were started."""
         unit = self._units[name]
         unit.state, unit.attempts = _State.RUNNING, 0
         if unit.first_up_s is None:
@@ -95,7 +95,7 @@ class Supervisor:
         unit.lives += 1
 
     def ended(self, name: str) -> None:
-        """All processes of a unit ended well."""
+        """Note that all processes of a unit ended well."""
         unit = self._units[name]
         unit.state = _State.DONE
         self.over = self.over or unit.is_service
@@ -111,7 +111,7 @@ class Supervisor:
         reached: bool = True,
         settle_s: float = 0.0,
     ) -> list[Decision]:
-        """A process of a unit failed, or the connection to it was lost.
+        """Note that a process of a unit failed, or that the connection to it was lost. Return what to do.
 
         `by_itself`: it ended with an exit code of its own. `is_final`: it would fail again after a restart. `reached`:
         its machine could be reached. `settle_s`: how many seconds something of the unit may still run there.
@@ -134,21 +134,21 @@ class Supervisor:
         return [Decision("end", name, f"{what}; {then}"), *self._stop_if_hopeless(unit)]
 
     def give_up(self, name: str) -> None:
-        """The run is over, and the caller ends what is left of a unit."""
+        """Note that the run is over, and that the caller ends what is left of a unit."""
         unit = self._units[name]
         unit.state, unit.due_s, unit.given_up = _State.ENDING, inf, True
 
     def cannot_go_on(self, name: str) -> None:
-        """A unit whose failure is about to be reported has said that a restart would not help."""
+        """Note that a unit, whose failure is about to be reported, has said that a restart would not help."""
         self._units[name].restartable = False
 
     def gone(self, name: str) -> None:
-        """Nothing is left of a unit's last life."""
+        """Note that nothing is left of a unit's last life."""
         unit = self._units[name]
         unit.state = _State.WAITING if unit.due_s < inf else _State.LOST
 
-    def due(self, now_s: float) -> list[Decision]:
-        """The units to start now, as decisions."""
+    def take_due(self, now_s: float) -> list[Decision]:
+        """Return the units to start now, as decisions. They count as starting."""
         waiting = [unit for unit in self._units.values() if unit.state is _State.WAITING]
         ready = [unit for unit in waiting if unit.due_s <= now_s or self.over]
         for unit in ready:
@@ -159,20 +159,20 @@ class Supervisor:
 
     @property
     def next_s(self) -> float:
-        """When to call `due` again."""
+        """When to call `take_due` again."""
         waiting = [unit.due_s for unit in self._units.values() if unit.state is _State.WAITING]
         return min(waiting, default=inf)
 
     def have_ended(self, names: Iterable[str]) -> bool:
-        """Whether none of these units runs now or will run again."""
+        """Return whether none of these units runs now or will run again."""
         return all(self._units[name].state in (_State.DONE, _State.LOST) for name in names)
 
     def will_restart(self, name: str) -> bool:
-        """Whether a unit that is ending or waiting will be restarted."""
+        """Return whether a unit that is ending or waiting will be restarted."""
         return self._units[name].due_s < inf
 
     def report(self) -> list[str]:
-        """A sentence for each unit that was restarted, was lost or did not end by itself."""
+        """Return a sentence for each unit that was restarted, was lost or did not end by itself."""
         lines = []
         for unit in self._units.values():
             if unit.lives > 1:
@@ -187,7 +187,7 @@ class Supervisor:
     # Decisions
 
     def _what_next(self, unit: _Unit, unreachable: bool, now_s: float, settle_s: float) -> tuple[float, str]:
-        """When a unit may start again (inf: never), and the words that say so."""
+        """Return when a unit may start again (inf: never), and the words that say so."""
         policy = self.policy
         others = "the run ends" if unit.is_service else "the others go on"
         if self.over:
@@ -208,7 +208,7 @@ class Supervisor:
         unit.attempts += 1
         wait_s = min(self.policy.backoff_s * 2**unit.attempts, LONGEST_RETRY_S)
         if now_s + wait_s > unit.lost_s + self.policy.unreachable_s:
-            return inf, f"that for {self.policy.unreachable_s:g} s now; {others}"
+            return inf, f"it was out of reach for {self.policy.unreachable_s:g} s; {others}"
         return now_s + wait_s, f"next try in {wait_s:g} s"
 
     def _stop_if_hopeless(self, unit: _Unit) -> Sequence[Decision]:

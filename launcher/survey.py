@@ -33,7 +33,7 @@ ANY_HOST = "*"
 CLOSE_S = 5.0
 SHOWN_LINES = 3
 NO_START = "does it have that working directory, and may you use it? If not, name another with --chdir"
-NO_PROBE = "is danaz whole there? Install it again, or name another Python with --remote-python"
+NO_PROBE = "is this program whole there? Install it again, or name another Python with --remote-python"
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Probe:
     may_tell: Mapping[str, Check] = field(default_factory=dict)  # fields that it may print; others must be text or null
 
     def read(self, line: str) -> dict[str, Any]:
-        """Raises FieldError."""
+        """Read what the probe printed. Raises FieldError."""
         told = read_object(line)
         known = {key: check for key, check in self.may_tell.items() if key in told}
         return check_fields(told, {**FIELDS, **self.fields, **known}, optional(words))
@@ -73,7 +73,7 @@ def survey(
     interfaces: Mapping[str, str] | None = None,
     timeout_s: float = 60.0,
 ) -> dict[str, Finding]:
-    """Name of host -> what it is. The result includes the hub, even if it is not among `hosts`.
+    """Return name of host -> what it is. The result includes the hub, even if it is not among `hosts`.
 
     `probe`, by default `Probe()`, runs on each host in `cwd`. `interfaces` names the network interface to use, by name
     of host or for ANY_HOST. A host has a `problem` if it cannot take part, or if its probe prints nonsense.
@@ -186,7 +186,7 @@ class _Survey:
     # Addresses
 
     def _launching_address(self, others: Sequence[str]) -> str | None:
-        """The address at which the others can reach this machine.
+        """Return the address at which the others can reach this machine.
 
         That is the address from which they see us connect or, if a jump host is between, our own on the route to them.
         """
@@ -202,7 +202,7 @@ class _Survey:
         return _ipv4_first(found)
 
     def _reached_at(self, name: str) -> str | None:
-        """The address at which the others can reach a machine.
+        """Return the address at which the others can reach a machine.
 
         That is where we reached it, or the IPv4 address of the same network interface.
         """
@@ -227,7 +227,7 @@ class _Survey:
         return found[0] if found else None
 
     def _with_address(self, name: str, on_route: str) -> Machine:
-        """The machine with its address and interface. Raises LookupError if it lacks the interface asked for."""
+        """Return the machine with its address and interface. Raises LookupError if it lacks the wanted interface."""
         machine = self._machine(name)
         address = self.hub_address if name == self.hub.name else on_route
         if self._wanted_interface(name) is not None:
@@ -288,10 +288,10 @@ class _Survey:
 
 
 def _without_agent(command: Sequence[str]) -> str:
-    """A command by which the user can test the connection: over ssh, it runs `true` instead of the agent."""
+    """Return a command by which the user can test the connection. Over ssh, it runs `true` instead of the agent."""
     return shlex.join([*by_itself(command)[:-1], "true"] if command[0] == "ssh" else command)
 
 
 def _ipv4_first(addresses: Sequence[str]) -> str | None:
-    """The first IPv4 address, because Horovod and gloo speak nothing else; if there is none, the first address."""
+    """Return the first IPv4 address, because Horovod and gloo speak nothing else; if there is none, the first one."""
     return min(addresses, key=lambda address: ":" in address, default=None)

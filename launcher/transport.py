@@ -33,7 +33,7 @@ class TransportError(Exception):
 
 
 def local_agent_command(host: Host) -> Sequence[str]:
-    """The command that starts the agent on this machine. Raises TransportError for any other machine."""
+    """Return the command that starts the agent on this machine. Raises TransportError for any other machine."""
     if not is_this_machine(host.name):
         raise TransportError(f"{host.name} is not this machine, the only one that can be used; write localhost:SLOTS")
     return module_command("launcher.agent")
@@ -109,14 +109,14 @@ class AgentLink:
         self.last_words.extend(data.decode(errors="backslashreplace").splitlines())
 
     def read_last_words(self) -> str:
-        """Everything that it, or ssh, wrote to stderr. Call this once it has ended."""
+        """Return everything that it, or ssh, wrote to stderr. Call this once it has ended."""
         deadline = time.monotonic() + LAST_WORDS_S
         while not self.stderr_closed and wait_ready([self.stderr_fd], [], deadline - time.monotonic())[0]:
             self.read_stderr()
         return "\n".join(self.last_words)
 
     def close(self, timeout_s: float) -> int:
-        """Close the pipes, which ends an agent that is still there, and wait for it. Returns its exit status."""
+        """Close the pipes, which ends an agent that still runs, and wait for it. Return its exit status."""
         if not hasattr(self, "popen"):
             return 0
         for pipe in (self.popen.stdin, self.popen.stdout, self.popen.stderr):

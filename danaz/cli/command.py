@@ -13,7 +13,7 @@ import typer
 
 
 def fail(error: object, code: int = 2) -> NoReturn:
-    """Print the error on stderr, and end. Exit code 2 means that trying the same again would not help."""
+    """Print the error on stderr, and end. Exit code 2 says that the same command would fail again."""
     typer.secho(f"danaz: {error}", err=True, fg="red")
     raise typer.Exit(code)
 
@@ -48,7 +48,7 @@ class _Outliving:
 
 @contextmanager
 def outliving_readers() -> Iterator[None]:
-    """Within this block, `… | head` neither ends the work nor changes the exit code."""
+    """Within this block, a reader such as `head` that stops reading neither ends the work nor changes the exit code."""
     out, err = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _Outliving(out), _Outliving(err)
     try:

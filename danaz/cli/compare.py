@@ -12,8 +12,8 @@ import typer
 
 from danaz.cli import options
 from danaz.cli.command import fail
-from danaz.launch.options import OVERRIDES
-from danaz.run.option import Option, given
+from danaz.options.option import Option, given, options_of
+from danaz.options.shared import OVERRIDES, Method
 
 if TYPE_CHECKING:
     from danaz.compare.cells import Comparison
@@ -34,17 +34,19 @@ class CompareOptions:
     ] = None
     workers: Annotated[
         str | None,
-        Option("Numbers of simulated workers, e.g. `1,4,8`. Default: 1, and the config's number", ("--workers", "-n")),
+        Option("Numbers of simulated workers, e.g. `1,4,8`. Default: 1 and the config's number", ("--workers", "-n")),
     ] = None
     seeds: Annotated[int | None, Option("Number of seeds, counted from the config's seed. Default: 1", min=1)] = None
     schedule: Annotated[str | None, options.SCHEDULE] = None
     jobs: Annotated[int | None, options.JOBS] = None
     device: Annotated[str | None, options.DEVICE] = None
     overrides: Annotated[list[str] | None, OVERRIDES] = None
-    out: Annotated[Path | None, Option("Folder of the comparison. Default: `runs/compare-NAME`")] = None
+    out: Annotated[Path | None, Option("Folder of the results. Default: `runs/compare-NAME`")] = None
     live: Annotated[bool, Option("Run real processes on machines, one algorithm after another")] = False
-    hosts: Annotated[str | None, Option("Machines and their slots, e.g. `a:4,b:4`", ("--hosts", "-H"), LIVE)] = None
-    hostfile: Annotated[Path | None, Option("A file of machines, as for `danaz launch`", panel=LIVE)] = None
+    hosts: Annotated[str | None, Option("Machines and the ranks on each, e.g. `a:4,b:4`", ("--hosts", "-H"), LIVE)] = (
+        None
+    )
+    hostfile: Annotated[Path | None, Option("File of machines, as for `danaz launch`", panel=LIVE)] = None
     workers_per_host: Annotated[
         int | None, Option("Number of workers that share the slots of a host. Default: 1", panel=LIVE, min=1)
     ] = None
@@ -64,8 +66,9 @@ def compare(
 ) -> None:
     """Run one experiment with several algorithms, numbers of workers and seeds, and report them side by side.
 
-    Simulations run in parallel, one thread each. Finished runs are kept: after Ctrl-C, the same command continues; with
-    more algorithms, workers or seeds, it adds to the finished runs. With one worker, every algorithm is the baseline.
+    Simulations run in parallel, one thread each. Finished runs are kept: after Ctrl-C, the same command continues, and
+    with more algorithms, workers or seeds it runs only what is missing. With one worker, all algorithms are the same,
+    and run as `baseline`.
 
     Examples:
 
@@ -95,21 +98,22 @@ def compare(
     raise typer.Exit(code)
 
 
-def tune(
-    config: options.Experiment,
-    algorithm: Annotated[str, typer.Option("--algorithm", "-a", help="Algorithm to tune")] = "nag-asgd",
-    workers: options.Workers = None,
-    lr: Annotated[str, typer.Option(help="Learning rates, separated by commas")] = "0.01,0.02,0.05,0.1,0.2",
-    momentum: Annotated[
-        str, typer.Option(help="Momenta, separated by commas; they may be negative")
-    ] = "-0.6,-0.3,0,0.3,0.6,0.9",
-    overrides: options.Overrides = None,
-    jobs: options.Jobs = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Folder of the search. Default: `runs/tune-NAME-ALGORITHM-N`")
-    ] = None,
-) -> None:
-    """Search learning rate and momentum for an algorithm on a grid: the search that DANA makes unnecessary.
+@dataclass(frozen=True)
+class TuneOptions:
+    """The options of `danaz tune`."""
+
+    algorithm: Annotated[str, options_of(Method)["algorithm"][1]] = "nag-asgd"
+    workers: Annotated[int | None, options.WORKERS] = None
+    lr: Annotated[str, Option("Learning rates, separated by commas")] = "0.01,0.02,0.05,0.1,0.2"
+    momentum: Annotated[str, Option("Momenta, separated by commas; they may be negative")] = "-0.6,-0.3,0,0.3,0.6,0.9"
+    overrides: Annotated[list[str] | None, OVERRIDES] = None
+    jobs: Annotated[int | None, options.JOBS] = None
+    out: Annotated[Path | None, Option("Folder of the results. Default: `runs/tune-NAME-ALGORITHM-N`")] = None
+
+
+@options.expanded
+def tune(config: options.Experiment, asked: TuneOptions) -> None:
+    """Search a grid of learning rates and momenta for an algorithm: the search that DANA makes unnecessary.
 
     Simulations run in parallel. Finished ones are kept: after Ctrl-C, the same command continues. The result is a table
     and a heat map.
@@ -120,21 +124,23 @@ def tune(
 
         danaz tune configs/digits.yaml -a asgd -n 16 --lr 0.05,0.1,0.2 --momentum 0
     """
+    from danaz.cli.output import print_tuning
     from danaz.compare.tune import tune as run_grid
-    from danaz.report.heat_map import print_tuning, write_tuning
+    from danaz.report.heat_map import write_tuning
     from danaz.run.config import load_config
     from danaz.run.fit import check_workers
     from danaz.run.settings import Settings
 
     try:
-        chosen = {"algorithm": algorithm} | ({} if workers is None else {"workers": workers})
-        base = load_config(config, overrides or (), chosen)
+        chosen = given(asked, {"algorithm", "workers"})
+        overrides = asked.overrides or ()
+        base = load_config(config, overrides, chosen)
         check_workers(Settings.of(base, schedule=base.schedule, collective="none"))
-        lrs, momenta = _floats(lr, "--lr"), _floats(momentum, "--momentum")
+        lrs, momenta = _floats(asked.lr, "--lr"), _floats(asked.momentum, "--momentum")
         for rate, inertia in product(lrs, momenta):
-            load_config(config, overrides or (), {**chosen, "lr": rate, "momentum": inertia})
-        folder = out or Path("runs", f"tune-{base.name}-{base.algorithm}-{base.workers}")
-        tuning = run_grid(base, lrs, momenta, folder, jobs)
+            load_config(config, overrides, {**chosen, "lr": rate, "momentum": inertia})
+        folder = asked.out or Path("runs", f"tune-{base.name}-{base.algorithm}-{base.workers}")
+        tuning = run_grid(base, lrs, momenta, folder, asked.jobs)
     except (ValueError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:
@@ -184,7 +190,7 @@ def _words(text: str) -> list[str]:
 
 def _report(call: CompletedCall) -> int:
     """Print the results and write the report. Returns the exit code."""
-    from danaz.compare.tables import print_comparison
+    from danaz.cli.output import print_comparison
     from danaz.report.comparison import write_report
 
     outcome = call.outcome

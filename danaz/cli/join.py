@@ -1,4 +1,4 @@
-"""This machine as one more worker of a run that is under way."""
+"""Adds this machine as one more worker to a run that is under way."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from danaz.cli.command import fail
 from danaz.cli.launch import show_outcome, tell
 from danaz.launch.invitation import find_server, plan_to_join, read_invitation
 from danaz.run.lock import claimed_run_folder
-from launcher.run import run
+from launcher.run import Timeouts, run
 from launcher.supervisor import Policy
 
-LEAVING_S = 30.0  # for the batches that are begun, and for the server to say that it has heard
+LEAVING_S = 30.0  # to finish the batches that have begun, and to hear from the server that it knows
 
 
 def join_run(server: str, key: Path, slots: int | None, out: Path | None) -> int:
-    """Work for the server at ``server``, HOST:PORT, until its run is over; returns an exit code.
+    """Work for the server at ``server``, HOST:PORT, until its run is over. Returns an exit code.
 
-    SIGINT and SIGTERM let this machine leave in good order, a second one at once.
+    On SIGINT or SIGTERM, this machine leaves in good order; on a second signal, at once.
     """
     with ExitStack() as held:
         try:
@@ -34,7 +34,7 @@ def join_run(server: str, key: Path, slots: int | None, out: Path | None) -> int
         settings = json.loads(plan.env["DANAZ_SETTINGS"])
         typer.echo(f"worker {invitation.worker} of a run of {settings['algorithm']}; its logs are in {folder}")
         try:
-            outcome = run(plan, folder, policy=Policy("restart"), tell=tell, grace_s=LEAVING_S)
+            outcome = run(plan, folder, policy=Policy("restart"), tell=tell, timeouts=Timeouts(grace_s=LEAVING_S))
         except OSError as error:
             fail(f"the folder {folder} cannot be written: {error.strerror}")
     show_outcome(outcome)

@@ -22,10 +22,10 @@ FOLDER, CHECKPOINTS = "invitations", "checkpoints"  # within a run folder
 @expanded
 @outliving_readers()
 def launch(ctx: typer.Context, asked: LaunchOptions) -> None:
-    """Train on real processes: Horovod inside each worker, a ZeroMQ server between them.
+    """Train on one or more machines: Horovod joins the ranks of a worker, and a server joins the workers.
 
-    Each host is one worker (its slots are the ranks that share every batch); `--workers-per-host` splits it. So the
-    batch size is per worker.
+    Each host is one worker, and its slots are the ranks that share every batch, so the batch size is per worker.
+    `--workers-per-host` makes several workers of a host.
 
     Examples:
 
@@ -62,10 +62,10 @@ def launch(ctx: typer.Context, asked: LaunchOptions) -> None:
 
 @expanded
 def doctor(asked: MachineOptions) -> None:
-    """Check that machines are fit to train together: ssh, versions, Horovod, GPUs, the way to this machine, disk.
+    """Check that machines can train together: ssh, versions, Horovod, GPUs, the network to this machine, disk space.
 
-    Exit code 0: all of them can take part; 1: some cannot, and why is said. `danaz launch` takes the same options, and
-    does the essential part of this itself.
+    The exit code is 0 if all of them can take part, and 1 if some cannot; the output says why. `danaz launch` takes the
+    same options, and makes the essential checks itself.
 
     Examples:
 
@@ -86,7 +86,7 @@ def doctor(asked: MachineOptions) -> None:
 
 
 def _play(ready: Launch) -> int:
-    from danaz.compare.tables import print_summary
+    from danaz.cli.output import print_summary
     from danaz.launch.prepare import execute
     from danaz.run.folder import read_summary
     from danaz.run.lock import RunFolderError
@@ -107,18 +107,18 @@ def _play(ready: Launch) -> int:
     lacks = f"{ready.run} has no summary.json" if summary is None else "its last batch was not trained"
     typer.secho(f"the run is incomplete: {lacks}", err=True, fg="red")
     if (ready.run / CHECKPOINTS).is_dir():
-        where = " --server-host localhost" if ready.shards_elsewhere else ""  # what they had kept has come here
+        where = " --server-host localhost" if ready.shards_elsewhere else ""  # their checkpoints have been fetched
         typer.echo(f"to go on from its last checkpoint: danaz launch --resume {quote(str(ready.run))}{where}", err=True)
     return outcome.exit_code or 1
 
 
 def tell(sentence: str) -> None:
-    """One event of a run, on the terminal."""
+    """Print one event of a run on the terminal."""
     typer.secho(f"danaz: {sentence}", err=True, fg="yellow")
 
 
 def show_outcome(outcome: Outcome) -> None:
-    """What a run survived, and what it did not."""
+    """Print the failures that a run survived, and the one that ended it."""
     for event in outcome.events:
         tell(event)
     if outcome.failure is not None:

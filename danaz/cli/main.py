@@ -1,10 +1,11 @@
-"""The ``danaz`` command: arguments in, work done elsewhere, words and exit codes out."""
+"""The ``danaz`` command. It reads arguments, lets other packages do the work, and prints results and exit codes."""
 
 from __future__ import annotations
 
 import io
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +18,8 @@ from danaz.cli.launch import doctor, launch
 from danaz.cli.mistyped import advice
 from danaz.cli.simulate import simulate, speedup
 from danaz.horovod_install.cli import app as horovod_app
+from danaz.options.option import Option
+from danaz.options.shared import RECORD
 
 if TYPE_CHECKING:
     from danaz.protocol.keys import ServerKeys
@@ -41,13 +44,13 @@ app.command()(tune)
 
 
 def main() -> None:
-    """Entry point. What follows ``--`` is the user's own command, which the option parser does not read."""
+    """Run the command that was typed. The option parser does not read the user's own command, which follows ``--``."""
     _settle_surroundings()
     words, command = sys.argv[1:], []
     if "--" in words:
         at = words.index("--")
         words, command = words[:at], words[at + 1 :]
-    hint = advice(words[0], words[1:], command, _options_of(words[0])) if words else None
+    hint = advice(words[0], words[1:], command, known_options(words[0])) if words else None
     if hint is not None:
         typer.secho(f"danaz: {hint}", err=True, fg="red")
         sys.exit(2)
@@ -57,8 +60,11 @@ def main() -> None:
         sys.exit(130)
 
 
-def _options_of(name: str) -> dict[str, bool]:
-    """The options of a command, as they are typed, and whether a value follows; none if there is no such command."""
+def known_options(name: str) -> dict[str, bool]:
+    """Return option -> whether a value follows, for each option of a command as it is typed.
+
+    Return nothing if there is no such command.
+    """
     command = getattr(typer.main.get_command(app), "commands", {}).get(name)
     params = [] if command is None else command.params
     options = {word: not param.is_flag for param in params if hasattr(param, "is_flag") for word in param.opts}
@@ -66,30 +72,34 @@ def _options_of(name: str) -> dict[str, bool]:
 
 
 def _settle_surroundings() -> None:
-    """Say what is wrong with them, or do without."""
+    """Prepare for an odd locale and a deleted working directory: end with a message where nothing else helps."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a sign that this locale cannot write shall end no run
+            stream.reconfigure(errors="replace")  # a character that this locale cannot write must not end a run
     try:
         os.getcwd()
     except FileNotFoundError:
-        sys.exit("danaz: the working directory is there no more; change into another one")
+        sys.exit("danaz: the working directory no longer exists; change into another one")
+
+
+@dataclass(frozen=True)
+class WorkOptions:
+    """The options of `danaz work`."""
+
+    join: Annotated[str | None, Option("Join the run of the server at this address", metavar="HOST:PORT")] = None
+    key: Annotated[
+        Path | None, Option("Invitation to that run, written by `danaz launch --invite`", metavar="FILE")
+    ] = None
+    slots: Annotated[int | None, Option("Number of ranks here. Default: one a GPU, or 1 without GPUs", min=1)] = None
+    out: Annotated[Path | None, Option("Folder for logs. Default: runs/TIME-join")] = None
 
 
 @app.command()
-def work(
-    join: Annotated[
-        str | None, typer.Option("--join", metavar="HOST:PORT", help="Take part in the run of the server there")
-    ] = None,
-    key: Annotated[
-        Path | None, typer.Option("--key", metavar="FILE", help="An invitation to it, as `danaz launch --invite` made")
-    ] = None,
-    slots: Annotated[int | None, typer.Option("--slots", min=1, help="Ranks here. Default: the GPUs, else 1")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for logs. Default: runs/TIME-join")] = None,
-) -> None:
-    """Add this machine to a running job as one more worker. It leaves with the end of the run, or by Ctrl-C.
+@options.expanded
+def work(asked: WorkOptions) -> None:
+    """Add this machine to a running job as one more worker. It leaves when the run ends, or on Ctrl-C.
 
-    (Without --join, train as one rank of a worker: `danaz launch` starts that, and the environment tells its place.)
+    (`danaz launch` runs this command without --join: then it trains as one rank, whose place the environment tells.)
 
     Example, on the launching machine and on another one:
 
@@ -97,46 +107,48 @@ def work(
 
         danaz work --join launching-machine:5555 --key worker-2.json --slots 4
     """
-    if join is not None or key is not None:
-        if join is None or key is None:
+    if asked.join is not None or asked.key is not None:
+        if asked.join is None or asked.key is None:
             fail("--join HOST:PORT and --key FILE belong together")
         from danaz.cli.join import join_run
 
-        raise typer.Exit(join_run(join, key, slots, out))
+        raise typer.Exit(join_run(asked.join, asked.key, asked.slots, asked.out))
     from danaz.run.config import Config, ConfigError
     from danaz.workloads.train import train
 
     if "DANAZ_CONFIG" not in os.environ:
-        fail("danaz work is started by `danaz launch CONFIG`, which sets DANAZ_CONFIG; or say --join HOST:PORT")
+        fail("DANAZ_CONFIG is not set: `danaz launch CONFIG` sets it. To join a run, say --join HOST:PORT --key FILE")
     try:
         config = Config.model_validate_json(os.environ["DANAZ_CONFIG"])
     except ValueError as error:
         fail(f"DANAZ_CONFIG, which `danaz launch` sets, is no config: {error}")
     try:
         train(config)
-    except ConfigError as error:  # its data or model, which only a rank makes
+    except ConfigError as error:  # in its data or model, which only a rank builds
         fail(error)
 
 
-@app.command()
-def serve(
-    run: Annotated[Path, typer.Option(help="Run folder to write", envvar="DANAZ_RUN")],
-    bind: Annotated[str, typer.Option(help="Address to listen on")] = "tcp://127.0.0.1:*",
-    insecure: Annotated[
-        bool, typer.Option("--insecure", help="Listen beyond this machine without keys: believe whoever connects")
-    ] = False,
-    record: options.Record = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest sound checkpoint in the run folder")
-    ] = False,
-    shard: Annotated[
-        int, typer.Option("--shard", min=0, help="Which slice of the vector, of as many as DANAZ_SETTINGS says")
-    ] = 0,
-) -> None:
-    """Serve one run. `danaz launch` starts this; its settings come in DANAZ_SETTINGS, its keys from the launcher.
+@dataclass(frozen=True)
+class ServeOptions:
+    """The options of `danaz serve`."""
 
-    With --resume a run goes on whose server was killed or stopped: its workers join again by themselves, and tell
-    several shards which checkpoint is sound in all of them.
+    run: Annotated[Path, Option("Run folder that the server writes", variable="DANAZ_RUN")]
+    bind: Annotated[str, Option("Address to listen on")] = "tcp://127.0.0.1:*"
+    insecure: Annotated[bool, Option("Listen to other machines without keys, and believe whoever connects")] = False
+    record: Annotated[bool, RECORD] = False
+    resume: Annotated[bool, Option("Go on from the newest sound checkpoint in the run folder")] = False
+    shard: Annotated[
+        int, Option("Number of the shard that this server is; DANAZ_SETTINGS says how many there are", min=0)
+    ] = 0
+
+
+@app.command()
+@options.expanded
+def serve(asked: ServeOptions) -> None:
+    """Serve one run. `danaz launch` starts this, and hands over the settings in DANAZ_SETTINGS and the keys.
+
+    With --resume, continue a run whose server was killed or stopped. Its workers join again by themselves; with several
+    shards, they choose a checkpoint that all shards have.
 
     Example, to see the whole command and environment:
 
@@ -144,26 +156,27 @@ def serve(
     """
     from danaz.run.lock import MODE, RunFolderError, check_server_begins, lock_server
 
-    if resume and not run.is_dir():
-        fail(f"{run} is no run folder; --resume goes on with a run that was begun")
-    keys = _take_keys(bind, insecure)
+    run, shard = asked.run, asked.shard
+    if asked.resume and not run.is_dir():
+        fail(f"{run} is no run folder; --resume continues a run that has begun")
+    keys = _take_keys(asked.bind, asked.insecure)
     try:
         run.mkdir(mode=MODE, parents=True, exist_ok=True)
         lock_server(run, shard=shard)
-        if not resume:
+        if not asked.resume:
             check_server_begins(run, shard)
     except (RunFolderError, OSError) as error:
         fail(error)
     # Only now: the server that had this port before has ended.
-    bound = _listen(bind, keys)
+    bound = _listen(asked.bind, keys)
     typer.echo(f"{'DANAZ_SERVER' if shard == 0 else f'DANAZ_SERVER_{shard}'}={bound.address}")
     sys.stdout.flush()  # workers start now, while the imports below take their seconds
     from danaz.files.reading import UnreadableError
-    from danaz.run.folder import UnwrittenError
     from danaz.run.settings import from_environment
     from danaz.server.snapshot import ResumeError
+    from danaz.serving.journal import UnwrittenError
     from danaz.serving.serve import serve as serve_run
-    from danaz.serving.serve import serve_slice
+    from danaz.serving.serve import serve_shard
 
     try:
         settings, _ = from_environment()
@@ -171,15 +184,15 @@ def serve(
         fail(error)
     try:
         if shard:
-            serve_slice(bound, settings, shard, run, resume)
+            serve_shard(bound, settings, shard, run, asked.resume)
         else:
-            serve_run(bound, settings, run, record, resume)
+            serve_run(bound, settings, run, asked.record, asked.resume)
     except (ResumeError, UnreadableError, UnwrittenError) as error:
         fail(error)
 
 
 def _take_keys(bind: str, insecure: bool) -> ServerKeys | None:
-    """Those of the run; there may be none only where nobody but this machine can connect, unless told otherwise."""
+    """Return the keys of the run. Without keys, end unless only this machine can connect or ``insecure`` allows it."""
     from danaz.protocol.keys import take_server_keys
     from launcher.machine import is_loopback
 
@@ -205,7 +218,7 @@ def _listen(bind: str, keys: ServerKeys | None) -> BoundRouter:
     try:
         return BoundRouter(bind, keys)
     except ZMQError as error:
-        fail(f"cannot listen on {bind}: {error}", code=1)  # it may be free again soon
+        fail(f"cannot listen on {bind}: {error}", code=1)  # the port may be free again soon
 
 
 @app.command()
@@ -230,12 +243,12 @@ def replay(run: Annotated[Path, typer.Argument(help="Folder of a run that was la
 
 @app.command()
 def algorithms() -> None:
-    """List the update rules, what they keep, and where they come from.
+    """List the update rules, the vectors that each keeps, and the papers they come from.
 
     Example:
 
         danaz algorithms
     """
-    from danaz.compare.tables import print_algorithms
+    from danaz.cli.output import print_algorithms
 
     print_algorithms()

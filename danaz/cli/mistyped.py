@@ -17,7 +17,7 @@ Options = Mapping[str, bool]  # every option of a command, as it is typed, and w
 
 
 def advice(command: str, words: Sequence[str], script_words: Sequence[str], options: Options) -> str | None:
-    """What to type instead of ``danaz COMMAND WORDS -- SCRIPT_WORDS``; None if its mistake is not known."""
+    """Return what to type instead of ``danaz COMMAND WORDS -- SCRIPT_WORDS``; None if that has no known mistake."""
     at = _first_argument(words, options)
     if command == "launch" and at is not None and _is_command(words[at]):
         typed = ["danaz", "launch", *_as_meant(words[:at], words[at:], script_words, options)]
@@ -31,7 +31,7 @@ def advice(command: str, words: Sequence[str], script_words: Sequence[str], opti
 
 
 def _first_argument(words: Sequence[str], options: Options) -> int | None:
-    """Where the first word stands that is neither an option nor the value of one."""
+    """Return the index of the first word that is neither an option nor the value of one."""
     at = 0
     while at < len(words):
         if not _is_option(words[at]):
@@ -52,8 +52,10 @@ def _is_command(word: str) -> bool:
 def _as_meant(
     before: Sequence[str], command: Sequence[str], script_words: Sequence[str], options: Options
 ) -> Iterable[str]:
-    """The options of `danaz launch`, ``--``, and the command; an option after the script is the script's own, unless
-    all of them are danaz's."""
+    """Return the options of `danaz launch`, ``--``, and the command.
+
+    Options after the script are the script's own, unless danaz knows all of them.
+    """
     rest = command[1:]
     danaz_alone = _first_argument(rest, options) is None and all(
         word.partition("=")[0] in options for word in rest if _is_option(word)

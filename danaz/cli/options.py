@@ -1,10 +1,10 @@
-"""Options that several commands share: each is named, and explained, once."""
+"""Turns declared options into parameters of Typer commands, and declares those that only commands share."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass, replace
 from functools import wraps
 from inspect import Parameter, Signature
 from pathlib import Path
@@ -12,13 +12,14 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from danaz.launch.options import OVERRIDES, PANELS, RECORD
-from danaz.run.option import Option, options_of
+from danaz.launch.options import PANELS
+from danaz.options import shared
+from danaz.options.option import MOST, Option, options_of
 from danaz.run.schedules import SCHEDULE_FORMS, SCHEDULES
 
 
 def expanded(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace each parameter that is a dataclass by one option for each of its fields."""
+    """Replace each parameter of ``command`` that is a dataclass by one option for each field of the dataclass."""
     hints = get_type_hints(command, include_extras=True)
     params: list[Parameter] = []
     kinds: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
@@ -37,8 +38,9 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _parameters(kind: Any) -> list[Parameter]:
-    """Its fields as parameters of a Typer command, panel after panel."""
-    defaults = {field.name: field.default for field in fields(kind)}
+    """Return the fields of a dataclass as parameters of a Typer command, panel after panel."""
+    required = {MISSING: Parameter.empty}
+    defaults = {field.name: required.get(field.default, field.default) for field in fields(kind)}
     options = sorted(options_of(kind).items(), key=lambda item: _order(item[1][1].panel))
     return [
         Parameter(
@@ -56,7 +58,7 @@ def _order(panel: str | None) -> int:
 
 
 def typer_option(name: str, option: Option) -> Any:
-    """What Typer must know of the option of the field ``name``."""
+    """Return what Typer must know of the option of the field ``name``."""
     if option.argument:
         return typer.Argument(help=option.help, metavar=f"[{option.flags[0]}]")
     flags = option.flags or (f"--{name.replace('_', '-')}",)
@@ -66,24 +68,26 @@ def typer_option(name: str, option: Option) -> Any:
         rich_help_panel=option.panel,
         metavar=option.metavar,
         min=option.min,
-        max=option.max,
+        max=None if option.max == MOST else option.max,  # a reader learns nothing from a range up to 2147483647
         exists=option.exists,
+        envvar=option.variable,
     )
 
 
 # ---- what is trained -------------------------------------------------------------------------------------------------
 
 Experiment = Annotated[Path, typer.Argument(help="YAML of an experiment, e.g. configs/digits.yaml", metavar="CONFIG")]
-Overrides = Annotated[list[str] | None, typer_option("overrides", OVERRIDES)]
-Record = Annotated[bool, typer_option("record", RECORD)]
 
 # ---- simulated workers -----------------------------------------------------------------------------------------------
 
-WORKERS = Option("Number of simulated workers", ("--workers", "-n"))
-SCHEDULE = Option(
-    f"Order in which simulated workers push: {', '.join((*SCHEDULES, *SCHEDULE_FORMS.values()))}. Default: the config's"
-)
-DEVICE = Option("`cpu`, `cuda` or `auto`: a GPU if there is one. Default: the config's, `auto`")
+
+def _of_the_config(option: Option, *values: str) -> Option:
+    """Return the option of a config's key with its values and its default on a command line."""
+    values_of = f": {', '.join(values)}" if values else ""
+    return replace(option, help=f"{option.help}{values_of}. Default: the config's")
+
+
+SCHEDULE = _of_the_config(shared.SCHEDULE, *SCHEDULES, *SCHEDULE_FORMS.values())
+DEVICE = _of_the_config(shared.DEVICE)
+WORKERS = replace(shared.WORKERS, min=None, max=None)  # the config checks the number, and its error says more
 JOBS = Option("Simulations at a time. Default: one a core", ("--jobs", "-j"), min=1)
-Workers = Annotated[int | None, typer_option("workers", WORKERS)]
-Jobs = Annotated[int | None, typer_option("jobs", JOBS)]

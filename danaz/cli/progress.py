@@ -1,4 +1,4 @@
-"""Progress for people: a bar on a terminal, a line now and then where there is none."""
+"""Shows progress: as a bar on a terminal, and as a few lines elsewhere."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-LINES = 4  # printed over a run where there is no terminal
+LINES = 4  # printed in the course of a run where there is no terminal
 
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[float, float | None], None]]:
-    """Yields a function that takes the share of the work done and the last loss."""
+    """Yield a function that shows progress; it takes the share of the work that is done, and the last loss."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _lines(title)

@@ -10,8 +10,9 @@ import typer
 
 from danaz.cli import options
 from danaz.cli.command import fail
-from danaz.launch.options import OVERRIDES, TrainingOptions
-from danaz.run.option import Option, given
+from danaz.launch.options import TrainingOptions
+from danaz.options.option import Option, given
+from danaz.options.shared import OVERRIDES
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class SimulateOptions(TrainingOptions):
 
 @options.expanded
 def simulate(config: options.Experiment, asked: SimulateOptions) -> None:
-    """Train with N simulated workers in one process. The update rules are the same code as in a live run.
+    """Train with N simulated workers in one process. It runs the same code of server, workers and rules as a live run.
 
     Examples:
 
@@ -39,13 +40,14 @@ def simulate(config: options.Experiment, asked: SimulateOptions) -> None:
 
         danaz simulate configs/digits.yaml -n 4 --wire onebit --set wire_warmup_epochs=2
     """
+    from danaz.cli.output import print_summary
     from danaz.cli.progress import progress_bar
-    from danaz.compare.tables import print_summary
     from danaz.run.config import Config, load_config
     from danaz.run.fit import check_workers
-    from danaz.run.folder import UnwrittenError, write_settings
+    from danaz.run.folder import write_settings
     from danaz.run.lock import claimed_run_folder
     from danaz.run.settings import Settings
+    from danaz.serving.journal import UnwrittenError
     from danaz.simulate.simulator import Simulation
 
     try:
@@ -61,17 +63,23 @@ def simulate(config: options.Experiment, asked: SimulateOptions) -> None:
     print_summary(summary, run)
 
 
-def speedup(
-    workers: Annotated[str, typer.Option("--workers", "-n", help="Numbers of workers: `1,4,8` or `1-64`")] = "1-64",
-    repetitions: Annotated[int, typer.Option(min=1, help="Random repetitions to average over")] = 20,
-    iterations: Annotated[int, typer.Option(min=1, help="Batches of each worker in a repetition")] = 100_000,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the random batch times")] = 0,
-    out: Annotated[Path, typer.Option("--out", help="Folder for speedup.csv, .png and .svg")] = Path("runs/speedup"),
-) -> None:
+@dataclass(frozen=True)
+class SpeedupOptions:
+    """The options of `danaz speedup`."""
+
+    workers: Annotated[str, Option("Numbers of workers: `1,4,8` or `1-64`", ("--workers", "-n"))] = "1-64"
+    repetitions: Annotated[int, Option("Random repetitions to average over", min=1)] = 20
+    iterations: Annotated[int, Option("Batches of each worker in a repetition", min=1)] = 100_000
+    seed: Annotated[int, Option("Seed of the random batch times", min=0)] = 0
+    out: Annotated[Path, Option("Folder for speedup.csv, .png and .svg")] = Path("runs/speedup")
+
+
+@options.expanded
+def speedup(asked: SpeedupOptions) -> None:
     """Compute the theoretical speed-up of asynchronous and synchronous training over one worker.
 
-    Batch times follow a gamma distribution, and communication costs nothing. The result is both panels of the DANA
-    paper's Figure 5: machines of one kind, and machines that differ.
+    Batch times follow a gamma distribution, and communication takes no time. The result is Figure 5 of the DANA paper,
+    with a panel for equal machines and a panel for unequal ones.
 
     Examples:
 
@@ -79,17 +87,24 @@ def speedup(
 
         danaz speedup --workers 1,2,4,8,16,32 --repetitions 5 --out /tmp/speedup
     """
-    from danaz.report.speedup import print_speedup, write_speedup
+    from danaz.cli.output import print_speedup
+    from danaz.report.speedup import write_speedup
     from danaz.simulate.speedup import speedup as compute
 
     try:
-        numbers = parse_numbers(workers)
+        numbers = parse_numbers(asked.workers)
         panels = [
-            compute(numbers, heterogeneous=kind, repetitions=repetitions, iterations=iterations, seed=seed)
+            compute(
+                numbers,
+                heterogeneous=kind,
+                repetitions=asked.repetitions,
+                iterations=asked.iterations,
+                seed=asked.seed,
+            )
             for kind in (False, True)
         ]
         print_speedup(panels)
-        for file in write_speedup(panels, out):
+        for file in write_speedup(panels, asked.out):
             typer.echo(f"  {file}")
     except (ValueError, OSError) as error:
         fail(error)

@@ -85,7 +85,7 @@ class Cell:
         return ""
 
     def facts(self) -> dict[str, Any]:
-        """The entries of summary.json that are known before the cell has run."""
+        """Return the entries of summary.json that are known before the cell has run."""
         return {
             "algorithm": self.config.algorithm,
             "workers": self.config.workers,
@@ -105,7 +105,7 @@ class Comparison:
 
 
 def is_plan(path: Path) -> bool:
-    """Whether a YAML file describes a comparison by its cells, and not one experiment."""
+    """Return whether a YAML file describes a comparison by its cells, and not one experiment."""
     try:
         content = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, YamlError):
@@ -142,7 +142,7 @@ def make_grid(where: str, values: Any, changes: Mapping[str, Any] | None = None)
 
 
 def make_comparison(path: Path, grids: Iterable[Grid], overrides: Sequence[str], name: str | None = None) -> Comparison:
-    """The comparison of all ``grids`` on the experiment in the file ``path``; a cell of two grids is run once.
+    """Return the comparison of all ``grids`` on the experiment in the file ``path``; a cell of two grids is run once.
 
     Raises the errors that read_plan raises.
     """
@@ -160,7 +160,7 @@ def make_comparison(path: Path, grids: Iterable[Grid], overrides: Sequence[str],
 
 
 def _expand(grid: Grid, base: Config, path: Path, overrides: Sequence[str]) -> Iterator[Cell]:
-    """The cells of a grid, seed by seed: a comparison that is stopped early has run every algorithm."""
+    """Yield the cells of a grid, seed by seed: a comparison that is stopped early has run every algorithm."""
     cluster = _cluster(grid)
     numbers = (cluster.workers,) if cluster else grid.workers or (1, base.workers)
     seeds = range(base.seed, base.seed + grid.seeds)

@@ -33,7 +33,7 @@ class Display(Protocol):
     """Shows the user what happens to the cells of a comparison."""
 
     def started(self, cell: Cell, updates: Path | None = None) -> None:
-        """``updates`` is a file that grows by one line per update, for a cell that does not call ``progressed``."""
+        """Show a cell that begins. If it does not call ``progressed``, ``updates`` grows by a line per update."""
 
     def progressed(self, cell: Cell, share: float, loss: float | None) -> None: ...
 
@@ -43,19 +43,19 @@ class Display(Protocol):
 
 
 def make_display(cells: int) -> AbstractContextManager[Display]:
-    """The display for ``cells`` cells that are still to run."""
+    """Return the display for ``cells`` cells that are still to run."""
     console = Console(stderr=True)
     return Bars(cells, console) if console.is_terminal else nullcontext(Lines(cells))
 
 
 def describe(cell: Cell) -> str:
-    """The algorithm, setting and seed of a cell, in one line."""
+    """Return the algorithm, setting and seed of a cell, in one line."""
     setting = Result.of(cell.facts(), Path()).setting
     return f"{cell.config.algorithm}, {cell.variant}{setting.label}, seed {cell.config.seed}"
 
 
 def outcome(cell: Cell, summary: Mapping[str, Any]) -> str:
-    """The figures of a finished cell, in one line."""
+    """Return the figures of a finished cell, in one line."""
     result = Result.of(summary, Path())
     measure = measure_of([summary])
     value = summary.get(measure.key)

@@ -64,7 +64,7 @@ class ComparisonFolder:
         (self.path / INDEX).unlink(missing_ok=True)
 
     def cell(self, name: str) -> Path:
-        """The run folder of the cell ``name``."""
+        """Return the run folder of the cell ``name``."""
         return self.path / CELLS / name
 
     def is_finished(self, cell: Cell) -> bool:

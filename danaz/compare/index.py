@@ -6,16 +6,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from danaz.files.atomic import write_atomically
 from danaz.files.plain_yaml import dump_yaml
 from danaz.files.reading import UnreadableError, read_yaml
-from danaz.run.folder import write_atomically
 
 INDEX = "comparison.yaml"  # in the folder of a comparison
 CELLS = "cells"  # its key, and the folder beside it that holds a run folder for each cell
 
 
 def read_index(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """The shared config of the comparison in ``folder``, and the names of its cells. Raises UnreadableError."""
+    """Return the shared config of the comparison in ``folder``, and the names of its cells. Raises UnreadableError."""
     path = folder / INDEX
     index = read_yaml(path)
     config, names = index.get("config"), index.get(CELLS)

@@ -36,7 +36,7 @@ def run_live(cells: Sequence[Cell], folder: ComparisonFolder, display: Display) 
 
 
 def in_words_of_compare(reason: str) -> str:
-    """``reason``, with a note if it advises options of `danaz launch` that `danaz compare` does not have."""
+    """Return ``reason``, with a note if it advises options of `danaz launch` that `danaz compare` does not have."""
     if {*re.findall(r"--[a-z][a-z-]+", reason)} <= OPTIONS:
         return reason
     return (

@@ -10,12 +10,12 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def available_bytes() -> int:
-    """Memory that is available without swapping, on the machine and within this container's limit, if it has one."""
+    """Return the memory that is available without swapping, within this container's limit if it has one."""
     lines = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
     free = int(lines["MemAvailable"].split()[0]) * 1024
     limit = CGROUP / "memory.max"
@@ -25,7 +25,7 @@ def available_bytes() -> int:
 
 
 def resident_bytes(pid: int) -> int:
-    """Memory that a process occupies now; 0 if it has ended."""
+    """Return the memory that a process occupies now; 0 if it has ended."""
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     except (FileNotFoundError, ProcessLookupError):

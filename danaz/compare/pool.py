@@ -37,7 +37,7 @@ class Child:
         )
         self.cell: Cell | None = None
         self.failure = ""  # why the cell failed, as the process has reported it
-        self._rest = b""  # of its output, without a newline so far
+        self._rest = b""  # the last piece of its output, which has no newline yet
 
     def begin(self, cell: Cell, folder: Path) -> None:
         assert self.process.stdin is not None
@@ -46,7 +46,7 @@ class Child:
         self.process.stdin.flush()
 
     def read(self) -> list[dict[str, Any]] | None:
-        """The messages that have come; None if the process has ended. Blocks until there is something to read."""
+        """Wait until there is something to read. Return the messages that have come; None if the process has ended."""
         assert self.process.stdout is not None
         data = os.read(self.process.stdout.fileno(), 1 << 16)
         *lines, self._rest = (self._rest + data).split(b"\n")
@@ -102,7 +102,7 @@ class Pool:
             child.begin(cell, self.folder.begin(cell))
 
     def has_room(self) -> bool:
-        """Whether memory suffices for one more process, once those that run have taken all that they need.
+        """Return whether memory suffices for one more process, once those that run have taken all that they need.
 
         The first process always has room.
         """

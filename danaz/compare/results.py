@@ -70,7 +70,7 @@ class Result:
 
     @classmethod
     def of(cls, facts: Mapping[str, Any], folder: Path, failure: str | None = None) -> Result:
-        """``facts`` is the summary of a cell; for a failed cell, the entries that are known without a summary."""
+        """Make a result of a cell's summary, or of the ``facts`` that are known without one if the cell failed."""
         setting = Setting(facts["workers"], facts["ranks_per_worker"], facts["schedule"])
         return cls(facts["algorithm"], setting, facts["seed"], folder, {} if failure else facts, failure)
 
@@ -108,7 +108,7 @@ class Group:
         return sum(result.diverged for result in self.results)
 
     def spread(self, key: str) -> Spread | None:
-        """The spread of the figure ``key`` of the summaries; None if no cell has it. Ignores infinities and NaN."""
+        """Return the spread of the figure ``key``; None if no cell has it. Infinities and NaN are left out."""
         values = [result.summary.get(key) for result in self.results]
         numbers = [float(value) for value in values if value is not None and isfinite(value)]
         if not numbers:
@@ -129,7 +129,7 @@ TRAIN_LOSS = Measure("final_train_loss", "final training loss", 4)
 
 
 def measure_of(summaries: Iterable[Mapping[str, Any]]) -> Measure:
-    """The test error if a summary has one, else the final training loss."""
+    """Return the test error if a summary has one, else the final training loss."""
     has_error = any(summary.get(TEST_ERROR.key) is not None for summary in summaries)
     return TEST_ERROR if has_error else TRAIN_LOSS
 
@@ -147,7 +147,7 @@ def group(results: Iterable[Result]) -> list[Group]:
 
 
 def by_setting(groups: Iterable[Group]) -> dict[Setting, list[Group]]:
-    """The groups of each setting: algorithms that were run in the same way."""
+    """Return the groups of each setting: algorithms that were run in the same way."""
     settings: dict[Setting, list[Group]] = {}
     for each in groups:
         settings.setdefault(each.setting, []).append(each)
@@ -170,7 +170,7 @@ class Kind(NamedTuple):
 
 
 def by_kind(groups: Iterable[Group]) -> dict[Kind, list[Group]]:
-    """The groups of each kind: they differ only in algorithm and number of workers."""
+    """Return the groups of each kind: they differ only in algorithm and number of workers."""
     kinds: dict[Kind, list[Group]] = {}
     for each in groups:
         kinds.setdefault(Kind(each.setting.ranks_per_worker, each.setting.schedule), []).append(each)

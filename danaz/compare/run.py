@@ -22,7 +22,7 @@ class CompletedCall:
 
     outcome: ComparisonOutcome
     kept: int  # cells that earlier calls had finished
-    interrupted: bool  # by Ctrl-C
+    interrupted: bool  # whether Ctrl-C ended it
 
 
 def run_comparison(comparison: Comparison, path: Path, jobs: int | None = None, fresh: bool = False) -> CompletedCall:

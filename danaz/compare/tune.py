@@ -50,7 +50,7 @@ class Tuning:
         return measure_of(self.summaries.values())
 
     def figure(self, lr: float, momentum: float) -> float | None:
-        """The measure at one point; None if its cell failed or diverged without a figure."""
+        """Return the measure at one point; None if its cell failed or diverged without a figure."""
         figure: float | None = self.summaries.get((lr, momentum), {}).get(self.measure.key)
         return figure
 

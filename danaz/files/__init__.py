@@ -1,1 +1,1 @@
-"""Reads the user's files and modules, with errors that name them."""
+"""Read files and the user's modules, with errors that name them, and write files atomically."""

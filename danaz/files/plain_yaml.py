@@ -1,4 +1,4 @@
-"""YAML as people mean it: a word is a number only if it looks like one, and a document holds only plain values.
+"""Read and write YAML as people mean it: only what looks like a number is one, and all values are plain.
 
 PyYAML follows YAML 1.1, in which ``010`` is 8, ``1:30`` is 90, ``on`` is true and ``1e-2`` is a word. Here the scalars
 are those of YAML 1.2's core schema, and there are no others: no dates, no sets, no application-specific tags. A key
@@ -38,7 +38,7 @@ class YamlError(ValueError):
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML document: None, bool, int, float, str, or lists and dicts of them. Raises YamlError."""
+    """Read a YAML document as None, bool, int, float, str, or lists and dicts of them. Raises YamlError."""
     try:
         return yaml.load(text, _Loader)  # noqa: S506 - it makes plain values only
     except yaml.YAMLError as error:
@@ -48,7 +48,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def dump_yaml(value: Any) -> str:
-    """A YAML document that ``parse_yaml``, and PyYAML too, reads back as this value; keys stay in their order."""
+    """Write a YAML document that ``parse_yaml``, and PyYAML too, reads back as this value. Keys stay in order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
 
 

@@ -1,4 +1,4 @@
-"""How danaz reads a file that it, or anybody, wrote: whatever is wrong becomes one sentence that names the file."""
+"""Read files that danaz or anybody else wrote. Whatever is wrong becomes one sentence that names the file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class UnreadableError(ValueError):
 
 
 def read_text(path: Path) -> str:
-    """A file of UTF-8 text. Raises UnreadableError."""
+    """Return the text of a UTF-8 file. Raises UnreadableError."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
@@ -30,7 +30,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The mapping that a JSON file holds. Raises UnreadableError."""
+    """Return the mapping that a JSON file holds. Raises UnreadableError."""
     text = read_text(path)
     try:
         value = json.loads(text)
@@ -43,7 +43,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds. Raises UnreadableError."""
+    """Return the mapping that a YAML file holds. Raises UnreadableError."""
     try:
         value = parse_yaml(read_text(path))
     except YamlError as error:
@@ -52,7 +52,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU. Raises UnreadableError."""
+    """Return the tensors of a safetensors file, on the CPU. Raises UnreadableError."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 
-def derived(seed: int, *path: int) -> int:
-    """A seed of 64 bits for the part of a run that ``path`` names, for example (worker, rank).
+def derive_seed(seed: int, *path: int) -> int:
+    """Return a seed of 64 bits for the part of a run that ``path`` names, for example (worker, rank).
 
     The same arguments give the same seed in every process. Different ones give unrelated seeds, because numpy's
     ``SeedSequence`` mixes them: arithmetic such as ``1000 * seed + 100 * worker`` would give one seed to two parts.

@@ -1,7 +1,7 @@
-"""Names that users write in a config or on the command line, ``package.module:name``: rules, models and data.
+"""Import what users name as ``package.module:name`` in a config or on the command line: rules, models and data.
 
-The user's module may fail when it is imported. Then the message says in which line, and holds the traceback of the
-user's own code.
+If the user's module fails when it is imported, the message says in which line, and holds the traceback of the user's
+own code.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class UserModuleError(ValueError):
 
 
 def import_user_name(spec: str, what: str) -> Callable[..., Any]:
-    """The callable that ``package.module:name`` stands for; the module is looked for in the current folder first.
+    """Return the callable that ``package.module:name`` names. The module is looked for in the current folder first.
 
     Args:
         spec: the name, as the user wrote it.
@@ -56,7 +56,7 @@ def import_user_name(spec: str, what: str) -> Callable[..., Any]:
 def _import(name: str, what: str) -> ModuleType:
     try:
         return _import_from_here(name)
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - a module of the user's may raise anything
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's module may raise anything
         if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
             raise UserModuleError(f"{what}: no module {error.name!r} here or on PYTHONPATH") from None
         _raise_as_the_users(error, name, what)
@@ -106,7 +106,7 @@ def _is_ours(file: str) -> bool:
 
 
 def _place(error: BaseException, stack: traceback.StackSummary) -> tuple[str, int] | None:
-    """File and line of the user's own code at fault: the last one that lies in no library."""
+    """Return file and line of the user's code at fault: the last frame that lies in no library."""
     if isinstance(error, SyntaxError) and error.filename is not None and error.lineno is not None:
         return error.filename, error.lineno
     own = [frame for frame in stack if not _is_library(frame.filename)] or [*stack]

@@ -36,7 +36,7 @@ _HEADERS = ("python3-dev", "python3-devel")
 _RELEVANT = re.compile(
     r"\berror\b|Error:|fatal|not found|could not find|undefined reference|killed|no space", re.IGNORECASE
 )
-# Lines of make and CMake that are no errors: commands, and progress lines that may name a file like error.cc.
+# Lines of make and CMake that report no error: commands, and progress lines that may name a file like error.cc.
 _NOISE = re.compile(
     r"\s*(cd /|/\S+/(c\+\+|g\+\+|gcc|cc|nvcc|cmake|gmake|make) |\[\s*\d+%]|-- Could not find CCache|raise )"
 )
@@ -82,13 +82,13 @@ class Toolbox:
 
 
 def missing_tools(search_path: str, include: Path) -> list[str]:
-    """What the build needs and the system lacks: programs on `search_path`, and Python's headers in `include`."""
+    """Return what the build needs and does not find: programs on `search_path`, Python's headers in `include`."""
     missing = [program for program in _TOOLS if shutil.which(program, path=search_path) is None]
     return missing if (include / "Python.h").is_file() else [*missing, "Python.h"]
 
 
 def require_tools(search_path: str | None = None, include: Path | None = None) -> None:
-    """Raise HorovodError if tools are missing; it names each of them and the command that installs it."""
+    """Raise HorovodError if tools are missing. It names them and the command that installs them."""
     search_path = os.environ.get("PATH", "") if search_path is None else search_path
     missing = missing_tools(search_path, include or Path(sysconfig.get_path("include")))
     if missing:
@@ -111,7 +111,7 @@ def build_wheel(target: Target, folder: Path, jobs: int, tools: Toolbox) -> Path
         work = Path(name)
         stage = None if target.cuda is None else stage_toolkit(nvidia_folder(), target.cuda, work / "cuda")
         env = environment(target, os.environ, Path(sysconfig.get_path("scripts")), jobs, stage)
-        # Download and build apart: pip refuses to build a 0.28.1 of an index that then calls itself 0.28.1+torch...
+        # Download and build are two steps: pip refuses a release 0.28.1 of an index that builds as 0.28.1+torch...
         source = download_source(work, tools)
         tools.pip(
             f"Compiling Horovod {HOROVOD_VERSION}",
@@ -153,7 +153,7 @@ def install_wheel(wheel: Path, tools: Toolbox) -> None:
 
 
 def explain_failure(step: str, code: int, log: Path) -> str:
-    """A message that says what failed, quotes the lines of the log that say why, and gives a hint for known causes."""
+    """Return a message that says what failed, quotes the lines of the log that say why, and hints at known causes."""
     text = log.read_text(errors="replace").rpartition("\n### ")[2]
     lines = [line.strip() for line in text.splitlines() if line.strip() and not _NOISE.match(line)]
     relevant = [line for line in lines if _RELEVANT.search(line)] or lines

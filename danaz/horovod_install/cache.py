@@ -6,19 +6,19 @@ be incomplete, altered, or written by another program.
 """
 
 import hashlib
-import io
 import os
 import shutil
-import tempfile
 from pathlib import Path
-from typing import BinaryIO
 
+from danaz.files.atomic import replacing, write_atomically
 from danaz.horovod_install.errors import HorovodError
 from danaz.horovod_install.recipe import Target, full_version
 
+MODE = 0o644  # of the files in a cache, which other users may share
+
 
 def cache_folder() -> Path:
-    """`${XDG_CACHE_HOME:-~/.cache}/danaz`. Raises HorovodError."""
+    """Return `${XDG_CACHE_HOME:-~/.cache}/danaz`. Raises HorovodError."""
     if os.environ.get("XDG_CACHE_HOME"):
         return Path(os.environ["XDG_CACHE_HOME"], "danaz")
     try:
@@ -30,7 +30,7 @@ def cache_folder() -> Path:
 
 
 def find_wheel(target: Target, wheels: Path) -> Path | None:
-    """The wheel that was built for exactly this target; None if there is none, or if it does not match its hash."""
+    """Return the wheel that was built for exactly this target, or None if there is none that matches its hash."""
     wheel = wheels / f"horovod-{full_version(target)}-{target.python_tag}-{target.python_tag}-{target.platform}.whl"
     try:
         return wheel if _sha256(wheel) == _hash_file(wheel).read_text().strip() else None
@@ -53,23 +53,11 @@ def _sha256(path: Path) -> str:
 def store_wheel(wheel: Path, wheels: Path) -> Path:
     """Copy a built wheel into the cache and return its path there. An interrupted call leaves no half wheel.
 
-    The hash is written after the wheel. Between the two, the new wheel has no hash or an old one and is ignored.
+    The hash is written after the wheel. Until then the new wheel has no hash, or an old one, and is ignored.
     """
     wheels.mkdir(parents=True, exist_ok=True)
     stored = wheels / wheel.name
-    with wheel.open("rb") as source:
-        _store(source, stored)
-    _store(io.BytesIO(f"{_sha256(wheel)}\n".encode()), _hash_file(stored))
+    with replacing(stored, mode=MODE) as part:
+        shutil.copyfile(wheel, part)
+    write_atomically(_hash_file(stored), f"{_sha256(wheel)}\n".encode(), MODE)
     return stored
-
-
-def _store(source: BinaryIO, path: Path) -> None:
-    descriptor, partial = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as sink:
-            shutil.copyfileobj(source, sink)
-        Path(partial).chmod(0o644)  # mkstemp's 0600 would not let other users of a shared cache read it
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise

@@ -1,6 +1,6 @@
 """Check whether the installed Horovod works.
 
-Ranks in processes of their own use it, because importing a broken build can crash the process.
+The ranks that try it are processes of their own, because importing a broken build can crash the process.
 """
 
 import json
@@ -54,7 +54,7 @@ def check_horovod(ranks: int = 2, timeout_s: float = 120) -> CheckedHorovod:
 
 
 def fitting_version() -> str:
-    """The version of the installed Horovod. Raises HorovodError if it is missing or was built for another torch."""
+    """Return the version of the installed Horovod. Raises HorovodError if it is missing or built for another torch."""
     horovod = installed_horovod()
     if horovod is None:
         raise HorovodError(f"Horovod is not installed in {sys.prefix}. {_INSTALL}")
@@ -99,7 +99,7 @@ def _answer(rank: int, process: subprocess.Popen[str], timeout_s: float) -> dict
 
 
 def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """Environment of one rank in a Horovod world on one machine, over loopback."""
+    """Return the environment of one rank in a Horovod world on one machine, over loopback."""
     number = {
         "RANK": rank,
         "SIZE": ranks,

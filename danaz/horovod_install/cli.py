@@ -92,7 +92,7 @@ def _install(target: Target, jobs: int, constraint: Path | None, force: bool) ->
     wheel = None if force else cache.find_wheel(target, folder / "wheels")
     if wheel is not None:
         _console.print(
-            f"Installing the Horovod that was built for torch {target.torch} before: {wheel}", soft_wrap=True
+            f"Installing the Horovod that was built earlier for torch {target.torch}: {wheel}", soft_wrap=True
         )
     else:
         _console.print(
@@ -156,5 +156,5 @@ def _summary(found: CheckedHorovod) -> str:
 
 
 def _nccl_version(code: int) -> str:
-    """23007 -> "2.30.7". Since NCCL 2.9, a version code is major * 10000 + minor * 100 + patch."""
+    """Turn 23007 into "2.30.7". Since NCCL 2.9, a version code is major * 10000 + minor * 100 + patch."""
     return f"{code // 10000}.{code // 100 % 100}.{code % 100}"

@@ -56,7 +56,7 @@ class CudaStage:
 
 
 def settings(target: Target) -> dict[str, str]:
-    """The choices of the build: all variables that shape the wheel and contain no path."""
+    """Return the choices of the build: all variables that shape the wheel and contain no path."""
     chosen = {
         "HOROVOD_WITH_PYTORCH": "1",
         "HOROVOD_WITHOUT_TENSORFLOW": "1",
@@ -79,7 +79,7 @@ def settings(target: Target) -> dict[str, str]:
 
 
 def recipe_hash(target: Target) -> str:
-    """Hash of everything that shapes the wheel (target, settings and toolchain files), as eight hex digits."""
+    """Return a hash of everything that shapes the wheel (target, settings, toolchain files), as eight hex digits."""
     facts = asdict(target) | {"cpu_flags": sorted(target.cpu_flags.intersection(_X86_FLAGS))}
     toolchain = {path.name: path.read_text() for path in sorted(TOOLCHAIN.iterdir())}
     text = json.dumps([HOROVOD_VERSION, facts, settings(target), toolchain], sort_keys=True)
@@ -87,22 +87,22 @@ def recipe_hash(target: Target) -> str:
 
 
 def local_version(target: Target) -> str:
-    """The part of the wheel's version after `+`, such as `torch2.14.1.cu130.r1f0c22ab`.
+    """Return the part of the wheel's version after `+`, such as `torch2.14.1.cu130.r1f0c22ab`.
 
     It puts torch and recipe into the wheel's name, by which the cache finds it, and into its metadata, which pip
-    reports. No separate record is needed that could be lost or out of date.
+    reports. So there is no separate record that could be lost or out of date.
     """
     torch = re.sub(r"[^a-z0-9]+", ".", target.torch.lower())
     return f"torch{torch}.r{recipe_hash(target)}"
 
 
 def full_version(target: Target) -> str:
-    """The version of a Horovod built for this target, such as `0.28.1+torch2.14.1.cu130.r1f0c22ab`."""
+    """Return the version of a Horovod built for this target, such as `0.28.1+torch2.14.1.cu130.r1f0c22ab`."""
     return f"{HOROVOD_VERSION}+{local_version(target)}"
 
 
 def toolkit_requirement(torch_requires: Iterable[str]) -> str | None:
-    """The pip requirement for compiler and headers that match torch's CUDA libraries; None if torch pins no toolkit.
+    """Return the pip requirement for the compiler and headers that match torch's CUDA libraries, if torch pins any.
 
     >>> toolkit_requirement(['filelock', 'cuda-toolkit[cublas,cudart]==13.0.3; platform_system == "Linux"'])
     'cuda-toolkit[nvcc,cccl]==13.0.3'
@@ -116,7 +116,7 @@ def toolkit_requirement(torch_requires: Iterable[str]) -> str | None:
 def environment(
     target: Target, shell: Mapping[str, str], scripts: Path, jobs: int, stage: CudaStage | None = None
 ) -> dict[str, str]:
-    """The whole environment of the build.
+    """Return the whole environment of the build.
 
     Args:
         target: what Horovod is built for.

@@ -21,14 +21,14 @@ class InstalledHorovod:
     """The Horovod that is installed in this Python."""
 
     version: str  # "0.28.1+torch2.14.1.cu130.r1f0c22ab" if danaz built it
-    built_for: str | None  # the torch it was compiled against: "2.14.1+cu130"; None if without PyTorch
+    built_for: str | None  # the torch it was compiled against: "2.14.1+cu130"; None if built without PyTorch
 
 
 def installed_horovod() -> InstalledHorovod | None:
-    """The installed Horovod; None if there is none. It is not imported, as one built for another torch would crash.
+    """Return the installed Horovod, or None. It is not imported, because one built for another torch would crash.
 
-    The version of torch comes from horovod/metadata.json, which Horovod's own build writes into every wheel. It is
-    therefore known for a Horovod that danaz has not built, too.
+    The version of torch comes from horovod/metadata.json, which Horovod's own build writes into every wheel. So it is
+    also known for a Horovod that danaz did not build.
     """
     try:
         distribution = importlib.metadata.distribution("horovod")
@@ -40,7 +40,7 @@ def installed_horovod() -> InstalledHorovod | None:
 
 
 def installed_torch() -> str:
-    """The full version of the installed torch: "2.14.1+cu130". Raises HorovodError if torch cannot be imported."""
+    """Return the full version of torch, such as "2.14.1+cu130". Raises HorovodError if torch cannot be imported."""
     try:
         import torch  # imported here, because it takes seconds that `--help` does not need
     except ImportError as error:
@@ -51,7 +51,7 @@ def installed_torch() -> str:
 
 
 def target_at_hand() -> Target:
-    """The target of a build for this Python on this machine. Raises HorovodError if torch cannot be imported."""
+    """Return the target of a build for this Python here. Raises HorovodError if torch cannot be imported."""
     version = installed_torch()
     import torch
 
@@ -69,17 +69,17 @@ def target_at_hand() -> Target:
 
 
 def nvidia_folder() -> Path:
-    """site-packages/nvidia, where pip installs the CUDA libraries and tools that torch uses."""
+    """Return site-packages/nvidia, where pip installs the CUDA libraries and tools that torch uses."""
     return Path(str(importlib.metadata.distribution("torch").locate_file("nvidia")))
 
 
 def compile_jobs() -> int:
-    """The number of compilers that this machine's cores and memory allow at a time."""
+    """Return the number of compilers that this machine's cores and memory allow at a time."""
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return max(1, min(len(os.sched_getaffinity(0)), memory_bytes // _COMPILER_MEMORY_BYTES))
 
 
 def _cpu_flags() -> frozenset[str]:
-    """The processor's instruction sets; empty if /proc/cpuinfo has no "flags", as on Arm."""
+    """Return the processor's instruction sets, or none if /proc/cpuinfo has no "flags", as on Arm."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return frozenset(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), []))

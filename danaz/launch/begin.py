@@ -1,13 +1,13 @@
-"""From the options of `danaz launch` to a run that is ready to start: a new one, or one that goes on."""
+"""Makes a run that is ready to start out of the options of `danaz launch`: a new run, or one that is resumed."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
-from danaz.launch.options import LaunchOptions, kept_names
+from danaz.launch.options import LaunchOptions, kept_names, keys_of_launch_yaml
 from danaz.launch.prepare import Cluster, Launch, LaunchError, name_of, prepare_config, prepare_script
 from danaz.launch.reach import parse_environment
 from danaz.launch.resume import (
@@ -21,6 +21,8 @@ from danaz.launch.resume import (
     read_options,
     read_settings,
 )
+from danaz.options.option import newer_names
+from danaz.options.shared import Training
 from danaz.run.config import Config, load_config
 from danaz.run.lock import claimed_run_folder, free_run_folder, locked_run_folder
 from danaz.run.settings import Settings
@@ -28,9 +30,10 @@ from danaz.worker.group import choose_collective
 
 
 def prepare(options: LaunchOptions, named: Collection[str], command: Sequence[str]) -> tuple[Launch, str]:
-    """The run that the options ask for, and which collective was chosen and why. It writes and claims nothing.
+    """Return the run that the options ask for, and a sentence on the collective that was chosen.
 
-    ``named`` are the options given on the command line. Raises ValueError or RuntimeError, which say what is wrong.
+    This writes and claims nothing. ``named`` are the options given on the command line. Raises ValueError or
+    RuntimeError, which say what is wrong.
     """
     if options.resume is not None:
         return _prepare_resumed(options, named, command)
@@ -40,7 +43,7 @@ def prepare(options: LaunchOptions, named: Collection[str], command: Sequence[st
 
 @contextmanager
 def prepared(options: LaunchOptions, named: Collection[str], command: Sequence[str]) -> Iterator[tuple[Launch, str]]:
-    """Like ``prepare``, but this process alone owns the run folder during the block."""
+    """Like ``prepare``, but hold the run folder for this process alone during the block."""
     if options.resume is not None:
         check_begun(options.resume)
         with locked_run_folder(options.resume):
@@ -52,16 +55,16 @@ def prepared(options: LaunchOptions, named: Collection[str], command: Sequence[s
 
 
 def _task(options: LaunchOptions, command: Sequence[str]) -> Config | Settings:
-    """What a new run trains: a config, or the settings of a script."""
+    """Return what a new run trains: a config, or the settings of a script."""
     if (options.config is None) == (not command):
         raise LaunchError("give either a CONFIG or, after --, a command such as: -- python train.py")
     if options.config is not None:
         if options.warmup_epochs is not None or options.seed is not None:
-            raise LaunchError("a config sets these itself: use --set lr_schedule.warmup_epochs=… and --set seed=…")
+            raise LaunchError("a config has these keys: use --set lr_schedule.warmup_epochs=… and --set seed=…")
         return load_config(options.config, options.overrides or (), options.training)
     if options.overrides:
         raise LaunchError("--set changes a config, and a script has none; pass its own arguments after --")
-    training = {"algorithm": "dana", **options.training}
+    training = {"algorithm": Training.algorithm, **options.training}
     return Settings(**training, warmup_epochs=options.warmup_epochs or 0.0, seed=options.seed or 0)
 
 
@@ -70,12 +73,13 @@ def _prepare_resumed(options: LaunchOptions, named: Collection[str], command: Se
     assert run is not None
     if command:
         raise LaunchError("--resume goes on with what the run began; leave out the command after --")
-    given = {field.name: getattr(options, field.name) for field in fields(options)}
+    keys = keys_of_launch_yaml()
+    given = {key: getattr(options, name) for key, name in keys.items()}
     values = read_options(run)
-    kept = checked(run / OPTIONS, LaunchOptions, values)
-    check_all_there(run / OPTIONS, values, sorted(kept_names()))
-    merged = merge_options(run, given, [name for name in named if name != "resume"])
-    merged |= {name: given[name] for name in ("variables", "env_file")}
+    kept = checked(run / OPTIONS, LaunchOptions, options.by_field(values))
+    check_all_there(run / OPTIONS, values, sorted(kept_names() - newer_names(LaunchOptions)))
+    merged = merge_options(run, given, [key for key, name in keys.items() if name in named and name != "resume"])
+    merged = options.by_field(merged | {name: given[name] for name in ("variables", "env_file")})
     check_variables(kept.variables or (), parse_environment(options.variables or (), options.env_file))
     paths = {name: merged[name] and Path(merged[name]) for name in ("hostfile", "ssh_identity")}
     task, kept_command = read_settings(run)

@@ -1,4 +1,4 @@
-"""Checks whether a cluster is fit to train: it looks at all hosts at the same time, before anything runs."""
+"""Checks whether the machines of a cluster can train together, before anything runs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Checkup:
 
 
 def examine(hosts: Sequence[Host], reach: Reach, collective: str) -> list[Checkup]:
-    """Look at all hosts, first whether they can be reached, then how well. Raises KeyboardInterrupt."""
+    """Find out which hosts can be reached, then how well; all at the same time. Raises KeyboardInterrupt."""
     hub = reach.server
     findings = reach.survey(hosts, hub)
     address = findings[hub.name].machine.address
@@ -55,7 +55,7 @@ def _with_problem(finding: Finding, problem: str | None) -> Finding:
 
 
 def check_up(host: Host, finding: Finding, collective: str) -> Checkup:
-    """Judge what was found."""
+    """Say what is wrong or odd about a host."""
     report, name = finding.report, host.name
     problems = [finding.problem] if finding.problem else []
     if "versions" not in report:
@@ -80,7 +80,7 @@ def check_up(host: Host, finding: Finding, collective: str) -> Checkup:
 
 
 def show(checkups: Sequence[Checkup]) -> int:
-    """Print the table and what is wrong; returns the exit code: 1 if a host cannot take part."""
+    """Print the table and what is wrong. Return the exit code: 1 if a host cannot take part."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=WIDTH)
@@ -133,7 +133,7 @@ def _where(address: str | None, interface: str | None) -> str:
 
 
 def _short(version: str | None) -> str:
-    """Without what follows a +, such as the torch that Horovod was built for."""
+    """Return a version without what follows a +, such as the torch that Horovod was built for."""
     return "none" if version is None else version.partition("+")[0]
 
 

@@ -1,7 +1,7 @@
-"""Invitations for workers that join later: each holds what the worker must know, in a file only its owner can read.
+"""Invitations for workers that join later. Each holds what the worker must know, in a file only its owner can read.
 
 `danaz launch --invite K` writes K of them into RUN/invitations/; `danaz work --join HOST:PORT --key FILE` takes one.
-Each is good for one worker at a time: it is that worker's number and, unless the run is insecure, its key.
+Each is good for one worker at a time. It holds that worker's number and, unless the run is insecure, its key.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from danaz.launch.reach import PREFIX
 from danaz.protocol.keys import WorkerKeys, to_json
 from danaz.run.milestones import MISSING
 from launcher.hosts import parse_hosts
 from launcher.machine import in_url, local_machines
-from launcher.plan import Plan, plan
+from launcher.plan import Plan, Workers, plan
 
 FORMAT = "danaz invitation 1"
 FOLDER = "invitations"
@@ -26,7 +27,7 @@ CONNECT_S = 10.0
 
 
 class InvitationError(ValueError):
-    """An invitation that cannot be used, and why."""
+    """An invitation cannot be used; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Invitation:
 
 
 def write_invitations(run: Path, invitations: Sequence[Invitation]) -> None:
-    """Write them into RUN/invitations/, each with mode 0600. Earlier ones, whose keys no server knows, go away."""
+    """Write them into RUN/invitations/, each with mode 0600. Delete earlier ones, whose keys no server knows."""
     folder = run / FOLDER
     for path in folder.glob("worker-*.json"):
         path.unlink()
@@ -68,7 +69,7 @@ def write_invitations(run: Path, invitations: Sequence[Invitation]) -> None:
 
 
 def read_invitation(path: Path) -> Invitation:
-    """Raises InvitationError for a file that others can read, is none, or cannot be read."""
+    """Read an invitation. Raises InvitationError if others can read the file, or if it holds no invitation."""
     try:
         mode = path.stat().st_mode
         values: Any = json.loads(path.read_bytes())
@@ -78,7 +79,7 @@ def read_invitation(path: Path) -> Invitation:
         values = None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise InvitationError(
-            f"--key {path} is no invitation of this version of danaz; `danaz launch --invite K` writes them into "
+            f"--key {path} is not an invitation of this version of danaz; `danaz launch --invite K` writes them into "
             f"RUN/{FOLDER}/"
         )
     if mode & 0o077:
@@ -92,7 +93,7 @@ def read_invitation(path: Path) -> Invitation:
 
 
 def find_server(server: str) -> str:
-    """The address, tcp://ADDRESS:PORT, of a server at HOST:PORT that can be reached. Raises InvitationError."""
+    """Return the address, tcp://ADDRESS:PORT, of the server at HOST:PORT. Raises InvitationError if none answers."""
     host, colon, port = server.rpartition(":")
     if not (host and colon and port.isdigit() and 0 < int(port) < 65536):
         raise InvitationError(f"--join {server!r}: expected HOST:PORT, as `DANAZ_SERVER=tcp://HOST:PORT` shows it")
@@ -108,17 +109,10 @@ def find_server(server: str) -> str:
 
 
 def plan_to_join(invitation: Invitation, server: str, slots: int | None, cwd: str) -> Plan:
-    """The ranks of one more worker on this machine, for the server at ``server``, tcp://ADDRESS:PORT."""
+    """Plan the ranks of one more worker on this machine. ``server`` is tcp://ADDRESS:PORT."""
     [here] = parse_hosts("localhost")
     here = replace(here, slots=slots)
-    return plan(
-        [here],
-        invitation.task.command,
-        one_world=False,
-        env={**invitation.task.env, "DANAZ_SERVER": server, "DANAZ_GUEST": "1"},
-        cwd=cwd,
-        secrets=[] if invitation.keys is None else [to_json(invitation.keys)],
-        machines=local_machines([here]),
-        first_worker=invitation.worker,
-        milestones=MISSING,
-    )
+    secrets = [] if invitation.keys is None else [to_json(invitation.keys)]
+    worker = Workers(invitation.task.command, first=invitation.worker, secrets=secrets, milestones=MISSING)
+    env = {**invitation.task.env, "DANAZ_SERVER": server, "DANAZ_GUEST": "1"}
+    return plan([here], worker, env=env, cwd=cwd, machines=local_machines([here]), prefix=PREFIX)

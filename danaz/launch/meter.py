@@ -1,4 +1,4 @@
-"""The other end of `danaz.launch.probe.measure`: answers pings with its clock, and counts the bytes that follow."""
+"""The other end of `danaz.launch.probe.measure`. It answers pings with its clock, and counts the bytes that follow."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TIMEOUT_S = 10.0
 
 
 class Meter:
-    """Listens on `address` (at `port`) inside a `with` block, and serves one host after the other."""
+    """Listens on `address` at the free port `port` in a `with` block, and serves one host after the other."""
 
     def __init__(self, address: str) -> None:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -41,7 +41,7 @@ class Meter:
                 try:
                     _serve_host(link)
                 except (OSError, EOFError):
-                    continue  # it will say so itself
+                    continue  # the host reports it
 
 
 def _serve_host(link: socket.socket) -> None:

@@ -1,74 +1,62 @@
-"""The options of `danaz launch` and `danaz doctor`: each declared once, with all that follows from it."""
+"""The options of `danaz launch` and `danaz doctor`, and what follows from their values."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
 from danaz.launch.reach import Reach, ReachError, parse_environment, parse_interfaces
-from danaz.run.option import LARGEST_SEED, Option, options_of
+from danaz.options.option import Option, given, options_of, overriding
+from danaz.options.shared import (
+    EXCHANGE,
+    FAILURES,
+    OVERRIDES,
+    RECORD,
+    SEED,
+    SERVER,
+    WARMUP_EPOCHS,
+    Method,
+    Servers,
+)
 from launcher.connections import SharedConnections
 from launcher.hosts import Host, HostsError, parse_hostfile, parse_hosts
 from launcher.selection import select_hosts
 from launcher.slurm import Srun, hosts_of_allocation, is_in_allocation
 from launcher.ssh import Ssh
+from launcher.supervisor import Policy
 
-EXCHANGE, FAILURES, MACHINES = "Exchange with the server", "When things fail", "Machines"
-SERVER, REMOTE = "The server", "Other machines, by ssh"
+MACHINES, REMOTE = "Machines", "Other machines, by ssh"
 PANELS = (None, EXCHANGE, FAILURES, MACHINES, SERVER, REMOTE)  # in the order of --help
 
-ALGORITHM = Option(
-    "Update rule: dana, nag-asgd, ssgd, …; `danaz algorithms` lists them", ("--algorithm", "-a"), on_resume="fixed"
-)
-SYNC_PERIOD = Option("Push the sum of K local steps", panel=EXCHANGE, metavar="K", min=1, on_resume="fixed")
-WIRE = Option(
-    "Send pushes as fp32, bf16, fp16, onebit or topk:SHARE, with error feedback", panel=EXCHANGE, on_resume="fixed"
-)
-WIRE_VIEW = Option("Send views as fp32, bf16 or fp16", panel=EXCHANGE, on_resume="fixed")
-PIPELINE = Option(
-    "Compute the next batch while the last one is pushed: a higher lag",
-    ("--pipeline/--no-pipeline",),
-    EXCHANGE,
-    on_resume="fixed",
-)
-RECORD = Option("Keep every message for `danaz replay`")
-OVERRIDES = Option(
-    "Override a key of the config, e.g. `--set lr=0.05`. Repeatable.",
-    ("--set",),
-    metavar="KEY=VALUE",
-    on_resume="fixed",
-)
+
+def for_scripts(option: Option) -> Option:
+    """Return the option of a config's key as an option for scripts, which have no config."""
+    return replace(option, help=f"{option.help}. Only for scripts: a config has this key. Default: 0")
 
 
 @dataclass(frozen=True)
+@overriding(Method)
 class TrainingOptions:
-    """How the cluster trains. The names are the keys of a config; None leaves the config's value, or the default."""
-
-    algorithm: Annotated[str | None, ALGORITHM] = None
-    sync_period: Annotated[int | None, SYNC_PERIOD] = None
-    wire: Annotated[str | None, WIRE] = None
-    wire_view: Annotated[str | None, WIRE_VIEW] = None
-    pipeline: Annotated[bool | None, PIPELINE] = None
+    """How the cluster trains. None leaves the value of the config, or the default."""
 
     @property
     def training(self) -> dict[str, Any]:
-        """The values that were given, by the keys of a config."""
-        values = {name: getattr(self, name) for name in options_of(TrainingOptions)}
-        return {name: value for name, value in values.items() if value is not None}
+        """The values that the user has given, by the keys of a config."""
+        return given(self, options_of(Method))
 
 
 @dataclass(frozen=True)
-class RunOptions:
-    """How a run is kept going, and what is kept of it."""
+class RunOptions(Servers):
+    """How a run continues after failures, and what it records."""
 
     resume: Annotated[
         Path | None,
         Option(
-            "Go on with the run in this folder, on the same machines unless others are named",
+            "Continue the run in this folder, on the same machines unless you name others",
             panel=FAILURES,
             metavar="RUN",
             on_resume="given again",
@@ -77,68 +65,79 @@ class RunOptions:
     on_worker_failure: Annotated[
         str | None,
         Option(
-            "`restart` the worker (default), `continue` without it, or `stop` the run (always so under ssgd)",
+            "When a worker fails: `restart` it (default), `continue` without it, or `stop` the run (ssgd always stops)",
             panel=FAILURES,
         ),
     ] = None
     max_restarts: Annotated[
-        int, Option("Restarts of each worker and of the server within an hour", panel=FAILURES, min=0)
-    ] = 3
-    checkpoint_seconds: Annotated[
-        float, Option("Seconds between checkpoints; 0 for none", panel=FAILURES, metavar="SECONDS", min=0)
-    ] = 30.0
-    refuse_outliers: Annotated[
-        bool, Option("Refuse steps far outside the cluster's size, which are otherwise reported", panel=FAILURES)
-    ] = False
+        int, Option("Times that each worker and the server may be restarted within an hour", panel=FAILURES, min=0)
+    ] = Policy.max_restarts
     invite: Annotated[
         int,
         Option(
-            "Write K invitations for workers that join later by `danaz work --join`", panel=FAILURES, metavar="K", min=0
+            "Write K invitations, with which workers join later by `danaz work --join`",
+            panel=FAILURES,
+            metavar="K",
+            min=0,
         ),
     ] = 0
     record: Annotated[bool, RECORD] = False
-    server_shards: Annotated[
-        int, Option("Server processes, each with a slice of the parameters", panel=SERVER, metavar="S", min=1)
-    ] = 1
+
+    @property
+    def serving(self) -> dict[str, Any]:
+        """The values that servers must know, by the names of their settings."""
+        return given(self, options_of(Servers))
 
     @property
     def resumes(self) -> bool:
-        """Whether the run goes on with what is in its folder."""
+        """Whether the run continues what is in its folder."""
         return self.resume is not None
 
 
 @dataclass(frozen=True)
 class MachineOptions:
-    """Which machines, and how they are reached."""
+    """Which machines take part, and how to reach them."""
 
-    collective: Annotated[str, Option("Inside a worker: `horovod`, `torch` (torch.distributed), or `auto`")] = "auto"
+    collective: Annotated[
+        str, Option("What averages inside a worker: `horovod`, `torch` (torch.distributed), or `auto`")
+    ] = "auto"
     hosts: Annotated[
         str | None,
-        Option("Machines and their slots, e.g. `a:4,b:4`. Default: localhost", ("--hosts", "-H"), MACHINES),
+        Option("Machines and the ranks on each, e.g. `a:4,b:4`. Default: localhost", ("--hosts", "-H"), MACHINES),
     ] = None
-    hostfile: Annotated[Path | None, Option("Lines of `[user@]host [slots=N] [ssh_port=P]`", panel=MACHINES)] = None
-    include: Annotated[str | None, Option("Only these hosts and slots: `a:0,2@b`", panel=MACHINES)] = None
-    exclude: Annotated[str | None, Option("Not these hosts and slots: `a:0,2@b`", panel=MACHINES)] = None
+    hostfile: Annotated[
+        Path | None, Option("File with a line `[user@]host [slots=N] [ssh_port=P]` for each machine", panel=MACHINES)
+    ] = None
+    include: Annotated[str | None, Option("Use only these hosts and slots, e.g. `a:0,2@b`", panel=MACHINES)] = None
+    exclude: Annotated[str | None, Option("Leave out these hosts and slots, e.g. `a:0,2@b`", panel=MACHINES)] = None
     interface: Annotated[
         list[str] | None,
         Option(
-            "Network interface to use, of every machine or of one. Default: by route. Repeatable.",
+            "Network interface of every machine, or of HOST. Default: by route. Repeatable",
             panel=MACHINES,
             metavar="[HOST=]NIC",
         ),
     ] = None
     launcher: Annotated[
-        str | None, Option("`ssh` (even to this machine), `slurm` or `local`. Default: as needed", panel=REMOTE)
+        str | None,
+        Option("How processes are started: `ssh` (even here), `slurm` or `local`. Default: as needed", panel=REMOTE),
     ] = None
     ssh_port: Annotated[
-        int | None, Option("Unless the hostfile or ~/.ssh/config says", panel=REMOTE, min=1, max=65535)
+        int | None, Option("Port of sshd. Default: as in the hostfile or ~/.ssh/config", panel=REMOTE, min=1, max=65535)
     ] = None
-    ssh_identity: Annotated[Path | None, Option("Private key, as `ssh -i`", panel=REMOTE, exists=True)] = None
-    remote_python: Annotated[str | None, Option("Python there. Default: the same path as here", panel=REMOTE)] = None
+    ssh_identity: Annotated[
+        Path | None, Option("File of the private key, as for `ssh -i`", panel=REMOTE, exists=True)
+    ] = None
+    remote_python: Annotated[str | None, Option("Path of Python on other machines. Default: as here", panel=REMOTE)] = (
+        None
+    )
     chdir: Annotated[str | None, Option("Working directory of the ranks. Default: this one", panel=REMOTE)] = None
 
     def find_hosts(self) -> tuple[Host, ...]:
-        """Those that were named, else those of the Slurm allocation, else this machine. Raises HostsError."""
+        """Return the hosts that were named, else those of the Slurm allocation, else this machine.
+
+        Raises HostsError.
+        """
         if self.hosts is not None and self.hostfile is not None:
             raise HostsError("--hosts and --hostfile cannot be given together; write all machines in one of them")
         if self.hosts is not None:
@@ -151,17 +150,17 @@ class MachineOptions:
 
     @property
     def _uses_slurm(self) -> bool:
-        """In a Slurm allocation its machines are meant, unless others were named."""
+        """Whether Slurm starts the processes: on request, or inside an allocation unless hosts were named."""
         if self.launcher is None:
             return not (self.hosts or self.hostfile) and is_in_allocation()
         return self.launcher == "slurm"
 
     def reach(self, hosts: Sequence[Host]) -> Reach:
-        """How the machines are reached. Raises ReachError."""
+        """Return how the machines are reached. Raises ReachError."""
         if self.launcher not in (None, "ssh", "slurm", "local"):
             raise ReachError(f"--launcher {self.launcher!r} is not known; expected ssh, slurm or local")
         python = self.remote_python or sys.executable
-        # Agents do not start in this directory.
+        # A relative path would fail: agents start in another directory.
         identity = None if self.ssh_identity is None else self.ssh_identity.resolve()
         return Reach(
             transport=Srun(python)
@@ -174,7 +173,7 @@ class MachineOptions:
 
     @property
     def working_directory(self) -> str:
-        """The working directory of the ranks on every machine. A `~` is the home directory there."""
+        """The working directory of the ranks on every machine. A `~` is the home directory of that machine."""
         chdir = self.chdir or ""
         return chdir if chdir.startswith("~") else str(Path.cwd() / chdir)
 
@@ -186,7 +185,7 @@ class LaunchOptions(MachineOptions, RunOptions, TrainingOptions):
     config: Annotated[
         Path | None,
         Option(
-            "YAML of an experiment; or put a script of your own after `--`",
+            "YAML of an experiment. For a script of your own, write its command after `--` instead",
             ("CONFIG",),
             argument=True,
             on_resume="fixed",
@@ -194,40 +193,39 @@ class LaunchOptions(MachineOptions, RunOptions, TrainingOptions):
     ] = None
     overrides: Annotated[list[str] | None, OVERRIDES] = None
     out: Annotated[Path | None, Option("Run folder. Default: runs/TIME-NAME", on_resume="fixed")] = None
-    warmup_epochs: Annotated[
-        float | None,
-        Option("Epochs over which lr rises from lr/N to lr (scripts; default: none)", min=0, on_resume="fixed"),
-    ] = None
-    seed: Annotated[
-        int | None,
-        Option(
-            "Seed of sample order (for scripts; configs have their own)", min=0, max=LARGEST_SEED, on_resume="fixed"
-        ),
-    ] = None
-    dry_run: Annotated[bool, Option("Print every process and its environment; start none", on_resume="given again")] = (
-        False
-    )
+    warmup_epochs: Annotated[float | None, for_scripts(WARMUP_EPOCHS)] = None
+    seed: Annotated[int | None, for_scripts(SEED)] = None
+    dry_run: Annotated[
+        bool, Option("Print every process and its environment, and start none", on_resume="given again")
+    ] = False
     workers_per_host: Annotated[
-        int, Option("Split each host's slots into this number of workers", panel=MACHINES, min=1)
+        int, Option("Number of workers that share the slots of a host", panel=MACHINES, min=1)
     ] = 1
     server_host: Annotated[
         str | None,
-        Option("Where the server runs, or its shards in turn: `a` or `a,b`. Default: this machine", panel=SERVER),
+        Option("Host of the server, or hosts of its shards in turn: `a` or `a,b`. Default: this machine", panel=SERVER),
     ] = None
-    server_port: Annotated[int, Option("Port of the server. 0: a free one", panel=SERVER, min=0, max=65535)] = 0
-    insecure: Annotated[bool, Option("Let the server believe whoever connects, unencrypted", panel=SERVER)] = False
+    server_port: Annotated[int, Option("Port of the server; 0: any free port", panel=SERVER, min=0, max=65535)] = 0
+    insecure: Annotated[
+        bool, Option("Use no keys: the server believes whoever connects, and nothing is encrypted", panel=SERVER)
+    ] = False
     variables: Annotated[
         list[str] | None,
         Option(
-            "A variable for all ranks. Repeatable.", ("-x",), REMOTE, metavar="NAME[=VALUE]", on_resume="given again"
+            "Environment variable for all ranks. Repeatable",
+            ("-x",),
+            REMOTE,
+            metavar="NAME[=VALUE]",
+            on_resume="given again",
         ),
     ] = None
     env_file: Annotated[
-        Path | None, Option("Variables for all ranks, NAME=VALUE a line", panel=REMOTE, on_resume="given again")
+        Path | None,
+        Option("File of such variables, with NAME=VALUE on each line", panel=REMOTE, on_resume="given again"),
     ] = None
 
     def reach(self, hosts: Sequence[Host]) -> Reach:
-        """How the machines and the server are reached, and what travels to them. Raises ReachError."""
+        """Return how the machines and the server are reached, and which variables they get. Raises ReachError."""
         server, *more_servers = self._servers(hosts)
         return replace(
             super().reach(hosts),
@@ -239,7 +237,7 @@ class LaunchOptions(MachineOptions, RunOptions, TrainingOptions):
         )
 
     def _servers(self, hosts: Sequence[Host]) -> list[Host]:
-        """Each one of the hosts, with its user and ssh port, or any other machine."""
+        """Return the machines of the shards. One that is among ``hosts`` keeps its user and ssh port."""
         if self.server_host is None:
             return [Reach().server]
         servers = parse_hosts(self.server_host)
@@ -249,22 +247,37 @@ class LaunchOptions(MachineOptions, RunOptions, TrainingOptions):
         return [known.get(server.name, server) for server in servers]
 
     def kept(self, environment: Collection[str]) -> dict[str, Any]:
-        """What RUN/launch.yaml holds: all that can be asked for again, and of the environment the names alone."""
-        values = {name: getattr(self, name) for name in options_of(LaunchOptions) if name in kept_names()}
+        """Return what RUN/launch.yaml holds: the options that a resumed run takes from there.
+
+        Of the environment it holds the names alone.
+        """
+        values = {key: getattr(self, name) for key, name in keys_of_launch_yaml().items() if key in kept_names()}
         for name in ("hostfile", "ssh_identity"):
             values[name] = None if values[name] is None else str(Path(values[name]).resolve())
         return {**values, "chdir": self.working_directory, "variables": sorted(environment)}
 
+    @staticmethod
+    def by_field(values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return values of launch.yaml by the names of these fields; an unknown key stays as it is."""
+        names = keys_of_launch_yaml()
+        return {names.get(key, key): value for key, value in values.items()}
+
+
+@cache
+def keys_of_launch_yaml() -> dict[str, str]:
+    """Return key -> field of each option; launch.yaml holds those of ``kept_names``."""
+    return {option.key or name: name for name, (_, option) in options_of(LaunchOptions).items()}
+
 
 @cache
 def kept_names() -> frozenset[str]:
-    """The options that launch.yaml keeps."""
+    """Return the keys of the options that launch.yaml keeps."""
     options = options_of(LaunchOptions).items()
-    return frozenset(name for name, (_, option) in options if option.on_resume == "may change")
+    return frozenset(option.key or name for name, (_, option) in options if option.on_resume == "may change")
 
 
 @cache
 def fixed_names() -> dict[str, str]:
-    """The options that a resumed run cannot change, each with the words for it."""
+    """Return field -> words for each option that a resumed run cannot change."""
     options = options_of(LaunchOptions).items()
     return {name: option.words(name) for name, (_, option) in options if option.on_resume == "fixed"}

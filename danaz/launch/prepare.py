@@ -1,4 +1,4 @@
-"""A live run: from what was asked for to processes on machines, and back to a summary."""
+"""Plans a live run, starts its processes on the machines, and reads its summary at the end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, cast, get_args
 
 from danaz.launch.invitation import Invitation, Task, write_invitations
 from danaz.launch.options import RunOptions
-from danaz.launch.reach import Reach, find_machines, replaced_here
+from danaz.launch.reach import PREFIX, Reach, find_machines, replaced_here
 from danaz.launch.resume import write_options
 from danaz.protocol.keys import ServerKeys, make_keys, to_json
 from danaz.run.config import Config
@@ -27,30 +27,30 @@ from danaz.serving.checkpoint import delete_checkpoints, folder_of
 from launcher.hosts import Host
 from launcher.logs import Echo
 from launcher.machine import Machine, in_url
-from launcher.plan import ANNOUNCED, PYTHON, Plan, Returns, Service, plan, slots_of
+from launcher.plan import ANNOUNCED, PYTHON, Plan, Returns, Service, Workers, plan, slots_of
 from launcher.run import Outcome, Tell, run
 from launcher.supervisor import OnFailure, Policy
 
 BEGINS = "DANAZ_TRAINS"  # the server prints it with the first update
-# What a run may bring from another machine. Nothing of it is ever executed, nor decides what is: config.yaml and
-# launch.yaml are written on this machine alone.
+# Files that may be fetched from another machine. They are never executed, and never decide what is executed: only this
+# machine writes config.yaml and launch.yaml.
 RESULTS = (r"updates\.jsonl", r"summary\.json", r"parameters\.safetensors")
 RECORDINGS = (r"recording\.bin", r"recording\.until-restart\.bin")
 
 
 class LaunchError(ValueError):
-    """What was asked for cannot be launched."""
+    """The run that the user asked for cannot be launched; the message says why."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where to run."""
+    """The machines of a run, and how they are divided into workers."""
 
     hosts: Sequence[Host]
     workers_per_host: int = 1
     collective: str = "horovod"
     reach: Reach = field(default_factory=Reach)
-    machines: Mapping[str, Machine] = field(default_factory=dict)  # what `find_out` learnt of them, by name
+    machines: Mapping[str, Machine] = field(default_factory=dict)  # by name; `find_out` fills it
 
     @property
     def workers(self) -> int:
@@ -64,7 +64,7 @@ class Cluster:
 
 
 def policy_of(options: RunOptions, settings: Settings) -> Policy:
-    """What follows a failure. Raises LaunchError for what an algorithm cannot do."""
+    """Return what the launcher does after a failure. Raises LaunchError for what the algorithm cannot do."""
     wanted = options.on_worker_failure
     if wanted not in (None, *get_args(OnFailure)):
         raise LaunchError(f"--on-worker-failure {wanted}: expected {', '.join(get_args(OnFailure))}")
@@ -87,14 +87,14 @@ class Launch:
     """A run that is ready to start. Nothing has been written yet."""
 
     run: Path
-    settings: Mapping[str, Any]  # of config.yaml
+    settings: Mapping[str, Any]  # written to config.yaml
     plan: Plan
     reach: Reach
     policy: Policy = field(default_factory=Policy)
     notes: Sequence[str] = ()  # what the user should be told
     invitations: Sequence[Invitation] = ()
-    resumes: bool = False  # it goes on with what is in its folder
-    options: Mapping[str, Any] = field(default_factory=dict)  # of launch.yaml
+    resumes: bool = False  # it continues what is in its folder
+    options: Mapping[str, Any] = field(default_factory=dict)  # written to launch.yaml
 
     @property
     def shards_elsewhere(self) -> list[int]:
@@ -103,7 +103,7 @@ class Launch:
 
 
 def name_of(task: Config | Settings, command: Sequence[str] = ()) -> str:
-    """What the folder of a run is called after: the config or the script, and the algorithm."""
+    """Return the name for the folder of a run: the config or the script, and the algorithm."""
     if isinstance(task, Config):
         return f"{task.name}-{task.algorithm}"
     script = next((Path(word).stem for word in command if word.endswith(".py")), Path(command[0]).name)
@@ -111,13 +111,13 @@ def name_of(task: Config | Settings, command: Sequence[str] = ()) -> str:
 
 
 def prepare_config(config: Config, cluster: Cluster, run: Path, options: RunOptions | None = None) -> Launch:
-    """The plan whose ranks train a config in the run folder ``run``."""
+    """Return the launch whose ranks train a config in the run folder ``run``."""
     options = options or RunOptions()
-    if not options.resumes:  # else it goes on as what it began, with however many machines
+    if not options.resumes:  # a resumed run keeps its number, however many machines there are now
         config = config.model_copy(update={"workers": cluster.workers})
     settings = Settings.of(config, schedule="live", collective=cluster.collective)
     values = config.model_dump(mode="json")
-    # A machine of the run need not see this folder.
+    # The config travels in the environment, for a machine need not see the run folder.
     env = {"DANAZ_CONFIG": json.dumps(values)}
     command = [PYTHON, "-m", "danaz", "work"]
     return _prepare(Task(command, env), settings, cluster, run, options, values)
@@ -126,7 +126,7 @@ def prepare_config(config: Config, cluster: Cluster, run: Path, options: RunOpti
 def prepare_script(
     command: Sequence[str], settings: Settings, cluster: Cluster, run: Path, options: RunOptions | None = None
 ) -> Launch:
-    """The plan whose ranks run a user's own script in the run folder ``run``."""
+    """Return the launch whose ranks run a user's own script in the run folder ``run``."""
     options = options or RunOptions()
     if not options.resumes:
         settings = replace(settings, workers=cluster.workers)
@@ -137,12 +137,7 @@ def prepare_script(
 def _prepare(
     task: Task, settings: Settings, cluster: Cluster, run: Path, options: RunOptions, values: Mapping[str, Any]
 ) -> Launch:
-    settings = replace(
-        settings,
-        checkpoint_s=options.checkpoint_seconds,
-        refuse_outliers=options.refuse_outliers,
-        server_shards=options.server_shards,
-    )
+    settings = replace(settings, **options.serving)
     check_workers(settings)
     check_shards(settings, options)
     check_server_hosts(cluster.reach, options)
@@ -157,7 +152,7 @@ def _prepare(
 
 
 def rate_notes(settings: Settings) -> list[str]:
-    """What the cluster makes of the learning rate of the script or config, in a sentence each."""
+    """Return sentences that say how the cluster changes the learning rate of the script or config."""
     workers, epochs = settings.workers, settings.warmup_epochs
     notes = []
     if is_all_reduce(settings) and workers > 1:
@@ -168,7 +163,7 @@ def rate_notes(settings: Settings) -> list[str]:
 
 
 def check_shards(settings: Settings, options: RunOptions) -> None:
-    """Raises LaunchError for what cannot be cut into slices with a server each."""
+    """Raise LaunchError if the run cannot be cut into slices with a server each."""
     if options.server_shards == 1:
         return
     rule, shards = settings.for_server().rule(), f"--server-shards {options.server_shards}"
@@ -191,7 +186,7 @@ def check_shards(settings: Settings, options: RunOptions) -> None:
 
 
 def check_server_hosts(reach: Reach, options: RunOptions) -> None:
-    """Raises LaunchError if there are more machines than shards."""
+    """Raise LaunchError if --server-host names more machines than there are shards."""
     machines = 1 + len(reach.more_servers)
     if machines > options.server_shards:
         raise LaunchError(
@@ -200,7 +195,7 @@ def check_server_hosts(reach: Reach, options: RunOptions) -> None:
 
 
 def find_out(cluster: Cluster, settings: Settings) -> tuple[Cluster, list[str]]:
-    """The cluster with what must be known of its machines, and what the user should be told.
+    """Survey the machines. Return the cluster with what was found, and notes for the user.
 
     Raises ReachError for a machine that cannot take part.
     """
@@ -220,37 +215,41 @@ def find_out(cluster: Cluster, settings: Settings) -> tuple[Cluster, list[str]]:
 
 
 def server_address(cluster: Cluster, shard: int = 0) -> str:
-    """Where the server, or another shard of it, is for all machines of the cluster."""
+    """Return the address at which all machines of the cluster reach the server, or another shard of it."""
     return cluster.machines.get(cluster.reach.server_of(shard).name, Machine()).address or "127.0.0.1"
 
 
 def make_plan(
     task: Task, settings: Settings, cluster: Cluster, run_folder: Path, options: RunOptions
 ) -> tuple[Plan, list[Invitation]]:
-    """One Horovod world over everything for an all-reduce algorithm; else a server, and a world for each worker.
+    """Return the plan of all processes, and the invitations for workers that join later.
 
-    And what workers need that join later.
+    An all-reduce algorithm has one Horovod world over all ranks; others have a server, and a world for each worker.
     """
     all_reduce, reach, shards = is_all_reduce(settings), cluster.reach, options.server_shards
     travels = {**reach.env, "DANAZ_SETTINGS": settings.to_json(), **task.env}
     writer = cluster.hosts[0] if all_reduce else reach.server
     run_env = {"DANAZ_RUN": str(run_folder.resolve())} if reach.is_direct(writer) else {}
     returns = None if reach.is_direct(writer) else Returns("DANAZ_RUN", RESULTS)
-    guarded = not all_reduce and not reach.insecure  # on one machine, too: others may have accounts there
+    guarded = not all_reduce and not reach.insecure  # on one machine too: others may have accounts there
     server_keys, worker_keys = make_keys(cluster.workers + options.invite) if guarded else (None, [])
+    workers = Workers(
+        task.command,
+        per_host=cluster.workers_per_host,
+        one_world=all_reduce,
+        returns=returns if all_reduce else None,
+        secrets=[to_json(keys) for keys in worker_keys[: cluster.workers]],
+        milestones=MISSING,
+    )
     laid = plan(
         cluster.hosts,
-        task.command,
-        one_world=all_reduce,
+        workers,
+        [_server(cluster, options, shard, server_keys) for shard in range(0 if all_reduce else shards)],
         env={**travels, **run_env},
         cwd=reach.cwd,
-        workers_per_host=cluster.workers_per_host,
-        services=[_server(cluster, options, shard, server_keys) for shard in range(0 if all_reduce else shards)],
-        first_rank_returns=returns if all_reduce else None,
-        secrets=[to_json(keys) for keys in worker_keys[: cluster.workers]],
         machines=cluster.machines,
-        run_id=_run_id(run_folder),
-        milestones=MISSING,
+        run_id=run_id_of(run_folder),
+        prefix=PREFIX,
     )
     guests = range(cluster.workers, cluster.workers + options.invite)
     keys = [worker_keys[number] if guarded else None for number in guests]
@@ -258,14 +257,14 @@ def make_plan(
     return laid, [Invitation(number, task, key) for number, key in zip(guests, keys, strict=True)]
 
 
-def _run_id(run_folder: Path) -> str:
-    """The same whenever the run is resumed: what its server left on another machine is found by it."""
+def run_id_of(run_folder: Path) -> str:
+    """Return what names the run on other machines. A resumed run has the same, and finds what its server left there."""
     place = f"{socket.gethostname()}:{run_folder.resolve()}"
-    return hashlib.sha256(place.encode()).hexdigest()[:16]
+    return f"danaz-{hashlib.sha256(place.encode()).hexdigest()[:16]}"
 
 
 def _server(cluster: Cluster, options: RunOptions, shard: int, keys: ServerKeys | None) -> Service:
-    """The server; with several shards that is shard 0, and all of them are started again together."""
+    """Return a shard of the server as a service. If one of several shards ends, all of them are started again."""
     reach, host = cluster.reach, cluster.reach.server_of(shard)
     serve, flags = [PYTHON, "-m", "danaz", "serve", "--bind"], [*["--insecure"] * reach.insecure]
     flags += ["--record"] * options.record + ["--shard", str(shard)] * (shard > 0)
@@ -286,21 +285,21 @@ def _server(cluster: Cluster, options: RunOptions, shard: int, keys: ServerKeys 
 
 
 def _returns_of(shard: int) -> Returns:
-    """What a shard, or shard 0 for the server itself, leaves in its folder: its checkpoints, and shard 0 the rest."""
-    # One that was being written when its process was killed has the ending .part.
+    """Return what is fetched from a shard's folder on another machine: checkpoints, and from shard 0 the results."""
+    # A checkpoint that was being written when its process was killed ends in .part.
     checkpoints = rf"{re.escape(folder_of(Path(), shard).name)}/[0-9]{{6,9}}\.(?:json|safetensors|part)"
     return Returns("DANAZ_RUN", (checkpoints, *(() if shard else RESULTS + RECORDINGS)))
 
 
 def write_folder(launch: Launch) -> None:
-    """What stands in the run folder before anything is started. Raises RunFolderError if it cannot be written."""
+    """Write what must be in the run folder before any process starts. Raises RunFolderError if that fails."""
     try:
-        if not launch.resumes:  # else it goes on with what it began
+        if not launch.resumes:  # a resumed run keeps its settings
             write_settings(launch.run, launch.settings)
         if launch.options:
             write_options(launch.run, launch.options)
         write_invitations(launch.run, launch.invitations)
-        (launch.run / "summary.json").unlink(missing_ok=True)  # of the part before a resume
+        (launch.run / "summary.json").unlink(missing_ok=True)  # the one of the part before a resume
     except OSError as error:
         raise RunFolderError(f"the run folder {launch.run} cannot be written: {error.strerror}") from None
 
@@ -308,13 +307,13 @@ def write_folder(launch: Launch) -> None:
 def execute(
     launch: Launch, echo: Echo | None = None, tell: Tell | None = None
 ) -> tuple[Outcome, dict[str, Any] | None]:
-    """Run to the end; returns how it ended and, if it ended well and something was trained, its summary."""
+    """Run to the end. Return how the run ended and, if it ended well and something was trained, its summary."""
     write_folder(launch)
     agent_command = launch.reach.agent_command
     outcome = run(launch.plan, launch.run, policy=launch.policy, echo=echo, tell=tell, agent_command=agent_command)
     trained = (launch.run / "summary.json").exists()
     summary = read_summary(launch.run) if outcome.exit_code == 0 and trained else None
     if summary is not None and summary["complete"]:
-        for shard, _ in enumerate(launch.plan.services):  # one that did not hear of the end may have left its own
+        for shard, _ in enumerate(launch.plan.services):  # one that did not hear of the end has left its checkpoints
             delete_checkpoints(folder_of(launch.run, shard))
     return outcome, summary

@@ -1,4 +1,4 @@
-"""What a host says of itself before a run, as one JSON line: `python -m danaz.launch.probe`. It imports no torch."""
+"""The probe, `python -m danaz.launch.probe`: a host prints what it is, as one JSON line. It imports no torch."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ METER = "DANAZ_METER"  # address:port of a `danaz.launch.meter.Meter`; without i
 PINGS = 21
 CLOCK = struct.Struct("!d")  # seconds since 1970
 TOTAL = struct.Struct("!Q")  # bytes
-SENT_BYTES = 1 << 28  # at most
-SENDING_S = 1.0  # about
-MOST = 1e18  # of a measured figure; more is none
-TIMEOUT_S = 60.0  # the meter takes one host after the other, so that they do not share the way
+SENT_BYTES = 1 << 28  # the bandwidth is measured with at most this much…
+SENDING_S = 1.0  # …and for about this long
+MOST = 1e18  # a larger figure is nonsense
+TIMEOUT_S = 60.0  # the meter serves one host after the other, so that they do not share the network
 
-# What the launching machine accepts as an answer, besides `launcher.probe.FIELDS`; measured with a meter only.
+# What the launching machine accepts as an answer, besides `launcher.probe.FIELDS`. MEASURED needs a meter.
 FIELDS = {"versions": record({package: optional(name) for package in ("python", *PACKAGES)})}
 MEASURED = {
     "round_trip_ms": number(0.0, MOST, "milliseconds"),
@@ -38,7 +38,7 @@ MEASURED = {
 
 
 def version(package: str) -> str | None:
-    """The version of an installed package; None if it is not installed."""
+    """Return the version of a package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -46,12 +46,12 @@ def version(package: str) -> str | None:
 
 
 def versions() -> dict[str, str | None]:
-    """What must be alike on all machines of a run."""
+    """Return the versions that should be the same on all machines of a run."""
     return {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
 
 
 def measure(meter: str) -> dict[str, Any]:
-    """The way to the meter (round trip, bandwidth, how far our clock is ahead of its), and what else takes a look."""
+    """Measure the way to the meter, how far our clock is ahead of its clock, and the free disk; check Horovod."""
     address, _, port = meter.rpartition(":")
     with socket.create_connection((address, int(port)), timeout=TIMEOUT_S) as link:
         link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -77,7 +77,7 @@ def receive(link: socket.socket, size: int) -> bytes:
 
 
 def _ping(link: socket.socket) -> tuple[float, float]:
-    """Seconds of a round trip, and how far our clock is ahead."""
+    """Return the seconds of a round trip, and how far our clock is ahead."""
     sent_s, began_s = time.time(), time.perf_counter()
     link.sendall(b".")
     (there_s,) = CLOCK.unpack(receive(link, CLOCK.size))
@@ -86,7 +86,7 @@ def _ping(link: socket.socket) -> tuple[float, float]:
 
 
 def _send(link: socket.socket) -> float:
-    """Bytes per second that arrive there."""
+    """Return the bytes per second that arrive at the meter."""
     piece, sent_bytes, began_s = bytes(1 << 18), 0, time.perf_counter()
     while sent_bytes < SENT_BYTES and time.perf_counter() < began_s + SENDING_S:
         link.sendall(piece)

@@ -1,4 +1,4 @@
-"""How the machines of a run are reached, what travels to them, and whether they are fit to take part."""
+"""How the machines of a run are reached, what is sent to them, and whether they can take part."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from launcher.survey import ANY_HOST, Finding, Probe, survey
 from launcher.transport import AgentCommand, local_agent_command
 
 PROBE = Probe((PYTHON, "-m", "danaz.launch.probe"), FIELDS, MEASURED)
-OWN = "DANAZ_"  # how the names of danaz's own variables begin
+PREFIX = "DANAZ_"  # of danaz's own variables
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 QUOTED = re.compile(r"""'(?P<plain>[^']*)'|"(?P<escaped>(?:[^"\\]|\\.)*)\"""")
 
 
 class ReachError(ValueError):
-    """A machine that cannot take part, or an option that cannot be meant; the message names it and the cure."""
+    """A machine that cannot take part, or an option that makes no sense; the message names it and the cure."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Reach:
     interfaces: Mapping[str, str] = field(default_factory=dict)  # by name of host, or ANY_HOST
     server: Host = LAUNCHING_MACHINE
     more_servers: Sequence[Host] = ()  # further machines for its shards, in turn
-    server_port: int = 0  # 0: any free one
+    server_port: int = 0  # 0: any free port
     insecure: bool = False  # a server without keys and encryption
 
     @property
@@ -47,16 +47,16 @@ class Reach:
         return local_agent_command if self.only_here else self.transport
 
     def server_of(self, shard: int) -> Host:
-        """The machine of this shard."""
+        """Return the machine of this shard."""
         hosts = (self.server, *self.more_servers)
         return hosts[shard % len(hosts)]
 
     def is_direct(self, host: Host) -> bool:
-        """Whether processes there are this machine's own, and see its files."""
+        """Return whether processes there are children of this one, and see the files of this machine."""
         return self.only_here or self.transport.reaches_directly(host)
 
     def survey(self, hosts: Sequence[Host], hub: Host) -> dict[str, Finding]:
-        """What each host is, and what keeps it from taking part. Raises KeyboardInterrupt, ReachError."""
+        """Find out what each host is, and why it cannot take part. Raises KeyboardInterrupt, ReachError."""
         try:
             tempfile.gettempdir()
         except FileNotFoundError as error:
@@ -69,7 +69,7 @@ class Reach:
 def find_machines(
     hosts: Sequence[Host], reach: Reach, *, hub: Host, collective: str
 ) -> tuple[dict[str, Machine], list[str]]:
-    """The facts about each machine that a run needs, and what the user should be told. Raises ReachError.
+    """Return the facts that a run needs about each machine, and what to tell the user. Raises ReachError.
 
     If all hosts are this machine, no survey is needed.
     """
@@ -91,14 +91,14 @@ def find_machines(
 
 
 def _check_distinct(hosts: Sequence[Host], machines: Mapping[str, Machine]) -> None:
-    """Raises ReachError."""
+    """Raise ReachError if two hosts are one machine."""
     problems = namesakes(hosts, machines)
     if problems:
         raise ReachError("\n".join(problems.values()))
 
 
 def namesakes(hosts: Sequence[Host], machines: Mapping[str, Machine]) -> dict[str, str]:
-    """Name of a host that is the same machine as one before it -> the sentence that says so.
+    """Return name of a host that is the same machine as an earlier one -> the sentence that says so.
 
     Both would count as workers, and each would use the machine's first GPU.
     """
@@ -120,7 +120,7 @@ def _at(host: Host) -> str:
 
 
 def unfit(name: str, finding: Finding, collective: str) -> list[str]:
-    """The problems of a host that would end the run, or make its machines misunderstand each other."""
+    """Return the problems of a host that would end the run, or make its machines misunderstand each other."""
     here, there = versions(), finding.report["versions"]
     if there["danaz"] != here["danaz"]:
         return [
@@ -144,7 +144,7 @@ def _differences(name: str, finding: Finding) -> list[str]:
 
 
 def parse_environment(variables: Sequence[str], env_file: Path | None) -> dict[str, str]:
-    """`-x NAME`, `-x NAME=VALUE` and the lines of --env-file; what stands in `-x` wins. Raises ReachError."""
+    """Read `-x NAME`, `-x NAME=VALUE` and the lines of --env-file; `-x` wins. Raises ReachError."""
     found = _read_env_file(env_file) if env_file is not None else {}
     for variable in variables:
         name, equals, value = variable.partition("=")
@@ -153,14 +153,14 @@ def parse_environment(variables: Sequence[str], env_file: Path | None) -> dict[s
         if not equals and name not in os.environ:
             raise ReachError(f"-x {name}: it is not set here; write -x {name}=VALUE")
         found[name] = value if equals else os.environ[name]
-    own = sorted(name for name in found if name.startswith(OWN))
+    own = sorted(name for name in found if name.startswith(PREFIX))
     if own:
-        raise ReachError(f"{', '.join(own)}: what begins with {OWN} is set by danaz itself; give it another name")
+        raise ReachError(f"{', '.join(own)}: what begins with {PREFIX} is set by danaz itself; give it another name")
     return found
 
 
 def replaced_here(plan: Plan, reach: Reach) -> list[str]:
-    """What the user should be told of variables of this machine that its ranks do not get."""
+    """Return what to tell the user about variables of this machine that its ranks do not get."""
     ranks = [rank for rank in plan.ranks if reach.is_direct(rank.host)]
     replaced = {
         name: rank.env[name]
@@ -169,7 +169,7 @@ def replaced_here(plan: Plan, reach: Reach) -> list[str]:
         if name in rank.env and os.environ.get(name) not in (None, rank.env[name])
     }
     return [
-        f"{name} is {os.environ[name]} here, but ranks get {value}, the way to those that they speak with; to choose "
+        f"{name} is {os.environ[name]} here, but ranks get {value}, the way to the other ranks; to choose "
         f"it, use --interface, or -x {name}"
         for name, value in replaced.items()
     ]
@@ -192,7 +192,7 @@ def _read_env_file(path: Path) -> dict[str, str]:
 
 
 def _unquoted(value: str, where: str) -> str:
-    """Without a pair of quotes around all of it: in `'…'` everything is meant as it stands, in `"…"` a \\ is escape.
+    """Remove a pair of quotes around a value. A backslash is an escape in double quotes, and only there.
 
     Raises ReachError for a quote that is not closed, or closed before the end.
     """
@@ -205,7 +205,7 @@ def _unquoted(value: str, where: str) -> str:
 
 
 def parse_interfaces(texts: Sequence[str], hosts: Sequence[Host]) -> dict[str, str]:
-    """`--interface NIC` for all machines, `--interface HOST=NIC` for one. Raises ReachError."""
+    """Read `--interface NIC` for all machines and `--interface HOST=NIC` for one. Raises ReachError."""
     names = {host.name for host in (*hosts, LAUNCHING_MACHINE)}
     found = {}
     for text in texts:

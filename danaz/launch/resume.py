@@ -1,4 +1,4 @@
-"""Reads and writes RUN/launch.yaml, which says how a run was launched: `danaz launch --resume RUN` needs it."""
+"""Reads and writes RUN/launch.yaml, which says how a run was launched. `danaz launch --resume RUN` needs it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from danaz.files.atomic import write_atomically
 from danaz.files.plain_yaml import dump_yaml
 from danaz.files.reading import UnreadableError, read_yaml
 from danaz.launch.options import fixed_names
+from danaz.options.option import newer_names
 from danaz.run.config import Config, load_config
-from danaz.run.folder import read_summary, write_atomically
+from danaz.run.folder import read_summary
 from danaz.run.settings import Settings
 from danaz.serving.checkpoint import folder_of
 
@@ -23,26 +25,26 @@ if TYPE_CHECKING:
 Kept = TypeVar("Kept", bound="DataclassInstance")
 
 OPTIONS = "launch.yaml"
-WHERE = {"hosts", "hostfile", "include", "exclude"}  # only together do they say which machines
+WHERE = {"hosts", "hostfile", "include", "exclude"}  # they say together which machines take part
 
 
 class ResumeError(ValueError):
-    """A run that cannot go on, and why."""
+    """A run cannot go on; the message says why."""
 
 
 def write_options(run: Path, options: Mapping[str, Any]) -> None:
-    """Keep how a run was launched."""
+    """Write how a run was launched."""
     write_atomically(run / OPTIONS, dump_yaml(dict(options)).encode())
 
 
 def check_begun(run: Path) -> None:
-    """Raises ResumeError unless a run was launched in this folder."""
+    """Raise ResumeError unless a run was launched in this folder."""
     if not (run / OPTIONS).exists() or not (run / "config.yaml").exists():
         raise ResumeError(f"--resume {run}: there is no run of `danaz launch` (no {OPTIONS} and config.yaml)")
 
 
 def read_options(run: Path) -> dict[str, Any]:
-    """How a run was launched. Raises ResumeError if it cannot go on, UnreadableError."""
+    """Read how a run was launched. Raises ResumeError if it cannot go on, and UnreadableError."""
     check_begun(run)
     if (run / "summary.json").exists() and read_summary(run).get("complete"):
         raise ResumeError(f"--resume {run}: this run is complete; its figures are in {run / 'summary.json'}")
@@ -50,7 +52,7 @@ def read_options(run: Path) -> dict[str, Any]:
 
 
 def merge_options(run: Path, given: Mapping[str, Any], named: Collection[str]) -> dict[str, Any]:
-    """``given`` options where the command line ``named`` them, else those the run was launched with.
+    """Return ``given`` options where the command line ``named`` them, else those the run was launched with.
 
     Raises ResumeError.
     """
@@ -61,7 +63,7 @@ def merge_options(run: Path, given: Mapping[str, Any], named: Collection[str]) -
     shards, asked = kept.get("server_shards", 1), given.get("server_shards")
     if "server_shards" in named and asked != shards:
         raise ResumeError(
-            f"--server-shards {asked}: the checkpoints of {run} are of {shards} slices, and cannot be cut again; "
+            f"--server-shards {asked}: the checkpoints of {run} hold {shards} slices, which cannot be cut again; "
             "leave it out"
         )
     if WHERE & set(named):
@@ -70,7 +72,7 @@ def merge_options(run: Path, given: Mapping[str, Any], named: Collection[str]) -
 
 
 def check_variables(kept: Sequence[str], found: Collection[str]) -> None:
-    """The values of `-x` are not kept, for they may be secrets. Raises ResumeError for one that is missing."""
+    """Raise ResumeError for a missing variable. The values of `-x` are not kept, because they may be secrets."""
     missing = [name for name in kept if name not in found]
     if missing:
         again = " ".join(f"-x {name}" for name in missing)
@@ -98,30 +100,30 @@ def check_checkpoints(run: Path, earlier: str | None, now: str | None, elsewhere
 
 
 def read_settings(run: Path) -> tuple[Config, None] | tuple[Settings, list[str]]:
-    """The config of a run, or the settings and the command of a script's.
+    """Read the config of a run, or the settings and the command if it runs a script.
 
     Raises ResumeError, ConfigError, UnreadableError.
     """
     values = read_yaml(run / "config.yaml")
     if "command" not in values:
-        check_all_there(run / "config.yaml", values, Config.model_fields)
+        check_all_there(run / "config.yaml", values, sorted(Config.model_fields.keys() - newer_names(Config)))
         return load_config(run / "config.yaml"), None
     path, command = run / "config.yaml", values.pop("command")
     if not isinstance(command, list) or not command or not all(isinstance(word, str) for word in command):
         raise UnreadableError(path, "command should be the words of a command")
-    check_all_there(path, values, [field.name for field in fields(Settings)])
+    check_all_there(path, values, sorted({field.name for field in fields(Settings)} - newer_names(Settings)))
     return checked(path, Settings, values), command
 
 
 def check_all_there(path: Path, values: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Raises UnreadableError for a file that was cut or edited: what is missing would silently be a default."""
+    """Raise UnreadableError if a file was cut or edited: a missing value would silently become a default."""
     missing = [name for name in names if name not in values]
     if missing:
-        raise UnreadableError(path, f"it is not whole, or of another version of danaz: it lacks {', '.join(missing)}")
+        raise UnreadableError(path, f"it is incomplete, or of another version of danaz: it lacks {', '.join(missing)}")
 
 
 def checked(path: Path, kind: type[Kept], values: Mapping[str, Any]) -> Kept:
-    """A dataclass of ``kind`` with the values that a file holds. Raises UnreadableError if they do not fit."""
+    """Return a dataclass of ``kind`` with the values that a file holds. Raises UnreadableError if they do not fit."""
     unknown = values.keys() - {field.name for field in fields(kind)}
     if unknown:
         raise UnreadableError(path, f"this version of danaz does not know {', '.join(sorted(unknown))}")

@@ -1,4 +1,4 @@
-"""Which checkpoint the shards of a restarted server go back to: every worker comes to the same choice."""
+"""Choose the checkpoints that the shards of a restarted server go back to. Every worker makes the same choice."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from danaz.protocol.messages import Offer
 
 
 def choose(offers: Sequence[Offer]) -> list[int]:
-    """The generation that each shard goes back to, shard 0 first; none if there is no way to go on.
+    """Return the generation that each shard goes back to, shard 0 first, or an empty list if there is no way to go on.
 
     Once shard 0 has a checkpoint that says training is over, nothing is trained again, and each shard goes on from its
     own newest checkpoint.

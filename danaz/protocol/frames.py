@@ -1,3 +1,3 @@
-"""How large a frame may be. Imports nothing, so that the server's socket is bound before the slow imports begin."""
+"""How large a frame may be. This module imports nothing, so that the server can bind its socket before slow imports."""
 
 MAX_FRAME_BYTES = (3 << 19) + 1024  # the largest header, encrypted; a slice takes 1 MB, or 1.3 MB in its codec

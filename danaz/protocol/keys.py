@@ -1,7 +1,7 @@
-"""Who may speak with a run's server, and as which worker: CURVE keys, made for one run.
+"""CURVE keys, made for one run, which say who may talk to its server, and as which worker.
 
-A worker is its key: the server knows the public keys of its workers, admits nobody else, and believes a message only
-from the worker whose key the connection holds. Keys travel through the launcher's own connection, in memory.
+The server knows the public keys of its workers and admits nobody else. It accepts a message only from the worker whose
+key the connection holds. Keys travel through the launcher's own connection, in memory.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class WorkerKeys:
 
 
 def make_keys(workers: int) -> tuple[ServerKeys, list[WorkerKeys]]:
-    """Fresh keys for a server and this number of workers."""
+    """Make fresh keys for a server and this number of workers."""
     public, secret = _pair()
     pairs = [_pair() for _ in range(workers)]
     return ServerKeys(public, secret, tuple(mine for mine, _ in pairs)), [WorkerKeys(*pair, public) for pair in pairs]
@@ -51,19 +51,19 @@ def to_json(keys: ServerKeys | WorkerKeys) -> str:
 
 
 def take_server_keys(environment: MutableMapping[str, str] = os.environ) -> ServerKeys | None:
-    """The keys that this server process was started with, if any."""
+    """Return the keys that this server process was started with, if any. They can be taken once."""
     values = _take(environment)
     return None if values is None else ServerKeys(values["public"], values["secret"], tuple(values["workers"]))
 
 
 def take_worker_keys(environment: MutableMapping[str, str] = os.environ) -> WorkerKeys | None:
-    """The keys that this worker process was started with, if any."""
+    """Return the keys that this worker process was started with, if any. They can be taken once."""
     values = _take(environment)
     return None if values is None else WorkerKeys(**values)
 
 
 def _take(environment: MutableMapping[str, str]) -> dict[str, str] | None:
-    """Read the secret once: afterwards neither this process nor its children find it. Raises ValueError."""
+    """Read the secret, so that afterwards neither this process nor its children find it. Raises ValueError."""
     fd = environment.pop(SECRET_FD, None)
     if fd is None:
         return None

@@ -1,4 +1,4 @@
-"""This machine's memory: how much there is, and how the C library treats what ZeroMQ allocates of it."""
+"""This machine's memory: how much there is, and how the C library reuses it for ZeroMQ."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from pathlib import Path
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 
-LARGEST_REUSED_BYTES = 32 << 20  # the most that glibc takes
+LARGEST_REUSED_BYTES = 32 << 20  # the largest threshold that glibc accepts
 KEPT_BYTES = 256 << 20
-
 
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container, v2 and v1
 
 
 def machine_bytes() -> int:
-    """The memory of this machine, or of the container that this process runs in."""
+    """Return the memory of this machine, or of the container that this process runs in."""
     found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for limit in map(Path, LIMITS):
         text = limit.read_text().strip() if limit.exists() else ""
@@ -28,9 +27,9 @@ def machine_bytes() -> int:
 
 
 def keep_freed_memory() -> bool:
-    """Let this process reuse the memory that it frees; returns whether the C library accepted the setting.
+    """Let this process reuse the memory that it frees. Returns whether the C library accepted the setting.
 
-    By default glibc gives large blocks back to the kernel, which clears each page before it hands it out anew: for
+    By default glibc returns large blocks to the kernel, which clears each page before it hands it out again. For
     messages of a megabyte, that costs as much as sending them.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from danaz.optimizers import Optimizers
 from danaz.vectors.codecs import FP32, Codec, Encoded
-from danaz.vectors.flat import MAX_GROUPS, MAX_TENSORS, Layout
+from danaz.vectors.layout import MAX_GROUPS, MAX_TENSORS, Layout
 
 LOCAL = {"local": True}  # a field that does not travel
 MAX_REASON = 300  # characters of a script's reason to end a run
@@ -33,25 +33,25 @@ class OutOfRangeError(ValueError):
 
 @dataclass(frozen=True)
 class Within:
-    """Numbers from ``low`` to ``high``, both included. NaN is not among them."""
+    """The limit of a field that holds a number from ``low`` to ``high``, both included. NaN is refused."""
 
     low: float
     high: float
 
     def check(self, value: float) -> None:
-        """Raises OutOfRangeError."""
+        """Raise OutOfRangeError if ``value`` is beyond the limit."""
         if not self.low <= value <= self.high:
             raise OutOfRangeError(f"a number from {self.low} to {self.high} was expected")
 
 
 @dataclass(frozen=True)
 class AtMost:
-    """Texts, lists and tables of at most ``length`` characters or entries."""
+    """The limit of a field that holds a text, list or table of at most ``length`` characters or entries."""
 
     length: int
 
     def check(self, value: Sized) -> None:
-        """Raises OutOfRangeError."""
+        """Raise OutOfRangeError if ``value`` is beyond the limit."""
         if len(value) > self.length:
             raise OutOfRangeError(f"at most {self.length} characters or entries were expected")
 
@@ -75,13 +75,13 @@ Text = Annotated[str, AtMost(MAX_TEXT)]
 Rates = Annotated[tuple[float, ...], AtMost(MAX_GROUPS)]
 Squares = Annotated[tuple[Square, ...], AtMost(MAX_TENSORS)]
 Batches = Annotated[tuple[Count, ...], AtMost(MAX_AHEAD)]
-Spans = Annotated[tuple[Annotated[tuple[Count, Count], AtMost(2)], ...], AtMost(MAX_TENSORS)]
+AbsentSpans = Annotated[tuple[Annotated[tuple[Count, Count], AtMost(2)], ...], AtMost(MAX_TENSORS)]
 Generations = Annotated[tuple[Count, ...], AtMost(1024)]
 Reported = Annotated[dict[Annotated[str, AtMost(MAX_NAME)], float | Text | None], AtMost(MAX_REPORTED)]
 
 
 def check_reported(figures: Mapping[str, object]) -> None:
-    """Raises OutOfRangeError for figures that a server would not take from a training script."""
+    """Raise OutOfRangeError if a server would not accept these figures from a training script."""
     too_long = [name for name, value in figures.items() if isinstance(value, str) and len(value) > MAX_TEXT]
     too_long += [name for name in figures if len(name) > MAX_NAME]
     if too_long or len(figures) > MAX_REPORTED:
@@ -126,7 +126,7 @@ class Join:
     params: Tensor | None = None  # f32[P]
     version: Count = 0  # the version of params, in the life below
     life: Count = 0
-    untrained: Tensor | None = None  # f32[U] from worker 0: what else its model holds, as bytes
+    untrained: Tensor | None = None  # f32[U] from worker 0: its frozen parameters and buffers, as bytes
 
 
 @dataclass(frozen=True)
@@ -144,12 +144,12 @@ class Push:
     push: Tensor  # f32[P], a gradient, displacement or parameters as the rule declares
     earlier: Batches = ()  # batches of the local steps since the last push
     life: Count = 0  # the life of the server that sent the view
-    wants_view: bool = True  # False: in a pipeline, the next view was fetched already
-    squares: Squares = ()  # to shard 0: for each layer, what the other shards answered to the push before
+    wants_view: bool = True  # False in a pipeline, where the next view was fetched already
+    squares: Squares = ()  # to shard 0: what the other shards answered to the push before, for each layer
     elsewhere: Count = 0  # to shard 0: bytes that the other shards' slices of ``push`` take on the wire
     generation: Count = 0  # to the other shards: the generation of shard 0's newest checkpoint, as shard 0 said
-    common: Generations = ()  # to shards: the newest two checkpoints that all shards have, as they said
-    absent: Spans = ()  # (start, stop) of parameters without a gradient, which make no step
+    common: Generations = ()  # to all shards: the newest two checkpoints that all of them said they have
+    absent: AbsentSpans = ()  # (start, stop) of parameters without a gradient, which make no step
     square: float | None = field(default=None, metadata=LOCAL)  # ‖push‖², if it was summed while the push arrived
     encoded: Encoded | None = field(default=None, metadata=LOCAL)  # how ``push`` travels; None: as it is
 
@@ -189,14 +189,14 @@ class Heartbeat:
 
 @dataclass(frozen=True)
 class Leave:
-    """A worker leaves in good order, and gives back what its rule says."""
+    """A worker leaves as planned, and gives back what its rule says."""
 
     worker: WorkerNumber
     incarnation: Count
     request: Count
     give_back: Tensor | None  # f32[P], to be added to the server's parameters
     buffers: Tensor  # f32[B], batch-norm statistics
-    done: bool = False  # it heard that no batches are left; a shard that leases none then waits for the others
+    done: bool = False  # it heard that no batches are left; a shard without leases then waits for the others
     stop: Annotated[str, AtMost(MAX_REASON)] = ""  # why the script ends the run for all workers, if it does
     generation: Count = 0  # as in Push
 
@@ -224,46 +224,46 @@ class Bye:
 
 @dataclass(frozen=True)
 class GoBack:
-    """Asks one of several shards what it can go back to. A worker that knows this of all tells it where to go back."""
+    """A worker asks one of several shards what it can go back to. When all have answered, it tells them the choice."""
 
     worker: WorkerNumber
     incarnation: Count
     request: Annotated[int, Within(-LARGEST, -1)]  # a count of its own
     generation: Count | None = None  # None asks; 0 is the beginning
-    newest: Count = 0  # the largest number that a checkpoint of any shard has had; it is not used again
+    newest: Count = 0  # the largest number that a checkpoint of any shard has had, which is not used again
+
+
+@dataclass(frozen=True)
+class Inquire:
+    """A process asks how far the run is. It may ask before it has joined."""
+
+    worker: WorkerNumber
+    incarnation: Count
+    request: Count
 
 
 # ---- what a server answers -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Inquire:
-    """Asks how far the run is. A process may ask before it has joined."""
-
-    worker: WorkerNumber
-    incarnation: Count
-    request: Count
-
-
-@dataclass(frozen=True)
 class Parameters:
-    """The answer to Join, Push and Pull: a view, and the batches to compute on it and the next ones."""
+    """The answer to Join, Push and Pull: a view, and the batches that the worker is to compute."""
 
     request: Count
     version: Count
     applied: bool  # whether the push that this answers was applied
     refused: Text  # why not, empty if it was
-    leases: Batches  # every batch the worker holds, including those it has begun
+    leases: Batches  # every batch that the worker holds, including those that it has begun
     done: bool  # the run has no more batches for anyone
     epoch: Annotated[float, Within(0, LARGEST)]  # epochs of the whole cluster so far
     lag: Count
     gap: float | None
-    view: Tensor  # f32[P]; f32[0] for a push that wants none
+    view: Tensor  # f32[P], or f32[0] for a push that wants none
     last_applied: Count = 0  # request number of this worker's newest push that was applied, whatever the answer
-    life: Count = 0  # the server's life: versions may repeat after a restart, (life, version) never does
+    life: Count = 0  # of the server: a version may repeat after a restart, the pair (life, version) never does
     squares: Squares = ()  # from a shard other than 0: ‖θ − view‖² of each layer of its slice, for the gap
     generation: Count = 0  # of shard 0's newest checkpoint: other shards write theirs before they act on what follows
-    kept: Generations = ()  # if there are several shards: the checkpoints that this one has, ascending
+    kept: Generations = ()  # with several shards: the checkpoints that this one has, ascending
     parts: tuple[tuple[int, int, int], ...] = field(default=(), metadata=LOCAL)  # (start, stop, last_applied) of shards
 
 
@@ -327,7 +327,7 @@ class Streamed:
     """Parameters whose view is computed while it is sent. A slice is valid until the next one is asked for."""
 
     header: Parameters  # its view is announced: it has a size and no values
-    slices: Iterator[Tensor]  # f32[n] each, as flat.chunks cuts a vector and as the worker decodes it
+    slices: Iterator[Tensor]  # f32[n] each, as cutting.chunks cuts a vector and as the worker decodes it
     codec: Codec = FP32  # the codec that the view travels in
 
     @property
@@ -335,7 +335,7 @@ class Streamed:
         return self.header.request
 
     def materialize(self) -> Parameters:
-        """The parameters with the whole view, f32[P]. Uses ``slices`` up."""
+        """Return the parameters with the whole view, f32[P]. This uses up ``slices``."""
         view: Tensor | None = None
         start = 0
         for piece in self.slices:
@@ -349,3 +349,7 @@ class Streamed:
 Request = Join | Push | Pull | Fetch | Heartbeat | Leave | Report | Bye | GoBack | Inquire
 Reply = Parameters | Fetched | Final | Noted | Refusal | Offer | Progress
 Message = Request | Reply
+
+Route = bytes | int  # where a reply goes; only the transport knows what it means
+Replies = list[tuple[Route, Reply]]
+Streams = list[tuple[Route, Reply | Streamed]]

@@ -1,4 +1,4 @@
-"""A state machine as one table: which event leads from which state to which, and the picture of it for the docs."""
+"""A state machine as one table of transitions, and the picture of it for the docs."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class IllegalTransitionError(RuntimeError):
 class Transitions(Generic[State, Event]):
     """All transitions that are allowed in one kind of state machine. It holds no state itself.
 
-    ``role`` says in errors whose machine it is. ``begins`` maps each state that a machine may begin in to the reason
-    why one does. ``table`` maps each event to its transitions, from the state before it to the state after it. The
-    values of both enums are what errors and the picture call them: a state is one word of letters, digits and ``_``.
+    ``role`` says in errors whose machine it is. ``begins`` maps each state in which a machine may begin to the reason
+    for it. ``table`` maps each event to its transitions, from the state before it to the state after it. Errors and the
+    picture use the values of both enums as names: a state is one word of letters, digits and ``_``.
     """
 
     def __init__(self, role: str, begins: Mapping[State, str], table: Mapping[Event, Mapping[State, State]]):
@@ -34,16 +34,17 @@ class Transitions(Generic[State, Event]):
         return state in self.table.get(event, {})
 
     def after(self, state: State, event: Event, who: str = "") -> State:
-        """The state after ``event``. ``who``, such as a worker's number, is added to the role in the error.
+        """Return the state after ``event``. Raises IllegalTransitionError.
 
-        Raises IllegalTransitionError.
+        ``who``, such as a worker's number, is added to the role in the error.
         """
-        if not self.allows(state, event):
+        after = self.table.get(event, {}).get(state)
+        if after is None:
             raise IllegalTransitionError(f"{self.role} {who}".rstrip(), event, state)
-        return self.table[event][state]
+        return after
 
     def picture(self) -> str:
-        """A mermaid state diagram of the whole table: one arrow for each pair of states, with all its events."""
+        """Return a mermaid state diagram of the whole table: one arrow for each pair of states, with all its events."""
         arrows: dict[tuple[str, str], list[str]] = {}
         for state, reason in self.begins.items():
             arrows.setdefault(("[*]", state.value), []).append(reason)

@@ -2,8 +2,8 @@
 
 A message with a vector longer than a slice travels as several messages. The first has two frames, which announce the
 sizes of the vectors. Then each slice of each vector follows as [magic, request, number of the chunk | bytes]. So the
-other side receives, checks and applies the first slices while the last are on their way, and neither side allocates a
-message of 100 MB.
+receiver checks and applies the first slices while the last are on their way, and neither side allocates a message of
+100 MB.
 
 Decoding trusts nothing. It checks each field against the type and the range that its message declares, and the sizes of
 vectors before it allocates anything for them. Whatever does not fit raises WireError; decoding raises nothing else.
@@ -15,7 +15,7 @@ import dataclasses
 import struct
 import types
 import typing
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from math import ceil
@@ -29,8 +29,8 @@ from danaz.optimizers import Optimizers, optimizers_from_lists, optimizers_to_li
 from danaz.protocol import messages
 from danaz.protocol.messages import Streamed
 from danaz.vectors.codecs import FP32, Codec, CodecError, Encoded, UnknownCodecError, bytes_of, push_codec
-from danaz.vectors.cutting import announced, is_announced
-from danaz.vectors.flat import MAX_FLOATS, MAX_GROUPS, SLICE_FLOATS, Layout, chunks
+from danaz.vectors.cutting import SLICE_FLOATS, announced, chunks, is_announced
+from danaz.vectors.layout import MAX_FLOATS, MAX_GROUPS, Layout
 
 MAGIC = b"DANAZ\x02"
 CHUNK = struct.Struct("<8sQI")  # magic, request, number of the chunk within its message
@@ -50,19 +50,19 @@ MESSAGES: dict[str, type] = {
 
 
 def encode(message: messages.Message) -> list[Frame]:
-    """The frames of a whole message. They share the tensors' memory, which must not change until they are sent.
+    """Return the frames of a whole message. They share the tensors' memory, which must not change until they are sent.
 
-    Announced vectors are only announced again. Raises ValueError if the header is too large to travel.
+    Announced vectors are announced again. Raises ValueError if the header is too large to travel.
     """
-    vectors = _vectors(message)
+    vectors = vectors_of(message)
     frames = [] if any(map(is_announced, vectors.values())) else [_checked_bytes(vector) for vector in vectors.values()]
     return [*_head(message, vectors), *frames]
 
 
 def split(message: messages.Message | Streamed) -> Iterator[list[Frame]]:
-    """The messages that ``message`` travels as, each as frames. A Streamed is computed as it is sent."""
+    """Yield the messages as which ``message`` travels, each as frames. A Streamed is computed while it is sent."""
     header: messages.Message = message.header if isinstance(message, Streamed) else message
-    announces = _vectors(header)
+    announces = vectors_of(header)
     codec, pieces = _encoded(message, announces)
     if max((vector.numel() for vector in announces.values()), default=0) <= SLICE_FLOATS:
         yield [*_head(header, announces, codec), *pieces]
@@ -73,28 +73,30 @@ def split(message: messages.Message | Streamed) -> Iterator[list[Frame]]:
         yield [CHUNK.pack(CHUNK_MAGIC, header.request, number), piece]
 
 
-def messages_of(message: messages.Message | Streamed) -> int:
-    """How many messages ``split`` makes of ``message``."""
+def count_messages(message: messages.Message | Streamed) -> int:
+    """Return how many messages ``split`` makes of ``message``."""
     sizes = [
-        vector.numel() for vector in _vectors(message.header if isinstance(message, Streamed) else message).values()
+        vector.numel() for vector in vectors_of(message.header if isinstance(message, Streamed) else message).values()
     ]
     return 1 if max(sizes, default=0) <= SLICE_FLOATS else 1 + sum(max(1, ceil(size / SLICE_FLOATS)) for size in sizes)
 
 
 def _encoded(message: messages.Message | Streamed, vectors: dict[str, Tensor]) -> tuple[str, Iterator[Frame]]:
-    """The name of the codec of a message's vectors, and their slices encoded with it."""
+    """Return the name of the codec of a message's vectors, and their encoded slices."""
     if isinstance(message, Streamed):
         return message.codec.name, map(message.codec.encode, message.slices)
     if isinstance(message, messages.Push) and message.encoded is not None:
         return message.encoded.codec, iter(message.encoded.chunks)
-    return FP32.name, (_checked_bytes(piece) for vector in vectors.values() for piece in _slices(vector))
+    return FP32.name, (_checked_bytes(piece) for vector in vectors.values() for piece in slices_of(vector))
 
 
-def _slices(vector: Tensor) -> Iterator[Tensor]:
+def slices_of(vector: Tensor) -> Iterator[Tensor]:
+    """Return the slices that ``vector`` travels in, as views. An empty vector travels as one empty slice."""
     return (vector[start:stop] for start, stop in chunks(vector.numel())) if vector.numel() else iter((vector,))
 
 
-def _vectors(message: messages.Message) -> dict[str, Tensor]:
+def vectors_of(message: messages.Message) -> dict[str, Tensor]:
+    """Return the vectors of a message by the names of their fields."""
     kind: type = type(message)
     fields = ((name, getattr(message, name)) for name in _hints(kind))
     return {name: value for name, value in fields if isinstance(value, Tensor)}
@@ -132,15 +134,15 @@ def _checked_bytes(tensor: Tensor) -> Frame:
 
 
 def decode(frames: Sequence[Frame], expect: type | types.UnionType = messages.Message) -> Any:
-    """The message in ``frames``, one of ``expect``. Its vectors use the frames' memory where that is writable.
+    """Return the message in ``frames``, one of ``expect``. Its vectors use the frames' memory where that is writable.
 
     Vectors that follow in chunks are only announced: they have a size, and take no memory. Raises WireError.
     """
-    return _decode(frames, expect)[0]
+    return decode_with_codecs(frames, expect)[0]
 
 
-def _decode(frames: Sequence[Frame], expect: type | types.UnionType) -> tuple[Any, dict[str, Codec]]:
-    """The message, and the codec of each of its vectors."""
+def decode_with_codecs(frames: Sequence[Frame], expect: type | types.UnionType) -> tuple[Any, dict[str, Codec]]:
+    """Like ``decode``, but return the message and the codec of each of its vectors."""
     if len(frames) < 2 or bytes(frames[0][:16]) != MAGIC:
         raise WireError("not a message of this version of danaz")
     kind, header, present = _unpack(frames[1])
@@ -158,11 +160,11 @@ def _decode(frames: Sequence[Frame], expect: type | types.UnionType) -> tuple[An
         raise WireError("number of tensor frames differs from the header")
     data = dict(zip(sizes, frames[2:], strict=True))
     message = _build(message_type, header, {name: _tensor(data[name], sizes[name], codecs[name]) for name in sizes})
-    return _tell(message, codecs, sum(map(len, data.values()))), codecs
+    return as_travelled(message, codecs, sum(map(len, data.values()))), codecs
 
 
-def _tell(message: Any, codecs: dict[str, Codec], nbytes: int) -> Any:
-    """The message, with a note of how its push travelled."""
+def as_travelled(message: Any, codecs: dict[str, Codec], nbytes: int) -> Any:
+    """Return the message. If it is a push that travelled in a lossy codec, it says in which, and in how many bytes."""
     codec = codecs.get("push", FP32)
     if codec is FP32 or not isinstance(message, messages.Push):
         return message
@@ -170,7 +172,7 @@ def _tell(message: Any, codecs: dict[str, Codec], nbytes: int) -> Any:
 
 
 def _announcements(present: list[Any]) -> tuple[dict[str, int], dict[str, Codec]]:
-    """Name -> floats, and name -> codec, of each vector that a header announces."""
+    """Return name -> floats, and name -> codec, of each vector that a header announces."""
     sizes: dict[str, int] = {}
     codecs: dict[str, Codec] = {}
     for entry in present:
@@ -239,15 +241,25 @@ def _build(message_type: type, header: dict[str, Any], tensors: dict[str, Tensor
     return message_type(**values)
 
 
+def read_chunk(frames: Sequence[Frame]) -> tuple[int, int, Frame] | None:
+    """Return request, number and bytes if ``frames`` are a chunk, or None if not. Raises WireError."""
+    if not frames or len(frames[0]) != CHUNK.size:
+        return None
+    magic, request, number = CHUNK.unpack(frames[0])
+    if magic != CHUNK_MAGIC or len(frames) != 2:
+        raise WireError("not a chunk of this version of danaz")
+    return request, number, frames[1]
+
+
 @cache
 def _hints(message_type: type) -> dict[str, Any]:
-    """Name -> type of each field that travels, with the range that it declares."""
+    """Return name -> type of each field that travels, with the range that it declares."""
     hints = typing.get_type_hints(message_type, include_extras=True)
     return {f.name: hints[f.name] for f in dataclasses.fields(message_type) if not f.metadata.get("local")}
 
 
 def _fit(value: Any, hint: Any) -> Any:
-    """``value`` as the type that a message's field declares. Raises TypeError or ValueError if it does not fit.
+    """Return ``value`` as the type that a message's field declares. Raises TypeError or ValueError if it does not fit.
 
     Raises OutOfRangeError if the value has the right type but is not in the declared range.
     """
@@ -255,7 +267,7 @@ def _fit(value: Any, hint: Any) -> Any:
 
 
 def _limited(value: Any, kind: Any, *limits: Any) -> Any:
-    """Fit a value to ``Annotated[kind, *limits]``. The limits come first, so that an overlong value is not walked."""
+    """Fit a value to ``Annotated[kind, *limits]``. The limits come first, so that an overlong value is not read."""
     for limit in limits:
         limit.check(value)
     return _fit(value, kind)
@@ -289,7 +301,7 @@ def _dict(value: Any, key: Any, item: Any) -> dict[Any, Any]:
 def _union(value: Any, *choices: Any) -> Any:
     if value is None and type(None) in choices:
         return None
-    # str and float, say, have no value in common: at most one of the choices fits.
+    # The choices, such as str and float, have no value in common: at most one of them fits.
     for choice in choices:
         if choice is not type(None):
             with suppress(TypeError):
@@ -324,110 +336,3 @@ _FITTERS: dict[Any, Callable[..., Any]] = {
     Layout: Layout.from_lists,
     Optimizers: _optimizers,
 }
-
-
-# ---- messages in chunks ----------------------------------------------------------------------------------------------
-
-
-class StrayChunkError(WireError):
-    """A chunk that belongs to no message under way, for example because its sender has connected again."""
-
-
-Room = Callable[["Inbox", Any, int], Tensor]
-Arrived = Callable[[Any, Tensor], object]
-
-
-class Assembly:
-    """A message whose vectors arrive in chunks, in order."""
-
-    def __init__(
-        self, message: messages.Message, codecs: dict[str, Codec], room: Callable[[int], Tensor], arrived: Arrived
-    ):
-        """``room(n)`` f32[n] gives the memory to receive a vector into; ``arrived`` hears of each slice there."""
-        self.message = message
-        self._arrived = arrived
-        self._codecs = codecs
-        self._vectors = {name: room(vector.numel()) for name, vector in _vectors(message).items()}
-        self._slices = [(codecs[name], piece) for name, vector in self._vectors.items() for piece in _slices(vector)]
-        self._next = 0
-        self._bytes = 0
-        self._square = 0.0
-
-    def take(self, request: int, number: int, data: Frame) -> messages.Message | None:
-        """Take the next chunk; returns the message when it is whole. Raises WireError."""
-        assert not isinstance(self.message, messages.Heartbeat), "it has no vectors"
-        if request != self.message.request or number != self._next:
-            raise StrayChunkError("chunk of no message under way")
-        codec, piece = self._slices[number]
-        try:
-            codec.decode(data, piece)
-        except CodecError as error:
-            raise WireError("chunk has another size than announced, or is not in its codec") from error
-        self._arrived(self.message, piece)
-        self._bytes += len(data)
-        if piece.numel():
-            self._square += torch.dot(piece, piece).item()  # while it is in cache
-        self._next += 1
-        return self._whole() if self._next == len(self._slices) else None
-
-    def _whole(self) -> messages.Message:
-        found: dict[str, Any] = dict(self._vectors)
-        if isinstance(self.message, messages.Push):
-            found["square"] = self._square
-        message: messages.Message = _tell(dataclasses.replace(self.message, **found), self._codecs, self._bytes)
-        return message
-
-
-def _summed(message: Any) -> Any:
-    """The message. A push gets the sum of its squares here, so that several readers need only one pass."""
-    if not isinstance(message, messages.Push) or not message.push.numel():
-        return message
-    return dataclasses.replace(message, square=torch.dot(message.push, message.push).item())
-
-
-class Inbox:
-    """Puts the messages of many peers together from what arrives. Each peer has at most one message under way."""
-
-    def __init__(
-        self,
-        expect: types.UnionType,
-        takes: Callable[[Any, Any], bool],
-        room: Room,
-        arrived: Arrived = lambda message, piece: None,
-    ):
-        """``takes(peer, message)`` says whether the vectors that a message announces are worth receiving; if not, it
-        stays as it is. ``room(inbox, message, n)`` f32[n] is the memory to receive one into. ``arrived(message,
-        slice)`` hears of each slice in its room, before the message is whole.
-        """
-        self._expect, self._takes, self._room, self._arrived = expect, takes, room, arrived
-        self._under_way: dict[Hashable, Assembly] = {}
-
-    def take(self, peer: Hashable, frames: Sequence[Frame]) -> Any:
-        """The message that ``frames`` are or complete; None while more is to come. Raises WireError."""
-        if frames and len(frames[0]) == CHUNK.size:
-            return self._take_chunk(peer, frames)
-        message, codecs = _decode(frames, self._expect)
-        self._under_way.pop(peer, None)
-        if not any(map(is_announced, _vectors(message).values())):
-            return _summed(message)
-        if not self._takes(peer, message):
-            return message
-        self._under_way[peer] = Assembly(message, codecs, lambda size: self._room(self, message, size), self._arrived)
-        return None
-
-    def _take_chunk(self, peer: Hashable, frames: Sequence[Frame]) -> Any:
-        magic, request, number = CHUNK.unpack(frames[0])
-        if magic != CHUNK_MAGIC or len(frames) != 2:
-            raise WireError("not a chunk of this version of danaz")
-        assembly = self._under_way.pop(peer, None)
-        if assembly is None:
-            raise StrayChunkError("chunk of no message under way")
-        whole = assembly.take(request, number, frames[1])
-        if whole is None:
-            self._under_way[peer] = assembly
-        return whole
-
-    def forget(self, belongs: Callable[[Any], bool]) -> None:
-        """Give up the messages under way for which ``belongs`` is true."""
-        for peer in [peer for peer, assembly in self._under_way.items() if belongs(assembly.message)]:
-            del self._under_way[peer]

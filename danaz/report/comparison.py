@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from danaz.compare.results import ComparisonOutcome
+from danaz.files.atomic import write_atomically
 from danaz.report.html import report_html
 from danaz.report.markdown import report_markdown
 from danaz.report.plots import draw
 from danaz.report.results_csv import results_csv
-from danaz.run.folder import write_atomically
 
 
 def write_report(outcome: ComparisonOutcome) -> list[Path]:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from danaz.compare.results import Result
+from danaz.files.atomic import write_atomically
 from danaz.files.reading import UnreadableError, read_json
-from danaz.run.folder import write_atomically
 
-MOST_POINTS = 100  # of a curve; fewer if there are fewer epochs
+MOST_POINTS = 100  # points of a curve at most; fewer if there are fewer epochs
 LEAST_POINTS = 20
 CURVES = "curves.json"  # kept beside updates.jsonl, which may hold a million lines
 
@@ -30,7 +30,7 @@ class Curves:
 
 
 def read_curves(result: Result) -> Curves | None:
-    """The curves of a finished run; None if it made no update. They are computed once and kept in the run folder.
+    """Return the curves of a finished run; None if it made no update. They are computed once, and kept beside the run.
 
     Raises UnreadableError for a damaged file, and OSError if the curves cannot be written.
     """

@@ -1,4 +1,4 @@
-"""Show a grid over learning rate and momentum: as a table, a CSV file and a heat map."""
+"""Write a grid over learning rate and momentum: as a CSV file and a heat map."""
 
 from __future__ import annotations
 
@@ -8,36 +8,9 @@ import math
 from itertools import product
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from danaz.compare.tune import Tuning
+from danaz.files.atomic import write_atomically
 from danaz.report.style import RC, as_files
-from danaz.run.folder import write_atomically
-
-
-def print_tuning(tuning: Tuning) -> None:
-    """Print the grid, with momenta as rows and learning rates as columns and the best figure in bold."""
-    table = Table("momentum \\ lr", title=f"{tuning.config.algorithm}, {tuning.measure.label}")
-    for lr in tuning.lrs:
-        table.add_column(f"{lr:g}", justify="right")
-    for momentum in tuning.momenta:
-        table.add_row(f"{momentum:g}", *(_cell(tuning, lr, momentum) for lr in tuning.lrs))
-    console = Console()
-    console.print(table)
-    if tuning.best is not None:
-        lr, momentum = tuning.best
-        console.print(f"best: lr {lr:g}, momentum {momentum:g}")
-    for name, reason in tuning.failures.items():
-        console.print(f"[red]failed[/] {name}: {reason}")
-
-
-def _cell(tuning: Tuning, lr: float, momentum: float) -> str:
-    figure = tuning.figure(lr, momentum)
-    if figure is None:
-        return "–"
-    text = f"{figure:.4g}" + (" diverged" if tuning.summaries[lr, momentum]["diverged"] else "")
-    return f"[bold]{text}[/]" if tuning.best == (lr, momentum) else text
 
 
 def write_tuning(tuning: Tuning, folder: Path) -> list[Path]:

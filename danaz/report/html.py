@@ -38,7 +38,7 @@ figcaption, footer { color: #5b656f; font-size: .9rem; margin-top: .6rem; }
 
 
 def report_html(outcome: ComparisonOutcome, charts: Sequence[Chart]) -> str:
-    """The report as one HTML page."""
+    """Return the report as one HTML page."""
     title = escape(heading(outcome))
     sections = [_section(matrix.title, _table(matrix.header, matrix.rows)) for matrix in matrices(outcome)]
     missing = "".join(f'<p class="warning">{escape(line)}</p>' for line in remarks(outcome))
@@ -61,7 +61,7 @@ def _figure(chart: Chart) -> str:
 
 
 def inline_svg(chart: Chart) -> str:
-    """The <svg> element of a chart, for use inside HTML: without prologue, namespaces and fixed size."""
+    """Return the <svg> element of a chart, for use inside HTML: without prologue, namespaces and fixed size."""
     element = chart.svg[chart.svg.index("<svg") :].strip()
     element = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", element, count=2)
     size = re.compile(r'\s(?:width|height)="[^"]*pt"')

@@ -13,7 +13,7 @@ TEXT_COLUMNS = ("algorithm", "run as", "remark", "workers")
 
 
 def report_markdown(outcome: ComparisonOutcome, charts: Sequence[Chart]) -> str:
-    """The report as Markdown; its pictures are the PNG files in the same folder."""
+    """Return the report as Markdown; its pictures are the PNG files in the same folder."""
     parts = [f"# {heading(outcome)}", experiment(outcome)]
     for matrix in matrices(outcome):
         parts += [f"## {matrix.title}", _table(matrix.header, matrix.rows)]
@@ -33,7 +33,7 @@ def heading(outcome: ComparisonOutcome) -> str:
 
 
 def experiment(outcome: ComparisonOutcome) -> str:
-    """What all cells have in common, as a sentence."""
+    """Return what all cells have in common, as a sentence."""
     config = outcome.config
     what = config["workload"] or f"{config['model']} on {config['data']}"
     steps, factor = config["lr_schedule"]["milestones"], config["lr_schedule"]["factor"]
@@ -49,7 +49,7 @@ def experiment(outcome: ComparisonOutcome) -> str:
 
 
 def remarks(outcome: ComparisonOutcome) -> list[str]:
-    """Sentences about the cells that have no figures: those that failed or have not run."""
+    """Return sentences about the cells that have no figures: those that failed or have not run."""
     lines = [
         f"{each.algorithm}, {each.setting.label}, seed {each.seed} failed: {each.failure} "
         f"(logs in {(each.folder / 'logs').relative_to(outcome.folder)})"

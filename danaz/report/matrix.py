@@ -18,7 +18,7 @@ class Matrix(NamedTuple):
 
 
 def matrices(outcome: ComparisonOutcome) -> list[Matrix]:
-    """One table for each kind of run. If the experiment is a paper's, its figures stand below ours."""
+    """Return one table for each kind of run. If the experiment is a paper's, its figures stand below ours."""
     groups = group(outcome.results)
     baseline = next((each for each in groups if each.setting.is_baseline), None)
     kinds = by_kind(each for each in groups if not each.setting.is_baseline)

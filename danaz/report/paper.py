@@ -32,7 +32,7 @@ class Paper:
     errors: Mapping[str, Mapping[int, float]]  # algorithm -> number of workers -> test error
 
     def error(self, algorithm: str, setting: Setting) -> float | None:
-        """The paper's figure for an algorithm in a setting, if it has one."""
+        """Return the paper's figure for an algorithm in a setting, if it has one."""
         if setting.is_baseline:
             return self.baseline
         return self.errors.get(algorithm, {}).get(setting.workers) if setting.schedule == self.schedule else None
@@ -78,7 +78,7 @@ MEASURED_SPEEDUP: Mapping[int, float] = {24: 16.0}  # number of workers -> speed
 
 
 def papers_of(config: Mapping[str, Any]) -> list[Paper]:
-    """The papers that ran the experiment of this config."""
+    """Return the papers that ran the experiment of this config."""
     return [paper for paper in (DANA, GAP_AWARE) if _agrees(paper.experiment, config)]
 
 

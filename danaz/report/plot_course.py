@@ -24,17 +24,17 @@ SHOWN_LAGS = 0.995  # share of the updates that is shown; those with the largest
 
 
 def draw_loss(data: ChartData) -> Figure | None:
-    """Training loss over the epochs; None if no run has one."""
+    """Draw the training loss over the epochs; None if no run has one."""
     return _over_epochs(data, lambda curves: curves.loss, "training loss")
 
 
 def draw_gap(data: ChartData) -> Figure | None:
-    """Gap over the epochs; None if no run has one."""
+    """Draw the gap over the epochs; None if no run has one."""
     return _over_epochs(data, lambda curves: curves.gap, "gap")
 
 
 def _over_epochs(data: ChartData, pick: Pick, label: str) -> Figure | None:
-    """A panel for each setting and a line for each algorithm, on a logarithmic scale."""
+    """Draw a panel for each setting and a line for each algorithm, on a logarithmic scale."""
     from matplotlib.ticker import MaxNLocator
 
     groups = [each for each in data.groups if any(_positive(pick(curves)) for curves in data.curves_of(each))]
@@ -72,7 +72,10 @@ def _positive(values: Iterable[float | None]) -> list[float]:
 
 
 def _mean_curve(runs: Sequence[Curves], pick: Pick) -> tuple[list[float], list[float]]:
-    """At each part of the run, the mean over the seeds that have a figure there; a diverged run has fewer parts."""
+    """Return the epoch of each part of the run, and the mean there over the seeds that have a figure.
+
+    A diverged run has fewer parts.
+    """
     epochs = max((run.epochs for run in runs), key=lambda epochs: epochs[-1])
     columns = [_positive(values) for values in zip_longest(*(pick(run) for run in runs))]
     points = [(epoch, sum(column) / len(column)) for epoch, column in zip(epochs, columns, strict=False) if column]
@@ -80,7 +83,7 @@ def _mean_curve(runs: Sequence[Curves], pick: Pick) -> tuple[list[float], list[f
 
 
 def draw_lags(data: ChartData) -> Figure | None:
-    """A panel for each setting and a line for each asynchronous algorithm; None if there are none."""
+    """Draw a panel for each setting and a line for each asynchronous algorithm; None if there are none."""
     from matplotlib.ticker import MaxNLocator
 
     lags = {(each.algorithm, each.setting): _count_lags(data.curves_of(each)) for each in data.groups}
@@ -111,7 +114,7 @@ def _alike(lags: Mapping[str, Counter[int]]) -> list[list[str]]:
 
 
 def _shares(counts: Counter[int]) -> tuple[range, list[float]]:
-    """Lags from 0 upwards, and the percentage of updates with each; without the largest lags (SHOWN_LAGS)."""
+    """Return the lags from 0 up to the largest that is shown (SHOWN_LAGS), and the percentage of updates with each."""
     shares: list[float] = []
     so_far = 0
     for lag in range(max(counts) + 1):

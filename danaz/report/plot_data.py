@@ -15,7 +15,7 @@ from danaz.report.style import Look, looks
 class ChartData:
     """The finished cells of a comparison. Simulated runs with one worker are the baseline."""
 
-    name: str  # of the experiment
+    name: str  # what the experiment is called
     groups: Sequence[Group]  # all but the baseline
     baseline: Group | None
     measure: Measure
@@ -30,7 +30,7 @@ class ChartData:
         return spread.mean if spread else None
 
     def curves_of(self, each: Group) -> Sequence[Curves]:
-        """The curves of a group, one per seed."""
+        """Return the curves of a group, one per seed."""
         return self.curves[each.algorithm, each.setting]
 
 

@@ -18,12 +18,12 @@ TEXT_BACKGROUND: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "p
 
 
 def _kinds_by_workers(data: ChartData) -> dict[Kind, list[Group]]:
-    """The kinds of run that have more than one number of workers."""
+    """Return the kinds of run that have more than one number of workers."""
     return {kind: groups for kind, groups in by_kind(data.groups).items() if len(_numbers(groups)) > 1}
 
 
 def draw_by_workers(data: ChartData) -> Figure | None:
-    """A panel for each kind of run and a line for each algorithm; None if no kind has several numbers of workers."""
+    """Draw a panel for each kind of run and a line for each algorithm; None if no kind has several worker numbers."""
     kinds = _kinds_by_workers(data)
     if not kinds:
         return None
@@ -72,9 +72,9 @@ def _line(axes: Axes, data: ChartData, groups: Sequence[Group]) -> None:
 
 
 def draw_by_cell(data: ChartData) -> Figure | None:
-    """A row for each algorithm in each setting, with its error, and its speed if it is live.
+    """Draw a row for each algorithm in each setting, with its error, and its speed if it is live.
 
-    None if there are no groups, or if draw_by_workers shows them.
+    Returns None if there are no groups, or if draw_by_workers shows them.
     """
     if not data.groups or _kinds_by_workers(data):
         return None
@@ -99,7 +99,7 @@ def draw_by_cell(data: ChartData) -> Figure | None:
 
 
 def _rows(groups: Sequence[Group]) -> list[Group | str]:
-    """The groups, with a heading above those of each setting."""
+    """Return the groups, with a heading above those of each setting."""
     rows: list[Group | str] = []
     for setting, members in by_setting(groups).items():
         rows += [setting.title, *members]
@@ -140,7 +140,7 @@ def _speeds(axes: Axes, data: ChartData, rows: Sequence[Group | str]) -> None:
 
 
 def draw_by_time(data: ChartData) -> Figure | None:
-    """A panel for each live setting, with error and wall time of each algorithm; None if there are no live runs."""
+    """Draw error over wall time of each algorithm, in a panel for each live setting; None without live runs."""
     live = {setting: groups for setting, groups in by_setting(data.groups).items() if setting.is_live}
     figures = [
         [

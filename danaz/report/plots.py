@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class ChartSpec(NamedTuple):
     """A chart that a report may have."""
 
-    name: str  # of its files, without ending
+    name: str  # what its files are called, without the ending
     title: str
     caption: str
     draw: Callable[[ChartData], Figure | None]  # returns None if the results have no figures for it
@@ -82,7 +82,7 @@ class Chart(NamedTuple):
 
 
 def draw(outcome: ComparisonOutcome) -> list[Chart]:
-    """All charts for which the results have figures. Raises UnreadableError, OSError."""
+    """Draw all charts for which the results have figures. Raises UnreadableError, OSError."""
     import matplotlib as mpl
 
     data = collect(outcome)

@@ -7,7 +7,7 @@ import io
 
 from danaz.compare.results import ComparisonOutcome
 
-KEYS = (  # of summary.json
+KEYS = (  # entries of summary.json
     "test_error_percent",
     "final_train_loss",
     "diverged",
@@ -26,7 +26,7 @@ COLUMNS = ("algorithm", "workers", "ranks_per_worker", "schedule", "seed", "stat
 
 
 def results_csv(outcome: ComparisonOutcome) -> str:
-    """The content of results.csv. ``status`` is ``finished``, or why the cell failed; missing figures are empty."""
+    """Return the text of results.csv. ``status`` is ``finished``, or why a cell failed. Missing figures are empty."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)

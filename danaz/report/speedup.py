@@ -1,4 +1,4 @@
-"""Show the theoretical speed-up: as a table, a CSV file and a figure."""
+"""Write the theoretical speed-up: as a CSV file and a figure."""
 
 from __future__ import annotations
 
@@ -7,32 +7,9 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
+from danaz.files.atomic import write_atomically
 from danaz.report.style import COLOURS, MARKERS, RC, as_files
-from danaz.run.folder import write_atomically
 from danaz.simulate.speedup import Speedup
-
-SHOWN = (1, 2, 4, 8, 16, 24, 32, 48, 64, 128, 256)  # numbers of workers in the table, if there are many
-
-
-def _title(panel: Speedup) -> str:
-    return "machines that differ" if panel.heterogeneous else "machines of one kind"
-
-
-def print_speedup(panels: Sequence[Speedup]) -> None:
-    """Print a row for each number of workers in SHOWN, or for every number if there are few."""
-    table = Table("workers")
-    for panel in panels:
-        table.add_column(f"asynchronous\n{_title(panel)}", justify="right")
-        table.add_column(f"synchronous\n{_title(panel)}", justify="right")
-    workers = panels[0].workers
-    for row, n in enumerate(workers):
-        if n in SHOWN or len(workers) <= len(SHOWN):
-            cells = [f"{figure:.2f}" for p in panels for figure in (p.asynchronous[row], p.synchronous[row])]
-            table.add_row(str(n), *cells)
-    Console().print(table)
 
 
 def write_speedup(panels: Sequence[Speedup], folder: Path) -> list[Path]:
@@ -73,7 +50,7 @@ def _as_figures(panels: Sequence[Speedup]) -> dict[str, bytes]:
                 style = {"color": COLOURS[look], "marker": MARKERS[look], "markevery": every}
                 ax.plot(panel.workers, mean, label=name, **style)
                 ax.fill_between(panel.workers, mean - std, mean + std, color=COLOURS[look], alpha=0.18, linewidth=0)
-            ax.set(title=_title(panel).capitalize(), xlabel="workers")
+            ax.set(title=panel.machines.capitalize(), xlabel="workers")
         axes[0].set_ylabel("speed-up over one worker")
         axes[0].legend(loc="upper left")
         contents = as_files(figure, "speedup")

@@ -58,7 +58,7 @@ class Look(NamedTuple):
 
 
 def looks(algorithms: Iterable[str]) -> dict[str, Look]:
-    """A different look for each algorithm.
+    """Return a different look for each algorithm.
 
     FAVOURITES keep their looks. The others share the colours of favourites in ``algorithms`` last.
     """
@@ -81,7 +81,7 @@ def looks(algorithms: Iterable[str]) -> dict[str, Look]:
 def make_panels(
     count: int, inches: tuple[float, float] = PANEL_INCHES, share: bool = False
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with ``count`` panels, each ``inches`` (width, height) in size; ``share`` gives all the same scales."""
+    """Make a figure of ``count`` panels of ``inches`` (width, height) each; with ``share``, their scales are equal."""
     from matplotlib.figure import Figure
 
     columns = min(count, PANELS_A_ROW)

@@ -1,7 +1,7 @@
-"""The YAML of an experiment, checked: what is trained, how fast it learns, and by whom.
+"""The YAML of an experiment: it says what is trained, how fast it learns, and by whom.
 
-``load_config`` reads a file and ``--set key=value`` overrides into a frozen :class:`Config`; whatever is wrong comes
-back as one :class:`ConfigError` that names the file, the key, the value given and what is allowed.
+``load_config`` reads a file and ``--set key=value`` overrides into a frozen :class:`Config`. If anything is wrong, it
+raises one :class:`ConfigError` that names the file, the key, the value given and what is allowed.
 """
 
 from __future__ import annotations
@@ -18,23 +18,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 from pydantic.fields import FieldInfo
 
 from danaz.files.plain_yaml import YamlError, parse_yaml
-from danaz.run.option import LARGEST_SEED
+from danaz.options.option import MOST, MOST_PROCESSES, Option, declared, newer_names
+from danaz.options.shared import DEVICE, SCHEDULE, WARMUP_EPOCHS, Training, fixed
 from danaz.run.schedules import SCHEDULE_FORMS, SCHEDULES
-
-MOST = 2**31 - 1  # of anything that is counted
-MOST_PROCESSES = 1 << 16
 
 
 class ConfigError(ValueError):
@@ -42,7 +39,7 @@ class ConfigError(ValueError):
 
 
 def suggest(given: object, allowed: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` for the allowed word nearest to ``given``, or nothing when none is near."""
+    """Return ``"; did you mean 'x'?"`` for the allowed word nearest to ``given``; nothing if none is near."""
     nearest = difflib.get_close_matches(str(given), list(allowed), n=1)
     return f"; did you mean {nearest[0]!r}?" if nearest else ""
 
@@ -69,54 +66,30 @@ def _gap(value: object) -> object:
     return value
 
 
-def _schedule(value: str) -> str:
-    """Check the name of one of SCHEDULES, or of one of SCHEDULE_FORMS with its argument after a colon."""
-    form, _, argument = value.partition(":")
-    if value not in SCHEDULES and not (form in SCHEDULE_FORMS and argument):
-        known = (*SCHEDULES, *SCHEDULE_FORMS.values())
-        raise ValueError(f"should be one of {', '.join(known)}{suggest(value, SCHEDULES)}")
-    return value
-
-
-def _push_codec(name: str) -> str:
-    from danaz.vectors.codecs import push_codec  # with torch, which a config alone does not need
-
-    return push_codec(name).name
-
-
-def _view_codec(name: str) -> str:
-    from danaz.vectors.codecs import view_codec
-
-    return view_codec(name).name
-
-
-Int = Annotated[int, BeforeValidator(_number)]
 Float = Annotated[float, BeforeValidator(_number)]
-OptimizerOption = bool | float | tuple[float, float]
 Scalar = Annotated[bool | int | float | str, BeforeValidator(_scalar)]
+Gap = Annotated[str, BeforeValidator(_gap)]
 
-# Fields that may differ from machine to machine (or only label a run): no part of the digest.
+# Fields that may differ from machine to machine, or only label a run. The digest leaves them out.
 LOCAL: dict[str, Any] = {"local": True}
 
-NEWER_KEYS = ("optimizer", "optimizer_options")
+
+class _Checked(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers(cls, value: object, info: ValidationInfo) -> object:
+        is_number = cls.model_fields[info.field_name or ""].annotation in (int, float, int | None)
+        return _number(value) if is_number else value
 
 
-class _Checked(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class LrSchedule(_Checked):
+class LrSchedule(_Checked, frozen=True):
     """Steps of the learning rate, and the warm-up of a cluster."""
 
     milestones: tuple[Float, ...] = Field(
         default=(), description="epochs at which lr is multiplied by factor, increasing"
     )
-    factor: Float = Field(default=0.1, gt=0, description="what lr is multiplied by at each milestone")
-    warmup_epochs: Float = Field(
-        default=5.0,
-        ge=0,
-        description="epochs of the cluster over which lr rises from lr / workers to lr; 0 for no warm-up",
-    )
+    factor: float = Field(default=0.1, gt=0, description="what lr is multiplied by at each milestone")
+    warmup_epochs: Annotated[float, WARMUP_EPOCHS] = 5.0
 
     @field_validator("milestones")
     @classmethod
@@ -126,8 +99,13 @@ class LrSchedule(_Checked):
         return milestones
 
 
-class Config(_Checked):
-    """One experiment. Build it with :func:`load_config`; the fields are the keys of the YAML."""
+OptimizerOption = bool | float | tuple[float, float]
+OPTIMIZER = fixed("optimizer of torch: sgd, adam, adamw, nadam, rmsprop or adagrad", since="0.2")
+OPTIMIZER_OPTIONS = fixed("keyword arguments of torch's optimizer, such as betas; not of sgd", since="0.2")
+
+
+class _Task:
+    """What is trained, and how fast it learns."""
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
@@ -139,69 +117,69 @@ class Config(_Checked):
     model: str | None = Field(None, description="torchvision.<model>, or package.module:callable for a module")
     data_dir: str | None = Field(None, description="folder that holds the data set", json_schema_extra=LOCAL)
     augment: bool | None = Field(None, description="random crops and flips of training images; default: the workload's")
-
-    batch_size: Int = Field(ge=1, le=MOST, description="samples of one update: per worker, shared by its ranks")
-    epochs: Int = Field(ge=1, le=MOST, description="passes over the training data by the whole cluster")
-    seed: Int = Field(
-        0, ge=0, le=LARGEST_SEED, description="of the initial parameters, the order of the samples and the schedule"
-    )
-
-    lr: Float = Field(gt=0, description="learning rate, as tuned on one worker")
-    optimizer: Literal["sgd", "adam", "adamw", "nadam", "rmsprop", "adagrad"] = Field(
-        "sgd", description="torch's optimizer of that name: sgd, adam, adamw, nadam, rmsprop or adagrad"
-    )
-    optimizer_options: dict[str, OptimizerOption] = Field(
-        default_factory=dict, description="of the optimizer, by torch's names, such as betas or eps; not of sgd"
-    )
-    momentum: Float = Field(0.9, gt=-1, lt=1, description="Nesterov momentum of sgd, above -1 and below 1")
-    weight_decay: Float = Field(0.0, ge=0, description="L2 penalty, added to the gradient; with adamw, decoupled")
+    batch_size: int = Field(ge=1, le=MOST, description="samples of one update: per worker, shared by its ranks")
+    epochs: int = Field(ge=1, le=MOST, description="passes over the training data by the whole cluster")
+    lr: float = Field(gt=0, description="learning rate, as tuned on one worker")
+    optimizer: Annotated[Literal["sgd", "adam", "adamw", "nadam", "rmsprop", "adagrad"], OPTIMIZER] = "sgd"
+    optimizer_options: Annotated[dict[str, OptimizerOption], OPTIMIZER_OPTIONS] = Field(default_factory=dict)
+    momentum: float = Field(0.9, gt=-1, lt=1, description="Nesterov momentum of sgd, above -1 and below 1")
+    weight_decay: float = Field(0.0, ge=0, description="L2 penalty, added to the gradient; with adamw, decoupled")
     lr_schedule: LrSchedule = Field(default_factory=LrSchedule, description="milestones, factor and warmup_epochs")
-    lr_correction: bool = Field(True, description="keep DANA's look-ahead exact while lr changes; false: the paper")
 
-    sync_period: Int | None = Field(
-        None, ge=1, le=MOST, description="mini-batches between a worker's pushes; default: the algorithm's own"
+
+class Config(_Checked, Training, _Task, frozen=True):
+    """One experiment. Build it with :func:`load_config`; the fields are the keys of the YAML.
+
+    In a YAML that danaz writes, the keys come in the order _Task, Training, Config.
+    """
+
+    hyperparameters: Annotated[dict[str, Scalar], declared(Training)["hyperparameters"][1]] = Field(
+        default_factory=dict
     )
-    pipeline: bool = Field(
-        False, description="compute the next batch on the view at hand while the last one is pushed: a higher lag"
-    )
-    wire: Annotated[str, AfterValidator(_push_codec)] = Field(
-        "fp32", description="how pushes travel: fp32, bf16, fp16, onebit or topk:SHARE, with error feedback"
-    )
-    wire_view: Annotated[str, AfterValidator(_view_codec)] = Field(
-        "fp32", description="how views travel: fp32, bf16 or fp16"
-    )
-    wire_warmup_epochs: Float = Field(0.0, ge=0, description="epochs of the cluster before pushes are compressed")
-    algorithm: str = Field("dana", description="update rule, e.g. dana; or ssgd for synchronous training")
-    hyperparameters: dict[str, Scalar] = Field(
-        default_factory=dict, description="of the algorithm alone, by the names that `danaz algorithms` lists"
-    )
-    workers: Int = Field(1, ge=1, le=MOST_PROCESSES, description="machines that train asynchronously, each one worker")
-    schedule: Annotated[str, AfterValidator(_schedule)] = Field(
-        "block-random", description="order of the workers in a simulation"
-    )
-    gap: Annotated[str, BeforeValidator(_gap)] = Field(
+    schedule: Annotated[str, SCHEDULE] = "block-random"
+    gap: Gap = Field(
         "on",
         description="measure the gap of each update (on), of every K-th (every:K) or of none (off)",
         json_schema_extra=LOCAL,
     )
-
     precision: Literal["fp32", "tf32", "bf16"] = Field(
         "fp32", description="tf32: shorter factors in matrix products on a GPU; bf16: mixed precision by autocast"
     )
     channels_last: bool = Field(False, description="keep images and convolutions in channels-last memory format")
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="cpu or cuda; auto: a GPU if torch sees one", json_schema_extra=LOCAL
-    )
-    num_workers: Int = Field(
+    device: Annotated[Literal["auto", "cpu", "cuda"], DEVICE] = Field("auto", json_schema_extra=LOCAL)
+    num_workers: int = Field(
         0, ge=0, le=MOST_PROCESSES, description="loading processes of each rank's DataLoader", json_schema_extra=LOCAL
     )
-    threads: Int | None = Field(
+    threads: int | None = Field(
         None,
         ge=1,
         le=MOST_PROCESSES,
         description="CPU threads of each rank; default: torch's choice",
         json_schema_extra=LOCAL,
     )
+
+    @field_validator("wire")
+    @classmethod
+    def _codec_of_pushes(cls, name: str) -> str:
+        from danaz.vectors.codecs import push_codec  # with torch, which a config alone does not need
+
+        return push_codec(name).name
+
+    @field_validator("wire_view")
+    @classmethod
+    def _codec_of_views(cls, name: str) -> str:
+        from danaz.vectors.codecs import view_codec
+
+        return view_codec(name).name
+
+    @field_validator("schedule")
+    @classmethod
+    def _known_schedule(cls, value: str) -> str:
+        form, _, argument = value.partition(":")
+        if value not in SCHEDULES and not (form in SCHEDULE_FORMS and argument):
+            known = (*SCHEDULES, *SCHEDULE_FORMS.values())
+            raise ValueError(f"should be one of {', '.join(known)}{suggest(value, SCHEDULES)}")
+        return value
 
     @model_validator(mode="after")
     def _one_workload(self) -> Config:
@@ -211,22 +189,20 @@ class Config(_Checked):
             raise ValueError(f"give either the key workload, or both data and model; found {found}")
         return self
 
-    def lr_at(self, epoch: float) -> float:
-        """The learning rate at a fractional epoch of the cluster: steps only, warm-up is a factor on top."""
-        steps_done = sum(epoch >= milestone for milestone in self.lr_schedule.milestones)
-        return self.lr * self.lr_schedule.factor**steps_done
-
     def digest(self) -> str:
-        """SHA-256 (hex) of what server and workers must agree on; blind to paths and other matters of one machine."""
-        fields = type(self).model_fields.items()
-        left_out = {name for name, field in fields if field.json_schema_extra == LOCAL}
-        # A run that began before these keys existed has the digest of one that does without them.
-        left_out |= {
+        """Return the SHA-256 (hex) of what server and workers must agree on.
+
+        It does not depend on paths and other matters of one machine. Nor does it depend on a key that an earlier
+        version does not know, as long as that key has its default.
+        """
+        fields = type(self).model_fields
+        local = {name for name, field in fields.items() if field.json_schema_extra == LOCAL}
+        newer = {
             name
-            for name, field in fields
-            if name in NEWER_KEYS and getattr(self, name) == field.get_default(call_default_factory=True)
+            for name in newer_names(type(self))
+            if getattr(self, name) == fields[name].get_default(call_default_factory=True)
         }
-        shared = self.model_dump(mode="json", exclude=left_out)
+        shared = self.model_dump(mode="json", exclude=local | newer)
         canonical = json.dumps(shared, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -238,11 +214,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), options: Mappin
         path: the file. ``name`` defaults to its stem.
         overrides: ``key=value`` each, the value in YAML: ``lr=0.1``, ``lr_schedule.factor=0.2`` or
             ``lr_schedule={milestones: [2, 3]}``. A mapping is merged into the file's, anything else replaces it.
-        options: values of keys that have an option of their own on the command line, such as ``--algorithm``; they
-            come after the overrides.
+        options: values of keys that have an option of their own on the command line, such as ``--algorithm``. They
+            replace those of the overrides.
 
     Raises:
-        ConfigError: the file is missing or no mapping, or a key or value is not allowed.
+        ConfigError: the file is missing or is not a mapping, or a key or value is not allowed.
     """
     path = Path(path)
     values = {"name": path.stem, **_read_mapping(path)}
@@ -264,7 +240,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), options: Mappin
 def _read_mapping(path: Path) -> dict[str, Any]:
     if path.suffix == ".py":
         raise ConfigError(
-            f"{path} is a Python script, and no YAML of an experiment; start it by: danaz launch -- python {path}"
+            f"{path} is a Python script, not the YAML of an experiment; start it by: danaz launch -- python {path}"
         )
     try:
         values = parse_yaml(path.read_text(encoding="utf-8"))
@@ -305,7 +281,7 @@ def _merge(values: dict[str, Any], keys: Sequence[str], value: Any, override: st
 
 
 def _explain(problem: Mapping[str, Any], path: Path, origin: Mapping[str, str]) -> str:
-    """One pydantic problem as a sentence: where, key, value given, what is allowed."""
+    """Return one pydantic problem as a sentence: where it is, the key, the value given, and what is allowed."""
     location, given = problem["loc"], _SHORT.repr(problem["input"])
     key = ".".join(map(str, location))
     sources = [said for name, said in origin.items() if f"{key}.".startswith(f"{name}.")]
@@ -320,18 +296,24 @@ def _explain(problem: Mapping[str, Any], path: Path, origin: Mapping[str, str]) 
             known = ", ".join(sorted(fields))
             return f"{where}: unknown key {key!r} (= {given}){suggest(location[-1], fields) or '.'} Known keys: {known}"
         case "missing":
-            return f"{where}: the key {key!r} is missing ({fields[location[-1]].description})"
+            return f"{where}: the key {key!r} is missing ({_described(fields[location[-1]])})"
         case "literal_error":
             message += suggest(problem["input"], get_args(fields[location[-1]].annotation))
-    described = "" if name is None else f" ({fields[name].description})"
+    described = "" if name is None else f" ({_described(fields[name])})"
     return f"{where}: {key} = {given} {message}{described}"
 
 
+def _described(field: FieldInfo) -> str:
+    """Return the description of a key, or the help of its option as words within a sentence."""
+    options = [part for part in field.metadata if isinstance(part, Option)]
+    return f"{options[0].help[:1].lower()}{options[0].help[1:]}" if options else field.description or ""
+
+
 def _fields_beside(location: Sequence[str | int]) -> dict[str, FieldInfo]:
-    """The fields of the mapping that a pydantic location ends in, or is somewhere in."""
+    """Return the fields of the mapping that holds a pydantic location."""
     return LrSchedule.model_fields if location[0] == "lr_schedule" and len(location) > 1 else Config.model_fields
 
 
-# As `repr`, but of a value of any size or depth a line is left.
+# Like `repr`, but a value of any size or depth gives one line.
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100

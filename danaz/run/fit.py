@@ -1,4 +1,4 @@
-"""What fits together: which algorithms can train with which numbers of workers, codecs and pipelines."""
+"""Checks what fits together: an algorithm with its number of workers, its codecs and its pipeline."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from danaz.vectors.codecs import push_codec, view_codec
 
 
 class UnfitError(ValueError):
-    """Settings that cannot be combined; the message says why and what to use instead."""
+    """Some settings cannot be combined; the message says why and what to use instead."""
 
 
 def is_all_reduce(settings: Settings) -> bool:
@@ -20,7 +20,7 @@ def check_workers(settings: Settings) -> None:
     """Check that the algorithm can train with these settings.
 
     Raises:
-        UnfitError: it cannot train on this number of workers, live, or with this wire or pipeline.
+        UnfitError: it cannot train with this number of workers, wire or pipeline, or cannot train live.
         UnknownAlgorithmError, UnsupportedPeriodError, UnknownCodecError: there is no such algorithm, period or codec.
     """
     rule = settings.for_server().rule()
@@ -44,8 +44,8 @@ def check_wire(settings: Settings, rule: Rule) -> None:
     asked = " and ".join(f"{key} {name}" for key, name in codecs.items() if name != "fp32")
     if asked and rule.pushes == "parameters":
         raise UnfitError(
-            f"{settings.algorithm} cannot train with {asked}: its workers push parameters, and the model itself would "
-            "be rounded each time, and not a step of it. Use fp32, or an algorithm that pushes gradients or "
+            f"{settings.algorithm} cannot train with {asked}: its workers push parameters, so each push would round "
+            "the model itself instead of a step. Use fp32, or an algorithm that pushes gradients or "
             "displacements, such as dana"
         )
     if asked and rule.all_reduce and settings.schedule == "live":
@@ -60,7 +60,7 @@ def check_pipeline(settings: Settings, rule: Rule) -> None:
     reasons = {
         "its workers wait for each other at every update": rule.barrier or rule.all_reduce,
         "its workers push parameters, which must hold the step before": rule.pushes == "parameters",
-        "a worker that steps alone between pushes moves what is being exchanged": rule.worker_rule.sync_period > 1,
+        "a worker that steps alone between pushes changes what is being exchanged": rule.worker_rule.sync_period > 1,
     }
     reason = next((reason for reason, holds in reasons.items() if holds), None)
     if settings.pipeline and reason:

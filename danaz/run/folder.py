@@ -1,267 +1,43 @@
 """A run on disk: config.yaml, updates.jsonl, summary.json, parameters.safetensors, logs/.
 
-A kill at any moment leaves whole JSON only: files appear under their name when complete, and each line of updates.jsonl
-is written whole, before the worker hears of its update: so it is the server's journal, too.
+A file gets its name only when it is complete, so a kill at any moment leaves whole files only. The server writes the
+journal and the results: see danaz.serving.journal.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from itertools import islice
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
-
+from danaz.files.atomic import write_atomically
 from danaz.files.plain_yaml import dump_yaml
 from danaz.files.reading import read_json
-from danaz.run.lock import MODE
-from danaz.server.core import ServerCore
-from danaz.server.figures import Update
 
-MOST_WAITING_BYTES = 64 << 20  # of a journal that cannot be written
-Tell = Callable[[str], None]  # a sentence to whoever watches the run
-
-
-class UnwrittenError(RuntimeError):
-    """What a run left could not all be written into its folder."""
-
-
-def tell_on_stderr(sentence: str) -> None:
-    print(f"danaz: {sentence}", file=sys.stderr, flush=True)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """The file at ``path`` holds all of ``content``, or what it held before. Raises OSError."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)  # on a full disk it would be in the way of what is smaller
-        error.filename = str(path)
-        raise
+CONFIG, UPDATES, SUMMARY, PARAMETERS = "config.yaml", "updates.jsonl", "summary.json", "parameters.safetensors"
 
 
 def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """Write config.yaml, the resolved configuration."""
-    write_atomically(folder / "config.yaml", dump_yaml(dict(settings)).encode())
-
-
-class Journal:
-    """Writes updates.jsonl. When ``add`` returns, the kernel has the line, unless the disk did not take it.
-
-    Lines that the disk does not take wait in memory until it does. The user is told once of the trouble, and once of
-    its end. The file holds whole lines without gaps: once some lines are lost, no more are written.
-    """
-
-    def __init__(self, path: Path, tell: Tell):
-        self.path = path
-        self._tell = tell
-        self._descriptor: int | None = None
-        self._waiting = bytearray()  # what has not been written
-        self._torn = 0  # bytes of a line that were written before the disk was full
-        self._lines = 0  # that were added
-        self._lost = 0  # of these, those that will not be written
-        self._in_trouble = False
-
-    def add(self, line: bytes) -> None:
-        """Write a line, which ends with a line break."""
-        self._lines += 1
-        if self._lost:
-            self._lost += 1
-            return
-        self._waiting += line
-        self._write()
-
-    def cut(self, lines: int) -> int:
-        """Cut the file after this number of lines; returns how many lines were removed. Raises OSError."""
-        there = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
-        os.ftruncate(self._open(), sum(map(len, there[:lines])))
-        return max(0, len(there) - lines)
-
-    def close(self) -> int:
-        """Write what waits; returns how many of the lines are not in the file."""
-        if not self._lost:
-            self._write()
-        if self._waiting:
-            self._give_up(self._waiting.count(b"\n"))
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-        return self._lost
-
-    def _open(self) -> int:
-        if self._descriptor is None:
-            self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        return self._descriptor
-
-    def _write(self) -> None:
-        try:
-            descriptor = self._open()
-            while self._waiting:
-                written = os.write(descriptor, self._waiting)
-                line_break = self._waiting.rfind(b"\n", 0, written)
-                self._torn = self._torn + written if line_break < 0 else written - line_break - 1
-                del self._waiting[:written]
-            was_deleted = os.fstat(descriptor).st_nlink == 0
-        except OSError as error:
-            self._note(error)
-            return
-        if was_deleted:
-            self._tell(f"{self.path} was deleted. Training goes on; its results are written when it ends")
-            self._give_up(self._lines)
-        elif self._in_trouble:
-            self._in_trouble = False
-            self._tell(f"{self.path} can be written again, and is whole")
-
-    def _note(self, error: OSError) -> None:
-        if not self._in_trouble:
-            self._in_trouble = True
-            self._tell(f"{self.path} cannot be written: {error.strerror}. Training goes on; its lines wait in memory")
-        if len(self._waiting) > MOST_WAITING_BYTES:
-            self._tell(f"{self.path} will lack all further updates: too many of them wait to be written")
-            self._give_up(self._waiting.count(b"\n"))
-
-    def _give_up(self, lost: int) -> None:
-        self._lost += lost
-        self._waiting.clear()
-        if self._descriptor is not None and self._torn:
-            with suppress(OSError):
-                os.ftruncate(self._descriptor, os.fstat(self._descriptor).st_size - self._torn)
-            self._torn = 0
-
-
-class RunFolder:
-    """Writes what a server core lives through."""
-
-    def __init__(self, path: Path, facts: Mapping[str, Any], tell: Tell = tell_on_stderr):
-        """``facts`` are the figures of summary.json that the server does not know, such as the seed."""
-        self.path = path
-        self.facts = dict(facts)
-        self._journal = Journal(path / "updates.jsonl", tell)
-        self._reported = path / "reported.json"
-
-    def record(self, update: Update) -> None:
-        """Add a line to updates.jsonl."""
-        line: dict[str, Any] = {
-            "version": update.version,
-            "worker": update.worker,
-            "lag": update.lag,
-            "lr": update.lr[0] if len(update.lr) == 1 else update.lr,
-            "gap": update.gap,
-            "gap_of": update.gap_of,
-            "loss": update.loss,
-            "batch": update.batch,
-        }
-        line |= {"samples": update.samples, "incarnation": update.incarnation, "request": update.request}
-        # What is seldom there is left out.
-        rare = {"round": update.round, "earlier": update.earlier, "life": update.life}
-        line |= {name: value for name, value in rare.items() if value}
-        self._journal.add((json.dumps(line) + "\n").encode())
-
-    def journal(self, after: int) -> list[Update]:
-        """The updates after version ``after``, as far as they follow each other without a hole."""
-        updates: list[Update] = []
-        if not self._journal.path.exists():
-            return updates
-        with self._journal.path.open("rb") as lines:
-            for version, line in enumerate(islice(lines, after, None), after + 1):
-                update = _update_of(line)
-                if update is None or update.version != version:
-                    break
-                updates.append(update)
-        return updates
-
-    def cut(self, version: int) -> int:
-        """Let updates.jsonl end with ``version``; returns how many lines went."""
-        return self._journal.cut(version)
-
-    def keep_reported(self, reported: Mapping[str, Any]) -> None:
-        """Let what scripts have reported outlive this process; summary.json takes it over."""
-        write_atomically(self._reported, json.dumps(dict(reported)).encode())
-
-    def reported(self) -> dict[str, Any]:
-        """What scripts had reported to a server that did not come to write summary.json. Raises UnreadableError."""
-        return read_json(self._reported) if self._reported.exists() else {}
-
-    def forget_reported(self) -> None:
-        self._reported.unlink(missing_ok=True)
-
-    def finish(self, core: ServerCore) -> dict[str, Any]:
-        """Write the final parameters and summary.json; returns the summary as read_summary would.
-
-        Raises UnwrittenError if something could not be written. The summary is there only if the parameters are.
-        """
-        missing = self._journal.close()
-        figures = core.summary()
-        error = _measured(figures["reported"], "test_error_percent", None)
-        summary = {**self.facts, "test_error_percent": error, **figures}
-        if missing:
-            summary["unrecorded_updates"] = missing
-        try:
-            self.path.mkdir(mode=MODE, parents=True, exist_ok=True)  # if somebody has deleted it
-            if core.started:
-                params = core.full_model.params(core.master.params)
-                if params is not None:
-                    named = core.full_model.layout.named(params, core.mean_buffers())
-                    write_atomically(self.path / "parameters.safetensors", save(named))
-            write_atomically(self.path / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
-        except OSError as error:
-            what = f"{error.strerror} ({error.filename})" if error.filename else error.strerror
-            raise UnwrittenError(f"the results of the run in {self.path} could not be written: {what}") from None
-        if missing:
-            raise UnwrittenError(
-                f"{self._journal.path} lacks {missing} updates, which could not be written; the parameters and "
-                "summary.json are there"
-            )
-        self.forget_reported()
-        return with_measured(summary)
-
-    def finish_at_exit(self, core: ServerCore) -> None:
-        """Like ``finish``, for a process that is about to end: if writing fails, it exits at once with code 1."""
-        try:
-            self.finish(core)
-        except UnwrittenError as error:
-            tell_on_stderr(str(error))
-            sys.stdout.flush()
-            os._exit(1)
-
-
-def _update_of(line: bytes) -> Update | None:
-    """The inverse of RunFolder.record; None if the line is none, such as one cut short by a full disk."""
-    try:
-        values = json.loads(line)
-        values["lr"] = tuple(values["lr"]) if isinstance(values["lr"], list) else (values["lr"],)
-        values["earlier"] = tuple(values.get("earlier", ()))
-        return Update(**values)
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return None
+    write_atomically(folder / CONFIG, dump_yaml(dict(settings)).encode())
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """summary.json of a finished run, as with_measured has it. Raises UnreadableError."""
-    return with_measured(read_json(folder / "summary.json"))
+    """Return summary.json of a finished run, as with_measured completes it. Raises UnreadableError."""
+    return with_measured(read_json(folder / SUMMARY))
 
 
 def with_measured(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """The summary, in which the training loss that a script measured on the trained model stands in for the server's.
+    """Return the summary with the training loss that a script measured on the trained model, if it reported one.
 
-    The server's own, the mean of the workers' last losses, is an estimate. In a folder of an earlier version, what was
-    reported stands among the other figures already.
+    The server's own figure, the mean of the workers' last losses, is only an estimate. In a folder of an earlier
+    version, the reported figures already stand among the others.
     """
-    loss = _measured(summary.get("reported", {}), "final_train_loss", summary.get("final_train_loss"))
+    loss = reported_number(summary.get("reported", {}), "final_train_loss", summary.get("final_train_loss"))
     return {**summary, "final_train_loss": loss}
 
 
-def _measured(reported: Mapping[str, Any], name: str, otherwise: float | None) -> float | None:
-    """A reported figure, if it is a number or the absence of one."""
+def reported_number(reported: Mapping[str, Any], name: str, otherwise: float | None) -> float | None:
+    """Return a reported figure if it is a number or None, and ``otherwise`` if not."""
     value = reported.get(name, otherwise)
     return value if value is None or isinstance(value, (int, float)) else otherwise

@@ -19,10 +19,10 @@ from pathlib import Path
 
 LOCK = ".run.lock"  # of the process that began the run
 SERVER_LOCK = ".server.lock"
-WAIT_S = 20.0  # the server of a launcher that was killed may take its grace to end
-SHORTLY_S = 0.5  # a question whether somebody holds a lock holds it for a moment
+WAIT_S = 20.0  # the server of a killed launcher may need this long to end
+SHORTLY_S = 0.5  # whoever asks whether a lock is held takes it for a moment
 POLL_S = 0.05
-MODE = 0o700  # of a new run folder: the model, the data's figures and the server's address are nobody else's business
+MODE = 0o700  # of a new run folder: the model, its figures and the server's address are private
 LONGEST_NAME = 100
 
 SERVERS = re.compile(r"updates\.jsonl|(summary|curves)\.json|parameters\.safetensors|recording.*\.bin|checkpoints")
@@ -31,18 +31,18 @@ OTHER = re.compile(r"checkpoints\.[0-9]+|logs|invitations|comparison\.yaml|cells
 
 
 class RunFolderError(ValueError):
-    """A run folder that cannot be used."""
+    """The run folder cannot be used."""
 
 
 class RunLockedError(RunFolderError):
-    """Another process is at work in it."""
+    """Another process uses the run folder."""
 
 
 # ---- a run -------------------------------------------------------------------------------------------------------
 
 
 def free_run_folder(out: Path | None, name: str) -> Path:
-    """Where a new run may go at this moment: ``out``, or runs/TIME-NAME. Raises RunFolderError if it holds a run."""
+    """Return the folder that a new run may use now, ``out`` or runs/TIME-NAME. Raises RunFolderError if it is taken."""
     if out is None:
         return next(path for path in _names(name) if not path.exists())
     if out.is_dir():
@@ -52,14 +52,14 @@ def free_run_folder(out: Path | None, name: str) -> Path:
 
 @contextmanager
 def claimed_run_folder(out: Path | None, name: str) -> Iterator[Path]:
-    """The folder of a new run, ``out`` or runs/TIME-NAME, for this process alone as long as the block lasts.
+    """Yield the folder of a new run, ``out`` or runs/TIME-NAME, which only this process may use during the block.
 
-    It is made, with mode 0700, unless ``out`` is there and holds nothing of a run. If the block leaves nothing in a
-    folder that was made for it, the folder goes away. Raises RunFolderError.
+    The folder is made, with mode 0700, unless ``out`` exists and holds no files of a run. If it was made and the block
+    leaves nothing in it, it is removed. Raises RunFolderError.
     """
     folder, is_new = _make(out, name)
     if not is_new and folder.is_dir() and not _is_locked(folder / LOCK):
-        _check_free(folder)  # before a lock is put into a folder that is none of ours
+        _check_free(folder)  # before a lock is put into a folder that is not ours
     with locked_run_folder(folder):
         try:
             _check_free(folder)
@@ -71,9 +71,9 @@ def claimed_run_folder(out: Path | None, name: str) -> Iterator[Path]:
 
 @contextmanager
 def locked_run_folder(folder: Path, wait_s: float = SHORTLY_S) -> Iterator[None]:
-    """Keep every other run out of ``folder`` as long as the block lasts. Nothing but the lock is touched.
+    """Keep every other run out of ``folder`` during the block. Touch nothing in it but the lock.
 
-    Raises RunLockedError if another run is going on there, and does not end within ``wait_s``; RunFolderError.
+    Raises RunLockedError if another run is going on there and does not end within ``wait_s``; RunFolderError.
     """
     lock = folder / LOCK
     try:
@@ -84,7 +84,7 @@ def locked_run_folder(folder: Path, wait_s: float = SHORTLY_S) -> Iterator[None]
         ) from error
     except OSError as error:
         raise RunFolderError(f"the run folder {folder} cannot be used: {error.strerror}") from None
-    with suppress(OSError):  # a courtesy, which a full disk may forbid
+    with suppress(OSError):  # this only helps others, and fails on a full disk
         os.truncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
     try:
@@ -94,7 +94,7 @@ def locked_run_folder(folder: Path, wait_s: float = SHORTLY_S) -> Iterator[None]
 
 
 def _make(out: Path | None, name: str) -> tuple[Path, bool]:
-    """The folder, and whether it is new."""
+    """Make the folder unless ``out`` exists. Return it, and whether it is new."""
     for folder in _names(name) if out is None else [out]:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ def _make(out: Path | None, name: str) -> tuple[Path, bool]:
         except OSError as error:
             raise RunFolderError(f"the run folder {folder} cannot be made: {_reason(error)}") from None
         return folder, True
-    assert out is not None  # there is no end of names
+    assert out is not None  # the names never end
     return out, False
 
 
@@ -122,12 +122,12 @@ def _reason(error: OSError) -> str:
 
 
 def _check_free(folder: Path) -> None:
-    """Raises RunFolderError if it holds anything of a run."""
+    """Raise RunFolderError if ``folder`` holds any file of a run."""
     check_free_of(folder, SERVERS, BEGUN, OTHER)
 
 
 def check_free_of(folder: Path, *kinds: re.Pattern[str]) -> None:
-    """Raises RunFolderError if ``folder`` holds a file of a run of one of these kinds."""
+    """Raise RunFolderError if ``folder`` holds a file of a run of one of these kinds."""
     try:
         found = sorted(name for name in os.listdir(folder) if any(kind.fullmatch(name) for kind in kinds))
     except OSError as error:
@@ -139,7 +139,7 @@ def check_free_of(folder: Path, *kinds: re.Pattern[str]) -> None:
 
 
 def _remove_if_empty(folder: Path) -> None:
-    with suppress(OSError):  # it is gone already, or something has come into it
+    with suppress(OSError):  # it is gone already, or holds something by now
         if os.listdir(folder) == [LOCK]:
             (folder / LOCK).unlink()
             folder.rmdir()
@@ -149,9 +149,9 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def lock_server(run: Path, wait_s: float = WAIT_S, shard: int = 0) -> int:
-    """Wait until no other server of this shard writes ``run``, and keep others away until this process ends somehow.
+    """Wait until no other server of this shard writes ``run``, and keep others out until this process ends.
 
-    Returns the descriptor that holds the lock. Raises RunLockedError, OSError.
+    Return the descriptor that holds the lock. Raises RunLockedError, OSError.
     """
     try:
         return _lock(run / (f"{SERVER_LOCK}.{shard}" if shard else SERVER_LOCK), wait_s)
@@ -160,7 +160,7 @@ def lock_server(run: Path, wait_s: float = WAIT_S, shard: int = 0) -> int:
 
 
 def check_server_begins(run: Path, shard: int = 0) -> None:
-    """Raises RunFolderError if ``run`` holds what a server wrote, or a run that nobody is at work on."""
+    """Raise RunFolderError if ``run`` holds files that a server wrote, or a run whose process has ended."""
     if shard:
         return check_free_of(run, re.compile(rf"checkpoints\.{shard}"))
     check_free_of(run, SERVERS)
@@ -173,7 +173,7 @@ def check_server_begins(run: Path, shard: int = 0) -> None:
 
 
 def _lock(path: Path, wait_s: float) -> int:
-    """The descriptor of a locked file. Raises BlockingIOError if another process has it for ``wait_s``, OSError."""
+    """Lock a file; return its descriptor. Raises OSError; BlockingIOError if it is locked for ``wait_s``."""
     deadline = time.monotonic() + wait_s
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
@@ -181,7 +181,7 @@ def _lock(path: Path, wait_s: float) -> int:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_file_at(path, descriptor):
                 return descriptor
-            os.close(descriptor)  # whoever had it took the file away meanwhile
+            os.close(descriptor)  # its last holder has removed the file meanwhile
         except BlockingIOError:
             os.close(descriptor)
             if time.monotonic() >= deadline:
@@ -200,7 +200,7 @@ def _is_file_at(path: Path, descriptor: int) -> bool:
 
 
 def _is_locked(path: Path) -> bool:
-    """Whether a process has it; nothing is made."""
+    """Return whether a process holds the lock. Make no file."""
     try:
         descriptor = os.open(path, os.O_RDWR)
     except FileNotFoundError:

@@ -1,9 +1,9 @@
 """Tells the launcher how far a script came, because exit code 0 alone does not say that anything was trained.
 
-The launcher names a file in the environment of each rank, to which the rank adds a line for each milestone that it
-reaches. A rank that ends with 0 and has not reached all of them has failed, and the launcher says what it left undone.
-A rank also notes when it begins to end: Horovod keeps it running until the other ranks have failed, and without that
-note the launcher would blame them.
+The environment of each rank names a file, to which the rank adds a line for each milestone that it reaches. If a rank
+ends with 0 before it has reached all of them, it has failed, and the launcher says what it left undone. A rank also
+notes when it begins to end: Horovod keeps it running until the other ranks have failed, and without that note the
+launcher would blame them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Milestone = Literal["init", "optimizer", "shard", "finish", "leave"]
 
 VARIABLE = "DANAZ_MILESTONES"
 
-# In their order, each with the words for a script that ended without it.
+# The milestones in order, each with the message about a script that ended without it.
 MISSING: Mapping[str, str] = {
     "init": "it never called danaz.init(): a script takes part in a run by danaz.init(), danaz.DistributedOptimizer, "
     "`for epoch in danaz.epochs(n)` and `for batch in danaz.shard(loader, epoch)`",
@@ -30,7 +30,7 @@ MISSING: Mapping[str, str] = {
 
 
 def reach(milestone: Milestone) -> None:
-    """Tell the launcher, if there is one; "leave" comes last. Raises OSError when it cannot be told."""
+    """Tell the launcher, if there is one; "leave" comes last. Raises OSError if the file cannot be written."""
     path = os.environ.get(VARIABLE)
     if path is None:
         return

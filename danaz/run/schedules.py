@@ -1,6 +1,6 @@
-"""The names that the config key ``schedule`` takes: the order in which simulated workers push.
+"""The values of the config key ``schedule``, which says in which order simulated workers push.
 
-The orders themselves are in danaz/simulate/orders.py.
+danaz/simulate/orders.py makes the orders.
 """
 
 SCHEDULES = ("round-robin", "block-random", "gamma", "gamma-heterogeneous")

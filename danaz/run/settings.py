@@ -1,4 +1,4 @@
-"""What the launcher tells each process of a run: its place in the cluster and how the cluster trains."""
+"""What the launcher tells each process of a run: how the cluster trains, and the place of the process in it."""
 
 from __future__ import annotations
 
@@ -6,50 +6,37 @@ import json
 import os
 import re
 from collections.abc import Mapping, MutableMapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from danaz.options.shared import Servers, Training
 from danaz.protocol.keys import WorkerKeys, take_worker_keys
 from danaz.run.config import Config
-from danaz.server.settings import ServerSettings
+from danaz.server.settings import CommonSettings, ServerSettings
 from danaz.vectors.codecs import Compressor, push_codec
-from danaz.vectors.flat import Layout, chunks_of_shards
+from danaz.vectors.cutting import chunks_of_shards
+from danaz.vectors.layout import Layout
 
 FROM_LAUNCHER = "`danaz launch` sets it; unset all DANAZ_ variables to train without"
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The run's settings, the same for all its processes. They travel as JSON in DANAZ_SETTINGS."""
+class Settings(Servers, CommonSettings):
+    """The settings of a run, which all its processes share. They travel as JSON in DANAZ_SETTINGS."""
 
-    algorithm: str = "baseline"
-    workers: int = 1
-    seed: int = 0
+    algorithm: str = "baseline"  # of a process that nobody launched, and which trains alone
     warmup_epochs: float = 0.0
-    lr_correction: bool = True
-    sync_period: int | None = None
-    pipeline: bool = False  # compute the next batch while the last one is pushed
-    hyperparameters: dict[str, Any] = field(default_factory=dict)  # the algorithm's own
-    wire: str = "fp32"  # codec of pushes
-    wire_view: str = "fp32"  # and of views
-    wire_warmup_epochs: float = 0.0  # of the cluster, in which pushes travel as they are
-    gap_every: int = 1
-    digest: str = ""  # of the configuration: server and workers must agree
     collective: str = "none"  # horovod or torch; none: a process alone
     ranks_per_worker: int = 1
     schedule: str = "live"
-    checkpoint_s: float = 30.0  # between the server's checkpoints, 0 never
-    server_shards: int = 1  # server processes, each with a slice of the vector
-    refuse_outliers: bool = False  # pushes far outside the cluster's size
 
     @classmethod
     def of(cls, config: Config, *, schedule: str, collective: str) -> Settings:
-        """The settings of a run of ``config``; a field that has the name of a key of the config has its value."""
-        shared = {field.name for field in fields(cls)} & Config.model_fields.keys() - {"schedule"}
+        """Return the settings of a run of ``config``."""
         return cls(
-            **{name: getattr(config, name) for name in shared},
+            **{field.name: getattr(config, field.name) for field in fields(Training)},
             warmup_epochs=config.lr_schedule.warmup_epochs,
             gap_every=gap_every(config.gap),
             digest=config.digest(),
@@ -58,35 +45,24 @@ class Settings:
         )
 
     def facts(self) -> dict[str, Any]:
-        """What these settings contribute to summary.json."""
+        """Return the entries of summary.json that these settings give."""
         names = ("algorithm", "workers", "ranks_per_worker", "schedule", "seed", "collective")
         return {name: getattr(self, name) for name in names}
 
     def for_server(
         self, workers: int | None = None, weight_decay: tuple[float, ...] = (), shard: int = 0
     ) -> ServerSettings:
-        """What a server core needs of them; it starts when ``workers`` (default: all) have joined.
+        """Return the settings of a server core, which starts when ``workers`` (default: all) have joined.
 
         ``weight_decay``, one a parameter group, is known where the server is in the optimizer's own process.
         """
-        return ServerSettings(
-            algorithm=self.algorithm,
-            workers=self.workers if workers is None else workers,
-            digest=self.digest,
-            lr_correction=self.lr_correction,
-            weight_decay=weight_decay,
-            sync_period=self.sync_period,
-            hyperparameters=self.hyperparameters,
-            wire_view=self.wire_view,
-            gap_every=self.gap_every,
-            checkpoint_s=self.checkpoint_s,
-            shard=shard,
-            shards=self.server_shards,
-            refuse_outliers=self.refuse_outliers,
-        )
+        values = {field.name: getattr(self, field.name) for field in fields(CommonSettings)}
+        if workers is not None:
+            values["workers"] = workers
+        return ServerSettings(**values, weight_decay=weight_decay, shard=shard, shards=self.server_shards)
 
     def compressor(self, layout: Layout) -> Compressor | None:
-        """What a worker compresses its pushes with, None if it does not."""
+        """Return what a worker compresses its pushes with; None if they travel as they are."""
         if self.wire == "fp32":
             return None
         spans = chain.from_iterable(chunks_of_shards(layout.size, self.server_shards))
@@ -97,7 +73,7 @@ class Settings:
 
     @classmethod
     def from_json(cls, text: str) -> Settings:
-        """The inverse of to_json. Raises ValueError for what is none of this version."""
+        """Invert to_json. Raises ValueError for text that this version did not write."""
         known = {field.name for field in fields(cls)}
         try:
             values: Any = json.loads(text)
@@ -111,7 +87,7 @@ class Settings:
 
 
 def gap_every(gap: str) -> int:
-    """on, off or every:K as a number of updates; 0 is never."""
+    """Return on, off or every:K as a number of updates; 0 means never."""
     return {"on": 1, "off": 0}[gap] if gap in ("on", "off") else int(gap.removeprefix("every:"))
 
 
@@ -120,20 +96,20 @@ class RankInfo:
     """This process's place in the cluster."""
 
     worker: int = 0
-    device: int = 0  # that this rank uses of its machine's
+    device: int = 0  # index of the GPU of its machine that this rank uses
     local_rank: int = 0  # among the ranks of all workers on its machine
     local_size: int = 1
     incarnation: int = 1
-    launched: bool = False  # by a launcher, which decides what all processes must agree on
-    guest: bool = False  # it joined a run that goes on without it: when it is to end, it leaves in good order
+    launched: bool = False  # a launcher started it, which decides what all processes must agree on
+    guest: bool = False  # it joined a running job, which goes on without it; told to end, it leaves in good order
     server: str | None = None  # tcp://host:port; None: train by all-reduce, or alone
-    followers: tuple[str, ...] = ()  # the other shards' addresses, in order
+    followers: tuple[str, ...] = ()  # addresses of the other shards, in order
     run: Path | None = None  # the run folder, for the process that writes it
-    keys: WorkerKeys | None = None  # for a server that admits its run's workers alone
+    keys: WorkerKeys | None = None  # None: the server believes whoever connects
 
 
 def server_variable(shard: int) -> str:
-    """The variable that holds a shard's address."""
+    """Return the name of the variable that holds a shard's address."""
     return f"DANAZ_SERVER_{shard}" if shard else "DANAZ_SERVER"
 
 
@@ -151,7 +127,7 @@ def _text(environment: Mapping[str, str], name: str) -> str:
 
 
 def from_environment(environment: MutableMapping[str, str] = os.environ) -> tuple[Settings, RankInfo]:
-    """Read the launcher's variables; without them, one process trains alone. Raises ValueError for odd ones."""
+    """Read the launcher's variables. Without them, one process trains alone. Raises ValueError for bad values."""
     settings = Settings.from_json(environment["DANAZ_SETTINGS"]) if environment.get("DANAZ_SETTINGS") else Settings()
     run, server = environment.get("DANAZ_RUN"), environment.get("DANAZ_SERVER")
     others = range(1, settings.server_shards) if server else range(0)

@@ -1,4 +1,4 @@
-"""Signals that ask a process to end, noted so that it can end in good order."""
+"""Notes the signals that ask a process to end, so that it can end in good order."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import FrameType
 
 
 def note_ending_signals() -> Callable[[], bool]:
-    """Stop SIGTERM and SIGINT from ending this process. Returns a function that says whether one of them has come."""
+    """Keep SIGTERM and SIGINT from ending this process. Return a function that says whether one of them has come."""
     received: list[int] = []
 
     def note(signum: int, frame: FrameType | None) -> None:

@@ -1,1 +1,1 @@
-"""What the server decides: its core, the state that the core keeps, and the master's arithmetic. Without any I/O."""
+"""What the server decides: its core, what the core knows, and the master's arithmetic. Nothing here does any I/O."""

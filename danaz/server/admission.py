@@ -1,4 +1,4 @@
-"""What the server admits, what it refuses, and what follows from a refused push.
+"""Decides what the server admits and refuses, and what follows from a refused push.
 
 Each function named ``why_…`` returns the reason for a refusal, or an empty text. It changes nothing.
 """
@@ -26,20 +26,20 @@ from danaz.protocol.messages import (
 )
 from danaz.protocol.refusals import FRESH_AFTER, NEWER_JOINED, NOT_FINITE, OUTLIER, SICK
 from danaz.rules import UnfitOptimizerError
+from danaz.server.full_model import own_part
 from danaz.server.health import size_of
 from danaz.server.members import Member, MemberState
 from danaz.server.settings import ServerSettings
 from danaz.server.state import Job, ServerState
-from danaz.server.whole import own_part
 from danaz.vectors.cutting import all_finite
-from danaz.vectors.flat import Layout
+from danaz.vectors.layout import Layout
 
 MAX_LR = torch.finfo(torch.float32).max
-DIVERGED_STRIKES = 3  # non-finite pushes in a row, of every live worker
+DIVERGED_STRIKES = 3  # non-finite pushes in a row from every live worker show divergence
 
 
 def is_worth_receiving(message: Request, state: ServerState) -> bool:
-    """Whether to receive the vectors that ``message`` announces: if not, it will be refused unseen."""
+    """Return whether to receive the vectors that ``message`` announces. If not, it is refused without them."""
     member = state.members.get(message.worker)
     if isinstance(message, Join):
         message = own_part(message, state.settings)
@@ -56,7 +56,7 @@ def is_worth_receiving(message: Request, state: ServerState) -> bool:
 
 
 def why_not_join(join: Join, state: ServerState) -> str:
-    """Why this worker cannot take part in the run, or not bring the first parameters."""
+    """Return why this worker cannot take part in the run, or cannot bring the first parameters."""
     settings, member = state.settings, state.members.get(join.worker)
     if join.digest != settings.digest:
         return "worker and server run different configurations"
@@ -81,7 +81,7 @@ def why_not_join(join: Join, state: ServerState) -> str:
     if member is not None and member.incarnation > join.incarnation:
         return NEWER_JOINED
     if member is not None and member.incarnation == join.incarnation and member.request > join.request:
-        # A late copy, which nobody waits for, or a process started anew without saying so.
+        # This is a late copy that nobody waits for, or a new process that does not say that it is new.
         return (
             "this incarnation of the worker has joined and gone on; a process that is started by hand in its place "
             "needs a higher DANAZ_INCARNATION"
@@ -101,12 +101,12 @@ def why_not_optimizers(join: Join, settings: ServerSettings) -> str:
 
 
 def least_bytes(layout: Layout, workers: int) -> int:
-    """The least memory that a server needs: for θ, its copy for a checkpoint, and the push of each worker."""
+    """Return the least memory that a server needs: for θ, its copy for a checkpoint, and each worker's push."""
     return 4 * (layout.size + layout.buffer_size) * (2 + workers)
 
 
 def why_stranger(message: Request, member: Member | None) -> str:
-    """Why the sender of a message must join first: it is not the ``member`` that the server knows."""
+    """Return why the sender of a message must join first: it is not the ``member`` that the server knows."""
     if member is None:
         return "worker has not joined"
     if member.incarnation != message.incarnation:
@@ -119,7 +119,7 @@ def why_stranger(message: Request, member: Member | None) -> str:
 
 
 def why_not_push(push: Push, member: Member, state: ServerState) -> str:
-    """Why a push may not be applied, whatever its size."""
+    """Return why a push may not be applied, whatever its size."""
     job, leases = state.job, state.leases
     if push.life != state.life:
         return "push was computed before the server was restarted"
@@ -140,7 +140,7 @@ def why_not_push(push: Push, member: Member, state: ServerState) -> str:
 
 
 def why_not_of_others(push: Push, layers: int) -> str:
-    """Why what a push says of the other slices cannot be of a model with this number of ``layers``."""
+    """Return why what a push says of the other shards does not fit a model with this number of ``layers``."""
     if push.elsewhere < 0:
         return "the other slices took fewer bytes than none"
     fits = len(push.squares) in (0, layers) and all(0 <= square < inf for square in push.squares)
@@ -148,12 +148,12 @@ def why_not_of_others(push: Push, layers: int) -> str:
 
 
 def is_finite(push: Push) -> bool:
-    """Whether no element is NaN or infinite. A finite square proves it; one that is not finite may have overflowed."""
+    """Return whether no element is NaN or infinite. A finite square proves it; an infinite one may be an overflow."""
     return (push.square is not None and isfinite(push.square)) or all_finite(push.push)
 
 
 def why_not_leave(leave: Leave, job: Job) -> str:
-    """Why a leaving worker's vectors do not fit the model."""
+    """Return why a leaving worker's vectors do not fit the model."""
     given = leave.give_back
     if leave.buffers.numel() != job.layout.buffer_size or (given is not None and given.numel() != job.layout.size):
         return "leaving worker's vectors have the wrong size"
@@ -161,9 +161,9 @@ def why_not_leave(leave: Leave, job: Job) -> str:
 
 
 def why_not_bye(bye: Bye, state: ServerState, member: Member) -> str:
-    """Why what a worker brings with its good-bye is not the end of θ, of which this server holds the beginning.
+    """Return why a good-bye brings something other than the part of θ that this server lacks.
 
-    With several shards, a worker brings it to shard 0, once, with the version that it has heard of.
+    With several shards, a worker brings that part to shard 0, once, with the last version that it was told.
     """
     if bye.rest is None or member.said_bye:
         return ""
@@ -174,7 +174,7 @@ def why_not_bye(bye: Bye, state: ServerState, member: Member) -> str:
 
 
 def why_not_report(report: Report, reported: Collection[str]) -> str:
-    """Why the figures of a script do not fit in with those ``reported`` before."""
+    """Return why a script cannot report more figures beside those ``reported`` before."""
     return TOO_MANY_REPORTED if len({*reported, *report.figures}) > MAX_REPORTED else ""
 
 
@@ -184,7 +184,7 @@ def why_not_report(report: Report, reported: Collection[str]) -> str:
 def judge_size(push: Push, state: ServerState) -> str:
     """Compare the size of a sound push with those of the other workers, and remember it.
 
-    Returns why it is refused, or an empty text.
+    Return why it is refused, or an empty text.
     """
     refuses, size = state.settings.refuse_outliers, size_of(push, state.master.rule, state.master.params)
     is_outlier = state.health.judge(push.worker, size, refuses)
@@ -192,7 +192,7 @@ def judge_size(push: Push, state: ServerState) -> str:
 
 
 def refuse_push(state: ServerState, member: Member, push: Push, reason: str) -> None:
-    """Count a push as refused, and decide what becomes of its batches."""
+    """Count a push as refused, and put its batches back or, if it is sick, drop them."""
     state.refuse(reason)
     member.pending, member.refused = None, (push.request, reason)
     if reason in SICK:
@@ -204,19 +204,18 @@ def refuse_push(state: ServerState, member: Member, push: Push, reason: str) -> 
 
 
 def _drop(state: ServerState, member: Member, push: Push, reason: str) -> None:
-    """Count the batches of a sick push as used: computed again, they would be as bad.
+    """Count the batches of a sick push as used, because they would give another such push.
 
-    Where the server keeps a velocity for the worker, that is as suspect as one on the worker, and starts afresh like
-    it.
+    A velocity that the server keeps for the worker is as suspect as one on the worker, and starts afresh as often.
     """
     for batch in push.batches:
         if state.leases.holds(member.worker, batch):  # not if the run has just ended early
             state.leases.complete(member.worker, batch)
-    if state.health.refused(push) % FRESH_AFTER == 0 and member.vectors:
+    if state.health.count_refused(push) % FRESH_AFTER == 0 and member.vectors:
         state.admit(member, afresh=True)
     if reason == OUTLIER:
         return
-    state.health.saw_not_finite(member.worker)
+    state.health.count_not_finite(member.worker)
     member.strikes += 1
     if all(m.strikes >= DIVERGED_STRIKES for m in state.members.values() if m.takes_part):
         state.diverge(f"the last {DIVERGED_STRIKES} pushes of every worker were not finite")

@@ -1,4 +1,4 @@
-"""What the server tells its workers: views with leases, the end, and that something was noted or refused."""
+"""The answers to workers: views with leases, the trained model, confirmations and refusals."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from danaz.protocol.messages import (
     Progress,
     Push,
     Refusal,
+    Replies,
     Reply,
     Request,
+    Route,
     Streamed,
+    Streams,
 )
-from danaz.server.members import Member, MemberEvent, Route
+from danaz.server.members import Member, MemberEvent
 from danaz.server.state import ServerState
 from danaz.vectors.cutting import all_finite, announced
-
-Replies = list[tuple[Route, Reply]]
-Streams = list[tuple[Route, Reply | Streamed]]
 
 
 class Answers:
@@ -37,7 +37,7 @@ class Answers:
         self._waiting: Streams = []
 
     def take(self) -> Streams:
-        """Hand out all answers that wait, in order.
+        """Return all answers that wait, in order, and forget them.
 
         With several shards, each view names shard 0's newest checkpoint and all checkpoints that this shard has.
         """
@@ -54,38 +54,42 @@ class Answers:
             self._waiting.append((route, Refusal(message.request, reason, rejoin, newest)))
 
     def send_progress(self, route: Route, question: Inquire) -> None:
+        """Tell the epoch of the cluster to anybody who asks."""
         self._waiting.append((route, Progress(question.request, self._state.epoch)))
 
     def confirm(self, member: Member) -> None:
+        """Answer that the request of ``member`` was carried out."""
         self._waiting.append((member.route, Noted(member.request)))
 
     def send_untrained(self, member: Member) -> None:
+        """Send what the model holds besides the parameters."""
         self._waiting.append((member.route, Fetched(member.request, self._state.untrained)))
 
     def answer_push(self, member: Member, push: Push, *, applied: bool = False, refused: str = "") -> None:
-        """Answer a push, with the next view if the worker asks for one."""
+        """Answer a push, with the next view if the worker asks for it."""
         if push.wants_view:
             self.send_view(member, applied=applied, refused=refused)
             return
-        self._state.master.settle()  # no view finishes the update, and the transport reuses the memory of the push
-        self._waiting.append((member.route, self._parameters(member, applied, refused, size=0)))
+        self._state.master.settle()  # no view will finish the update, and the transport reuses the memory of the push
+        self._waiting.append((member.route, self._lease_more(member, applied, refused, size=0)))
 
     def send_view(self, member: Member, *, applied: bool = False, refused: str = "", ahead: bool = False) -> None:
-        """Send the newest view. The worker computes on it from now on; with ``ahead``, after its next push."""
+        """Send the newest view. The worker computes on it next or, with ``ahead``, after its next push."""
         state, codec, size = self._state, self._state.master.view_codec, self._state.job.layout.size
-        view = state.master.view(member, bool(state.settings.gap_every) or state.master.rule.needs_view, ahead)
-        state.figures.view_bytes += codec.encoded_bytes(state.full_model.layout.size)
-        member.be_shown(state.master.version, ahead)
-        self._waiting.append((member.route, Streamed(self._parameters(member, applied, refused, size), view, codec)))
+        view = state.master.take_view(member, bool(state.settings.gap_every) or state.master.rule.needs_view, ahead)
+        state.totals.view_bytes += codec.encoded_bytes(state.full_model.layout.size)
+        member.note_sent_view(state.master.version, ahead)
+        self._waiting.append((member.route, Streamed(self._lease_more(member, applied, refused, size), view, codec)))
 
-    def _parameters(self, member: Member, applied: bool, refused: str, size: int) -> Parameters:
+    def _lease_more(self, member: Member, applied: bool, refused: str, size: int) -> Parameters:
+        """Lease the batches that a worker lacks. Return the answer that names them, without its view f32[size]."""
         state = self._state
         return Parameters(
             request=member.request,
             version=state.master.version,
             applied=applied,
             refused=refused,
-            leases=state.leases.top_up(member.worker, member.ahead),
+            leases=state.leases.lease_up_to(member.worker, member.ahead),
             done=state.leases.done,
             epoch=state.leases.epoch,
             lag=member.lag,
@@ -110,7 +114,7 @@ class Answers:
 
 
 def _to_send(squares: Tensor | None) -> tuple[float, ...]:
-    """``squares`` as they travel; none if the model has diverged."""
+    """Return ``squares`` as they travel; none if the model has diverged."""
     return () if squares is None or not all_finite(squares) else tuple(squares.tolist())
 
 

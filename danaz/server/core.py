@@ -1,9 +1,9 @@
-"""The server without I/O, clock or thread: a message and the time in, replies out.
+"""The server without I/O, clock or thread: it takes messages and the time, and returns replies.
 
-The ROUTER loop feeds it from sockets, the simulator from a schedule, a recording from a file: the same rules, the same
-bookkeeping, the same bits. In a run, workers join and wait for each other. Each then gets a view and batches, pushes,
-and gets the next view. When every batch is completed, the workers leave and give back what their rule says. When the
-last has left, the parameters are final, and all workers get them.
+The ROUTER loop feeds it from sockets, the simulator from a schedule, and a replay from a file. The same input gives the
+same result to the bit. In a run, workers join and wait for each other. Then each gets a view and batches, pushes, and
+gets the next view. When every batch is completed, the workers leave and give back what their rule says. When the last
+one has left, the parameters are final, and all workers get them.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ from danaz.protocol.messages import (
     Leave,
     Pull,
     Push,
+    Replies,
     Report,
     Request,
+    Route,
+    Streams,
 )
 from danaz.protocol.refusals import NEWER_JOINED, OVERFLOW
 from danaz.server.admission import (
@@ -40,35 +43,35 @@ from danaz.server.admission import (
     why_not_report,
     why_stranger,
 )
-from danaz.server.answers import Answers, Replies, Streams, materialize
-from danaz.server.figures import RunTotals, Update
+from danaz.server.answers import Answers, materialize
+from danaz.server.full_model import FullModel, own_part
 from danaz.server.health import measured, norm_of
 from danaz.server.leases import Leases
 from danaz.server.master import Master
-from danaz.server.members import Member, MemberEvent, MemberState, Route
+from danaz.server.members import Member, MemberEvent, MemberState
+from danaz.server.records import RunTotals, Update
 from danaz.server.recovery import Recovery
 from danaz.server.settings import ServerSettings
-from danaz.server.snapshot import CoreState, fill, take
+from danaz.server.snapshot import Snapshot, restore_state, snapshot_of
 from danaz.server.state import Job, ServerState
 from danaz.server.updating import update_by
-from danaz.server.whole import FullModel, own_part
 from danaz.vectors.codecs import travelling_bytes
 from danaz.vectors.cutting import all_finite
 
-Asked = Push | Pull | Fetch | Leave | Report | Bye  # from a worker that is a member
+Asked = Push | Pull | Fetch | Leave | Report | Bye  # requests that only a member may make
 
 EVERYBODY_LEFT = "every worker left before the last batch"
-RESUM_EVERY = 1000  # updates between fresh sums of the velocities, against drift
+RESUM_EVERY = 1000  # updates after which the velocities are summed anew, because rounding errors add up
 
 
 class ServerCore:
-    """Turns a stimulus and a time into replies; what it knows is in ``state``.
+    """Turns a message or a tick, and the time, into replies. ``state`` holds what it knows.
 
-    ``now`` is in seconds on any monotonic clock. The callbacks: ``on_update`` hears of each applied update, and
-    ``on_milestone`` of everything that a restart must not undo, both before any worker is told. ``on_notice`` hears
-    what a person should know. ``on_carried`` gets a message that carries word from other shards, before the core acts
-    on it. ``on_report`` gets all figures that scripts have reported, before a report is confirmed. For ``ahead`` see
-    Master.
+    ``now`` is in seconds on any monotonic clock. These callbacks are called: ``on_update`` after each applied update
+    and ``on_milestone`` after everything that a restart must not undo, both before any worker is told; ``on_notice``
+    with what a person should know; ``on_carried`` with a message that carries news of other shards, before the core
+    acts on it; ``on_report`` with all figures that scripts have reported, before a report is confirmed. For ``ahead``
+    see Master.
     """
 
     def __init__(
@@ -88,7 +91,7 @@ class ServerCore:
         self.on_carried = on_carried
         self.on_report = on_report
         self.recovery: Recovery | None = None  # while a restarted server waits for the workers that it knew
-        self._milestone: tuple[object, ...] = ()  # the last one
+        self._milestone: tuple[object, ...] = ()  # what marked the last milestone
         self._answers = Answers(self.state)
 
     # ---- what others may read ------------------------------------------------------------------------------------
@@ -98,8 +101,8 @@ class ServerCore:
         return self.state.members
 
     @property
-    def figures(self) -> RunTotals:
-        return self.state.figures
+    def totals(self) -> RunTotals:
+        return self.state.totals
 
     @property
     def job(self) -> Job:
@@ -128,7 +131,7 @@ class ServerCore:
 
     @property
     def life(self) -> int:
-        """The number of this server's life: it grows with each restart."""
+        """The number of this server's life, which grows with each restart."""
         return self.state.life
 
     @property
@@ -138,7 +141,7 @@ class ServerCore:
 
     @property
     def finished(self) -> bool:
-        """Every batch is completed, or all workers left before; and no worker has anything more to say."""
+        """Whether training is over, because no batch or no worker is left, and every live worker has said good-bye."""
         members = self.members.values()
         over = self.started and (self.leases.done or any(member.said_bye for member in members))
         return over and all(member.said_bye or not member.alive for member in members)
@@ -151,10 +154,10 @@ class ServerCore:
         return self.started and all_gone and not self.leases.done
 
     def summary(self) -> dict[str, Any]:
-        """The figures of summary.json that the server knows. Raises UnsettledError: call ``settle`` before."""
+        """Return the figures of summary.json that the server knows. Raises UnsettledError: call ``settle`` before."""
         state = self.state
         return {
-            **state.figures.summary(),
+            **state.totals.summary(),
             "complete": self.finished,
             "diverged": bool(state.diverged),
             "diverged_because": state.diverged or None,
@@ -166,44 +169,46 @@ class ServerCore:
         }
 
     def mean_buffers(self) -> Tensor:
-        """Batch-norm statistics of the trained model, f32[B]."""
+        """Return the batch-norm statistics of the trained model, f32[B]."""
         return self.state.buffers.mean
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
     def settle(self) -> None:
-        """Finish the last update, whose view nobody may have taken. Call this before you read parameters or summary."""
+        """Finish the last update, which may be only partly applied. Call this before you read parameters or summary."""
         self.state.settle()
 
-    def snapshot(self, reuse: CoreState | None = None) -> CoreState:
-        """Copy everything that a restarted server must know. The copy is faster into the memory of ``reuse``."""
-        self.settle()
-        return take(self.state, reuse)
+    def snapshot(self, reuse: Snapshot | None = None) -> Snapshot:
+        """Return a copy of what a restarted server must know. The copy is faster into the memory of ``reuse``.
 
-    def restore(self, saved: CoreState, journal: Sequence[Update], life: int, now: float) -> None:
-        """Go on from ``saved``, and from what the workers remember of the updates since, which are in ``journal``.
-
-        ``life`` is larger than that of any server before. Raises ResumeError.
+        Raises UnsettledError: call ``settle`` before.
         """
-        fill(self.state, saved, now)
+        return snapshot_of(self.state, reuse)
+
+    def restore(self, saved: Snapshot, journal: Sequence[Update], life: int, now: float) -> None:
+        """Go on from ``saved``, and from what workers remember of the later updates, which are in ``journal``.
+
+        ``life`` is larger than that of any earlier server of the run. Raises ResumeError.
+        """
+        restore_state(self.state, saved, now)
         self.state.life, self.state.started = life, True
-        self.figures.restarts += 1
+        self.totals.restarts += 1
         self.recovery = Recovery(journal, self.job.layout.size, until=now + self.settings.recovery_s)
 
     # ---- stimuli -------------------------------------------------------------------------------------------------
 
     def handle(self, route: Route, message: Request, now: float) -> Replies:
-        """Take one message; returns the replies that it sets free, each with the route it goes to."""
+        """Take one message. Return the replies that can be sent now, each with its route."""
         return materialize(self.stream(route, message, now))
 
     def tick(self, now: float) -> Replies:
-        """Let time pass: workers that were silent too long are lost."""
+        """Let time pass, and give up workers that were silent too long. Return replies, as ``handle`` does."""
         return materialize(self.stream_tick(now))
 
     def stream(self, route: Route, message: Request, now: float) -> Streams:
         """Take one message, as ``handle`` does, but compute each view while it is sent.
 
-        Until each Streamed is used up or given up, do not change ``message`` and call nothing else of the core.
+        Until each Streamed is used up or given up, do not change ``message``, and call no other method of the core.
         """
         self.settle()
         if isinstance(message, Join):
@@ -223,7 +228,7 @@ class ServerCore:
         member.heard_at = now
         if not member.alive:
             member.on(MemberEvent.HEARD)
-        # Answers follow the newest request: a heartbeat has a socket of its own, a late copy may come from a dead one.
+        # Answer the newest request only: a heartbeat has its own socket, and a late copy may come from a closed one.
         may_speak = self.started and (self.recovery is None or member.left)
         if not isinstance(message, Heartbeat) and message.request >= member.request and may_speak:
             repeated = message.request == member.request
@@ -243,17 +248,17 @@ class ServerCore:
         return self._answer_waiting(now)
 
     def takes(self, message: Request) -> bool:
-        """Whether to receive the vectors that ``message`` announces: if not, it will be refused unseen."""
+        """Return whether to receive the vectors that ``message`` announces. If not, it is refused without them."""
         return is_worth_receiving(message, self.state)
 
     def refuse(self, reason: str) -> None:
-        """Count a message that is not served, also one that could not even be read."""
+        """Count a message that is refused, or that could not be read."""
         self.state.refuse(reason)
 
     def edit(self, displacement: Tensor) -> None:
-        """Add ``displacement`` f32[P] to the parameters, by which the script in this process has moved its view.
+        """Add ``displacement`` f32[P], by which the script in this process has changed its view, to the parameters.
 
-        This is no update and takes no version.
+        This is not an update, and makes no new version.
         """
         self.settle()
         self.master.replace(self.master.params + displacement)
@@ -274,9 +279,9 @@ class ServerCore:
         self.state.learn(join, full_layout)
         if member is None or member.incarnation < join.incarnation:
             member = self._replace(member, route, join, now)
-        if self.recovery is not None and self.settings.shards == 1:  # a slice newer than the others is of no use
-            self.recovery.brought(join)
-        # The same incarnation again lost our answer, or comes back after a silence: it keeps its velocity.
+        if self.recovery is not None and self.settings.shards == 1:  # a part newer than the other shards' is of no use
+            self.recovery.hear(join)
+        # If the same incarnation joins again, it missed our answer or was silent for a while. It keeps its velocity.
         answered = member.computing and member.request == join.request
         member.route, member.heard_at, member.request, member.ahead = route, now, join.request, join.ahead
         if answered:
@@ -287,7 +292,7 @@ class ServerCore:
             self.state.admit(member)
 
     def _replace(self, before: Member | None, route: Route, join: Join, now: float) -> Member:
-        """A new process of a worker takes the place of the one before, if there was one."""
+        """Put a new process of a worker in the place of the earlier one, if there was one. Return the new member."""
         if before is not None:
             self.state.release(before)
         no_lr = (0.0,) * len(join.layout.groups)
@@ -313,7 +318,7 @@ class ServerCore:
             self.leases.close()
 
     def _may_count(self, vector: Tensor) -> bool:
-        """Refuse a leaving worker's vector that is not finite, as that of a diverged model; the worker still leaves."""
+        """Return whether a leaving worker's vector is finite. If not, count it as refused; the worker still leaves."""
         if not all_finite(vector):
             self.refuse("leaving worker's vectors are not finite")
             return False
@@ -357,19 +362,19 @@ class ServerCore:
         """Count ``batch`` as used, without an update."""
         if self.leases.holds(member.worker, batch):
             self.leases.complete(member.worker, batch)
-            self.figures.skipped_batches += 1
+            self.totals.skipped_batches += 1
 
     def _report(self, member: Member, report: Report) -> None:
-        reason = why_not_report(report, self.figures.reported)
+        reason = why_not_report(report, self.totals.reported)
         if reason:
             self._answers.refuse(member.route, report, reason)
             return
-        self.figures.report(report.figures)
-        self.on_report(self.figures.reported)
+        self.totals.add_reported(report.figures)
+        self.on_report(self.totals.reported)
         self._answers.confirm(member)
 
     def _bye(self, member: Member, bye: Bye) -> None:
-        """A worker is gone. One that did not leave before gives up its batches."""
+        """Note that a worker is gone. If it did not leave before, others get its batches."""
         reason = why_not_bye(bye, self.state, member)
         if reason:
             self._answers.refuse(member.route, bye, reason)
@@ -388,14 +393,14 @@ class ServerCore:
         if repeated and member.state is MemberState.IN_ROUND:
             return
         if repeated and member.refused[0] == push.request:
-            # Whatever has changed since: the worker may have read the first answer by now.
+            # Say the same again, whatever has changed since: the worker may have read the first answer by now.
             self._answers.answer_push(member, push, refused=member.refused[1])
             return
         if push.push.numel() == self.job.layout.size:
             push = measured(push)
         reason = why_not_push(push, member, self.state) or judge_size(push, self.state)
         if not reason and self.master.rule.barrier:
-            member.wait_for_round(replace(push, push=push.push.clone()))  # the transport uses its buffer again
+            member.wait_for_round(replace(push, push=push.push.clone()))  # the transport reuses its buffer
             return
         if not reason and not self._update((push,), now):
             reason = OVERFLOW
@@ -407,7 +412,7 @@ class ServerCore:
     # ---- updating ------------------------------------------------------------------------------------------------
 
     def _update(self, parts: tuple[Push, ...], now: float) -> bool:
-        """Make one update of the push of one worker, or of those of a whole round; returns whether it is finite."""
+        """Make one update of one worker's push, or of those of a whole round. Return whether the result is finite."""
         state = self.state
         if not self.master.is_finite:
             state.diverge("the parameters are not finite: the rule, or what training began with, made them so")
@@ -417,13 +422,13 @@ class ServerCore:
             return False
         for part in parts:
             self.members[part.worker].strikes = 0
-            state.health.applied(part.worker)
+            state.health.count_applied(part.worker)
         if self.master.version % RESUM_EVERY == 0:
             state.resum()
-        self.figures.count(update, now)
-        self.figures.push_bytes += sum(travelling_bytes(p.push, p.encoded) + p.elsewhere for p in parts)
+        self.totals.count(update, now)
+        self.totals.push_bytes += sum(travelling_bytes(p.push, p.encoded) + p.elsewhere for p in parts)
         self.on_update(update)
-        reason = self.figures.divergence(m.worker for m in self.members.values() if m.takes_part)
+        reason = self.totals.divergence(m.worker for m in self.members.values() if m.takes_part)
         if reason:
             state.diverge(reason)
         return True
@@ -431,7 +436,7 @@ class ServerCore:
     def _update_by_round(self, now: float) -> None:
         """Make one update of what the live workers pushed, weighted by their samples.
 
-        If its result is not finite, the largest push is refused, and the others make the update.
+        If its result is not finite, refuse the largest push, and try again with the others.
         """
         members = [m for m in self.members.values() if m.pending is not None]
         parts = {m.worker: m.pending for m in members if m.pending is not None}
@@ -445,8 +450,8 @@ class ServerCore:
     # ---- answering -----------------------------------------------------------------------------------------------
 
     def _answer_waiting(self, now: float) -> Streams:
-        """Answer every worker that waits for something that has come true."""
-        if self.recovery is not None and self.recovery.over(self.members.values(), now):
+        """Answer every worker whose wait is over."""
+        if self.recovery is not None and self.recovery.is_over(self.members.values(), now):
             self.recovery.conclude(self.state, now)
             self.recovery = None
             self.state.resum()
@@ -462,9 +467,10 @@ class ServerCore:
         return self.state.has_params and sum(m.alive for m in self.members.values()) >= self.settings.workers
 
     def _mark_milestone(self) -> None:
-        """Workers may soon hold a first view, an end, or parameters that a leaving worker has changed for good.
+        """Call ``on_milestone`` if something has happened that a restart must not undo.
 
-        Nor will a worker that is gone bring θ again.
+        Workers may soon hold a first view, the trained model, or parameters that a leaving worker has changed for good;
+        and a worker that is gone will not bring its part of θ again.
         """
         waiting_for_all = self.leases.done and not self.state.final
         left = 0 if waiting_for_all else sum(member.left for member in self.members.values())
@@ -474,6 +480,7 @@ class ServerCore:
             self.on_milestone(self)
 
     def _serve_waiting(self, now: float) -> None:
+        """Send views to the workers that can go on, complete a round, or send the trained model."""
         live = [m for m in self.members.values() if m.alive]
         round_is_open = any(m.state is MemberState.IN_ROUND for m in live)
         for member in live:

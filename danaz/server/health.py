@@ -1,7 +1,7 @@
 """Which workers are sick: their pushes are not finite, or far larger than those of the cluster.
 
-The size of a push is compared with what the other workers pushed lately, so a worker alone is never an outlier. Whether
-the whole run diverges is for RunTotals to judge.
+The size of a push is compared with what the other workers pushed lately, so a single worker is never an outlier.
+Whether the whole run diverges is judged by RunTotals.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import compress
 from math import inf, isfinite, sqrt
 from statistics import median_low
 from typing import Any
@@ -19,37 +20,39 @@ from torch import Tensor
 from danaz.protocol.messages import Push
 from danaz.rules import Rule
 
-OUTLIER_RATIO = 100.0  # between a step and the others' median step: no honest batch differs that much
-RECENT_PUSHES = 256  # of the cluster, refused ones included, are what a size is compared with; older ones are forgotten
-RECENT_OF_EACH = 32  # of these, the newest of each worker count: one that pushes more often has no larger say
-ENOUGH_PUSHES = 20  # of the others, before anyone is judged
-HOPELESS_PUSHES = 32  # of one worker, refused in a row: a person should look at it
+OUTLIER_RATIO = 100.0  # largest honest ratio of a step to the others' median step
+RECENT_PUSHES = 256  # pushes of the cluster that a size is compared with, refused ones included
+RECENT_OF_EACH = 32  # of these, pushes that count for each worker, so that a fast worker has no larger say
+ENOUGH_PUSHES = 20  # pushes of the others that it takes to judge a worker
+HOPELESS_PUSHES = 32  # pushes of one worker refused in a row, after which a person should look at it
 
 
 @dataclass
 class Ailments:
     """What was wrong with the pushes of one worker, and what the run lost by it."""
 
-    not_finite: int = 0  # pushes, including those whose update would not be finite
-    outliers: int = 0
-    refused_pushes: int = 0  # of these
-    dropped_batches: int = 0  # batches of refused pushes: they count as used, and are in no update
-    dropped_samples: int = 0
+    not_finite: int = 0  # pushes that are not finite, or whose update would not be
+    outliers: int = 0  # pushes far larger than those of the others
+    refused_pushes: int = 0  # pushes of both kinds that were refused
+    dropped_batches: int = 0  # batches of refused pushes, which count as used but are in no update
+    dropped_samples: int = 0  # samples of these batches
 
 
 class PushHealth:
-    """Counts the sick pushes of each worker. ``on_notice`` hears once of each worker and ailment."""
+    """Counts the sick pushes of each worker, and calls ``on_notice`` once for each worker and ailment."""
 
     def __init__(self, on_notice: Callable[[str], None]):
         self._on_notice = on_notice
-        self._ailments: dict[int, Ailments] = {}  # of each worker that had one
-        self._sizes: deque[tuple[int, float]] = deque(maxlen=RECENT_PUSHES)  # (worker, ‖push‖)
-        self._in_a_row: Counter[int] = Counter()  # of each worker, refused since the last one that was applied
+        self._ailments: dict[int, Ailments] = {}  # by worker; a worker without any is not in it
+        self._sizes: deque[float] = deque(maxlen=RECENT_PUSHES)  # ‖push‖ of each recent push
+        self._senders: deque[int] = deque(maxlen=RECENT_PUSHES)  # the worker that made each of them
+        self._in_a_row: Counter[int] = Counter()  # by worker, its refused pushes since the last applied one
 
     def _of(self, worker: int) -> Ailments:
         return self._ailments.setdefault(worker, Ailments())
 
-    def saw_not_finite(self, worker: int) -> None:
+    def count_not_finite(self, worker: int) -> None:
+        """Count a push that is not finite."""
         ailments = self._of(worker)
         ailments.not_finite += 1
         if ailments.not_finite == 1:
@@ -61,13 +64,17 @@ class PushHealth:
         ``refused`` says what becomes of outliers.
         """
         ratio = self._outlier_ratio(worker, size)
-        self._sizes.append((worker, size))
+        self._sizes.append(size)
+        self._senders.append(worker)
         if ratio is not None:
             self._count_outlier(worker, ratio, refused)
         return ratio is not None
 
     def _outlier_ratio(self, worker: int, size: float) -> float | None:
-        """How many times the usual size of the others' pushes ``size`` is; None if it is no outlier."""
+        """Return ``size`` over the usual size of the others' pushes; None if it is no outlier."""
+        # Most pushes need no median: it is at least the smallest size.
+        if size <= OUTLIER_RATIO * min(self._sizes, default=0.0):
+            return None
         usual = self._usual_beside(worker)
         if usual is None or size <= OUTLIER_RATIO * usual:
             return None
@@ -84,21 +91,23 @@ class PushHealth:
             )
 
     def _usual_beside(self, worker: int) -> float | None:
-        """The median size of the other workers' recent pushes; None while there are too few to judge by."""
+        """Return the median size of the other workers' recent pushes; None while there are too few to judge by."""
         of_each: dict[int, list[float]] = {}
-        for other, size in self._sizes:
+        for other, size in zip(self._senders, self._sizes, strict=True):
             if other != worker:
                 of_each.setdefault(other, []).append(size)
         others = [size for sizes in of_each.values() for size in sizes[-RECENT_OF_EACH:]]
         return median_low(others) if len(others) >= ENOUGH_PUSHES else None
 
     def forget(self, worker: int) -> None:
-        """A worker is gone: compare nobody with what it pushed."""
-        self._sizes = deque((entry for entry in self._sizes if entry[0] != worker), maxlen=RECENT_PUSHES)
+        """Stop comparing others with what ``worker``, which is gone, has pushed."""
+        of_others = [sender != worker for sender in self._senders]
+        self._sizes = deque(compress(self._sizes, of_others), maxlen=RECENT_PUSHES)
+        self._senders = deque(compress(self._senders, of_others), maxlen=RECENT_PUSHES)
         del self._in_a_row[worker]
 
-    def refused(self, push: Push) -> int:
-        """Count what the run loses by a push that is refused as sick; returns how many were refused in a row."""
+    def count_refused(self, push: Push) -> int:
+        """Count what the run loses by a refused sick push. Return how many of the worker's were refused in a row."""
         worker, ailments = push.worker, self._of(push.worker)
         ailments.refused_pushes += 1
         ailments.dropped_batches += len(push.batches)
@@ -111,35 +120,38 @@ class PushHealth:
             )
         return self._in_a_row[worker]
 
-    def applied(self, worker: int) -> None:
-        """A push of ``worker`` was applied: count its refused pushes in a row from zero again."""
+    def count_applied(self, worker: int) -> None:
+        """Count the refused pushes of ``worker`` in a row from zero again, as one of its pushes was applied."""
         del self._in_a_row[worker]
 
     def summary(self) -> dict[str, dict[str, int]]:
-        """The ailments of each worker that had one, by its number as a text."""
+        """Return the ailments of each worker that had any, by its number as a text."""
         return {str(worker): asdict(ailments) for worker, ailments in sorted(self._ailments.items())}
 
     def restore(self, summary: Mapping[str, Mapping[str, Any]]) -> None:
-        """Take over the counts of a summary. The workers in it were announced before."""
+        """Take over the counts of a summary. The notices of the workers in it were given before."""
         self._ailments = {int(worker): Ailments(**counts) for worker, counts in summary.items()}
 
 
 def measured(push: Push) -> Push:
-    """``push`` with the sum of its squares, which is computed once here for all that need it."""
+    """Return ``push`` with the sum of its squares, computed once for all who need it."""
     if push.square is not None:
         return push
     return replace(push, square=torch.dot(push.push, push.push).item())
 
 
 def norm_of(push: Push) -> float:
-    """‖push‖₂, infinite if its square does not fit into float32."""
+    """Return ‖push‖₂; infinity if its square does not fit into float32."""
     square = measured(push).square
     assert square is not None
     return sqrt(square) if isfinite(square) else inf
 
 
 def size_of(push: Push, rule: Rule, params: Tensor) -> float:
-    """‖push‖₂ on the scale of a gradient: of a displacement over its rate, or of pushed parameters minus ours."""
+    """Return ‖push‖₂ on the scale of a gradient.
+
+    A displacement is divided by its rate; pushed parameters count by their distance from ours, over the rate.
+    """
     moved = rule.pushes == "parameters"
     norm = torch.linalg.vector_norm(push.push - params).item() if moved else norm_of(push)
     lr = 1.0 if rule.pushes == "gradient" else max(push.lr)

@@ -1,4 +1,4 @@
-"""Who computes which batch: every batch of the run is leased, and completed, once."""
+"""Decides who computes which batch, so that every batch of the run is completed once."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from danaz.protocol.messages import Plan
 
 
 class Leases:
-    """Hands out batch numbers in order. What a lost worker held is handed out again, before anything new."""
+    """Leases batch numbers in order. Batches that come back from a worker are leased again before new ones."""
 
     def __init__(self, plan: Plan):
         self.plan = plan
         self.completed = 0
         self._next = 0
-        self._returned: list[int] = []  # a heap
-        self._held: dict[int, list[int]] = {}
+        self._returned: list[int] = []  # a heap of batches to lease again
+        self._held: dict[int, list[int]] = {}  # worker -> the batches leased to it
         self._closed = False
 
-    def top_up(self, worker: int, ahead: int) -> tuple[int, ...]:
-        """Lease to ``worker`` until it holds ``ahead`` batches or none are left; returns all that it is to compute."""
+    def lease_up_to(self, worker: int, ahead: int) -> tuple[int, ...]:
+        """Lease batches to ``worker`` until it holds ``ahead`` or none are left. Return all batches that it holds."""
         if self._closed:
             return ()
         held = self._held.setdefault(worker, [])
@@ -30,6 +30,7 @@ class Leases:
         return tuple(held)
 
     def _take(self) -> int | None:
+        """Take the next batch to lease; return None if there is none."""
         if self._returned:
             return heapq.heappop(self._returned)
         if self._next == self.plan.batches:
@@ -38,7 +39,7 @@ class Leases:
         return self._next - 1
 
     def has_news(self, worker: int) -> bool:
-        """Whether a worker that asks for batches can be answered now: it has one, can get one, or none will come."""
+        """Return whether a worker that asks for batches can be answered: it holds or can get one, or none will come."""
         return self.done or bool(self._held.get(worker)) or bool(self._returned) or self._next < self.plan.batches
 
     def holds(self, worker: int, batch: int) -> bool:
@@ -50,7 +51,7 @@ class Leases:
         self.completed += 1
 
     def account(self, batch: int) -> None:
-        """Count ``batch`` as completed, by a worker whose lease was forgotten in a restart."""
+        """Count ``batch`` as completed by a worker whose lease was forgotten in a restart."""
         while self._next <= batch:
             heapq.heappush(self._returned, self._next)
             self._next += 1
@@ -78,14 +79,14 @@ class Leases:
         self._closed = True
 
     def facts(self) -> dict[str, Any]:
-        """Which batches are completed and which are not. Which worker holds which is forgotten in a restart."""
+        """Return which batches are completed and which are not. A restart forgets which worker holds which."""
         held = (batch for batches in self._held.values() for batch in batches)
         left = sorted([*self._returned, *held])
         return {"completed": self.completed, "next": self._next, "returned": left, "closed": self._closed}
 
     @classmethod
     def restored(cls, plan: Plan, facts: Mapping[str, Any]) -> Leases:
-        """Leases with the state that ``facts`` returned."""
+        """Return leases with the state that ``facts`` returned."""
         leases = cls(plan)
         leases.completed, leases._next = facts["completed"], facts["next"]
         leases._returned, leases._closed = list(facts["returned"]), facts["closed"]
@@ -98,13 +99,14 @@ class Leases:
 
     @property
     def done(self) -> bool:
+        """Whether no batch is left to compute."""
         return self._closed or self.completed == self.plan.batches
 
 
 class LeasedElsewhere(Leases):
-    """The leases of a shard other than 0: shard 0 leases every batch, and workers say when none are left."""
+    """The leases of a shard other than 0. Shard 0 leases every batch, and workers say when none are left."""
 
-    def top_up(self, worker: int, ahead: int) -> tuple[int, ...]:
+    def lease_up_to(self, worker: int, ahead: int) -> tuple[int, ...]:
         return ()
 
     def has_news(self, worker: int) -> bool:

@@ -1,4 +1,4 @@
-"""The master: the parameters θ (or Θ), the rule's vectors, and the arithmetic between a push and the next view."""
+"""The master holds the parameters θ (or Θ) and the rule's vectors, and computes the next view from a push."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from danaz.rules import Context, Rule
 from danaz.server.members import Member
 from danaz.vectors.codecs import FP32, Codec
 from danaz.vectors.counts import Counts
-from danaz.vectors.cutting import all_finite
-from danaz.vectors.flat import Layout, Spans, chunks, present
+from danaz.vectors.cutting import Spans, all_finite, chunks, cut, present
 from danaz.vectors.gap import Layers
+from danaz.vectors.layout import Layout
 
 # While the norms of all vectors and of a push, and its rates, are below these, no rule can leave the range of float32.
 TAME = 1e9
 TAME_LR = 1e3
-LARGEST = 2.0**120  # that an element may become: the sum of a few of these, as in a view, is still finite
+LARGEST = 2.0**120  # the largest element after an update: the sum of a few of these, as in a view, is still finite
 
 
 class UnsettledError(RuntimeError):
@@ -37,7 +37,7 @@ class UnsettledError(RuntimeError):
 
 
 class Master:
-    """All vectors of a server, and their version. Knows nothing of messages, batches or time.
+    """All vectors of a server, and their version. It knows nothing of messages, batches or time.
 
     An update is applied slice by slice while the next view is taken, so that the first slices of the view leave while
     the last ones are computed. ``settle`` applies what is left of it. All methods that change vectors settle first;
@@ -85,7 +85,7 @@ class Master:
         return self._params
 
     def settle(self) -> None:
-        """Apply all that is left of the last update. After that, its push is needed no longer."""
+        """Apply the rest of the last update. After that, its push is no longer needed."""
         self._apply_up_to(self.layout.size)
         if self._norm is not None and self._squares:
             square = torch.stack(self._squares).sum().item()
@@ -191,11 +191,11 @@ class Master:
         self._squares += [torch.dot(each, each) for each in written]
 
     def _is_tame(self, norm: float, lr: tuple[float, ...]) -> bool:
-        """Whether an update by a push of this norm, at these rates, is sure to be finite."""
+        """Return whether an update by a push of this norm, at these rates, is sure to be finite."""
         return self._bound() <= TAME and norm <= TAME and max(lr) <= TAME_LR
 
     def _bound(self) -> float:
-        """At least the ‖·‖₂ of each vector that takes part; measured anew if it is not known."""
+        """Return an upper bound on the ‖·‖₂ of each vector that takes part; measure it if it is not known."""
         if self._norm is None:
             members = (vector for member in self._taking_part for vector in member.vectors.values())
             norms = [torch.linalg.vector_norm(each).item() for each in (self.params, *self.shared.values(), *members)]
@@ -203,7 +203,7 @@ class Master:
         return self._norm
 
     def _try(self, slices: Iterator[int], vectors: Sequence[dict[str, Tensor]]) -> bool:
-        """Make an update at once. If its result is not finite, or nearly so, restore the vectors and return False."""
+        """Make an update at once. If its result is not finite, or too large, restore the vectors and return False."""
         owns = (vector for own in vectors for name, vector in own.items() if name != "view")
         written = [self._params, *self.shared.values(), *owns]
         before = [vector.clone() for vector in written]
@@ -217,7 +217,7 @@ class Master:
 
     @property
     def is_finite(self) -> bool:
-        """Whether all parameters are. A user's own rule, or the first parameters, may make some that are not.
+        """Whether all parameters are finite. A user's own rule, or the first parameters, may make some that are not.
 
         Raises UnsettledError.
         """
@@ -243,12 +243,12 @@ class Master:
         self.params.copy_(params)
         self._norm = None
 
-    def view(self, member: Member, keep: bool, ahead: bool = False) -> Iterator[Tensor]:
-        """The parameters that ``member`` computes on next, slice by slice: f32[n] each, as flat.chunks cuts f32[P].
+    def take_view(self, member: Member, keep: bool, ahead: bool = False) -> Iterator[Tensor]:
+        """Compute the view that ``member`` gets next, slice by slice: f32[n] each, as cutting.chunks cuts f32[P].
 
-        A slice is valid until the next one is taken. With ``keep``, the view becomes ``member.view``, or
-        ``member.ahead_view`` if it is sent ``ahead`` of its time. Raises
-        RuntimeError if another update came in between: a view is of one version.
+        Before each slice of the view, the last update is applied up to the end of that slice. A slice is valid until
+        the next one is taken. With ``keep``, the view becomes ``member.view``, or ``member.ahead_view`` if it is sent
+        ``ahead`` of its time. Raises RuntimeError if another update came in between: a view is of one version.
         """
         kept = None
         if keep and ahead:
@@ -257,9 +257,9 @@ class Master:
             )
         elif keep:
             kept = member.view = torch.empty_like(self._params) if member.view is None else member.view
-        return self._view(self.version, self._contexts(member, self.lr, lag=0), member, kept)
+        return self._take_view(self.version, self._contexts(member, self.lr, lag=0), member, kept)
 
-    def _view(self, version: int, contexts: Contexts, member: Member, kept: Tensor | None) -> Iterator[Tensor]:
+    def _take_view(self, version: int, contexts: Contexts, member: Member, kept: Tensor | None) -> Iterator[Tensor]:
         slices = self.layout.slices()
         for start, stop in chunks(self.layout.size):
             if self.version != version:
@@ -283,7 +283,7 @@ class Master:
             yield out
 
     def resum(self, members: Iterable[Member]) -> None:
-        """Sum the velocities of the members that take part afresh."""
+        """Sum again the velocities of ``members``, who take part."""
         self.settle()
         before, self._taking_part = self._taking_part, list(members)
         if list(map(id, before)) != list(map(id, self._taking_part)):
@@ -303,6 +303,7 @@ class Master:
     def _contexts(
         self, member: Member, lr: tuple[float, ...], lag: int, max_lr: tuple[float, ...] | None = None
     ) -> Contexts:
+        """Return the scalars of each parameter group, and of each count of gradients."""
         own, shared = member.counts, self.shared_counts
         groups = [
             Context(*rates, lag, self.version, own.counts[0], len(self._taking_part), group, shared.counts[0])
@@ -311,7 +312,7 @@ class Master:
         return Contexts(groups, own, shared)
 
     def _vectors(self, member: Member) -> dict[str, Tensor]:
-        """The member's vectors, and the others that its rule asks for."""
+        """Return the member's vectors, and the others that its rule asks for."""
         vectors = dict(member.vectors)
         if self.rule.needs_view:
             assert member.view is not None, "a rule that needs views sees every one that is sent"
@@ -322,7 +323,7 @@ class Master:
         return vectors
 
     def squares(self, view: Tensor) -> Tensor:
-        """‖Δ‖² of each layer, f64[layers], for Δ = θ − the last view f32[P] sent to a worker."""
+        """Return ‖Δ‖² of each layer, f64[layers], for Δ = θ − ``view`` f32[P], the last view sent to a worker."""
         params, ahead = self.params, self.ahead() if self.ahead is not None and self._on_lookahead else None
 
         def deltas() -> Iterator[Tensor]:
@@ -334,7 +335,7 @@ class Master:
 
     @property
     def gap_of(self) -> Literal["parameters", "lookahead"]:
-        """Which vector the gap is measured in: θ, or Θ where only that is at hand."""
+        """Which vector the gap is measured in: θ, or Θ where only Θ is at hand."""
         return "lookahead" if self._on_lookahead and self.ahead is None else "parameters"
 
     @property
@@ -343,13 +344,13 @@ class Master:
 
     @property
     def l2(self) -> float | None:
-        """‖params‖₂, None if it is not finite."""
+        """‖params‖₂; None if it is not finite."""
         norm = float(torch.linalg.vector_norm(self.params.double()))
         return norm if isfinite(norm) else None
 
 
 def is_within(tensor: Tensor, largest: float) -> bool:
-    """Whether no element is NaN, or has an absolute value above ``largest``."""
+    """Return whether no element is NaN or has an absolute value above ``largest``."""
     if tensor.numel() == 0:
         return True
     low, high = torch.aminmax(tensor)
@@ -357,6 +358,7 @@ def is_within(tensor: Tensor, largest: float) -> bool:
 
 
 def exhaust(slices: Iterator[int]) -> None:
+    """Apply all ``slices`` of an update."""
     for _ in slices:
         pass
 
@@ -377,7 +379,3 @@ class Contexts:
                 for start, stop, shared in self._shared.runs(first, last):
                     same = own == ctx.own_count and shared == ctx.shared_count
                     yield start, stop, ctx if same else replace(ctx, own_count=own, shared_count=shared)
-
-
-def cut(vectors: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
-    return {name: vector[start:stop] for name, vector in vectors.items()}

@@ -8,11 +8,9 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from danaz.protocol.messages import Push
+from danaz.protocol.messages import Push, Route
 from danaz.protocol.transitions import Transitions
 from danaz.vectors.counts import Counts
-
-Route = bytes | int  # where replies go: opaque to the core, the transport's own
 
 
 class MemberState(Enum):
@@ -50,6 +48,7 @@ S, E = MemberState, MemberEvent
 _AT_WORK = (S.STARTING, S.COMPUTING, S.IN_ROUND, S.IDLE)
 TAKES_PART = frozenset((S.EXPECTED, *_AT_WORK))
 HAS_LEFT = frozenset((S.LEAVING, S.LEFT, S.SILENT_LEAVING, S.SILENT_LEFT, S.DISMISSED))
+IS_ALIVE = frozenset((*TAKES_PART, S.LEAVING, S.LEFT, S.DISMISSED))
 
 MEMBER = Transitions(
     "member",
@@ -91,7 +90,7 @@ MEMBER = Transitions(
 
 
 def restored_state(alive: bool, left: bool, said_bye: bool) -> MemberState:
-    """The state of a worker of which a checkpoint holds these three facts."""
+    """Return the state of a worker from the three facts that a checkpoint holds of it."""
     if left and said_bye:
         return S.DISMISSED
     if left:
@@ -103,43 +102,44 @@ def restored_state(alive: bool, left: bool, said_bye: bool) -> MemberState:
 
 @dataclass
 class Member:
-    """A worker that joined."""
+    """What the server remembers of a worker that joined."""
 
     worker: int
     incarnation: int
     route: Route
-    request: int  # the newest one seen
+    request: int  # number of its newest request
     ahead: int  # number of batches that it wants to hold at a time
     vectors: dict[str, Tensor]  # the rule's worker_state, f32[P] each
-    lr: tuple[float, ...]  # ηᵢ of its last applied update, per group
+    lr: tuple[float, ...]  # ηᵢ of its last applied update, one for each parameter group
     heard_at: float
     state: MemberState = MemberState.STARTING
-    sent_version: int = 0  # of the view that it computes on
-    view: Tensor | None = None  # f32[P], kept for the gap and for rules that need it
-    ahead_version: int | None = None  # in a pipeline, of the view that it computes on next, if that was sent already
-    ahead_view: Tensor | None = None  # f32[P]
+    sent_version: int = 0  # version of the view that it computes on
+    view: Tensor | None = None  # f32[P], that view, kept for the gap and for rules that need it
+    ahead_version: int | None = None  # in a pipeline, version of its next view, if that was sent already
+    ahead_view: Tensor | None = None  # f32[P], that next view, or memory for it
     pending: Push | None = None  # the push that waits for its round, in the state IN_ROUND
-    updates: int = 0
+    updates: int = 0  # number of its applied pushes
     counts: Counts = field(default_factory=lambda: Counts.of(0))  # gradients in each element of ``vectors``
-    applied_request: int = 0  # of its last applied push
+    applied_request: int = 0  # request number of its last applied push
     refused: tuple[int, str] = (0, "")  # request number of its last refused push, and why
-    lag: int = 0  # of its last applied push
-    gap: float | None = None
-    squares: Tensor | None = None  # f64[layers] of this shard, for the gap of its last applied push
+    lag: int = 0  # lag of its last applied push
+    gap: float | None = None  # gap of that push
+    squares: Tensor | None = None  # f64[layers], this shard's part of the gap of its last applied push
     strikes: int = 0  # non-finite pushes in a row
 
     def on(self, event: MemberEvent) -> None:
-        """Go to the state after ``event``; a push waits in no state but IN_ROUND. Raises IllegalTransitionError."""
+        """Go to the state after ``event``; a push waits only in the state IN_ROUND. Raises IllegalTransitionError."""
         self.state = MEMBER.after(self.state, event, str(self.worker))
         if self.state is not MemberState.IN_ROUND:
             self.pending = None
 
     def wait_for_round(self, push: Push) -> None:
+        """Keep ``push`` until the round is complete."""
         self.on(MemberEvent.ROUND)
         self.pending = push
 
-    def be_shown(self, version: int, ahead: bool) -> None:
-        """It is sent the view of ``version``. With ``ahead``, it computes on that one after its present view."""
+    def note_sent_view(self, version: int, ahead: bool) -> None:
+        """Note that the worker is sent the view of ``version``; with ``ahead``, as the one after its present view."""
         self.on(MemberEvent.VIEW)
         if ahead:
             self.ahead_version = version
@@ -147,18 +147,19 @@ class Member:
             self.sent_version, self.ahead_version = version, None
 
     def advance_view(self) -> None:
-        """It has pushed what it made of its view. If it was sent the view after that, it computes on that one now."""
+        """Let the worker, which has pushed, compute on the view that it was sent ahead, if there is one."""
         if self.ahead_version is not None:
             self.sent_version, self.ahead_version = self.ahead_version, None
             self.view, self.ahead_view = self.ahead_view, self.view
 
     @property
     def alive(self) -> bool:
-        """Whether anyone may wait for it: it is neither silent nor did it quit."""
-        return self.state not in (S.LOST, S.QUIT, S.SILENT_LEAVING, S.SILENT_LEFT)
+        """Whether others may wait for it: it is not silent and has not quit."""
+        return self.state in IS_ALIVE
 
     @property
     def left(self) -> bool:
+        """Whether it has left in good order."""
         return self.state in HAS_LEFT
 
     @property
@@ -167,6 +168,7 @@ class Member:
 
     @property
     def takes_part(self) -> bool:
+        """Whether it may still push, now or once it has joined again after a restart of the server."""
         return self.state in TAKES_PART
 
     @property
@@ -175,16 +177,16 @@ class Member:
 
 
 class MeanBuffers:
-    """Batch-norm statistics at the end: their mean over the workers that stay to the end, weighted by their updates.
+    """The batch-norm statistics of the trained model: the mean of those that workers bring, weighted by their updates.
 
-    A worker that leaves while others go on has statistics of an old model, and does not count. But if no worker stays
-    to the end, those of the last one that left are better than none. The memory does not grow with the workers.
+    Only workers that stay to the end count. One that leaves earlier has the statistics of an older model; they are used
+    only if nobody stays to the end. The memory does not grow with the number of workers.
     """
 
     def __init__(self, size: int):
-        self.updates = 0  # of the workers that count
-        self.total = torch.zeros(size, dtype=torch.float64)  # their buffers, each times its updates
-        self.last = torch.zeros(size)  # of the last worker that left early, or without an update
+        self.updates = 0  # updates of the workers that count
+        self.total = torch.zeros(size, dtype=torch.float64)  # sum of their buffers, each times its worker's updates
+        self.last = torch.zeros(size)  # buffers of the last worker that left early, or without an update
 
     def hear(self, member: Member, buffers: Tensor, at_the_end: bool) -> None:
         """Take over the buffers f32[B] of a worker that leaves."""
@@ -196,5 +198,5 @@ class MeanBuffers:
 
     @property
     def mean(self) -> Tensor:
-        """f32[B]; zero if nobody has left."""
+        """The mean buffers f32[B]; zero if nobody has left."""
         return (self.total / self.updates).float() if self.updates else self.last

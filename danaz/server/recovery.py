@@ -1,8 +1,8 @@
-"""How a restarted server finds where to go on: at its checkpoint, or at the newest view that a worker brings.
+"""A restarted server goes on from its checkpoint, or from the newest view that a worker brings.
 
-Under some rules the server holds nothing but what a view shows. Then a worker's view of version n is the server's state
-at version n, and the journal (updates.jsonl) says which pushes are in it: only updates that are in no worker's view are
-lost. Under all other rules the server goes back to its checkpoint.
+Under some rules, a view shows all that the server holds. Then a worker's view of version n is the server's state at
+version n, and the journal (updates.jsonl) says which pushes are in it, so only updates that no worker has in a view are
+lost. Under all other rules, the server goes back to its checkpoint.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 
 from danaz.protocol.messages import Join
-from danaz.server.figures import Update
 from danaz.server.members import Member, MemberState
+from danaz.server.records import Update
 from danaz.server.state import ServerState
 from danaz.vectors.cutting import all_finite
 
 
 class Recovery:
-    """Lasts from a restart until all workers that the server knew are back, or their time is up."""
+    """The time after a restart, until all workers that the server knew are back or their time is up."""
 
     def __init__(self, journal: Sequence[Update], size: int, until: float):
         """``journal`` holds the updates since the checkpoint, ``size`` is P."""
@@ -29,8 +29,8 @@ class Recovery:
         self._until = until
         self._newest: tuple[int, Tensor] | None = None  # version and f32[P]
 
-    def brought(self, join: Join) -> None:
-        """Keep the newest view that workers bring. It counts if the journal has its version, made in the same life."""
+    def hear(self, join: Join) -> None:
+        """Keep the view that ``join`` brings if it is the newest one whose version the journal has, from its life."""
         view = join.params
         if view is None or join.life != self._life_of.get(join.version):
             return
@@ -38,12 +38,12 @@ class Recovery:
         if is_newer and view.numel() == self._size and all_finite(view):
             self._newest = (join.version, view)
 
-    def over(self, members: Iterable[Member], now: float) -> bool:
-        """Whether all workers that the server knew are back, or their time is up."""
+    def is_over(self, members: Iterable[Member], now: float) -> bool:
+        """Return whether all workers that the server knew are back, or their time is up."""
         return now >= self._until or not any(m.state is MemberState.EXPECTED for m in members)
 
     def conclude(self, state: ServerState, now: float) -> None:
-        """Bring ``state`` to the version to go on from."""
+        """Bring ``state`` to the version that the run goes on from."""
         if self._newest is not None and state.master.rule.view_is_state:
             version, view = self._newest
             for update in self.journal:
@@ -52,7 +52,7 @@ class Recovery:
             state.master.replace(view)
         at = state.master.version
         lost = sum(update.version > at for update in self.journal)
-        state.figures.lost_updates += lost
+        state.totals.lost_updates += lost
         who, cost = "server", f", {lost} updates are lost"
         if state.settings.shard:  # shard 0 keeps the journal, so only shard 0 knows what is lost
             who, cost = f"shard {state.settings.shard}", ""
@@ -60,10 +60,10 @@ class Recovery:
 
 
 def account(state: ServerState, update: Update, now: float) -> None:
-    """Do all the bookkeeping of an update. Its arithmetic is in the view already."""
+    """Record an update in ``state``, all but its arithmetic, which the view contains already."""
     master, member = state.master, state.members.get(update.worker)
     if member is None or member.incarnation < update.incarnation:
-        # It joined after the checkpoint, and is not back yet.
+        # This worker joined after the checkpoint, and is not back yet.
         member = Member(update.worker, update.incarnation, b"", 0, 1, {}, update.lr, now, MemberState.LOST)
         state.members[update.worker] = member
     if member.incarnation == update.incarnation:
@@ -74,6 +74,6 @@ def account(state: ServerState, update: Update, now: float) -> None:
         state.leases.account(batch)
     master.version, master.lr = update.version, update.lr
     master.max_lr = tuple(map(max, master.max_lr, update.lr))
-    state.figures.count(update, now)
+    state.totals.count(update, now)
     if update.loss is not None:
-        state.figures.hear_loss(update.worker, update.loss)
+        state.totals.hear_loss(update.worker, update.loss)

@@ -1,4 +1,4 @@
-"""The server's state as plain values and tensors: what a checkpoint holds."""
+"""A snapshot: the server's state as plain values and tensors, which a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from torch import Tensor
 
 from danaz.optimizers import Optimizers, optimizers_from_lists, optimizers_to_lists
 from danaz.protocol.messages import Plan
-from danaz.server.figures import RunTotals
+from danaz.server.full_model import FullModel
 from danaz.server.leases import LeasedElsewhere, Leases
 from danaz.server.members import Member, restored_state
+from danaz.server.records import RunTotals
 from danaz.server.state import Job, ServerState
-from danaz.server.whole import FullModel
 from danaz.vectors.counts import Counts
-from danaz.vectors.flat import Layout
+from danaz.vectors.layout import Layout
 
-# What a checkpoint holds of each member: not the clock and the routes of one server process, nor what a worker that
-# joins again is sent anew. The state is held as three facts.
+# The attributes of a member that a snapshot holds. It holds nothing that only one server process can use, such as the
+# route, and nothing that a worker is sent again when it rejoins. Three facts stand for the member's state.
 STATE_FACTS = ("alive", "left", "said_bye")
 OTHER_FACTS = ("updates", "applied_request", "lag", "gap", "strikes")
 LASTING = ("worker", "incarnation", "request", "ahead", "lr", *STATE_FACTS, *OTHER_FACTS)
 
 
 class ResumeError(ValueError):
-    """A run that cannot go on from what is left of it."""
+    """The run cannot go on from what is left of it."""
 
 
 @dataclass(frozen=True)
-class CoreState:
+class Snapshot:
     """The state of a server at one moment."""
 
-    facts: dict[str, Any]  # as JSON has them
-    tensors: dict[str, Tensor]  # f32[P] or f32[B] each, except for a sum f64[B]
+    facts: dict[str, Any]  # all values but tensors, as JSON has them
+    tensors: dict[str, Tensor]  # f32[P] or f32[B] each; one is a sum f64[B]
 
     @property
     def version(self) -> int:
@@ -47,8 +47,8 @@ class CoreState:
         return Leases.restored(Plan(**self.facts["job"]["plan"]), self.facts["leases"]).done
 
 
-def take(state: ServerState, reuse: CoreState | None = None) -> CoreState:
-    """Copy the state of a server that has started, into the memory of ``reuse``, which nobody needs any more.
+def snapshot_of(state: ServerState, reuse: Snapshot | None = None) -> Snapshot:
+    """Return a copy of the state of a server that has started, in the memory of ``reuse``, which nobody needs any more.
 
     Raises UnsettledError.
     """
@@ -78,7 +78,7 @@ def take(state: ServerState, reuse: CoreState | None = None) -> CoreState:
             for member in members
         ],
         "leases": state.leases.facts(),
-        "figures": state.figures.facts(),
+        "figures": state.totals.facts(),
         "sick_workers": state.health.summary(),
         "diverged": state.diverged,
         "sound": list(state.sound),
@@ -95,11 +95,11 @@ def take(state: ServerState, reuse: CoreState | None = None) -> CoreState:
     tensors |= {"buffers.total": state.buffers.total, "buffers.last": state.buffers.last}
     memory = {} if reuse is None else reuse.tensors
     copies = {n: memory[n].copy_(t) if n in memory else t.clone() for n, t in tensors.items()}
-    return CoreState(facts, copies)
+    return Snapshot(facts, copies)
 
 
-def fill(state: ServerState, saved: CoreState, now: float) -> None:
-    """Put what was saved into a new state. Raises ResumeError if the two have different settings."""
+def restore_state(state: ServerState, saved: Snapshot, now: float) -> None:
+    """Put ``saved`` into a new state. Raises ResumeError if the two have different settings."""
     facts, tensors, settings = saved.facts, saved.tensors, state.settings
     for name in ("algorithm", "sync_period", "shards", "shard"):
         if facts[name] != (asked := getattr(settings, name)):
@@ -132,7 +132,7 @@ def fill(state: ServerState, saved: CoreState, now: float) -> None:
         kept = () if member.left else master.rule.worker_state
         member.vectors = {name: tensors[f"member.{member.worker}.{name}"].clone() for name in kept}
         state.members[member.worker] = member
-    state.figures = RunTotals.restored(facts["figures"], now)
+    state.totals = RunTotals.restored(facts["figures"], now)
     state.health.restore(facts["sick_workers"])
     state.diverged, state.stopped = facts["diverged"], facts.get("stopped", "")
     state.final, state.generation = facts["final"], facts["generation"]
@@ -153,7 +153,7 @@ def _member(values: Mapping[str, Any], now: float) -> Member:
 
 
 def _fill_buffers(state: ServerState, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """A checkpoint of an earlier version of danaz holds separate buffers for each worker that had left."""
+    """Restore the buffers. A checkpoint of an earlier version holds separate buffers for each worker that had left."""
     buffers = state.buffers
     if "buffers" in facts:
         buffers.updates = facts["buffers"]["updates"]

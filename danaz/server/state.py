@@ -1,4 +1,4 @@
-"""What the server knows, and the changes of it that several of its parts make."""
+"""What the server knows, and those changes to it that several parts of the server make."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 
 from danaz.optimizers import Optimizers
 from danaz.protocol.messages import Join, Plan
-from danaz.server.figures import RunTotals
+from danaz.server.full_model import FullModel
 from danaz.server.health import PushHealth
 from danaz.server.leases import LeasedElsewhere, Leases
 from danaz.server.master import Master
 from danaz.server.members import MeanBuffers, Member
+from danaz.server.records import RunTotals
 from danaz.server.settings import ServerSettings
-from danaz.server.whole import FullModel
 from danaz.vectors.codecs import view_codec
-from danaz.vectors.flat import Layout
+from danaz.vectors.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Job:
 
 
 class ServerState:
-    """Everything that a server knows of its run, without a word to anybody.
+    """Everything that a server knows of its run. It sends nothing.
 
-    ``on_notice`` hears what a person should know. For ``ahead`` see Master.
+    ``on_notice`` is told what a person should know. For ``ahead`` see Master.
     """
 
     def __init__(
@@ -46,18 +46,18 @@ class ServerState:
         self.on_notice = on_notice
         self.ahead = ahead
         self.members: dict[int, Member] = {}
-        self.figures = RunTotals()
+        self.totals = RunTotals()
         self.health = PushHealth(on_notice)
         self.life = 0  # grows with each restart
         self.generation = 0  # number of shard 0's newest checkpoint
-        self.kept: tuple[int, ...] = ()  # numbers of this shard's checkpoints, which its workers are told
-        self.sound: tuple[int, ...] = ()  # once training has diverged, the checkpoints from before: they stay
+        self.kept: tuple[int, ...] = ()  # numbers of this shard's checkpoints, as its workers are told
+        self.sound: tuple[int, ...] = ()  # once training has diverged, the checkpoints from before, which stay
         self.started = False
         self.diverged = ""  # the reason, if training diverged
         self.stopped = ""  # the script's reason, if it ended the run early
-        self.final = False  # a worker has the trained model, which a worker that comes back later cannot change
+        self.final = False  # whether a worker has the trained model; from then on nobody can change it
         self.buffers = MeanBuffers(0)
-        self.untrained = torch.empty(0)  # f32[U], what the model holds besides the parameters, as bytes
+        self.untrained = torch.empty(0)  # f32[U], the bytes of what the model holds besides the parameters
         self._job: Job | None = None
         self._leases: Leases | None = None
         self._full_model: FullModel | None = None
@@ -101,9 +101,9 @@ class ServerState:
         return self._leases.epoch if self._leases else 0.0
 
     def learn(self, join: Join, full_layout: Layout) -> None:
-        """Take over what a join brings that nobody has brought before: the job and, from worker 0, the model's values.
+        """Take over what ``join`` is the first to bring: the job and, from worker 0, the model's values.
 
-        ``join`` has the layout of this shard's slice, ``full_layout`` is that of the full model.
+        ``join`` has the layout of this shard's part of the model, ``full_layout`` that of the full model.
         """
         if not self.has_job:
             leases = (LeasedElsewhere if self.settings.shard else Leases)(join.plan)
@@ -126,24 +126,24 @@ class ServerState:
     # ---- workers -------------------------------------------------------------------------------------------------
 
     def start(self, now: float) -> None:
-        """Enough workers have joined: training begins."""
+        """Begin training, as enough workers have joined."""
         self.started = True
-        self.figures.started_at = now
+        self.totals.started_at = now
         self.admit(*(m for m in self.members.values() if m.alive))
 
     def admit(self, *members: Member, afresh: bool = False) -> None:
-        """Give members the vectors that they lack; with ``afresh``, replace those that they have."""
+        """Give members the vectors that they lack; with ``afresh``, replace the ones that they have."""
         for member in members:
             if afresh or not member.vectors:
                 self.master.enter(member)
         self.resum()
 
     def resum(self, but: Member | None = None) -> None:
-        """Sum the velocities of the workers that take part afresh, without that of ``but``."""
+        """Sum again the velocities of all workers that take part, except ``but``."""
         self.master.resum(m for m in self.members.values() if m.takes_part and m is not but)
 
     def release(self, member: Member) -> None:
-        """This process of a worker takes no part any more: others get its batches, and the look-ahead forgets it."""
+        """Give the batches of a worker's process that is gone to others, and take it out of the look-ahead."""
         self.leases.give_up(member.worker)
         self.health.forget(member.worker)
         if self.started:
@@ -152,22 +152,22 @@ class ServerState:
     # ---- the run -------------------------------------------------------------------------------------------------
 
     def settle(self) -> None:
-        """Finish the last update, whose view nobody may have taken."""
+        """Finish the last update, which may be only partly applied."""
         if self._master is not None:
             self._master.settle()
 
     def refuse(self, reason: str) -> None:
-        """Count a message that is not served, also one that could not even be read."""
-        self.figures.refusals[reason] += 1
+        """Count a message that is refused, or that could not be read."""
+        self.totals.refusals[reason] += 1
 
     def diverge(self, reason: str) -> None:
-        """End the run early. The checkpoints from before stay."""
+        """End the run early, and let the checkpoints from before stay."""
         if not self.diverged:
             self.diverged, self.sound = reason, self.kept
             self.leases.close()
 
     def stop(self, worker: int, reason: str) -> None:
-        """End the run early, as the script of ``worker`` asks: the others hear of it with their next view."""
+        """End the run early, as the script of ``worker`` asks. The other workers learn it with their next view."""
         self.stopped = reason
         self.on_notice(f"worker {worker} ends the run early: {reason}")
         self.leases.stop()

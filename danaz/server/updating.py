@@ -1,4 +1,4 @@
-"""Makes one update of pushes that may be applied: the next version of the master, and the record of it."""
+"""Makes one update of pushes that passed all checks: the master's next version, and its record."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from math import isfinite
 
 from danaz.protocol.messages import Push
-from danaz.server.figures import Update, mean
 from danaz.server.health import norm_of
 from danaz.server.members import Member
+from danaz.server.records import Update, mean
 from danaz.server.state import ServerState
-from danaz.vectors.flat import common_spans
+from danaz.vectors.cutting import common_spans
 
 
 def update_by(state: ServerState, parts: Sequence[Push]) -> Update | None:
-    """Apply one update made of ``parts``, the push of one worker or those of a whole round, and complete its leases.
+    """Apply one update made of ``parts``, one worker's push or those of a whole round, and complete their leases.
 
     Returns None, and changes nothing, if the result would not be finite.
     """
@@ -38,7 +38,7 @@ def update_by(state: ServerState, parts: Sequence[Push]) -> Update | None:
             state.leases.complete(p.worker, batch)
     losses = {p.worker: p.loss for p in parts if p.loss is not None}
     for worker, loss in losses.items():
-        state.figures.hear_loss(worker, loss)
+        state.totals.hear_loss(worker, loss)
     return Update(
         version=master.version,
         worker=last.worker,
@@ -58,10 +58,10 @@ def update_by(state: ServerState, parts: Sequence[Push]) -> Update | None:
 
 
 def _gap(state: ServerState, member: Member, push: Push) -> float | None:
-    """The gap of the view that ``push`` was computed on, if it is to be measured.
+    """Return the gap of the view that ``push`` was computed on, if it is to be measured.
 
-    With several shards, it is the gap of the worker's previous push: ``push`` brings what the other shards measured
-    for that one.
+    With several shards, return the gap of the worker's previous push instead: ``push`` brings what the other shards
+    measured for that one.
     """
     settings, full = state.settings, state.full_model
     # All shards must measure the same pushes. They agree on a worker's request numbers, but not on versions.

@@ -1,1 +1,1 @@
-"""The server as a process: sockets, checkpoints, the journal and the recording."""
+"""The server as a process: its socket, checkpoints, journal and recording."""

@@ -1,11 +1,11 @@
-"""The whole server core on disk: number.safetensors holds its vectors, number.json the rest and a checksum of both.
+"""A checkpoint on disk: number.safetensors holds the server's vectors, number.json the rest and a checksum of both.
 
-The JSON file is written last, and a file gets its name only when it is complete. So a kill at any moment leaves either
-a whole checkpoint or none. If a checkpoint is torn or altered all the same, its checksum shows it, and the server takes
-the checkpoint before it.
+The JSON file is written last, and a file gets its name only when it is complete, so a kill at any moment leaves either
+a whole checkpoint or none. If a checkpoint is torn or altered all the same, its checksum shows this, and the server
+takes the checkpoint before it.
 
-With several shards, each shard has a folder of its own, maybe on another machine. The checkpoints that have the same
-number form one generation, and belong together.
+With several shards, each shard has a folder of its own, perhaps on another machine. The checkpoints with the same
+number form one generation: they belong together.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,15 +20,18 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from danaz.server.snapshot import CoreState, ResumeError
+from danaz.files.atomic import replacing
+from danaz.server.snapshot import ResumeError, Snapshot
 
 FOLDER = "checkpoints"  # within a run folder
 FORMAT = "danaz checkpoint 2"
 RESTARTS = "restarts"  # a file in FOLDER: how often the server was restarted, and updates lost without a checkpoint
-KEPT = 2
+KEPT = 2  # how many checkpoints a run keeps
 MANY = 8  # how many a shard keeps in addition to those that all shards have
 READ_BYTES = 1 << 20
-SUFFIXES = (".json", ".safetensors", ".part")
+PART = ".part"  # of a file that is being written; a kill leaves it, and its number is not used again
+SUFFIXES = (".json", ".safetensors", PART)
+MODE = 0o644  # others may read a run
 
 
 class DamagedError(Exception):
@@ -40,17 +42,17 @@ class DamagedError(Exception):
 
 
 def folder_of(run: Path, shard: int = 0) -> Path:
-    """Where this shard keeps its checkpoints."""
+    """Return the folder in which this shard keeps its checkpoints."""
     return run / (f"{FOLDER}.{shard}" if shard else FOLDER)
 
 
 def complete_numbers(folder: Path) -> list[int]:
-    """The numbers of the finished checkpoints, sound or not, in ascending order."""
+    """Return the numbers of the finished checkpoints, sound or not, in ascending order."""
     return sorted(_numbers(folder, ".json"))
 
 
 def newest_number(folder: Path) -> int:
-    """The largest number of any checkpoint, finished or not; 0 if there is none."""
+    """Return the largest number of any checkpoint, finished or not; 0 if there is none."""
     return max(_numbers(folder), default=0)
 
 
@@ -64,7 +66,7 @@ def worth_keeping(numbers: Sequence[int], common: Collection[int]) -> list[int]:
     return [number for number in numbers if number in {*common, *since[-MANY:]}]
 
 
-def write_checkpoint(folder: Path, number: int, state: CoreState, keep: Collection[int] = ()) -> None:
+def write_checkpoint(folder: Path, number: int, snapshot: Snapshot, keep: Collection[int] = ()) -> None:
     """Write a checkpoint, then delete all others except those in ``keep``.
 
     If this raises OSError, it leaves no part of the new checkpoint. The run folder must exist: if it was deleted, this
@@ -73,30 +75,27 @@ def write_checkpoint(folder: Path, number: int, state: CoreState, keep: Collecti
     folder.mkdir(exist_ok=True)
     tensors, facts = _files(folder, number)
     try:
-        part = tensors.with_suffix(".part")
-        _save(state, part)
-        os.chmod(part, 0o644)  # others may read a run
-        digest = _digest(state.facts, part)
-        _publish(part, tensors)
-        part = facts.with_suffix(".part")
-        part.write_text(json.dumps({"format": FORMAT, "sha256": digest, "facts": state.facts}))
-        _publish(part, facts)
+        with replacing(tensors, part=tensors.with_suffix(PART), mode=MODE) as part:
+            _save(snapshot, part)
+            digest = _digest(snapshot.facts, part)
+        with replacing(facts, part=facts.with_suffix(PART), mode=MODE) as part:
+            part.write_text(json.dumps({"format": FORMAT, "sha256": digest, "facts": snapshot.facts}))
     except OSError:
         _delete(folder, but={other for other in _numbers(folder) if other != number})
         raise
     _delete(folder, but={number, *keep})
 
 
-def _save(state: CoreState, path: Path) -> None:
+def _save(snapshot: Snapshot, path: Path) -> None:
     """Save the vectors. Raises OSError where safetensors raises its own error, which has the cause only as text."""
     try:
-        save_file(state.tensors, path)
+        save_file(snapshot.tensors, path)
     except SafetensorError as error:
         raise OSError(errno.EIO, str(error), str(path)) from None
 
 
-def read_newest(folder: Path) -> tuple[CoreState, list[str]] | None:
-    """The newest sound checkpoint, and why newer ones were skipped; None if no checkpoint was ever finished.
+def read_newest(folder: Path) -> tuple[Snapshot, list[str]] | None:
+    """Return the newest sound checkpoint, and why newer ones were skipped; None if none was ever finished.
 
     Raises ResumeError if there are checkpoints but all of them are damaged.
     """
@@ -111,11 +110,11 @@ def read_newest(folder: Path) -> tuple[CoreState, list[str]] | None:
     return None
 
 
-def read_checkpoint(folder: Path, number: int) -> CoreState:
+def read_checkpoint(folder: Path, number: int) -> Snapshot:
     """Read one checkpoint. Raises DamagedError unless all of it is sound."""
     facts = read_facts(folder, number)
     try:
-        return CoreState(facts, load_file(_files(folder, number)[0]))
+        return Snapshot(facts, load_file(_files(folder, number)[0]))
     except (OSError, SafetensorError) as error:
         raise DamagedError(number, error) from error
 
@@ -146,7 +145,7 @@ def delete_checkpoints(folder: Path, but: Collection[int] = ()) -> None:
 
 
 def read_restarts(folder: Path) -> tuple[int, int]:
-    """How often the server was restarted, and how many updates were lost without a checkpoint; 0 if not recorded."""
+    """Return how often the server was restarted, and how many updates were lost without a checkpoint; 0 if unknown."""
     try:
         restarts, lost = map(int, (folder / RESTARTS).read_text().split())
     except (FileNotFoundError, ValueError):
@@ -157,33 +156,17 @@ def read_restarts(folder: Path) -> tuple[int, int]:
 def write_restarts(folder: Path, restarts: int, lost: int) -> None:
     """Keep these figures in case the server is killed before it writes a checkpoint. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f"{RESTARTS}.part"
-    part.write_text(f"{restarts} {lost}\n")
-    _publish(part, folder / RESTARTS)
+    with replacing(folder / RESTARTS, part=folder / f"{RESTARTS}{PART}", mode=MODE) as part:
+        part.write_text(f"{restarts} {lost}\n")
 
 
 def _digest(facts: object, tensors: Path) -> str:
-    """SHA-256 over the facts and over every byte of the tensors' file."""
+    """Return the SHA-256 of the facts and of every byte of the tensors' file."""
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     with tensors.open("rb") as file:
         while content := file.read(READ_BYTES):
             digest.update(content)
     return digest.hexdigest()
-
-
-def _publish(part: Path, path: Path) -> None:
-    """Give a complete file its name, and make sure that file and name survive a crash of the machine."""
-    _sync(part)
-    part.replace(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _delete(folder: Path, but: Collection[int] = ()) -> None:
@@ -193,7 +176,7 @@ def _delete(folder: Path, but: Collection[int] = ()) -> None:
 
 
 def _numbers(folder: Path, *suffixes: str) -> set[int]:
-    """The numbers of all checkpoints that have a file with one of ``suffixes`` (any suffix if none is given)."""
+    """Return the numbers of all checkpoints that have a file with one of ``suffixes`` (any suffix if none is given)."""
     paths = folder.iterdir() if folder.is_dir() else ()
     return {int(p.stem) for p in paths if p.suffix in (suffixes or SUFFIXES) and p.stem.isdigit()}
 

@@ -85,14 +85,15 @@ class Doorkeeper:
         self._thread = threading.Thread(target=self._watch, name="danaz-doorkeeper", daemon=True)
         self._thread.start()
 
-    def heard(self, descriptor: int, key: str) -> None:
-        """The router has taken a message of this connection, which was made with ``key``."""
+    def note_message(self, descriptor: int, key: str) -> None:
+        """Note that the router has taken a message of this connection, which was made with ``key``."""
         connection = self._connections.get(descriptor)
         if connection is not None:
             self._said += 1
             connection.key, connection.said, connection.said_at = key, connection.said + 1, self._said
 
     def close(self) -> None:
+        """Stop watching."""
         self._watched.disable_monitor()
         self._thread.join()
         for connection in self._connections.values():
@@ -106,7 +107,7 @@ class Doorkeeper:
         self._events.close(linger=0)
 
     def _hear(self) -> bool:
-        """Wait until it is time to look again; returns False at the end."""
+        """Handle events until it is time to look again. Return False at the end."""
         wait_ms = LOOK_MS
         for _ in range(EVENTS):
             if not self._events.poll(wait_ms):
@@ -126,7 +127,7 @@ class Doorkeeper:
         with suppress(OSError):  # the connection is closed already
             handle = socket.socket(fileno=os.dup(descriptor))
             self._accepted += 1
-            is_known = self._keys is None or handle.family == socket.AF_UNIX  # the kernel counts no bytes of it
+            is_known = self._keys is None or handle.family == socket.AF_UNIX  # the kernel counts no bytes there
             self._connections[descriptor] = Connection(self._accepted, handle, admitted=is_known)
 
     def _forget(self, descriptor: int) -> None:

@@ -1,4 +1,4 @@
-"""Keeps what must survive the server's process: the journal, and a checkpoint from time to time."""
+"""Keeps on disk what must survive the server's process: the journal, and a checkpoint from time to time."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from pathlib import Path
 from threading import Thread
 
 from danaz.protocol.messages import Leave, Offer, Push
-from danaz.run.folder import RunFolder
 from danaz.server.core import ServerCore
-from danaz.server.figures import Update
-from danaz.server.offering import AwaitingRollback
+from danaz.server.records import Update
+from danaz.server.rollback import AwaitingRollback
 from danaz.server.settings import ServerSettings
-from danaz.server.snapshot import CoreState, ResumeError
+from danaz.server.snapshot import ResumeError, Snapshot
 from danaz.serving.checkpoint import (
     KEPT,
     DamagedError,
@@ -30,9 +29,10 @@ from danaz.serving.checkpoint import (
     write_checkpoint,
     write_restarts,
 )
+from danaz.serving.journal import RunWriter
 
 AT_ONCE = 8  # the most checkpoints that one worker can cause between two of its pushes
-Restore = Callable[[CoreState | None, float], None]  # restores a core at a time; with None training begins afresh
+Restore = Callable[[Snapshot | None, float], None]  # restores a core at a time; with None, it begins afresh
 
 
 class Checkpoints:
@@ -41,20 +41,21 @@ class Checkpoints:
     def __init__(self, run: Path, core: ServerCore):
         self._folder = folder_of(run, core.settings.shard)
         self._core = core
-        self.number = newest_number(self._folder)  # the largest that any shard has used: it is never used again
+        self.number = newest_number(self._folder)  # the largest that any shard has used; never used again
         self._core.state.kept = tuple(complete_numbers(self._folder))
         self._common: tuple[int, ...] = ()  # the newest checkpoints that all shards have, as workers have said
-        self._figures: dict[str, int] = {}  # what restarts have cost, as the newest checkpoint says
+        self._restart_totals: dict[str, int] = {}  # what restarts have cost, according to the newest checkpoint
         self._thread = Thread()
-        self._state: CoreState | None = None  # what was written last
+        self._written: Snapshot | None = None  # the last one that was written; its memory is used again
         self._in_trouble = False  # whether the last checkpoint could not be written
 
     @property
     def busy(self) -> bool:
+        """Whether a checkpoint is being written."""
         return self._thread.is_alive()
 
     def begin(self) -> ServerCore:
-        """Begin a run. With several shards, delete an earlier run's checkpoints, lest they pass for this run's."""
+        """Begin a run. With several shards, delete an earlier run's checkpoints: they are not this run's."""
         if self._core.settings.shards > 1:
             self.delete()
             self.number, self._core.state.kept = 0, ()
@@ -63,26 +64,26 @@ class Checkpoints:
     # ---- going back ----------------------------------------------------------------------------------------------
 
     def resume(self, restore: Restore) -> ServerCore | AwaitingRollback:
-        """Go on from the newest checkpoint. One of several shards first waits until a worker names the checkpoint.
+        """Go on from the newest checkpoint. With several shards, wait until a worker names the checkpoint.
 
         Raises ResumeError.
         """
         if self._core.settings.shards > 1:
-            offering = AwaitingRollback(
-                self._core, offer := self._offer(), lambda *choice: self._go_back(restore, *choice)
+            waiting = AwaitingRollback(
+                self._core, offer := self._make_offer(), lambda *choice: self._go_back(restore, *choice)
             )
             if offer.done and self._core.settings.shard == 0:
-                # A worker would choose the same, but perhaps no worker is left to do so.
-                offering.go_back(max(offer.generations), offer.newest, time.monotonic())
-            return offering
+                # A worker would choose the same, but perhaps none is left.
+                waiting.go_back(max(offer.generations), offer.newest, time.monotonic())
+            return waiting
         found = read_newest(self._folder)
         if found is None:
             self._begin_afresh(restore, time.monotonic())
             return self._core
-        state, damaged = found
+        snapshot, damaged = found
         for each in damaged:
             log(f"{each}; the one before it is taken")
-        restore(state, time.monotonic())
+        restore(snapshot, time.monotonic())
         return self._core
 
     def _begin_afresh(self, restore: Restore, now: float) -> None:
@@ -90,21 +91,21 @@ class Checkpoints:
         self._core.state.kept = ()
         restore(None, now)
 
-    def _offer(self) -> Offer:
-        """Offer the sound checkpoints, and 0 (the beginning) if a shard may still have to go back there."""
-        sound: dict[int, CoreState] = {}
+    def _make_offer(self) -> Offer:
+        """Make an offer of the sound checkpoints, and of 0 (the beginning) if a shard may have to go back there."""
+        sound: dict[int, Snapshot] = {}
         numbers = complete_numbers(self._folder)
         for number in numbers:
             try:
-                sound[number] = CoreState(read_facts(self._folder, number), {})
+                sound[number] = Snapshot(read_facts(self._folder, number), {})
             except DamagedError as error:
                 log(str(error))
         newest = sound[max(sound)] if sound else None
         if newest is not None:
-            # Going back to an earlier checkpoint does not forget what restarts have cost.
-            figures = newest.facts["figures"]
-            self._figures = {name: figures[name] for name in ("restarts", "lost_updates")}
-        is_beginning = not numbers or any(state.version == 0 for state in sound.values())
+            # What restarts have cost still counts if the run goes back to an earlier checkpoint.
+            totals = newest.facts["figures"]
+            self._restart_totals = {name: totals[name] for name in ("restarts", "lost_updates")}
+        is_beginning = not numbers or any(snapshot.version == 0 for snapshot in sound.values())
         self._core.state.kept = tuple(sound)
         generations = (*[0] * is_beginning, *sound)
         return Offer(0, generations, self.number, done=newest is not None and newest.done)
@@ -116,17 +117,17 @@ class Checkpoints:
             self._begin_afresh(restore, now)
             return
         try:
-            state = read_checkpoint(self._folder, generation)
+            snapshot = read_checkpoint(self._folder, generation)
         except DamagedError as error:
             raise ResumeError(str(error)) from error
-        state.facts["figures"] |= self._figures
-        restore(state, now)
+        snapshot.facts["figures"] |= self._restart_totals
+        restore(snapshot, now)
         self._core.state.kept = tuple(number for number in self._core.state.kept if number <= generation)
 
     # ---- writing -------------------------------------------------------------------------------------------------
 
     def hear(self, common: tuple[int, ...]) -> None:
-        """A worker names the checkpoints that all shards have. Only those that this shard has are believed."""
+        """Note the checkpoints that all shards have, as a worker says. Believe it only if this shard has them."""
         if common and max(common) > max(self._common, default=0) and {*common} <= {*self._core.state.kept}:
             self._common = common
 
@@ -142,15 +143,15 @@ class Checkpoints:
         return 1 if self._core.settings.shards == 1 else 1 << max(0, len(pending) - KEPT)
 
     def write(self, number: int) -> None:
-        """Begin to write the core's present state, after the checkpoint before it is written."""
+        """Begin to write the core's present state, once the checkpoint before it is written."""
         self.wait()
         self._core.settle()
         if not self._core.master.is_finite:
             log("the parameters are not finite, and no checkpoint is written of them; the one before stays")
             return
         self._core.state.generation = self.number = number
-        self._state = self._core.snapshot(reuse=self._state)
-        self._thread = Thread(target=self._write, args=(number, self._state), name="danaz-checkpoint")
+        self._written = self._core.snapshot(reuse=self._written)
+        self._thread = Thread(target=self._write, args=(number, self._written), name="danaz-checkpoint")
         self._thread.start()
 
     def wait(self) -> None:
@@ -167,19 +168,19 @@ class Checkpoints:
         """Tell the core what restarts have cost, including restarts after which no checkpoint was written."""
         counted, lost = read_restarts(self._folder)
         counted, lost = counted + restarts, lost + lost_updates
-        figures = self._core.figures
-        figures.restarts, figures.lost_updates = max(figures.restarts, counted), max(figures.lost_updates, lost)
+        totals = self._core.totals
+        totals.restarts, totals.lost_updates = max(totals.restarts, counted), max(totals.lost_updates, lost)
         try:
-            write_restarts(self._folder, figures.restarts, lost)
+            write_restarts(self._folder, totals.restarts, lost)
         except OSError as error:
             log(f"this restart could not be counted: {error}. Training goes on")
 
-    def _write(self, number: int, state: CoreState) -> None:
+    def _write(self, number: int, snapshot: Snapshot) -> None:
         kept = [*self._core.state.kept, number]
         common = self._common if self._core.settings.shards > 1 else kept[-KEPT:]
         keep = sorted({*worth_keeping(kept, common), *self._core.state.sound})
         try:
-            write_checkpoint(self._folder, number, state, keep)
+            write_checkpoint(self._folder, number, snapshot, keep)
         except OSError as error:
             if not self._in_trouble:
                 log(
@@ -194,68 +195,68 @@ class Checkpoints:
             self._core.state.kept = tuple(keep)
 
 
-class Keeper:
-    """Makes a server core whose updates go into a run folder, and that can go on after a kill at any moment.
+class RunKeeper:
+    """Makes a server core that writes its run folder and can go on after a kill at any moment.
 
     Each line of the journal is handed to the kernel before the worker hears of its update. A checkpoint is written at
     once when something happens that must not be undone, and otherwise at regular intervals while training goes on.
     """
 
-    def __init__(self, folder: RunFolder, settings: ServerSettings):
+    def __init__(self, writer: RunWriter, settings: ServerSettings):
         self.core = ServerCore(
             settings,
             self._update,
-            on_milestone=lambda core: self._milestone(),
+            on_milestone=lambda core: self._keep_milestone(),
             on_notice=log,
             on_carried=self._hear,
             on_report=self._keep_reported,
         )
-        self._folder = folder
-        self._checkpoints = Checkpoints(folder.path, self.core)
+        self._writer = writer
+        self._checkpoints = Checkpoints(writer.path, self.core)
         self._every_s = settings.checkpoint_s
         self._due_at = time.monotonic() + self._every_s
         self._journal_life = 0  # the life that the end of the journal belongs to
-        self._is_undecided = False  # whether it is still open where to go on
+        self._is_undecided = False  # whether the checkpoint to go on from is still to be chosen
 
     def begin(self) -> ServerCore:
-        """What serves a run that begins."""
+        """Return the core of a new run."""
         return self._checkpoints.begin()
 
     def resume(self) -> ServerCore | AwaitingRollback:
-        """What serves a resumed run, from a checkpoint if there is one. Raises ResumeError."""
+        """Resume the run from a checkpoint, if there is one. Return what serves it. Raises ResumeError."""
         self._is_undecided = True
         self._checkpoints.count_restart()
         return self._checkpoints.resume(self._restore)
 
     def finish(self) -> None:
-        """Write the results. The checkpoints of a complete run are deleted; any other run can be resumed.
+        """Write the results, and delete the checkpoints if the run is complete. Any other run can be resumed.
 
-        A run whose results could not be written can be resumed, too. Raises UnwrittenError.
+        If the results cannot be written, the run can be resumed, too. Raises UnwrittenError.
         """
         if self._is_undecided:
             return
         if self.core.started and self.core.recovery is None and not self.core.finished:
-            self._milestone()
+            self._keep_milestone()
         self.core.settle()
-        self._folder.finish(self.core)
+        self._writer.finish(self.core)
         if self.core.finished:
             self._checkpoints.delete()
 
-    def _restore(self, state: CoreState | None, now: float) -> None:
+    def _restore(self, snapshot: Snapshot | None, now: float) -> None:
         self._is_undecided = False
-        if state is None:
-            self._checkpoints.count_restart(0, lost_updates=self._folder.cut(0))
-            self._folder.forget_reported()  # it will be reported again
+        if snapshot is None:
+            self._checkpoints.count_restart(0, lost_updates=self._writer.cut_journal(0))
+            self._writer.forget_reported()  # scripts will report it again
         else:
-            journal = self._folder.journal(after=state.version)
-            self.core.restore(state, journal, life=self._checkpoints.number, now=now)
+            journal = self._writer.read_journal(after=snapshot.version)
+            self.core.restore(snapshot, journal, life=self._checkpoints.number, now=now)
             self._checkpoints.count_restart(0)
-            self.core.figures.reported |= self._folder.reported()
+            self.core.totals.reported |= self._writer.read_reported()
 
     # ---- what the core calls -------------------------------------------------------------------------------------
 
     def _update(self, update: Update) -> None:
-        self._folder.record(update)
+        self._writer.record(update)
         if self._every_s and time.monotonic() >= self._due_at and not self._checkpoints.busy:
             self._begin_to_write()
 
@@ -266,14 +267,14 @@ class Keeper:
     def _keep_reported(self, reported: Mapping[str, float | str | None]) -> None:
         """Keep reported figures. They get no checkpoint of their own, because there may be many reports."""
         try:
-            self._folder.keep_reported(reported)
+            self._writer.keep_reported(reported)
         except OSError as error:
             log(f"reported figures could not be written yet: {error}. They are kept in memory for summary.json")
 
-    def _milestone(self) -> None:
+    def _keep_milestone(self) -> None:
         if self._journal_life != self.core.life:
             self._journal_life = self.core.life
-            self._folder.cut(self.core.master.version)
+            self._writer.cut_journal(self.core.master.version)
         if self._every_s:
             self._begin_to_write()
             self._checkpoints.wait()
@@ -283,37 +284,37 @@ class Keeper:
         self._due_at = time.monotonic() + self._every_s * self._checkpoints.backoff_factor
 
 
-class SliceKeeper:
-    """Makes the core of a shard other than 0. It writes a checkpoint for each one of shard 0, and one at its end.
+class ShardKeeper:
+    """Makes the core of a shard other than 0. It writes a checkpoint for each one of shard 0, and one at the end.
 
-    Workers tell it of shard 0's checkpoints. What a worker does after shard 0's checkpoint must come after this shard's
-    checkpoint of that number, too.
+    Workers tell it of shard 0's checkpoints. What a worker does after a checkpoint of shard 0 must come after this
+    shard's checkpoint with the same number, too.
     """
 
     def __init__(self, run: Path, settings: ServerSettings):
         self.core = ServerCore(
-            settings, on_milestone=lambda core: self._milestone(), on_notice=log, on_carried=self._hear
+            settings, on_milestone=lambda core: self._keep_milestone(), on_notice=log, on_carried=self._hear
         )
         self._checkpoints = Checkpoints(run, self.core)
         self._keeps = settings.checkpoint_s > 0
 
     def begin(self) -> ServerCore:
-        """What serves a run that begins."""
+        """Return the core of a new run."""
         return self._checkpoints.begin()
 
     def resume(self) -> ServerCore | AwaitingRollback:
-        """What serves a resumed run."""
+        """Resume the run. Return what serves it until a worker names the checkpoint."""
         return self._checkpoints.resume(self._restore)
 
     def finish(self) -> None:
-        """The process ends. A run that was interrupted can be resumed."""
+        """End the process, and delete the checkpoints if the run is complete. Any other run can be resumed."""
         self._checkpoints.wait()
         if self.core.finished:
             self._checkpoints.delete()
 
-    def _restore(self, state: CoreState | None, now: float) -> None:
-        if state is not None:
-            self.core.restore(state, [], life=self._checkpoints.number, now=now)
+    def _restore(self, snapshot: Snapshot | None, now: float) -> None:
+        if snapshot is not None:
+            self.core.restore(snapshot, [], life=self._checkpoints.number, now=now)
 
     # ---- what the core calls -------------------------------------------------------------------------------------
 
@@ -325,16 +326,16 @@ class SliceKeeper:
 
     @property
     def _largest(self) -> int:
-        """The largest number that shard 0 can have reached since a worker last named one, an update or two ago."""
+        """The largest number that shard 0 can have reached since workers last named one, an update or two ago."""
         return self._checkpoints.number + AT_ONCE * (1 + len(self.core.members))
 
-    def _milestone(self) -> None:
-        """Write the final state: once a worker may have the end of this slice, nothing may change it."""
+    def _keep_milestone(self) -> None:
+        """Write the final state: once a worker may have the final parameters of this shard, nothing may change them."""
         if self._keeps and self.core.state.final:
             self._checkpoints.write(self._checkpoints.number + 1)
             self._checkpoints.wait()
 
 
 def log(text: str) -> None:
-    """Tell the person who watches the run, on standard error."""
+    """Print ``text`` on standard error, for the person who watches the run."""
     print(f"danaz server: {text}", file=sys.stderr, flush=True)

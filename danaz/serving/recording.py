@@ -1,4 +1,4 @@
-"""Records a live run: every event that reached the core, with its time, so that a fresh core can replay it.
+"""Records a live run: every message and tick that reached the core, with its time, so that a new core can replay it.
 
 The file begins with [length u32 | the settings, JSON]. A record is [time f64 | route length u32 | number of frames u32
 | frame lengths u64 … | route | frames …], little endian; a record without frames is a tick. A replay gives the same
@@ -14,11 +14,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from danaz.protocol.messages import Request
+from danaz.protocol.messages import Replies, Request
 from danaz.protocol.wire import Frame, WireError, decode
-from danaz.run.folder import Tell, tell_on_stderr
-from danaz.server.answers import Replies
 from danaz.server.core import ServerCore
+from danaz.serving.journal import Tell, tell_on_stderr
 
 LENGTH = struct.Struct("<I")
 HEAD = struct.Struct("<dII")
@@ -29,7 +28,7 @@ class RecordingError(ValueError):
 
 
 class Recorder:
-    """Appends events to a file. When the disk fails to take one, it tells the user, and the recording ends."""
+    """Writes records to a file. If the disk does not take one, it tells the user, and the recording ends."""
 
     def __init__(self, path: Path, settings: str, tell: Tell = tell_on_stderr):
         self._path, self._tell = path, tell
@@ -38,7 +37,8 @@ class Recorder:
             self._file = path.open("wb", buffering=0)
             self._write(LENGTH.pack(len(settings.encode())) + settings.encode())
 
-    def event(self, now: float, route: bytes = b"", frames: Sequence[Frame] = ()) -> None:
+    def record(self, now: float, route: bytes = b"", frames: Sequence[Frame] = ()) -> None:
+        """Record a message that came by ``route``, or a tick."""
         lengths = [len(frame) for frame in frames]
         head = HEAD.pack(now, len(route), len(frames)) + struct.pack(f"<{len(frames)}Q", *lengths) + route
         with self._told():
@@ -69,7 +69,7 @@ class Recorder:
 
 
 def recorded_settings(path: Path) -> str:
-    """The settings that the server was recorded with. Raises RecordingError, FileNotFoundError."""
+    """Return the settings of the recorded server. Raises RecordingError, FileNotFoundError."""
     with path.open("rb") as file:
         return _read_settings(file, path)
 
@@ -86,12 +86,12 @@ def _read_settings(file: BinaryIO, path: Path) -> str:
 
 
 def _left(file: BinaryIO) -> int:
-    """Bytes from here to the end."""
+    """Return the number of bytes from here to the end."""
     return os.fstat(file.fileno()).st_size - file.tell()
 
 
 def read_recording(path: Path) -> Iterator[tuple[float, bytes, list[bytearray]]]:
-    """The (time, route, frames) of each event. A record cut short by a kill ends the recording.
+    """Yield (time, route, frames) of each record. One that was cut short by a kill ends the recording.
 
     Raises RecordingError.
     """
@@ -111,10 +111,10 @@ def read_recording(path: Path) -> Iterator[tuple[float, bytes, list[bytearray]]]
 
 
 def replay(path: Path, core: ServerCore) -> Iterator[Replies]:
-    """Feed a recording to a fresh ``core``; yields the replies to each event. Raises RecordingError."""
+    """Feed a recording to a new ``core``. Yield the replies to each record. Raises RecordingError."""
     for number, (now, route, frames) in enumerate(read_recording(path), 1):
         try:
             message = decode(frames, Request) if frames else None
         except WireError as error:
-            raise RecordingError(f"{path} is damaged: its event {number} is no message ({error})") from None
+            raise RecordingError(f"{path} is damaged: its record {number} is no message ({error})") from None
         yield core.tick(now) if message is None else core.handle(route, message, now)

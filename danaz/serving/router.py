@@ -10,11 +10,12 @@ import torch
 import zmq
 from torch import Tensor
 
-from danaz.protocol.messages import Fetched, Final, Push, Refusal, Request, Streamed
-from danaz.protocol.wire import Frame, Inbox, StrayChunkError, WireError, encode, messages_of, split
-from danaz.server.answers import Streams
+from danaz.protocol.inbox import Inbox, StrayChunkError
+from danaz.protocol.messages import Fetched, Final, Push, Refusal, Request, Streamed, Streams
+from danaz.protocol.wire import Frame, WireError, count_messages, encode, split
+from danaz.server.completed import CompletedRun
 from danaz.server.core import ServerCore
-from danaz.server.offering import AwaitingRollback, CompletedRun
+from danaz.server.rollback import AwaitingRollback
 from danaz.serving.recording import Recorder
 from danaz.serving.socket import ANSWERS_MESSAGES, BoundRouter
 
@@ -27,21 +28,21 @@ Peer = tuple[bytes, str]  # a connection, and the key it was made with
 
 
 class Router:
-    """Serves a core on a bound ROUTER."""
+    """Feeds a core from a bound ROUTER, and sends what it answers."""
 
     def __init__(self, bound: BoundRouter):
         self._socket = bound.socket
         self._doorkeeper = bound.doorkeeper
         self._worker_of_key = bound.worker_of_key
-        self._rooms: dict[int, Tensor] = {}  # worker -> f32[P], where its pushes are received
-        self._leaving: dict[bytes, tuple[int, zmq.MessageTracker]] = {}  # route -> request, beginning of its answer
+        self._rooms: dict[int, Tensor] = {}  # worker -> f32[P], the memory that receives its pushes
+        self._leaving: dict[bytes, tuple[int, zmq.MessageTracker]] = {}  # route -> request, start of its answer
         self._longest_answer = ANSWERS_MESSAGES // ANSWERS_WAITING  # in messages
 
     def serve(self, core: Served, recorder: Recorder | None, stop: Callable[[], bool]) -> None:
-        """Feed ``core`` until it has finished or ``stop()``."""
+        """Feed ``core`` until it has finished or ``stop()`` is true."""
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
-        inbox = Inbox(Request, self._takes(core), self._room)
+        inbox = Inbox(Request, self._takes(core), self._make_room)
         next_tick = time.monotonic() + TICK_S
         while not (core.finished or stop()):
             wait_s = max(0.0, next_tick - time.monotonic())
@@ -51,14 +52,14 @@ class Router:
             if now >= next_tick:
                 next_tick = now + TICK_S
                 if recorder:
-                    recorder.event(now)
+                    recorder.record(now)
                 self._send(core.stream_tick(now))
 
-    # ---- hearing -------------------------------------------------------------------------------------------------
+    # ---- receiving -----------------------------------------------------------------------------------------------
 
     def _receive(self, core: Served, inbox: Inbox, recorder: Recorder | None) -> None:
-        route, *frames = self._next_message()
-        self._doorkeeper.heard(route.get(zmq.SRCFD), self._key_of(route))
+        route, *frames = self._receive_message()
+        self._doorkeeper.note_message(route.get(zmq.SRCFD), self._key_of(route))
         now = time.monotonic()
         try:
             message = self._read(inbox, route, [frame.buffer for frame in frames])
@@ -72,11 +73,11 @@ class Router:
         if message is None:
             return
         if recorder:
-            recorder.event(now, route.bytes, encode(message))
+            recorder.record(now, route.bytes, encode(message))
         self._send(core.stream(route.bytes, message, now))
 
-    def _next_message(self) -> list[zmq.Frame]:
-        """The route and the frames of the next message. Frames beyond MAX_FRAMES are received and dropped."""
+    def _receive_message(self) -> list[zmq.Frame]:
+        """Return the route and the frames of the next message. Receive frames beyond MAX_FRAMES, but drop them."""
         frames = [self._socket.recv(copy=False)]
         last = frames[0]
         while last.more:
@@ -89,7 +90,7 @@ class Router:
         return "" if self._worker_of_key is None else str(route.get("User-Id"))
 
     def _read(self, inbox: Inbox, route: zmq.Frame, buffers: Sequence[Frame]) -> Request | None:
-        """The message that these buffers complete, or None while more is to come.
+        """Return the message that these buffers complete, or None while more is to come.
 
         Raises WireError if it cannot be read, or if the sender's key does not belong to the worker it names.
         """
@@ -100,18 +101,18 @@ class Router:
             raise
         except WireError as error:
             raise WireError(f"unreadable: {error}") from error
-        if message is not None and not self._is_himself(peer, message):
+        if message is not None and not self._owns_key(peer, message):
             raise WireError("worker number is not the one of this key")
         return message
 
-    def _is_himself(self, peer: Peer, message: Request) -> bool:
+    def _owns_key(self, peer: Peer, message: Request) -> bool:
         return self._worker_of_key is None or self._worker_of_key.get(peer[1]) == message.worker
 
     def _takes(self, core: Served) -> Callable[[Peer, Request], bool]:
-        return lambda peer, message: self._is_himself(peer, message) and core.takes(message)
+        return lambda peer, message: self._owns_key(peer, message) and core.takes(message)
 
-    def _room(self, inbox: Inbox, message: Request, size: int) -> Tensor:
-        """Memory for a vector that is about to arrive. The pushes of one worker all use the same memory."""
+    def _make_room(self, inbox: Inbox, message: Request, size: int) -> Tensor:
+        """Return memory for a vector that is about to arrive. All pushes of one worker use the same memory."""
         inbox.forget(lambda other: other.worker == message.worker)
         if not isinstance(message, Push):
             return torch.empty(size)
@@ -120,7 +121,7 @@ class Router:
             room = self._rooms[message.worker] = torch.empty(size)
         return room
 
-    # ---- speaking ------------------------------------------------------------------------------------------------
+    # ---- sending -------------------------------------------------------------------------------------------------
 
     def _send(self, replies: Streams) -> None:
         for route, reply in replies:
@@ -131,7 +132,7 @@ class Router:
                 self._send_large(route, reply)
 
     def _may_leave(self, route: bytes, request: int) -> bool:
-        """Whether to send an answer to this request.
+        """Return whether to send an answer to this request.
 
         A worker that repeats a request while the answer still waits to be read gets no second answer. If it sends a new
         request, it has read the answers before.
@@ -140,7 +141,7 @@ class Router:
         return route not in self._leaving or self._leaving[route][0] != request
 
     def _send_large(self, route: bytes, reply: Streamed | Final | Fetched) -> None:
-        self._make_way(messages_of(reply))
+        self._make_way(count_messages(reply))
         pieces = split(reply)
         magic, header, *vectors = next(pieces)
         tracked = zmq.Frame(header, copy=False, track=True, copy_threshold=0)

@@ -1,4 +1,4 @@
-"""The server process."""
+"""Serves a run, or a shard of it, in a process of its own; and replays a recording."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from danaz.run.signals import note_ending_signals
 from danaz.serving.socket import BoundRouter
 
 if TYPE_CHECKING:
-    from danaz.server.figures import Update
+    from danaz.server.records import Update
     from danaz.server.settings import ServerSettings
 
 RECORDING = "recording.bin"
-UNTIL_RESTART = "recording.until-restart.bin"  # a replay would not see the restart, and would end elsewhere
+UNTIL_RESTART = "recording.until-restart.bin"  # cannot be replayed to the end, because it lacks the restart
 
 
 def serve(bound: BoundRouter, settings: Settings, run: Path, record: bool, resume: bool = False) -> None:
-    """Serve one run on a bound ROUTER, write its folder, and return when it is over or on SIGTERM.
+    """Serve one run on a bound ROUTER, and write its folder. Return when the run is over, or on SIGTERM.
 
     With ``resume``, go on from the newest sound checkpoint in the folder; with several shards, a worker chooses which
-    checkpoint to restore. If the run is complete, only tell the workers that do not know it yet. Raises ResumeError,
-    UnwrittenError, UnreadableError.
+    checkpoint to restore. If the run is complete, only tell this to workers that do not know it yet. Raises
+    ResumeError, UnwrittenError, UnreadableError.
     """
-    from danaz.run.folder import RunFolder
-    from danaz.serving.keeper import Keeper, log
-    from danaz.serving.pace import telling
+    from danaz.serving.journal import RunWriter
+    from danaz.serving.keeper import RunKeeper, log
+    from danaz.serving.progress import with_progress
     from danaz.serving.recording import Recorder
     from danaz.serving.router import Router
 
     stopping = note_ending_signals()
     if resume and _see_off(bound, run, stopping):
         return
-    keeper = Keeper(RunFolder(run, settings.facts(), log), _settings_here(settings))
-    keeper.core.on_update = announcing(telling(keeper.core, keeper.core.on_update))
+    keeper = RunKeeper(RunWriter(run, settings.facts(), log), _settings_here(settings))
+    keeper.core.on_update = with_announcement(with_progress(keeper.core, keeper.core.on_update))
     served = keeper.resume() if resume else keeper.begin()
     if keeper.core.started and (run / RECORDING).exists():
         (run / RECORDING).rename(run / UNTIL_RESTART)
@@ -50,16 +50,16 @@ def serve(bound: BoundRouter, settings: Settings, run: Path, record: bool, resum
     bound.close()
 
 
-def serve_slice(bound: BoundRouter, settings: Settings, shard: int, run: Path, resume: bool = False) -> None:
-    """As ``serve``, for the slice of the vector of a shard other than 0. It writes only its checkpoints to the folder.
+def serve_shard(bound: BoundRouter, settings: Settings, shard: int, run: Path, resume: bool = False) -> None:
+    """Serve a shard other than 0, as ``serve`` does for shard 0. Write only its checkpoints into the folder.
 
-    At the end, workers carry what it holds to shard 0.
+    At the end, workers carry this shard's part of the parameters to shard 0.
     """
-    from danaz.serving.keeper import SliceKeeper
+    from danaz.serving.keeper import ShardKeeper
     from danaz.serving.router import Router
 
     stopping = note_ending_signals()
-    keeper = SliceKeeper(run, _settings_here(settings, shard))
+    keeper = ShardKeeper(run, _settings_here(settings, shard))
     served = keeper.resume() if resume else keeper.begin()
     Router(bound).serve(served, None, stopping)
     keeper.finish()
@@ -67,16 +67,16 @@ def serve_slice(bound: BoundRouter, settings: Settings, shard: int, run: Path, r
 
 
 def _settings_here(settings: Settings, shard: int = 0) -> ServerSettings:
-    """The settings that a server core needs, and the memory of this machine."""
+    """Return the settings of a server core on this machine, with the size of its memory."""
     from danaz.protocol.memory import machine_bytes
 
     return replace(settings.for_server(shard=shard), memory_bytes=machine_bytes())
 
 
 def _see_off(bound: BoundRouter, run: Path, stopping: Callable[[], bool]) -> bool:
-    """If the run is complete, tell the workers that do not know it yet; returns whether it is."""
+    """Return whether the run is complete. If it is, first tell the workers that do not know it yet."""
     from danaz.run.folder import read_summary
-    from danaz.server.offering import CompletedRun
+    from danaz.server.completed import CompletedRun
     from danaz.serving.checkpoint import delete_checkpoints, folder_of
     from danaz.serving.keeper import log
     from danaz.serving.router import Router
@@ -85,15 +85,15 @@ def _see_off(bound: BoundRouter, run: Path, stopping: Callable[[], bool]) -> boo
     if not summary.get("complete"):
         return False
     log(f"the run in {run} is complete; its workers are seen off")
-    if not summary.get("diverged"):  # otherwise those from before it diverged stay
+    if not summary.get("diverged"):  # otherwise the checkpoints from before it diverged stay
         delete_checkpoints(folder_of(run))
     Router(bound).serve(CompletedRun(), None, stopping)
     bound.close()
     return True
 
 
-def announcing(record: Callable[[Update], None]) -> Callable[[Update], None]:
-    """``record``; at the first update, also tell the launcher that training waits for nobody any more."""
+def with_announcement(record: Callable[[Update], None]) -> Callable[[Update], None]:
+    """Return a function that calls ``record``, and at the first update tells the launcher that training has begun."""
     announced = False
 
     def note(update: Update) -> None:
@@ -107,7 +107,7 @@ def announcing(record: Callable[[Update], None]) -> Callable[[Update], None]:
 
 
 def replay_run(run: Path) -> tuple[int, bool]:
-    """Replay the recording in ``run``; returns the number of updates and whether it gives the run's parameters.
+    """Replay the recording in ``run``. Return the number of updates, and whether it gives the run's parameters.
 
     Raises RecordingError, UnreadableError for files that are missing or damaged.
     """
@@ -130,7 +130,7 @@ def replay_run(run: Path) -> tuple[int, bool]:
     core = ServerCore(settings.for_server())
     for _ in replay(path, core):
         pass
-    updates = core.figures.updates
+    updates = core.totals.updates
     if not core.started:
         raise RecordingError(f"{path} holds no training")
     if updates != summary.get("updates"):

@@ -1,4 +1,4 @@
-"""The server's socket. Needs nothing but ZeroMQ, so that it is bound before the slow imports begin."""
+"""The server's socket. It needs only ZeroMQ, so that it can be bound before the slow imports begin."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from danaz.protocol.keys import ServerKeys
 from danaz.protocol.memory import keep_freed_memory
 from danaz.serving.doorkeeper import Doorkeeper
 
-LINGER_MS = 5000  # time for the last replies to leave when the server ends
+LINGER_MS = 5000  # the last replies have this long to leave when the server ends
 HANDSHAKE_MS = 10_000  # a peer that does not finish it is dropped
 AHEAD_MESSAGES = 4  # how many ZeroMQ receives from each peer before the router asks for them: 4 MB of a push
 ANSWERS_MESSAGES = 16  # how many may wait for one peer to read them; the router raises it for longer answers
@@ -18,7 +18,7 @@ SILENCE_S = 60  # how long a peer may leave data unacknowledged before its conne
 
 
 class Admitted:
-    """ZeroMQ asks it about each connection; it admits only this run's workers."""
+    """ZeroMQ asks this object about each connection. It admits only this run's workers."""
 
     def __init__(self, keys: ServerKeys):
         self._workers = {key.encode() for key in keys.workers}
@@ -28,10 +28,10 @@ class Admitted:
 
 
 class BoundRouter:
-    """A ROUTER bound to an address."""
+    """A ROUTER that is bound to an address."""
 
     def __init__(self, address: str, keys: ServerKeys | None = None):
-        """Bind to ``address`` such as tcp://127.0.0.1:*; with ``keys``, encrypted and for this run's workers alone.
+        """Bind to ``address``, such as tcp://127.0.0.1:*. With ``keys``, encrypt, and admit only this run's workers.
 
         A peer that sends a frame larger than MAX_FRAME_BYTES is disconnected before any of it is stored. The Doorkeeper
         limits what else a connection may cost. Raises zmq.ZMQError if the address cannot be bound.

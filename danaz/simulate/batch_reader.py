@@ -34,7 +34,7 @@ class BatchReader:
             self._ahead = iter(zip(numbers, loader, strict=True))
 
     def take(self, number: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of batch ``number``; the first dimension of each is the number of samples."""
+        """Return the inputs and targets of batch ``number``; the first dimension of each is the number of samples."""
         if self._ahead is None:
             return self._fetch(self.batching.indices(number).tolist())
         while number not in self._kept:

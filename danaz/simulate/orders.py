@@ -24,13 +24,13 @@ class OrderError(ValueError):
 
 
 def round_robin(workers: int, seed: int) -> Iterator[int]:
-    """0, 1, …, N − 1, again and again: every update has lag N − 1."""
+    """Yield 0, 1, …, N − 1, again and again: every update has lag N − 1."""
     while True:
         yield from range(workers)
 
 
 def block_random(workers: int, seed: int) -> Iterator[int]:
-    """Every block of N updates holds each worker once, in a random order (Hakimi et al., arXiv 1907.11612)."""
+    """Yield each worker once in every block of N updates, in a random order (Hakimi et al., arXiv 1907.11612)."""
     shuffler = random.Random(seed)
     block = list(range(workers))
     while True:
@@ -39,13 +39,13 @@ def block_random(workers: int, seed: int) -> Iterator[int]:
 
 
 def gamma(workers: int, seed: int) -> Iterator[int]:
-    """Workers on machines of one kind, whose batch times vary."""
+    """Yield workers on machines of one kind, whose batch times vary."""
     rng = np.random.default_rng(seed)
     return by_finish_time([_gamma_stream(rng, 1.0) for _ in range(workers)])
 
 
 def gamma_heterogeneous(workers: int, seed: int) -> Iterator[int]:
-    """Workers on machines that differ: each machine has its own mean batch time."""
+    """Yield workers on machines that differ: each machine has its own mean batch time."""
     rng = np.random.default_rng(seed)
     return by_finish_time([_gamma_stream(rng, mean) for mean in machine_means(rng, 1.0, (workers,))])
 
@@ -56,7 +56,7 @@ def _gamma_stream(rng: np.random.Generator, mean: float) -> Iterator[float]:
 
 
 def by_finish_time(batch_times: Sequence[Iterator[float]]) -> Iterator[int]:
-    """Workers in the order in which they finish batches; ``batch_times[i]`` yields the batch times of worker i."""
+    """Yield workers in the order in which they finish batches. ``batch_times[i]`` has the batch times of worker i."""
     finish = [(next(times), worker) for worker, times in enumerate(batch_times)]
     heapq.heapify(finish)
     while True:
@@ -66,7 +66,7 @@ def by_finish_time(batch_times: Sequence[Iterator[float]]) -> Iterator[int]:
 
 
 def constant(speeds: Sequence[float], workers: int) -> Iterator[int]:
-    """Worker i computes ``speeds[i]`` batches per unit of time, without variation."""
+    """Order workers of which worker i computes ``speeds[i]`` batches per unit of time, without variation."""
     if len(speeds) != workers or any(not 0 < speed < float("inf") for speed in speeds):
         raise OrderError(f"schedule constant needs one speed above 0 for each of {workers} workers, got {speeds}")
     return by_finish_time([_repeat(1 / speed) for speed in speeds])
@@ -78,7 +78,7 @@ def _repeat(time: float) -> Iterator[float]:
 
 
 def trace(path: Path, workers: int) -> Iterator[int]:
-    """The workers in the updates.jsonl of another run, in its order; round-robin after its end."""
+    """Return the workers in the updates.jsonl of another run, in its order; round-robin after its end."""
     file = path / "updates.jsonl" if path.is_dir() else path
     try:
         order = [int(json.loads(line)["worker"]) for line in file.read_text().splitlines()]
@@ -109,7 +109,7 @@ ORDERS = {_name(order): order for order in (round_robin, block_random, gamma, ga
 
 
 def make_order(schedule: str, workers: int, seed: int) -> Iterator[int]:
-    """The order that ``schedule``, a checked value of the config key, names.
+    """Return the order that ``schedule``, a checked value of the config key, names.
 
     Raises OrderError if its argument cannot be read or does not fit a run of ``workers`` workers.
     """

@@ -17,21 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from danaz.protocol.messages import Final, Parameters
+from danaz.protocol.messages import Final, Parameters, Replies
 from danaz.run.config import Config
-from danaz.run.folder import RunFolder
+from danaz.run.rates import effective_lr, lr_at
 from danaz.run.settings import Settings
-from danaz.server.answers import Replies
 from danaz.server.core import ServerCore
+from danaz.serving.journal import RunWriter
 from danaz.simulate.batch_reader import BatchReader
 from danaz.simulate.orders import make_order
 from danaz.simulate.step import EagerStep, make_step
 from danaz.torch.carried import decayed_gradient, optimizers_of, weight_decays
 from danaz.torch.data import Batching
 from danaz.torch.optimizer import kept_loss
-from danaz.torch.rates import effective_lr
-from danaz.vectors.flat import FlatModel
-from danaz.worker.core import LocalStep, Loss, Request, Role, WorkerCore
+from danaz.vectors.model import FlatModel
+from danaz.worker.core import Request, Role, Step, WorkerCore
 from danaz.workloads import build
 from danaz.workloads.computing import choose_device, place
 from danaz.workloads.evaluate import final_figures
@@ -46,7 +45,7 @@ class SimulatedWorker:
     def __init__(self, core: WorkerCore):
         self.core = core
         self.batches: deque[int] = deque()  # numbers of the batches that it has leased
-        self.waits = True  # until a reply brings a view
+        self.waits = True  # whether a reply with a view is still to come
         self.epoch = 0.0  # the cluster's epoch in the last reply
         self.done = False  # no batches are left
 
@@ -88,9 +87,9 @@ class Simulation:
         self.workers = [self._make_worker(number) for number in range(config.workers)]
         self._order = make_order(config.schedule, config.workers, config.seed)
         run.mkdir(parents=True, exist_ok=True)
-        self.folder = RunFolder(run, self.settings.facts())
+        self.folder = RunWriter(run, self.settings.facts())
         self._last_loss: float | None = None
-        torch.manual_seed(config.seed)  # for augmentation
+        torch.manual_seed(config.seed)  # which augmentation draws from
 
     def _make_worker(self, number: int) -> SimulatedWorker:
         role = Role(
@@ -148,7 +147,7 @@ class Simulation:
             self.send(worker, worker.core.pull())
 
     def pipelined_turn(self, worker: SimulatedWorker) -> None:
-        """One turn under ``pipeline``: fetch the view for the next batch, then compute and push this batch."""
+        """Take a turn under ``pipeline``: fetch the view for the next batch, then compute and push this batch."""
         self.send(worker, worker.core.pull(ahead=True))
         self.send(worker, self.make_push(worker, wants_view=False))
 
@@ -157,28 +156,25 @@ class Simulation:
         worker.core.compute_on(self.flat.params)
         *earlier, last = worker.batches
         for batch in earlier:
-            grad, samples, loss = self._gradient(batch)
-            step = LocalStep(batch, tuple(self._lr(worker, batch)), samples, loss)
-            worker.core.local_step(step, self.flat.params, grad, self.flat.absent)
-        grad, samples, loss = self._gradient(last)
-        lr, params, absent = self._lr(worker, last), self.flat.params, self.flat.absent
-        return worker.core.push(grad, lr, samples, loss, last, params, wants_view, absent)
+            worker.core.local_step(*self._compute(worker, batch), self.flat.params)
+        return worker.core.push(*self._compute(worker, last), self.flat.params, wants_view=wants_view)
+
+    def _compute(self, worker: SimulatedWorker, batch: int) -> tuple[Step, Tensor]:
+        """Compute ``batch``. Return its step, and its gradient f32[P] including weight decay."""
+        x, y = self.batches.take(batch)
+        loss = kept_loss(self.step(x.to(self.device), y.to(self.device)))
+        grad = decayed_gradient(self.flat, self.optimizer.param_groups)
+        return Step(batch, tuple(self._lr(worker, batch)), len(y), loss, self.flat.absent), grad
 
     def _lr(self, worker: SimulatedWorker, batch: int) -> list[float]:
         config = self.config
         return effective_lr(
-            [config.lr_at(self.batching.epoch_of(batch))],
+            [lr_at(config, self.batching.epoch_of(batch))],
             epoch=worker.epoch,
             workers=config.workers,
             warmup_epochs=config.lr_schedule.warmup_epochs,
             scales_lr=self.rule.scales_lr,
         )
-
-    def _gradient(self, batch: int) -> tuple[Tensor, int, Loss]:
-        """Gradient f32[P] of ``batch`` including weight decay, its number of samples, and its mean loss."""
-        x, y = self.batches.take(batch)
-        loss = self.step(x.to(self.device), y.to(self.device))
-        return decayed_gradient(self.flat, self.optimizer.param_groups), len(y), kept_loss(loss)
 
     def send(self, worker: SimulatedWorker, request: Request) -> None:
         """Hand a request to the server, and its replies to the workers that they are for."""

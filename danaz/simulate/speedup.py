@@ -29,6 +29,11 @@ class Speedup:
     synchronous: Times
     synchronous_std: Times
 
+    @property
+    def machines(self) -> str:
+        """Return what the machines are like, in words."""
+        return "machines that differ" if self.heterogeneous else "machines of one kind"
+
 
 def speedup(
     workers: Sequence[int], *, heterogeneous: bool, repetitions: int = 20, iterations: int = 100_000, seed: int = 0
@@ -64,8 +69,11 @@ def speedup(
 
 
 def _totals(rng: np.random.Generator, means: Times, iterations: int, workers: Sequence[int]) -> tuple[Times, Times]:
-    """Time of each worker for all its batches, f64[largest number of workers]; and, for each n in ``workers``, time of
-    ``iterations`` rounds in which the first n workers wait for the slowest of them, f64[len(workers)]."""
+    """Return the time of each worker for all its batches, f64[largest number of workers], and the time of rounds.
+
+    The latter is f64[len(workers)]: for each n, of ``iterations`` rounds in which the first n workers wait for the
+    slowest of them.
+    """
     worker_total, slowest_total = np.zeros(len(means)), np.zeros(len(workers))
     for done in range(0, iterations, CHUNK):
         times = gamma_times(rng, means[:, None], (len(means), min(CHUNK, iterations - done)))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from danaz.run.config import Config
-from danaz.vectors.flat import FlatModel
+from danaz.vectors.model import FlatModel
 from danaz.workloads import Workload
 from danaz.workloads.computing import batch_loss
 
@@ -47,7 +47,7 @@ class GraphedStep:
     """
 
     def __init__(self, eager: EagerStep, capture: Callable[[Work], Work], apart: Callable[[Work], Tensor]):
-        """``capture`` records some work and returns its replay; ``apart`` runs some work on a stream of its own."""
+        """Replay what ``capture`` makes of the eager step; ``apart`` runs some work on a stream of its own."""
         self.eager = eager
         self._capture = capture
         self._apart = apart
@@ -94,5 +94,5 @@ def on_a_stream_apart(work: Work) -> Tensor:
 
 
 def make_step(eager: EagerStep) -> EagerStep | GraphedStep:
-    """The fastest form of ``eager`` on its device: a graph on a GPU, ``eager`` itself on a CPU."""
+    """Return the fastest form of ``eager`` on its device: a graph on a GPU, ``eager`` itself on a CPU."""
     return GraphedStep(eager, cuda_graph, on_a_stream_apart) if eager.device.type == "cuda" else eager

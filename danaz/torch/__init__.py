@@ -81,7 +81,7 @@ def init(*, digest: str = "", seed: int | None = None) -> None:
         settings, place = from_environment()
         _current = Session(replace(settings, digest=digest) if digest else settings, place)
         _current.choose_seed(seed)
-        atexit.register(_current.ending.end_process)
+        atexit.register(_current.end_process)
     elif seed is not None:
         _current.choose_seed(seed)
 
@@ -94,38 +94,38 @@ def device() -> torch.device:
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes files and prints. Under any algorithm, a run has exactly one."""
+    """Return whether this process is the one that should write files and print. A run has exactly one."""
     session = _session()
     return session.place.worker == 0 and session.group.rank == 0
 
 
 def rank() -> int:
-    """This process's rank within its worker (under ssgd, within the whole cluster). See also ``is_main``."""
+    """Return this process's rank within its worker (under ssgd, within the cluster). See also ``is_main``."""
     return _session().group.rank
 
 
 def size() -> int:
-    """Number of ranks of this worker (under ssgd, of the whole cluster)."""
+    """Return the number of ranks of this worker (under ssgd, of the whole cluster)."""
     return _session().group.size
 
 
 def local_rank() -> int:
-    """This process's number among the run's processes on its machine, whichever workers they belong to."""
+    """Return this process's number among the run's processes on its machine, whichever workers they belong to."""
     return _session().place.local_rank
 
 
 def local_size() -> int:
-    """Number of the run's processes on this machine."""
+    """Return the number of the run's processes on this machine."""
     return _session().place.local_size
 
 
 def worker_id() -> int:
-    """The number of this process's worker among the workers."""
+    """Return the number of this process's worker, from 0."""
     return _session().place.worker
 
 
 def num_workers() -> int:
-    """Number of workers that the run was launched with."""
+    """Return the number of workers that the run was launched with."""
     return _session().settings.workers
 
 
@@ -215,7 +215,7 @@ def report(**figures: float | str | None) -> None:
 
 
 def metrics() -> Metrics:
-    """Return version, epoch, lag, gap and times, as this worker last heard of them."""
+    """Return the version, epoch, lag, gap and times that this worker last heard of."""
     return _session().worker.metrics
 
 

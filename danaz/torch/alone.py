@@ -1,4 +1,4 @@
-"""A worker without a server elsewhere: the server's core runs in the worker's own process."""
+"""The link of a worker that has no server elsewhere: the server's core runs in the worker's own process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class LocalLink:
         for _, reply in replies:
             if answers(reply, request):
                 return reply
-        raise ServerLostError("a lone worker waits for others that will never come")
+        raise ServerLostError("the server core of this process waits for other workers, and it can have none")
 
     def edit(self, displacement: Tensor) -> None:
         """See Link."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from danaz.optimizers import Adagrad, Adam, NAdam, Optimizer, OptimizerError, Optimizers, RMSprop, Sgd
-from danaz.vectors.flat import FlatModel
+from danaz.vectors.model import FlatModel
 
 Group = Mapping[str, Any]  # one of torch's param_groups
 
@@ -29,12 +29,14 @@ def optimizers_of(optimizer: torch.optim.Optimizer) -> Optimizers:
     if kind not in _READERS:
         known = ", ".join(sorted(each.__name__ for each in _READERS))
         raise UnsupportedOptimizerError(
-            f"danaz does not know the mathematics of {kind.__name__}, so its algorithms cannot look ahead along its "
-            f"momentum. The optimizers of torch.optim that danaz carries out are {known}."
+            f"danaz.DistributedOptimizer does not take {kind.__name__}: the cluster makes the steps in its place, and "
+            f"must know their mathematics to look ahead. Train with one of torch.optim: {known}."
         )
     groups = optimizer.param_groups
     if any(group.get("dampening") for group in groups):
-        raise UnsupportedOptimizerError("danaz cannot carry out SGD with dampening: no asynchronous rule has it.")
+        raise UnsupportedOptimizerError(
+            "danaz cannot carry out SGD with dampening, because no asynchronous rule has it: make it without."
+        )
     if any(group.get("differentiable") for group in groups):
         raise UnsupportedOptimizerError("danaz cannot differentiate through a step: make differentiable=False.")
     try:
@@ -48,7 +50,9 @@ def warn_if_not_nesterov(optimizer: torch.optim.Optimizer) -> None:
     """Warn about an SGD momentum without nesterov=True: what danaz trains with is Nesterov's."""
     if any(group["momentum"] and not group["nesterov"] for group in optimizer.param_groups if "nesterov" in group):
         warnings.warn(
-            "danaz trains with Nesterov momentum (DANA is built on it); nesterov=False is not kept", stacklevel=4
+            "the optimizer has nesterov=False, but DANA is built on Nesterov momentum: danaz trains with it, and "
+            "nesterov=False is not kept. Make the optimizer with nesterov=True to say the same.",
+            stacklevel=4,
         )
 
 

@@ -1,4 +1,4 @@
-"""This module maps batch numbers to samples, and makes a rank's DataLoader read only its own part of each batch."""
+"""Which samples a batch number stands for, and how a rank's DataLoader reads only its own part of each batch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class UnsupportedLoaderError(TypeError):
 
 @dataclass(frozen=True)
 class Batching:
-    """How an epoch of a data set is divided into batches. It depends only on seed and epoch, so all processes agree."""
+    """How the epochs of a data set are divided into batches. Processes with equal values make equal batches."""
 
     samples: int
     batch_size: int  # samples in one update, which all ranks of one worker share
@@ -86,7 +86,7 @@ class Portion:
 
     batch: int
     samples: int  # number of samples in the whole batch
-    here: int  # number of samples in this rank's part; 0: it is given another rank's samples, which do not count
+    here: int  # number of samples in this rank's part; 0: the rank computes on others' samples, which do not count
 
     @property
     def weight(self) -> float:
@@ -95,7 +95,7 @@ class Portion:
 
 
 class LeaseSampler:
-    """A batch sampler for a DataLoader: it gives this rank's part of each batch, until ``take`` gives no batch number.
+    """A DataLoader's batch sampler that gives this rank's part of each batch, until ``take`` gives no batch number.
 
     It notes what it hands out in ``portions``, in the order in which the loader will deliver. If a short batch has no
     sample for a rank, the rank gets the batch's first samples, with weight zero. Its loop then runs like every other
@@ -127,16 +127,19 @@ def batching_of(loader: DataLoader[Any], workers: int, seed: int) -> Batching:
         raise UnsupportedLoaderError(
             "danaz.shard needs a DataLoader with batch_size=… and shuffle=True or False; this one has a sampler of its "
             f"own ({type(loader.batch_sampler if loader.batch_size is None else loader.sampler).__name__}), which "
-            "danaz would have to replace."
+            "danaz would have to replace. Make the loader without it."
         )
     if isinstance(loader.sampler, RandomSampler) and loader.sampler.replacement:
-        raise UnsupportedLoaderError("danaz.shard uses each sample once an epoch; this loader draws with replacement.")
+        raise UnsupportedLoaderError(
+            "danaz.shard uses each sample once an epoch; this loader draws with replacement. Make it with shuffle=True "
+            "and no sampler."
+        )
     samples: int = len(loader.dataset)  # type: ignore[arg-type]
     drawn = len(loader.sampler)  # type: ignore[arg-type]
     if drawn != samples:
         raise UnsupportedLoaderError(
-            f"danaz.shard uses each sample once an epoch; this loader draws {drawn} of {samples} samples."
-            " Give it a torch.utils.data.Subset of them instead."
+            f"danaz.shard uses each sample once an epoch; this loader draws {drawn} of {samples} samples. To train on "
+            "fewer, make the loader of a torch.utils.data.Subset."
         )
     batching = Batching(
         samples=samples,
@@ -147,8 +150,8 @@ def batching_of(loader: DataLoader[Any], workers: int, seed: int) -> Batching:
     )
     if not batching.batches_per_epoch:
         raise UnsupportedLoaderError(
-            f"{samples} samples do not fill one batch of {batching.batch_size}: an epoch would be empty. Use a smaller "
-            "batch_size, or drop_last=False."
+            f"{samples} samples do not fill one batch of {batching.batch_size}, so an epoch would be empty. Use a "
+            "smaller batch_size, or drop_last=False."
         )
     return batching
 

@@ -9,7 +9,7 @@ Item = TypeVar("Item")
 
 
 class LoopError(RuntimeError):
-    """The script's loops are not loops that danaz can train with."""
+    """danaz cannot train with the script's loops as they are."""
 
 
 class Counted(Iterator[Item]):
@@ -30,7 +30,7 @@ class Counted(Iterator[Item]):
 
 
 class Loop:
-    """Knows where the script is in its loops, and whether it left them before their end."""
+    """Where the script is in its loops, and whether it left them before their end."""
 
     def __init__(self) -> None:
         self.count: int | None = None  # number of epochs that the script asked for
@@ -42,18 +42,18 @@ class Loop:
         self._is_used_up = False  # whether the epoch under way has given all its batches
 
     def begin(self, count: int) -> None:
-        """Note the number of epochs. Raises ValueError and LoopError."""
+        """Note the number of epochs. Raises ValueError if it is none, and LoopError if the loop was begun before."""
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"danaz.epochs takes the number of epochs, a whole number from 1 up, not {count!r}")
         if self.count is not None:
             raise LoopError(
                 f"danaz.epochs({count}) is called although danaz.epochs({self.count}) was called before: a run has one "
-                "loop over its epochs. Give the total to one danaz.epochs, and tell phases apart by the epoch's number."
+                "loop over its epochs. Give one danaz.epochs the total, and tell phases apart by the epoch's number."
             )
         self.count = count
 
     def epochs(self, first: int, is_over: Callable[[], bool]) -> Iterator[int]:
-        """Yield the epochs from ``first`` on, until the run is over. Raises LoopError."""
+        """Yield the epochs from ``first`` on, until the run is over. Raises LoopError if one ends without batches."""
         assert self.count is not None
         try:
             for epoch in range(first, self.count):
@@ -74,7 +74,7 @@ class Loop:
             self.epoch = None
 
     def batches(self, epoch: int, dataset: object, batches: Iterator[Item]) -> Iterator[Item]:
-        """Yield the ``batches`` of ``dataset`` if it is their turn. Raises LoopError."""
+        """Yield the ``batches`` of ``dataset``. Raises LoopError if it is not their turn."""
         self._check(epoch, dataset)
         self._is_open, self._dataset = True, dataset
         try:
@@ -98,7 +98,7 @@ class Loop:
         if self._is_open:
             raise LoopError(
                 "danaz.shard was iterated while another loop over it is under way: one batch is one update of the "
-                "cluster, so there is one such loop at a time. Let one data set give all that an update needs."
+                "cluster, so there is one such loop at a time. Let one data set deliver all that an update needs."
             )
         if self._is_used_up:
             raise LoopError(

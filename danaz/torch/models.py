@@ -1,4 +1,4 @@
-"""Checks of a user's model, which say before training begins what danaz cannot train."""
+"""What danaz asks of a user's model before training begins."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from torch import nn
 
 
 def check_model(model: nn.Module) -> None:
-    """Raises ValueError, which names the cure, for a model whose gradients danaz cannot sum."""
+    """Raise ValueError, with the cure, for a model whose gradients danaz cannot sum."""
     for name, module in model.named_modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
             raise ValueError(
-                f"the model's {name or type(module).__name__} is made with sparse=True, and danaz sums dense gradients "
-                "alone; make it with sparse=False, or set its .sparse = False"
+                f"the model's {name or type(module).__name__} is made with sparse=True, but danaz sums only dense "
+                "gradients; make it with sparse=False, or set its .sparse = False"
             )
 
 

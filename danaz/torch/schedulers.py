@@ -2,7 +2,7 @@
 
 A script steps its scheduler after each of its own batches, or after each epoch. Each of N workers computes only about
 1/N of the batches, but the schedule was tuned for the whole run. So if a scheduler is stepped within the loop over
-batches, danaz brings it to where a lone worker would be that had made all the cluster's steps. For that, danaz calls
+batches, danaz brings it to where it would be if this worker had made all the cluster's steps. For that, danaz calls
 `step()` as many times as it takes, which is right for every scheduler, whatever it computes its rates from. A scheduler
 that is stepped between epochs already follows the cluster, because the epochs are the cluster's. A worker that comes
 back in the middle of a run catches up on the epochs that are over.
@@ -13,7 +13,8 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from math import isclose
 from typing import Any, Protocol
@@ -23,14 +24,14 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 
 class UnsupportedSchedulerError(TypeError):
-    """A scheduler that cannot follow the cluster's progress."""
+    """This scheduler cannot follow the cluster's progress."""
 
 
 class Clock(Protocol):
     """How far the cluster and this worker are."""
 
     in_loop: bool  # whether the script is in the loop over batches
-    own_batches: int  # number of batches that this worker has computed since its process began
+    own_batches: int  # number of batches that this process has computed
 
     @property
     def epoch(self) -> float:
@@ -69,26 +70,37 @@ class _Follower:
         self._move(scheduler, step, max(0, target - self.moved))
 
     def catch_up(self, scheduler: LRScheduler, step: Callable[..., None]) -> None:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
-            self._move(scheduler, step, self.clock.epochs_over)
+        self._move(scheduler, step, self.clock.epochs_over)
 
     def _move(self, scheduler: LRScheduler, step: Callable[..., None], steps: int) -> None:
         self.moved += steps
-        for _ in range(steps):
-            step(scheduler)
+        # torch expects a step of the optimizer first, but so far only the other workers may have had batches.
+        with nullcontext() if self.clock.own_batches else _no_warning_of_a_missing_step():
+            for _ in range(steps):
+                step(scheduler)
 
     def _explicit(self, scheduler: LRScheduler, epoch: float | None = None) -> tuple[float | None]:
-        """Check an epoch that the script has computed, either from its own batches or from the cluster's."""
+        """Return the epoch to step to when the script has given one, which it may have counted by its own batches.
+
+        Raises UnsupportedSchedulerError for a whole number that is not the cluster's epoch.
+        """
         own = epoch is not None and self.clock.in_loop and not isclose(epoch, self.clock.epoch, abs_tol=1e-6)
         if own and epoch != int(epoch or 0):
             return (self.clock.epoch,)  # fractional epochs, which for example CosineAnnealingWarmRestarts takes
         if own:
             raise UnsupportedSchedulerError(
-                f"{type(scheduler).__name__}.step({epoch}) within the loop over batches: this worker's own count says "
-                "nothing of the cluster's. Call step() without an argument, or step(danaz.progress())"
+                f"{type(scheduler).__name__}.step({epoch}) was called within the loop over batches, where the cluster "
+                f"is in epoch {self.clock.epoch:.3g}, which this worker's own batches do not tell. Call step() without "
+                "an argument, or step(danaz.progress())"
             )
         return (epoch,)
+
+
+@contextmanager
+def _no_warning_of_a_missing_step() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
+        yield
 
 
 _followers: weakref.WeakKeyDictionary[LRScheduler, _Follower] = weakref.WeakKeyDictionary()
@@ -108,14 +120,14 @@ def follow(optimizers: Sequence[Optimizer], clock: Clock, *, one_worker: bool) -
         name = type(scheduler).__name__
         if getattr(scheduler, "cycle_momentum", False):
             raise UnsupportedSchedulerError(
-                f"{name} cycles the momentum, along which the cluster looks ahead and which is one for the whole run. "
-                f"Make it {name}(…, cycle_momentum=False)"
+                f"{name} cycles the momentum, but the cluster looks ahead along one momentum for the whole run. Make "
+                f"it {name}(…, cycle_momentum=False)"
             )
         if isinstance(scheduler, ReduceLROnPlateau):
             if not one_worker:
                 raise UnsupportedSchedulerError(
                     "ReduceLROnPlateau would see another figure on each worker, and their rates would drift apart. "
-                    "Use a scheduler of the epoch, such as MultiStepLR or CosineAnnealingLR"
+                    "Use a scheduler that depends on the epoch alone, such as MultiStepLR or CosineAnnealingLR"
                 )
             continue
         _follow(scheduler, clock)

@@ -1,13 +1,13 @@
-"""One process's part in a run. The functions of danaz.torch call it."""
+"""One process's part in a run, from ``init`` to its end. The functions of danaz.torch call it."""
 
 from __future__ import annotations
 
 import atexit
+import os
 import signal
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from math import ceil, inf
 from typing import Any
@@ -16,30 +16,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from danaz.protocol.messages import Heartbeat, Inquire, Progress
-from danaz.run.folder import RunFolder
 from danaz.run.milestones import reach
+from danaz.run.rates import effective_lr
 from danaz.run.settings import RankInfo, Settings
 from danaz.run.signals import note_ending_signals
-from danaz.server.core import ServerCore
-from danaz.serving.pace import telling
-from danaz.torch.alone import LocalLink
-from danaz.torch.carried import weight_decays
-from danaz.torch.data import Batching, LeaseSampler, Portion, Share, batching_of, read_ahead, rebuild
-from danaz.torch.ending import Ending
+from danaz.torch.data import LeaseSampler, Portion, batching_of, rebuild
+from danaz.torch.ending import ModelWatch, exit_unfinished, say
+from danaz.torch.exchange import Verdict
+from danaz.torch.joining import Membership, current_epoch, enter, machines_per_batch, make_membership
 from danaz.torch.loop import Counted, Loop
-from danaz.torch.models import has_batch_norm
-from danaz.torch.optimizer import DistributedOptimizer, Verdict
-from danaz.torch.rates import effective_lr
+from danaz.torch.optimizer import DistributedOptimizer
 from danaz.torch.schedulers import follow
-from danaz.vectors.flat import FlatModel, Spans
-from danaz.vectors.untrained import Untrained
+from danaz.vectors.cutting import Spans
 from danaz.worker.between import first_text
-from danaz.worker.core import Role, WorkerCore
+from danaz.worker.core import Step
 from danaz.worker.group import Group, make_group
-from danaz.worker.link import DealerLink, Link
-from danaz.worker.sharded import connect
-from danaz.worker.staging import IN_PLACE, Staging, staging_for
 from danaz.worker.worker import Worker
 
 
@@ -48,38 +39,35 @@ class NotInitializedError(RuntimeError):
 
 
 class Session:
-    """What one process knows and does, from ``init`` to its end."""
+    """What one process knows and does in a run.
+
+    It comes to know more as the script goes on: the optimizer when the script wraps it, its membership in the run with
+    the first batch, and the trained model when it has ``finished``.
+    """
 
     def __init__(self, settings: Settings, place: RankInfo):
         self.settings = settings
         self.place = place
         self.group: Group = make_group(settings.collective)
-        self.epochs = 1
-        self.loop = Loop()
-        self.finished = False
-        self._ends = False  # whether the ranks have agreed to leave a run that has batches left
+        self._seed: int | None = settings.seed  # seed for the order of the samples; None: torch's seed
         self._optimizer: DistributedOptimizer | None = None
-        self._worker: Worker | None = None
-        self._batching: Batching | None = None
-        self._epoch = 0  # the epoch that the loop over batches is in
-        self._portion: Portion | None = None  # this rank's part of the batch that is being computed
-        self._share = Share()
-        self._scales_lr = False
+        self._membership: Membership | None = None
+        # The script's loops.
+        self.loop = Loop()
+        self.epochs = 1
         self.in_loop = False  # whether the script is in its loop over batches
-        self.own_batches = 0  # number of batches that this process has computed
-        self._loader_batches = 1  # number of batches in an epoch, as the script's own loader counts them
-        self._seed: int | None = None  # seed for the order of the samples; None: the settings' seed
-        self._follows_torch = False  # whether to use torch's seed instead, as it is when training begins
+        self._epoch = 0  # the epoch that the loop over batches is in
         self._loader: tuple[DataLoader[Any], LeaseSampler, DataLoader[Any]] | None = None  # the user's, and its double
-        self.ending = Ending(self, self._close)
+        # The batches.
+        self._portion: Portion | None = None  # this rank's part of the batch that is being computed
+        self.own_batches = 0  # number of batches that this process has computed
+        # The end.
+        self._leaves_early = False  # whether the ranks have agreed to leave a run that has batches left
+        self.finished = False  # whether this process has left the run in good order
+        self._watch = ModelWatch(on_use=self._end_if_left)
+        self._pid = os.getpid()
         reach("init")
-        atexit.register(self._close)
-
-    @property
-    def worker(self) -> Worker:
-        if self._worker is None:
-            raise NotInitializedError("the run begins with the first `for batch in danaz.shard(loader, epoch)`")
-        return self._worker
+        atexit.register(self.close)
 
     @property
     def optimizer(self) -> DistributedOptimizer:
@@ -88,38 +76,29 @@ class Session:
         return self._optimizer
 
     @property
-    def has_optimizer(self) -> bool:
-        return self._optimizer is not None
+    def _member(self) -> Membership:
+        if self._membership is None:
+            raise NotInitializedError(
+                "nothing is known of the run yet: the run begins with the first `for batch in danaz.shard(loader, "
+                "epoch)`"
+            )
+        return self._membership
 
     @property
-    def has_begun(self) -> bool:
-        """Whether this process has entered the run. It enters with its first batch."""
-        return self._worker is not None
+    def worker(self) -> Worker:
+        return self._member.worker
 
     @property
-    def came_late(self) -> bool:
-        """Whether the run was over before this process entered it."""
-        return self._worker is not None and self._worker.came_late
+    def _has_begun(self) -> bool:
+        """Whether this process has entered the run."""
+        return self._membership is not None
 
     @property
-    def epoch(self) -> float:
-        """The cluster's epoch, as this worker last heard."""
-        return 0.0 if self._worker is None else self._worker.metrics.epoch
+    def _is_only_worker(self) -> bool:
+        """Whether this worker makes every update. In an all-reduce world, all machines together are one worker."""
+        return self.place.server is None or self.settings.workers == 1
 
-    @property
-    def epochs_over(self) -> int:
-        """See schedulers.Clock."""
-        return self._epoch
-
-    @property
-    def ticks(self) -> float:
-        """See schedulers.Clock."""
-        return self.epoch * self._loader_batches
-
-    @property
-    def over(self) -> bool:
-        """Whether this worker gets no more batches."""
-        return self._ends or (self._worker is not None and self._worker.done)
+    # ---- before the run --------------------------------------------------------------------------------------------
 
     def choose_seed(self, seed: int | None) -> None:
         """Choose the seed that decides the order of the samples. None leaves it to torch's seed. Raises ValueError."""
@@ -130,114 +109,25 @@ class Session:
                 f"danaz.init(seed={seed}) in a run that was launched with seed {self.settings.seed}, which decides the "
                 f"order of the samples for all its processes: launch it with --seed {seed}, or give init no seed"
             )
-        self._seed = None if self.place.launched else seed
-        self._follows_torch = not self.place.launched and seed is None
+        self._seed = self.settings.seed if self.place.launched else seed
 
     def _seed_for(self, loader: DataLoader[Any]) -> int:
-        if self._follows_torch:
-            return torch.initial_seed() if loader.generator is None else loader.generator.initial_seed()
-        return self.settings.seed if self._seed is None else self._seed
+        if self._seed is not None:
+            return self._seed
+        return torch.initial_seed() if loader.generator is None else loader.generator.initial_seed()
 
     def adopt(self, optimizer: DistributedOptimizer) -> None:
+        """Let this session carry out the steps of ``optimizer``. Raises NotInitializedError for a second one."""
         if self._optimizer is not None:
-            raise NotInitializedError("danaz trains one model a process: DistributedOptimizer was made already")
+            raise NotInitializedError(
+                "danaz.DistributedOptimizer was called a second time, but danaz trains one model a process: give it "
+                "one optimizer for all parameters that are to train"
+            )
         self._optimizer = optimizer
         optimizer.connect(self)
         reach("optimizer")
 
-    # ---- joining -------------------------------------------------------------------------------------------------
-
-    def _join(self, loader: DataLoader[Any]) -> None:
-        """Enter the run with the first loader. By now the model, the optimizer and the data are known."""
-        optimizer, ahead = self.optimizer, read_ahead(loader)
-        rule = self.settings.for_server().rule(optimizer.optimizers)
-        ahead += rule.worker_rule.sync_period - 1
-        pipelined = self.settings.pipeline and self.place.server is not None
-        ahead += pipelined  # one more: the batch that is computed while the last one is pushed
-        self._seed = self._seed_for(loader)
-        self._follows_torch = False
-        batching = batching_of(loader, self._machines_per_batch, self._seed)
-        everyone_alike = self.place.server is None
-        core, link = None, None
-        if everyone_alike or self.group.rank == 0:
-            role = Role(
-                worker=0 if everyone_alike else self.place.worker,
-                incarnation=self.place.incarnation,
-                digest=self.settings.digest,
-                optimizers=optimizer.optimizers,
-                layout=optimizer.flat.layout,
-                plan=batching.plan(self.epochs),
-                ahead=ahead,
-            )
-            compressor = self.settings.compressor(role.layout)
-            device = optimizer.flat.params.device
-            # A server in this process keeps its vectors on the model's device.
-            staging = IN_PLACE if self.place.server is None else staging_for(device, role.layout.size)
-            core = WorkerCore(role, rule.worker_rule, device, staging, compressor, rule.push_moves_view)
-            link = self._link(role, staging)
-        self._batching = batching
-        self._share = replace(self._share_of_batch(), least=2 if has_batch_norm(optimizer.flat.model) else 1)
-        self._warn_of_idle_ranks(batching)
-        self._scales_lr = rule.scales_lr
-        self._worker = Worker(self.group, optimizer.flat, ahead, core, link, everyone_alike, pipelined)
-        self._worker.sync_period = rule.worker_rule.sync_period
-        self._enter(optimizer.flat)
-        self._loader_batches = len(loader)
-        one_worker = self.place.server is None or self.settings.workers == 1
-        follow([optimizer, optimizer.wrapped], self, one_worker=one_worker)
-        reach("shard")
-        if self.place.guest:
-            self._worker.is_asked_to_end = note_ending_signals()
-
-    def _enter(self, flat: FlatModel) -> None:
-        """Join the run, and give all ranks of all workers the same model, whatever each of them has built."""
-        untrained = Untrained(flat.model, flat.trained)
-        words, has_server = untrained.packed(), self.place.server is not None
-        self.group.broadcast(first_params=flat.params)
-        if self.place.worker == 0 or not has_server:
-            self.worker.join(True, words if has_server and untrained.size else None)
-        else:
-            self.worker.join(False)
-        if not untrained.size or self.worker.came_late:
-            return
-        if has_server and self.group.rank == 0:
-            found = self.worker.fetch_untrained()
-            untrained.load(found)  # this raises an error if the models differ
-            words.copy_(found)
-        self.group.broadcast(untrained=words)
-        untrained.load(words)
-
-    @property
-    def _machines_per_batch(self) -> int:
-        """How many workers' batches make one update: those of all workers under ssgd, otherwise one."""
-        return self.settings.workers if self.place.server is None else 1
-
-    def _link(self, role: Role, staging: Staging) -> Link:
-        if self.place.server is not None:
-            heartbeat, keys = Heartbeat(role.worker, role.incarnation), self.place.keys
-            addresses = [self.place.server, *self.place.followers]
-            dealer = partial(DealerLink, heartbeat=heartbeat, keys=keys, staging=staging)
-            return connect(addresses, role.layout, dealer, staging)
-        settings = self.settings.for_server(workers=1, weight_decay=weight_decays(self.optimizer.param_groups))
-        if self.place.run is None or self.group.rank != 0:
-            return LocalLink(ServerCore(settings))
-        folder = RunFolder(self.place.run, self.settings.facts())
-        core = ServerCore(settings)
-        core.on_update = telling(core, folder.record)
-        return LocalLink(core, on_close=partial(folder.finish_at_exit, core))
-
-    def _share_of_batch(self) -> Share:
-        """Return this rank's part of a batch. A world over all machines splits a batch over the machines first."""
-        if self.place.server is not None or self.group.size == 1:
-            return Share(rank=self.group.rank, ranks=self.group.size)
-        worker_of_rank = torch.zeros(self.group.size, dtype=torch.float64)
-        worker_of_rank[self.group.rank] = self.place.worker
-        self.group.wait(self.group.sum_async(worker_of_rank, "workers"))
-        workers = worker_of_rank.tolist()
-        mine = [rank for rank, worker in enumerate(workers) if worker == self.place.worker]
-        return Share(self.place.worker, self.settings.workers, mine.index(self.group.rank), len(mine))
-
-    # ---- the script's loops ----------------------------------------------------------------------------------------
+    # ---- the loop over epochs --------------------------------------------------------------------------------------
 
     def run_epochs(self, count: int) -> Counted[int]:
         """See danaz.torch.epochs."""
@@ -246,27 +136,22 @@ class Session:
         return Counted(self._epochs(), lambda: count)
 
     def _epochs(self) -> Iterator[int]:
+        first = min(current_epoch(self.place, self.group), self.epochs - 1)
         try:
-            yield from self.loop.epochs(self._first_epoch(), lambda: self.over)
+            yield from self.loop.epochs(first, lambda: self._is_over)
         except GeneratorExit:
-            self.ending.watch()
+            # A break looks the same as an exception. Only if the script goes on and uses the model was it a break.
+            if self._has_begun and not self.finished:
+                self._watch.begin(self.optimizer.flat.model)
             raise
         self.finish()
 
-    def _first_epoch(self) -> int:
-        """Return the epoch that the cluster is in, so that a process that comes back skips the epochs before."""
-        if self.place.server is None:
-            return 0
-        epoch = torch.zeros(1, dtype=torch.float64)
-        if self.group.rank == 0:
-            inquiry = Inquire(self.place.worker, self.place.incarnation, 1)
-            heartbeat = Heartbeat(self.place.worker, self.place.incarnation)
-            link = DealerLink(self.place.server, heartbeat, keys=self.place.keys)
-            reply = link.exchange(inquiry)
-            link.close()
-            epoch[0] = reply.epoch if isinstance(reply, Progress) else 0.0  # a restarted shard cannot say
-        self.group.broadcast(first_epoch=epoch)
-        return min(int(epoch.item()), self.epochs - 1)
+    @property
+    def _is_over(self) -> bool:
+        """Whether this worker gets no more batches."""
+        return self._leaves_early or (self._has_begun and self.worker.done)
+
+    # ---- the loop over batches -------------------------------------------------------------------------------------
 
     def run_batches(self, loader: DataLoader[Any], epoch: int) -> Counted[Any]:
         """See danaz.torch.shard."""
@@ -275,30 +160,19 @@ class Session:
 
     def _expected(self, loader: DataLoader[Any]) -> int:
         """Return the number of batches that this worker computes in an epoch if all workers are equally fast."""
-        batches = batching_of(loader, self._machines_per_batch, seed=0).batches_per_epoch
-        return ceil(batches * self._machines_per_batch / self.settings.workers)
-
-    # ---- training ------------------------------------------------------------------------------------------------
+        machines = machines_per_batch(self.settings, self.place)
+        return ceil(batching_of(loader, machines, seed=0).batches_per_epoch * machines / self.settings.workers)
 
     def shard(self, loader: DataLoader[Any], epoch: int) -> Iterator[Any]:
-        """See danaz.torch.shard."""
+        """Yield this rank's part of each batch of ``epoch`` that the worker is leased. The first call joins the run."""
         self._epoch = epoch
-        if self._worker is None:
+        if not self._has_begun:
             self._join(loader)
-        elif batching_of(loader, self._machines_per_batch, self._seed_for(loader)) != self._batching:
-            raise ValueError(
-                "danaz.shard: this loader has another size, batch size or order than the run began with. It is for "
-                "training data alone; to evaluate, iterate the loader itself"
-            )
-        if not torch.is_grad_enabled():
-            raise RuntimeError(
-                "danaz.shard was iterated under torch.no_grad(), where nothing can be trained; to evaluate, iterate "
-                "the loader itself"
-            )
+        self._check(loader)
         sampler, batches = self._double_of(loader)
         try:
             self.in_loop = True
-            while self._more_in(epoch):
+            while self._has_more_in(epoch):
                 for batch in batches:
                     if self._is_cut_short:
                         break
@@ -310,36 +184,46 @@ class Session:
             self.worker.batches.put_back([portion.batch for portion in sampler.portions])
             sampler.portions.clear()
 
-    def _warn_of_idle_ranks(self, batching: Batching) -> None:
+    def _join(self, loader: DataLoader[Any]) -> None:
+        """Join the run with the first loader. By now the model, the optimizer and the data are known."""
+        optimizer = self.optimizer
+        self._seed = self._seed_for(loader)
+        self._membership = make_membership(
+            self.settings, self.place, self.group, optimizer, loader, self.epochs, self._seed
+        )
+        self._warn_of_idle_ranks()
+        enter(self.worker, optimizer.flat, self.place)
+        follow([optimizer, optimizer.wrapped], self, one_worker=self._is_only_worker)
+        reach("shard")
+        if self.place.guest:
+            self.worker.is_asked_to_end = note_ending_signals()
+
+    def _warn_of_idle_ranks(self) -> None:
         """Warn if some ranks get no samples of a batch.
 
         Batch norm cannot train on one sample. If each rank would get only one, fewer ranks get two samples instead.
         """
-        here = self._share.ranks_at_work(batching.batch_size)
-        if self.group.rank == 0 and here < self._share.ranks:
+        share = self._member.share
+        here = share.ranks_at_work(self._member.batching.batch_size)
+        if self.group.rank == 0 and here < share.ranks:
             warnings.warn(
-                f"only {here} of this worker's {self._share.ranks} ranks get samples: batch_size is per worker, its "
-                "ranks share each batch, and batch norm needs two samples a rank. Raise the loader's batch_size.",
+                f"only {here} of this worker's {share.ranks} ranks get samples: the worker's ranks share each batch of "
+                "batch_size samples, and batch norm needs two on each rank. Raise the loader's batch_size.",
                 stacklevel=2,
             )
 
-    def _more_in(self, epoch: int) -> bool:
-        """Return whether a batch of this epoch, or one left over from before, is at hand. Wait for one if necessary."""
-        self._pass_over_unstepped()
-        if not self.worker.batches.waiting and not self.over:
-            self.worker.pull()
-        return not self._is_cut_short and self._next_epoch <= epoch
-
-    @property
-    def _is_cut_short(self) -> bool:
-        """Whether the run has ended, although batches may be left that were read ahead."""
-        return self._ends or (self.worker.done and not self.worker.batches.any)
-
-    @property
-    def _next_epoch(self) -> float:
-        waiting = self.worker.batches.waiting
-        assert self._batching is not None
-        return self._batching.epoch_of(waiting[0]) if waiting else inf
+    def _check(self, loader: DataLoader[Any]) -> None:
+        machines = machines_per_batch(self.settings, self.place)
+        if batching_of(loader, machines, self._seed_for(loader)) != self._member.batching:
+            raise ValueError(
+                "danaz.shard was given a loader of another size, batch size or order than the run began with. Give it "
+                "the training data alone; to evaluate, iterate the loader itself"
+            )
+        if not torch.is_grad_enabled():
+            raise RuntimeError(
+                "danaz.shard was iterated under torch.no_grad(), where nothing can be trained; to evaluate, iterate "
+                "the loader itself"
+            )
 
     def _double_of(self, loader: DataLoader[Any]) -> tuple[LeaseSampler, DataLoader[Any]]:
         """Return the loader that delivers leased batches instead of ``loader``, and its sampler.
@@ -347,13 +231,33 @@ class Session:
         It keeps its processes if ``loader`` keeps its own.
         """
         if self._loader is None or self._loader[0] is not loader:
-            assert self._batching is not None
-            sampler = LeaseSampler(self._batching, self._share, self._take)
+            sampler = LeaseSampler(self._member.batching, self._member.share, self._take)
             self._loader = (loader, sampler, rebuild(loader, sampler))
         return self._loader[1:]
 
     def _take(self) -> int | None:
+        """Begin the next leased batch of the epoch under way, and return its number; None if there is none."""
         return self.worker.batches.begin() if self._next_epoch <= self._epoch else None
+
+    def _has_more_in(self, epoch: int) -> bool:
+        """Return whether a batch of this epoch, or one left over from before, is at hand. Wait for one if necessary."""
+        self._pass_over_unstepped()
+        if not self.worker.batches.waiting and not self._is_over:
+            self.worker.pull()
+        return not self._is_cut_short and self._next_epoch <= epoch
+
+    @property
+    def _is_cut_short(self) -> bool:
+        """Whether the run has ended, although batches may be left that were read ahead."""
+        return self._leaves_early or (self.worker.done and not self.worker.batches.any)
+
+    @property
+    def _next_epoch(self) -> float:
+        """The epoch of the batch that waits first; infinite if none waits."""
+        waiting = self.worker.batches.waiting
+        return self._member.batching.epoch_of(waiting[0]) if waiting else inf
+
+    # ---- one batch -------------------------------------------------------------------------------------------------
 
     def _begin(self, portion: Portion) -> None:
         self._pass_over_unstepped()
@@ -374,70 +278,107 @@ class Session:
         portion = self._end_batch()
         if verdict.edited and self.worker.replicated:
             self.group.broadcast(edited_params=self.optimizer.flat.params)  # each rank may have made its own edit
-        lr = self._applied_lr(verdict.lr)
-        self.worker.push(grad, lr, portion.samples, verdict.loss, portion.batch, absent)
+        lr = tuple(self._applied_lr(verdict.lr))
+        self.worker.push(Step(portion.batch, lr, portion.samples, verdict.loss, absent), grad)
 
     def skip(self) -> None:
         """See Updates."""
         self.worker.skip(self._end_batch().batch, self._applied_lr(self.optimizer.rates))
 
-    def _end_batch(self) -> Portion:
-        portion, self._portion = self._portion, None
-        if portion is None:
-            raise RuntimeError(_why_no_step(self.finished))
-        self.own_batches += 1
-        return portion
-
     def end(self) -> None:
         """See Updates."""
         self._end_batch()
-        self._ends = True
+        self._leaves_early = True
+
+    def _end_batch(self) -> Portion:
+        portion, self._portion = self._portion, None
+        if portion is None and self.finished:
+            raise RuntimeError(
+                "optimizer.step() was called after the end of the run; after danaz.stop(reason), leave the loop"
+            )
+        if portion is None:
+            raise RuntimeError(
+                "optimizer.step() was called twice for one batch, or outside of danaz.shard: call it once for each "
+                "batch of danaz.shard"
+            )
+        self.own_batches += 1
+        return portion
 
     def _applied_lr(self, lr: list[float]) -> list[float]:
         return effective_lr(
             lr,
-            epoch=self.worker.metrics.epoch,
+            epoch=self.epoch,
             workers=self.settings.workers,
             warmup_epochs=self.settings.warmup_epochs,
-            scales_lr=self._scales_lr,
+            scales_lr=self._member.scales_lr,
         )
 
-    # ---- the end -------------------------------------------------------------------------------------------------
+    # ---- the clock of the script's schedulers (see schedulers.Clock) -----------------------------------------------
+
+    @property
+    def epoch(self) -> float:
+        """The cluster's epoch, as this worker last heard."""
+        return self.worker.metrics.epoch if self._has_begun else 0.0
+
+    @property
+    def epochs_over(self) -> int:
+        return self._epoch
+
+    @property
+    def ticks(self) -> float:
+        return self.epoch * self._member.loader_batches
+
+    # ---- the end ---------------------------------------------------------------------------------------------------
 
     def stop(self, reason: str) -> None:
         """See danaz.torch.stop."""
         if self.finished:
             return
-        if self._worker is None:
-            raise NotInitializedError("danaz.stop ends a run that has begun, which the first batch of danaz.shard does")
+        if not self._has_begun:
+            raise NotInitializedError(
+                "danaz.stop was called before the run began; it begins with the first batch of danaz.shard"
+            )
         self._leave(reason or "the script asked for it")
 
     def finish(self) -> None:
         """See danaz.torch.finish."""
-        if not self.finished and self._worker is not None:
+        if self._has_begun and not self.finished:
             self._leave("")
 
     def _leave(self, stop: str) -> None:
         """Leave the run in good order, with all ranks of this worker. ``stop`` is the reason to end it for everyone."""
-        if self.optimizer.was_passed_over and not self.optimizer.was_stepped:
+        if self._never_stepped and self._knows_that_nobody_trained:
             raise RuntimeError(
                 "optimizer.step() was never called, so nothing was trained. Call it once for each batch of "
                 "danaz.shard, on the optimizer that danaz.DistributedOptimizer returned."
             )
         self._agree_to_end()
-        self.worker.leave(first_text(self.group, stop) if self._ends else "")
+        self.worker.leave(first_text(self.group, stop) if self._leaves_early else "")
         reach("finish")
         if self.worker.came_late:
             if self.group.rank == 0:
-                print(
-                    "danaz: the run was complete before this worker came; there is nothing left to do", file=sys.stderr
-                )
+                say("the run was complete before this worker came; there is nothing left to do")
             raise SystemExit(0)  # without the trained model, the rest of the script is of no use
         self.finished = True
         self._portion = None
-        self.ending.stop_watching()
+        self._watch.end()
         if self.worker.ends_early:
             raise SystemExit(128 + signal.SIGTERM)  # the code after the script's loop is meant for a run that is over
+
+    @property
+    def _never_stepped(self) -> bool:
+        """Whether the script has skipped every batch that this process was given."""
+        return self.optimizer.was_passed_over and not self.optimizer.was_stepped
+
+    @property
+    def _knows_that_nobody_trained(self) -> bool:
+        """Whether the run has made no update, as far as it has come.
+
+        While other workers compute, one of them may have made an update that this worker has not heard of.
+        """
+        worker = self.worker
+        saw_the_end = worker.done and not worker.ends_early and not worker.came_late
+        return worker.metrics.version == 0 and (self._is_only_worker or saw_the_end)
 
     def _agree_to_end(self) -> None:
         """Bring all ranks to the point where they leave, although the others may be anywhere in their loops.
@@ -446,8 +387,8 @@ class Session:
         heard, in the same step, that it asks to end. The update of that step is not made.
         """
         self.optimizer.exchange.asks_to_end = True
-        self._ends = self._ends or (self.group.size == 1 and not self.worker.done)
-        while not self.over:
+        self._leaves_early = self._leaves_early or (self.group.size == 1 and not self.worker.done)
+        while not self._is_over:
             if self._portion is None and not self.worker.batches.any:
                 self.worker.pull()
                 continue
@@ -457,20 +398,66 @@ class Session:
 
     def report(self, figures: dict[str, float | str | None]) -> None:
         """See danaz.torch.report."""
-        self.ending.end_if_left()
+        self._end_if_left()
         if not self.finished:
-            raise NotInitializedError("danaz.report comes after the loop over danaz.epochs(), or after danaz.finish()")
+            raise NotInitializedError(
+                "danaz.report was called before the end of the run: it comes after the loop over danaz.epochs(), or "
+                "after danaz.finish()"
+            )
         self.worker.report(figures)
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Close the connections. The process calls this at its exit."""
         reach("leave")
-        if self._worker is not None:
-            self._worker.close(in_good_order=self.finished)
+        if self._has_begun:
+            self.worker.close(in_good_order=self.finished)
         if self.finished:
             self.group.close()
 
+    # ---- a script that did not come to the end ---------------------------------------------------------------------
 
-def _why_no_step(finished: bool) -> str:
-    if finished:
-        return "optimizer.step() was called after the end of the run; after danaz.stop(reason), leave the loop"
-    return "optimizer.step() was called twice for one batch, or outside of danaz.shard"
+    @property
+    def _left(self) -> str:
+        return f"the script left its loop in epoch {self.loop.reached} of {self.loop.count}"
+
+    def _end_if_left(self) -> None:
+        """End the run if the script has left its loop and goes on, and no exception is being handled."""
+        if self.loop.was_left and self._has_begun and not self.finished and sys.exc_info()[1] is None:
+            say(f"{self._left}; the run ends here for every worker. To say so, and why, call danaz.stop(reason) first.")
+            self.stop(self._left)
+
+    def end_process(self) -> None:
+        """At the exit of the process, print a sentence and set an exit code if it would wrongly look like a success."""
+        # An exception prints its own traceback. A process that was forked off is not the one that trains.
+        if os.getpid() != self._pid or getattr(sys, "last_value", None) is not None:
+            return
+        missing = self._what_is_missing()
+        if not missing:
+            return
+        say(f"{missing}.")
+        try:
+            if self._has_begun:
+                self.stop(self._left)
+        except (RuntimeError, OSError) as error:  # raised by the collective, the link or the server
+            say(f"and it could not leave the run in good order: {error}.")
+        self.close()
+        exit_unfinished()
+
+    def _what_is_missing(self) -> str:
+        """Return what this process should have done before its end, but has not; empty if nothing is missing."""
+        if self._has_begun:
+            if self.finished or self.worker.came_late:
+                return ""
+            return (
+                f"{self._left} and ended before the run was over. To end a run early, call danaz.stop(reason) in the "
+                "loop"
+            )
+        if not self.place.launched:
+            return ""  # a process alone need not train
+        calls = {
+            "danaz.DistributedOptimizer(optimizer, model)": self._optimizer is not None,
+            "danaz.epochs(N)": self.loop.count is not None,
+            "danaz.shard(loader, epoch)": False,
+        }
+        missing = ", ".join(call for call, is_made in calls.items() if not is_made)
+        return f"the script ended without training: it calls danaz.init(), but never came to {missing}"

@@ -1,1 +1,1 @@
-"""How a model becomes one flat vector, and a vector becomes bytes."""
+"""Lay a model out as one flat vector, cut the vector into slices, and turn slices into bytes."""

@@ -1,4 +1,4 @@
-"""How float32 becomes bytes and back: the codecs of pushes and views, and error feedback for what a codec loses.
+"""Turn float32 into bytes and back: the codecs of pushes and views, and error feedback for what a codec loses.
 
 A codec works on one chunk f32[n], a slice of a flat vector on the CPU; numbers on the wire are little endian. NaN and
 infinity never vanish: a chunk that holds one decodes to a chunk that holds one, so that a later check still finds it.
@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from danaz.vectors.cutting import Span
+
 Data = bytes | bytearray | memoryview
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -32,27 +34,27 @@ class UnknownCodecError(ValueError):
 
 
 class Codec(Protocol):
-    """A way to write a chunk."""
+    """A way to write a chunk as bytes."""
 
     @property
     def name(self) -> str:
-        """The name by which users choose the codec, and which a message gives for its chunks."""
+        """The name by which users choose the codec, and by which a message declares it."""
 
     def encoded_bytes(self, n: int) -> int:
-        """The most bytes that a chunk of ``n`` floats takes."""
+        """Return the largest number of bytes that a chunk of ``n`` floats can take."""
 
     def encode(self, chunk: Tensor) -> Data:
-        """The bytes of ``chunk`` f32[n]. They may be the chunk's own memory."""
+        """Return the bytes of ``chunk`` f32[n]. They may be the chunk's own memory."""
 
     def decode(self, data: Data, out: Tensor) -> None:
-        """Write into ``out`` f32[n] what was encoded. Raises CodecError; ``out`` is then as it was."""
+        """Write the decoded chunk into ``out`` f32[n]. Raises CodecError, and then leaves ``out`` unchanged."""
 
 
-# ---- one number after the other ------------------------------------------------------------------------------------
+# ---- one encoded number for each value -----------------------------------------------------------------------------
 
 
 class Fp32:
-    """Each float as it is."""
+    """Write each float as it is."""
 
     name = "fp32"
 
@@ -68,7 +70,7 @@ class Fp32:
 
 
 class Half:
-    """Two bytes for each float, rounded to nearest even: bf16 keeps the range, fp16 three more bits.
+    """Write each float as two bytes, rounded to nearest even: bf16 keeps the range, fp16 keeps three more bits.
 
     A finite value beyond the range becomes the largest value in it. Error feedback carries the rest, so the server need
     not refuse the push.
@@ -101,7 +103,7 @@ _MASKS = -np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).astype(
 
 
 class OneBit:
-    """CNTK's 1-bit SGD (Seide et al., INTERSPEECH 2014): whether a value is positive, and the mean of each kind.
+    """Write whether each value is positive, and the mean of each sign: 1-bit SGD (Seide et al., INTERSPEECH 2014).
 
     The paper keeps two means for each column of a weight matrix, so that columns of small values have a scale of their
     own. A chunk has no matrices, so it keeps two means for each ``block`` values.
@@ -153,7 +155,7 @@ class OneBit:
             np.bitwise_xor(target, down, out=target)
 
     def _parts(self, n: int) -> list[tuple[slice, slice, int]]:
-        """(blocks, floats, floats in a block) of the whole blocks, and of the shorter last one."""
+        """Return (blocks, floats, floats in a block) for the whole blocks, and for the shorter last one."""
         whole = n // self.block
         parts = [
             (slice(0, whole), slice(0, whole * self.block), self.block),
@@ -163,7 +165,7 @@ class OneBit:
 
 
 class TopK:
-    """The ⌈share · n⌉ values of largest magnitude, exactly; the others become zero (Aji, Heafield, EMNLP 2017).
+    """Write the ⌈share · n⌉ values of largest magnitude exactly; the others become zero (Aji, Heafield, EMNLP 2017).
 
     Bytes: the values f32[k] in the order of their places; then the places, as steps from one to the next (the first
     from -1). A step s takes ⌊s / 255⌋ bytes of 255 and one byte of s mod 255. If magnitudes are equal, the first are
@@ -175,7 +177,7 @@ class TopK:
         self.share = share
 
     def kept(self, n: int) -> int:
-        """k, how many of ``n`` values are kept."""
+        """Return k, the number of values that are kept if there are ``n``."""
         return min(n, ceil(self.share * n))
 
     def encoded_bytes(self, n: int) -> int:
@@ -222,7 +224,7 @@ PUSH_CODECS: dict[str, Codec] = {**VIEW_CODECS, OneBit.name: OneBit()}
 
 
 def push_codec(name: str) -> Codec:
-    """The codec of this name: ``fp32``, ``bf16``, ``fp16``, ``onebit`` or ``topk:SHARE``. Raises UnknownCodecError."""
+    """Return the codec ``fp32``, ``bf16``, ``fp16``, ``onebit`` or ``topk:SHARE``. Raises UnknownCodecError."""
     if name in PUSH_CODECS:
         return PUSH_CODECS[name]
     kind, _, share = str(name).partition(":")
@@ -240,7 +242,7 @@ def push_codec(name: str) -> Codec:
 
 
 def view_codec(name: str) -> Codec:
-    """The codec of this name: ``fp32``, ``bf16`` or ``fp16``. Raises UnknownCodecError."""
+    """Return the codec ``fp32``, ``bf16`` or ``fp16``. Raises UnknownCodecError."""
     if name not in VIEW_CODECS:
         raise UnknownCodecError(
             f"no codec {name!r} for views; there are {', '.join(VIEW_CODECS)}. The others leave out so much that only "
@@ -261,27 +263,25 @@ class Encoded:
     chunks: tuple[Data, ...] = ()  # empty once they have been decoded
 
     def cut(self, first: int, end: int) -> Encoded:
-        """The part from chunk ``first`` up to, not including, chunk ``end``."""
+        """Return the part from chunk ``first`` up to, not including, chunk ``end``."""
         chunks = self.chunks[first:end]
         return Encoded(self.codec, sum(map(len, chunks)), chunks)
 
 
-Spans = Sequence[tuple[int, int]]  # (start, stop) of each chunk
-
-
 def travelling_bytes(vector: Tensor, encoded: Encoded | None) -> int:
-    """The bytes that ``vector`` f32[P] takes on the wire."""
+    """Return how many bytes ``vector`` f32[P] takes on the wire."""
     return 4 * vector.numel() if encoded is None else encoded.nbytes
 
 
 class Compressor:
     """A lossy codec with error feedback: what a push loses is kept and added to the next push.
 
-    So all that was sent, plus what is kept, adds up to all that should have been sent (Seide et al., 2014; Stich et
-    al., NeurIPS 2018). What is kept changes when the server applies the push, and stays when the server refuses it.
+    So everything that was sent, plus what is kept, adds up to everything that should have been sent (Seide et al.,
+    2014; Stich et al., NeurIPS 2018). What is kept changes only when the server applies the push.
     """
 
-    def __init__(self, codec: Codec, spans: Spans, first_epoch: float = 0.0):
+    def __init__(self, codec: Codec, spans: Sequence[Span], first_epoch: float = 0.0):
+        """``spans`` are those of the chunks in which a push travels."""
         self.codec = codec
         self.first_epoch = first_epoch  # the cluster's epoch from which pushes are compressed
         self._spans = spans
@@ -290,10 +290,10 @@ class Compressor:
         self._next = torch.zeros(size)  # the residual if the push under way is applied
         self._under_way = False
 
-    def compress(self, push: Tensor, epoch: float, absent: Spans = ()) -> Encoded | None:
+    def compress(self, push: Tensor, epoch: float, absent: Sequence[Span] = ()) -> Encoded | None:
         """Encode ``push`` f32[P] plus what is kept, and set ``push`` to what the receiver will decode.
 
-        Returns None before ``first_epoch``. The receiver ignores the ``absent`` spans, so what is kept there stays.
+        Return None before ``first_epoch``. The receiver ignores the ``absent`` spans, so what is kept there stays.
         """
         if epoch < self.first_epoch:
             return None
@@ -311,8 +311,8 @@ class Compressor:
         self._under_way = True
         return Encoded(self.codec.name, sum(map(len, chunks)), tuple(chunks))
 
-    def settle(self, applied: bool, otherwise: Spans = ()) -> None:
-        """Note whether the push under way, if there is one, was applied. In ``otherwise`` the opposite holds."""
+    def settle(self, applied: bool, otherwise: Sequence[Span] = ()) -> None:
+        """Note whether the push under way, if there is one, was applied. In ``otherwise``, the opposite holds."""
         if not self._under_way:
             return
         self._under_way = False
@@ -330,7 +330,7 @@ class Compressor:
 
 
 def bytes_of(chunk: Tensor) -> Data:
-    """The memory of ``chunk``, which must be contiguous and on the CPU. It is not copied."""
+    """Return the memory of ``chunk``, not a copy. The chunk must be contiguous and on the CPU."""
     return chunk.numpy().data.cast("B") if chunk.numel() else b""
 
 
@@ -339,7 +339,7 @@ def _joined(*arrays: Array) -> bytes:
 
 
 def _tensor_of(data: Data, dtype: type[np.generic]) -> Tensor:
-    """The numbers in ``data``, as a tensor."""
+    """Return the numbers in ``data`` as a tensor."""
     array = np.frombuffer(data, dtype)
     return torch.from_numpy(array if array.flags.writeable else array.copy())  # torch has no read-only tensors
 

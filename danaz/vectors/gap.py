@@ -12,11 +12,12 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from danaz.vectors.flat import Layout, chunks
+from danaz.vectors.cutting import chunks
+from danaz.vectors.layout import Layout
 
 
 class Layers:
-    """The layers of a vector, without empty ones."""
+    """The layers of a vector, without the empty ones."""
 
     def __init__(self, layout: Layout):
         self._entries = [entry for entry in layout.parameters if entry.size]
@@ -29,16 +30,16 @@ class Layers:
         return len(self._entries)
 
     def within(self, start: int, stop: int) -> range:
-        """The layers that lie in this slice, or reach into it."""
+        """Return the numbers of the layers that lie in this slice or reach into it."""
         return range(bisect_right(self._stops, start), bisect_left(self._starts, stop))
 
     def _spans(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """Where in the slice each of its layers lies."""
+        """Return where in the slice each of its layers lies."""
         entries = [self._entries[number] for number in self.within(start, stop)]
         return [(max(entry.start, start) - start, min(entry.stop, stop) - start) for entry in entries]
 
     def squares(self, slices: Iterable[Tensor]) -> Tensor:
-        """‖Δψ‖² of each layer, f64[layers]; Δ comes in slices, as flat.chunks cuts it."""
+        """Return ‖Δψ‖² of each layer, f64[layers]. Δ comes in slices, as cutting.chunks cuts it."""
         squares = torch.zeros(len(self), dtype=torch.float64)
         for piece, (numbers, spans) in zip(slices, self._of_slice, strict=True):
             norms = torch._foreach_norm([piece[start:stop] for start, stop in spans])
@@ -46,6 +47,6 @@ class Layers:
         return squares
 
     def gap(self, squares: Tensor) -> float | None:
-        """G, computed from these squares f64[layers]; None if it is not finite."""
+        """Return G, computed from these squares f64[layers], or None if it is not finite."""
         gap = float((squares.sqrt() / self._roots).sum())
         return gap if isfinite(gap) else None

@@ -1,4 +1,4 @@
-"""What a model holds besides the parameters that its optimizer trains: frozen parameters, and buffers of any type.
+"""The rest of a model, which its optimizer does not train: frozen parameters, and buffers of any type.
 
 Each process makes its model with random numbers of its own. The first view makes the trained parameters equal
 everywhere. The rest is made equal once, before training: all ranks get it from worker 0's first rank.
@@ -11,7 +11,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
-WORD_BYTES = 4  # the size of a float32; all of it travels as float32
+WORD_BYTES = 4  # the size of a float32, as which all of it travels
 
 
 class Untrained:
@@ -25,34 +25,34 @@ class Untrained:
 
     @property
     def size(self) -> int:
-        """U, in float32."""
+        """U, the number of float32 that the bytes fill."""
         return sum(self._words)
 
     @torch.no_grad()
     def packed(self) -> Tensor:
-        """A copy of all of it, f32[U] on the CPU. Its values mean nothing as numbers."""
+        """Return a copy of everything, f32[U] on the CPU. Its values mean nothing as numbers."""
         words = torch.zeros(self.size)
-        for room, tensor in self._rooms(words):
-            room.copy_(tensor.detach().contiguous().reshape(-1).view(torch.uint8))
+        for place, tensor in self._places(words):
+            place.copy_(tensor.detach().contiguous().reshape(-1).view(torch.uint8))
         return words
 
     @torch.no_grad()
     def load(self, words: Tensor) -> None:
-        """The inverse of ``packed``. Raises ValueError if the vector's size is not U."""
+        """Set everything from what ``packed`` returned. Raises ValueError if the vector's size is not U."""
         if words.numel() != self.size:
             raise ValueError(
                 f"the model's frozen parameters and buffers take {WORD_BYTES * self.size} bytes here and "
                 f"{WORD_BYTES * words.numel()} on worker 0: all workers must make the same model"
             )
-        for room, tensor in self._rooms(words):
-            values = room.clone().view(tensor.dtype)
+        for place, tensor in self._places(words):
+            values = place.clone().view(tensor.dtype)
             tensor.copy_(values.reshape(tensor.shape))
 
-    def _rooms(self, words: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Each tensor with its bytes in ``words`` f32[U]."""
-        rooms, start = [], 0
+    def _places(self, words: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return each tensor after the place in ``words`` f32[U] that holds its bytes."""
+        places, start = [], 0
         for tensor, count in zip(self._tensors, self._words, strict=True):
-            room = words[start : start + count].view(torch.uint8)
-            rooms.append((room[: tensor.numel() * tensor.element_size()], tensor))
+            place = words[start : start + count].view(torch.uint8)
+            places.append((place[: tensor.numel() * tensor.element_size()], tensor))
             start += count
-        return rooms
+        return places

@@ -35,7 +35,7 @@ def broadcast_object(group: Group, value: Any) -> Any:
     TypeError on every rank if rank 0's value holds anything else.
     """
     if group.size == 1:
-        _encoded(value)  # raise TypeError here, too, for a value that could not travel
+        _encoded(value)  # raise TypeError here, too, for a value that other ranks could not receive
         return value
     content, complaint = b"", None
     if group.rank == 0:
@@ -46,7 +46,7 @@ def broadcast_object(group: Group, value: Any) -> Any:
     size = torch.tensor([-1 if complaint else len(content)])
     group.broadcast(object_size=size)
     if size.item() < 0:
-        raise complaint or TypeError("danaz.broadcast_object: rank 0 gave what cannot travel; see its message")
+        raise complaint or TypeError("danaz.broadcast_object: rank 0 gave a value that cannot be sent; see its message")
     room = torch.zeros(int(size), dtype=torch.uint8)
     if group.rank == 0:
         room.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))

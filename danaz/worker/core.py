@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,13 +33,14 @@ from danaz.protocol.refusals import FRESH_AFTER, SICK
 from danaz.rules import Context, WorkerRule
 from danaz.vectors.codecs import Compressor
 from danaz.vectors.counts import Counts
-from danaz.vectors.cutting import all_finite
-from danaz.vectors.flat import Layout, Spans, parts
+from danaz.vectors.cutting import Spans, all_finite, common_spans, cut, parts
+from danaz.vectors.layout import Layout
 from danaz.worker.staging import IN_PLACE, Staging
 from danaz.worker.states import WORKER_TRANSITIONS, WorkerEvent, WorkerState
 
 Request = Join | Push | Pull | Fetch | Leave | Report | Bye | GoBack | Inquire
 Asked = TypeVar("Asked", bound=Request)
+Renewed = TypeVar("Renewed", Join, Leave)
 Loss = float | Tensor | None  # a tensor may still be on its way from the device
 
 
@@ -70,7 +70,7 @@ class Role:
     optimizers: Optimizers
     layout: Layout
     plan: Plan
-    ahead: int = 1
+    ahead: int = 1  # number of batches that the worker wants to hold at a time
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,14 @@ class View:
 
 
 @dataclass(frozen=True)
-class LocalStep:
-    """A step on one mini-batch that moved only this worker."""
+class Step:
+    """A step on one mini-batch, as the worker makes it alone or pushes it; the gradient comes beside it."""
 
     batch: int
-    lr: tuple[float, ...]
+    lr: tuple[float, ...]  # ηᵢ, one for each parameter group
     samples: int
     loss: Loss
+    absent: Spans = ()  # parameters without a gradient, which make no step
 
 
 class WorkerCore:
@@ -115,36 +116,46 @@ class WorkerCore:
         compressor: Compressor | None = None,
         push_moves_view: bool = False,
     ):
-        """Put the vectors on ``device``; ``staging`` brings what is sent to where a server or a wire takes it."""
+        """Put the vectors on ``device``; ``staging`` brings what is sent to where the link takes it."""
         self.role = role
         self.rule = rule
         self.staging = staging
-        self.done = False  # whether no worker has batches left
-        self.epoch = 0.0  # the whole cluster's epoch, as this worker last heard
-        self.compressor = compressor  # compresses the pushes
+        self.compressor = compressor  # None: pushes travel as they are
         self.push_moves_view = push_moves_view
+
         self.state = WorkerState.NEW
         self.unanswered: Request | None = None  # the request whose reply this worker waits for
-        self._request = 0
+        self.done = False  # whether no worker has batches left
+        self.epoch = 0.0  # the whole cluster's epoch, as this worker last heard
+        self._last_number = 0  # number of the last request
+
         self._view: View | None = None  # the view at hand
         self.fetched: View | None = None  # the view fetched ahead, while a batch is computed on the view at hand
-        self._ahead = False  # whether the next view to arrive will be used after the view at hand
-        self._own: Tensor | None = None  # f32[P], the push under way, which the view at hand does not contain
+        self._fetches_ahead = False  # whether the next view to arrive will be used after the view at hand
+        self._own_push: Tensor | None = None  # f32[P], the push under way, which the view at hand does not contain
         self._loaded: tuple[Tensor, Tensor | None] | None = None  # the view and the own push that filled the model
+
+        self._steps: list[Step] = []  # local steps since the last push
+        self._loss: Tensor | None = None  # f64[1], the loss of the push in preparation, to be read once it has arrived
+        self.undecided = 0  # request number of the push whose outcome the server has not told yet; 0: none
+        self.applied = False  # whether the last push was applied, as far as this worker knows
         self._in_doubt = False  # the next push may be refused: the last one was, or this worker had to join again
+        self._sick_in_a_row = 0  # number of pushes refused for their values since the last applied push
+
         self._committed = self._zeros(device)  # the rule's vectors after the last applied push
         self._current = self._committed  # the rule's vectors after the local steps since that push
+        # Memory for the vectors after the next step. Meanwhile those after the last push and the last step must stay.
         self._spare = [self._zeros(device) for _ in range(1 if rule.sync_period == 1 else 2)]
         self._lr = self._current_lr = (0.0,) * len(role.layout.groups)
         self._counts = self._current_counts = Counts.of(role.layout.size)  # gradients in the committed, current vectors
-        self._steps: list[LocalStep] = []  # local steps since the last push
-        self._loss: Tensor | None = None  # f64[1], the loss of the push in preparation, to be read once it has arrived
-        self._sick_in_a_row = 0  # number of pushes refused for their values since the last applied push
-        self._undecided = 0  # request number of the push whose outcome the server has not told yet; 0: none
-        self.applied = False  # whether the last push was applied, as far as this worker knows
 
     def _zeros(self, device: torch.device | str) -> dict[str, Tensor]:
         return {name: torch.zeros(self.role.layout.size, device=device) for name in self.rule.worker_state}
+
+    @property
+    def version(self) -> int:
+        """The version of the view at hand."""
+        return 0 if self._view is None else self._view.version
 
     @property
     def vectors(self) -> dict[str, Tensor]:
@@ -161,50 +172,22 @@ class WorkerCore:
         if not self.rule.gives_back:
             return None
         given = torch.empty_like(next(iter(self._committed.values())))
-        for group, begin, end in self.role.layout.slices(self.role.layout.size):
+        for group, (begin, end) in enumerate(self.role.layout.groups):
             for start, stop, count in self._counts.runs(begin, end):
                 ctx = self._context(group, self._lr, self._lr, count)
-                self.rule.give_back(given[start:stop], _cut(self._committed, start, stop), ctx)
+                self.rule.give_back(given[start:stop], cut(self._committed, start, stop), ctx)
         return self.staging.lift(given)
 
-    # ---- requests ------------------------------------------------------------------------------------------------
+    # ---- a batch: compute on the view, then step alone or push ---------------------------------------------------
 
-    def join(self, params: Tensor | None = None, untrained: Tensor | None = None) -> Join:
-        """Enter the run, or enter it again after a refusal that asked for this.
-
-        Worker 0 brings ``params`` f32[P], and ``untrained`` f32[U], which its model holds beside the parameters.
-
-        A worker that was in the run already brings its newest view, because a restarted server may lack it.
-        """
-        role, newest = self.role, self.fetched or self._view
-        return self._ask(
-            Join(
-                role.worker,
-                role.incarnation,
-                self._number(WorkerEvent.JOIN),
-                role.digest,
-                role.optimizers,
-                role.layout,
-                role.plan,
-                role.ahead,
-                params if newest is None else newest.params,
-                0 if newest is None else newest.version,
-                0 if newest is None else newest.life,
-                untrained,
-            )
-        )
-
-    def local_step(self, step: LocalStep, params: Tensor, grad: Tensor | None, absent: Spans = ()) -> None:
-        """Move ``params`` f32[P] by one mini-batch, on this worker alone. The next push includes the step.
-
-        Parameters in ``absent`` spans stay as they are. Without a gradient, all parameters do.
-        """
-        self._move(WorkerEvent.LOCAL_STEP)
-        if grad is not None:
-            out = torch.empty_like(grad)
-            for start, stop in self._displace(out, grad, params, step.lr, absent):
-                params[start:stop].add_(out[start:stop])
-        self._steps.append(step)
+    def compute_on(self, params: Tensor) -> None:
+        """Fill ``params`` f32[P] with the values that the next gradient is to be computed on."""
+        assert self._view is not None
+        self.staging.load(params, self._view.params)
+        # Remember both: in a pipeline, another view may have arrived before the batch on this one ends.
+        self._loaded = self._view.params, self._own_push
+        if self._own_push is not None:
+            params.add_(self._own_push.to(params.device))
 
     def edit(self, params: Tensor) -> Tensor | None:
         """Return how far ``params`` f32[P] have changed since ``compute_on`` filled them; None if they have not.
@@ -222,38 +205,46 @@ class WorkerCore:
             return None
         return params - view
 
+    def local_step(self, step: Step, grad: Tensor | None, params: Tensor) -> None:
+        """Move ``params`` f32[P] along ``grad`` f32[P], on this worker alone. The next push includes the step.
+
+        Without a gradient, all parameters stay as they are.
+        """
+        self._move(WorkerEvent.LOCAL_STEP)
+        if grad is not None:
+            out = torch.empty_like(grad)
+            for start, stop in self._displace(out, grad, step, params):
+                params[start:stop].add_(out[start:stop])
+        self._steps.append(step)
+
     def push(
         self,
+        step: Step,
         grad: Tensor | None,
-        lr: Sequence[float],
-        samples: int,
-        loss: Loss,
-        batch: int,
         params: Tensor | None = None,
-        wants_view: bool = True,
-        absent: Spans = (),
+        *,
         edit: Tensor | None = None,
+        wants_view: bool = True,
     ) -> Push:
         """Push what the rule makes of a batch's gradient f32[P], which was computed on the view at hand.
 
-        After local steps, the push covers all of them: ``params`` f32[P] are where the steps have led, and the last
-        batch may have no gradient. Parameters in ``absent`` spans make no step. If the rule pushes a displacement, the
-        push also carries ``edit`` f32[P].
+        ``params`` f32[P] are the parameters at hand. After local steps, the push covers all of them, and the last batch
+        may have no gradient. If the rule pushes a displacement, the push also carries ``edit`` f32[P].
         """
-        number = self._number(WorkerEvent.PUSH)
+        number = self._take_number(WorkerEvent.PUSH)
         assert self._view is not None
         assert wants_view or self.fetched is not None, "without a view, nothing can be computed next"
-        step, who = LocalStep(batch, tuple(lr), samples, loss), self.role
-        out, outbox = self._work_out(grad, step, self._view.params, params, absent, edit)
-        steps = [*self._steps, step]
-        if self.compressor is None and self.rule.pushes != "gradient":
-            absent = ()  # the push is zero there already, except for an edit
-        encoded = None
+        steps, who = [*self._steps, step], self.role
+        vector, outbox = self._make_vector(step, grad, params, edit)
+        absent, encoded = common_spans([each.absent for each in steps]), None
         if self.compressor is not None:
             self.staging.settle()
             sent = outbox.to("cpu")
+            absent = tuple((start, stop) for start, stop in absent if not sent[start:stop].any())  # else it was edited
             encoded = self.compressor.compress(sent, self.epoch, absent)
-            out = outbox = sent.to(outbox.device)
+            vector = outbox = sent.to(outbox.device)
+        elif self.rule.pushes != "gradient":
+            absent = ()  # the push is zero there already, except for an edit
         push = Push(
             worker=who.worker,
             incarnation=who.incarnation,
@@ -261,7 +252,7 @@ class WorkerCore:
             view_version=self._view.version,
             lr=step.lr,
             samples=sum(each.samples for each in steps),
-            loss=self._mean([each.loss for each in steps if each.loss is not None]),
+            loss=self._prepare_loss([each.loss for each in steps if each.loss is not None]),
             batch=step.batch,
             push=outbox,
             earlier=tuple(each.batch for each in self._steps),
@@ -270,38 +261,17 @@ class WorkerCore:
             wants_view=wants_view,
             encoded=encoded,
         )
-        self._undecided, self._ahead = number, not wants_view
+        self.undecided, self._fetches_ahead = number, not wants_view
         if not wants_view:
-            self._turn(out)
-        return self._ask(push)
+            self._advance_view(vector)
+        return self._expect_answer(push)
 
-    def _turn(self, push: Tensor) -> None:
-        """Go on with the view that was fetched ahead, which does not contain ``push`` f32[P]."""
-        self._view, self.fetched = self.fetched, None
-        adds_up = self.push_moves_view and not self._in_doubt and all_finite(push)
-        self._own = push if adds_up else None
-
-    def compute_on(self, params: Tensor) -> None:
-        """Fill ``params`` f32[P] with the values that the next gradient is to be computed on."""
-        assert self._view is not None
-        self.staging.load(params, self._view.params)
-        # Remember both: in a pipeline, another view may have arrived before the batch on this one ends.
-        self._loaded = self._view.params, self._own
-        if self._own is not None:
-            params.add_(self._own.to(params.device))
-
-    def _work_out(
-        self,
-        grad: Tensor | None,
-        step: LocalStep,
-        view: Tensor,
-        params: Tensor | None,
-        absent: Spans,
-        edit: Tensor | None,
+    def _make_vector(
+        self, step: Step, grad: Tensor | None, params: Tensor | None, edit: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Return the push f32[P], and its outbox, where the link takes it from.
+        """Return the vector to push, f32[P], and its outbox, where the link takes it from.
 
-        The slices of the push are still on their way to the outbox, one after another.
+        The slices of the vector are still on their way to the outbox, one after another.
         """
         slices: Iterator[tuple[int, int]]
         if grad is None:
@@ -311,8 +281,9 @@ class WorkerCore:
             slices = ((start, stop) for _, start, stop in self.role.layout.slices(self.staging.slice_floats))
         else:
             out = torch.empty_like(grad)
-            slices = self._displace(out, grad, params, step.lr, absent)
+            slices = self._displace(out, grad, step, params)
         outbox = self.staging.outbox(out)
+        assert self._view is not None
         for start, stop in slices:
             if edit is not None and self.rule.pushes == "displacement":
                 out[start:stop].add_(edit[start:stop])
@@ -320,11 +291,42 @@ class WorkerCore:
                 assert params is not None
                 out[start:stop].add_(params[start:stop])
             if self.rule.pushes != "parameters" and self._steps:  # x_K − x_0, the sum of all displacements
-                out[start:stop].sub_(view[start:stop].to(out.device, non_blocking=True))
+                out[start:stop].sub_(self._view.params[start:stop].to(out.device, non_blocking=True))
             self.staging.send(out, outbox, start, stop)
         return out, outbox
 
-    def _mean(self, losses: list[float | Tensor]) -> float | None:
+    def _displace(self, out: Tensor, grad: Tensor, step: Step, params: Tensor | None) -> Iterator[tuple[int, int]]:
+        """Write what the rule makes of one gradient into ``out`` f32[P]; yield (start, stop) of each finished slice.
+
+        In absent spans, write zeros and leave the rule's vectors as they are. After the last slice, the vectors have
+        moved on tentatively.
+        """
+        new = self._spare.pop()
+        for group, begin, end in self.role.layout.slices(self.staging.slice_floats):
+            for start, stop, is_absent in parts(begin, end, step.absent):
+                if is_absent:
+                    out[start:stop].zero_()
+                    for name, vector in self._current.items():
+                        new[name][start:stop] = vector[start:stop]
+                    continue
+                for first, last, count in self._current_counts.runs(start, stop):
+                    old = cut(self._current, first, last)
+                    if self.rule.needs_view:
+                        assert params is not None, "the rule needs the parameters that the gradient was computed on"
+                        old["view"] = params[first:last]
+                    ctx = self._context(group, step.lr, self._current_lr, count)
+                    self.rule.push(out[first:last], grad[first:last], old, cut(new, first, last), ctx)
+            yield begin, end
+        if self._current is not self._committed:
+            self._spare.append(self._current)
+        self._current, self._current_lr = new, step.lr
+        self._current_counts = self._current_counts.plus_one(step.absent)
+
+    def _context(self, group: int, lr: Sequence[float], own_lr: Sequence[float], count: int) -> Context:
+        """Return the scalars of one slice, as far as a worker knows them."""
+        return Context(lr[group], own_lr[group], max_lr=0.0, lag=0, version=self.version, own_count=count, group=group)
+
+    def _prepare_loss(self, losses: list[float | Tensor]) -> float | None:
         """Return the mean of ``losses``; None if there is none, or if it is a tensor that ``complete`` reads later."""
         mean = sum(losses) / len(losses) if losses else None
         if not isinstance(mean, Tensor):
@@ -332,73 +334,80 @@ class WorkerCore:
         self._loss = self.staging.lift(mean.reshape(1))
         return None
 
-    def _displace(
-        self, out: Tensor, grad: Tensor, params: Tensor | None, lr: tuple[float, ...], absent: Spans
-    ) -> Iterator[tuple[int, int]]:
-        """Write what the rule makes of one gradient into ``out`` f32[P]; yield (start, stop) of each finished slice.
+    def _advance_view(self, push: Tensor) -> None:
+        """Go on with the view that was fetched ahead, which does not contain ``push`` f32[P]."""
+        self._view, self.fetched = self.fetched, None
+        adds_up = self.push_moves_view and not self._in_doubt and all_finite(push)
+        self._own_push = push if adds_up else None
 
-        In ``absent`` spans, write zeros and leave the rule's vectors as they are. After the last slice, the vectors
-        have moved on tentatively.
+    # ---- other requests ------------------------------------------------------------------------------------------
+
+    def join(self, params: Tensor | None = None, untrained: Tensor | None = None) -> Join:
+        """Enter the run, or enter it again after a refusal that asked for this.
+
+        Worker 0 brings ``params`` f32[P], and ``untrained`` f32[U], which its model holds beside the parameters.
+
+        A worker that was in the run already brings its newest view, because a restarted server may lack it.
         """
-        new = self._spare.pop()
-        for group, begin, end in self.role.layout.slices(self.staging.slice_floats):
-            for start, stop, is_absent in parts(begin, end, absent):
-                old = _cut(self._current, start, stop)
-                if is_absent:
-                    out[start:stop].zero_()
-                    for name, vector in old.items():
-                        new[name][start:stop] = vector
-                    continue
-                for first, last, count in self._current_counts.runs(start, stop):
-                    old = _cut(self._current, first, last)
-                    if self.rule.needs_view:
-                        assert params is not None
-                        old["view"] = params[first:last]
-                    ctx = self._context(group, lr, self._current_lr, count)
-                    self.rule.push(out[first:last], grad[first:last], old, _cut(new, first, last), ctx)
-            yield begin, end
-        if self._current is not self._committed:
-            self._spare.append(self._current)
-        self._current, self._current_lr = new, lr
-        self._current_counts = self._current_counts.plus_one(absent)
-
-    def _context(self, group: int, lr: Sequence[float], own_lr: Sequence[float], count: int) -> Context:
-        """The scalars of one slice that this worker knows."""
-        return Context(lr[group], own_lr[group], max_lr=0.0, lag=0, version=self.version, own_count=count, group=group)
+        role, newest = self.role, self.fetched or self._view
+        return self._expect_answer(
+            Join(
+                role.worker,
+                role.incarnation,
+                self._take_number(WorkerEvent.JOIN),
+                role.digest,
+                role.optimizers,
+                role.layout,
+                role.plan,
+                role.ahead,
+                params if newest is None else newest.params,
+                0 if newest is None else newest.version,
+                0 if newest is None else newest.life,
+                untrained,
+            )
+        )
 
     def pull(self, ahead: bool = False, skipped: Sequence[int] = ()) -> Pull:
         """Ask for batches when none are left at hand; with ``ahead``, ask for the view to use after the next push.
 
         The request also tells the server which batches were ``skipped``: they count as used, without a step.
         """
-        number = self._number(WorkerEvent.PULL)
-        self._ahead = ahead
-        return self._ask(Pull(self.role.worker, self.role.incarnation, number, ahead, tuple(skipped)))
+        number = self._take_number(WorkerEvent.PULL)
+        self._fetches_ahead = ahead
+        return self._expect_answer(Pull(self.role.worker, self.role.incarnation, number, ahead, tuple(skipped)))
 
     def fetch(self) -> Fetch:
         """Ask for what worker 0's model holds beside the parameters."""
-        return self._ask(Fetch(self.role.worker, self.role.incarnation, self._number(WorkerEvent.FETCH)))
+        number = self._take_number(WorkerEvent.FETCH)
+        return self._expect_answer(Fetch(self.role.worker, self.role.incarnation, number))
 
     def leave(self, buffers: Tensor, edit: Tensor | None = None, stop: str = "") -> Leave:
         """Leave in good order, and send the batch-norm statistics f32[B] and the last ``edit`` f32[P].
 
         ``stop``, if given, says why the run is to end for all workers.
         """
-        number, done = self._number(WorkerEvent.LEAVE), self.done or bool(stop)
+        number, done = self._take_number(WorkerEvent.LEAVE), self.done or bool(stop)
         given = self.given_back()
         if edit is not None:
             given = self.staging.lift(edit) if given is None else given.add_(edit.to(given.device))
         who = self.role
-        return self._ask(Leave(who.worker, who.incarnation, number, given, buffers, done=done, stop=stop))
+        return self._expect_answer(Leave(who.worker, who.incarnation, number, given, buffers, done=done, stop=stop))
 
     def report(self, figures: dict[str, float | str | None]) -> Report:
         """Send figures for summary.json. Raises OutOfRangeError if they are too many or too long."""
         check_reported(figures)
-        return self._ask(Report(self.role.worker, self.role.incarnation, self._number(WorkerEvent.REPORT), figures))
+        number = self._take_number(WorkerEvent.REPORT)
+        return self._expect_answer(Report(self.role.worker, self.role.incarnation, number, figures))
 
     def bye(self) -> Bye:
         """End the conversation."""
-        return self._ask(Bye(self.role.worker, self.role.incarnation, self._number(WorkerEvent.BYE)))
+        return self._expect_answer(Bye(self.role.worker, self.role.incarnation, self._take_number(WorkerEvent.BYE)))
+
+    def renew(self, request: Renewed) -> Renewed:
+        """Make a Join or a Leave once more after a refusal, with a new number, as the worker is now."""
+        number, incarnation = self._take_number(EVENT_OF[type(request)]), self.role.incarnation
+        news: dict[str, Any] = {"done": self.done or bool(request.stop)} if isinstance(request, Leave) else {}
+        return self._expect_answer(replace(request, request=number, incarnation=incarnation, **news))
 
     def complete(self, request: Asked) -> Asked:
         """Return ``request`` once all its parts have arrived. This is the only wait for the device in a step."""
@@ -408,13 +417,14 @@ class WorkerCore:
         loss, self._loss = self._loss.item(), None
         return replace(request, loss=loss)
 
-    def _number(self, event: WorkerEvent) -> int:
+    def _take_number(self, event: WorkerEvent) -> int:
         """Return the number of a new request. Raises IllegalTransitionError if the worker may not make it now."""
         WORKER_TRANSITIONS.after(self.state, event, str(self.role.worker))
-        self._request += 1
-        return self._request
+        self._last_number += 1
+        return self._last_number
 
-    def _ask(self, request: Asked) -> Asked:
+    def _expect_answer(self, request: Asked) -> Asked:
+        """Note that ``request`` is made and waits for its reply, and return it."""
         self._move(EVENT_OF[type(request)])
         self.unanswered = request
         return request
@@ -432,15 +442,14 @@ class WorkerCore:
         if isinstance(reply, Parameters):
             self.epoch, self.done = reply.epoch, reply.done
             if reply.view.numel():
-                self._keep(View(reply.version, reply.life, reply.view))
+                self._store_view(View(reply.version, reply.life, reply.view))
             # If the answer to a push was lost, the server may have applied the push before it gave this worker up.
-            applied = reply.applied if asked is WorkerState.PUSHING else reply.last_applied == self._undecided != 0
-            differing = [part for part in reply.parts if (part[2] == self._undecided != 0) != applied]
-            self.applied = applied
-            self._commit(applied, [(start, stop) for start, stop, _ in differing])
+            self.applied = reply.applied if asked is WorkerState.PUSHING else self._is_undecided(reply.last_applied)
+            differing = [part for part in reply.parts if self._is_undecided(part[2]) != self.applied]
+            self._end_steps(self.applied, [(start, stop) for start, stop, _ in differing])
             if asked is WorkerState.PUSHING:
-                self._in_doubt = not applied
-                self._heed(reply)
+                self._in_doubt = not self.applied
+                self._start_afresh_if_sick(reply)
         elif isinstance(reply, Refusal):
             self._in_doubt = True
             if asked is WorkerState.JOINING and reply.newest >= self.role.incarnation:
@@ -448,41 +457,19 @@ class WorkerCore:
                 # worker that was in the run already, and was replaced, does not come back.)
                 self.role = replace(self.role, incarnation=reply.newest + 1)
 
-    def _heed(self, reply: Parameters) -> None:
-        """Start afresh after FRESH_AFTER pushes in a row were refused for their values.
-
-        With the same velocity and residual, the server would refuse the next push, too. The worker forfeits its share
-        of the look-ahead, as a worker that crashes does: the vectors led to the refused pushes, so giving them back
-        would move the parameters just as far.
-        """
-        self._sick_in_a_row = 0 if reply.applied else self._sick_in_a_row + (reply.refused in SICK)
-        if self._sick_in_a_row < FRESH_AFTER:
-            return
-        self._sick_in_a_row = 0
-        self._forget_state()
-        if self.compressor:
-            self.compressor.forget()
-
-    def _forget_state(self) -> None:
-        """Let the rule's vectors start afresh."""
-        for vector in self._committed.values():
-            vector.zero_()
-        self._counts = self._current_counts = Counts.of(self.role.layout.size)
-
-    @property
-    def version(self) -> int:
-        """The version of the view at hand."""
-        return 0 if self._view is None else self._view.version
-
-    def _keep(self, view: View) -> None:
-        if self._ahead:
+    def _store_view(self, view: View) -> None:
+        if self._fetches_ahead:
             self.fetched = view
         else:
-            self._view, self.fetched, self._own = view, None, None
+            self._view, self.fetched, self._own_push = view, None, None
 
-    def _commit(self, applied: bool, otherwise: Sequence[tuple[int, int]] = ()) -> None:
-        """Keep the steps since the last push, or undo them; in the ``otherwise`` slices, do the opposite."""
-        self._steps, self._undecided = [], 0
+    def _is_undecided(self, number: int) -> bool:
+        """Return whether the push whose outcome is not known yet has this request number."""
+        return number == self.undecided != 0
+
+    def _end_steps(self, applied: bool, otherwise: Sequence[tuple[int, int]] = ()) -> None:
+        """Commit the steps since the last push, or undo them; in the ``otherwise`` slices, do the opposite."""
+        self._steps, self.undecided = [], 0
         if self.compressor:
             self.compressor.settle(applied, otherwise)
         if self._current is self._committed:
@@ -504,22 +491,26 @@ class WorkerCore:
         if applied and self.rule.resets:
             self._forget_state()
 
+    def _forget_state(self) -> None:
+        """Let the rule's vectors start afresh."""
+        for vector in self._committed.values():
+            vector.zero_()
+        self._counts = self._current_counts = Counts.of(self.role.layout.size)
 
-def _cut(vectors: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
-    return {name: vector[start:stop] for name, vector in vectors.items()}
+    def _start_afresh_if_sick(self, reply: Parameters) -> None:
+        """Zero the rule's vectors and the residual if FRESH_AFTER pushes in a row were refused for their values.
 
-
-class Backoff:
-    """Growing waits between repetitions: each is twice the one before, up to a cap, plus a random 0 to 50 %."""
-
-    def __init__(self, first_s: float, longest_s: float, seed: int):
-        self._next_s = first_s
-        self._longest_s = longest_s
-        self._random = random.Random(seed)
-
-    def wait_s(self) -> float:
-        wait_s, self._next_s = self._next_s, min(2 * self._next_s, self._longest_s)
-        return wait_s * (1 + self._random.random() / 2)
+        With the same velocity and residual, the server would refuse the next push, too. The worker forfeits its share
+        of the look-ahead, as a worker that crashes does: the vectors led to the refused pushes, so giving them back
+        would move the parameters just as far.
+        """
+        self._sick_in_a_row = 0 if reply.applied else self._sick_in_a_row + (reply.refused in SICK)
+        if self._sick_in_a_row < FRESH_AFTER:
+            return
+        self._sick_in_a_row = 0
+        self._forget_state()
+        if self.compressor:
+            self.compressor.forget()
 
 
 def answers(reply: Reply, request: Request) -> bool:

@@ -23,7 +23,7 @@ class Group(Protocol):
     size: int
 
     def sum_async(self, tensor: Tensor, name: str) -> Any:
-        """Begin to sum ``tensor`` over the ranks, in place; returns a handle for ``wait``."""
+        """Begin to sum ``tensor`` over the ranks, in place, and return a handle for ``wait``."""
 
     def wait(self, handle: Any) -> None:
         """Return when the tensor of ``handle`` holds the sum."""
@@ -135,17 +135,20 @@ class TorchGroup:
 
 
 class CollectiveError(RuntimeError):
-    """The collective that was asked for is not available."""
+    """The collective that the user asked for is not available."""
 
 
 def choose_collective(wanted: str) -> tuple[str, str]:
-    """Return the collective for ``wanted`` (auto, horovod or torch), and a sentence on it. Raises CollectiveError."""
+    """Return the collective for ``wanted`` (auto, horovod or torch), and a sentence that says why it was chosen.
+
+    Raises CollectiveError if it is not available.
+    """
     if wanted not in ("auto", "horovod", "torch"):
         raise CollectiveError(f"unknown collective {wanted!r}: give auto, horovod or torch")
-    there = importlib.util.find_spec("horovod") is not None
+    installed = importlib.util.find_spec("horovod") is not None
     if wanted == "torch":
         return "torch", "collective: torch.distributed, as asked for"
-    if there:
+    if installed:
         return "horovod", "collective: Horovod"
     if wanted == "horovod":
         raise CollectiveError("Horovod is not installed here. Run `danaz horovod install`, or use --collective torch.")

@@ -1,7 +1,8 @@
-"""How a worker reaches its server: over a DEALER socket."""
+"""The worker's end of the wire: a DEALER socket that repeats requests, and gives up when no answer comes."""
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from math import ceil
@@ -13,11 +14,12 @@ from torch import Tensor
 from zmq.utils import garbage  # noqa: F401 - its exit handler, which ends zero-copy sends, must be older than ours
 
 from danaz.protocol.frames import MAX_FRAME_BYTES
+from danaz.protocol.inbox import Inbox, StrayChunkError
 from danaz.protocol.keys import WorkerKeys
 from danaz.protocol.memory import keep_freed_memory
 from danaz.protocol.messages import Heartbeat, Parameters, Reply
-from danaz.protocol.wire import Inbox, StrayChunkError, WireError, encode, split
-from danaz.worker.core import Backoff, Request, answers
+from danaz.protocol.wire import WireError, encode, split
+from danaz.worker.core import Request, answers
 from danaz.worker.staging import IN_PLACE, Staging
 
 HEARTBEAT_S = 5.0
@@ -56,6 +58,19 @@ class Link(Protocol):
 
     def close(self) -> None:
         """Free the resources of this link."""
+
+
+class Backoff:
+    """Growing waits between repetitions: each is twice the one before, up to a cap, plus a random 0 to 50 %."""
+
+    def __init__(self, first_s: float, longest_s: float, seed: int):
+        self._next_s = first_s
+        self._longest_s = longest_s
+        self._random = random.Random(seed)
+
+    def wait_s(self) -> float:
+        wait_s, self._next_s = self._next_s, min(2 * self._next_s, self._longest_s)
+        return wait_s * (1 + self._random.random() / 2)
 
 
 class DealerLink:
@@ -105,8 +120,18 @@ class DealerLink:
         )
 
     def edit(self, displacement: Tensor) -> None:
-        """Raises EditedError, because a pushed gradient cannot carry the displacement."""
+        """Raise EditedError, because a pushed gradient cannot carry the displacement."""
         raise EditedError
+
+    def receive_into(self, room: Tensor) -> None:
+        """Let the next view arrive in ``room`` f32[P] if it is long."""
+        self._rooms[1] = room
+
+    def close(self) -> None:
+        self._closing.set()
+        self._thread.join()
+        self._socket.close(linger=0)
+        self._context.term()
 
     def _send(self, request: Request) -> zmq.MessageTracker:
         """Hand a request to ZeroMQ. The returned tracker says when the last part of it has left for the network."""
@@ -147,6 +172,7 @@ class DealerLink:
         return None
 
     def _room(self, inbox: Inbox, message: Reply, size: int) -> Tensor:
+        """Return memory f32[size] for a vector of ``message`` that is about to arrive."""
         if not isinstance(message, Parameters):
             return torch.empty(size)
         if self._rooms[1].numel() != size:
@@ -154,14 +180,12 @@ class DealerLink:
         return self._rooms[1]
 
     def _arrived(self, message: Reply, piece: Tensor) -> None:
+        """Let a ``piece`` of a view go on to the device."""
         if isinstance(message, Parameters):
             self._staging.arrived(piece)
 
-    def receive_into(self, room: Tensor) -> None:
-        """Let the next view arrive in ``room`` f32[P] if it is long."""
-        self._rooms[1] = room
-
     def _beat(self) -> None:
+        """Tell the server every HEARTBEAT_S, over a socket of this thread's own, that the worker is alive."""
         socket = self._dealer(self._address)
         while not self._closing.wait(HEARTBEAT_S):
             socket.send_multipart(encode(self._heartbeat))
@@ -180,9 +204,3 @@ class DealerLink:
             socket.setsockopt(zmq.CURVE_SECRETKEY, self._keys.secret.encode())
         socket.connect(address)
         return socket
-
-    def close(self) -> None:
-        self._closing.set()
-        self._thread.join()
-        self._socket.close(linger=0)
-        self._context.term()

@@ -1,16 +1,14 @@
-"""The exchange with the server while the training loop runs: a push, and then a late fetch of the view to use next."""
+"""The exchange with the server while the training loop runs: a push, and then, late, a fetch of the next view."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from time import monotonic
 
-from danaz.protocol.messages import Parameters, Push, Reply
-from danaz.worker.core import Request, WorkerCore
+from danaz.protocol.messages import Parameters, Push
+from danaz.worker.conversation import Conversation
 
-Exchange = Callable[[Callable[[WorkerCore], Request]], Reply]
 MARGIN = 2.0  # a view is fetched earlier by this number of deviations of the times to compute and to fetch
 
 
@@ -22,6 +20,7 @@ class Estimate:
         self._is_first = True
 
     def saw(self, value: float) -> None:
+        """Take one more value into account."""
         if self._is_first:
             self.mean, self.deviation, self._is_first = value, value / 2, False
             return
@@ -29,21 +28,39 @@ class Estimate:
         self.mean += (value - self.mean) / 8
 
 
-class Pipeline:
-    """Runs at most one exchange at a time. From ``begin`` to ``end``, only it may use the link and the worker core.
+class FetchDelay:
+    """How long after a batch begins to fetch the next view, estimated from the batches and fetches before.
 
-    The pipeline estimates from earlier batches when to fetch the view, so that it arrives just as the batch ends. If
-    the view arrives late, the worker waits for it. If it arrives early, it is a little older than it could be. Neither
-    is wrong.
+    The view is to arrive just as the batch ends. If it arrives late, the worker waits for it. If it arrives early, it
+    is a little older than it could be. Neither is wrong.
     """
 
-    def __init__(self, exchange: Exchange):
-        self._exchange = exchange
+    def __init__(self) -> None:
+        self._computing, self._fetching = Estimate(), Estimate()
+
+    def saw_batch(self, took_s: float) -> None:
+        self._computing.saw(took_s)
+
+    def saw_fetch(self, took_s: float) -> None:
+        self._fetching.saw(took_s)
+
+    @property
+    def seconds(self) -> float:
+        """The delay. It is negative if even a view that is fetched as the batch begins may come late."""
+        computing, fetching = self._computing, self._fetching
+        return computing.mean - fetching.mean - MARGIN * (computing.deviation + fetching.deviation)
+
+
+class Pipeline:
+    """Runs at most one exchange at a time. From ``begin`` to ``end``, only it may send or receive messages."""
+
+    def __init__(self, conversation: Conversation):
+        self._conversation = conversation
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="danaz-pipeline")
         self._under_way: Future[Parameters] | None = None
         self._batch_ended = threading.Event()
         self._began = 0.0
-        self._computing, self._fetching = Estimate(), Estimate()
+        self._delay = FetchDelay()
 
     @property
     def busy(self) -> bool:
@@ -54,21 +71,31 @@ class Pipeline:
         assert self._under_way is None
         self._batch_ended.clear()
         self._began = monotonic()
-        self._under_way = self._thread.submit(self._push_and_fetch, push, self._began + self._patience_s)
+        self._under_way = self._thread.submit(self._push_and_fetch, push, self._began + self._delay.seconds)
 
-    @property
-    def _patience_s(self) -> float:
-        computing, fetching = self._computing, self._fetching
-        return computing.mean - fetching.mean - MARGIN * (computing.deviation + fetching.deviation)
+    def _push_and_fetch(self, push: Push | None, due: float) -> Parameters:
+        if push is not None:
+            reply = self._conversation.ask(push, Parameters)
+            if reply.view.numel():
+                return reply  # this worker had to join again, and got a view with that
+        self._batch_ended.wait(max(0.0, due - monotonic()))
+        began = monotonic()
+        fetched = self._conversation.ask(self._conversation.core.pull(ahead=True), Parameters)
+        self._delay.saw_fetch(monotonic() - began)
+        return fetched
+
+    def wait_for_device(self) -> None:
+        """Return when the device has computed the batch, because ``end`` is to be called only then."""
+        self._conversation.core.staging.catch_up()
 
     def end(self) -> Parameters | None:
-        """The batch has ended: wait for the view that was fetched meanwhile, and return it; None if none was under way.
+        """Return the view that was fetched while the batch was computed; None if no exchange was under way.
 
-        Raises the exceptions that the exchange raised.
+        Waits for the exchange, and raises what it raised.
         """
         if self._under_way is None:
             return None
-        self._computing.saw(monotonic() - self._began)
+        self._delay.saw_batch(monotonic() - self._began)
         self._batch_ended.set()
         under_way, self._under_way = self._under_way, None
         return under_way.result()
@@ -77,19 +104,3 @@ class Pipeline:
         """Return when nothing is under way."""
         self._batch_ended.set()
         self._thread.shutdown()
-
-    def _push_and_fetch(self, push: Push | None, due: float) -> Parameters:
-        if push is not None:
-            reply = self._ask(lambda core: push)
-            if reply.view.numel():
-                return reply  # this worker had to join again, and got a view with that
-        self._batch_ended.wait(max(0.0, due - monotonic()))
-        began = monotonic()
-        fetched = self._ask(lambda core: core.pull(ahead=True))
-        self._fetching.saw(monotonic() - began)
-        return fetched
-
-    def _ask(self, request: Callable[[WorkerCore], Request]) -> Parameters:
-        reply = self._exchange(request)
-        assert isinstance(reply, Parameters), "a push or pull is answered so, or refused"
-        return reply

@@ -38,11 +38,11 @@ from danaz.protocol.messages import (
     Report,
 )
 from danaz.vectors.codecs import travelling_bytes
-from danaz.vectors.cutting import all_finite
-from danaz.vectors.flat import Layout, chunks_of_shards, shard_spans, spans_within
+from danaz.vectors.cutting import all_finite, chunks_of_shards, shard_spans, spans_within
 from danaz.vectors.gap import Layers
-from danaz.worker.core import Backoff, Request
-from danaz.worker.link import GIVE_UP_S, EditedError, Link, ServerLostError
+from danaz.vectors.layout import Layout
+from danaz.worker.core import Request
+from danaz.worker.link import GIVE_UP_S, Backoff, EditedError, Link, ServerLostError
 from danaz.worker.staging import IN_PLACE, Staging
 
 NO_BUFFERS = torch.empty(0)
@@ -68,136 +68,114 @@ class ShardedLink:
         staging: Staging = IN_PLACE,
         pause: Callable[[float], None] = time.sleep,
     ):
-        """Raises ValueError if the model of ``layout`` is too small for this number of shards."""
+        """Raise ValueError if the model of ``layout`` is too small for this number of shards."""
         self._links = list(links)
         self._spans = shard_spans(layout.size, len(links))
         ends = [0, *accumulate(map(len, chunks_of_shards(layout.size, len(links))))]
         self._chunks = list(pairwise(ends))  # the chunks of each slice, for vectors that travel encoded
         self._threads = [ThreadPoolExecutor(1, f"danaz-shard-{number}") for number in range(1, len(links))]
-        # (version, life) of each slice: in the view at hand, in the view fetched ahead, and in the newest one received.
-        self._at_hand = self._fetched = self._came = [(0, 0)] * len(links)
+        # (version, life) of each slice: in the view at hand, in the view fetched ahead, and in the newest received.
+        self._at_hand = self._fetched = self._received = [(0, 0)] * len(links)
         self._ahead = False  # whether the next view to arrive will be used after the view at hand
         self._generation = 0  # generation of shard 0's newest checkpoint, as shard 0 last said
         self._kept: list[tuple[int, ...]] = [()] * len(links)  # each shard's checkpoints, as it last said
-        self._asked = 0  # number of questions that this link has asked on its own account
+        self._asked = 0  # number of GoBack requests that this link has made
         self._pause = pause
         self._staging = staging
         self._rooms = [staging.room(layout.size) for _ in range(2)]  # f32[P]: the view at hand, and room for the next
         layers = Layers(layout)
         self._layers = [layers.within(*span) for span in self._spans]  # the layers of each shard
         self._squares: tuple[float, ...] = ()  # each layer's square in the last push, summed over all shards except 0
-        self._join: Join | None = None
-        self._final: Final | None = None
-        self._ends: dict[int, Final] = {}  # the answers of the shards that let this worker go
+        self._last_join: Join | None = None  # without its vectors
+        self._final: Final | None = None  # the trained model of all shards
+        self._ends: dict[int, Final] = {}  # the answers of the shards that this worker has left
 
     def exchange(self, request: Request) -> Reply:
         """See Link. The answer's view stays unchanged until the answer after the next one arrives."""
         if isinstance(request, Join):
-            self._join = replace(request, params=None, untrained=None)
+            self._last_join = replace(request, params=None, untrained=None)
         if isinstance(request, Push) and not all_finite(request.push):
             # Each shard sees only its slice. A loss of NaN makes every shard refuse the push as not finite.
             request = replace(request, loss=nan)
         if isinstance(request, (Push, Pull)):
             self._ahead = _is_beside_a_batch(request)
-        self._came = list(self._came)
-        replies = self._say_to_all(request)
+        self._received = list(self._received)  # the list so far may be that of the view at hand
+        replies = self._exchange_with_all(request)
         while any(isinstance(reply, Offer) for reply in replies):
-            refusal = self._agree(request)
+            refusal = self._go_back_together(request)
             if refusal is None and isinstance(request, (Push, Pull)):
                 # This request, and any answer to it, may date from before the shards went back to a checkpoint.
                 refusal = Refusal(request.request, "the shards were restarted", rejoin=True)
-            replies = [refusal] if refusal is not None else self._say_to_all(request)
+            replies = [refusal] if refusal is not None else self._exchange_with_all(request)
         reply = self._merge(request, replies)
         if isinstance(request, Push) and not request.wants_view:
             self._at_hand = self._fetched
         return reply
 
-    def _say_to_all(self, request: Request) -> list[Reply]:
+    def edit(self, displacement: Tensor) -> None:
+        """Raise EditedError, because a pushed gradient cannot carry the displacement."""
+        raise EditedError
+
+    def close(self) -> None:
+        for link in self._links:
+            link.close()
+        for thread in self._threads:
+            thread.shutdown()
+
+    def _exchange_with_all(self, request: Request) -> list[Reply]:
+        """Return the replies of all shards; only that of shard 0 if nobody else is asked, or if it refuses first."""
         if isinstance(request, (Report, Fetch)):
-            return [self._say(0, request)]
+            return [self._exchange_with(0, request)]
         if isinstance(request, Bye) or (isinstance(request, Pull) and not request.ahead):
             # Shard 0 may keep a Pull waiting. The other slices are fetched after its answer, so that they are as fresh.
             # A Bye is said at the end of the process, when its threads have ended.
-            first = self._say(0, request)
+            first = self._exchange_with(0, request)
             others = [] if isinstance(first, (Refusal, Offer)) else range(1, len(self._links))
-            return [first, *(self._say(number, request) for number in others)]
-        waiting = [thread.submit(self._say, number, request) for number, thread in enumerate(self._threads, start=1)]
-        first = self._say(0, request)
+            return [first, *(self._exchange_with(number, request) for number in others)]
+        numbered = enumerate(self._threads, start=1)
+        waiting = [thread.submit(self._exchange_with, number, request) for number, thread in numbered]
+        first = self._exchange_with(0, request)
         return [first, *(each.result() for each in waiting)]
-
-    # ---- after a restart -----------------------------------------------------------------------------------------
-
-    def _agree(self, request: Request) -> Refusal | None:
-        """Send all shards back to one generation, which is the same for every worker that chooses one.
-
-        Return None if that succeeded, otherwise a refusal that says why it did not. Raises ServerLostError.
-        """
-        backoff, waited_s = Backoff(ASK_FIRST_S, ASK_LONGEST_S, request.worker), 0.0
-        answers = self._ask(request)
-        while waited_s < GIVE_UP_S:
-            offers = [answer for answer in answers if isinstance(answer, Offer)]
-            if all(offer.told for offer in offers):
-                return None
-            over = next((each for each in answers if isinstance(each, Refusal) and not each.rejoin), None)
-            if over is not None:
-                return replace(over, request=request.request)
-            if len(offers) == len(answers):
-                chosen = choose(offers)
-                if not chosen:
-                    return Refusal(request.request, _nothing_in_common(offers), rejoin=False)
-                answers = self._ask(request, chosen, newest=max(offer.newest for offer in offers))
-            else:
-                # A shard that still goes on will soon be ended, because all shards are restarted together.
-                waited_s += (wait_s := backoff.wait_s())
-                self._pause(wait_s)
-                answers = self._ask(request)
-        raise ServerLostError(f"the shards of the server did not come back together within {GIVE_UP_S:.0f} s")
-
-    def _ask(self, request: Request, chosen: Sequence[int | None] = (), newest: int = 0) -> list[Reply]:
-        """Ask each shard which checkpoints it can go back to; if ``chosen`` names one for it, it goes back first."""
-        self._asked += 1
-        asks = GoBack(request.worker, request.incarnation, -self._asked, newest=newest)
-        generations = chosen or [None] * len(self._links)
-        pairs = zip(self._links, generations, strict=True)
-        return [link.exchange(replace(asks, generation=generation)) for link, generation in pairs]
 
     # ---- one shard -----------------------------------------------------------------------------------------------
 
-    def _say(self, number: int, request: Request) -> Reply:
+    def _exchange_with(self, number: int, request: Request) -> Reply:
+        """Exchange this shard's part of ``request`` for a reply; join the shard again first if it asks for that."""
         if number in self._ends and isinstance(request, (Join, Leave)):
             return self._ends[number]
-        reply = self._exchange(number, self._part(number, request))
+        reply = self._exchange_part(number, self._part_for(number, request))
         may_join = number > 0 and not isinstance(request, Join) and not _is_beside_a_batch(request)
         if may_join and isinstance(reply, Refusal) and reply.rejoin:
             # This shard gave the worker up, or was restarted. The worker joins it again and gets a view; the shard has
-            # not applied its push. (While a batch is computed, the view at hand is being read. Then this is not done
-            # here: the worker itself joins all shards again.)
+            # not applied its push. (While a batch is computed, the worker reads the view at hand, so it cannot be
+            # brought here. The worker then joins all shards again.)
             start, stop = self._spans[number]
-            assert self._join is not None
-            join = replace(self._join, request=request.request, params=self._rooms[0][start:stop])
-            reply = self._exchange(number, join)
+            assert self._last_join is not None
+            join = replace(self._last_join, request=request.request, params=self._rooms[0][start:stop])
+            reply = self._exchange_part(number, join)
             if isinstance(reply, Parameters) and isinstance(request, (Leave, Bye)):
-                reply = self._exchange(number, self._part(number, request))
+                reply = self._exchange_part(number, self._part_for(number, request))
         if number and isinstance(reply, Final):
             self._ends[number] = reply
         return reply
 
-    def _exchange(self, number: int, request: Request) -> Reply:
+    def _exchange_part(self, number: int, part: Request) -> Reply:
+        """Send ``part`` to this shard, and note what its reply tells. A view goes to its slice of the room."""
         start, stop = self._spans[number]
         room = self._rooms[1][start:stop]
         self._links[number].receive_into(room)
-        reply = self._links[number].exchange(request)
+        reply = self._links[number].exchange(part)
         if not isinstance(reply, Parameters):
             return reply
         self._kept[number] = reply.kept
         if reply.view.numel():
-            self._came[number] = (reply.version, reply.life)
+            self._received[number] = (reply.version, reply.life)
             if reply.view.data_ptr() != room.data_ptr():
                 room.copy_(reply.view)
                 self._staging.arrived(room)
         return reply
 
-    def _part(self, number: int, request: Request) -> Request:
+    def _part_for(self, number: int, request: Request) -> Request:
         """Return the part of ``request`` that is for this shard."""
         start, stop = self._spans[number]
 
@@ -241,7 +219,7 @@ class ShardedLink:
         """Merge all replies into one: the reply of shard 0, with the vectors of every shard."""
         first = replies[0]
         if isinstance(request, (Join, Push)):
-            self._squares = self._gather(replies)
+            self._squares = self._sum_squares(replies)
         refusal = next((reply for reply in replies if isinstance(reply, Refusal)), None)
         if refusal is not None:
             return refusal
@@ -249,23 +227,26 @@ class ShardedLink:
             self._generation = first.generation
             views = zip(self._spans, replies, strict=True)
             parts = tuple((*span, reply.last_applied) for span, reply in views if isinstance(reply, Parameters))
-            return replace(first, view=self._view() if first.view.numel() else first.view, parts=parts)
+            return replace(first, view=self._take_view() if first.view.numel() else first.view, parts=parts)
         if isinstance(first, Final):
             slices = [reply.params for reply in replies if isinstance(reply, Final)]
             self._final = first = replace(first, params=torch.cat(slices))
         return first
 
-    def _view(self) -> Tensor:
+    def _take_view(self) -> Tensor:
         """Return the view f32[P] that has arrived, and note its versions for now or, if fetched ahead, for later."""
         self._rooms.reverse()
         if self._ahead:
-            self._fetched = self._came
+            self._fetched = self._received
         else:
-            self._at_hand = self._came
+            self._at_hand = self._received
         return self._rooms[0]
 
-    def _gather(self, replies: Sequence[Reply]) -> tuple[float, ...]:
-        """Sum each layer's squares over all shards except 0; empty unless all have applied the push and measured it."""
+    def _sum_squares(self, replies: Sequence[Reply]) -> tuple[float, ...]:
+        """Return each layer's square, summed over all shards except 0.
+
+        It is empty unless all shards have applied the push and measured it.
+        """
         answers = [reply for reply in replies if isinstance(reply, Parameters) and reply.applied]
         if len(answers) < len(replies) or not all(answer.squares for answer in answers[1:]):
             return ()
@@ -275,26 +256,52 @@ class ShardedLink:
                 squares[layer] += square
         return tuple(squares)
 
-    def edit(self, displacement: Tensor) -> None:
-        """Raises EditedError, because a pushed gradient cannot carry the displacement."""
-        raise EditedError
+    # ---- after a restart -----------------------------------------------------------------------------------------
 
-    def close(self) -> None:
-        for link in self._links:
-            link.close()
-        for thread in self._threads:
-            thread.shutdown()
+    def _go_back_together(self, request: Request) -> Refusal | None:
+        """Send all shards back to one generation, which is the same for every worker that chooses one.
+
+        Return None if that succeeded, otherwise a refusal that says why it did not. Raises ServerLostError.
+        """
+        backoff, waited_s = Backoff(ASK_FIRST_S, ASK_LONGEST_S, request.worker), 0.0
+        answers = self._ask_each(request)
+        while waited_s < GIVE_UP_S:
+            offers = [answer for answer in answers if isinstance(answer, Offer)]
+            if all(offer.told for offer in offers):
+                return None
+            over = next((each for each in answers if isinstance(each, Refusal) and not each.rejoin), None)
+            if over is not None:
+                return replace(over, request=request.request)
+            if len(offers) == len(answers):
+                chosen = choose(offers)
+                if not chosen:
+                    return Refusal(request.request, _nothing_in_common(offers), rejoin=False)
+                answers = self._ask_each(request, chosen, newest=max(offer.newest for offer in offers))
+            else:
+                # A shard that still goes on will soon be ended, because all shards are restarted together.
+                waited_s += (wait_s := backoff.wait_s())
+                self._pause(wait_s)
+                answers = self._ask_each(request)
+        raise ServerLostError(f"the shards of the server did not come back together within {GIVE_UP_S:.0f} s")
+
+    def _ask_each(self, request: Request, chosen: Sequence[int | None] = (), newest: int = 0) -> list[Reply]:
+        """Ask each shard which checkpoints it can go back to; if ``chosen`` names one for it, it goes back first."""
+        self._asked += 1
+        asks = GoBack(request.worker, request.incarnation, -self._asked, newest=newest)
+        generations = chosen or [None] * len(self._links)
+        pairs = zip(self._links, generations, strict=True)
+        return [link.exchange(replace(asks, generation=generation)) for link, generation in pairs]
 
 
 def _is_beside_a_batch(request: Request) -> bool:
-    """Return whether the worker computes a batch meanwhile, which it does in a pipeline."""
+    """Return whether the worker computes a batch during this exchange, which it does in a pipeline."""
     return (isinstance(request, Push) and not request.wants_view) or (isinstance(request, Pull) and request.ahead)
 
 
 def _nothing_in_common(offers: Sequence[Offer]) -> str:
     has = [", ".join(map(str, offer.generations)) or "none" for offer in offers]
     there = "; ".join(f"shard {number} has {numbers}" for number, numbers in enumerate(has))
-    return f"no checkpoint is there, and sound, of all {len(offers)} shards: {there}"
+    return f"the {len(offers)} shards have no sound checkpoint in common: {there}"
 
 
 def connect(addresses: Sequence[str], layout: Layout, to: Callable[[str], Shard], staging: Staging = IN_PLACE) -> Link:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from danaz.vectors.flat import SLICE_FLOATS
+from danaz.vectors.cutting import SLICE_FLOATS
 
 GPU_SLICE_FLOATS = 16 * SLICE_FLOATS  # 16 MB: a slice need not fit a cache here, and each kernel costs time
 

@@ -15,33 +15,15 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from danaz.protocol.messages import (
-    TOO_MANY_REPORTED,
-    Bye,
-    Fetched,
-    Final,
-    Join,
-    Leave,
-    Parameters,
-    Pull,
-    Push,
-    Refusal,
-    Reply,
-    Report,
-)
-from danaz.protocol.refusals import COMPLETE
-from danaz.vectors.flat import FlatModel, Spans
-from danaz.worker.core import LocalStep, Loss, Request, WorkerCore
+from danaz.protocol.messages import TOO_MANY_REPORTED, Fetched, Final, Join, Parameters, Pull, Refusal
+from danaz.vectors.model import FlatModel
+from danaz.worker.conversation import Conversation, RefusedError
+from danaz.worker.core import Step, WorkerCore
 from danaz.worker.group import Group
-from danaz.worker.link import Link
 from danaz.worker.pipeline import Pipeline
 
-NEWS = 7  # number of figures in front of the batch numbers
+NEWS = 7  # number of figures before the batch numbers
 ENDS_EARLY, CAME_LATE = 1, 2  # the news holds one of these; 0: neither
-
-
-class RefusedError(RuntimeError):
-    """The server refuses this worker."""
 
 
 @dataclass
@@ -96,8 +78,8 @@ class LeasedBatches:
 class Worker:
     """One worker of the cluster; each of its ranks has such an object.
 
-    Only a rank that speaks with a server has a ``core`` and a ``link``; the other ranks listen to rank 0.
-    ``replicated`` says that every rank has a server of its own, so that nothing needs to be broadcast.
+    Only a rank that speaks with a server has a ``conversation``; the other ranks listen to rank 0. ``replicated`` says
+    that every rank has a server of its own, so that nothing needs to be broadcast.
     """
 
     def __init__(
@@ -105,8 +87,7 @@ class Worker:
         group: Group,
         flat: FlatModel,
         ahead: int,
-        core: WorkerCore | None,
-        link: Link | None,
+        conversation: Conversation | None,
         replicated: bool = False,
         pipelined: bool = False,
     ):
@@ -116,124 +97,127 @@ class Worker:
         self.metrics = Metrics()
         self.done = False
         self.sync_period = 1
-        self.is_asked_to_end: Callable[[], bool] = lambda: False  # the rank that speaks asks it
+        self.is_asked_to_end: Callable[[], bool] = lambda: False  # called on the rank that speaks
         self.ends_early = False  # whether this worker leaves while the run goes on
-        self.came_late = False  # whether the run was over before this worker came, or came back
-        self._local_steps = 0  # number of local steps since the last push
-        self._core = core
-        self._link = link
-        self.pipeline = Pipeline(self._exchange) if pipelined and core is not None else None
+        self.conversation = conversation
+        self.pipeline = Pipeline(conversation) if pipelined and conversation is not None else None
         self.replicated = replicated or group.size == 1
+        self._local_steps = 0  # number of local steps since the last push
         # The news that all ranks must hear is stored after the view, so that one broadcast brings both.
         news_floats = 2 * (NEWS + ahead)  # two f32 make one f64
-        self._whole = flat.make_room(0 if self.replicated else news_floats + flat.layout.size % 2)
-        self._news: Tensor | None = None if self.replicated else self._whole[-news_floats:].view(torch.float64)
-        self._heard: list[float] = []  # the news, kept on the rank that speaks, which so need not read it back
+        self._view_and_news = flat.make_room(0 if self.replicated else news_floats + flat.layout.size % 2)
+        self._news: Tensor | None = None if self.replicated else self._view_and_news[-news_floats:].view(torch.float64)
+        self._heard: list[float] = []  # the latest news; the rank that speaks need not read it from the device
+        self._heard_too_late = False  # whether the rank that speaks has told this one that the worker came late
+        self._since = perf_counter()  # when the last step ended
+
+    @property
+    def came_late(self) -> bool:
+        """Whether the run was over before this worker came, or came back."""
+        return self._heard_too_late if self.conversation is None else self.conversation.came_late
+
+    # ---- a batch -------------------------------------------------------------------------------------------------
+
+    def push(self, step: Step, grad: Tensor | None) -> None:
+        """Push the mean gradient f32[P] of a batch, and put the next view into the model.
+
+        Without a gradient, no parameter makes a step. With a ``sync_period``, this is a local step between two pushes.
+        Raises EditedError if the push cannot carry an edit of the parameters.
+        """
+        self.batches.end(step.batch)
+        if self.pipeline is not None:
+            self.pipeline.wait_for_device()
+        ended = perf_counter()
+        self._local_steps += 1
+        if self._local_steps < self.sync_period and self.batches.any:
+            self._step_locally(step, grad)
+        else:
+            self._local_steps = 0
+            if self.conversation is not None:
+                self._exchange(self.conversation, step, grad)
+            self._share()
+        self._measure(ended)
+
+    def skip(self, batch: int, lr: Sequence[float]) -> None:
+        """Count ``batch`` as used without a step, and push nothing for it."""
+        if self._local_steps:
+            self.push(Step(batch, tuple(lr), 0, None), None)
+            return
+        self.batches.end(batch)
+        self._end_pipeline()
+        self._ask_for_view(lambda core: core.pull(skipped=(batch,)))
+
+    def is_edited(self) -> bool:
+        """Return whether the script has changed parameters since the last step; only the rank that speaks can tell."""
+        return self.conversation is not None and self.conversation.core.edit(self.flat.params) is not None
+
+    def _step_locally(self, step: Step, grad: Tensor | None) -> None:
+        if self.conversation is not None:
+            self.conversation.core.local_step(step, grad, self.flat.params)
+        if not self.replicated:
+            self.group.broadcast(params=self.flat.params)
+
+    def _exchange(self, conversation: Conversation, step: Step, grad: Tensor | None) -> None:
+        """Push ``step``, and take the answer's view or, in a pipeline, the view that was fetched ahead."""
+        core, params = conversation.core, self.flat.params
+        edit = self._carried_edit(conversation)
+        fetched = self._end_pipeline()
+        others = () if fetched is None else tuple(other for other in fetched.leases if other != step.batch)
+        if fetched is not None and conversation.came_late:
+            self._take(fetched)
+        elif self.pipeline is not None and fetched is not None and others and not fetched.done and edit is None:
+            push = core.push(step, grad, params, wants_view=False)
+            self._take(replace(fetched, leases=others))
+            self.pipeline.begin(push)
+        else:
+            push = core.push(step, grad, params, edit=edit)
+            self._take(conversation.ask(push, Parameters))
+            if edit is not None and not core.applied:
+                params.add_(edit)  # the next push carries the edit
+
+    def _carried_edit(self, conversation: Conversation) -> Tensor | None:
+        """Return what the script has changed in the parameters since the last step, if the push is to carry it.
+
+        If pushes are gradients, hand the change to the link instead, and return None.
+        """
+        edit = conversation.core.edit(self.flat.params)
+        if edit is None or conversation.core.rule.pushes != "gradient":
+            return edit
+        conversation.link.edit(edit)
+        return None
+
+    def _end_pipeline(self) -> Parameters | None:
+        return None if self.pipeline is None else self.pipeline.end()
+
+    def _measure(self, ended: float) -> None:
+        """Divide the time since the last step into computing, until the batch ``ended``, and exchanging."""
+        if self.pipeline is None and self.conversation is not None:
+            ended = max(ended, self.conversation.ready_at)
+        self.metrics.computing_s += ended - self._since
         self._since = perf_counter()
-        self._ready = self._since  # when the last request was ready to be sent; the device computed until then
+        self.metrics.exchanging_s += self._since - ended
+
+    # ---- the run, from joining to closing ------------------------------------------------------------------------
 
     def join(self, bring_params: bool, untrained: Tensor | None = None) -> None:
         """Enter the run. Returns when training starts; the first view is then in the model.
 
         The worker that brings its parameters also brings ``untrained`` f32[U], which its model holds beside them.
         """
-        self._ask(lambda core: core.join(core.staging.lift(self.flat.params) if bring_params else None, untrained))
+        self._ask_for_view(
+            lambda core: core.join(core.staging.lift(self.flat.params) if bring_params else None, untrained)
+        )
 
     def fetch_untrained(self) -> Tensor:
         """Fetch what worker 0 brought beside its parameters, f32[U]; only the rank that speaks can ask."""
-        self._pipeline_end()
-        reply = self._exchange(lambda core: core.fetch())
-        if not isinstance(reply, Fetched):
-            raise RefusedError(f"the server answered with {type(reply).__name__} where a model's buffers were due")
-        return reply.untrained
-
-    def is_edited(self) -> bool:
-        """Return whether the script has changed parameters since the last step; only the rank that speaks can tell."""
-        return self._core is not None and self._core.edit(self.flat.params) is not None
-
-    def push(
-        self, grad: Tensor | None, lr: Sequence[float], samples: int, loss: Loss, batch: int, absent: Spans = ()
-    ) -> None:
-        """Push the mean gradient f32[P] of ``batch``, and put the next view into the model.
-
-        Parameters in ``absent`` spans make no step; without a gradient, no parameter does. With a ``sync_period``, this
-        is a local step between two pushes. Raises EditedError if the push cannot carry an edit of the parameters.
-        """
-        self.batches.end(batch)
-        if self.pipeline is not None and self._core is not None:
-            self._core.staging.catch_up()
-        began = perf_counter()
-        self._local_steps += 1
-        if self._local_steps < self.sync_period and self.batches.any:
-            self._step_locally(LocalStep(batch, tuple(lr), samples, loss), grad, absent)
-        else:
-            self._local_steps = 0
-            if self._core is not None:
-                edit = self._carried_edit()
-                params = self.flat.params
-                self._push(
-                    lambda core, wants: core.push(grad, lr, samples, loss, batch, params, wants, absent, edit),
-                    batch,
-                    edit,
-                )
-            self._share()
-        computed = began if self.pipeline is not None else max(began, self._ready)
-        self.metrics.computing_s += computed - self._since
-        self._since = perf_counter()
-        self.metrics.exchanging_s += self._since - computed
-
-    def skip(self, batch: int, lr: Sequence[float]) -> None:
-        """Count ``batch`` as used without a step, and push nothing for it."""
-        if self._local_steps:
-            self.push(None, lr, 0, None, batch)
-            return
-        self.batches.end(batch)
-        self._pipeline_end()
-        self._ask(lambda core: core.pull(skipped=(batch,)))
-
-    def _carried_edit(self) -> Tensor | None:
-        """Return what the script has changed in the parameters since the last step, if the push is to carry it.
-
-        If pushes are gradients, hand the change to the link instead, and return None.
-        """
-        assert self._core is not None
-        edit = self._core.edit(self.flat.params)
-        if edit is None or self._core.rule.pushes != "gradient":
-            return edit
-        assert self._link is not None
-        self._link.edit(edit)
-        return None
-
-    def _push(self, make: Callable[[WorkerCore, bool], Push], batch: int, edit: Tensor | None) -> None:
-        """Push ``batch``, and go on with the answer's view or, in a pipeline, with the view that was fetched ahead."""
-        assert self._core is not None
-        fetched = self._pipeline_end()
-        if fetched is not None and self.came_late:
-            self._take(fetched)
-            return
-        others = () if fetched is None else tuple(other for other in fetched.leases if other != batch)
-        if self.pipeline is None or fetched is None or fetched.done or not others or edit is not None:
-            self._take(self._view_from(lambda core: make(core, True)))
-            if edit is not None and not self._core.applied:
-                self.flat.params.add_(edit)  # the next push carries the edit
-            return
-        push = make(self._core, False)
-        self._take(replace(fetched, leases=others))
-        self.pipeline.begin(push)
-
-    def _pipeline_end(self) -> Parameters | None:
-        return None if self.pipeline is None else self.pipeline.end()
-
-    def _step_locally(self, step: LocalStep, grad: Tensor | None, absent: Spans) -> None:
-        if self._core is not None:
-            self._core.local_step(step, self.flat.params, grad, absent)
-        if not self.replicated:
-            self.group.broadcast(params=self.flat.params)
+        assert self.conversation is not None
+        self._end_pipeline()
+        return self.conversation.ask(self.conversation.core.fetch(), Fetched).untrained
 
     def pull(self) -> None:
         """Wait until this worker gets batches, or no batches are left for any worker."""
-        self._pipeline_end()
-        self._ask(lambda core: core.pull())
+        self._end_pipeline()
+        self._ask_for_view(lambda core: core.pull())
 
     def leave(self, stop: str = "") -> None:
         """Give back, and put the trained model (θ and the mean batch-norm buffers) into every rank's model.
@@ -241,7 +225,7 @@ class Worker:
         ``stop``, if given, is the reason why the run ends for all workers. A worker that came late gets no model,
         because nobody has it any more.
         """
-        self._pipeline_end()
+        self._end_pipeline()
         self.flat.bring_home()
         if self.came_late:
             return
@@ -250,22 +234,20 @@ class Worker:
             handle = self.group.sum_async(buffers, "buffers")
             self.group.wait(handle)
             buffers /= self.group.size
-        if self._core is not None:
-            edit = self._core.edit(self.flat.params)
-            final = self._exchange(lambda core: core.leave(buffers, edit, stop))
-            if not isinstance(final, Final):
-                raise RefusedError(f"the server answered a worker's leave with {type(final).__name__}")
+        if self.conversation is not None:
+            core = self.conversation.core
+            final = self.conversation.ask(core.leave(buffers, core.edit(self.flat.params), stop), Final)
             self.flat.params.copy_(final.params)
             buffers, self.metrics.diverged = final.buffers, final.diverged
-            self.metrics.version = final.version
+            self.metrics.version, self.metrics.refused_pushes = final.version, self.conversation.refused_pushes
         if not self.replicated:
             self.group.broadcast(params=self.flat.params, buffers=buffers)
         self.flat.load_buffers(buffers)
 
     def report(self, figures: dict[str, float | str | None]) -> None:
-        """Let the rank that speaks send figures for summary.json. Raises RefusedError if the run has too many."""
-        if self._core is not None:
-            reply = self._exchange(lambda core: core.report(figures))
+        """Send figures for summary.json from the rank that speaks. Raises RefusedError if the run has too many."""
+        if self.conversation is not None:
+            reply = self.conversation.send(self.conversation.core.report(figures))
             if isinstance(reply, Refusal) and reply.reason == TOO_MANY_REPORTED:
                 raise RefusedError(f"the server refused danaz.report: {reply.reason}")
 
@@ -273,122 +255,65 @@ class Worker:
         """Close the link. Say good-bye first if ``in_good_order``: then the worker has left before its process ends."""
         if self.pipeline is not None:
             self.pipeline.close()
-        if self._core is not None and self._link is not None:
+        if self.conversation is not None:
             if in_good_order:
-                self._exchange(lambda core: core.bye())
-            self._link.close()
+                self.conversation.send(self.conversation.core.bye())
+            self.conversation.link.close()
 
-    # ---- speaking and listening ----------------------------------------------------------------------------------
+    # ---- one view for all ranks ----------------------------------------------------------------------------------
 
-    def _ask(self, request: Callable[[WorkerCore], Request]) -> None:
-        """Make one exchange, which ends with a new view in every rank's model."""
+    def _ask_for_view(self, make_request: Callable[[WorkerCore], Join | Pull]) -> None:
+        """Let the rank that speaks make a request, and put the view that answers it into every rank's model."""
         self.flat.bring_home()
-        if self._core is not None:
-            edit = self._core.edit(self.flat.params)
-            self._take(self._view_from(request))
+        if self.conversation is not None:
+            core, params = self.conversation.core, self.flat.params
+            edit = core.edit(params)
+            self._take(self.conversation.ask(make_request(core), Parameters))
             if edit is not None:
-                self.flat.params.add_(edit)  # keep the script's change under the new view; a push will carry it
+                params.add_(edit)  # keep the script's change under the new view; a push will carry it
         self._share()
 
-    def _view_from(self, request: Callable[[WorkerCore], Request]) -> Parameters:
-        reply = self._exchange(request)
-        if not isinstance(reply, Parameters):
-            raise RefusedError(f"the server answered with {type(reply).__name__} where a view was due")
-        return reply
-
     def _take(self, reply: Parameters) -> None:
-        """Put the news and the parameters to compute on where all ranks get them from.
+        """Put the news and the view of ``reply`` where all ranks get them from.
 
         A worker that was asked to end finishes the batches that it has begun, and begins no more.
         """
-        assert self._core is not None
+        assert self.conversation is not None
         if self.is_asked_to_end() and not reply.done:
             self.ends_early = True
             reply = replace(reply, leases=tuple(self.batches.begun_of(reply.leases)))
         self._pack(reply)
         if not self.came_late:
-            self._core.compute_on(self.flat.params)
+            self.conversation.core.compute_on(self.flat.params)
 
     def _share(self) -> None:
         """Let all ranks go on with rank 0's view; a pipeline fetches the next view while they compute."""
         if not self.replicated:
-            self.group.broadcast(view_and_news=self._whole)
+            self.group.broadcast(view_and_news=self._view_and_news)
         self._unpack()
         if self.pipeline is not None and not self.pipeline.busy and self.batches.any and not self.done:
             self.pipeline.begin(None)
 
-    def _exchange(self, make: Callable[[WorkerCore], Request]) -> Reply:
-        assert self._core is not None
-        request = make(self._core)
-        reply = self._say(request)
-        while isinstance(reply, Refusal) and not isinstance(request, (Report, Bye)):
-            if isinstance(request, Join) and 0 < reply.newest < self._core.role.incarnation:
-                reply = self._say(request := make(self._core))  # join again as a newer incarnation
-                continue
-            if reply.reason == COMPLETE and isinstance(request, (Join, Push, Pull)):
-                self.came_late = True
-                return _nothing_to_do(reply, self._core)
-            if not reply.rejoin or isinstance(request, Join):
-                raise RefusedError(f"the server refused this worker's {type(request).__name__.lower()}: {reply.reason}")
-            # The server gave this worker up while it was away, or was restarted: the worker goes on from a fresh view.
-            reply = self._say(self._core.join())
-            if isinstance(request, Leave) and isinstance(reply, Parameters):
-                if request.done and not request.stop and not reply.done:
-                    raise RefusedError(
-                        "the server went back to before the end of the run, which this process is behind; start it anew"
-                    )
-                request = make(self._core)
-                reply = self._say(request)
-        if isinstance(request, Push) and isinstance(reply, Parameters) and not reply.applied:
-            self.metrics.refused_pushes += 1
-        return reply
-
-    def _say(self, request: Request) -> Reply:
-        assert self._core is not None
-        assert self._link is not None
-        request = self._core.complete(request)
-        self._ready = perf_counter()
-        reply = self._link.exchange(request)
-        self._core.receive(reply)
-        return reply
-
     def _pack(self, reply: Parameters) -> None:
         gap = nan if reply.gap is None else reply.gap
-        head = [reply.version, reply.epoch, reply.lag, gap, reply.done, self._ending, len(reply.leases)]
+        ending = CAME_LATE if self.came_late else ENDS_EARLY * self.ends_early
+        head = [reply.version, reply.epoch, reply.lag, gap, reply.done, ending, len(reply.leases)]
         assert len(head) == NEWS
         self._heard = [*head, *reply.leases]
         if self._news is not None:
             news = torch.tensor(self._heard, dtype=torch.float64)
             self._news[: len(news)].copy_(news, non_blocking=True)
 
-    @property
-    def _ending(self) -> int:
-        return CAME_LATE if self.came_late else ENDS_EARLY * self.ends_early
-
     def _unpack(self) -> None:
-        if self._core is None:
+        metrics = self.metrics
+        if self.conversation is not None:
+            metrics.refused_pushes = self.conversation.refused_pushes
+        else:
             assert self._news is not None
             self._heard = self._news.tolist()
         version, epoch, lag, gap, done, ending, count, *leases = self._heard
-        metrics = self.metrics
         metrics.version, metrics.epoch, metrics.lag = int(version), epoch, int(lag)
         metrics.gap = None if isnan(gap) else gap
-        self.ends_early, self.came_late = ending == ENDS_EARLY, ending == CAME_LATE
+        self.ends_early, self._heard_too_late = ending == ENDS_EARLY, ending == CAME_LATE
         self.done = bool(done) or self.ends_early
         self.batches.replace([int(batch) for batch in leases[: int(count)]])
-
-
-def _nothing_to_do(refusal: Refusal, core: WorkerCore) -> Parameters:
-    """Return what the server would have said to a worker that was there at the end of the run."""
-    return Parameters(
-        request=refusal.request,
-        version=core.version,
-        applied=False,
-        refused=refusal.reason,
-        leases=(),
-        done=True,
-        epoch=core.epoch,
-        lag=0,
-        gap=None,
-        view=torch.empty(0),
-    )

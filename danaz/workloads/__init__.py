@@ -1,4 +1,4 @@
-"""Workloads, which are models with their data. To add one, write a file like ``quadratic.py`` and import it here."""
+"""A workload is a model with its data. To add one, write a file like ``quadratic.py`` and import it here."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ __all__ = ["BUILDERS", "Workload", "build", "collate", "workload"]
 
 
 def build(config: Config) -> Workload:
-    """Build a config's workload. This seeds torch from ``config.seed``, so every process has the same first parameters.
+    """Build a config's workload. Torch is seeded from ``config.seed``, so every process has the same first parameters.
 
-    Ranks that augment their data should each seed torch differently afterwards. Otherwise all of them crop and flip
-    alike.
+    Afterwards, each rank that augments its data should seed torch differently. Otherwise all ranks crop and flip alike.
 
     Raises:
         ConfigError: the workload, data set or model is unknown, or the data is not where ``data_dir`` says.

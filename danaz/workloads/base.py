@@ -15,11 +15,11 @@ from danaz.run.config import Config
 
 @dataclass(frozen=True)
 class Workload:
-    """A model with the data that it learns from. This is all that a training loop needs.
+    """A model with the data that it learns from. A training loop needs nothing else.
 
     ``train`` and ``test`` are map-style data sets; give :func:`collate` to their DataLoader. ``loss(output, target)``
-    is a scalar, the mean over the samples of the batch. If ``classes`` is None, the model does not classify, and there
-    is no test error.
+    returns a scalar, the mean over the samples of the batch. If ``classes`` is None, the model does not classify, and
+    there is no test error.
     """
 
     model: nn.Module
@@ -29,7 +29,7 @@ class Workload:
     classes: int | None = None
 
     def with_data_on(self, device: torch.device) -> Workload:
-        """Return the same workload, with those data sets on ``device`` that have a method ``to``."""
+        """Return the same workload with its data sets on ``device``. A data set without a method ``to`` stays."""
 
         def there(data: Any) -> Any:
             return data.to(device) if hasattr(data, "to") else data
@@ -42,7 +42,7 @@ BUILDERS: dict[str, Builder] = {}
 
 
 def workload(name: str) -> Callable[[Builder], Builder]:
-    """Decorator that makes ``workload: name`` in a config call this function."""
+    """Return a decorator for the function that builds the workload of a config with ``workload: name``."""
 
     def register(builder: Builder) -> Builder:
         BUILDERS[name] = builder
@@ -52,5 +52,5 @@ def workload(name: str) -> Callable[[Builder], Builder]:
 
 
 def collate(batch: Any) -> Any:
-    """``collate_fn`` for a DataLoader. It passes a batch that ``__getitems__`` made, and stacks single samples."""
+    """Stack single samples, or pass on the batch that ``__getitems__`` made; use it as a DataLoader's collate_fn."""
     return batch if isinstance(batch, tuple) else default_collate(batch)

@@ -1,4 +1,4 @@
-"""Data and model of a config by name: from torchvision (``torchvision.X``), or your own (``package.module:name``).
+"""The data and the model that a config names: torchvision's (``torchvision.X``), or yours (``package.module:name``).
 
 Your own model is any callable that returns a module. It is given ``num_classes`` if it has such a parameter. Your own
 data is a callable that returns ``(train, test)``, which are two map-style data sets; ``test`` may be None. It is given
@@ -31,7 +31,7 @@ def build_by_name(config: Config) -> Workload:
     """Build the workload that the keys ``data`` and ``model`` name.
 
     Raises:
-        ConfigError: either of them is unknown, or is not what it should be.
+        ConfigError: one of them is unknown, or is not what it should be.
     """
     assert config.data is not None
     assert config.model is not None
@@ -49,7 +49,7 @@ def build_by_name(config: Config) -> Workload:
 def _torchvision_data(name: str, config: Config) -> tuple[Any, Any | None, int]:
     """Load a data set of torchvision.
 
-    If torchvision holds the images in memory, they stay there as bytes. Other images are read one by one, and cut to
+    If torchvision holds the images in memory, they stay there as bytes. Other images are read one by one and cropped to
     224 x 224.
     """
     train, test = load(name, config.data_dir)
@@ -78,7 +78,7 @@ def _read_image(augment: bool) -> v2.Compose:
 
 
 def _channel_statistics(images: torch.Tensor) -> tuple[list[float], list[float]]:
-    """Return mean and deviation of three channels, as fractions of white; a grey channel's figures come three times."""
+    """Return means and deviations of three channels, as fractions of white; a grey channel's come three times."""
     counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]).double()
     shares = counts / counts.sum(1, keepdim=True)  # f64[C, 256]: the histogram of each channel
     values = torch.arange(256) / 255
@@ -92,7 +92,10 @@ def _torchvision_model(name: str, classes: int) -> nn.Module:
     if name not in known:
         raise ConfigError(f"model: torchvision has no classification model {name!r}{suggest(name, known)}")
     if name in ("googlenet", "inception_v3"):
-        raise ConfigError(f"model: {name} has auxiliary outputs besides the classes; wrap it in a module of your own")
+        raise ConfigError(
+            f"model: {name} has auxiliary outputs besides the classes; wrap it in a module of your own that "
+            "returns the classes alone"
+        )
     model: nn.Module = models.get_model(name, weights=None, num_classes=classes)
     return model
 
@@ -103,7 +106,10 @@ def _own_data(spec: str, config: Config) -> tuple[Any, Any | None, int]:
         raise ConfigError(f"data = {spec!r} returned {type(built).__name__}, expected a tuple (train, test)")
     train, test = built
     if not (hasattr(train, "__getitem__") and hasattr(train, "__len__")):
-        raise ConfigError(f"data = {spec!r}: {type(train).__name__} is no data set: it has no __len__ or __getitem__")
+        raise ConfigError(
+            f"data = {spec!r} returned {type(train).__name__} as the training set, expected a map-style data set with "
+            "__len__ and __getitem__"
+        )
     return train, test, _number_of_classes(train, f"data = {spec!r}")
 
 

@@ -19,7 +19,7 @@ def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 
 
 class Block(nn.Module):
-    """Two convolutions. If channels are added, the shortcut takes every other pixel, padded with zeros (option A)."""
+    """Two convolutions. If they add channels, the shortcut takes every other pixel, padded with zeros (option A)."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ from danaz.workloads.base import Workload
 
 
 def choose_device(config: Config, gpu: torch.device | None = None) -> torch.device:
-    """Return the device for a config: ``gpu`` (default: the current one), unless there is none or the config says cpu.
+    """Return the device for a config: ``gpu`` (default: the current GPU), or the CPU if the config or torch says so.
 
     Raises:
         ConfigError: the config wants a GPU that torch does not see.
@@ -47,4 +47,5 @@ def batch_loss(model: nn.Module, workload: Workload, x: Any, y: Any, config: Con
 
 
 def precision(config: Config, device: torch.device) -> AbstractContextManager[object]:
+    """Return the context in which the config's precision holds."""
     return torch.autocast(device.type, dtype=torch.bfloat16) if config.precision == "bf16" else nullcontext()

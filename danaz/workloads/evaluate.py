@@ -1,4 +1,4 @@
-"""Measures how good a trained model is: its loss and its share of right answers over a data set."""
+"""How good a trained model is: its loss and its share of right answers over a data set."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TRAIN_LOSS_SAMPLES = 2048  # number of training samples that final_train_loss us
 def final_figures(
     model: nn.Module, workload: Workload, config: Config, device: torch.device
 ) -> dict[str, float | str | None]:
-    """Return the figures of summary.json that need the trained model; they are measured at θ."""
+    """Return the figures of summary.json that need the trained model, which holds θ."""
     model.eval()
     samples = len(workload.train)  # type: ignore[arg-type]
     train = Subset(workload.train, range(min(TRAIN_LOSS_SAMPLES, samples)))

@@ -1,4 +1,4 @@
-"""Images held in memory as bytes. A batch takes a few tensor operations, whatever its size."""
+"""Images held in memory as bytes. It takes a few tensor operations to make a batch, whatever its size."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class ImageTensors(Dataset[tuple[Tensor, Tensor]]):
         self._shift = -torch.tensor(mean).view(-1, 1, 1) / deviation
 
     def to(self, device: torch.device) -> ImageTensors:
-        """Return the same images on ``device``, where they are then augmented and normalised, too."""
+        """Return the same images on ``device``, where they will also be augmented and normalised."""
         moved = copy(self)
         for name in ("images", "labels", "_scale", "_shift"):
             setattr(moved, name, getattr(self, name).to(device))

@@ -1,4 +1,4 @@
-"""A quadratic without noise. Anyone who replays a run's updates with NumPy must get the same figures."""
+"""A quadratic function without noise. Whoever repeats a run's updates with NumPy must get the same figures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SAMPLES = 100  # the samples have no content; with batches of 1, an epoch has 10
 
 
 class Quadratic(nn.Module):
-    """f(θ) = ½ Σ aⱼ(θⱼ − 1)², θ from zero, aⱼ spaced evenly in log from 0.01 to 1, both included."""
+    """f(θ) = ½ Σ aⱼ(θⱼ − 1)². θ starts at zero; the aⱼ run from 0.01 to 1, evenly spaced in log aⱼ."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""torchvision's data sets, found by name, with their training and test parts. They are never downloaded unasked."""
+"""torchvision's data sets, by name, with their training and test parts. danaz does not download them."""
 
 from __future__ import annotations
 

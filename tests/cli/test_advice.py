@@ -1,4 +1,4 @@
-"""What a command advises can be typed: every option that it names is its own, or of the command named with it."""
+"""Advice in an error message can be typed: each option that it names exists for that command."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from shipped import CONFIGS
 from typer.testing import CliRunner
 
-from danaz.cli.main import _options_of, app
+from danaz.cli.main import app, known_options
 from danaz.compare.live import in_words_of_compare
 
 QUADRATIC, DEMO = str(CONFIGS / "quadratic.yaml"), str(CONFIGS / "demo.yaml")
@@ -99,20 +99,20 @@ def _indented(text: str) -> str:
 
 
 @pytest.mark.parametrize("words", [(each[0], QUADRATIC, *each[1:]) for each in WRONG] + OF_THEIR_OWN, ids=" ".join)
-def test_every_option_that_is_advised_is_there(words: tuple[str, ...], folders: dict[str, str]) -> None:
+def test_every_option_in_an_error_message_exists(words: tuple[str, ...], folders: dict[str, str]) -> None:
     said = CliRunner().invoke(app, [word.format(**folders) for word in words], obj=[])
     assert isinstance(said.exception, SystemExit), (said.exception, said.output)
     assert said.exit_code == 2, said.output
     for other, its_option, own in MENTIONED.findall(said.stderr):
         command, option = (other, its_option) if other else (words[0], own)
-        assert option in _options_of(command), f"danaz {command} has no {option}: {said.stderr}"
+        assert option in known_options(command), f"danaz {command} has no {option}: {said.stderr}"
 
 
-def test_the_issue_of_one_simulated_worker() -> None:
+def test_the_message_about_an_algorithm_of_one_worker() -> None:
     said = CliRunner().invoke(app, ["simulate", QUADRATIC, "-a", "baseline", "-n", "2"])
     assert "baseline trains on 1 worker, 2 were asked for; use one worker, or another algorithm" in said.stderr
 
 
-def test_a_comparison_says_whose_options_are_advised() -> None:
+def test_a_comparison_says_which_options_are_those_of_launch() -> None:
     assert in_words_of_compare("use --collective torch") == "use --collective torch"
     assert "options of `danaz launch`" in in_words_of_compare("name another way with --interface b=NAME")

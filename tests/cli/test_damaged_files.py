@@ -1,4 +1,4 @@
-"""Files of a run or a comparison that are torn, empty or nonsense: each is named, with what is wrong, in a sentence."""
+"""If a file of a run or comparison is torn, empty or nonsense, one sentence names it and says what is wrong."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 
 def check_named(path: Path, *words: str) -> None:
-    """The command ends with a sentence about this file."""
+    """Check that the command ends with a short message about this file."""
     result = CliRunner().invoke(app, [*map(str, words)], obj=[])
     assert isinstance(result.exception, SystemExit), result.exception
     assert result.exit_code == 2, result.output

@@ -10,7 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from danaz.cli.options import expanded
-from danaz.run.option import Option, given
+from danaz.options.option import Option, given
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ def test_the_command_gets_its_options_as_one_object(words: list[str], cake: Cake
 
 
 @pytest.mark.parametrize("words", [[], ["lemon", "--layers", "0"], ["lemon", "--candles"]])
-def test_typer_checks_them(words: list[str]) -> None:
+def test_typer_checks_the_options(words: list[str]) -> None:
     assert bake(*words) == (2, [])
 
 
-def test_only_what_the_user_has_given_counts() -> None:
+def test_given_returns_what_the_user_has_set() -> None:
     assert given(Cake(2, True), {"layers"}) == {"layers": 2}
     assert given(Cake(), {"layers", "icing"}) == {"icing": False}

@@ -1,4 +1,4 @@
-"""A forgotten ``--``, and a key of the config where an option should be: what to type is said in full."""
+"""For a forgotten ``--``, or a config key given as an option, the message shows the whole line to type."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from danaz.cli.main import _options_of
+from danaz.cli.main import known_options
 from danaz.cli.mistyped import advice
 
-PYTHON = sys.executable  # a command that is there
+PYTHON = sys.executable  # a command that exists
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ PYTHON = sys.executable  # a command that is there
 )
 def test_a_forgotten_double_dash(words: str, typed: str) -> None:
     before, _, after = words.partition(" -- ")
-    said = advice("launch", before.split(), after.split(), _options_of("launch"))
+    said = advice("launch", before.split(), after.split(), known_options("launch"))
     assert said is not None
     assert said.endswith(f"Type: danaz launch {typed}")
 
@@ -49,8 +49,8 @@ def test_a_forgotten_double_dash(words: str, typed: str) -> None:
         ("nonsense", "--epochs 3"),
     ],
 )
-def test_of_other_lines_nothing_is_said(command: str, words: str) -> None:
-    assert advice(command, words.split(), [], _options_of(command)) is None
+def test_other_lines_get_no_advice(command: str, words: str) -> None:
+    assert advice(command, words.split(), [], known_options(command)) is None
 
 
 @pytest.mark.parametrize(
@@ -63,12 +63,12 @@ def test_of_other_lines_nothing_is_said(command: str, words: str) -> None:
     ],
 )
 def test_a_key_of_the_config_as_an_option(command: str, words: str, typed: str) -> None:
-    said = advice(command, words.split(), [], _options_of(command))
+    said = advice(command, words.split(), [], known_options(command))
     assert said is not None
     assert said.endswith(f"type: {typed}")
 
 
-def test_the_command_says_it_in_a_line_and_ends() -> None:
+def test_the_command_gives_its_advice_in_one_line_and_ends() -> None:
     words = [sys.executable, "-m", "danaz", "launch", "train.py", "--epochs", "3"]
     ended = subprocess.run(words, capture_output=True, text=True, check=False)
     assert ended.returncode == 2

@@ -1,4 +1,4 @@
-"""A run folder belongs to one run: it is claimed before anything else, and locked to the end."""
+"""A run folder belongs to one run, which claims it first and holds its lock to the end."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from danaz.run.lock import (
     check_server_begins,
     claimed_run_folder,
     free_run_folder,
+    lock_server,
     locked_run_folder,
 )
 
@@ -58,14 +59,14 @@ class TestClaim:
             assert run == tmp_path
         assert (tmp_path / "thesis.tex").exists()
 
-    def test_a_new_one_is_closed_to_others_and_an_old_one_as_it_was(self, tmp_path: Path) -> None:
+    def test_a_new_folder_is_closed_to_others_and_an_old_one_keeps_its_mode(self, tmp_path: Path) -> None:
         (old := tmp_path / "old").mkdir(0o755)
         for folder, mode in ((tmp_path / "new" / "run", 0o700), (old, 0o755)):
             with claimed_run_folder(folder, "x"):
                 (folder / "config.yaml").touch()
             assert stat.S_IMODE(folder.stat().st_mode) == mode
 
-    def test_one_that_was_made_for_nothing_goes_away(self, tmp_path: Path) -> None:
+    def test_a_new_folder_that_stays_empty_is_removed(self, tmp_path: Path) -> None:
         (old := tmp_path / "old").mkdir()
         for folder in (tmp_path / "new", old):
             with pytest.raises(ZeroDivisionError), claimed_run_folder(folder, "x"):
@@ -73,7 +74,7 @@ class TestClaim:
         assert not (tmp_path / "new").exists()
         assert old.exists()
 
-    def test_names_of_one_second_are_told_apart(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_two_names_from_one_second_differ(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(run_lock.time, "strftime", lambda form: "now")
         with claimed_run_folder(None, "digits dana") as a, claimed_run_folder(None, "digits dana") as b:
@@ -81,7 +82,7 @@ class TestClaim:
         with claimed_run_folder(None, "x" * 5000) as long:
             assert len(long.name) < 255
 
-    def test_another_process_is_kept_out_and_named_until_it_ends_somehow(self, tmp_path: Path) -> None:
+    def test_another_process_is_refused_and_told_who_holds_the_folder_until_that_one_ends(self, tmp_path: Path) -> None:
         run = tmp_path / "run"
         holder = subprocess.Popen(
             [sys.executable, "-c", HOLD, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -98,20 +99,19 @@ class TestClaim:
         with claimed_run_folder(run, "x"):
             pass
 
-    def test_a_lock_that_its_owner_has_taken_away_is_no_lock(self, tmp_path: Path) -> None:
-        """Who waited for it must not believe to have what the next one makes anew."""
-        lock = tmp_path / run_lock.LOCK
-        first = run_lock._lock(lock, 0.0)
-        lock.unlink()
-        second = run_lock._lock(lock, 0.0)
+    def test_a_lock_whose_file_was_deleted_holds_nothing(self, tmp_path: Path) -> None:
+        """The next process makes a new file; a lock on the old one must not count as a lock on the new one."""
+        first = lock_server(tmp_path, 0.0)
+        (tmp_path / run_lock.SERVER_LOCK).unlink()
+        second = lock_server(tmp_path, 0.0)
         os.close(first)
-        with pytest.raises(BlockingIOError):
-            run_lock._lock(lock, 0.0)
+        with pytest.raises(RunLockedError):
+            lock_server(tmp_path, 0.0)
         os.close(second)
 
 
 class TestServer:
-    def test_it_writes_where_its_launcher_is_at_work_and_where_nothing_is(self, tmp_path: Path) -> None:
+    def test_a_server_begins_in_its_launchers_folder_and_in_an_empty_one(self, tmp_path: Path) -> None:
         check_server_begins(tmp_path)
         with locked_run_folder(tmp_path):
             (tmp_path / "config.yaml").touch()
@@ -122,7 +122,7 @@ class TestServer:
             with pytest.raises(RunFolderError, match=r"already holds a run .updates\.jsonl."):
                 check_server_begins(tmp_path)
 
-    def test_what_nobody_is_at_work_on_is_not_its_own(self, tmp_path: Path) -> None:
+    def test_a_server_does_not_begin_in_a_run_that_nobody_holds(self, tmp_path: Path) -> None:
         (tmp_path / "config.yaml").touch()
         with pytest.raises(RunFolderError, match=r"already holds a run .config\.yaml."):
             check_server_begins(tmp_path)
@@ -146,7 +146,7 @@ def ends(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str]]:
 
 
 def check_whole(run: Path) -> int:
-    """All of a run folder is of one run; returns its seed."""
+    """Check that all files of a run folder come from one run. Returns the seed of that run."""
     summary = json.loads((run / "summary.json").read_text())
     assert [update["version"] for update in live.read_updates(run)] == list(range(1, summary["updates"] + 1))
     assert yaml.safe_load((run / "config.yaml").read_text())["seed"] == summary["seed"]
@@ -156,7 +156,7 @@ def check_whole(run: Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_sweep_that_starts_at_once_has_a_folder_for_each(tmp_path: Path) -> None:
+def test_runs_that_start_at_the_same_time_get_a_folder_each(tmp_path: Path) -> None:
     seeds = range(6)
     sweep = [start("simulate", CONFIG, "-n", "2", "--set", f"seed={seed}", cwd=tmp_path) for seed in seeds]
     assert [code for code, _ in ends(sweep)] == [0] * len(seeds)
@@ -165,7 +165,7 @@ def test_a_sweep_that_starts_at_once_has_a_folder_for_each(tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_of_those_that_want_one_folder_one_gets_it(tmp_path: Path) -> None:
+def test_one_of_several_runs_gets_the_folder_that_all_want(tmp_path: Path) -> None:
     run = tmp_path / "run"
     many = [start("simulate", CONFIG, "--set", f"seed={seed}", "--out", run, cwd=tmp_path) for seed in range(4)]
     many.append(start("launch", CONFIG, "--set", "seed=4", "--out", run, cwd=tmp_path))
@@ -185,7 +185,7 @@ def test_a_live_run_is_not_touched_by_a_second_resume(tmp_path: Path) -> None:
     try:
         live.until(lambda: run.trains or run.launcher.poll() is not None, "it trains")
         left = {path.name for path in run.folder.iterdir() if not path.name.startswith(".")}
-        assert left <= {*LEFT_BY_RUNS}, "what a run leaves is known as a run's"
+        assert left <= {*LEFT_BY_RUNS}, "every file that a run leaves is recognized as a run's"
         kept = ["config.yaml", "launch.yaml", *(f"invitations/worker-{number}.json" for number in (1, 2))]
         before = {name: (run.folder / name).read_bytes() for name in [*kept, run_lock.LOCK]}
         for words in (["--resume", run.folder], ["--resume", run.folder, "--hosts", "localhost:3"]):
@@ -202,8 +202,8 @@ def test_a_live_run_is_not_touched_by_a_second_resume(tmp_path: Path) -> None:
         run.end()
 
 
-def test_a_failed_launch_leaves_nothing_that_another_would_run(tmp_path: Path) -> None:
-    """Its folder is refused, and --resume goes on with its own script and no other."""
+def test_a_later_launch_never_runs_the_script_of_a_failed_one(tmp_path: Path) -> None:
+    """The folder of the failed launch is refused, and --resume continues with the script of that launch."""
     run = tmp_path / "run"
     with prepared(LaunchOptions(out=run), [], ["python", "first.py"]) as (ready, _):
         write_folder(ready)

@@ -248,7 +248,7 @@ def run(*words, out: Path) -> tuple[int, str, str]:
 
 
 def summaries(out: Path) -> dict[str, int]:
-    """{name of a finished cell: time at which it was finished, in ns}."""
+    """Return {name of a finished cell: time at which it was finished, in ns}."""
     return {file.parent.name: file.stat().st_mtime_ns for file in out.glob("cells/*/summary.json")}
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from torch import nn
 
+from danaz.cli.output import print_tuning
 from danaz.compare.tune import Tuning, tune
-from danaz.report.heat_map import print_tuning, write_tuning
+from danaz.report.heat_map import write_tuning
 from danaz.run.config import load_config
 from danaz.workloads.train import make_sgd
 

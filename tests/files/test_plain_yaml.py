@@ -1,4 +1,4 @@
-"""The YAML that danaz reads and writes: words that look like numbers are, and no others."""
+"""The YAML that danaz reads and writes: words are numbers if they look like numbers, and only then."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ TRAPS = [
         ("{<<: {a: 1}, b: 010}", {"a": 1, "b": 10}),
     ],
 )
-def test_a_word_is_what_yaml_1_2_has_it_be(text, value):
+def test_a_word_is_read_as_yaml_1_2_says(text, value):
     assert parse_yaml(text) == value
     assert type(parse_yaml(text)) is type(value)
 

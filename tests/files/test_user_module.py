@@ -1,4 +1,4 @@
-"""Names of the user's own, ``module:name``: found in the current folder, and what fails in them is shown as theirs."""
+"""A user's ``module:name`` is found in the current folder, and its errors are shown as the user's."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from danaz.run.config import ConfigError, load_config
 from danaz.workloads import build
 
 ROOT = Path(__file__).parents[2]
-MODULE = "users_own"  # no other module is called so
+MODULE = "users_own"  # no other module has this name
 
 
 @pytest.fixture(autouse=True)
 def current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty folder; what a test imports from it is forgotten afterwards."""
+    """Enter an empty folder. What a test imports from it is forgotten afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
     yield tmp_path
@@ -119,7 +119,7 @@ class TestFailsAtImport:
         assert f'mend it; `python -c "import {MODULE}"` tries it alone' in refused(f"{MODULE}:rule")
 
     def test_the_line_is_that_of_the_users_file_that_fails(self, current_folder: Path) -> None:
-        """Where one module of the user's imports another."""
+        """One module of the user imports another, which fails."""
         (current_folder / f"{MODULE}.py").write_text(f"import {MODULE}_helper\n")
         helper = current_folder / f"{MODULE}_helper.py"
         helper.write_text("\n\nhelp_me\n")
@@ -171,7 +171,7 @@ class TestEveryPlace:
 
 
 def danaz(*words: str) -> subprocess.CompletedProcess[str]:
-    """The command, typed in the current folder. As for an installed one, that folder is not on Python's path."""
+    """Run the command in the current folder, which is not on Python's path, as for an installed command."""
     return subprocess.run(
         [sys.executable, "-m", "danaz", *words],
         env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"},

@@ -1,4 +1,4 @@
-"""The Horovod installer: its recipe, CUDA staging, cache and errors, and the real Horovod that it has installed."""
+"""The Horovod installer: its recipe, CUDA staging, cache and errors, and the real Horovod that it installed."""
 
 import dataclasses
 import hashlib
@@ -91,7 +91,7 @@ def test_toolkit_has_the_version_that_torch_pins():
 
 
 def test_gethostname_answers_with_the_address_of_the_named_interface(tmp_path):
-    """The workaround for Horovod's multi-host bug, force-included as in every source of Horovod."""
+    """This is the workaround for Horovod's multi-host bug, force-included as in every source of Horovod."""
     source, program = tmp_path / "name.cc", tmp_path / "name"
     source.write_text(
         "#include <cstdio>\n#include <unistd.h>\n"
@@ -189,10 +189,10 @@ def test_a_store_cut_short_leaves_nothing_behind(tmp_path, monkeypatch):
     wheel.write_bytes(b"wheel")
 
     def cut_short(source, sink):
-        sink.write(source.read(2))
+        sink.write_bytes(source.read_bytes()[:2])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(shutil, "copyfileobj", cut_short)
+    monkeypatch.setattr(shutil, "copyfile", cut_short)
     with pytest.raises(KeyboardInterrupt):
         cache.store_wheel(wheel, tmp_path / "wheels")
     assert list((tmp_path / "wheels").iterdir()) == []
@@ -210,7 +210,7 @@ def test_cache_folder_follows_xdg(monkeypatch):
 
 @pytest.fixture
 def nvidia(tmp_path):
-    """A small copy of site-packages/nvidia."""
+    """Make a small copy of site-packages/nvidia."""
     root = tmp_path / "site-packages" / "nvidia"
     for name in (
         "cu13/bin/nvcc",
@@ -259,7 +259,7 @@ def test_an_incomplete_toolkit_is_refused_by_name(nvidia, tmp_path, gone):
 
 
 def only(folder: Path, *programs: str) -> str:
-    """A PATH that has only these programs."""
+    """Return a PATH that has only these programs."""
     folder.mkdir()
     for program in programs:
         (folder / program).symlink_to(shutil.which(program) or pytest.fail(f"{program} is needed by this test"))

@@ -1,4 +1,4 @@
-"""Benchmarks run from beginning to end, at a size at which they measure nothing."""
+"""Benchmarks run from beginning to end, at a size too small to measure anything."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_shards_are_measured_behind_wires_of_their_own(tmp_path):
 
 @pytest.mark.parametrize("way", ["alone", "danaz"])
 def test_the_step_is_measured_without_a_launcher(way, tmp_path):
-    """As the processes measure it that the benchmark starts; danaz with a server of its own."""
+    """Measure as the benchmark's processes do; danaz has a server of its own."""
     figures = tmp_path / "figures.json"
     done = run("step_gpu.py", "--way", way, "--figures", figures, *SMALL)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -74,7 +74,7 @@ def test_it_is_resnet_50_that_is_measured(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     with torch.device("meta"):
         model = importlib.import_module("step_gpu").resnet50()
-    assert sum(p.numel() for p in model.parameters()) == 25_557_032, "as published with torchvision's"
+    assert sum(p.numel() for p in model.parameters()) == 25_557_032, "the number published for torchvision's ResNet-50"
     assert model(torch.empty(2, 3, 224, 224, device="meta")).shape == (2, 1000)
 
 

@@ -15,12 +15,12 @@ from danaz.rules import ALGORITHMS
 
 ROOT = Path(__file__).parents[2]
 
-# Packages that never import each other, in neither direction: they meet in protocol/.
+# Neither package of a pair imports the other: they meet in protocol/.
 STRANGERS = (("worker", "server"), ("worker", "serving"))
 
-# No clock, socket, thread, process or file.
-PURE = ("danaz.rules", "danaz.vectors", "danaz.server", "danaz.protocol.messages", "danaz.protocol.wire")
-PURE = (*PURE, "danaz.worker.core", "danaz.worker.staging")
+# Packages and modules without clock, socket, thread, process or file.
+PURE = ("danaz.rules", "danaz.vectors", "danaz.server", "danaz.worker.core", "danaz.worker.staging")
+PURE = (*PURE, "danaz.protocol.messages", "danaz.protocol.wire", "danaz.protocol.inbox")
 
 WORLDLY = {
     "asyncio",
@@ -47,7 +47,7 @@ class Module:
 
     @property
     def package(self) -> str:
-        """The danaz package that it belongs to; empty for `danaz` itself and `danaz.__main__`."""
+        """The danaz package that the module belongs to; empty for `danaz` itself and `danaz.__main__`."""
         parts = self.name.split(".")
         return "" if self.name == "danaz.__main__" or len(parts) == 1 else parts[1]
 
@@ -59,7 +59,7 @@ class Module:
         return _parsed(self.path)
 
     def imports(self) -> Iterator[tuple[str, int]]:
-        """(module, line) of every import, those inside of functions too; `from a import b` may mean a.b."""
+        """Yield (module, line) of every import, also inside functions. `from a import b` may mean a.b."""
         for node in ast.walk(self.tree()):
             if isinstance(node, ast.Import):
                 yield from ((alias.name, node.lineno) for alias in node.names)
@@ -96,7 +96,7 @@ def none_of(broken: list[str]) -> None:
 
 
 def breaches(module: Module) -> Iterator[str]:
-    """What a module imports although its package may not."""
+    """Yield what a module imports although its package may not."""
     for name, line in module.imports():
         if name not in DANAZ or not DANAZ[name].package or not module.package:
             continue
@@ -112,7 +112,7 @@ def test_every_package_has_its_place_in_the_order():
 
 
 def test_every_folder_of_modules_is_a_package():
-    """Else setuptools leaves it out of a wheel."""
+    """Setuptools leaves any other folder out of a wheel."""
     folders = {module.path.parent for module in EVERYTHING}
     none_of(
         [
@@ -128,7 +128,7 @@ def test_nobody_imports_a_package_that_comes_later():
 
 
 def arrows_of_files(modules: dict[str, Module]) -> dict[str, set[str]]:
-    """Each file with the files that it imports, in whatever place the imports stand."""
+    """Return each file with the files that it imports, wherever the imports stand."""
     return {
         name: {other for other, _ in module.imports() if other in modules and other != name}
         for name, module in modules.items()
@@ -136,7 +136,7 @@ def arrows_of_files(modules: dict[str, Module]) -> dict[str, set[str]]:
 
 
 def arrows_of_packages(modules: dict[str, Module]) -> dict[str, set[str]]:
-    """Each package (`danaz.server`, say) with the packages whose files its files import."""
+    """Return each package, such as `danaz.server`, with the packages whose files its files import."""
     home = {name: ".".join(name.split(".")[:2]) for name in modules}
     arrows: dict[str, set[str]] = {package: set() for package in home.values()}
     for name, others in arrows_of_files(modules).items():
@@ -145,7 +145,7 @@ def arrows_of_packages(modules: dict[str, Module]) -> dict[str, set[str]]:
 
 
 def circles(arrows: dict[str, set[str]]) -> list[str]:
-    """Every group of files or packages that import each other in a circle."""
+    """Return every group of files or packages that import each other in a circle."""
     reachable = {name: reach(name, arrows) for name in arrows}
     found = {frozenset(b for b in reachable[a] if a in reachable[b]) for a in arrows if a in reachable[a]}
     return sorted(f"a circle of imports: {', '.join(sorted(group))}" for group in found)
@@ -161,7 +161,6 @@ def reach(start: str, arrows: dict[str, set[str]]) -> set[str]:
     return seen
 
 
-# Strict: the test fails as soon as the server's core is cut, and then this mark goes.
 def test_no_files_of_danaz_import_each_other_in_a_circle():
     none_of(circles(arrows_of_files(DANAZ)))
 
@@ -175,7 +174,7 @@ def test_no_packages_import_each_other_in_a_circle():
 
 
 def test_what_is_pure_has_no_clock_socket_thread_or_file():
-    """Cores are fed messages and the time, so that every fault can be rehearsed."""
+    """Cores are handed messages and the time, so that every fault can be tried in a test."""
     pure = [module for module in DANAZ.values() if module.is_pure]
     assert {"danaz.server.core", "danaz.server.master", "danaz.worker.core"} <= {module.name for module in pure}
     none_of(
@@ -199,8 +198,20 @@ def test_the_launcher_imports_nothing_of_danaz():
     )
 
 
+def test_the_launcher_names_nothing_of_danaz():
+    """What concerns danaz is handed in: commands, names of variables, names of folders, and the words for the user."""
+    none_of(
+        [
+            f"{at(module, number)}: {line.strip()}"
+            for module in LAUNCHER.values()
+            for number, line in enumerate(module.path.read_text().splitlines(), start=1)
+            if "danaz" in line.lower()
+        ]
+    )
+
+
 def test_nothing_unpickles():
-    """torch.load and numpy.load would, too."""
+    """torch.load and numpy.load unpickle, too."""
     imports = [
         f"{at(module, line)}: imports {name}"
         for module in EVERYTHING
@@ -217,7 +228,7 @@ def test_nothing_unpickles():
 
 
 def strings_compared(tree: ast.Module) -> Iterator[tuple[str, int]]:
-    """Texts that something is compared with, by ==, in, or match."""
+    """Yield the texts with which something is compared by ==, in or match."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Compare):
             sides: list[ast.AST] = [node.left, *node.comparators]
@@ -245,7 +256,7 @@ def test_nobody_asks_which_algorithm_it_is():
 
 @dataclass(frozen=True)
 class Made(Module):
-    """A module that is no file."""
+    """A module whose source is a text and not a file."""
 
     source: str = ""
 
@@ -254,7 +265,7 @@ class Made(Module):
 
 
 class TestTheseTests:
-    """They can fail."""
+    """The tests above can fail."""
 
     @pytest.mark.parametrize(
         "source",

@@ -1,9 +1,9 @@
-"""The pages on adding something are followed to the letter: files written, changes made, commands run, results seen.
+"""Follow the pages on adding something to the letter: write files, change files, run commands, and see the results.
 
-On such a page, a line that ends in the name of a file and a colon stands before the block that goes into that file: a
-whole file, or (```diff) a change to one. ```sh holds commands, and a ```text after it lines that they must print,
-where … stands for anything. What stands under "In a folder of your own" is tried in an empty folder, with danaz as it
-is; all else in a scratch copy of the sources.
+On such a page, a line that ends in the name of a file and a colon comes before the block that goes into that file: a
+whole file, or a change to it (```diff). A block ```sh holds commands, and a block ```text after it holds lines that
+they must print, where … stands for anything. What is under "In a folder of your own" is tried in an empty folder, with
+danaz as it is; everything else is tried in a scratch copy of the sources.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from shutil import copytree, ignore_patterns
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted(path.name for path in ROOT.glob("docs/adding-a-*.md"))
+PAGES = sorted(path.name for path in ROOT.glob("docs/adding-*.md"))
 OWN = "## In a folder of your own\n"
 BLOCK = re.compile(r"(?:`(?P<file>[^`\s]+)`[^`\n]*:\n\n)?```(?P<kind>\w+)\n(?P<text>.*?)```", re.DOTALL)
 
-# Runs each command in one process, which imports torch once. Printed on a wide terminal, nothing wraps.
+# Runs all commands in one process, which imports torch once. The terminal is wide, so that no line wraps.
 RUNNER = """
 import shlex, subprocess, sys
 sys.path.insert(0, {root!r})
@@ -60,25 +60,25 @@ def blocks(text: str) -> list[Block]:
 
 
 def halves(page: str) -> tuple[list[Block], list[Block]]:
-    """What is for a folder of one's own, and what for a copy of danaz."""
+    """Return what belongs in a folder of one's own, and what belongs in a copy of danaz."""
     before, own, rest = (ROOT / "docs" / page).read_text().partition(OWN)
     at = rest.find("\n## ")
     return (blocks(rest[:at]), blocks(before + rest[at:])) if own else ([], blocks(before))
 
 
 def changed(text: str, diff: str) -> str:
-    """``text`` after a change: a line is kept ( ), taken out (-) or put in (+); @@ begins a change at another place."""
+    """Apply a change to ``text``. Lines are kept ( ), removed (-) or added (+); @@ begins a change at another place."""
     for hunk in re.split(r"^@@.*\n", diff, flags=re.MULTILINE):
         lines = [(line[:1] or " ", line[1:]) for line in hunk.splitlines()]
         old = "".join(f"{line}\n" for sign, line in lines if sign != "+")
         new = "".join(f"{line}\n" for sign, line in lines if sign != "-")
-        assert text.count(old) == 1, f"the page changes what is not there, or not once:\n{old}"
+        assert text.count(old) == 1, f"the page changes text that is not there exactly once:\n{old}"
         text = text.replace(old, new)
     return text
 
 
 def follow(steps: list[Block], folder: Path) -> str:
-    """Write and change the files, then run the commands; returns what they print."""
+    """Write and change the files, then run the commands. Returns what they print."""
     commands: list[str] = []
     for step in steps:
         if step.kind == "sh":
@@ -111,7 +111,13 @@ def with_page(own: bool) -> list[str]:
 
 
 def test_there_are_pages() -> None:
-    assert [page.removeprefix("adding-a-") for page in PAGES] == ["codec.md", "rule.md", "transport.md", "workload.md"]
+    assert [re.sub("adding-an?-", "", page) for page in PAGES] == [
+        "codec.md",
+        "rule.md",
+        "transport.md",
+        "workload.md",
+        "option.md",
+    ]
 
 
 @pytest.mark.parametrize("page", with_page(own=True))
@@ -130,7 +136,7 @@ def test_within_danaz(page: str, tmp_path: Path) -> None:
 
 
 class TestTheseTests:
-    """They can fail."""
+    """The tests above can fail."""
 
     def test_a_change_needs_its_place(self) -> None:
         assert changed("a\nb\n", " a\n+c\n") == "a\nc\nb\n"

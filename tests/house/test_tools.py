@@ -1,4 +1,4 @@
-"""The ways to check the house agree: `make`, continuous integration and pre-commit run the same tools."""
+"""The ways to check the code agree: `make`, continuous integration and pre-commit run the same tools."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HOOKS = [
 ]
 
 
-# Else the variables of a `make test T=…` that runs these tests would reach the `make` that they start.
+# Otherwise the variables of a `make test T=…` that runs these tests would reach the `make` that they start.
 ENV = {key: value for key, value in os.environ.items() if key not in {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "T", "K"}}
 
 
@@ -26,13 +26,13 @@ def make(*arguments: str) -> str:
 
 
 def commands(*arguments: str) -> list[str]:
-    """What `make` would run for a target, from a finished set-up on."""
+    """Return what `make` would run for a target after the set-up."""
     return make("-n", "-o", ".venv/.packages-installed", "-o", ".venv/.horovod-installed", *arguments).splitlines()
 
 
 def test_pre_commit_runs_what_make_lint_runs() -> None:
     assert [hook["entry"] for hook in HOOKS] == commands("lint")
-    assert {hook["language"] for hook in HOOKS} == {"system"}, "the tools are those of .venv, with its versions"
+    assert {hook["language"] for hook in HOOKS} == {"system"}, "hooks run the tools of .venv"
 
 
 def test_pre_commit_is_installed_with_the_other_tools() -> None:
@@ -77,7 +77,7 @@ def test_the_page_on_helpers_names_each_of_them() -> None:
 
 
 def test_no_test_module_imports_another() -> None:
-    """What two of them need stands in tests/support."""
+    """What several test modules need stands in tests/support."""
     importing = re.compile(r"^\s*(?:from|import) test_\w+", re.MULTILINE)
     assert importing.search("from test_rules import Pair")
     assert [path.name for path in (ROOT / "tests").rglob("test_*.py") if importing.search(path.read_text())] == []

@@ -1,9 +1,10 @@
-"""Invitations: who can read them, what they hold, and what is said of those that cannot be used."""
+"""Invitations: who can read them, what they hold, and what the error says when one cannot be used."""
 
 from __future__ import annotations
 
 import json
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,10 @@ from danaz.launch.invitation import (
     write_invitations,
 )
 from danaz.protocol.keys import make_keys
+from launcher.logs import quiet
+from launcher.run import Outcome, run
+
+ROOT = Path(__file__).parents[2]
 
 _, (KEYS, OTHER_KEYS) = make_keys(2)
 TASK = Task(["python", "train.py"], {"DANAZ_SETTINGS": "{}", "TOKEN": "a secret"})
@@ -62,12 +67,42 @@ def test_a_joiner_is_the_worker_of_its_invitation(tmp_path: Path) -> None:
     assert plan_to_join(Invitation(5, TASK), "tcp://[::1]:1", None, "/").ranks[0].secret is None
 
 
+REPORT = """
+import json, os
+from danaz.protocol.keys import SECRET_FD
+from danaz.run.milestones import MISSING, VARIABLE
+found = {name: value for name, value in os.environ.items() if name.startswith("DANAZ_")}
+found["key"] = open(int(os.environ[SECRET_FD])).read()
+open("found", "w").write(json.dumps(found))
+open(os.environ[VARIABLE], "a").write("\\n".join(MISSING) + "\\n")
+"""
+
+
+def test_every_variable_of_danaz_that_a_rank_finds(tmp_path: Path) -> None:
+    task = Task([sys.executable, "-c", REPORT], {"DANAZ_SETTINGS": "{}", "PYTHONPATH": str(ROOT)})
+    laid = plan_to_join(Invitation(5, task, KEYS), "tcp://10.0.0.1:5555", 1, str(tmp_path))
+    assert run(laid, tmp_path / "run", echo=quiet) == Outcome(0)
+    found = json.loads((tmp_path / "found").read_text())
+    assert json.loads(found.pop("key"))["public"] == KEYS.public
+    for name in ("DANAZ_INCARNATION", "DANAZ_MILESTONES", "DANAZ_SECRET_FD"):
+        assert found.pop(name)
+    assert found == {
+        "DANAZ_GUEST": "1",
+        "DANAZ_LOCAL_DEVICE": "0",
+        "DANAZ_LOCAL_RANK": "0",
+        "DANAZ_LOCAL_SIZE": "1",
+        "DANAZ_SERVER": "tcp://10.0.0.1:5555",
+        "DANAZ_SETTINGS": "{}",
+        "DANAZ_WORKER": "5",
+    }
+
+
 @pytest.mark.parametrize(
     ("content", "mode", "message"),
     [
-        ("not JSON", 0o600, "is no invitation of this version of danaz"),
-        ("[]", 0o600, "is no invitation of this version of danaz"),
-        ('{"format": "danaz invitation 0"}', 0o600, "is no invitation of this version of danaz"),
+        ("not JSON", 0o600, "is not an invitation of this version of danaz"),
+        ("[]", 0o600, "is not an invitation of this version of danaz"),
+        ('{"format": "danaz invitation 0"}', 0o600, "is not an invitation of this version of danaz"),
         ('{"format": "danaz invitation 1"}', 0o644, "can be read by others, and holds a key; run: chmod 600"),
         ('{"format": "danaz invitation 1"}', 0o600, "is damaged"),
         ('{"format": "danaz invitation 1", "keys": {"public": "x"}}', 0o600, "is damaged"),

@@ -1,4 +1,4 @@
-"""Which variables are sent to other machines, and which machines may take part."""
+"""Which variables other machines get, which machines may take part, and how the processes of a run are planned."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from danaz.launch.reach import (
 from danaz.run.settings import Settings
 from launcher.hosts import Host, parse_hosts
 from launcher.machine import Machine
-from launcher.plan import ANNOUNCED, LAUNCHING_MACHINE, Plan, plan
+from launcher.plan import ANNOUNCED, LAUNCHING_MACHINE, Plan, Workers, plan
 from launcher.survey import ANY_HOST, Finding
 
 HERE = versions()
@@ -83,7 +83,7 @@ def test_variables_and_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ([], "A-B=1\n", "line 1: expected NAME=VALUE"),
     ],
 )
-def test_variables_that_cannot_be_meant(tmp_path: Path, variables: list[str], lines: str | None, message: str) -> None:
+def test_wrong_variables(tmp_path: Path, variables: list[str], lines: str | None, message: str) -> None:
     file = None
     if lines is not None:
         file = tmp_path / "env"
@@ -119,7 +119,7 @@ def test_an_interface_of_this_environment_that_ranks_here_do_not_get(monkeypatch
     here = Reach(only_here=True)
 
     def lay(env: dict[str, str]) -> Plan:
-        return plan(parse_hosts("localhost:2"), ["train"], one_world=False, env=env, cwd="/")
+        return plan(parse_hosts("localhost:2"), Workers(["train"]), env=env, cwd="/")
 
     [note] = replaced_here(lay({}), here)
     assert note.startswith("NCCL_SOCKET_IFNAME is ib0 here, but ranks get lo")
@@ -167,7 +167,7 @@ def test_a_server_beyond_this_machine_admits_the_keys_of_this_run_alone() -> Non
 
 
 def test_on_this_machine_alone_there_are_keys_too() -> None:
-    """Whoever has another account here can reach loopback."""
+    """Users of other accounts on this machine can reach loopback."""
     here = Cluster(parse_hosts("localhost:2"), workers_per_host=2)
     found, notes = find_out(here, DANA)
     assert notes == []
@@ -240,7 +240,7 @@ def test_a_machine_under_two_names() -> None:
     assert list(namesakes(hosts, {name: each.machine for name, each in findings.items()})) == ["c"]
     for unknown in ({**findings, "c": known_as(None)}, {**findings, "c": known_as("three")}):
         find_machines(hosts, reach(unknown), hub=LAUNCHING_MACHINE, collective="torch")
-    # The server may well be on a machine that also trains, by another name.
+    # The server may run on a machine that also trains under another name.
     server = reach({**findings, "c": known_as("three")}, server=hosts[2], more_servers=[hosts[0]])
     find_machines(hosts[:2], server, hub=hosts[2], collective="torch")
 
@@ -351,7 +351,7 @@ def test_each_invitation_is_a_key_of_its_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("manner", "message"),
+    ("options", "message"),
     [
         (
             RunOptions(on_worker_failure="restart"),
@@ -365,9 +365,9 @@ def test_each_invitation_is_a_key_of_its_own() -> None:
         (RunOptions(resume=Path("/run")), "under ssgd, which has no server, nothing is kept to go on from"),
     ],
 )
-def test_one_world_over_all_machines_survives_nothing(manner: RunOptions, message: str) -> None:
+def test_one_world_over_all_machines_survives_no_failure(options: RunOptions, message: str) -> None:
     with pytest.raises(LaunchError, match=message):
-        policy_of(manner, SSGD)
+        policy_of(options, SSGD)
 
 
 def test_what_follows_a_failure_unless_said_otherwise() -> None:

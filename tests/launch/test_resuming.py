@@ -1,4 +1,4 @@
-"""What a run folder must hold so that the run can be resumed, and which options may change."""
+"""How a run is resumed from its folder, and which options may change."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from danaz.launch.begin import prepare, prepared
 from danaz.launch.options import LaunchOptions
 from danaz.launch.prepare import Launch, execute, write_folder
 from danaz.launch.resume import ResumeError, check_checkpoints
-from danaz.server.snapshot import CoreState
+from danaz.server.snapshot import Snapshot
 from danaz.serving.checkpoint import write_checkpoint
 from launcher.run import Outcome
 
@@ -30,7 +30,7 @@ def launch(*arguments: str, command: list[str] | None = None) -> Result:
 
 @pytest.fixture
 def begun(tmp_path: Path) -> Path:
-    """The folder of a run that began, and was killed."""
+    """Return the folder of a run that began and was killed."""
     options = {"hosts": "localhost:2", "workers_per_host": 2, "variables": [f"TOKEN={SECRET}"], "server_port": 4711}
     return begin(tmp_path / "run", config=Path(CONFIG), **options)
 
@@ -59,7 +59,7 @@ def test_the_same_run_on_the_same_machines(begun: Path) -> None:
 
 
 def test_the_same_run_elsewhere(begun: Path) -> None:
-    """As many machines as there are now; its configuration, which the checkpoint was made under, stays."""
+    """The number of machines changes; the configuration under which the checkpoint was made stays."""
     ready = resume(begun, hosts="localhost:6", workers_per_host=4)
     assert (ready.plan.workers, len(ready.plan.ranks)) == (4, 6)
     assert json.loads(ready.plan.env["DANAZ_CONFIG"])["workers"] == 2
@@ -98,15 +98,15 @@ def test_with_as_many_shards_as_it_began(tmp_path: Path) -> None:
     assert [service.argv[-1] for service in services] == ["--resume"] * 2
     said = launch("--resume", str(run), "--server-shards", "3")
     assert said.exit_code == 2
-    assert "are of 2 slices, and cannot be cut again" in " ".join(said.output.split())
+    assert "hold 2 slices, which cannot be cut again" in " ".join(said.output.split())
 
 
-def test_of_a_complete_run_no_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not those of a shard either that was stopped before it knew, on whichever machine."""
+def test_a_complete_run_keeps_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even those of a shard that was stopped before it heard of the end."""
 
     def play(complete: bool) -> list[str]:
         def run(plan: object, folder: Path, **options: object) -> Outcome:
-            write_checkpoint(folder / "checkpoints.1", 3, CoreState({}, {}))
+            write_checkpoint(folder / "checkpoints.1", 3, Snapshot({}, {}))
             (folder / "summary.json").write_text(json.dumps({"complete": complete}))
             return Outcome(0)
 
@@ -131,13 +131,13 @@ def test_a_script_keeps_its_command(tmp_path: Path) -> None:
     assert launch("--resume", str(run), command=["python", "other.py"]).exit_code == 2
 
 
-def test_what_is_no_run(tmp_path: Path) -> None:
+def test_a_folder_without_a_run(tmp_path: Path) -> None:
     said = launch("--resume", str(tmp_path))
     assert said.exit_code == 2
     assert "there is no run of `danaz launch`" in " ".join(said.output.split())
 
 
-def test_what_is_complete(begun: Path) -> None:
+def test_a_complete_run(begun: Path) -> None:
     (begun / "summary.json").write_text('{"complete": true}')
     said = launch("--resume", str(begun), "-x", "TOKEN=again")
     assert said.exit_code == 2
@@ -148,7 +148,7 @@ def test_what_is_complete(begun: Path) -> None:
     ("earlier", "now", "here", "has_them", "message"),
     [
         (None, None, True, True, None),
-        (None, None, True, False, None),  # it died before the first: training begins afresh
+        (None, None, True, False, None),  # the server died before its first checkpoint: training begins afresh
         ("b", "b", False, False, None),
         ("b", "localhost", True, True, None),
         ("b", "b", False, True, "are on this machine; let its server run here: --server-host localhost"),

@@ -15,7 +15,7 @@ from launcher.failure import USAGE, Failure
 from launcher.hosts import parse_hosts
 from launcher.life import LONGEST_SETTLE_S, SETTLE_S, Life, RunContext, Timeouts
 from launcher.logs import Logs, quiet
-from launcher.plan import plan
+from launcher.plan import Workers, plan
 from launcher.transport import local_agent_command
 
 TRACEBACK = b"Traceback (most recent call last)\nRuntimeError: Connection closed by peer\n"
@@ -30,9 +30,9 @@ class Unit:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(logs_module, "time", types.SimpleNamespace(monotonic=lambda: self.now_s))
         self.now_s = 100.0
-        laid = plan(parse_hosts("localhost:4"), ["train"], one_world=True, env={}, cwd="/")
+        laid = plan(parse_hosts("localhost:4"), Workers(["train"], one_world=True), env={}, cwd="/")
         logs = Logs(folder, quiet)
-        around = RunContext(laid, logs, local_agent_command, Timeouts(0.0, 1.0, 1.0, 1.0))
+        around = RunContext(laid, logs, local_agent_command, Timeouts(grace_s=0.0))
         self.life = Life(laid.units[0], around, 1)
         self.ranks = {str(process.rank): process for process in laid.ranks}
         for process in laid.ranks:
@@ -50,10 +50,10 @@ class Unit:
         self.life.agents.exits[self.ranks[rank].name] = end
 
     def judge(self) -> Failure | None:
-        return self.life.failure(self.now_s)
+        return self.life.judge(self.now_s)
 
     def blame(self, events: tuple[str, ...], apart_s: float) -> Failure:
-        """The first verdict, looking after each event and then as often as the life asks for it."""
+        """Return the first verdict. Look after each event, and then as often as the life asks."""
         for event in events:
             self.hear(event)
             failure = self.judge()
@@ -97,7 +97,7 @@ def test_who_ended_with_0_without_a_word_is_blamed_in_every_order(unit: Unit) ->
 
 
 def test_who_said_that_it_leaves_is_judged_by_when_it_said_so(unit: Unit) -> None:
-    """It may have left because it caught the error that a neighbour brought about."""
+    """It may have left because it caught an error that a neighbour caused."""
     unit.hear("raises 0")
     unit.now_s += 0.1
     unit.exit("3", 0, missing="it left early", said_that_it_leaves=True)
@@ -112,7 +112,7 @@ def test_the_first_traceback_is_to_blame_among_those_who_raised(unit: Unit) -> N
 
 
 def test_the_wait_is_bounded(unit: Unit) -> None:
-    """A neighbour that says something again and again does not put the verdict off for ever."""
+    """A neighbour that prints tracebacks again and again cannot delay the verdict for ever."""
     unit.hear("exits 0")
     began_s = unit.now_s
     while unit.judge() is None:

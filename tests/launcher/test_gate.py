@@ -10,7 +10,7 @@ CROWD = range(100)
 
 
 def admitted(gate: Gate, now_s: float, first: int = 0) -> list[int]:
-    return [who for who in CROWD[first:] if gate.admits(who, now_s)]
+    return [who for who in CROWD[first:] if gate.admit(who, now_s)]
 
 
 def test_only_so_many_at_once() -> None:
@@ -25,18 +25,18 @@ def test_only_so_many_at_once() -> None:
 
 def test_one_makes_the_connection_that_others_share() -> None:
     gate = Gate()
-    assert gate.admits(0, 0.0, "a")
-    assert gate.admits(1, 0.0, "b")
-    assert not gate.admits(2, 0.0, "a")
-    assert not gate.admits(2, 10 * HANDSHAKE_S, "a"), "however long that takes"
+    assert gate.admit(0, 0.0, "a")
+    assert gate.admit(1, 0.0, "b")
+    assert not gate.admit(2, 0.0, "a")
+    assert not gate.admit(2, 10 * HANDSHAKE_S, "a"), "however long that takes"
     assert gate.next_s == inf, "only when somebody has left"
     gate.connected(1)
-    assert not gate.admits(2, 100.0, "a")
+    assert not gate.admit(2, 100.0, "a")
     gate.gave_up(0)
-    assert gate.admits(2, 100.0, "a")
-    assert not gate.admits(0, 100.0, "a")
+    assert gate.admit(2, 100.0, "a")
+    assert not gate.admit(0, 100.0, "a")
     gate.connected(2)
-    assert gate.admits(0, 100.0, "a")
+    assert gate.admit(0, 100.0, "a")
 
 
 def test_fewer_after_a_drop_and_more_again_after_a_success() -> None:

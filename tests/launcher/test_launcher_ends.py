@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +14,30 @@ import pytest
 
 from launcher.hosts import parse_hosts
 from launcher.logs import quiet
-from launcher.plan import Service, plan
-from launcher.run import Outcome, run
+from launcher.plan import Service, Workers, plan
+from launcher.run import Outcome, Timeouts, run
 from launcher.supervisor import Policy
 
-# A rank whose story uses these; a milestone is a line in the file that the agent names.
+# Every rank begins with these lines. A milestone is a line in the file that the agent names.
 RANK = """
 import os, signal, sys, time
-worker, rank = os.environ["DANAZ_WORKER"], os.environ["RANK"]
+worker, rank = os.environ["LAUNCHER_WORKER"], os.environ["RANK"]
 def at(name): return os.path.join(os.environ["FOLDER"], name)
 def until(condition):
     while not condition(): time.sleep(0.005)
 def exists(name): return os.path.exists(at(name))
 def touch(name): open(at(name), "w").close()
 def reach(*words):
-    for word in words: open(os.environ["DANAZ_MILESTONES"], "a").write(word + "\\n")
+    for word in words: open(os.environ["LAUNCHER_MILESTONES"], "a").write(word + "\\n")
 def hang(): os.kill(os.getpid(), signal.SIGSTOP)
 """
-# It ends as soon as the ranks say so.
+# A server that ends as soon as the ranks say so.
 SERVE = """
 import os, time
-print("DANAZ_SERVER=x", flush=True)
+print("SERVER=x", flush=True)
 while not os.path.exists(os.environ["FOLDER"] + "/over"): time.sleep(0.005)
 """
+QUICK = Timeouts(grace_s=0.5)
 MILESTONES = {"init": "it never began", "finish": "it left early"}
 
 
@@ -48,25 +50,20 @@ def play(
     one_world: bool = False,
     serve: str | None = SERVE,
     policy: Policy | None = None,
-    milestones: dict[str, str] | None = MILESTONES,
+    milestones: dict[str, str] = MILESTONES,
+    timeouts: Timeouts = QUICK,
     **options: Any,
 ) -> tuple[Outcome, list[str]]:
-    """The outcome, and the sentences that were told."""
+    """Return the outcome, and the sentences that the user was told."""
     services: Sequence[Service] = ()
     if serve is not None:
-        services = [Service("server", [sys.executable, "-c", serve], announces="DANAZ_SERVER")]
-    laid = plan(
-        parse_hosts(hosts),
-        [sys.executable, "-c", RANK + story],
-        one_world=one_world,
-        workers_per_host=workers_per_host,
-        services=services,
-        env={**os.environ, "FOLDER": str(folder)},
-        cwd="/",
-        milestones=milestones,
+        services = [Service("server", [sys.executable, "-c", serve], announces="SERVER")]
+    workers = Workers(
+        [sys.executable, "-c", RANK + story], per_host=workers_per_host, one_world=one_world, milestones=milestones
     )
+    laid = plan(parse_hosts(hosts), workers, services, env={**os.environ, "FOLDER": str(folder)}, cwd="/")
     told: list[str] = []
-    arguments: dict[str, Any] = {"echo": quiet, "grace_s": 0.5, "tell": told.append, **options}
+    arguments: dict[str, Any] = {"echo": quiet, "tell": told.append, "timeouts": timeouts, **options}
     return run(laid, folder, policy=policy or Policy("restart", backoff_s=0.05), **arguments), told
 
 
@@ -81,7 +78,7 @@ def play(
 def test_a_script_that_reaches_too_little_fails_at_once(
     tmp_path: Path, reached: tuple[str, ...], words: str, on_failure: str
 ) -> None:
-    """With the exit code 1, and without a restart: it would do the same again."""
+    """The exit code is 1. There is no restart, because the script would do the same again."""
     policy = Policy(on_failure, backoff_s=600.0)  # type: ignore[arg-type]
     outcome, told = play(tmp_path, f"reach(*{reached!r})", policy=policy)
     assert outcome.exit_code == 1
@@ -96,7 +93,7 @@ def test_who_reaches_all_ends_well(tmp_path: Path) -> None:
 
 
 def test_without_milestones_an_exit_code_is_all(tmp_path: Path) -> None:
-    outcome, _ = play(tmp_path, 'assert "DANAZ_MILESTONES" not in os.environ', milestones=None, serve=None)
+    outcome, _ = play(tmp_path, 'assert "LAUNCHER_MILESTONES" not in os.environ', milestones={}, serve=None)
     assert outcome == Outcome(0)
 
 
@@ -123,7 +120,7 @@ def test_the_last_one_that_leaves_early_ends_the_run(tmp_path: Path) -> None:
 
 
 def test_who_left_in_silence_is_blamed_and_not_who_failed_for_want_of_it(tmp_path: Path) -> None:
-    """As Horovod has it: the rank that exits is kept until the other one has failed."""
+    """Horovod holds the rank that exits until the other one has failed."""
     story = """
 reach("init")
 if rank == "1":
@@ -179,11 +176,11 @@ reach("finish")
 """
     serve = f"""
 import os, time
-print("DANAZ_SERVER=x", flush=True)
+print("SERVER=x", flush=True)
 there = lambda each: os.path.exists(os.environ["FOLDER"] + "/hangs." + each)
 while not all(there(each) for each in {hanging!r}): time.sleep(0.005)
 """
-    outcome, told = play(tmp_path, story, serve=serve, overtime_s=0.3)
+    outcome, told = play(tmp_path, story, serve=serve, timeouts=replace(QUICK, overtime_s=0.3))
     late = "did not end within 0.3 s of the end of the run, and what is left of it is ended"
     assert sorted(told) == [f"worker {each} on localhost: rank {each} {late}" for each in hanging]
     assert outcome == Outcome(0, events=tuple(f"worker {each} did not end by itself" for each in hanging))
@@ -198,7 +195,13 @@ until(lambda: exists("hangs"))
 reach("finish")
 """
     outcome, told = play(
-        tmp_path, story, workers_per_host=1, one_world=True, serve=None, policy=Policy("stop"), overtime_s=0.3
+        tmp_path,
+        story,
+        workers_per_host=1,
+        one_world=True,
+        serve=None,
+        policy=Policy("stop"),
+        timeouts=replace(QUICK, overtime_s=0.3),
     )
     assert outcome == Outcome(0, events=("worker 0 did not end by itself",))
     assert told[0].startswith("worker 0 on localhost: rank 1 did not end within 0.3 s of the end of the run")
@@ -219,11 +222,11 @@ def test_a_service_that_hangs_is_ended_and_told(tmp_path: Path, deaf: str) -> No
     serve = f"""
 import os, signal, time
 def hang(): os.kill(os.getpid(), signal.SIGSTOP)
-print("DANAZ_SERVER=x", flush=True)
+print("SERVER=x", flush=True)
 {deaf}
 time.sleep(600)
 """
-    outcome, told = play(tmp_path, 'reach("init", "finish")', serve=serve, finish_timeout_s=0.3)
+    outcome, told = play(tmp_path, 'reach("init", "finish")', serve=serve, timeouts=replace(QUICK, finish_s=0.3))
     assert outcome == Outcome(0)
     assert told == ["server on localhost did not end by itself after the ranks, and is ended"]
 
@@ -232,7 +235,7 @@ time.sleep(600)
 def test_a_run_that_is_over_ends_though_an_agent_hangs(
     tmp_path: Path, whom: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And nothing of it is left on this machine."""
+    """Nothing of the run is left on this machine."""
     monkeypatch.setattr("launcher.life.AGENT_END_S", 1.0)
     story = f"""
 def parent(pid): return int(open(f"/proc/{{pid}}/stat").read().rpartition(")")[2].split()[1])
@@ -246,14 +249,14 @@ if worker == "1":
     touch("over")
     while True: signal.pause()
 """
-    outcome, told = play(tmp_path, story, overtime_s=0.3)
+    outcome, told = play(tmp_path, story, timeouts=replace(QUICK, overtime_s=0.3))
     assert outcome == Outcome(0, events=("worker 1 did not end by itself",)), told
     for pid in (tmp_path / "pids").read_text().split():
         assert not _is_alive(int(pid)), "something of it is left"
 
 
 def _is_alive(pid: int) -> bool:
-    """Zombies that fell to the machine's first process are not."""
+    """Return whether a process is alive. A zombie that init has not reaped is not."""
     try:
         return Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
     except (FileNotFoundError, ProcessLookupError):
@@ -269,11 +272,11 @@ def test_a_bare_sigkill_comes_with_a_hint(tmp_path: Path) -> None:
     assert outcome.exit_code == 128 + signal.SIGKILL
     first, second, *_ = str(outcome.failure).splitlines()
     assert first == "rank 0 on localhost was killed by SIGKILL"
-    assert "for want of memory" in second
+    assert "may have run out of memory" in second
 
 
 def test_a_kill_for_want_of_memory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel counts them; here the count of a machine is a file that the rank writes."""
+    """The kernel counts such kills. Here the rank itself writes the file with the count."""
     stand_in = tmp_path / "vmstat"
     stand_in.write_text("nr_free_pages 7\noom_kill 3\n")
     (tmp_path / "sitecustomize.py").write_text(

@@ -1,4 +1,4 @@
-"""Horovod and torch.distributed meet through what the launcher gives their ranks: real processes, real all-reduces."""
+"""Ranks of Horovod and torch.distributed find each other by what the launcher gives them, and all-reduce for real."""
 
 from __future__ import annotations
 
@@ -15,14 +15,12 @@ LAUNCHER = """
 import json, os, sys
 from launcher.hosts import parse_hosts
 from launcher.logs import quiet
-from launcher.plan import plan
+from launcher.plan import Workers, plan
 from launcher.run import run
 
 folder, hosts, one_world, workers_per_host, script = sys.argv[1:]
-laid = plan(
-    parse_hosts(hosts), [sys.executable, "-c", script], one_world=one_world == "yes", env=dict(os.environ), cwd=folder,
-    workers_per_host=int(workers_per_host),
-)
+workers = Workers([sys.executable, "-c", script], int(workers_per_host), one_world == "yes")
+laid = plan(parse_hosts(hosts), workers, env=dict(os.environ), cwd=folder)
 outcome = run(laid, folder, echo=quiet)
 print(json.dumps({"exit_code": outcome.exit_code, "failure": str(outcome.failure)}))
 """
@@ -33,7 +31,7 @@ import torch
 import torch.distributed as dist
 import horovod.torch as hvd
 hvd.init()
-value = float(os.environ["BASE"]) * 10 ** int(os.environ["DANAZ_WORKER"]) * (hvd.rank() + 1)
+value = float(os.environ["BASE"]) * 10 ** int(os.environ["LAUNCHER_WORKER"]) * (hvd.rank() + 1)
 total = hvd.allreduce(torch.full((1000,), value), op=hvd.Sum)
 names = hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size(), hvd.cross_rank(), hvd.cross_size()
 hvd.shutdown()

@@ -1,4 +1,4 @@
-"""The hostfile grammar: what it takes, and what it says about everything else."""
+"""The grammar of hostfiles: what it accepts, and what the error says about anything else."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_mistakes_in_a_hostfile(tmp_path: Path, text: bytes, message: str) -> No
 
 
 def test_a_node_file_names_a_host_once_for_each_slot(tmp_path: Path) -> None:
-    """As PBS ($PBS_NODEFILE), LSF ($LSB_DJOB_HOSTFILE) and Open MPI write it."""
+    """PBS ($PBS_NODEFILE), LSF ($LSB_DJOB_HOSTFILE) and Open MPI write such files."""
     file = tmp_path / "nodes"
     file.write_text("n1\nn1\nn2\nN1\nn3 slots=4\nn2\nn4\n")
     assert parse_hostfile(file) == (Host("n1", 3), Host("n2", 2), Host("n3", 4), Host("n4", 1))

@@ -1,4 +1,4 @@
-"""Whoever is killed, nothing of the run is left, and nobody else is touched."""
+"""Whichever process is killed, nothing of the run is left, and no other process is touched."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ import pytest
 
 DEADLINE_S = 20.0
 
-# Plays the plan that its arguments describe, in a process of its own so that it can be killed.
+# Runs the plan that its arguments describe, in a process of its own so that it can be killed.
 LAUNCHER = """
 import dataclasses, json, os, sys
 from launcher.hosts import parse_hosts
 from launcher.logs import quiet
-from launcher.plan import Service, plan
-from launcher.run import run
+from launcher.plan import Service, Workers, plan
+from launcher.run import Timeouts, run
 
 folder, hosts, grace_s, *command = sys.argv[1:]
-server = Service("server", command, announces="DANAZ_SERVER", env={"NAME": "server"})
-laid = plan(parse_hosts(hosts), command, one_world=True, services=[server], env=dict(os.environ), cwd=folder)
-outcome = run(laid, folder, echo=quiet, grace_s=float(grace_s), finish_timeout_s=0.1)
+server = Service("server", command, announces="SERVER", env={"NAME": "server"})
+laid = plan(parse_hosts(hosts), Workers(command, one_world=True), [server], env=dict(os.environ), cwd=folder)
+outcome = run(laid, folder, echo=quiet, timeouts=Timeouts(grace_s=float(grace_s), finish_s=0.1))
 print(json.dumps({"exit_code": outcome.exit_code, "failure": str(outcome.failure)}))
 sys.exit(outcome.exit_code)
 """
 
-# A rank (or service) as bad as can be: deaf to SIGTERM, with a child and a double-forked daemon as deaf.
+# A rank (or service) that ignores SIGTERM, with a child and a double-forked daemon that ignore it too.
 STUBBORN = """
 import os, select, signal, time
 note = lambda name: open(name, "w").close()
 signal.signal(signal.SIGTERM, lambda *_: note("terminated"))
 signal.signal(signal.SIGINT, lambda *_: note("interrupted"))
-print("DANAZ_SERVER=tcp://127.0.0.1:5555", flush=True)
+print("SERVER=tcp://127.0.0.1:5555", flush=True)
 name = os.environ.get("NAME") or "rank." + os.environ.get("RANK", "bystander")
 def pause():
     while True: signal.pause()
@@ -65,7 +65,7 @@ def until(condition: Callable[[], object], what: str) -> None:
 
 
 def alive(token: str) -> set[int]:
-    """All processes that inherited this token, wherever in the tree they are."""
+    """Return all processes that inherited this token, wherever in the tree they are."""
     found = set()
     for entry in filter(str.isdigit, os.listdir("/proc")):
         try:
@@ -82,7 +82,7 @@ def parent(pid: int) -> int:
 
 
 class Launched:
-    """A launcher with two ranks and a service, all of them stubborn, all marked with a token."""
+    """A launcher with two ranks and a service. All ignore SIGTERM, and all are marked with a token."""
 
     def __init__(self, folder: Path, grace_s: float = 0.2, **env: str) -> None:
         self.folder, self.token = folder, f"TOKEN={uuid.uuid4()}"
@@ -139,7 +139,7 @@ def launch(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
 
 @pytest.fixture
 def bystander(tmp_path: Path) -> Iterator[str]:
-    """Three processes with the very command line of a rank, which no run started; their token."""
+    """Start three processes that have the command line of a rank but belong to no run; yield their token."""
     token = f"TOKEN={uuid.uuid4()}"
     env = {**os.environ, "MARK": token}
     process = subprocess.Popen([sys.executable, "-c", STUBBORN], cwd=tmp_path, env=env, stdout=subprocess.DEVNULL)

@@ -1,4 +1,4 @@
-"""An agent on another machine may be broken, or lie: real processes that speak its protocol and break its rules."""
+"""Agents that are broken or lie. They are real processes that speak the protocol and break its rules."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import pytest
 from launcher.channel import Channel, ChannelError
 from launcher.hosts import Host, parse_hosts
 from launcher.logs import quiet
-from launcher.plan import Returns, Service, plan
+from launcher.plan import Returns, Service, Workers, plan
 from launcher.reports import FILE_PIECE_BYTES, REPORTS, read_report
-from launcher.run import Outcome, run
+from launcher.run import Outcome, Timeouts, run
 from launcher.transport import local_agent_command
 
 # Answers as an agent does, up to the moment when a process is started; then it says what it is told to say.
@@ -35,13 +35,13 @@ for line in sys.stdin:
     if order["do"] == "start":
         say({"is": "started", "name": order["name"], "pid": 1})
         if order["name"].startswith("server"): say({"is": "output", "name": order["name"], "stream": "stdout",
-                                                    "text": "DANAZ_SERVER=x\\n"})
+                                                    "text": "SERVER=x\\n"})
         for lie in lies if order["name"] == sys.argv[2] else []: say(lie)
 """
 
 
 def liar(lies: Sequence[object], about: str) -> Callable[[Host], list[str]]:
-    """Agents of which the one that starts the process `about` lies, on the host b; and honest ones elsewhere."""
+    """Return a command for agents: on host b, the agent that starts the process `about` lies; all others are honest."""
 
     def agent_command(host: Host) -> Sequence[str]:
         honest = local_agent_command(Host("localhost"))
@@ -51,21 +51,14 @@ def liar(lies: Sequence[object], about: str) -> Callable[[Host], list[str]]:
 
 
 def play(folder: Path, lies: Sequence[object], about: str = "rank.1", **options: Any) -> Outcome:
-    """A server and a worker here, and a worker on b, where everything lies."""
-    serve = "import time; print('DANAZ_SERVER=x', flush=True); time.sleep(600)"
+    """Run a server and a worker here, and a worker on b, whose agent lies."""
+    serve = "import time; print('SERVER=x', flush=True); time.sleep(600)"
     returns = Returns("FOLDER", (r"updates\.jsonl", r"checkpoints/[0-9]+\.json"))
     where = parse_hosts("b" if about == "server" else "localhost")[0]
-    server = Service("server", [sys.executable, "-c", serve], announces="DANAZ_SERVER", returns=returns, host=where)
-    laid = plan(
-        parse_hosts("localhost:1,b:1"),
-        ["sleep", "600"],
-        one_world=False,
-        services=[server],
-        env=dict(os.environ),
-        cwd="/",
-    )
+    server = Service("server", [sys.executable, "-c", serve], announces="SERVER", returns=returns, host=where)
+    laid = plan(parse_hosts("localhost:1,b:1"), Workers(["sleep", "600"]), [server], env=dict(os.environ), cwd="/")
     agents = liar(lies, about)
-    return run(laid, folder, echo=quiet, agent_command=agents, grace_s=0.5, finish_timeout_s=0.5, **options)
+    return run(laid, folder, echo=quiet, agent_command=agents, timeouts=Timeouts(grace_s=0.5, finish_s=0.5), **options)
 
 
 def piece(path: str, data: bytes = b"planted", last: bool = True) -> dict[str, object]:
@@ -181,8 +174,10 @@ def test_an_agent_that_has_lied_is_not_listened_to(tmp_path: Path) -> None:
 
 def test_a_line_without_an_end_is_cut_off(tmp_path: Path) -> None:
     script = "while True: __import__('os').write(1, b'x' * (1 << 20))"
-    laid = plan(parse_hosts("localhost:1"), ["true"], one_world=True, env={}, cwd="/")
-    outcome = run(laid, tmp_path, echo=quiet, agent_command=lambda host: [sys.executable, "-c", script], grace_s=0.1)
+    laid = plan(parse_hosts("localhost:1"), Workers(["true"]), env={}, cwd="/")
+    command = [sys.executable, "-c", script]
+    timeouts = Timeouts(grace_s=0.1)
+    outcome = run(laid, tmp_path, echo=quiet, agent_command=lambda host: command, timeouts=timeouts)
     reason = str(outcome.failure)
     assert reason.startswith("the agent on localhost sent something else than an answer: xxx")
     assert len(reason) < 1000
@@ -204,7 +199,7 @@ def test_a_channel_keeps_no_more_than_its_longest_line() -> None:
 
 
 def test_every_field_of_every_report_has_a_range() -> None:
-    """Whatever stands in a field, the report is read or refused with a reason."""
+    """Whatever a field holds, the report is read, or refused with a reason."""
     odd: list[object] = [None, True, -1, 1 << 80, 1.5, "", "x" * 10_000, "\x1b[2J", [], [[]], {}, {"a": {}}]
     for kind, (_, checks) in REPORTS.items():
         for key in checks:

@@ -1,4 +1,4 @@
-"""The key-value store that Horovod's gloo client asks, spoken to as that client does."""
+"""The key-value store of Horovod's gloo client. The tests speak to it as that client does."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ import pytest
 
 from launcher.hosts import Host, parse_hosts
 from launcher.logs import quiet
-from launcher.plan import ANNOUNCED, Returns, Service, plan
-from launcher.run import Outcome, run
+from launcher.plan import ANNOUNCED, Returns, Service, Workers, plan
+from launcher.run import Outcome, Timeouts, run
 from launcher.supervisor import Policy
 from launcher.transport import local_agent_command
 
@@ -23,11 +23,12 @@ QUICK = Policy("restart", backoff_s=0.05)
 # Every rank writes which life it lives, as `<worker>.<rank>.<life>`, and then does what its worker's line says.
 RANK = """
 import os, signal, sys, time
-worker, rank = os.environ["DANAZ_WORKER"], os.environ["RANK"]
+worker, rank = os.environ["LAUNCHER_WORKER"], os.environ["RANK"]
 def at(name): return os.path.join(os.environ["FOLDER"], name)
 life = 1
 while os.path.exists(at(f"{worker}.{rank}.{life}")): life += 1
-with open(at("new" + worker + rank), "w") as file: file.write(os.environ["DANAZ_INCARNATION"] + " " + str(os.getpid()))
+with open(at("new" + worker + rank), "w") as file:
+    file.write(os.environ["LAUNCHER_INCARNATION"] + " " + str(os.getpid()))
 os.rename(at("new" + worker + rank), at(f"{worker}.{rank}.{life}"))
 def until(condition):
     while not condition(): time.sleep(0.005)
@@ -47,26 +48,18 @@ def play(
     one_world: bool = False,
     **options: object,
 ) -> tuple[Outcome, list[str]]:
-    """The outcome, and the sentences that were told."""
+    """Return the outcome, and the sentences that the user was told."""
     env = {**os.environ, "FOLDER": str(folder)}
     command = [sys.executable, "-c", RANK + story]
-    laid = plan(
-        parse_hosts(hosts),
-        command,
-        one_world=one_world,
-        workers_per_host=workers_per_host,
-        services=services,
-        env=env,
-        cwd="/",
-    )
+    laid = plan(parse_hosts(hosts), Workers(command, workers_per_host, one_world), services, env=env, cwd="/")
     told: list[str] = []
-    arguments: dict[str, object] = {"echo": quiet, "grace_s": 1.0, "tell": told.append, **options}
+    arguments: dict[str, object] = {"echo": quiet, "tell": told.append, "timeouts": Timeouts(grace_s=1.0), **options}
     outcome = run(laid, folder, policy=policy, **arguments)  # type: ignore[arg-type]
     return outcome, told
 
 
 def lives(folder: Path, worker: int, rank: int = 0) -> list[int]:
-    """The incarnation of each life."""
+    """Return the incarnation of each life."""
     files = sorted(folder.glob(f"{worker}.{rank}.*"), key=lambda path: int(path.suffix[1:]))
     return [int(path.read_text().split()[0]) for path in files]
 
@@ -94,7 +87,7 @@ until(lambda: exists("back"))
 
 
 def test_a_killed_tree_leaves_nobody_behind(tmp_path: Path) -> None:
-    """Children and daemons of a worker's first life are gone before its second begins."""
+    """Children and daemons of a worker's first life are gone before its second life begins."""
     story = """
 if life == 1:
     if os.fork() == 0:
@@ -112,7 +105,7 @@ except ProcessLookupError:
     sys.exit(0)
 sys.exit("the daemon lives")
 """
-    outcome, _ = play(tmp_path, story, hosts="localhost:1", workers_per_host=1, grace_s=0.2)
+    outcome, _ = play(tmp_path, story, hosts="localhost:1", workers_per_host=1, timeouts=Timeouts(grace_s=0.2))
     assert outcome == Outcome(0, events=("worker 0 was restarted once",))
 
 
@@ -125,7 +118,7 @@ if life == 1:
     os.kill(agent if {whom!r} == "agent" else parent(agent), signal.SIGKILL)
     until(lambda: False)
 """
-    outcome, told = play(tmp_path, story, hosts="localhost:1", workers_per_host=1, grace_s=0.1)
+    outcome, told = play(tmp_path, story, hosts="localhost:1", workers_per_host=1, timeouts=Timeouts(grace_s=0.1))
     assert outcome == Outcome(0, events=("worker 0 was restarted once",))
     assert told[0].startswith("worker 0 on localhost: the agent "), told
     assert told[0].endswith("; restart 1 of 3 in 1.1 s"), "what the agent had started may need its grace to end"
@@ -190,7 +183,7 @@ def until(condition):
     while not condition(): time.sleep(0.005)
 folder, kept = Path(os.environ["FOLDER"]), Path(os.environ.get("KEPT", os.environ["FOLDER"]))
 again = sys.argv[1:]
-print("DANAZ_SERVER=tcp://here:" + (again[0].rpartition(":")[2] if again else "4711"), flush=True)
+print("SERVER=tcp://here:" + (again[0].rpartition(":")[2] if again else "4711"), flush=True)
 if not again:
     (kept / "checkpoint").write_text("half")
     until((folder / "0.0.1").exists)
@@ -206,12 +199,12 @@ KEPT = Returns("KEPT", ("checkpoint", "asked"))
 def server(**options: object) -> Service:
     command = [sys.executable, "-c", SERVER]
     again = [*command, "--bind", ANNOUNCED, "--resume"]
-    return Service("server", command, announces="DANAZ_SERVER", again=again, **options)  # type: ignore[arg-type]
+    return Service("server", command, announces="SERVER", again=again, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("on_failure", ["restart", "continue"])
 def test_a_killed_server_goes_on_at_the_same_place_with_its_files(tmp_path: Path, on_failure: str) -> None:
-    story = 'until(lambda: exists("server.again"))\nprint(os.environ["DANAZ_SERVER"])'
+    story = 'until(lambda: exists("server.again"))\nprint(os.environ["SERVER"])'
     policy = Policy(on_failure, backoff_s=0.05)  # type: ignore[arg-type]
     outcome, told = play(tmp_path, story, services=[server(returns=KEPT)], policy=policy)
     assert outcome == Outcome(0, events=("server was restarted once",))
@@ -229,7 +222,7 @@ def test_the_failure_that_ends_a_run_is_told_and_not_one_that_was_survived(tmp_p
     """A server is killed, comes back, and then cannot go on."""
     code = "import sys\n" + SERVER.replace('(folder / "server.again")', 'sys.exit(2)\n(folder / "server.again")')
     command = [sys.executable, "-c", code]
-    service = Service("server", command, announces="DANAZ_SERVER", again=[*command, "--bind", ANNOUNCED])
+    service = Service("server", command, announces="SERVER", again=[*command, "--bind", ANNOUNCED])
     outcome, _ = play(tmp_path, "until(lambda: False)", services=[service])
     assert str(outcome.failure).startswith("server on localhost ended with exit code 2")
     assert outcome.exit_code == 2
@@ -237,7 +230,7 @@ def test_the_failure_that_ends_a_run_is_told_and_not_one_that_was_survived(tmp_p
 
 @pytest.mark.parametrize(("host", "label"), [("localhost", "both on localhost"), ("127.0.0.1", "both")])
 def test_services_of_one_group_start_again_together_with_their_files(tmp_path: Path, host: str, label: str) -> None:
-    """One is killed; the other, which ends well when it is asked to, finds what it had, with an agent of its own too.
+    """One is killed. The other ends well when it is asked to, and then finds its files again, even with its own agent.
 
     On one machine they have one folder.
     """
@@ -247,7 +240,7 @@ folder, kept = os.environ["FOLDER"], os.environ["KEPT"]
 def end(*_):
     open(kept + "/asked", "w"); os._exit(0)
 signal.signal(signal.SIGTERM, end)
-print("DANAZ_OTHER=" + (sys.argv[1] if len(sys.argv) > 1 else "there"), flush=True)
+print("OTHER=" + (sys.argv[1] if len(sys.argv) > 1 else "there"), flush=True)
 if len(sys.argv) == 1: signal.pause()
 open(folder + "/other.again", "w").write(" ".join(os.listdir(kept)))
 """
@@ -255,9 +248,9 @@ open(folder + "/other.again", "w").write(" ".join(os.listdir(kept)))
     again, [there] = [*command, ANNOUNCED], parse_hosts(host)
     services = [
         server(returns=KEPT, group="both"),
-        Service("other", command, announces="DANAZ_OTHER", again=again, returns=KEPT, group="both", host=there),
+        Service("other", command, announces="OTHER", again=again, returns=KEPT, group="both", host=there),
     ]
-    story = 'until(lambda: exists("server.again") and exists("other.again"))\nprint(os.environ["DANAZ_OTHER"])'
+    story = 'until(lambda: exists("server.again") and exists("other.again"))\nprint(os.environ["OTHER"])'
     outcome, told = play(tmp_path, story, services=services)
     assert outcome == Outcome(0, events=("both was restarted once",))
     assert told[0] == f"{label}: server was killed by SIGKILL; restart 1 of 3 in 0.05 s"
@@ -272,7 +265,7 @@ open(folder + "/other.again", "w").write(" ".join(os.listdir(kept)))
 def test_a_server_that_is_killed_again_and_again_ends_the_run(tmp_path: Path) -> None:
     code = """
 import os, time
-print("DANAZ_SERVER=x", flush=True)
+print("SERVER=x", flush=True)
 at = lambda name: os.path.join(os.environ["FOLDER"], name)
 life = 1
 while os.path.exists(at(f"server.{life}")): life += 1
@@ -281,7 +274,7 @@ while not os.path.exists(at("0.0.1") if life == 1 else at(f"told.{life}")): time
 os.kill(os.getpid(), 9)
 """
     command = [sys.executable, "-c", code]
-    service = Service("server", command, announces="DANAZ_SERVER", again=command)
+    service = Service("server", command, announces="SERVER", again=command)
     told: list[str] = []
 
     def tell(sentence: str) -> None:
@@ -298,8 +291,8 @@ os.kill(os.getpid(), 9)
 
 def test_nobody_is_given_up_before_training_began(tmp_path: Path) -> None:
     """The server would wait for the lost worker, and the others with it."""
-    code = 'import time; print("DANAZ_SERVER=x", flush=True); time.sleep(60)'
-    service = Service("server", [sys.executable, "-c", code], announces="DANAZ_SERVER", begins="TRAINS")
+    code = 'import time; print("SERVER=x", flush=True); time.sleep(60)'
+    service = Service("server", [sys.executable, "-c", code], announces="SERVER", begins="TRAINS")
     story = 'die() if worker == "1" else until(lambda: False)'
     outcome, told = play(tmp_path, story, services=[service], policy=Policy("continue"))
     assert (outcome.exit_code, told[-1]) == (137, "training had not begun, and waits for all workers")
@@ -313,18 +306,18 @@ until(lambda: False)
 """
     code = """
 import os, time
-print("DANAZ_SERVER=x", flush=True)
+print("SERVER=x", flush=True)
 while not os.path.exists(os.environ["FOLDER"] + "/1.0.2"): time.sleep(0.005)
 """
-    service = Service("server", [sys.executable, "-c", code], announces="DANAZ_SERVER")
-    outcome, told = play(tmp_path, story, services=[service], overtime_s=0.5)
+    service = Service("server", [sys.executable, "-c", code], announces="SERVER")
+    outcome, told = play(tmp_path, story, services=[service], timeouts=Timeouts(grace_s=1.0, overtime_s=0.5))
     assert outcome == Outcome(0, events=("worker 1 was restarted once", "worker 1 did not end by itself"))
     late = "rank 1 did not end within 0.5 s of the end of the run, and what is left of it is ended"
     assert told[-1] == f"worker 1 on localhost: {late}"
 
 
 def refusing(tries: int) -> Callable[[Host], Sequence[str]]:
-    """An agent command that works once, then fails ``tries`` times, and then works again."""
+    """Return an agent command that works once, then fails ``tries`` times, and then works again."""
     calls = 0
 
     def agent_command(host: Host) -> Sequence[str]:
@@ -349,13 +342,13 @@ def test_a_machine_that_refuses_for_too_long_is_given_up(tmp_path: Path) -> None
     options = {"hosts": "localhost:1", "workers_per_host": 1, "agent_command": refusing(1000)}
     outcome, told = play(tmp_path, "die()", policy=policy, **options)  # type: ignore[arg-type]
     assert outcome.exit_code == 137, "the first failure is what is told in the end"
-    assert "; that for 0.3 s now; the others go on" in told[-2]
+    assert "; it was out of reach for 0.3 s; the others go on" in told[-2]
     assert told[-1] == "no worker is left"
 
 
 @pytest.mark.parametrize("phase", ["waiting", "starting"])
 def test_ctrl_c_during_a_restart(tmp_path: Path, phase: str) -> None:
-    """Whatever a worker is just doing, the run ends, and all of it."""
+    """Whatever a worker is doing at that moment, the whole run ends."""
     policy = Policy("restart", backoff_s=0.05 if phase == "starting" else 600.0)
     answers = 0
 

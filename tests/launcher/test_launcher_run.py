@@ -1,4 +1,4 @@
-"""Runs of real processes in this process: what they see, what they leave, and what is said when one fails."""
+"""Real processes, started by a launcher in this process: what they see and leave, and what is said when one fails."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from launcher import life as life_module
 from launcher.channel import wait_ready
 from launcher.hosts import Host, parse_hosts
 from launcher.logs import Logs, Terminal, quiet
-from launcher.plan import PYTHON, Returns, Service, plan
-from launcher.run import Outcome, run
+from launcher.plan import PYTHON, Returns, Service, Workers, plan
+from launcher.run import Outcome, Timeouts, run
 from launcher.transport import AgentLink, local_agent_command
 
 
@@ -33,8 +33,9 @@ def play(
     cwd: str = "/",
     **options: object,
 ) -> Outcome:
-    laid = plan(parse_hosts(hosts), command, one_world=one_world, services=services, env=dict(os.environ), cwd=cwd)
-    arguments: dict[str, object] = {"echo": quiet, "grace_s": 1.0, **options}
+    workers = Workers(command, one_world=one_world)
+    laid = plan(parse_hosts(hosts), workers, services, env=dict(os.environ), cwd=cwd)
+    arguments: dict[str, object] = {"echo": quiet, "timeouts": Timeouts(grace_s=1.0), **options}
     return run(laid, folder, **arguments)  # type: ignore[arg-type]
 
 
@@ -54,7 +55,7 @@ def test_all_is_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_every_rank_learns_its_ports(tmp_path: Path) -> None:
-    names = ["HOROVOD_GLOO_RENDEZVOUS_PORT", "MASTER_PORT", "DANAZ_WORKER"]
+    names = ["HOROVOD_GLOO_RENDEZVOUS_PORT", "MASTER_PORT", "LAUNCHER_WORKER"]
     code = f"import os; print(*(os.environ[name] for name in {names}))"
     assert play(tmp_path, python(code), hosts="localhost:2,127.0.0.1:1", one_world=False).exit_code == 0
     first, second = written(tmp_path, "rank.0").split(), written(tmp_path, "rank.1").split()
@@ -160,7 +161,7 @@ os.kill(os.getpid(), signal.SIGSEGV)
     assert {file.suffix for file in tmp_path.glob("asked.*")} == {".rank", ".child", ".grandchild"}
 
 
-ANNOUNCE = "print('OTHER=x'); print('DANAZ_SERVER=tcp://127.0.0.1:5555'); "
+ANNOUNCE = "print('OTHER=x'); print('SERVER=tcp://127.0.0.1:5555'); "
 
 
 def test_a_service_announces_itself_and_may_finish_writing(tmp_path: Path) -> None:
@@ -170,20 +171,20 @@ import os, time
 while not os.path.exists({str(done)!r}): time.sleep(0.005)
 print("written")
 """
-    server = Service("server", python(ANNOUNCE + code), announces="DANAZ_SERVER")
-    rank = ["sh", "-c", f"echo $DANAZ_SERVER $OTHER; [ $RANK = 1 ] || touch {done}"]
+    server = Service("server", python(ANNOUNCE + code), announces="SERVER")
+    rank = ["sh", "-c", f"echo $SERVER $OTHER; [ $RANK = 1 ] || touch {done}"]
     assert play(tmp_path, rank, services=[server]) == Outcome(0)
     assert written(tmp_path, "rank.1") == "tcp://127.0.0.1:5555\n"
-    assert written(tmp_path, "server") == "OTHER=x\nDANAZ_SERVER=tcp://127.0.0.1:5555\nwritten\n"
+    assert written(tmp_path, "server") == "OTHER=x\nSERVER=tcp://127.0.0.1:5555\nwritten\n"
 
 
 def test_a_service_that_does_not_end_is_stopped_without_blame(tmp_path: Path) -> None:
-    server = Service("server", python(ANNOUNCE + "import time; time.sleep(60)"), announces="DANAZ_SERVER")
-    assert play(tmp_path, ["true"], services=[server], finish_timeout_s=0.1) == Outcome(0)
+    server = Service("server", python(ANNOUNCE + "import time; time.sleep(60)"), announces="SERVER")
+    assert play(tmp_path, ["true"], services=[server], timeouts=Timeouts(grace_s=1.0, finish_s=0.1)) == Outcome(0)
 
 
 def test_a_service_may_end_before_the_ranks(tmp_path: Path) -> None:
-    server = Service("server", python(ANNOUNCE), announces="DANAZ_SERVER")
+    server = Service("server", python(ANNOUNCE), announces="SERVER")
     assert play(tmp_path, ["sleep", "0.3"], services=[server]) == Outcome(0)
 
 
@@ -193,16 +194,16 @@ def test_a_service_may_end_before_the_ranks(tmp_path: Path) -> None:
         (
             "import time; print('hello'); time.sleep(60)",
             1,
-            "server on localhost did not print DANAZ_SERVER=… within 1 s",
+            "server on localhost did not print SERVER=… within 1 s",
         ),
         ("raise SystemExit('port in use')", 1, "server on localhost ended with exit code 1"),
-        ("print('hello')", 1, "server on localhost ended before it was of use\nits last lines:\n  | hello"),
+        ("print('hello')", 1, "server on localhost ended before it announced itself\nits last lines:\n  | hello"),
         (ANNOUNCE + "import os; os._exit(5)", 5, "server on localhost ended with exit code 5"),
     ],
 )
 def test_a_service_that_fails_ends_the_run(tmp_path: Path, code: str, exit_code: int, message: str) -> None:
-    server = Service("server", python(code), announces="DANAZ_SERVER")
-    outcome = play(tmp_path, ["sleep", "60"], services=[server], start_timeout_s=1.0)
+    server = Service("server", python(code), announces="SERVER")
+    outcome = play(tmp_path, ["sleep", "60"], services=[server], timeouts=Timeouts(grace_s=1.0, start_s=1.0))
     assert outcome.exit_code == exit_code
     assert str(outcome.failure).startswith(message)
 
@@ -234,7 +235,9 @@ def test_a_machine_that_cannot_be_reached(tmp_path: Path) -> None:
     ],
 )
 def test_an_agent_that_does_not_come_up(tmp_path: Path, script: str, message: str) -> None:
-    outcome = play(tmp_path, ["true"], agent_command=lambda host: ["sh", "-c", script], start_timeout_s=1.0)
+    outcome = play(
+        tmp_path, ["true"], agent_command=lambda host: ["sh", "-c", script], timeouts=Timeouts(grace_s=1.0, start_s=1.0)
+    )
     assert outcome.exit_code == 1
     assert str(outcome.failure).startswith(f"the agent on localhost {message}")
 
@@ -251,9 +254,9 @@ def test_a_rank_gets_its_machines_environment_and_over_it_what_travels(
     for name, value in {"THERE": "1", "BOTH": "1", "OMP_NUM_THREADS": "7"}.items():
         monkeypatch.setenv(name, value)
     command = ["sh", "-c", "echo $THERE $BOTH $OMP_NUM_THREADS $PYTHONUNBUFFERED; command -v python3"]
-    laid = plan(parse_hosts("localhost:1"), command, one_world=True, env={"BOTH": "2"}, cwd="/")
+    laid = plan(parse_hosts("localhost:1"), Workers(command), env={"BOTH": "2"}, cwd="/")
     assert run(laid, tmp_path, echo=quiet) == Outcome(0)
-    # `python` is the one that danaz is installed in.
+    # `python` is the one that runs the launcher.
     assert written(tmp_path, "rank.0") == f"1 2 7 1\n{Path(sys.executable).parent}/python3\n"
 
 
@@ -276,13 +279,13 @@ print(folder)
 
 
 def test_what_a_process_returns_is_in_the_run_folder(tmp_path: Path) -> None:
-    service = Service("server", python(ANNOUNCE + RETURNING), announces="DANAZ_SERVER", returns=RETURNS)
+    service = Service("server", python(ANNOUNCE + RETURNING), announces="SERVER", returns=RETURNS)
     assert play(tmp_path, ["true"], services=[service]) == Outcome(0)
     assert (tmp_path / "empty").read_bytes() == b""
     assert {path.name for path in tmp_path.iterdir()} == {"empty", "large", "logs"}
     assert (tmp_path / "large").read_bytes() == bytes(range(256)) * 20_000
     folder = Path(written(tmp_path, "server").splitlines()[-1])
-    assert folder.name.startswith("danaz-")
+    assert folder.name.startswith("launcher-")
     assert not folder.exists()
 
 
@@ -290,36 +293,36 @@ def test_a_folder_that_services_share_is_returned_when_the_last_of_them_has_ende
     last = """
 import os, time
 while not os.path.exists(os.environ["FOLDER"] + "/ready"): time.sleep(0.005)
-print("DANAZ_OTHER=x", flush=True)
+print("OTHER=x", flush=True)
 while os.path.exists(os.environ["FOLDER"] + "/ready"): time.sleep(0.005)
 open(os.environ["FOLDER"] + "/last", "w").write("words")
 """
     first = """
 import os
 open(os.environ["FOLDER"] + "/ready", "w")
-print("DANAZ_SERVER=" + os.environ["FOLDER"], flush=True)
+print("SERVER=" + os.environ["FOLDER"], flush=True)
 """
     services = [
-        Service("first", python(first), announces="DANAZ_SERVER", returns=RETURNS, group="both"),
-        Service("last", python(last), announces="DANAZ_OTHER", returns=RETURNS, group="both"),
+        Service("first", python(first), announces="SERVER", returns=RETURNS, group="both"),
+        Service("last", python(last), announces="OTHER", returns=RETURNS, group="both"),
     ]
-    story = 'import os; os.remove(os.environ["DANAZ_SERVER"] + "/ready")'
+    story = 'import os; os.remove(os.environ["SERVER"] + "/ready")'
     assert play(tmp_path, python(story), services=services, hosts="localhost:1") == Outcome(0)
     assert (tmp_path / "last").read_text() == "words"
 
 
 def test_what_cannot_be_kept_here_stays_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder is in the place of one of the files."""
+    """A folder has the name of one of the files."""
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     run_folder = tmp_path / "run"
     (run_folder / "large" / "in the way").mkdir(parents=True)
     told: list[str] = []
-    service = Service("server", python(ANNOUNCE + RETURNING), announces="DANAZ_SERVER", returns=RETURNS)
+    service = Service("server", python(ANNOUNCE + RETURNING), announces="SERVER", returns=RETURNS)
     outcome = play(run_folder, ["true"], services=[service], tell=told.append)
     assert outcome.exit_code == 1
     assert str(outcome.failure) == f"{run_folder} lacks what could not be kept: large"
-    [there] = (tmp_path / "tmp").glob("danaz-*-server")
+    [there] = (tmp_path / "tmp").glob("launcher-*-server")
     assert (there / "large").read_bytes() == bytes(range(256)) * 20_000
     assert told == [
         f"the returned file large cannot be kept in {run_folder}: Is a directory",
@@ -334,10 +337,10 @@ import os, signal, sys
 def end(*_):
     open(os.environ["FOLDER"] + "/last", "w").write("words"); os._exit(0)
 signal.signal(signal.SIGTERM, end)
-print("DANAZ_SERVER=x", flush=True)
+print("SERVER=x", flush=True)
 signal.pause()
 """
-    service = Service("server", python(code), announces="DANAZ_SERVER", returns=RETURNS)
+    service = Service("server", python(code), announces="SERVER", returns=RETURNS)
     assert play(tmp_path, ["false"], services=[service]).exit_code == 1
     assert (tmp_path / "last").read_text() == "words"
 

@@ -27,20 +27,20 @@ def done(decisions: list[Decision]) -> list[str]:
 
 
 def fail(supervisor: Supervisor, name: str, now_s: float, **how: bool) -> str:
-    """A unit fails and is gone; the sentence about it."""
+    """Let a unit fail and be gone; return the sentence about it."""
     [decision] = supervisor.failed(name, DIED, now_s, **how)  # type: ignore[arg-type]
     assert (decision.do, decision.unit) == ("end", name)
-    assert supervisor.due(inf) == [], "something of it is still there"
+    assert supervisor.take_due(inf) == [], "something of it is still there"
     supervisor.gone(name)
     return decision.reason
 
 
 def start(supervisor: Supervisor, name: str) -> float:
-    """The time when a unit is started again."""
+    """Return the time at which a unit is started again."""
     now_s = supervisor.next_s
-    assert supervisor.due(now_s - 0.01) == []
-    assert [(decision.do, decision.unit) for decision in supervisor.due(now_s)] == [("start", name)]
-    assert supervisor.due(now_s) == [], "once"
+    assert supervisor.take_due(now_s - 0.01) == []
+    assert [(decision.do, decision.unit) for decision in supervisor.take_due(now_s)] == [("start", name)]
+    assert supervisor.take_due(now_s) == [], "once"
     supervisor.up(name, now_s)
     return now_s
 
@@ -97,7 +97,7 @@ def test_a_machine_that_cannot_be_reached_uses_up_no_restarts() -> None:
     fail(supervisor, "worker 1", 10.0)
     now_s, waits = supervisor.next_s, []
     for _ in range(4):
-        assert done(supervisor.due(now_s)) == ["start"]
+        assert done(supervisor.take_due(now_s)) == ["start"]
         assert "; next try in " in fail(supervisor, "worker 1", now_s, reached=False)
         waits.append(supervisor.next_s - now_s)
         now_s = supervisor.next_s
@@ -110,18 +110,18 @@ def test_a_start_that_fails_uses_up_a_restart() -> None:
     supervisor = running()
     fail(supervisor, "server", 10.0)
     for number in (2, 3):
-        supervisor.due(supervisor.next_s)
+        supervisor.take_due(supervisor.next_s)
         assert f"restart {number} of 3" in fail(supervisor, "server", 20.0)
-    supervisor.due(supervisor.next_s)
+    supervisor.take_due(supervisor.next_s)
     assert done(supervisor.failed("server", DIED, 30.0)) == ["end", "stop"]
 
 
 def test_a_machine_that_cannot_be_reached_for_long_is_given_up() -> None:
     supervisor = running()
     fail(supervisor, "worker 1", 10.0)
-    supervisor.due(supervisor.next_s)
+    supervisor.take_due(supervisor.next_s)
     [decision] = supervisor.failed("worker 1", "Connection refused", 107.0, reached=False)
-    assert decision.reason == "Connection refused; that for 100 s now; the others go on"
+    assert decision.reason == "Connection refused; it was out of reach for 100 s; the others go on"
     supervisor.gone("worker 1")
     assert supervisor.have_ended(["worker 1"])
 
@@ -191,7 +191,7 @@ def test_behind_the_end_nobody_comes_back() -> None:
     supervisor = running()
     fail(supervisor, "worker 1", 10.0)
     supervisor.ended("server")
-    assert supervisor.due(inf) == []
+    assert supervisor.take_due(inf) == []
     assert supervisor.have_ended(["worker 1"])
     [decision] = supervisor.failed("worker 0", DIED, 20.0)[:1]
     assert decision.reason == f"{DIED}; the run is over"
@@ -222,12 +222,12 @@ def test_nobody_waits_for_a_pause_to_pass_when_all_is_over() -> None:
     supervisor = running(Policy("restart", backoff_s=600.0, longest_backoff_s=600.0))
     fail(supervisor, "worker 1", 10.0)
     supervisor.ended("server")
-    assert supervisor.due(11.0) == []
+    assert supervisor.take_due(11.0) == []
     assert supervisor.have_ended(["worker 1"])
 
 
 class Anything(RuleBasedStateMachine):
-    """Whatever happens in whatever order: a unit is never started twice, nor while something of it is there."""
+    """Events in any order. A unit is never started twice, nor while something of its last life is left."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -262,7 +262,7 @@ class Anything(RuleBasedStateMachine):
     @rule(later_s=st.floats(0.0, 50.0))
     def wait(self, later_s: float) -> None:
         self.now_s += later_s
-        for decision in self.supervisor.due(self.now_s):
+        for decision in self.supervisor.take_due(self.now_s):
             assert self.there[decision.unit] == "gone"
             self.there[decision.unit] = "starting"
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from danaz.protocol import wire
+from danaz.protocol.inbox import Inbox, StrayChunkError
 from danaz.protocol.messages import Final, Message, Push
-from danaz.protocol.wire import CHUNK, CHUNK_MAGIC, MAGIC, Inbox, StrayChunkError, WireError, decode, encode
-from danaz.vectors.cutting import is_announced
-from danaz.vectors.flat import SLICE_FLOATS
+from danaz.protocol.wire import CHUNK, CHUNK_MAGIC, MAGIC, WireError, decode, encode
+from danaz.vectors.cutting import SLICE_FLOATS, is_announced
 
 
 class TestInbox:
@@ -81,7 +81,7 @@ class TestInbox:
         take_all(box, before)
         with pytest.raises(StrayChunkError):
             box.take("a", last)
-        assert len(take_all(box, [header, *chunks])) == 1, "and the peer can begin anew"
+        assert len(take_all(box, [header, *chunks])) == 1, "the peer can begin again"
 
     @pytest.mark.parametrize("data", [b"", b"1234", bytes(4 * SLICE_FLOATS - 1), bytes(4 * SLICE_FLOATS + 4)])
     def test_a_chunk_of_the_wrong_size(self, data):
@@ -91,7 +91,7 @@ class TestInbox:
         box.take("a", header)
         with pytest.raises(WireError, match="another size"):
             box.take("a", [head, data])
-        assert (rooms[0] == 7).all(), "not a float of it was written"
+        assert (rooms[0] == 7).all(), "nothing was written"
 
     @pytest.mark.parametrize(
         "frames",
@@ -102,7 +102,7 @@ class TestInbox:
             [bytes(CHUNK.size), b""],
         ],
     )
-    def test_what_is_no_chunk(self, frames):
+    def test_malformed_chunks(self, frames):
         with pytest.raises(WireError, match="not a chunk"):
             inbox().take("a", frames)
 
@@ -119,14 +119,14 @@ class TestInbox:
             (["tail", SIZE, "fp32"], "push has the wrong type"),
         ],
     )
-    def test_announcements_that_are_none(self, entry, why):
+    def test_malformed_announcements(self, entry, why):
         [_, packed], *_ = travelling(push_of(torch.ones(SIZE)))
         kind, header, _ = wire.msgpack.unpackb(packed)
         with pytest.raises(WireError, match=why):
             inbox().take("a", [MAGIC, wire.msgpack.packb([kind, header, [entry]])])
 
-    def test_an_announcement_is_written_down_as_one(self):
-        """A recording keeps it in a few bytes."""
+    def test_an_announcement_is_encoded_as_an_announcement(self):
+        """A recording keeps an announcement in a few bytes."""
         [header, *_] = travelling(push_of(torch.ones(SIZE)))
         message = decode(header)
         assert [bytes(frame) for frame in encode(message)] == header
@@ -139,7 +139,7 @@ PARTS = travelling(push_of(torch.ones(SIZE)))
 
 
 class Limited:
-    """An inbox that gives no more memory than a job's layout is large."""
+    """An inbox that provides no more memory than a job's layout needs."""
 
     def __init__(self) -> None:
         self.given = 0

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from danaz.optimizers import SGD
-from danaz.protocol import wire
+from danaz.protocol import inbox, wire
 from danaz.protocol.messages import (
     MAX_REPORTED,
     AtMost,
@@ -46,7 +46,7 @@ from danaz.protocol.messages import (
     Within,
 )
 from danaz.protocol.wire import MAGIC, MESSAGES, WireError, decode, encode
-from danaz.vectors.flat import Layout
+from danaz.vectors.layout import Layout
 
 # ---- every message, with anything in its fields --------------------------------------------------------------------
 
@@ -98,7 +98,7 @@ def of_type(hint: typing.Any) -> st.SearchStrategy[typing.Any]:
 
 
 def in_range(kind: typing.Any, limit: Within | AtMost) -> st.SearchStrategy[typing.Any]:
-    """Values that a field may hold, the bounds among them."""
+    """Draw values that a field may hold, the bounds among them."""
     if isinstance(limit, AtMost):
         return of_type(kind)
     if kind is int:
@@ -122,7 +122,7 @@ def same(one: object, other: object) -> bool:
 
 
 def through(frames: list[wire.Frame]) -> list[bytes]:
-    """What the other side receives."""
+    """Return what the other side receives."""
     return [bytes(frame) for frame in frames]
 
 
@@ -138,7 +138,7 @@ class TestRoundTrip:
         assert same(decode(through(encode(message))), message)
 
     def test_tensors_are_not_copied(self):
-        """Neither when sent nor, where the frame is writable, when received."""
+        """Sending copies no tensor, and receiving copies none if the frame is writable."""
         push = Push(0, 1, 1, 0, (0.1,), 1, None, 0, torch.arange(3.0))
         frames = encode(push)
         push.push[0] = 7
@@ -149,7 +149,7 @@ class TestRoundTrip:
         assert memoryview(received[2]).cast("f").tolist() == [7, 8, 2]
 
     def test_a_non_finite_number_travels(self):
-        """To be refused with its reason by the core, which counts it."""
+        """The core refuses it, with the reason, and counts it."""
         push = Push(0, 1, 1, 0, (float("nan"),), 1, float("inf"), 0, torch.tensor([float("nan"), float("-inf")]))
         arrived = decode(through(encode(push)))
         assert str((arrived.lr, arrived.loss, arrived.push.tolist())) == "((nan,), inf, [nan, -inf])"
@@ -257,13 +257,13 @@ class TestGarbage:
             "abc",
         ],
     )
-    def test_a_layer_table_that_is_none(self, layout):
+    def test_a_malformed_layer_table(self, layout):
         join = msgpack.unpackb(bytes(encode(SAMPLES[0])[1]))
         join[1]["layout"] = layout
         rejected([MAGIC, msgpack.packb(join), bytes(24)], "layout has the wrong type")
 
     @pytest.mark.parametrize("plan", [[1], [1, 2, 3], ["1", 2], [1.0, 2], [None, None], {"a": 1}])
-    def test_a_plan_that_is_none(self, plan):
+    def test_a_malformed_plan(self, plan):
         join = msgpack.unpackb(bytes(encode(SAMPLES[0])[1]))
         join[1]["plan"] = plan
         rejected([MAGIC, msgpack.packb(join), bytes(24)], "plan has the wrong type")
@@ -304,7 +304,7 @@ class TestGarbage:
         ],
     )
     def test_promises_are_not_allocated(self, packed):
-        """Memory follows what came, not what it says is still to come."""
+        """Memory follows what has arrived, not what is announced."""
         tracemalloc.start()
         rejected([MAGIC, packed])
         _, peak_bytes = tracemalloc.get_traced_memory()
@@ -316,7 +316,7 @@ class TestGarbage:
         join = msgpack.unpackb(bytes(encode(SAMPLES[0])[1]))
         join[1]["layout"] = [[["w", [2**20, 2**20], [2**20, 1]]], [], [2**40]]
         frames = [MAGIC, msgpack.packb(join), bytes(24)]
-        decode(frames)  # the checks of a kind of message are made once
+        decode(frames)  # builds the checks for this kind of message, once
         tracemalloc.start()
         assert decode(frames).layout.size == 2**40
         _, peak_bytes = tracemalloc.get_traced_memory()
@@ -325,7 +325,7 @@ class TestGarbage:
 
 
 def every_number(kind: type) -> typing.Iterator[tuple[str, Within]]:
-    """(field, range) of each field that holds one number."""
+    """Yield (field, range) of each field that holds one number."""
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
         choices = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else [hint]
         for choice in choices:
@@ -334,7 +334,7 @@ def every_number(kind: type) -> typing.Iterator[tuple[str, Within]]:
 
 
 def plain_hints(hint: typing.Any) -> typing.Iterator[typing.Any]:
-    """All types that a hint is made of, but for those whose range is declared."""
+    """Yield all types that a hint is made of, except those with a declared range."""
     origin = typing.get_origin(hint)
     if origin is typing.Annotated:
         if hint.__metadata__ and isinstance(hint.__metadata__[0], Within):
@@ -348,7 +348,7 @@ def plain_hints(hint: typing.Any) -> typing.Iterator[typing.Any]:
         yield hint
 
 
-# The core judges these itself: a worker whose training has diverged sends what is not finite in good faith.
+# The core judges these values itself: a worker whose training has diverged sends NaN and infinity in good faith.
 ANY_FLOAT = {("Push", "lr"), ("Push", "loss"), ("Report", "figures"), ("Parameters", "gap")}
 
 
@@ -431,13 +431,13 @@ class TestRanges:
 
 
 class TestFuzz:
-    """Only WireError ever comes out of decode(), and never for long."""
+    """decode() raises nothing but WireError, and never takes long."""
 
     def test_mutated_messages(self):
         rng = random.Random(1)
         originals = [through(encode(message)) for message in SAMPLES]
         survived = sum(self.survives(mutate(rng.choice(originals), rng)) for _ in range(20_000))
-        assert 100 < survived < 19_900, "some mutations change a number and no more; most must not pass"
+        assert 100 < survived < 19_900, "some mutations only change a number; most must be refused"
 
     def test_random_headers(self):
         rng = random.Random(2)
@@ -470,7 +470,7 @@ class TestFuzz:
 
 
 def mutate(frames: list[bytes], rng: random.Random) -> list[bytes]:
-    """Flip, cut, repeat or insert bytes, or drop, double or swap frames; once or twice."""
+    """Flip, cut, repeat or insert bytes, or drop, double or swap frames, once or twice."""
     frames = list(frames)
     for _ in range(rng.randint(1, 2)):
         which = rng.randrange(len(frames)) if frames else 0
@@ -498,9 +498,10 @@ def mutate(frames: list[bytes], rng: random.Random) -> list[bytes]:
     return frames
 
 
-def test_no_pickle_is_within_reach():
-    """torch.load, numpy.load and marshal unpickle too."""
-    tree = ast.parse(Path(wire.__file__).read_text())
+@pytest.mark.parametrize("module", [wire, inbox], ids=["wire", "inbox"])
+def test_no_pickle_is_within_reach(module):
+    """torch.load, numpy.load and marshal unpickle, too."""
+    tree = ast.parse(Path(module.__file__).read_text())
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     assert imported <= {"dataclasses", "struct", "types", "typing", "msgpack", "torch"}
     called = {

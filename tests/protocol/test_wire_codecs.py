@@ -1,4 +1,4 @@
-"""Compressed vectors on the wire: what is sent arrives as it was decoded by its sender, in one message or in chunks."""
+"""Compressed vectors on the wire arrive as their sender decoded them, in one message or in chunks."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from sockets import PATIENCE_S, serving
 from torch import Tensor
 
 from danaz.optimizers import SGD
+from danaz.protocol.inbox import Inbox
 from danaz.protocol.messages import Heartbeat, Parameters, Plan, Push, Reply, Request, Streamed
-from danaz.protocol.wire import CHUNK, Inbox, WireError, decode, encode
+from danaz.protocol.wire import CHUNK, WireError, decode, encode
 from danaz.server.core import ServerCore
 from danaz.server.settings import ServerSettings
 from danaz.vectors.codecs import Compressor, push_codec, view_codec
-from danaz.vectors.cutting import announced
-from danaz.vectors.flat import SLICE_FLOATS, chunks
-from danaz.worker.core import Role, WorkerCore
+from danaz.vectors.cutting import SLICE_FLOATS, announced, chunks
+from danaz.worker.core import Role, Step, WorkerCore
 from danaz.worker.link import DealerLink
 
 SMALL, LARGE = 1000, 2 * SLICE_FLOATS + 77
@@ -112,14 +112,14 @@ class TestGarbage:
 @pytest.mark.parametrize("size", [SMALL, LARGE])
 @pytest.mark.parametrize("codec", [*LOSSY, "fp32"])
 def test_live_is_what_was_simulated(codec, size):
-    """The same worker against the same server, over a socket and within the process: the same bits, fewer bytes."""
+    """A worker and a server give the same bits over a socket as within a process, with fewer bytes."""
     settings = ServerSettings("dana", 1, DIGEST, wire_view="fp16")
 
     def trained(exchange, core: WorkerCore) -> Tensor:  # type: ignore[no-untyped-def]
         reply = exchange(core.join(torch.zeros(size)))
         core.receive(reply)
         for step in range(6):
-            reply = exchange(core.push(reply.view - drawn(size, step), (0.1,), 1, 1.0, step))
+            reply = exchange(core.push(Step(step, (0.1,), 1, 1.0), reply.view - drawn(size, step)))
             assert reply.applied
             core.receive(reply)
         view: Tensor = reply.view.clone()
@@ -141,5 +141,5 @@ def test_live_is_what_was_simulated(codec, size):
             link.close()
     assert torch.equal(arrived, simulated)
     assert torch.equal(live.master.params, within.master.params)
-    assert live.figures.push_bytes == within.figures.push_bytes
-    assert live.figures.view_bytes == within.figures.view_bytes == 7 * 2 * size
+    assert live.totals.push_bytes == within.totals.push_bytes
+    assert live.totals.view_bytes == within.totals.view_bytes == 7 * 2 * size

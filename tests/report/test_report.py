@@ -10,8 +10,9 @@ import pytest
 import yaml
 from shipped import shipped
 
+from danaz.cli.output import print_comparison
 from danaz.compare.results import Result, Setting, group, read_outcome
-from danaz.compare.tables import comparison_rows, print_comparison
+from danaz.compare.tables import comparison_rows
 from danaz.report.comparison import write_report
 from danaz.report.curves import make_curves, read_curves
 from danaz.report.matrix import matrices
@@ -244,7 +245,7 @@ def test_one_number_of_workers_is_drawn_by_cell(made):
 
 
 def test_error_against_wall_time_is_of_live_runs_alone(made):
-    """A panel for each setting and a point for each algorithm: seconds on the x axis, error on the y axis."""
+    """Each setting has a panel and each algorithm a point: seconds on the x axis, error on the y axis."""
     a_grid(made)
     assert draw_by_time(collect(made.read())) is None
     made.add("ssgd", 4, 2.0, schedule="live", wall_seconds=30.0)

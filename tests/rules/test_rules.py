@@ -15,7 +15,7 @@ from pair import GROUPS, SIZE, Pair, Run, close, runs
 from torch import Tensor
 
 from danaz.rules import ALGORITHMS, Context
-from danaz.vectors import flat
+from danaz.vectors import cutting
 
 every_algorithm = pytest.mark.parametrize("name", sorted(ALGORITHMS))
 
@@ -45,7 +45,7 @@ class TestEveryAlgorithm:
     @settings(max_examples=15, deadline=None)
     def test_slices_are_the_whole(self, name, run, cut):
         """Bit for bit, so that sharding and chunking change no rule."""
-        whole, sliced = final_state(name, run, flat.SLICE_FLOATS), final_state(name, run, cut)
+        whole, sliced = final_state(name, run, cutting.SLICE_FLOATS), final_state(name, run, cut)
         assert all(torch.equal(whole[key], sliced[key]) for key in whole)
 
     @given(run=runs())
@@ -100,7 +100,7 @@ def test_without_a_server_the_model_is_the_mean_of_all_workers(name, run):
 
 def final_state(name: str, run: Run, slice_floats: int) -> dict[str, Tensor]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flat, "SLICE_FLOATS", slice_floats)
+        patch.setattr(cutting, "SLICE_FLOATS", slice_floats)
         pair = Pair(name, run)
         pair.live_through_it()
     server = pair.cluster.server

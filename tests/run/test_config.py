@@ -1,4 +1,4 @@
-"""The YAML of an experiment: what is accepted, what is said when it is not, and what must agree across machines."""
+"""The YAML of an experiment: which values are allowed, what the errors say, and what must agree across machines."""
 
 from pathlib import Path
 
@@ -7,9 +7,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from danaz.options.option import newer_names
 from danaz.run.config import Config, ConfigError, LrSchedule, load_config
 from danaz.run.folder import write_settings
-from danaz.torch.rates import warmup_factor
+from danaz.run.rates import lr_at, warmup_factor
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 SHIPPED = [path for path in CONFIGS if "config" not in yaml.safe_load(path.read_text())]  # the others are comparisons
@@ -103,11 +104,11 @@ class TestOverrides:
             "num_workers": 2,
             "threads": 2,
         }
-        assert set(other) == set(Config.model_fields)
+        assert set(other) == set(Config.model_fields) - newer_names(Config)
         config = load_config(
             path, [f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in other.items()]
         )
-        assert config.model_dump(mode="json") == other
+        assert config.model_dump(mode="json", exclude=newer_names(Config)) == other
 
     def test_dotted_key_reaches_into_a_mapping(self, path: Path) -> None:
         assert load_config(path, ["lr_schedule.factor=0.2"]).lr_schedule == LrSchedule(factor=0.2)
@@ -220,7 +221,7 @@ class TestErrors:
     def test_bounds(self, path: Path, override: str, complaint: str) -> None:
         assert error_of(path, override).startswith(f"{path}, --set {override}: {complaint}")
 
-    def test_all_problems_are_told_at_once(self, path: Path) -> None:
+    def test_one_error_lists_all_problems(self, path: Path) -> None:
         assert len(error_of(path, "lr=0", "epochs=0").splitlines()) == 2
 
     @pytest.mark.parametrize(
@@ -248,11 +249,11 @@ class TestErrors:
         assert error_of(path).startswith(f"{path}: not valid YAML: ")
         assert error_of(path).count("9") < 100
 
-    def test_a_value_of_any_size_is_told_in_a_line(self, path: Path) -> None:
+    def test_an_error_shows_a_huge_value_in_one_line(self, path: Path) -> None:
         path.write_text(MINIMAL + f"momentun: {[list(range(100))] * 100}\n")
         assert len(error_of(path)) < 1000
 
-    def test_a_script_is_told_how_to_start_it(self, path: Path) -> None:
+    def test_the_error_for_a_script_says_how_to_start_it(self, path: Path) -> None:
         script = path.with_name("train.py")
         for text in ("import danaz\nfor epoch in danaz.epochs(3):\n    pass\n", "import danaz\n"):
             script.write_text(text)
@@ -307,7 +308,7 @@ class TestRates:
     def test_steps(self, path: Path) -> None:
         config = load_config(path, ["lr=0.1", "lr_schedule={milestones: [2, 3.5], factor: 0.5}"])
         epochs = [0, 1.999, 2, 3.499, 3.5, 100]
-        assert [config.lr_at(epoch) for epoch in epochs] == [0.1, 0.1, 0.05, 0.05, 0.025, 0.025]
+        assert [lr_at(config, epoch) for epoch in epochs] == [0.1, 0.1, 0.05, 0.05, 0.025, 0.025]
 
     def test_warm_up_ends_of_the_ramp(self) -> None:
         assert warmup_factor(0, workers=8, warmup_epochs=5) == 1 / 8

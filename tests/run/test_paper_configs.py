@@ -1,4 +1,4 @@
-"""Plans of the papers' tables: they load, and hold the cells of the tables."""
+"""The plans for the papers' tables can be read, and hold the cells of those tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two servers never write one folder."""
+"""Two servers never write the same folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from danaz.run.lock import RunLockedError, lock_server
 HOLD = "import sys; from pathlib import Path; from danaz.run.lock import lock_server; lock_server(Path(sys.argv[1]))"
 
 
-def test_another_server_is_waited_for_and_the_kernel_frees_its_lock(tmp_path: Path) -> None:
+def test_a_server_waits_for_another_whose_lock_the_kernel_frees(tmp_path: Path) -> None:
     hold = [sys.executable, "-c", f"{HOLD}; print(flush=True); sys.stdin.read()", str(tmp_path)]
     with subprocess.Popen(hold, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None

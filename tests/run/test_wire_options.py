@@ -1,4 +1,4 @@
-"""Runs whose pushes and views are compressed: what the server and the workers see, and which runs there are none of."""
+"""Compressed pushes and views: what server and workers see, and which settings are refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def simulation(run: Path, *overrides: str) -> Simulation:
 
 
 def overheard(simulated: Simulation) -> list[Any]:
-    """All that the server of a simulation is told and says."""
+    """Return a list that collects each message to the server of a simulation, and each view that it sends."""
     heard: list[Any] = []
     handle = simulated.server.handle
 
@@ -48,7 +48,7 @@ def overheard(simulated: Simulation) -> list[Any]:
 
 
 class TestSimulated:
-    def test_a_push_is_what_its_bytes_say(self, tmp_path):
+    def test_the_server_applies_what_the_bytes_of_a_push_say(self, tmp_path):
         from danaz.vectors.codecs import push_codec
 
         simulated = simulation(tmp_path, "wire=onebit")
@@ -65,7 +65,7 @@ class TestSimulated:
 
     @pytest.mark.parametrize("codec", ["bf16", "fp16"])
     def test_worker_and_server_know_the_same_view(self, tmp_path, codec):
-        """The gap is of what the worker computes on."""
+        """The gap is measured on the view that the worker computes on."""
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[codec]
         simulated = simulation(tmp_path, f"wire_view={codec}", "algorithm=dana-ga")
         heard = overheard(simulated)
@@ -101,7 +101,7 @@ class TestSimulated:
         simulated.run()
         pushes = [message for message, _ in heard if isinstance(message, Push)]
         first = next(number for number, push in enumerate(pushes) if push.encoded)
-        assert len(pushes) / 2 <= first <= len(pushes) / 2 + 3, "one a worker more, whose view is older"
+        assert len(pushes) / 2 <= first <= len(pushes) / 2 + 3, "one more for each worker, whose view is older"
         assert all(push.encoded for push in pushes[first + 2 :])
 
     def test_the_seed_decides_every_bit(self, tmp_path):
@@ -114,7 +114,7 @@ class TestSimulated:
         assert runs[0] == runs[1]
 
     @pytest.mark.parametrize("algorithm", ["dana", "dana-zero", "asgd", "ssgd"])
-    def test_it_goes_downhill_as_fast(self, tmp_path, algorithm):
+    def test_the_loss_falls_as_fast_as_without_compression(self, tmp_path, algorithm):
         """Error feedback: without it, top-k of one in ten would leave most coordinates where they were."""
         losses = {}
         for wire in ("fp32", "bf16", "onebit", "topk:0.1"):
@@ -140,7 +140,7 @@ class TestRefused:
     def test_others_are_not_refused(self, algorithm):
         check_workers(settings_of(f"algorithm={algorithm}", "wire=topk:0.01", "wire_view=bf16", live=True))
 
-    def test_fp32_is_for_everyone(self):
+    def test_every_algorithm_takes_fp32(self):
         check_workers(settings_of("algorithm=easgd", "wire=fp32", "wire_view=fp32"))
 
 
@@ -154,7 +154,7 @@ class TestCommand:
         assert (config["wire"], config["wire_view"], config["sync_period"]) == ("onebit", "bf16", 2)
         assert len((run / "updates.jsonl").read_text().splitlines()) == 50
 
-    def test_what_cannot_be(self, tmp_path):
+    def test_a_codec_that_the_algorithm_cannot_use_ends_the_command(self, tmp_path):
         options = ["-a", "easgd", "--wire", "onebit", "--out", str(tmp_path / "run")]
         result = CliRunner().invoke(app, ["simulate", str(QUADRATIC), *options])
         assert result.exit_code != 0

@@ -1,4 +1,4 @@
-"""What torch leaves alone, every rule leaves alone: parameters without a gradient, batches without a step, edits."""
+"""Every rule leaves alone what torch leaves alone: parameters without a gradient, batches without a step, edits."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 from danaz.protocol.messages import Parameters, Plan
 from danaz.rules.base import ALGORITHMS
 from danaz.vectors.codecs import Compressor, push_codec
-from danaz.vectors.flat import common_spans, parts, present, spans_within
+from danaz.vectors.cutting import common_spans, parts, present, spans_within
 
-HERE, GONE = 5, 3  # parameters with a gradient, and without
+HERE, GONE = 5, 3  # number of parameters with a gradient, and without one
 ELEMENTWISE = sorted(name for name, each in ALGORITHMS.items() if not each.rule().per_layer and each.rule().live)
 WITH_SERVER_STATE = ["nag-asgd", "multi-asgd", "dana-zero", "dana"]
 
@@ -29,7 +29,7 @@ def start(algorithm: str, size: int, workers: int = 3, **options: object) -> Clu
 
 @pytest.mark.parametrize("algorithm", ELEMENTWISE)
 def test_parameters_without_a_gradient_stay_and_the_others_never_notice(algorithm: str) -> None:
-    """Two clusters, one with parameters that never have a gradient, whatever its workers push for them."""
+    """Make two clusters. In one, some parameters never have a gradient, whatever the workers push for them."""
     workers = 1 if ALGORITHMS[algorithm].rule().max_workers == 1 else 3
     whole, small = start(algorithm, HERE + GONE, workers), start(algorithm, HERE, workers)
     untouched = whole.params[HERE:].clone()

@@ -1,4 +1,4 @@
-"""Finite numbers that could ruin a run: no update leaves a value that is not finite, no worker alone ends the run."""
+"""Huge but finite numbers ruin no run: every update leaves finite values, and no worker alone ends the run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from danaz.rules import ALGORITHMS
 from danaz.rules.asgd import Asgd
 from danaz.rules.base import Context, Vectors
 from danaz.server.core import ServerCore
-from danaz.server.figures import DIVERGED_LOSS_RATIO, RunTotals
+from danaz.server.records import DIVERGED_LOSS_RATIO, RunTotals
 
 HUGE = 3e38
 SERVED = [name for name, each in ALGORITHMS.items() if each.rule().live]
@@ -25,7 +25,7 @@ SERVED = [name for name, each in ALGORITHMS.items() if each.rule().live]
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """One thread: on a busy machine, the threads of a small computation wait for each other."""
+    """Use one thread: on a busy machine, the threads of a small computation wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -38,7 +38,7 @@ def vectors_of(core: ServerCore) -> list[Tensor]:
 
 
 def views(core: ServerCore) -> list[Tensor]:
-    return [torch.cat([*core.master.view(member, keep=False)]) for member in core.members.values()]
+    return [torch.cat([*core.master.take_view(member, keep=False)]) for member in core.members.values()]
 
 
 @pytest.mark.parametrize("lr", [0.1, 1.0, 1e30])
@@ -46,7 +46,7 @@ def views(core: ServerCore) -> list[Tensor]:
     ("algorithm", "size"), [*((each, SIZE) for each in SERVED), ("dana", LONG), ("dana-zero", LONG), ("dana-ga", LONG)]
 )
 def test_pushes_near_the_end_of_float32_leave_everything_finite(algorithm, size, lr):
-    """One worker of two pushes the same again and again, whether it is applied or refused."""
+    """Let one worker of two push the same again and again, whether it is applied or refused."""
     cluster = Cluster(algorithm, 2, torch.ones(size))
     refused = []
     for turn in range(6):
@@ -127,13 +127,13 @@ def test_what_is_given_back_leaves_the_parameters_finite():
     for worker in (0, 1):
         core.handle(worker, Leave(worker, 1, 2, torch.full((SIZE,), HUGE), torch.zeros(2)), 1.0)
     assert torch.equal(core.master.params, torch.ones(SIZE))
-    assert core.figures.refusals == {
+    assert core.totals.refusals == {
         "parameters would leave the range of float32 with what a leaving worker gives back": 2
     }
 
 
 class Reckless(Asgd):
-    """A rule that leaves NaN, whatever it is given."""
+    """A rule that writes NaN, whatever it is given."""
 
     def apply(self, params: Tensor, push: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
         params.mul_(NAN)

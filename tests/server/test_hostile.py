@@ -1,4 +1,4 @@
-"""A hostile worker's messages, through decoder, core and encoder: they are refused, and cost no memory."""
+"""A hostile worker's messages pass through decoder, core and encoder. They are refused, and cost no memory."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from stimuli import GRADIENT, JOIN, PLAN, SIZE, make_core, parameters, push_on
 from torch import Tensor
 
 from danaz.optimizers import SGD
+from danaz.protocol.inbox import Inbox
 from danaz.protocol.messages import (
     Bye,
     GoBack,
@@ -32,11 +33,11 @@ from danaz.protocol.messages import (
     Streamed,
     Within,
 )
-from danaz.protocol.wire import Inbox, WireError, encode, split
+from danaz.protocol.wire import WireError, encode, split
 from danaz.server.core import ServerCore
 from danaz.vectors.cutting import announced
-from danaz.vectors.flat import MAX_GROUPS, MAX_TENSORS, Layout
 from danaz.vectors.gap import Layers
+from danaz.vectors.layout import MAX_GROUPS, MAX_TENSORS, Layout
 
 HOSTILE = [0, 1, -1, 2, 2**31, 2**32, 2**40, 2**53, 2**53 + 1, 2**62, 2**63 - 1, 2**64 - 1, -(2**31), -(2**63)]
 HOSTILE_FLOATS = [0.0, -0.0, 1e-300, -1e300, 1e300, math.nan, math.inf, -math.inf]
@@ -44,7 +45,7 @@ MACHINE_BYTES = 1 << 24
 
 
 class Served:
-    """A server as its router feeds it: frames in, frames out; it counts the memory that vectors are received into."""
+    """A server as its router feeds it, with frames in and out. It counts the memory that vectors are received into."""
 
     def __init__(self, core: ServerCore):
         self.core = core
@@ -56,7 +57,7 @@ class Served:
         return torch.empty(size)
 
     def hear(self, frames: list[bytes], peer: int = 0) -> list[Message]:
-        """The replies to a message; a refusal if it cannot be read."""
+        """Return the replies to a message; a refusal if it cannot be read."""
         try:
             message = self.inbox.take(peer, frames)
         except WireError as error:
@@ -70,7 +71,7 @@ class Served:
 
 
 def started() -> tuple[Served, Push]:
-    """One worker has joined, has made an update, and holds the next batch."""
+    """Return a server whose worker has joined, has made an update, and holds the next batch."""
     core = make_core("dana", memory_bytes=float(MACHINE_BYTES))
     view = parameters(core.handle(0, JOIN, 0.0))
     view = parameters(core.handle(0, push_on(view), 0.0))
@@ -78,7 +79,7 @@ def started() -> tuple[Served, Push]:
 
 
 def hostile_values(hint: typing.Any) -> list[typing.Any]:
-    """What to put in the place of a value of this type."""
+    """Return what to put in the place of a value of this type."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
         limits = [v for limit in hint.__metadata__ if isinstance(limit, Within) for v in (limit.low, limit.high)]
@@ -141,7 +142,7 @@ class TestAnnouncements:
         served, _ = started()
         before = served.core.master.params.clone()
         [reply] = served.hear([bytes(frame) for frame in encode(message)])
-        # Whoever joins a run that has its parameters may bring a view, which is looked at only if it fits.
+        # A worker that joins a run with parameters may bring a view, which is read only if it fits.
         reason = reply.header.refused if isinstance(reply, Streamed) else getattr(reply, "reason", "")
         assert bool(reason) == (not isinstance(message, Join))
         assert served.given == []
@@ -156,7 +157,7 @@ class TestAnnouncements:
         assert "does not fit into the 0.0 GiB of memory" in reply.reason
         assert served.given == []
         assert not served.core.members
-        assert served.hear([bytes(frame) for frame in encode(JOIN)]), "and a fit worker finds the place as it was"
+        assert served.hear([bytes(frame) for frame in encode(JOIN)]), "a valid worker can still join as before"
 
     def test_buffers_count_too(self):
         served = Served(make_core("dana", memory_bytes=float(MACHINE_BYTES)))
@@ -175,7 +176,7 @@ class TestAnnouncements:
 
 
 class TestTime:
-    """The cost of a layer table within its limits grows with its length and nothing else."""
+    """The cost of a layer table within its limits grows only with its length."""
 
     def test_many_tensors_in_many_groups_of_a_huge_model(self):
         tensors = [[str(n), [1 << 15], [1]] for n in range(MAX_TENSORS)]
@@ -184,7 +185,7 @@ class TestTime:
         assert len(Layers(layout)) == MAX_TENSORS
         assert sum(1 for _ in layout.layers()) == MAX_TENSORS
         assert sum(1 for _ in layout.slices()) == 1 << 12
-        assert time.thread_time() - began < 20, "each tensor is looked at once, and not once for each slice or group"
+        assert time.thread_time() - began < 20, "each tensor is read once, and not once for each slice or group"
 
     def test_layers_are_found_as_before(self):
         layout = layout_of(3, 0, 5, 2)

@@ -1,4 +1,4 @@
-"""The master applies an update slice by slice as the next view is taken; reading its parameters never does that."""
+"""The master applies an update slice by slice as the next view is taken, and never when its parameters are read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from danaz.rules import find_algorithm
 from danaz.server.master import Master, UnsettledError
 from danaz.server.members import Member
-from danaz.vectors.flat import SLICE_FLOATS, Layout
+from danaz.vectors.cutting import SLICE_FLOATS
+from danaz.vectors.layout import Layout
 
 PATIENCE_S = 30.0
 SIZE = 2 * SLICE_FLOATS
@@ -34,7 +35,7 @@ def test_parameters_cannot_be_read_during_an_update():
 
 
 def test_another_thread_that_reads_does_not_drive_the_update(monkeypatch):
-    """One thread takes a view and is within a slice; another thread reads the parameters."""
+    """Read the parameters in one thread while another thread, which takes a view, is within a slice."""
     master, member = master_with_member()
     in_the_slice, go_on = threading.Event(), threading.Event()
     apply = type(master.rule).apply
@@ -47,7 +48,9 @@ def test_another_thread_that_reads_does_not_drive_the_update(monkeypatch):
     monkeypatch.setattr(type(master.rule), "apply", slow_apply)
     assert master.apply(torch.ones(SIZE), 1.0, (0.1,), member, 0)
     taken: list[torch.Tensor] = []
-    taking = threading.Thread(target=lambda: taken.extend(piece.clone() for piece in master.view(member, keep=False)))
+    taking = threading.Thread(
+        target=lambda: taken.extend(piece.clone() for piece in master.take_view(member, keep=False))
+    )
     taking.start()
     assert in_the_slice.wait(PATIENCE_S)
     try:

@@ -1,4 +1,4 @@
-"""Refusing outliers, in virtual time: no honest worker is refused for ever, and what is dropped is reported."""
+"""Outliers are refused, in virtual time: no honest worker is refused for ever, and what is dropped is reported."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Refusing(Cluster):
 
 @pytest.mark.parametrize("algorithm", ["dana", "dana-zero", "asgd", "eamsgd"])
 def test_a_worker_that_paused_gets_back_in(algorithm):
-    """A worker comes late: its velocity is a thousand times what the others push by now. Refused, it starts afresh."""
+    """A late worker's velocity is a thousand times what the others push by now. It is refused, and starts afresh."""
     cluster = Refusing(algorithm)
     for _ in range(10):
         for worker in (0, 1):
@@ -53,9 +53,9 @@ def test_a_worker_that_paused_gets_back_in(algorithm):
     for _ in range(600):
         cluster.step(0)
     refused = [not cluster.step(1).applied for _ in range(200) if cluster.step(0)]
-    assert sum(refused) <= 20, "and not 200 of 200: while the parameters move anew, every gradient is large"
+    assert sum(refused) <= 20, "not 200 of 200: while the parameters move again, every gradient is large"
     assert not any(refused[40:])
-    assert torch.allclose(cluster.server.master.params, torch.ones(SIZE), atol=0.05), "training has come to no harm"
+    assert torch.allclose(cluster.server.master.params, torch.ones(SIZE), atol=0.05), "training is unharmed"
 
 
 def test_what_a_residual_holds_is_no_trap_either():
@@ -81,7 +81,7 @@ def test_one_bad_batch_costs_no_velocity():
 
 
 def test_a_fresh_velocity_forfeits_its_share_of_the_look_ahead():
-    """As after a crash of the worker: what it sent stays, and the sum of the others defines θ."""
+    """This is as after a crash of the worker: what it sent stays, and the sum of the others defines θ."""
     cluster = Refusing("dana")
     for _ in range(ENOUGH_PUSHES):
         for worker in (0, 1):
@@ -103,7 +103,7 @@ def test_pushes_that_are_not_finite_start_afresh_too(bad):
     """A velocity near the end of float32 makes every push infinite."""
     cluster = Refusing("dana")
     cluster.step(0)
-    cluster.workers[0]._committed["velocity"].fill_(bad)
+    cluster.workers[0].vectors["velocity"].fill_(bad)
     applied = [cluster.step(0).applied for _ in range(FRESH_AFTER + 1)]
     assert applied == [False] * FRESH_AFTER + [True]
     assert not cluster.server.diverged
@@ -130,7 +130,7 @@ def test_a_worker_that_is_always_refused_is_named():
             cluster.step(worker)
     for _ in range(2 * HOPELESS_PUSHES):
         cluster.step(0)
-        assert not cluster.step(1, factor=1e9).applied, "however long it goes on: nothing so large is ever applied"
+        assert not cluster.step(1, factor=1e9).applied, "nothing so large is ever applied, however long this goes on"
     assert len([notice for notice in cluster.notices if "were all refused" in notice]) == 1
 
 
@@ -164,7 +164,7 @@ class TestTheJudgeForgets:
         assert cluster.step(1, factor=1e6).applied, "nobody is left to compare it with"
 
     def test_and_follows_those_who_change_together(self):
-        """All gradients grow at once, as when the rate rises: refused pushes move the window, too."""
+        """All gradients grow at once, as when the rate rises. Refused pushes move the window, too."""
         health = self.judge()
         for _ in range(ENOUGH_PUSHES):
             health.judge(1, 1e-3, refused=True)

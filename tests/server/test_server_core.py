@@ -13,7 +13,7 @@ from danaz.optimizers import SGD, Adam, Optimizers, Sgd
 from danaz.protocol.messages import MAX_WORKERS, Heartbeat, Leave, Parameters, Plan, Pull, Push, Refusal
 from danaz.server.core import ServerCore
 from danaz.server.settings import ServerSettings
-from danaz.worker.core import Role, WorkerCore
+from danaz.worker.core import Role, Step, WorkerCore
 
 
 class TestJoining:
@@ -87,9 +87,9 @@ class TestJoining:
         assert isinstance(refusal, Refusal)
         assert reason in refusal.reason
         assert not refusal.rejoin
-        assert sum(core.figures.refusals.values()) == 1
+        assert sum(core.totals.refusals.values()) == 1
         assert not core.members
-        assert parameters(core.handle(0, JOIN, 0.0)), "and a fit worker finds the place as it was"
+        assert parameters(core.handle(0, JOIN, 0.0)), "a valid worker can still join as before"
 
     def test_an_optimizer_that_the_rule_cannot_carry_out_is_not_let_in(self):
         core = make_core(algorithm="ssgd-lars")
@@ -97,7 +97,9 @@ class TestJoining:
         assert isinstance(refusal, Refusal)
         assert "ssgd-lars is a rule of SGD and cannot carry out adam" in refusal.reason
 
-    @pytest.mark.parametrize("change", [{"layout": layout_of(SIZE)}, {"plan": Plan(3, 3)}, {"optimizers": Optimizers([Sgd(0.5)])}])
+    @pytest.mark.parametrize(
+        "change", [{"layout": layout_of(SIZE)}, {"plan": Plan(3, 3)}, {"optimizers": Optimizers([Sgd(0.5)])}]
+    )
     def test_who_runs_another_job(self, change):
         core, _ = started()
         refusal = answer(core.handle(1, replace(JOIN, worker=1, **change), 0.0), 1)
@@ -120,12 +122,12 @@ class TestJoining:
         refusal = answer(core.handle("x", message, 1.0), "x")
         assert isinstance(refusal, Refusal)
         assert refusal.rejoin
-        assert core.figures.refusals["worker has not joined"] == 1
+        assert core.totals.refusals["worker has not joined"] == 1
 
     def test_a_strangers_heartbeat_is_counted_and_not_answered(self):
         core, _ = started()
         assert core.handle("x", Heartbeat(5, 1), 1.0) == []
-        assert core.figures.refusals["worker has not joined"] == 1
+        assert core.totals.refusals["worker has not joined"] == 1
 
 
 class TestSilence:
@@ -144,7 +146,7 @@ class TestSilence:
         cluster = Cluster("asgd", 2, torch.ones(SIZE), plan=Plan(2, 1))
         cluster.push(0, GRADIENT, 0.1)
         assert cluster.leases(0) == ()
-        assert cluster.pull(0) is None, "there may be more: worker 1 still holds one"
+        assert cluster.pull(0) is None, "a batch may come back: worker 1 still holds one"
         cluster.lose(1)
         assert cluster.leases(0) == (1,)
 
@@ -185,7 +187,7 @@ class TestSilence:
         theta = cluster.server.master.params.clone()
         cluster.lose(1)
         cluster.pull(0)
-        assert torch.allclose(cluster.views[0], theta - 0.9 * 0.1 * 1.0), "the look-ahead forgets who is gone"
+        assert torch.allclose(cluster.views[0], theta - 0.9 * 0.1 * 1.0), "the look-ahead leaves out lost workers"
         cluster.come_back(1)
         assert torch.allclose(cluster.views[1], theta - 0.9 * 0.1 * 3.0)
         cluster.pull(0)
@@ -203,7 +205,7 @@ class TestSilence:
     def test_a_newer_incarnation_takes_the_place_of_a_live_one(self):
         core, view = started(workers=1)
         fresh = parameters(core.handle("new", replace(JOIN, incarnation=2, params=None), 1.0), "new")
-        assert fresh.leases == (0,), "what the old one held"
+        assert fresh.leases == (0,), "the batch that the old process held"
         refusal = answer(core.handle(0, push_on(view), 2.0))
         assert isinstance(refusal, Refusal)
         assert "another incarnation" in refusal.reason
@@ -233,7 +235,7 @@ def test_who_comes_back_is_told_what_of_his_was_applied():
     worker = WorkerCore(role, core.settings.rule().worker_rule)
     [(_, first)] = core.handle(b"a", worker.join(torch.zeros(2)), 0.0)
     worker.receive(first)
-    push = worker.push(torch.ones(2), (0.1,), 1, None, 0)
+    push = worker.push(Step(0, (0.1,), 1, None), torch.ones(2))
     [(_, lost)] = core.handle(b"a", push, 1.0)
     assert lost.applied
     core.tick(20.0)

@@ -1,4 +1,4 @@
-"""How a run ends, with time as a number: what leaving workers bring, whom the server waits for, what is final."""
+"""How a run ends, with time as a number: what leaving workers bring, whom the server waits for, and what is final."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_if_nobody_is_there_at_the_end_the_last_that_left_counts():
 
 
 def test_nothing_is_kept_of_who_left():
-    """However many workers come and go, a checkpoint holds the vectors of those that take part."""
+    """A checkpoint holds the vectors of the workers that take part, however many come and go."""
     sizes = []
     for guests in (1, 100):
         cluster = Cluster("dana-zero", 1, torch.ones(SIZE), buffers=2)
@@ -184,7 +184,7 @@ def stop(cluster: Cluster, worker: int, reason: str = "converged") -> None:
 
 @pytest.mark.parametrize("algorithm", ["asgd", "dana", "ssgd", "easgd"])
 def test_one_worker_ends_the_run_for_all(algorithm):
-    """What the others compute at that moment still counts. Then they hear that no batches are left, and leave."""
+    """The batches that the others compute at that moment still count. Then they hear that none are left, and leave."""
     cluster = Cluster(algorithm, 3, torch.ones(SIZE), plan=Plan(100, 2), ahead=3)
     for worker in range(3):
         cluster.push(worker, GRADIENT, 0.1)
@@ -257,7 +257,7 @@ def test_a_run_that_all_have_left_was_not_trained_to_its_end():
     assert cluster.server.summary()["stopped"] == "every worker left before the last batch"
 
 
-# ---- who comes late -------------------------------------------------------------------------------------------------
+# ---- latecomers -----------------------------------------------------------------------------------------------------
 
 
 def test_anybody_may_ask_how_far_the_run_is():

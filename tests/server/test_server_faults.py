@@ -1,5 +1,5 @@
-"""Any order of anything: crashes of workers and of the server, silences, lost and repeated messages around one core,
-and what always holds.
+"""Crashes of workers and of the server, silences, lost and repeated messages, in any order around one core: the
+invariants always hold.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from mortal import WORKERS, MortalCluster
 from stimuli import SIZE
 
-from danaz.protocol.messages import Heartbeat
+from danaz.protocol.messages import Heartbeat, Parameters, Push
 from danaz.worker.states import WorkerState
 
 ALGORITHMS = ["dana-zero", "dana", "asgd", "ssgd", "dana-ga"]
@@ -34,7 +34,19 @@ class ServerUnderFaults(MortalCluster, RuleBasedStateMachine):
         pipelined=st.booleans(),
     )
     def begin(self, algorithm, ahead, batches, pipelined):
+        self.delivered: list[tuple[torch.Tensor, torch.Tensor]] = []  # views: as held, as sent
         super().begin(algorithm, ahead, batches, pipelined)
+
+    def deliver(self, replies):
+        super().deliver(replies)
+        views = [reply.view for _, reply in replies if isinstance(reply, Parameters)]
+        self.delivered += [(view, view.clone()) for view in views]
+
+    def undecided(self, worker):
+        """Return the request number of the newest push of a worker's process, if it has not heard what came of it."""
+        incarnation, last = self.incarnation[worker], self.last[worker].request
+        pushes = [r for r in self.sent[worker] if isinstance(r, Push) and r.incarnation == incarnation]
+        return max((push.request for push in pushes if push.request > last), default=0)
 
     # ---- what may happen -----------------------------------------------------------------------------------------
 
@@ -50,7 +62,7 @@ class ServerUnderFaults(MortalCluster, RuleBasedStateMachine):
 
     @rule(worker=which)
     def repeats(self, worker):
-        """A worker gets no answer in time, and says the same again."""
+        """A worker gets no answer in time, and repeats its request."""
         core = self.workers.get(worker)
         if core is not None and core.unanswered is not None:
             self.to_server(worker, self.sent[worker][-1])
@@ -99,7 +111,7 @@ class ServerUnderFaults(MortalCluster, RuleBasedStateMachine):
     @precondition(lambda self: self.checkpoint is not None)
     @rule(later=st.sampled_from([0.0, 5.0, 30.0]))
     def server_is_killed(self, later):
-        """This happens between any two messages; the last answers may or may not arrive."""
+        """The kill comes between any two messages. The last answers may or may not arrive."""
         self.restart()
         self.now += later
         self.deliver(self.core.tick(self.now))
@@ -137,31 +149,34 @@ class ServerUnderFaults(MortalCluster, RuleBasedStateMachine):
 
     @invariant()
     def workers_hold_views_as_they_were_sent(self):
-        """Whatever they compute on: a server that was restarted may go on from such a view. And that is no NaN."""
+        """Computing changes no view: a restarted server may go on from it. And no view holds a NaN."""
+        assert all(torch.equal(held, sent) for held, sent in self.delivered)
         for worker, core in self.workers.items():
-            for view in (core._view, core.fetched):
-                assert view is None or any(torch.equal(view.params, sent) for sent in self.views[worker])
-            if core._view is not None:
+            views = self.views[worker]
+            assert core.fetched is None or any(torch.equal(core.fetched.params, sent) for sent in views)
+            if views:
                 point = torch.empty(SIZE)
                 core.compute_on(point)
                 assert point.isfinite().all()
+                # In a pipeline, a worker may add its own push to the view.
+                assert self.pipelined or any(torch.equal(point, sent) for sent in views)
 
     @invariant()
     def worker_and_server_count_the_same_pushes(self):
-        """Each push is applied exactly once, as both ends see it: else dana's velocities and its server drift apart."""
+        """Each push is applied once, as both ends see it. Otherwise their velocities would drift apart."""
         for worker, core in self.workers.items():
             member = self.core.members.get(worker)
-            is_in = core._view is not None and core.state is not WorkerState.LEFT
-            knows_of_restart = is_in and core._view.life == self.core.life
+            is_in = bool(self.views[worker]) and core.state is not WorkerState.LEFT
+            knows_of_restart = is_in and self.last[worker].life == self.core.life
             if member and knows_of_restart and member.incarnation == core.role.incarnation and not self.core.recovery:
                 process = worker, member.incarnation
                 journal = {push for pushes in self.pushes for push in pushes if push[:2] == process}
                 assert member.updates == len(journal)
-                assert self.applied[worker] - self.lost_pushes == journal - {(*process, core._undecided)}
+                assert self.applied[worker] - self.lost_pushes == journal - {(*process, self.undecided(worker))}
 
     @invariant()
     def the_parameters_are_the_sum_of_the_journals_pushes(self):
-        """Where the server adds up what comes, and what is given back."""
+        """This holds under rules where the server only adds up pushes and what is given back."""
         core = self.core
         if not core.started or core.recovery or not core.master.rule.view_is_state:
             return
@@ -174,11 +189,11 @@ class ServerUnderFaults(MortalCluster, RuleBasedStateMachine):
     @invariant()
     def what_is_lost_is_counted(self):
         if self.core.started and not self.core.recovery:
-            assert self.core.figures.lost_updates == self.lost
-            assert self.core.master.version == self.core.figures.updates == len(self.updates)
+            assert self.core.totals.lost_updates == self.lost
+            assert self.core.master.version == self.core.totals.updates == len(self.updates)
 
     def teardown(self):
-        """From whatever state, the run comes to its end when faults cease."""
+        """Whatever its state, the run comes to its end when the faults cease."""
         if not hasattr(self, "core"):
             return
         for _ in range(40 * self.plan.batches + 200):
@@ -225,11 +240,11 @@ ALWAYS = [
     ServerUnderFaults.what_is_lost_is_counted,
 ]
 WORK_PER_FAULT = 2
-FAULTS_EACH = 2500  # of each algorithm
+FAULTS_EACH = 2500  # faults for each algorithm
 
 
 def rehearse(algorithm: str, seed: int, pipelined: bool) -> int:
-    """One run to its end in virtual time; returns the number of faults it survived. A failure names its seed."""
+    """Carry one run to its end in virtual time. Return the number of faults it survived. A failure names its seed."""
     chance = random.Random(f"{algorithm} {seed}")
     machine = ServerUnderFaults()
     machine.begin(algorithm, ahead=chance.randint(1, 3), batches=chance.randint(20, 80), pipelined=pipelined)
@@ -246,7 +261,7 @@ def rehearse(algorithm: str, seed: int, pipelined: bool) -> int:
 
 
 def act(machine: ServerUnderFaults, what: Callable[..., None], chance: random.Random) -> bool:
-    """Let one thing happen, with random arguments; returns whether it could."""
+    """Let one thing happen, with random arguments. Return whether it could."""
     arguments = {
         "worker": chance.randrange(WORKERS),
         "grad": chance.choice([float("nan"), float("inf")] if "numerically" in what.__name__ else [1.0, -0.5, 2.0]),

@@ -1,4 +1,4 @@
-"""Each push is applied once, and one that is not sound changes nothing."""
+"""Each push is applied once, and an unsound push changes nothing."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class TestExactlyOnce:
         assert arithmetic_of(core) == before
 
     def test_a_late_copy_of_the_join_changes_nothing(self):
-        """Else late copies of old pushes would look new. A process started anew learns why it may not join."""
+        """Otherwise late copies of old pushes would look new. A new process learns why it may not join."""
         core, view = started("asgd")
         for request in (2, 3):
             view = parameters(core.handle(0, push_on(view, request=request), 1.0))
@@ -75,7 +75,7 @@ class TestExactlyOnce:
         reply = parameters(core.handle(0, push_on(view, view_version=7), 1.0))
         assert not reply.applied
         assert "another view" in reply.refused
-        assert reply.leases == (0,), "to whoever comes first, and that is the same worker"
+        assert reply.leases == (0,), "the first worker that asks gets it, which is the same worker"
         assert arithmetic_of(core) == before
         assert core.leases.completed == 0
         assert parameters(core.handle(0, push_on(reply, request=3), 2.0)).applied
@@ -93,7 +93,7 @@ class TestExactlyOnce:
         assert core.master.version == 3
 
     def test_a_push_once_refused_is_not_applied_later(self):
-        """A copy comes when it would be valid: the worker may have read the refusal, and taken its velocity back."""
+        """A copy comes when it would be valid. The worker may have read the refusal, and restored its velocity."""
         core, view = started("asgd", workers=2)
         push = push_on(view, view_version=1)
         assert "another view" in parameters(core.handle(0, push, 1.0)).refused
@@ -103,7 +103,7 @@ class TestExactlyOnce:
         assert core.master.version == 1
 
     def test_a_join_repeated_while_a_round_is_open(self):
-        """Its answer is on its way: the worker is in this round already."""
+        """The answer is still to come: the worker's push is in this round already."""
         core, view = started("ssgd", workers=2)
         core.handle(0, push_on(view), 1.0)
         again = parameters(core.handle(1, replace(JOIN, worker=1, params=None), 2.0), 1)
@@ -174,7 +174,7 @@ NOT_LEASED = {
 @pytest.mark.parametrize("algorithm", ["dana-zero", "dana-ga", "dana", "ssgd", "bmuf"])
 class TestWhatTouchesNothing:
     def worn(self, algorithm: str) -> tuple[ServerCore, Parameters, list[object]]:
-        """A core of two workers that each have pushed, so that every vector holds something."""
+        """Return a core with two workers that each have pushed, so that no vector is zero."""
         core, view = started(algorithm, workers=2)
         core.handle(0, push_on(view), 1.0)
         replies = core.handle(1, push_on(view, worker=1, batch=1), 1.0)
@@ -187,8 +187,8 @@ class TestWhatTouchesNothing:
         reply = parameters(core.handle(0, push_on(view, request=4, **change), 2.0))
         assert arithmetic_of(core) == before
         assert (reply.applied, reply.refused) == (False, "push is not finite")
-        assert core.figures.refusals == {"push is not finite": 1}
-        assert core.leases.completed == 3, "computed again, it would be no better: the batch counts as used"
+        assert core.totals.refusals == {"push is not finite": 1}
+        assert core.leases.completed == 3, "the batch counts as used: computed again, it would be no better"
         assert not core.diverged
 
     @pytest.mark.parametrize("change", MISFITS.values(), ids=MISFITS)
@@ -197,7 +197,7 @@ class TestWhatTouchesNothing:
         reply = parameters(core.handle(0, push_on(view, request=4, **change), 2.0))
         assert arithmetic_of(core) == before
         assert reply.refused == "push has the wrong size"
-        assert core.figures.refusals == {"push has the wrong size": 1}
+        assert core.totals.refusals == {"push has the wrong size": 1}
         assert core.leases.completed == 2
         assert view.leases[0] in reply.leases
 
@@ -212,7 +212,7 @@ class TestWhatTouchesNothing:
         assert not core.leases.holds(1, view.leases[0])
 
     def test_the_refused_push_repeated(self, algorithm):
-        """Its answer was lost: it is refused again, without another strike."""
+        """Its answer was lost. It is refused again, without another strike."""
         core, view, before = self.worn(algorithm)
         for now in (2.0, 3.0, 4.0, 5.0):
             reply = parameters(core.handle(0, push_on(view, request=4, **UNSOUND["NaN"]), now))

@@ -13,7 +13,8 @@ from danaz.protocol.messages import Final, Heartbeat, Noted, Parameters, Plan, R
 from danaz.protocol.refusals import OUTLIER
 from danaz.server.core import ServerCore
 from danaz.server.health import ENOUGH_PUSHES, PushHealth
-from danaz.server.snapshot import CoreState
+from danaz.server.snapshot import Snapshot
+from danaz.worker.core import Step
 from danaz.worker.states import WorkerState
 
 REPORTED = {"not_finite": 0, "outliers": 1, "refused_pushes": 0, "dropped_batches": 0, "dropped_samples": 0}
@@ -26,7 +27,7 @@ class Restartable(Cluster):
         self.notices: list[str] = []
         super().__init__(*args, **kwargs)
 
-    def restart(self, state: CoreState, life: int = 1) -> None:
+    def restart(self, state: Snapshot, life: int = 1) -> None:
         self.server = ServerCore(self.settings, on_update=self.updates.append, on_notice=self.notices.append)
         self.server.restore(state, self.updates[state.version :], life, self.now)
 
@@ -47,7 +48,7 @@ class TestGoingOn:
         assert 1 not in cluster.views, "worker 0 may have a newer one"
         cluster.come_back(0)
         assert torch.equal(cluster.server.master.params, before.master.params)
-        assert (cluster.server.master.version, cluster.server.figures.lost_updates) == (9, 0)
+        assert (cluster.server.master.version, cluster.server.totals.lost_updates) == (9, 0)
         assert [m.updates for m in cluster.server.members.values()] == [5, 4]
         assert cluster.server.leases.completed == before.leases.completed
         assert cluster.notices == ["server restarted: it goes on at version 9, 0 updates are lost"]
@@ -58,19 +59,19 @@ class TestGoingOn:
         cluster.train(4)
         theta = cluster.server.master.params.clone()
         core = cluster.workers[0]
-        push = core.push(GRADIENT, (0.1,), 1, 1.0, cluster.leases(0)[0])
-        cluster.server.handle(0, push, 0.0)  # and its answer is lost
+        push = core.push(Step(cluster.leases(0)[0], (0.1,), 1, 1.0), GRADIENT)
+        cluster.server.handle(0, push, 0.0)  # its answer is lost
         cluster.restart(state)
         for worker in (0, 1):
             cluster.come_back(worker)
         assert torch.equal(cluster.server.master.params, theta)
-        assert (cluster.server.master.version, cluster.server.figures.lost_updates) == (4, 1)
+        assert (cluster.server.master.version, cluster.server.totals.lost_updates) == (4, 1)
 
     def test_an_unanswered_push_that_is_in_the_newest_view_is_not_done_again(self):
         cluster = Restartable("dana", 2, torch.ones(SIZE))
         state = cluster.server.snapshot()
         core = cluster.workers[0]
-        cluster.server.handle(0, core.push(GRADIENT, (0.1,), 1, 1.0, cluster.leases(0)[0]), 0.0)  # no answer
+        cluster.server.handle(0, core.push(Step(cluster.leases(0)[0], (0.1,), 1, 1.0), GRADIENT), 0.0)  # no answer
         cluster.push(1, GRADIENT, 0.1)
         cluster.restart(state)
         for worker in (0, 1):
@@ -100,18 +101,18 @@ class TestGoingOn:
         cluster.restart(state)
         for worker in (0, 1):
             cluster.come_back(worker)
-        assert (cluster.server.master.version, cluster.server.figures.lost_updates) == (4, 5)
+        assert (cluster.server.master.version, cluster.server.totals.lost_updates) == (4, 5)
         assert torch.allclose(cluster.views[1], view), "parameters and all velocities"
         assert cluster.server.leases.completed == 4
 
     def test_a_view_from_before_another_restart_is_not_believed(self):
-        """The view's version has been made again since, from other pushes."""
+        """The server has made that version again since, from other pushes."""
         cluster = Restartable("asgd", 2, torch.ones(SIZE))
         state = cluster.server.snapshot()
         cluster.train(4)
         cluster.restart(state, life=1)
         cluster.now += cluster.settings.recovery_s
-        cluster.come_back(0)  # and worker 1 computes on, with its view of version 4
+        cluster.come_back(0)  # worker 1 goes on computing, with its view of version 4
         assert cluster.server.master.version == 3
         del cluster.updates[3:]
         for _ in range(2):
@@ -135,7 +136,7 @@ class TestGoingOn:
         assert 0 in cluster.views
 
     def test_whoever_beats_is_alive_although_it_has_not_joined_again(self):
-        """It computes on a batch, and is the last to hear of the restart."""
+        """It computes a batch, and is the last to hear of the restart."""
         cluster = Restartable("dana-zero", 2, torch.ones(SIZE))
         cluster.restart(cluster.server.snapshot())
         cluster.come_back(0)
@@ -156,7 +157,7 @@ class TestGoingOn:
         assert (refusal.rejoin, refusal.reason) == (True, "the server was restarted")
 
     def test_a_push_that_was_computed_before_the_restart_is_refused(self):
-        """Its view has the same version as one of the new server, and may be another."""
+        """Its view has the same version as a view of the new server, but may differ from it."""
         core, _ = started("dana-zero")
         anew = ServerCore(core.settings)
         anew.restore(core.snapshot(), [], 1, 0.0)
@@ -185,7 +186,7 @@ class TestGoingOn:
         assert torch.allclose(cluster.views[0], theta - 0.9 * 0.1 * velocity), "its velocity starts at zero"
 
     def test_the_end_survives(self):
-        """All workers have left, but none got the answer: same parameters, each share given back once."""
+        """All workers have left, but none got the answer. The parameters stay, and each share is given back once."""
         plan = Plan(2, 1)
         cluster = Restartable("dana", 2, torch.ones(SIZE), plan=plan)
         for worker in (0, 1):
@@ -239,7 +240,7 @@ class TestSickWorkers:
     def test_and_refused_if_so_wished(self):
         cluster, reply = self.train_with_an_outlier("asgd", refuse=True, factor=3000.0)
         assert (reply.applied, reply.refused) == (False, OUTLIER)
-        assert cluster.server.leases.completed == 2 * ENOUGH_PUSHES + 1, "its batch counts as used, or it came again"
+        assert cluster.server.leases.completed == 2 * ENOUGH_PUSHES + 1, "its batch counts as used"
         assert isinstance(cluster.push(1, GRADIENT, 0.1), Parameters)
 
     def test_a_larger_batch_gradient_is_no_sickness(self):
@@ -247,7 +248,7 @@ class TestSickWorkers:
         assert cluster.notices == []
 
     def test_a_rate_that_rises_is_no_sickness(self):
-        """Displacements are compared without their rate, because a schedule may begin anew."""
+        """Displacements are compared after division by the rate, because a schedule may begin again."""
         cluster = Restartable("dana", 2, torch.zeros(SIZE))
         for _ in range(2 * ENOUGH_PUSHES):
             for worker in (0, 1):

@@ -57,7 +57,7 @@ class TestRounds:
         assert cluster.views.keys() == {0, 1, 2}
         cluster.push(0, GRADIENT, 0.1)
         cluster.push(1, GRADIENT, 0.1)
-        assert cluster.server.master.version == 1, "and now it is waited for"
+        assert cluster.server.master.version == 1, "now the round waits for it"
         cluster.push(2, GRADIENT, 0.1)
         assert cluster.server.master.version == 2
 
@@ -83,7 +83,7 @@ class TestRounds:
         assert all(isinstance(r, Parameters) and r.done for r in cluster.replies.values())
 
     def test_a_second_push_before_the_round_is_full(self):
-        """A worker breaks the protocol: nothing is done twice, and the round still closes."""
+        """A worker breaks the protocol. Nothing is done twice, and the round still closes."""
         core, view = started("ssgd", workers=2)
         core.handle(0, push_on(view), 1.0)
         reply = parameters(core.handle(0, push_on(view, request=3), 1.0))
@@ -140,7 +140,7 @@ class TestDivergence:
 
     @pytest.mark.parametrize("algorithm", ["dana", "ssgd"])
     def test_a_diverged_run_ends_for_all(self, algorithm):
-        """A result, not a crash: nobody waits for batches under way, and every worker leaves with the parameters."""
+        """Divergence is a result, not a crash: the run ends at once, and every worker gets the parameters."""
         cluster = Cluster(algorithm, 2, torch.ones(SIZE), ahead=3, buffers=2)
         loss = 1.0
         while not cluster.server.diverged:
@@ -161,14 +161,14 @@ class TestDivergence:
         assert cluster.server.finished
 
     def test_statistics_that_are_not_finite_do_not_keep_a_worker(self):
-        """The worker brings batch-norm statistics of a diverged model: it may leave, but they are not in the mean."""
+        """A worker that brings batch-norm statistics of a diverged model may leave, but they are not in the mean."""
         cluster = Cluster("dana", 2, torch.ones(SIZE), plan=Plan(1, 1), buffers=2)
         cluster.push(0, GRADIENT, 0.1)
         cluster.leave(0, torch.tensor([NAN, 1.0]))
         cluster.leave(1, torch.tensor([3.0, 4.0]))
         assert cluster.final.keys() == {0, 1}
         assert cluster.final[0].buffers.tolist() == [3.0, 4.0]
-        assert cluster.server.figures.refusals["leaving worker's vectors are not finite"] == 1
+        assert cluster.server.totals.refusals["leaving worker's vectors are not finite"] == 1
 
     def test_a_gap_beyond_float32_is_none(self):
         cluster = Cluster("asgd", 2, torch.ones(SIZE), gap_every=1)

@@ -1,4 +1,4 @@
-"""Restarted shards hear from workers to which checkpoint all go back, at whatever moment they were killed."""
+"""Workers tell restarted shards which checkpoint all go back to, at whatever moment the shards were killed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Tensor:
 
 
 class Kill:
-    """All shards die when this request, counted over both ways, has not come yet, or was heeded and not answered."""
+    """All shards die before this request, counted over both ways, has come, or after it was served but not answered."""
 
     def __init__(self, trainer: Trainer, moment: int, when: str):
         self._servers, self._moment, self._when = trainer.servers, moment, when
@@ -45,7 +45,7 @@ class Kill:
             self._strike()
 
     def _is_lost(self) -> bool:
-        is_now = next(self._heeded) == self._moment and self._when == "behind"
+        is_now = next(self._heeded) == self._moment and self._when == "after"
         if is_now:
             self._strike()
         return is_now
@@ -57,19 +57,19 @@ class Kill:
             self._servers.kill()
 
 
-@pytest.mark.parametrize("when", ["before", "behind"])
+@pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("moment", range(30))
 def test_killed_at_any_moment(moment: int, when: str, tmp_path: Path, undisturbed: Tensor) -> None:
-    """From the first join to the last good-bye."""
+    """The shards are killed at every moment from the first join to the last good-bye."""
     trainer = Trainer(Servers(tmp_path / "run"))
     kill = Kill(trainer, moment, when)
     trainer.join()
     trainer.train()
     end = trainer.leave()
     trainer.bye()
-    # Once shard 0 has kept that training is over, nothing is trained again of what the other has not kept.
+    # Once shard 0 has saved that training is over, updates that the other shard has not saved are not made again.
     assert torch.equal(end, undisturbed) or kill.training_was_over
-    check_run(trainer.servers, trainer.servers.cores[0].figures.restarts)
+    check_run(trainer.servers, trainer.servers.cores[0].totals.restarts)
     assert not any(folder.exists() for folder in trainer.servers.folders)
     trainer.link.close()
 
@@ -86,7 +86,7 @@ def both_joined(servers: Servers) -> tuple[Trainer, Trainer]:
 
 @pytest.mark.parametrize("told", [0, 1])
 def test_a_worker_dies_when_it_has_told_one_shard(told: int, tmp_path: Path) -> None:
-    """What that one went back to is the choice of the next worker, too."""
+    """The next worker makes the choice that this shard has been told."""
     first, second = both_joined(servers := Servers(tmp_path / "run", workers=2))
     first.train(3)
     second.train(3)
@@ -104,7 +104,7 @@ def test_a_worker_dies_when_it_has_told_one_shard(told: int, tmp_path: Path) -> 
 
 
 def test_a_shard_that_was_not_restarted_yet_is_waited_for(trainer: Trainer, undisturbed: Tensor) -> None:
-    """This holds also for one that was restarted before and has gone on since: its choice of then is no offer now."""
+    """This holds also for a shard that was restarted before and has gone on since: it no longer offers that choice."""
     servers = trainer.servers
     trainer.while_it_waits = lambda: servers.kill(0)
     for life in (1, 2):
@@ -122,7 +122,7 @@ def test_a_shard_that_is_never_restarted_is_not_waited_for_forever(trainer: Trai
     with pytest.raises(ServerLostError, match="did not come back together"):
         trainer.push()
     assert sum(trainer.waits) > GIVE_UP_S
-    assert len(trainer.waits) < GIVE_UP_S, "it does not ask all the time"
+    assert len(trainer.waits) < GIVE_UP_S, "it waits between its requests"
 
 
 def test_a_choice_that_is_late_or_none_is_not_heeded(trainer: Trainer, undisturbed: Tensor) -> None:
@@ -149,7 +149,7 @@ def test_nothing_but_the_offer_comes_of_a_shard_that_does_not_know_where_to_go_o
     trainer.servers.tick(1e12)
     for keeper in trainer.servers.keepers:
         keeper.finish()
-    assert not (trainer.servers.run / "summary.json").exists(), "there may be one elsewhere that says more"
+    assert not (trainer.servers.run / "summary.json").exists(), "another folder may hold a fuller one"
     assert all(complete_numbers(folder) for folder in trainer.servers.folders)
 
 
@@ -159,7 +159,7 @@ def test_what_all_have_is_kept_and_no_more_than_a_few(tmp_path: Path) -> None:
     kept = [complete_numbers(folder) for folder in trainer.servers.folders]
     assert len(set.intersection(*map(set, kept))) > 1
     assert max(map(len, kept)) < 6
-    assert max(kept[0]) == 12, "an update each, and the beginning"
+    assert max(kept[0]) == 12, "a checkpoint for each update, and the beginning"
 
 
 @pytest.mark.parametrize("garbage", [(1 << 40,), (-1, 0), (10, 11)])

@@ -1,4 +1,4 @@
-"""Checkpoints on disk, and the journal beside them: whatever is cut or altered is recognised."""
+"""Checkpoints on disk, and the journal beside them: damage of any kind is recognised."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from stimuli import JOIN
 
 from danaz.protocol.messages import Leave, Report
-from danaz.run.folder import RunFolder, read_summary
+from danaz.run.folder import read_summary
 from danaz.server.core import ServerCore
-from danaz.server.figures import Update
+from danaz.server.records import Update
 from danaz.server.settings import ServerSettings
-from danaz.server.snapshot import CoreState, ResumeError
+from danaz.server.snapshot import ResumeError, Snapshot
 from danaz.serving.checkpoint import (
     FOLDER,
     FORMAT,
@@ -29,13 +29,14 @@ from danaz.serving.checkpoint import (
     worth_keeping,
     write_checkpoint,
 )
-from danaz.serving.keeper import Checkpoints, Keeper
+from danaz.serving.journal import RunWriter
+from danaz.serving.keeper import Checkpoints, RunKeeper
 
 SIZE = 5
 
 
-def state_of(version: int, algorithm: str = "dana-zero") -> CoreState:
-    """The state of a server after this number of updates, by two workers in turn; one has left."""
+def snapshot_of(version: int, algorithm: str = "dana-zero") -> Snapshot:
+    """Return a snapshot of a server after ``version`` updates by two workers in turn, of which one has left."""
     cluster = Cluster(algorithm, 3, torch.ones(SIZE), groups=(2, 3), buffers=2)
     cluster.leave(2, torch.tensor([3.0, 4.0]))
     for number in range(version):
@@ -43,12 +44,12 @@ def state_of(version: int, algorithm: str = "dana-zero") -> CoreState:
     return cluster.server.snapshot()
 
 
-def same(one: CoreState, other: CoreState) -> bool:
+def same(one: Snapshot, other: Snapshot) -> bool:
     equal = all(torch.equal(one.tensors[name], tensor) for name, tensor in other.tensors.items())
     return one.facts == json.loads(json.dumps(other.facts)) and one.tensors.keys() == other.tensors.keys() and equal
 
 
-def newest(folder: Path) -> CoreState:
+def newest(folder: Path) -> Snapshot:
     found = read_newest(folder)
     assert found is not None
     return found[0]
@@ -57,7 +58,7 @@ def newest(folder: Path) -> CoreState:
 class TestCheckpoints:
     @pytest.mark.parametrize("algorithm", ["dana", "dana-zero", "dana-ga", "easgd", "asgd"])
     def test_a_state_comes_back(self, algorithm, tmp_path):
-        state = state_of(7, algorithm) if algorithm != "easgd" else state_of(0, algorithm)
+        state = snapshot_of(7, algorithm) if algorithm != "easgd" else snapshot_of(0, algorithm)
         write_checkpoint(tmp_path, 1, state)
         assert same(newest(tmp_path), state)
 
@@ -75,9 +76,9 @@ class TestCheckpoints:
         before["member.1.velocity"] = torch.ones(SIZE)
         tensors = {name: tensor for name, tensor in state.tensors.items() if not name.startswith("buffers.")}
         core = ServerCore(cluster.settings)
-        core.restore(CoreState(json.loads(json.dumps(state.facts)), tensors | before), [], 1, 0.0)
+        core.restore(Snapshot(json.loads(json.dumps(state.facts)), tensors | before), [], 1, 0.0)
         assert core.mean_buffers().tolist() == [6.0, 7.0]
-        assert core.figures.first_losses == {0: 2.0, 1: 2.0}
+        assert core.totals.first_losses == {0: 2.0, 1: 2.0}
         assert core.members[0].vectors.keys() == {"velocity"}
 
     def test_a_copy_does_not_move_with_the_run(self):
@@ -88,12 +89,12 @@ class TestCheckpoints:
         assert torch.equal(state.tensors["member.0.velocity"], torch.zeros(SIZE))
 
     def test_the_tensors_are_plain_safetensors(self, tmp_path):
-        write_checkpoint(tmp_path, 3, state_of(4))
+        write_checkpoint(tmp_path, 3, snapshot_of(4))
         assert {"params", "shared.sum", "member.0.velocity"} <= load_file(tmp_path / "000003.safetensors").keys()
 
     def test_no_more_stay_than_are_to_be_kept(self, tmp_path):
         for number in range(1, 6):
-            write_checkpoint(tmp_path, number, state_of(number), keep=[3, number - 1])
+            write_checkpoint(tmp_path, number, snapshot_of(number), keep=[3, number - 1])
         assert complete_numbers(tmp_path) == [3, 4, 5]
         assert len([*tmp_path.iterdir()]) == 6
         assert newest(tmp_path).version == 5
@@ -101,10 +102,10 @@ class TestCheckpoints:
     @pytest.mark.parametrize(
         ("numbers", "common", "kept"),
         [
-            ([3, 4, 5, 6], [4, 5], [4, 5, 6]),  # of one shard alone, the last two are those of all
+            ([3, 4, 5, 6], [4, 5], [4, 5, 6]),  # with one shard, the last two are those of all
             ([1, 2, 3, 5, 6, 7], [3], [3, 5, 6, 7]),
-            ([1, 2, 3], [], [1, 2, 3]),  # another shard may have kept any
-            ([1, *range(3, 20)], [1, 3], [1, 3, *range(12, 20)]),  # another cannot write any more
+            ([1, 2, 3], [], [1, 2, 3]),  # another shard may have any of them
+            ([1, *range(3, 20)], [1, 3], [1, 3, *range(12, 20)]),  # another shard cannot write any more
         ],
     )
     def test_what_all_shards_can_go_back_to_is_kept(self, numbers, common, kept):
@@ -114,7 +115,7 @@ class TestCheckpoints:
         assert read_newest(tmp_path / "none") is None
 
     def test_one_that_was_not_finished_is_none_but_its_number_is_taken(self, tmp_path):
-        write_checkpoint(tmp_path, 1, state_of(1))
+        write_checkpoint(tmp_path, 1, snapshot_of(1))
         (tmp_path / "000001.json").unlink()
         assert read_newest(tmp_path) is None
         assert newest_number(tmp_path) == 1
@@ -122,7 +123,7 @@ class TestCheckpoints:
     @pytest.mark.parametrize("kind", ["json", "safetensors"])
     def test_any_cut_or_flipped_bit_is_seen_and_the_one_before_is_taken(self, kind, tmp_path):
         for number in (1, 2):
-            write_checkpoint(tmp_path, number, state_of(number), keep=[1])
+            write_checkpoint(tmp_path, number, snapshot_of(number), keep=[1])
         path, chance = tmp_path / f"000002.{kind}", random.Random(1)
         whole = path.read_bytes()
         for _ in range(200):
@@ -137,14 +138,14 @@ class TestCheckpoints:
         assert newest(tmp_path).version == 2
 
     def test_a_missing_file_is_seen(self, tmp_path):
-        write_checkpoint(tmp_path, 1, state_of(1))
+        write_checkpoint(tmp_path, 1, snapshot_of(1))
         (tmp_path / "000001.safetensors").unlink()
         with pytest.raises(ResumeError, match=r"checkpoint 1 is damaged.*missing"):
             read_newest(tmp_path)
 
     def test_if_none_is_sound_nothing_is_made_up(self, tmp_path):
         for number in (1, 2):
-            write_checkpoint(tmp_path, number, state_of(number), keep=[1])
+            write_checkpoint(tmp_path, number, snapshot_of(number), keep=[1])
             (tmp_path / f"{number:06d}.json").write_text("[]")
         with pytest.raises(ResumeError, match=r"no checkpoint in .* is sound"):
             read_newest(tmp_path)
@@ -160,54 +161,54 @@ UPDATES = [
 
 
 class TestJournal:
-    def folder(self, path: Path) -> RunFolder:
-        folder = RunFolder(path, {})
+    def folder(self, path: Path) -> RunWriter:
+        folder = RunWriter(path, {})
         for update in UPDATES:
             folder.record(update)
         return folder
 
     def test_updates_come_back(self, tmp_path):
         folder = self.folder(tmp_path)
-        assert folder.journal(after=0) == UPDATES
-        assert folder.journal(after=2) == UPDATES[2:]
-        assert folder.journal(after=3) == []
+        assert folder.read_journal(after=0) == UPDATES
+        assert folder.read_journal(after=2) == UPDATES[2:]
+        assert folder.read_journal(after=3) == []
 
     def test_each_is_on_its_way_to_the_disk_before_its_worker_hears(self, tmp_path):
-        """In the kernel's hands, where no SIGKILL reaches."""
-        folder = RunFolder(tmp_path, {})
+        """The kernel has it, and no SIGKILL takes it away."""
+        folder = RunWriter(tmp_path, {})
         for number, update in enumerate(UPDATES, 1):
             folder.record(update)
             assert len((tmp_path / "updates.jsonl").read_bytes().splitlines()) == number
 
     def test_a_cut_leaves_whole_lines_and_writing_goes_on_behind_it(self, tmp_path):
         folder = self.folder(tmp_path)
-        assert folder.cut(1) == 2
+        assert folder.cut_journal(1) == 2
         folder.record(UPDATES[1])
-        assert folder.journal(after=0) == UPDATES[:2]
+        assert folder.read_journal(after=0) == UPDATES[:2]
 
     def test_it_ends_before_a_torn_line(self, tmp_path):
         folder = self.folder(tmp_path)
         path = tmp_path / "updates.jsonl"
         path.write_bytes(path.read_bytes()[:-9])
-        assert folder.journal(after=0) == UPDATES[:2]
-        folder.cut(2)
+        assert folder.read_journal(after=0) == UPDATES[:2]
+        folder.cut_journal(2)
         assert path.read_bytes().endswith(b"}\n")
 
     def test_it_ends_before_a_hole(self, tmp_path):
-        folder = RunFolder(tmp_path, {})
+        folder = RunWriter(tmp_path, {})
         for update in (UPDATES[0], UPDATES[2]):
             folder.record(update)
-        assert folder.journal(after=0) == UPDATES[:1]
+        assert folder.read_journal(after=0) == UPDATES[:1]
 
 
 def settings_of(algorithm: str, digest: str = DIGEST) -> ServerSettings:
-    """The settings of the server that continues from state_of."""
+    """Return the settings of a server that goes on from snapshot_of."""
     return ServerSettings(algorithm, workers=2, digest=digest)
 
 
-def resumed(run: Path, digest: str = DIGEST) -> Keeper:
-    """A server process started again."""
-    keeper = Keeper(RunFolder(run, {}), settings_of("dana-zero", digest))
+def resumed(run: Path, digest: str = DIGEST) -> RunKeeper:
+    """Start the server's process again, and return its keeper."""
+    keeper = RunKeeper(RunWriter(run, {}), settings_of("dana-zero", digest))
     keeper.resume()
     return keeper
 
@@ -217,42 +218,42 @@ NESTED = "[" * 100_000 + "]" * 100_000
 
 class TestKeeper:
     def test_another_configuration_cannot_go_on(self, tmp_path):
-        write_checkpoint(tmp_path / FOLDER, 1, state_of(1))
+        write_checkpoint(tmp_path / FOLDER, 1, snapshot_of(1))
         with pytest.raises(ResumeError, match=r"another configuration .*digest the same eve, here deadbeef"):
             resumed(tmp_path, digest="deadbeef")
 
     def test_nor_what_a_state_of_an_earlier_version_says_nothing_of(self, tmp_path):
-        state = state_of(1)
+        state = snapshot_of(1)
         del state.facts["digest"]
         write_checkpoint(tmp_path / FOLDER, 1, state)
         assert resumed(tmp_path, digest="deadbeef").core.started
 
     def test_each_restart_counts_also_one_that_came_to_nothing(self, tmp_path):
-        """Killed while it waits for its workers, a server has written nothing of itself but that."""
-        write_checkpoint(tmp_path / FOLDER, 1, state_of(1))
+        """A server that is killed while it waits for its workers has written nothing else."""
+        write_checkpoint(tmp_path / FOLDER, 1, snapshot_of(1))
         for _ in range(3):
             assert resumed(tmp_path).core.recovery is not None
         keeper = resumed(tmp_path)
         keeper.core.tick(1e12)
         assert keeper.core.recovery is None
         assert keeper.core.summary()["restarts"] == 4
-        assert resumed(tmp_path).core.figures.restarts == 5
+        assert resumed(tmp_path).core.totals.restarts == 5
 
     def test_and_one_before_any_checkpoint(self, tmp_path):
         TestJournal().folder(tmp_path)
         for restarts in (1, 2):
-            figures = resumed(tmp_path).core.figures
+            figures = resumed(tmp_path).core.totals
             assert (figures.restarts, figures.lost_updates) == (restarts, 3)
 
     def test_a_run_that_is_complete_leaves_no_count(self, tmp_path):
-        write_checkpoint(tmp_path / FOLDER, 1, state_of(1))
+        write_checkpoint(tmp_path / FOLDER, 1, snapshot_of(1))
         Checkpoints(tmp_path, resumed(tmp_path).core).delete()
         assert not (tmp_path / FOLDER).exists()
 
     @pytest.mark.parametrize("damage", [NESTED, f'{{"format": "{FORMAT}", "sha256": "", "facts": {NESTED}}}'])
     def test_a_checkpoint_that_nests_without_end_is_damaged(self, damage, tmp_path):
         for number in (1, 2):
-            write_checkpoint(tmp_path, number, state_of(number), keep=[1])
+            write_checkpoint(tmp_path, number, snapshot_of(number), keep=[1])
         (tmp_path / "000002.json").write_text(damage)
         state, why = read_newest(tmp_path)
         assert state.version == 1
@@ -263,7 +264,7 @@ class TestKeeper:
         path = tmp_path / "updates.jsonl"
         first, second, _ = path.read_text().splitlines()
         path.write_text("\n".join([first, second, NESTED]))
-        assert folder.journal(after=0) == UPDATES[:2]
+        assert folder.read_journal(after=0) == UPDATES[:2]
 
     @pytest.mark.parametrize("content", [NESTED, "", "[1]", '{"compl'])
     def test_a_summary_that_is_none_is_named(self, content, tmp_path):
@@ -272,9 +273,9 @@ class TestKeeper:
             read_summary(tmp_path)
 
     def test_what_was_before_training_diverged_stays(self, tmp_path):
-        """Each checkpoint since then holds what cannot be used; these go when the run is over."""
+        """The checkpoints since then cannot be used, and are deleted when the run is over."""
         core = ServerCore(settings_of("dana-zero"))
-        core.restore(state_of(4), [], 1, 0.0)
+        core.restore(snapshot_of(4), [], 1, 0.0)
         checkpoints = Checkpoints(tmp_path, core)
         for number in (1, 2, 3):
             checkpoints.write(number)
@@ -287,13 +288,13 @@ class TestKeeper:
         assert complete_numbers(folder) == [2, 3, 5, 6]
         again = ServerCore(settings_of("dana-zero"))
         again.restore(newest(folder), [], 2, 0.0)
-        assert again.state.sound == (2, 3), "a restart does not forget it"
+        assert again.state.sound == (2, 3), "a restart keeps this"
         Checkpoints(tmp_path, again).delete()
         assert complete_numbers(folder) == [2, 3]
 
     def test_of_parameters_that_are_not_finite_there_is_no_checkpoint(self, tmp_path, capsys):
         core = ServerCore(settings_of("dana-zero"))
-        core.restore(state_of(4), [], 1, 0.0)
+        core.restore(snapshot_of(4), [], 1, 0.0)
         checkpoints = Checkpoints(tmp_path, core)
         checkpoints.write(1)
         core.master.replace(torch.full((SIZE,), float("nan")))
@@ -303,35 +304,35 @@ class TestKeeper:
         assert "no checkpoint is written" in capsys.readouterr().err
 
     def test_another_algorithm_cannot_go_on(self, tmp_path):
-        write_checkpoint(tmp_path / FOLDER, 1, state_of(1))
-        keeper = Keeper(RunFolder(tmp_path, {}), settings_of("asgd"))
+        write_checkpoint(tmp_path / FOLDER, 1, snapshot_of(1))
+        keeper = RunKeeper(RunWriter(tmp_path, {}), settings_of("asgd"))
         with pytest.raises(ResumeError, match="algorithm dana-zero, this server has asgd"):
             keeper.resume()
 
     def test_without_a_checkpoint_it_begins_afresh_and_says_so(self, tmp_path, capsys):
         folder = TestJournal().folder(tmp_path)
-        keeper = Keeper(folder, settings_of("dana-zero"))
+        keeper = RunKeeper(folder, settings_of("dana-zero"))
         keeper.resume()
         assert not keeper.core.started
         assert "begins afresh" in capsys.readouterr().err
-        assert folder.journal(after=0) == []
-        assert keeper.core.figures.lost_updates == 3
+        assert folder.read_journal(after=0) == []
+        assert keeper.core.totals.lost_updates == 3
 
     @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left")])
     def test_a_full_disk_ends_no_run(self, error, tmp_path, capsys, monkeypatch):
         def full(*_):
             raise error
 
-        write_checkpoint(tmp_path / FOLDER, 1, state_of(1))
+        write_checkpoint(tmp_path / FOLDER, 1, snapshot_of(1))
         monkeypatch.setattr("danaz.serving.checkpoint.save_file", full)
         keeper = resumed(tmp_path)
-        keeper.core.tick(1e12)  # nobody comes
+        keeper.core.tick(1e12)  # no worker comes
         assert "could not be written" in capsys.readouterr().err
         assert keeper.core.master.version == 1
 
     def test_what_was_reported_outlives_a_kill_without_a_checkpoint_of_its_own(self, tmp_path):
         settings = ServerSettings("asgd", 1, DIGEST, recovery_s=0.0)
-        keeper = Keeper(RunFolder(tmp_path, {}), settings)
+        keeper = RunKeeper(RunWriter(tmp_path, {}), settings)
         core = keeper.begin()
         core.handle(0, JOIN, 0.0)
         core.handle(0, Leave(0, 1, 2, None, torch.zeros(2)), 0.0)
@@ -340,7 +341,7 @@ class TestKeeper:
             core.handle(0, Report(0, 1, request, {"accuracy": float(request)}), 0.0)
         assert complete_numbers(tmp_path / FOLDER) == written
 
-        again = Keeper(RunFolder(tmp_path, {}), settings)  # the process before was killed
+        again = RunKeeper(RunWriter(tmp_path, {}), settings)  # the process before was killed
         core = again.resume()
         assert isinstance(core, ServerCore)
         assert core.summary()["reported"] == {"accuracy": 19.0}
@@ -351,8 +352,8 @@ class TestKeeper:
         assert not list(tmp_path.glob("reported*"))
 
     def test_the_error_that_a_script_reported_stands_in_its_own_place_too(self, tmp_path):
-        """And the loss it measured is what comparisons read; the server's own stays what it was."""
-        keeper = Keeper(RunFolder(tmp_path, {}), ServerSettings("asgd", 1, DIGEST))
+        """Comparisons read the loss that a script measured. The server's own figure stays in the file."""
+        keeper = RunKeeper(RunWriter(tmp_path, {}), ServerSettings("asgd", 1, DIGEST))
         core = keeper.begin()
         core.handle(0, JOIN, 0.0)
         core.handle(0, Leave(0, 1, 2, None, torch.zeros(2)), 0.0)

@@ -18,25 +18,26 @@ from safetensors.torch import load_file
 
 from danaz.protocol.messages import Join, Parameters, Push
 from danaz.run.config import load_config
-from danaz.run.folder import RunFolder, read_summary
+from danaz.run.folder import read_summary
 from danaz.run.settings import Settings
 from danaz.server.core import ServerCore
 from danaz.serving.checkpoint import complete_numbers, folder_of, read_newest
-from danaz.serving.keeper import Keeper
+from danaz.serving.journal import RunWriter
+from danaz.serving.keeper import RunKeeper
 from danaz.serving.serve import replay_run
 
 EARLIER = Path(__file__).parents[1] / "fixtures" / "before_layout"
-REQUEST = 1000  # above those of the earlier run
+REQUEST = 1000  # larger than the numbers of the earlier run
 
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
-    """A copy of the earlier folders, beside the module that their model and data come from."""
+    """Return a copy of the earlier folders, beside the module that holds their model and data."""
     return Path(shutil.copytree(EARLIER, tmp_path / "runs"))
 
 
 def danaz(folder: Path, *words: str) -> str:
-    """What the command says in ``folder``; it must succeed."""
+    """Run a command in ``folder``, and return what it prints. It must succeed."""
     root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-m", "danaz", *words],
@@ -57,7 +58,7 @@ class TestFinished:
         assert summary["complete"]
         assert summary["updates"] == 60
         assert summary["final_train_loss"] == pytest.approx(0.2852, abs=1e-4)
-        updates = RunFolder(runs / "finished", {}).journal(after=0)
+        updates = RunWriter(runs / "finished", {}).read_journal(after=0)
         assert [update.version for update in updates] == [*range(1, 61)]
         assert {update.worker for update in updates} == {0, 1}
 
@@ -65,7 +66,7 @@ class TestFinished:
         assert replay_run(runs / "finished") == (60, True)
 
     def test_its_settings_have_the_same_digest(self, runs: Path) -> None:
-        """Server, workers and checkpoints compare it: a new key of the config must not change it."""
+        """Server, workers and checkpoints compare it, so a new key of the config must not change it."""
         facts = json.loads((runs / "interrupted" / "checkpoints" / "000003.json").read_text())["facts"]
         assert load_config(runs / "interrupted" / "config.yaml").digest() == facts["digest"]
 
@@ -79,16 +80,16 @@ def test_a_comparison_goes_on_where_it_was_and_is_reported(runs: Path) -> None:
 # ---- a checkpoint ----------------------------------------------------------------------------------------------------
 
 
-def resumed(run: Path) -> Keeper:
+def resumed(run: Path) -> RunKeeper:
     config = load_config(run / "config.yaml")
     settings = Settings.of(config, schedule="live", collective="torch").for_server()
-    keeper = Keeper(RunFolder(run, {}), settings)
+    keeper = RunKeeper(RunWriter(run, {}), settings)
     assert keeper.resume() is keeper.core
     return keeper
 
 
 def rejoin(core: ServerCore, *workers: int) -> dict[int, Parameters]:
-    """The workers of the earlier run, still the same processes, join again; each gets its view when the last has."""
+    """Let the processes of the earlier run join again. Each gets its view when the last one has joined."""
     job, digest = core.job, core.settings.digest
     views = {}
     for worker in workers:
@@ -148,16 +149,16 @@ class TestCheckpoint:
         assert read_updates(run)[-1]["version"] == version + 1
 
     def test_one_that_another_version_wrote_is_refused(self, runs: Path) -> None:
-        """Only its own settings may go on from it."""
+        """A server with any other settings refuses it."""
         config = load_config(runs / "interrupted" / "config.yaml")
         settings = replace(Settings.of(config, schedule="live", collective="torch"), digest="another")
-        keeper = Keeper(RunFolder(runs / "interrupted", {}), settings.for_server())
+        keeper = RunKeeper(RunWriter(runs / "interrupted", {}), settings.for_server())
         with pytest.raises(ValueError, match="config"):
             keeper.resume()
 
     @pytest.mark.slow
     def test_the_run_is_resumed(self, runs: Path) -> None:
-        """It is launched again as it was, but for the folder that it was launched in."""
+        """It is launched again as it was, but in another folder."""
         options = runs / "interrupted" / "launch.yaml"
         options.write_text(options.read_text().replace("chdir: /tmp/oldrun", f"chdir: {runs}"))
         danaz(runs, "launch", "--resume", "interrupted")

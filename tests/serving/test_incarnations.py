@@ -1,4 +1,4 @@
-"""Which process of a worker counts: the last one that was started, whatever the clocks say; and who comes too late."""
+"""The last process of a worker that was started counts, whatever the clocks say; and some come too late."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from stimuli import GRADIENT, JOIN, SIZE, answer, make_core
 from danaz.protocol.keys import make_keys
 from danaz.protocol.messages import Heartbeat, Noted, Parameters, Push, Refusal, Reply, Request
 from danaz.protocol.wire import decode, encode
+from danaz.server.completed import CompletedRun
 from danaz.server.core import ServerCore
-from danaz.server.offering import CompletedRun
 from danaz.worker import link as link_module
+from danaz.worker.conversation import RefusedError
 from danaz.worker.link import DealerLink, Link
 from danaz.worker.states import WorkerState
-from danaz.worker.worker import RefusedError
 
-FUTURE = 1 << 45  # milliseconds: a clock that is centuries ahead
+FUTURE = 1 << 45  # milliseconds, by a clock that is centuries ahead
 
 
 class TestAClockThatIsSlow:
     def cluster(self) -> Cluster:
-        """The run goes on from a checkpoint, in which worker 1 is of another clock."""
+        """Return a cluster that goes on from a checkpoint, in which worker 1 had another clock."""
         cluster = Cluster("dana", 2, torch.ones(SIZE))
         cluster.join(1, incarnation=FUTURE)
         cluster.push(1, GRADIENT, 0.1)
@@ -47,12 +47,12 @@ class TestAClockThatIsSlow:
         cluster.come_back(0)
         assert cluster.server.members[1].incarnation == FUTURE + 1
         assert isinstance(cluster.push(1, GRADIENT, 0.1), Parameters), "its pushes and heartbeats follow"
-        assert cluster.server.figures.updates == 2
+        assert cluster.server.totals.updates == 2
 
     def test_a_worker_joins_with_the_next_one(self) -> None:
         line = Line("dana")
         worker = make_worker(line)
-        core = worker._core
+        core = worker.conversation.core
         assert core is not None
         layout = core.role.layout
         first = replace(JOIN, incarnation=FUTURE, layout=layout, plan=core.role.plan, ahead=2)
@@ -62,7 +62,7 @@ class TestAClockThatIsSlow:
         assert line.core.finished
 
     def test_who_was_in_the_run_and_was_replaced_does_not_come_back(self) -> None:
-        """Else the old process and the new one would take each other's place for ever."""
+        """Otherwise the old process and the new one would take each other's place for ever."""
         cluster = Cluster("dana", 2, torch.ones(SIZE))
         replaced = cluster.workers[1]
         cluster.join(1, incarnation=FUTURE)
@@ -116,7 +116,7 @@ class TestAClockThatIsSlow:
 
 
 class TestTooLate:
-    """The server of a run that is complete sees off whoever did not know."""
+    """The server of a complete run tells this to workers that did not know."""
 
     class Over(Link):
         def __init__(self, line: Line | None = None, pushes: int = 0):
@@ -137,11 +137,11 @@ class TestTooLate:
     @pytest.mark.parametrize("pipelined", [False, True])
     @pytest.mark.parametrize("pushes", [None, 0, 3])
     def test_a_worker_has_nothing_to_do_and_no_fault(self, pushes, pipelined) -> None:
-        """One that was started again, and one that was given up and did not know."""
+        """The worker was started again, or was given up and did not know."""
         line = Line("dana")
         over = self.Over(line if pushes is not None else None, pushes or 0)
         worker = make_worker(line)
-        worker._link = over
+        worker.conversation.link = over
         if not pipelined:
             worker.pipeline = None
         train(worker, says_good_bye=False)
@@ -152,8 +152,8 @@ class TestTooLate:
     def test_any_other_refusal_is_a_fault(self) -> None:
         line = Line("dana")
         worker = make_worker(line)
-        assert worker._core is not None
-        worker._core.role = replace(worker._core.role, digest="another")
+        assert worker.conversation.core is not None
+        worker.conversation.core.role = replace(worker.conversation.core.role, digest="another")
         with pytest.raises(RefusedError, match="different configurations"):
             worker.join(bring_params=True)
         worker.close(in_good_order=False)

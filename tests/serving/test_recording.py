@@ -1,4 +1,4 @@
-"""What a recording keeps, and that a fresh core fed with it says and computes the same, bit for bit."""
+"""A recording keeps all that is fed to a core, and a new core fed with it gives the same replies and parameters."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from cluster import Cluster
 from sockets import PATIENCE_S, LiveWorker, serving, settings_for, stranger, until_done
 from torch import Tensor
 
-from danaz.protocol.messages import Heartbeat, Plan, Pull, Streamed
+from danaz.protocol.messages import Heartbeat, Plan, Pull, Replies, Streamed, Streams
 from danaz.protocol.wire import encode
-from danaz.server.answers import Replies, Streams
 from danaz.server.core import ServerCore
 from danaz.server.settings import ServerSettings
 from danaz.serving import router as router_module
@@ -26,7 +25,7 @@ SIZE = 1000
 
 
 def said(replies: Replies) -> list[tuple[object, list[bytes]]]:
-    """Replies as they go out."""
+    """Return the bytes of replies as they are sent."""
     return [(route, [bytes(frame) for frame in encode(reply)]) for route, reply in replies]
 
 
@@ -38,7 +37,7 @@ def path(tmp_path: Path) -> Path:
 def keep(path: Path, *events: tuple[float, bytes, list[bytes]]) -> None:
     recorder = Recorder(path, '{"seed": 1}')
     for now, route, frames in events:
-        recorder.event(now, route, frames)
+        recorder.record(now, route, frames)
     recorder.close()
 
 
@@ -75,7 +74,7 @@ class TestTheFile:
         assert list(read_recording(path)) == []
 
     def test_a_recording_cut_short_keeps_its_whole_events(self, path):
-        """The server was killed: wherever that fell, what came before is there."""
+        """At whatever moment the server was killed, the recording has what came before."""
         keep(path, *EVENTS)
         whole = path.read_bytes()
         keep(path)
@@ -90,7 +89,7 @@ class TestTheFile:
 
 
 class Recorded(Cluster):
-    """A cluster whose server is recorded, as the router does it: each request before it is handled."""
+    """A cluster that records its server as the router does, each request before it is handled."""
 
     def __init__(self, path: Path, *args, **kwargs):
         self.said: list[list[tuple[object, list[bytes]]]] = []
@@ -98,7 +97,7 @@ class Recorded(Cluster):
         super().__init__(*args, **kwargs)
 
     def say(self, worker, request):
-        self.recorder.event(self.now, str(worker).encode(), encode(request))
+        self.recorder.record(self.now, str(worker).encode(), encode(request))
         return super().say(worker, request)
 
     def deliver(self, replies):
@@ -110,7 +109,7 @@ class Recorded(Cluster):
     "algorithm", ["dana", "dana-zero", "nag-asgd", "ssgd", "dana-ga", "dana-nadam", "easgd", "bmuf"]
 )
 def test_a_replay_is_the_run(path, algorithm):
-    """Odd sizes, several groups, workers in random order."""
+    """The sizes are odd, there are several groups, and workers come in random order."""
     rng, generator = random.Random(4), torch.Generator().manual_seed(4)
     cluster = Recorded(
         path,
@@ -143,7 +142,7 @@ def test_a_replay_is_the_run(path, algorithm):
 
 
 class Listening(ServerCore):
-    """Keeps what it says, as bytes."""
+    """Keeps the bytes of its replies."""
 
     def __init__(self, settings: ServerSettings):
         super().__init__(settings)
@@ -156,7 +155,7 @@ class Listening(ServerCore):
         return self._kept(super().stream_tick(now))
 
     def _kept(self, replies: Streams) -> Streams:
-        """A Streamed is heard as it is sent."""
+        """Overhear a Streamed while it is sent."""
         words: list[tuple[object, list[bytes]]] = []
         self.said.append(words)
         heard: Streams = []
@@ -193,8 +192,8 @@ def test_a_recorded_live_run_replays_to_the_bit(path, monkeypatch, algorithm):
     fresh = ServerCore(settings)
     assert [said(replies) for replies in replay(path, fresh)] == live.said
     assert torch.equal(fresh.master.params, live.master.params)
-    assert fresh.figures.updates == live.figures.updates == (40 if algorithm != "ssgd" else live.master.version)
-    assert any(replies == [] for replies in live.said), "some of them ticks"
+    assert fresh.totals.updates == live.totals.updates == (40 if algorithm != "ssgd" else live.master.version)
+    assert any(replies == [] for replies in live.said), "some are of ticks"
 
 
 @pytest.mark.parametrize("algorithm", ["dana", "dana-zero", "dana-ga", "ssgd"])
@@ -212,4 +211,4 @@ def test_a_recorded_run_in_chunks_replays_to_the_bit(path, algorithm):
         pass
     assert torch.equal(fresh.master.params, core.master.params)
     assert fresh.summary() == core.summary()
-    assert not core.figures.refusals
+    assert not core.totals.refusals

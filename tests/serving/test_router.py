@@ -42,7 +42,7 @@ def test_garbage_is_refused_with_a_reason_while_others_train_on():
     core = ServerCore(settings)
     with serving(core) as (address, server), stranger(address) as socket:
         workers = [LiveWorker(address, number, settings, Plan(50, 2)) for number in range(2)]
-        workers[0].start()  # waits for the other: the run is alive, but not over before the garbage is in
+        workers[0].start()  # waits for the other one, so that the run is not over before the garbage has come
         for frames in GARBAGE.values():
             socket.send_multipart(frames)
             refusal = received(socket)
@@ -56,13 +56,13 @@ def test_garbage_is_refused_with_a_reason_while_others_train_on():
         until_done(*workers)
         server.join(PATIENCE_S)
         assert core.finished
-    unreadable = sum(count for reason, count in core.figures.refusals.items() if reason.startswith("unreadable"))
+    unreadable = sum(count for reason, count in core.totals.refusals.items() if reason.startswith("unreadable"))
     assert unreadable >= len(GARBAGE)
-    assert sum(core.figures.refusals.values()) == unreadable, "no worker was refused anything"
-    assert core.figures.updates == 100
+    assert sum(core.totals.refusals.values()) == unreadable, "no worker was refused anything"
+    assert core.totals.updates == 100
     for worker in workers:
         assert torch.equal(worker.final.params, core.master.params)
-        assert (worker.final.params - 1).abs().max() < 0.05, "and it learned"
+        assert (worker.final.params - 1).abs().max() < 0.05, "it learned"
 
 
 def test_a_well_formed_stranger_is_refused_too():
@@ -70,7 +70,7 @@ def test_a_well_formed_stranger_is_refused_too():
     with serving(core) as (address, _), stranger(address) as socket:
         socket.send_multipart(PULL)
         assert received(socket) == Refusal(7, "worker has not joined", rejoin=True)
-    assert core.figures.refusals == {"worker has not joined": 1}
+    assert core.totals.refusals == {"worker has not joined": 1}
 
 
 def test_an_oversized_frame_costs_its_sender_the_connection(monkeypatch):
@@ -87,11 +87,11 @@ def test_an_oversized_frame_costs_its_sender_the_connection(monkeypatch):
         worker = LiveWorker(address, 0, settings, Plan(5, 1))
         worker.start()
         until_done(worker)
-    assert not core.figures.refusals, "not a byte of it was read"
+    assert not core.totals.refusals, "not a byte of it was read"
 
 
 class TestKeys:
-    """CURVE: this run's workers get through, each as itself; nobody else gets anything."""
+    """With CURVE, this run's workers are admitted, each as itself, and all others get no answer."""
 
     def test_workers_with_their_keys_train(self) -> None:
         server_keys, worker_keys = make_keys(2)
@@ -103,7 +103,7 @@ class TestKeys:
                 worker.start()
             until_done(*workers)
             thread.join(PATIENCE_S)
-        assert core.figures.updates == 6
+        assert core.totals.updates == 6
 
     def test_a_worker_cannot_speak_as_another(self) -> None:
         server_keys, (_, of_one) = make_keys(2)
@@ -114,7 +114,7 @@ class TestKeys:
             link.close()
         assert isinstance(reply, Refusal)
         assert reply.reason == "worker number is not the one of this key"
-        assert core.figures.refusals == {"worker number is not the one of this key": 1}
+        assert core.totals.refusals == {"worker number is not the one of this key": 1}
 
     @pytest.mark.parametrize("whose", ["nobody's", "another run's", "the right ones for another server"])
     def test_strangers_get_nothing(self, whose: str) -> None:
@@ -131,4 +131,4 @@ class TestKeys:
             with pytest.raises(ServerLostError, match="did not answer"):
                 link.exchange(Pull(0, 1, 1))
             link.close()
-        assert core.figures.refusals == {}  # it never reached the core
+        assert core.totals.refusals == {}  # it never reached the core

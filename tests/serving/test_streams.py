@@ -1,4 +1,4 @@
-"""Vectors in slices: a view is worked out as it is sent, and what clients do meanwhile makes nobody else wait."""
+"""Vectors travel in slices: a view is computed as it is sent, and no client makes the others wait."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from torch import Tensor
 
 from danaz.optimizers import SGD
 from danaz.protocol import wire
-from danaz.protocol.messages import Heartbeat, Join, Leave, Parameters, Plan, Pull, Push, Refusal, Streamed
+from danaz.protocol.messages import Heartbeat, Join, Leave, Parameters, Plan, Pull, Push, Refusal, Streamed, Streams
 from danaz.protocol.wire import CHUNK, MAGIC, decode, encode
-from danaz.server.answers import Streams
 from danaz.server.core import ServerCore
 from danaz.server.master import Master, UnsettledError
 from danaz.server.members import Member
-from danaz.vectors.flat import SLICE_FLOATS, Layout
+from danaz.vectors.cutting import SLICE_FLOATS
+from danaz.vectors.layout import Layout
 from danaz.worker.link import DealerLink
 
 LAYOUT = Layout.from_lists([[["w", [SIZE], [1]]], [], [SLICE_FLOATS + 7, SLICE_FLOATS + 993]])
@@ -47,7 +47,7 @@ def pushes() -> Iterator[Tensor]:
 
 
 def lease_of(core: ServerCore, worker: int = 0) -> int:
-    return core.leases.top_up(worker, 1)[0]
+    return core.leases.lease_up_to(worker, 1)[0]
 
 
 @pytest.mark.parametrize("gap_every", [0, 1])
@@ -91,7 +91,7 @@ def test_an_answer_that_nobody_took_is_applied_all_the_same():
 def test_a_view_is_of_one_version():
     core = joined("dana")
     member: Member = core.members[0]
-    view = core.master.view(member, keep=False)
+    view = core.master.take_view(member, keep=False)
     next(view)
     core.master.apply(torch.ones(SIZE), 1.0, (0.1, 0.1), member, 0)
     with pytest.raises(RuntimeError, match="version 0"):
@@ -157,24 +157,24 @@ def test_half_a_push_stalls_nobody_and_touches_nothing():
         push = push_of(torch.full((SIZE,), 100.0), lr=(0.1,), batch=first.leases[0])
         messages = travelling(push)
         send(half, messages[:-1])
-        # Its last chunk never comes. The other worker does all batches but the one that this one holds.
-        # The core belongs to the server's thread, which may be in the midst of a view: the other worker tells.
+        # Its last chunk does not come. The other worker computes all batches but the one that this worker holds.
+        # The core belongs to the server's thread, which may be within a view, so ask the other worker.
         soon(lambda: other.newest is not None and other.newest.version == 19, "19 updates")
         assert other.newest is not None
         assert other.newest.view.max() < 2
-        # Then all of it comes, from the beginning: it was sent to a view long gone, and a push on that is fine.
+        # Then all of it comes, from the beginning. It was computed on an old view, which is allowed.
         send(half, messages)
         [second] = take_all(inbox(), receive_all(half))
         assert isinstance(second, Parameters)
         assert second.applied
         send(half, travelling(Leave(0, 1, 3, None, torch.zeros(1))))
         until_done(other)
-    assert core.figures.updates == 20
-    assert not core.figures.refusals
+    assert core.totals.updates == 20
+    assert not core.totals.refusals
 
 
 def receive_all(socket: zmq.Socket[bytes]) -> list[list[bytes]]:
-    """A reply with a view of SIZE: a header and three chunks."""
+    """Receive a reply with a view of SIZE: a header and three chunks."""
     messages = []
     for _ in range(1 + 3):
         assert socket.poll(PATIENCE_S * 1000), "no answer"
@@ -187,7 +187,7 @@ def soon(condition: Callable[[], bool], what: str) -> None:
 
 
 class Counting(ServerCore):
-    """Counts the views that are worked out."""
+    """Counts the views that are computed."""
 
     views = 0
     asked = 0
@@ -208,8 +208,8 @@ class Counting(ServerCore):
 
 
 def test_who_never_reads_is_not_answered_for_ever():
-    """Neither the others nor the server's memory suffer."""
-    size = 40 * SLICE_FLOATS  # 40 MB: more than what TCP holds for a reader that does not read
+    """The other workers do not wait, and the server's memory does not grow."""
+    size = 40 * SLICE_FLOATS  # 40 MB, more than TCP holds for a client that does not read
     core = Counting(settings_for(1))
     with serving(core) as (address, _):
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -232,7 +232,7 @@ def test_who_never_reads_is_not_answered_for_ever():
 
 
 def test_who_asks_for_more_and_never_reads_is_not_answered_for_ever():
-    """A new request claims that the answers before it were read; what the connection holds says that they were not."""
+    """A new request implies that earlier answers were read; what the connection holds shows that they were not."""
     size = 40 * SLICE_FLOATS
     core = Counting(settings_for(1))
     with serving(core) as (address, _):
@@ -250,7 +250,7 @@ def test_who_asks_for_more_and_never_reads_is_not_answered_for_ever():
             answers = [decode(deaf.recv_multipart(), Parameters)]
             for _ in range(40):
                 deaf.recv_multipart()
-            assert answers[0].view.numel() == size, "what was sent before is whole"
+            assert answers[0].view.numel() == size, "the answer that was sent before is whole"
         assert held < 10
 
 
@@ -275,7 +275,7 @@ def test_small_answers_that_nobody_reads_are_bounded_too():
         deaf.setsockopt(zmq.RCVHWM, 1)
         for _ in range(200):
             deaf.send_multipart([b"?" * 10])
-        soon(lambda: sum(core.figures.refusals.values()) == 200, "every refusal")
+        soon(lambda: sum(core.totals.refusals.values()) == 200, "every refusal")
         worker = LiveWorker(address, 0, settings, Plan(5, 1))
         worker.start()
         until_done(worker)
@@ -287,7 +287,7 @@ def test_garbage_in_chunks_disturbs_nobody():
     huge = [MAGIC, header[1].replace(wire.msgpack.packb(SIZE), wire.msgpack.packb((8 << 30) // 4))]
     with serving(core) as (address, server), stranger(address) as socket:
         workers = [one_of_two(address, 0)]
-        send(socket, [header])  # of a worker that has not joined
+        send(socket, [header])  # from a worker that has not joined
         assert received(socket) == Refusal(2, "worker has not joined", rejoin=True)
         send(socket, [huge])
         assert received(socket) == Refusal(2, "worker has not joined", rejoin=True)
@@ -296,9 +296,9 @@ def test_garbage_in_chunks_disturbs_nobody():
             send(socket, [*chunks, [chunks[0][0], b"1234"], [bytes(CHUNK.size), b""], [chunks[0][0]]])
         until_done(*workers)
         server.join(PATIENCE_S)
-    assert core.figures.updates == 20
+    assert core.totals.updates == 20
     assert core.master.params.max() < 2
-    assert set(core.figures.refusals) == {
+    assert set(core.totals.refusals) == {
         "worker has not joined",
         "chunk of no message under way",
         "unreadable: not a chunk of this version of danaz",
@@ -306,7 +306,7 @@ def test_garbage_in_chunks_disturbs_nobody():
 
 
 def test_a_view_stays_until_the_answer_after_the_next():
-    """Its worker may compare it with the parameters that its local steps led to."""
+    """The worker may compare it with the parameters after its local steps."""
     core = ServerCore(settings_for(1))
     with serving(core) as (address, _):
         link = DealerLink(address, Heartbeat(0, 1), give_up_s=PATIENCE_S)
@@ -320,5 +320,5 @@ def test_a_view_stays_until_the_answer_after_the_next():
         third = link.exchange(replace(push, request=3, view_version=1, batch=second.leases[0]))
         assert isinstance(third, Parameters)
         assert (second.view == 1).all()
-        assert third.view.data_ptr() == first.view.data_ptr(), "no new memory for each"
+        assert third.view.data_ptr() == first.view.data_ptr(), "the memory is used again"
         link.close()

@@ -22,10 +22,12 @@ from shipped import CONFIGS, shipped
 from typer.testing import CliRunner
 
 from danaz.cli.main import app
+from danaz.files.atomic import write_atomically
 from danaz.run.config import Config
-from danaz.run.folder import RunFolder, read_summary, with_measured, write_atomically
+from danaz.run.folder import read_summary, with_measured
 from danaz.run.lock import RunFolderError, free_run_folder
-from danaz.server.figures import Update
+from danaz.server.records import Update
+from danaz.serving.journal import RunWriter
 from danaz.simulate.simulator import simulate
 
 DIMENSION, PER_EPOCH = 1000, 100
@@ -68,12 +70,12 @@ def quadratic(run: Path, algorithm: str, workers: int, *overrides: str) -> dict[
 
 
 def value(theta: Array) -> float:
-    """f(θ) = ½ Σ aⱼ(θⱼ − 1)²."""
+    """Return f(θ) = ½ Σ aⱼ(θⱼ − 1)²."""
     return float((CURVATURE * (theta - 1) ** 2).sum() / 2)
 
 
 def replayed(run: Path, algorithm: str, workers: int, lr_correction: bool = True) -> Array:
-    """θ after all updates, computed from the records and the formulas alone. Checks loss, lag and gap of each line."""
+    """Check loss, lag and gap of each line. Return θ after all updates, from the records and the formulas alone."""
     oracle = ORACLES[algorithm](np.zeros(DIMENSION), workers, 0.9, lr_correction)
     oracle.start()
     for line in lines(run):
@@ -211,7 +213,7 @@ class TestRecords:
 
     @pytest.mark.parametrize("algorithm", ["dana", "ssgd", "bmuf", "easgd"])
     def test_every_batch_is_used_whatever_does_not_divide(self, tmp_path, algorithm):
-        """100 batches per epoch over 7 workers; some algorithms lease 10 batches at a time."""
+        """An epoch has 100 batches for 7 workers, and some algorithms lease 10 batches at a time."""
         summary = quadratic(tmp_path, algorithm, 7, "epochs=1", "lr=0.01")
         assert summary["epochs"] == 1.0
 
@@ -219,7 +221,7 @@ class TestRecords:
 class TestTheSeedDecides:
     @pytest.mark.parametrize("algorithm", ["dana", "ssgd"])
     def test_every_bit(self, tmp_path, algorithm):
-        """Shuffling, order of workers and augmentation included."""
+        """The seed also decides shuffling, the order of workers and augmentation."""
         files = []
         for name, seed in (("a", 5), ("b", 5), ("c", 6)):
             sets = [f"algorithm={algorithm}", "workers=4", "epochs=1", "threads=1", "augment=true", f"seed={seed}"]
@@ -255,7 +257,7 @@ class TestDivergence:
 
 @pytest.mark.slow
 def test_dana_holds_where_nag_asgd_breaks(tmp_path):
-    """Real handwritten digits and 8 workers in block-random order, with the shipped config, tuned for one worker."""
+    """Train on real digits with 8 workers in block-random order, by the shipped config, which suits one worker."""
     errors = {}
     for algorithm, workers in (("baseline", 1), ("dana", 8), ("nag-asgd", 8)):
         config = shipped("digits", f"algorithm={algorithm}", f"workers={workers}")
@@ -310,7 +312,7 @@ UPDATE = Update(1, 0, 2, (0.1,), 0.5, "parameters", 1.5, 7)
 
 class TestRunFolder:
     def test_several_groups_and_rounds_show_in_a_line(self, tmp_path):
-        folder = RunFolder(tmp_path, {})
+        folder = RunWriter(tmp_path, {})
         folder.record(Update(1, 1, 0, (0.1, 0.2), None, "lookahead", None, 4, ((0, 3), (1, 4))))
         [line] = lines(tmp_path)
         assert (line["lr"], line["round"], line["gap"], line["loss"]) == ([0.1, 0.2], [[0, 3], [1, 4]], None, None)
@@ -343,7 +345,7 @@ class TestRunFolder:
         assert path.read_bytes() == b"before"
 
     def test_a_kill_leaves_whole_lines(self, tmp_path):
-        """SIGKILL in the middle of a run, while each line is written as soon as it comes."""
+        """SIGKILL hits the run in the middle, while each line is written as soon as it comes."""
         program = (
             "import sys, pathlib\n"
             "from danaz.run.config import load_config\n"

@@ -15,7 +15,7 @@ from danaz.simulate.speedup import speedup
 
 
 def expected_slowest(workers: int) -> float:
-    """E[max of n batch times] in units of their mean. It is the integral of 1 − F(t)ⁿ for F = Γ(100, 1/100)."""
+    """Return E[max of n batch times] in units of their mean. It is the integral of 1 − F(t)ⁿ for F = Γ(100, 1/100)."""
     times = stats.gamma(100, scale=1 / 100)
     value, _ = integrate.quad(lambda t: 1 - times.cdf(t) ** workers, 0, 3, points=[1.0, 1.2])
     return float(value)

@@ -17,7 +17,7 @@ from danaz.simulate import simulator
 from danaz.simulate.batch_reader import BatchReader
 from danaz.simulate.step import WARM_UP, EagerStep, GraphedStep, Work, make_step
 from danaz.torch.data import Batching
-from danaz.vectors.flat import FlatModel
+from danaz.vectors.model import FlatModel
 from danaz.workloads import build
 from danaz.workloads.computing import place
 
@@ -56,7 +56,7 @@ def simulate(run: Path, *changes: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_a_run_of_graphed_steps_is_the_eager_run_bit_for_bit(tmp_path, monkeypatch, channels_last):
-    """1442 samples in batches of 32: two batches are short."""
+    """The data are 1442 samples in batches of 32, so that two batches are short."""
     changes = [f"channels_last={channels_last}"]
     eager = simulate(tmp_path / "eager", *changes)
     graphs = FakeGraphs()

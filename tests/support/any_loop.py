@@ -87,7 +87,7 @@ FLAT = Problem(Flat, lambda output, y: (output * y).mean(), momentum=0.0, weight
 
 @dataclass
 class Run:
-    """All that a loop gets."""
+    """Everything that a loop gets."""
 
     problem: Problem
     model: nn.Module
@@ -490,7 +490,7 @@ def train_with_torch(loop: Loop, problem: Problem) -> Result:
 
 def train_with_danaz(loop: Loop, problem: Problem, session: Session) -> Result:
     """Train with the same loop on this rank's part of the batches."""
-    atexit.unregister(session._close)
+    atexit.unregister(session.close)
     model = problem.model()
     optimizer = DistributedOptimizer(problem.sgd(model), model, session.group, replicated=session.place.server is None)
     session.adopt(optimizer)
@@ -505,7 +505,7 @@ def train_with_danaz(loop: Loop, problem: Problem, session: Session) -> Result:
     run = Run(problem, model, optimizer, batches)
     loop(run)
     session.finish()
-    session._close()
+    session.close()
     return Result(model, run.seen)
 
 

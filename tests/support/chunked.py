@@ -7,9 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from danaz.protocol.inbox import Inbox
 from danaz.protocol.messages import Message, Push, Streamed
-from danaz.protocol.wire import Inbox, split
-from danaz.vectors.flat import SLICE_FLOATS
+from danaz.protocol.wire import split
+from danaz.vectors.cutting import SLICE_FLOATS
 
 SIZE = 2 * SLICE_FLOATS + 1000  # three chunks
 

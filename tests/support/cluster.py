@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from danaz.optimizers import Optimizers, Sgd
-from danaz.protocol.messages import Final, Heartbeat, Join, Parameters, Plan, Refusal, Reply
-from danaz.server.answers import Replies
+from danaz.protocol.messages import Final, Heartbeat, Join, Parameters, Plan, Refusal, Replies, Reply
 from danaz.server.core import ServerCore
-from danaz.server.figures import Update
+from danaz.server.records import Update
 from danaz.server.settings import ServerSettings
-from danaz.vectors.flat import Layout, Spans
-from danaz.worker.core import LocalStep, Request, Role, WorkerCore
+from danaz.vectors.cutting import Spans
+from danaz.vectors.layout import Layout
+from danaz.worker.core import Request, Role, Step, WorkerCore
 
 DIGEST = "the same everywhere"
 TIMEOUT_S = 60.0
@@ -28,7 +28,7 @@ def layout_of(*groups: int, buffers: int = 0) -> Layout:
 
 
 class Cluster:
-    """N worker cores around one server core. A method does what one worker does next, or what happens to it."""
+    """N worker cores around one server core. Each method does what a worker does next, or what happens to it."""
 
     def __init__(
         self,
@@ -93,19 +93,19 @@ class Cluster:
     ) -> Reply | None:
         """Push for the first batches that the worker holds, one for each gradient; all but the last are local steps.
 
-        Returns the answer, or None while the worker has to wait.
+        Return the answer, or None while the worker has to wait.
         """
         rates = (lr,) * len(self.layout.groups) if isinstance(lr, float) else tuple(lr)
         *local, last = [grads] if isinstance(grads, Tensor) else grads
         core, params = self.workers[worker], self.views[worker].clone()
         batches = self.leases(worker)
         for batch, grad in zip(batches, local, strict=False):
-            core.local_step(LocalStep(batch, rates, 0, loss), params, grad, absent)
+            core.local_step(Step(batch, rates, 0, loss, absent), grad, params)
         batch = batches[len(local)]
-        return self.say(worker, core.push(last, rates, samples, loss, batch, params, absent=absent, edit=edit))
+        return self.say(worker, core.push(Step(batch, rates, samples, loss, absent), last, params, edit=edit))
 
     def skip(self, worker: int) -> Reply | None:
-        """Make no step for the first batch that the worker holds."""
+        """Skip the first batch that the worker holds: it makes no step."""
         return self.say(worker, self.workers[worker].pull(skipped=self.leases(worker)[:1]))
 
     def pull(self, worker: int) -> Reply | None:
@@ -122,7 +122,7 @@ class Cluster:
     # ---- what happens to them ------------------------------------------------------------------------------------
 
     def lose(self, *workers: int) -> None:
-        """Let these workers be silent for too long, while the server hears all others."""
+        """Let these workers be silent for too long, while the server hears from all others."""
         self.now += TIMEOUT_S + 1
         for number, core in self.workers.items():
             if number not in workers:
@@ -132,7 +132,7 @@ class Cluster:
         self.deliver(self.server.tick(self.now))
 
     def come_back(self, worker: int) -> None:
-        """Let a worker that was given up say something, be refused, and join again with the same incarnation."""
+        """Let a worker that was given up send a request, be refused, and join again with the same incarnation."""
         core = self.workers[worker]
         request = core.unanswered or core.pull()
         refusal = self.say(worker, request)

@@ -77,7 +77,7 @@ class FakeGpu:
 
     def __init__(self, seed: int, eagerness: int | None = None, launches_block: bool = False):
         self.lock = threading.RLock()
-        self.launches_block = launches_block  # the thread's own stream is never behind, as on a CPU
+        self.launches_block = launches_block  # the thread's own stream never lags, as on a CPU
         self._random = random.Random(seed)
         # At 0, the streams work only when someone waits for them.
         self._eagerness = self._random.choice((0, 1, 2, 8)) if eagerness is None else eagerness

@@ -56,14 +56,14 @@ def freeze_a_rank(run: WatchedRun, host: str, chance: random.Random) -> None:
 
 
 def hang_a_rank_for_ever(run: WatchedRun, host: str, chance: random.Random) -> None:
-    """Hang a rank for ever. The others go on without its worker, and the run still ends."""
+    """Make a rank hang for ever. The others go on without its worker, and the run still ends."""
     for pid in run.ranks(host)[:1]:
         run.hung[host] = pid
         _signal(signal.SIGSTOP, [pid])
 
 
 def fill_the_disk(run: WatchedRun, host: str, chance: random.Random) -> None:
-    """Fill the run folder's disk to the last byte, for a while, but not so late that the results would find no room."""
+    """Fill the run folder's disk to the last byte for a while, but leave room again before the results are written."""
     if run.share_done > LATE:
         return
     filler = run.folder / "filler"

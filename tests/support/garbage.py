@@ -1,4 +1,4 @@
-"""Sends what no friend sends: bytes that are not ZeroMQ, and messages of random frames. Some begin like danaz' own.
+"""Sends bytes that are not ZeroMQ, and messages of random frames. Some begin as danaz' own messages do.
 
 python tests/support/garbage.py HOST:PORT SEED
 """

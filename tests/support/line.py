@@ -1,4 +1,4 @@
-"""A training loop with a pipeline, and servers in this process that fail while it runs."""
+"""A training loop with a pipeline, and servers in its own process that fail while it runs."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from danaz.optimizers import SGD
 from danaz.protocol.messages import Plan, Reply
 from danaz.server.core import ServerCore
 from danaz.server.settings import ServerSettings
-from danaz.server.snapshot import CoreState
+from danaz.server.snapshot import Snapshot
 from danaz.torch.alone import LocalLink
-from danaz.vectors.flat import FlatModel
-from danaz.worker.core import Request, Role, WorkerCore
+from danaz.vectors.model import FlatModel
+from danaz.worker.conversation import Conversation
+from danaz.worker.core import Request, Role, Step, WorkerCore
 from danaz.worker.group import SoloGroup
 from danaz.worker.sharded import ShardedLink
 from danaz.worker.worker import Worker
@@ -31,19 +32,20 @@ class Line(LocalLink):
         self.settings = ServerSettings(algorithm=algorithm, workers=1, digest=DIGEST, shard=shard, shards=shards)
         self.updates: list = []
         self.life = 0
-        self.checkpoint: CoreState | None = None
-        self.befalls: Callable[[Request], None] = lambda request: None
+        self.checkpoint: Snapshot | None = None
+        self.before_exchange: Callable[[Request], None] = lambda request: None
         super().__init__(self.start())
 
     def start(self) -> ServerCore:
         return ServerCore(self.settings, on_update=self.updates.append, on_milestone=self.keep)
 
     def keep(self, core: ServerCore) -> None:
+        core.settle()
         self.checkpoint = core.snapshot()
         del self.updates[core.master.version :]
 
     def exchange(self, request: Request) -> Reply:
-        self.befalls(request)
+        self.before_exchange(request)
         return super().exchange(request)
 
     def receive_into(self, room: Tensor) -> None:
@@ -60,13 +62,13 @@ class Line(LocalLink):
 
 
 def make_worker(*lines: Line, size: int = SIZE) -> Worker:
-    """Make a worker with a pipeline, and links to one server or to all shards."""
+    """Return a worker with a pipeline that is linked to one server or to all shards."""
     flat = FlatModel(nn.Linear(size, 1, bias=False))
     rule = lines[0].settings.rule()
     role = Role(0, 1, DIGEST, SGD, flat.layout, PLAN, ahead=2)
     core = WorkerCore(role, rule.worker_rule, push_moves_view=rule.push_moves_view)
     link = lines[0] if len(lines) == 1 else ShardedLink(lines, flat.layout)
-    return Worker(SoloGroup(), flat, 2, core, link, pipelined=True)
+    return Worker(SoloGroup(), flat, 2, Conversation(core, link), pipelined=True)
 
 
 def train(worker: Worker, says_good_bye: bool = True) -> None:
@@ -75,7 +77,7 @@ def train(worker: Worker, says_good_bye: bool = True) -> None:
     while not worker.done:
         if worker.batches.waiting:
             batch = worker.batches.begin()
-            worker.push(worker.flat.params - 1, [0.05], 1, 1.0, batch)
+            worker.push(Step(batch, (0.05,), 1, 1.0), worker.flat.params - 1)
         else:
             worker.pull()
     worker.leave()

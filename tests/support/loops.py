@@ -66,13 +66,13 @@ def make_sgd_of_groups(model: nn.Module) -> torch.optim.SGD:
 
 @contextmanager
 def alone(algorithm: str = "dana", **settings: Any) -> Iterator[Session]:
-    """A session of a lone process, which leaves no trace."""
+    """Open a session of a lone process, and leave no trace of it at the end."""
     session = Session(Settings(algorithm=algorithm, **settings), RankInfo())
     try:
         yield session
     finally:
-        atexit.unregister(session._close)
-        session._close()
+        atexit.unregister(session.close)
+        session.close()
 
 
 def adopt(session: Session, model: nn.Module, sgd: torch.optim.Optimizer, passes: int = 1) -> DistributedOptimizer:

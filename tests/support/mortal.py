@@ -1,4 +1,4 @@
-"""Workers and a server that obey the protocol. Each may be killed at any time; messages get lost, and come again."""
+"""Workers and a server that obey the protocol. Each may be killed at any time; messages get lost or arrive twice."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from danaz.optimizers import SGD
 from danaz.protocol.messages import Final, Leave, Parameters, Plan, Push, Refusal, Reply, Request
 from danaz.server.core import ServerCore
 from danaz.server.settings import ServerSettings
-from danaz.server.snapshot import CoreState
-from danaz.worker.core import Role, WorkerCore
+from danaz.server.snapshot import Snapshot
+from danaz.worker.core import Role, Step, WorkerCore
 from danaz.worker.states import WorkerState
 
 WORKERS = 3
@@ -40,7 +40,7 @@ class MortalCluster:
         self.sent_pushes: dict[PushId, Push] = {}
         self.lost, self.lost_pushes = 0, set[PushId]()  # lost by the server's restarts
         self.life = self.journal_life = 0
-        self.checkpoint: CoreState | None = None
+        self.checkpoint: Snapshot | None = None
         self.core = self.make_core()
         self.pipelined = pipelined and algorithm not in WAITS_FOR_OTHERS
         self.ahead, self.now = ahead + self.pipelined, 0.0
@@ -78,8 +78,9 @@ class MortalCluster:
         self.write_checkpoint(core)
 
     def write_checkpoint(self, core):
+        core.settle()
         state = core.snapshot()
-        self.checkpoint = CoreState(json.loads(json.dumps(state.facts)), state.tensors)
+        self.checkpoint = Snapshot(json.loads(json.dumps(state.facts)), state.tensors)
 
     def restart(self):
         self.life += 1
@@ -121,7 +122,7 @@ class MortalCluster:
 
     def deliver(self, replies):
         for route, reply in replies:
-            assert route in self.inbox, "an answer to nobody"
+            assert route in self.inbox, "an answer goes to a route that no process has"
             self.inbox[route].append(reply)
 
     def take(self, worker):
@@ -132,19 +133,19 @@ class MortalCluster:
             reply = inbox.pop(0)
             if core.unanswered is None or reply.request != core.unanswered.request:
                 continue
-            before, undecided = core.state, core._undecided
+            before, undecided = core.state, core.undecided
             core.receive(reply)
             if isinstance(reply, Parameters):
                 self.last[worker] = reply
                 self.views[worker] += [reply.view.clone()] * (reply.view.numel() > 0)
-                assert reply.done or worker not in self.leaving, "its process is behind the end of the run"
+                assert reply.done or worker not in self.leaving, "its process left when the run was over"
                 if reply.applied or undecided == reply.last_applied != 0:
                     self.applied[worker].add((worker, core.role.incarnation, undecided))
             elif isinstance(reply, Final):
                 self.finals += [reply] * (worker in self.leaving)
             elif isinstance(reply, Refusal) and before not in (WorkerState.JOINING, WorkerState.REJOINING):
                 assert reply.rejoin, reply.reason
-                assert core.state is WorkerState.JOINED, "nobody who has left is sent away"
+                assert core.state is WorkerState.JOINED, "a worker that has left is not told to join again"
                 self.ask(worker, core.join(), lost=False)
 
     def step(self, worker, grad, lr, lost):
@@ -159,7 +160,8 @@ class MortalCluster:
         elif view.leases:
             batch, *others = view.leases
             wants_view = not (self.pipelined and others)
-            self.ask(worker, core.push(torch.full((SIZE,), grad), (lr,), 2, 1.0, batch, wants_view=wants_view), lost)
+            step = Step(batch, (lr,), 2, 1.0)
+            self.ask(worker, core.push(step, torch.full((SIZE,), grad), wants_view=wants_view), lost)
         else:
             self.ask(worker, core.pull(), lost)
 

@@ -17,16 +17,18 @@ from live import read_updates
 from torch import Tensor
 
 from danaz.optimizers import SGD
-from danaz.protocol.messages import Final, Heartbeat, Leave, Parameters, Plan, Push, Refusal, Reply
-from danaz.run.folder import RunFolder, read_summary
+from danaz.protocol.messages import Final, Heartbeat, Parameters, Plan, Push, Reply
+from danaz.run.folder import read_summary
 from danaz.server.answers import materialize
 from danaz.server.core import ServerCore
-from danaz.server.offering import AwaitingRollback
+from danaz.server.rollback import AwaitingRollback
 from danaz.server.settings import ServerSettings
 from danaz.serving.checkpoint import folder_of
-from danaz.serving.keeper import Keeper, SliceKeeper
-from danaz.vectors.flat import Layout
-from danaz.worker.core import Request, Role, WorkerCore, answers
+from danaz.serving.journal import RunWriter
+from danaz.serving.keeper import RunKeeper, ShardKeeper
+from danaz.vectors.layout import Layout
+from danaz.worker.conversation import Conversation
+from danaz.worker.core import Request, Role, Step, WorkerCore, answers
 from danaz.worker.sharded import ShardedLink
 
 LAYOUT = Layout.from_lists([[["a", [40], [1]], ["b", [8, 6], [6, 1]], ["c", [40], [1]]], [], [128]])
@@ -51,7 +53,7 @@ class Servers:
             for shard in range(shards)
         ]
         self.folders = [folder_of(run / str(shard), shard) for shard in range(shards)]
-        self.keepers: list[Keeper | SliceKeeper] = []
+        self.keepers: list[RunKeeper | ShardKeeper] = []
         self._served: list[ServerCore | AwaitingRollback] = []
         self.busy = threading.RLock()
         self.mail: defaultdict[tuple[int, int], Queue[Reply]] = defaultdict(Queue)  # the mail by shard and worker
@@ -60,9 +62,9 @@ class Servers:
             self.keepers.append(self._keeper(settings))
             self._served.append(self.keepers[-1].begin())
 
-    def _keeper(self, settings: ServerSettings) -> Keeper | SliceKeeper:
+    def _keeper(self, settings: ServerSettings) -> RunKeeper | ShardKeeper:
         folder = self.folders[settings.shard].parent
-        return SliceKeeper(folder, settings) if settings.shard else Keeper(RunFolder(folder, {}), settings)
+        return ShardKeeper(folder, settings) if settings.shard else RunKeeper(RunWriter(folder, {}), settings)
 
     def handle(self, shard: int, request: Request | Heartbeat, route: int = 0) -> list[tuple[Any, Reply]]:
         with self.busy:
@@ -100,7 +102,7 @@ class Servers:
 
 
 class Way:
-    """A worker's link to one shard, whichever process serves it."""
+    """A worker's link to one shard, whichever process serves the shard."""
 
     def __init__(self, servers: Servers, shard: int, worker: int = 0):
         self._servers, self._shard, self._worker = servers, shard, worker
@@ -141,6 +143,7 @@ class Trainer:
         self.link = ShardedLink(self.ways, LAYOUT, pause=self._wait)
         rule = servers.cores[0].settings.rule().worker_rule
         self.core = WorkerCore(Role(worker, 1, "", SGD, LAYOUT, PLAN), rule)
+        self.conversation = Conversation(self.core, self.link)
         self.reply: Any = None
 
     def _wait(self, wait_s: float) -> None:
@@ -148,25 +151,12 @@ class Trainer:
         self.while_it_waits()
 
     def join(self) -> None:
-        self.reply = self.say(lambda: self.core.join(torch.ones(LAYOUT.size)))
-
-    def say(self, make: Callable[[], Request]) -> Reply:
-        """Do as a worker's process does: after a refusal, join again, and leave again if the worker was leaving."""
-        request = make()
-        reply = self.link.exchange(request)
-        self.core.receive(reply)
-        if isinstance(reply, Refusal):
-            assert reply.rejoin
-            reply = self.link.exchange(self.core.join())
-            self.core.receive(reply)
-            return self.say(make) if isinstance(request, Leave) else reply
-        return reply
+        self.reply = self.conversation.ask(self.core.join(torch.ones(LAYOUT.size)), Parameters)
 
     def push(self) -> None:
         batch = self.reply.leases[0]
         grad = torch.randn(LAYOUT.size, generator=torch.Generator().manual_seed(batch))
-        self.reply = self.say(lambda: self.core.push(grad, (0.1,), 4, 1.0, batch))
-        assert isinstance(self.reply, Parameters)
+        self.reply = self.conversation.ask(self.core.push(Step(batch, (0.1,), 4, 1.0), grad), Parameters)
 
     def train(self, pushes: int = 1000) -> None:
         for _ in range(pushes):
@@ -176,12 +166,10 @@ class Trainer:
             self.servers.settle()
 
     def leave(self) -> Tensor:
-        final = self.say(lambda: self.core.leave(torch.empty(0)))
-        assert isinstance(final, Final)
-        return final.params
+        return self.conversation.ask(self.core.leave(torch.empty(0)), Final).params
 
     def bye(self) -> None:
-        self.core.receive(self.link.exchange(self.core.bye()))
+        self.conversation.send(self.core.bye())
 
 
 def undisturbed_end(folder: Path) -> Tensor:
@@ -193,7 +181,7 @@ def undisturbed_end(folder: Path) -> Tensor:
 
 @contextmanager
 def training(folder: Path, **settings: Any) -> Iterator[Trainer]:
-    """A worker that has joined."""
+    """Start the servers, and yield a worker that has joined."""
     trainer = Trainer(Servers(folder, **settings))
     trainer.join()
     try:

@@ -2,6 +2,7 @@
 
 # Each package may import itself and the packages before it, and nothing else from danaz.
 ORDER = (
+    "options",
     "files",
     "optimizers",
     "rules",

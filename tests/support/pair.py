@@ -1,4 +1,4 @@
-"""An algorithm and its oracle, side by side in one run in memory. Every view must be the one that the oracle sends."""
+"""An algorithm and its oracle in the same run, in memory. Every view must equal the one that the oracle sends."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ SIZE = sum(GROUPS)
 
 @dataclass(frozen=True)
 class Run:
-    """What happens in a run. ``rates`` are those of update 0, 1, … (repeated), one for each group.
+    """What happens in a run.
 
-    ``events`` are (what, who).
+    ``rates`` holds the rates of update 0, 1, … (repeated), one for each group; ``events`` are (what, worker).
     """
 
     workers: int

@@ -1,4 +1,4 @@
-"""Training scripts on threads of this process, around a server on a real socket. Each is a worker with a session."""
+"""Training scripts on threads of one process, around a server on a real socket. Each is a worker with a session."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from danaz.run.settings import RankInfo, Settings
 from danaz.server.core import ServerCore
-from danaz.server.figures import Update
+from danaz.server.records import Update
 from danaz.server.settings import ServerSettings
 from danaz.serving.router import Router
 from danaz.serving.socket import BoundRouter
@@ -40,7 +40,7 @@ class Counted(Dataset[tuple[Tensor, Tensor]]):
 
 @dataclass
 class ScriptCluster:
-    """A server on a ROUTER socket, and workers on threads of this process."""
+    """A server on a ROUTER socket, and workers on threads of the same process."""
 
     settings: ServerSettings
     updates: list[Update] = field(default_factory=list)
@@ -65,11 +65,11 @@ class ScriptCluster:
     def _work(self, number: int, story: Callable[[Session, int], None]) -> None:
         settings = Settings(self.settings.algorithm, self.settings.workers)
         session = Session(settings, RankInfo(worker=number, server=self.address))
-        atexit.unregister(session._close)
+        atexit.unregister(session.close)
         try:
             story(session, number)
         finally:
-            session._close()
+            session.close()
 
     def _guarded(self, work: Callable[[], None]) -> None:
         try:

@@ -1,8 +1,8 @@
-"""Several servers in this process, each with a slice of one small model, and workers that speak with all of them."""
+"""Several servers in one process, each with a slice of one small model, and workers that speak with all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from danaz.optimizers import SGD
-from danaz.protocol.messages import Plan, Reply
+from danaz.protocol.messages import Parameters, Plan, Push, Reply
 from danaz.run.settings import Settings
 from danaz.server.core import ServerCore
 from danaz.server.settings import ServerSettings
 from danaz.vectors.codecs import Compressor
-from danaz.vectors.flat import Layout
-from danaz.worker.core import Request, Role, WorkerCore, answers
+from danaz.vectors.layout import Layout
+from danaz.worker.core import Request, Role, Step, WorkerCore, answers
 from danaz.worker.sharded import ShardedLink
 
 ROWS = [["a", [40], [1]], ["b", [8, 6], [6, 1]], ["c", [], []], ["d", [39], [1]]]  # 128 floats
@@ -25,13 +25,15 @@ PLAN = Plan(batches_per_epoch=6, epochs=2)
 
 
 class CoreLink:
-    """A link straight into a core; what the core says to other workers is kept for them."""
+    """A link that calls a core directly. What the core says to other workers is kept for them."""
 
     def __init__(self, core: ServerCore, route: int, mail: dict[int, Reply]):
         self.core, self.route, self.mail = core, route, mail
         self.said: list[Request] = []
+        self.alter: Callable[[Request], Request] = lambda request: request  # changes a request on its way
 
     def exchange(self, request: Request) -> Reply:
+        request = self.alter(request)
         self.said.append(request)
         self.mail.update({int(to): reply for to, reply in self.core.handle(self.route, request, 0.0)})
         reply = self.mail.pop(self.route)
@@ -73,6 +75,11 @@ def say(core: WorkerCore, link: ShardedLink, request: Request) -> Any:
     reply = link.exchange(request)
     core.receive(reply)
     return reply
+
+
+def push_of(core: WorkerCore, view: Parameters, grad: Tensor | None = None) -> Push:
+    """Push ``grad`` f32[P], or ones, for the first batch that the worker holds."""
+    return core.push(Step(view.leases[0], (0.1, 0.1, 0.1), 1, 1.0), torch.ones(LAYOUT.size) if grad is None else grad)
 
 
 def gradients() -> Iterator[Tensor]:

@@ -1,4 +1,4 @@
-"""Training on real data with random faults: kill, cut, slow down, talk nonsense. After each, the run is checked.
+"""Training on real data with random faults: kill, cut, slow down, talk nonsense. The run is checked after each fault.
 
     python tests/support/soak.py --minutes 10 --faults 50 --epochs 800        # what `make soak` does
 

@@ -1,4 +1,4 @@
-"""Servers and workers on real sockets of this machine, in threads of the test's own process."""
+"""Servers and workers on real sockets of this machine, in threads of the test process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from danaz.server.settings import ServerSettings
 from danaz.serving.recording import Recorder
 from danaz.serving.router import Router
 from danaz.serving.socket import BoundRouter
-from danaz.worker.core import Role, WorkerCore
+from danaz.worker.core import Role, Step, WorkerCore
 from danaz.worker.link import DealerLink, ServerLostError
 
 ANYWHERE = "tcp://127.0.0.1:0"
@@ -55,7 +55,7 @@ def serving(
 
 @contextmanager
 def silent_server(slow: bool = False) -> Iterator[tuple[zmq.Socket[bytes], str]]:
-    """A ROUTER socket whose messages the test reads and answers; a ``slow`` one takes little before the test reads."""
+    """Open a ROUTER socket that the test reads and answers; a ``slow`` one buffers little until the test reads."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     socket = context.socket(zmq.ROUTER)
     if slow:
@@ -115,7 +115,8 @@ class LiveWorker(threading.Thread):
                 break
             if reply.leases:
                 grad: Tensor = reply.view - 1
-                reply = ask(core.push(grad, (0.05,), 4, float(grad.square().sum() / 2), reply.leases[0]))
+                step = Step(reply.leases[0], (0.05,), 4, float(grad.square().sum() / 2))
+                reply = ask(core.push(step, grad))
             else:
                 reply = ask(core.pull())
         final = ask(core.leave(torch.ones(1)))

@@ -14,9 +14,9 @@ from danaz.protocol.messages import (
     Parameters,
     Plan,
     Push,
+    Replies,
     Reply,
 )
-from danaz.server.answers import Replies
 from danaz.server.core import ServerCore
 from danaz.server.settings import ServerSettings
 
@@ -75,5 +75,5 @@ def arithmetic_of(core: ServerCore) -> list[object]:
         vectors,
         shared,
         rates,
-        core.figures.updates,
+        core.totals.updates,
     ]

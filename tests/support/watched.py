@@ -1,4 +1,4 @@
-"""A run on several machines, seen from outside: its processes, its files, and what must hold whatever happens to it."""
+"""A run on several machines, watched from outside: its processes, its files, and what must hold whatever happens."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class WatchedRun:
 
     @property
     def share_done(self) -> float:
-        """The share of the run's updates that is done."""
+        """Return the share of the run's updates that is done."""
         return len(self.updates()) / (self.epochs * BATCHES_PER_EPOCH)
 
     def well(self) -> list[int]:
@@ -154,7 +154,7 @@ class WatchedRun:
         self.sums_checked += 1
 
     def await_processes(self, find: Callable[[], list[int]], count: int, what: str) -> None:
-        """Wait until exactly ``count`` are there, or until the run is over, because its ranks end before it does."""
+        """Wait until exactly ``count`` processes are there, or until the run is over, because its ranks end first."""
         deadline = time.monotonic() + RECOVERY_S
         while not self.over and len(find()) != count:
             self.require(time.monotonic() < deadline, f"{len(find())} {what} instead of {count}")

@@ -41,14 +41,14 @@ LAUNCHER = """
 import os, sys
 from launcher.hosts import parse_hosts
 from launcher.logs import quiet
-from launcher.plan import plan
+from launcher.plan import Workers, plan
 from launcher.run import run
 
 out, mode, workers, ranks, script = sys.argv[1:]
 laid = plan(
-    parse_hosts(f"localhost:{int(workers) * int(ranks)}"), [sys.executable, "-c", script, out, workers],
-    one_world=mode == "ssgd", workers_per_host=1 if mode == "ssgd" else int(workers), cwd=out,
-    env={**os.environ, "MODE": mode},
+    parse_hosts(f"localhost:{int(workers) * int(ranks)}"),
+    Workers([sys.executable, "-c", script, out, workers], 1 if mode == "ssgd" else int(workers), mode == "ssgd"),
+    env={**os.environ, "MODE": mode}, cwd=out, prefix="DANAZ_",
 )
 outcome = run(laid, out, echo=quiet)
 print(outcome.failure or "")
@@ -68,7 +68,7 @@ def run_everywhere(out: Path, mode: str, workers: int, ranks: int, collective: s
 
 
 def check(loop: Loop, problem: Problem, out: Path, ranks: int) -> None:
-    """All ranks have the same model, and it is torch's."""
+    """Assert that all ranks have the same model, and that it is torch's."""
     theirs = train_with_torch(loop, problem)
     for rank in range(ranks):
         result = torch.load(out / f"{loop.__name__}.{rank}")

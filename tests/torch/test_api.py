@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
 import inspect
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import danaz.torch as danaz
 from danaz.cli.main import main
+from danaz.server.core import ServerCore
 from danaz.torch.session import NotInitializedError
 
 ROOT = Path(__file__).parents[2]
@@ -26,20 +26,6 @@ QUADRATIC = str(ROOT / "configs/quadratic.yaml")
 DIGITS = str(ROOT / "configs/digits.yaml")
 
 # ---- danaz.torch ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """danaz.torch, as it is in a fresh process that nobody launched."""
-    for name in list(os.environ):
-        if name.startswith("DANAZ_"):
-            monkeypatch.delenv(name)
-    monkeypatch.setattr(danaz, "_current", None)
-    yield
-    if danaz._current is not None:
-        atexit.unregister(danaz._current.ending.end_process)
-        atexit.unregister(danaz._current._close)
-        danaz._current._close()
 
 
 def loader(samples: int = 12) -> DataLoader[tuple[torch.Tensor, ...]]:
@@ -82,7 +68,7 @@ def test_without_init(alone: None, call: Callable[[], object]) -> None:
         call()
 
 
-def test_a_script_alone(alone: None) -> None:
+def test_a_script_alone(alone: None, servers: list[ServerCore]) -> None:
     danaz.init()
     danaz.init()  # a second call changes nothing
     assert (danaz.rank(), danaz.size(), danaz.worker_id(), danaz.num_workers()) == (0, 1, 0, 1)
@@ -104,7 +90,8 @@ def test_a_script_alone(alone: None) -> None:
     assert loss < 0.1
     danaz.finish()  # epochs() has done it already
     danaz.report(test_error_percent=12.5, remark="fine")
-    summary = danaz._current.worker._link.core.summary()
+    [server] = servers
+    summary = server.summary()
     assert summary["reported"]["test_error_percent"] == 12.5
     assert summary["reported"]["remark"] == "fine"
     assert summary["updates"] == 24
@@ -127,7 +114,7 @@ def test_a_schedule_that_moves_with_every_step(alone: None) -> None:
     assert rates == pytest.approx([0.1 * (1 - step / 6) for step in range(6)])
 
 
-def test_leaving_the_loop_over_epochs_and_finishing_by_hand(alone: None) -> None:
+def test_leaving_the_loop_over_epochs_and_finishing_by_hand(alone: None, servers: list[ServerCore]) -> None:
     danaz.init()
     model = nn.Linear(1, 1)
     optimizer = danaz.DistributedOptimizer(make_sgd(model), model)
@@ -140,8 +127,8 @@ def test_leaving_the_loop_over_epochs_and_finishing_by_hand(alone: None) -> None
             break
     danaz.finish()
     danaz.report(epochs_used=epoch + 1)
-    theta = danaz._current.worker._link.core.master.params
-    assert torch.equal(torch.cat([model.weight.detach().flatten(), model.bias.detach()]), theta)
+    [server] = servers
+    assert torch.equal(torch.cat([model.weight.detach().flatten(), model.bias.detach()]), server.master.params)
 
 
 @pytest.mark.slow

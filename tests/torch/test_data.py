@@ -169,7 +169,7 @@ def train(
     after_step: Callable[[], object] = lambda: None,
     **loader: Any,
 ) -> None:
-    """Run the usual training loop."""
+    """Run the usual training loop; ``hold`` runs as each sample is fetched, ``after_step`` after each step."""
     model, optimizer = make_optimizer(session)
     session.epochs = epochs
     data = Counted(samples, number, cluster.fetched, hold)
@@ -275,13 +275,13 @@ def test_a_loop_that_is_left_early_ends_the_run() -> None:
 
 def test_another_loader_in_the_midst_of_a_run_is_refused() -> None:
     session = Session(Settings("dana"), RankInfo())
-    atexit.unregister(session._close)
+    atexit.unregister(session.close)
     make_optimizer(session)
     batches = session.shard(DataLoader(DATA, batch_size=5), 0)
     next(batches)
     with pytest.raises(ValueError, match="another size, batch size or order than the run began with"):
         next(session.shard(DataLoader(DATA, batch_size=2), 0))
-    session._close()
+    session.close()
 
 
 def test_the_server_socket_is_a_router() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.nn.functional import mse_loss
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader
 
+import danaz.worker.link
 from danaz.server.settings import ServerSettings
 from danaz.torch.ending import UNFINISHED
 from danaz.torch.optimizer import DistributedOptimizer
@@ -100,6 +102,96 @@ def test_who_comes_late_begins_in_the_clusters_epoch() -> None:
     assert seen == {"epoch": 2, "of the schedule": 2}
     assert cluster.counts().keys() == set(range(2 * BATCHES))
     assert cluster.core.leases.epoch == 4
+
+
+# ---- workers that skip all their batches ----------------------------------------------------------------------------
+
+
+def skip(script: Script, hold: Callable[[], object] = lambda: None) -> None:
+    """Skip every batch that the worker gets in the epoch, as a script does whose loss is not finite."""
+    for epoch in script.session.run_epochs(1):
+        script.epochs.append(epoch)
+        for _ in script.session.run_batches(script.loader, epoch):
+            hold()
+
+
+def test_a_worker_that_skips_its_only_batch_ends_with_the_model_that_the_others_trained() -> None:
+    cluster = ScriptCluster(ServerSettings("dana", workers=2))
+    others_done = threading.Event()
+    models: dict[int, nn.Module] = {}
+
+    def trains(session: Session, number: int) -> None:
+        script = Script(cluster, session, number)
+        models[number] = script.model
+        for epoch in session.run_epochs(1):
+            for count, (x, y) in enumerate(session.run_batches(script.loader, epoch), start=1):
+                step(script.model, script.optimizer, x, y)
+                if count == BATCHES - 1:
+                    others_done.set()
+
+    def skips(session: Session, number: int) -> None:
+        script = Script(cluster, session, number)
+        models[number] = script.model
+        skip(script, hold=lambda: others_done.wait(PATIENCE_S))
+
+    cluster.worker(0, trains)
+    cluster.worker(1, skips)
+    cluster.run()
+    summary = cluster.core.summary()
+    assert (summary["updates"], summary["skipped_batches"], summary["complete"]) == (BATCHES - 1, 1, True)
+    assert cluster.batches_by_worker() == {0: BATCHES - 1}
+    for model in models.values():
+        theta = torch.cat([p.detach().flatten() for p in model.parameters()])
+        assert torch.equal(theta, cluster.core.master.params)
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_worker_that_skips_its_only_batch_may_leave_before_it_hears_of_an_update(stops: bool) -> None:
+    cluster = ScriptCluster(ServerSettings("dana", workers=2))
+    leaves = threading.Event()
+
+    def trains(session: Session, number: int) -> None:
+        script = Script(cluster, session, number)
+        for epoch in session.run_epochs(1):
+            for x, y in session.run_batches(script.loader, epoch):
+                assert leaves.wait(PATIENCE_S)
+                step(script.model, script.optimizer, x, y)
+
+    def skips(session: Session, number: int) -> None:
+        script = Script(cluster, session, number)
+        for epoch in session.run_epochs(1):
+            for count, _ in enumerate(session.run_batches(script.loader, epoch)):
+                if count == 1:
+                    break
+            leaves.set()
+            if stops:
+                session.stop("the loss is not finite")
+            session.finish()
+
+    cluster.worker(0, trains)
+    cluster.worker(1, skips)
+    cluster.run()
+    summary = cluster.core.summary()
+    assert (summary["stopped"], summary["skipped_batches"]) == ("the loss is not finite" if stops else None, 1)
+
+
+def test_workers_that_all_skip_their_batches_are_told_that_nothing_was_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(danaz.worker.link, "HEARTBEAT_S", 0.05)
+    cluster = ScriptCluster(ServerSettings("dana", workers=2, worker_timeout_s=2.0))
+    both_told = threading.Barrier(2, timeout=PATIENCE_S)
+    told: list[int] = []
+
+    def skips(session: Session, number: int) -> None:
+        with pytest.raises(RuntimeError, match=r"optimizer\.step\(\) was never called, so nothing was trained"):
+            skip(Script(cluster, session, number))
+        told.append(number)
+        both_told.wait()
+
+    cluster.worker(0, skips)
+    cluster.worker(1, skips)
+    cluster.run()
+    assert sorted(told) == [0, 1]
+    assert not cluster.updates
 
 
 # ---- ranks ----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.functional import mse_loss
 
 from danaz.torch.data import Batching
-from danaz.vectors.flat import SLICE_FLOATS
+from danaz.vectors.cutting import SLICE_FLOATS
 
 TRUST = 0.001
 

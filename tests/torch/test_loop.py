@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import deepcopy
 from io import BytesIO
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
 import danaz.torch as danaz
+from danaz.server.core import ServerCore
 from danaz.torch.data import Batching
 from danaz.torch.ending import UNFINISHED
 from danaz.torch.loop import LoopError
@@ -30,18 +30,13 @@ DATA = TensorDataset(torch.linspace(-1, 1, SAMPLES).unsqueeze(1), torch.linspace
 
 
 @pytest.fixture(autouse=True)
-def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """danaz.torch, as it is in a fresh process that nobody launched, after all calls that come before a run's loops."""
-    for name in list(os.environ):
-        if name.startswith("DANAZ_"):
-            monkeypatch.delenv(name)
-    monkeypatch.setattr(danaz, "_current", None)
+def _initialized(alone: None) -> None:
     danaz.init()
-    yield
-    assert danaz._current is not None
-    atexit.unregister(danaz._current.ending.end_process)
-    atexit.unregister(danaz._current._close)
-    danaz._current._close()
+
+
+@pytest.fixture
+def script(servers: list[ServerCore]) -> Script:
+    return Script(servers)
 
 
 def loader(batch_size: int = 4, data: TensorDataset = DATA, **options: object) -> DataLoader[tuple[torch.Tensor, ...]]:
@@ -51,7 +46,8 @@ def loader(batch_size: int = 4, data: TensorDataset = DATA, **options: object) -
 class Script:
     """The usual script without its loops, which the tests supply."""
 
-    def __init__(self) -> None:
+    def __init__(self, servers: list[ServerCore]) -> None:
+        self._servers = servers
         self.model = nn.Sequential(nn.Linear(1, 3), nn.Linear(3, 1))
         sgd = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
         self.optimizer = danaz.DistributedOptimizer(sgd, self.model)
@@ -71,9 +67,8 @@ class Script:
 
     @property
     def theta(self) -> torch.Tensor:
-        assert danaz._current is not None
-        theta: torch.Tensor = danaz._current.worker._link.core.master.params  # type: ignore[union-attr]
-        return theta
+        [server] = self._servers
+        return server.master.params
 
     @property
     def is_trained(self) -> bool:
@@ -82,22 +77,19 @@ class Script:
 
     @property
     def summary(self) -> dict[str, object]:
-        assert danaz._current is not None
-        summary: dict[str, object] = danaz._current.worker._link.core.summary()  # type: ignore[union-attr]
-        return summary
+        [server] = self._servers
+        return server.summary()
 
 
 # ---- loops that cannot be -------------------------------------------------------------------------------------------
 
 
-def test_epochs_of_range_in_place_of_danaz_epochs() -> None:
-    script = Script()
+def test_epochs_of_range_in_place_of_danaz_epochs(script: Script) -> None:
     with pytest.raises(LoopError, match=r"outside of a loop over danaz\.epochs.*for epoch in danaz\.epochs\(N\)"):
         script.train(0)
 
 
-def test_range_after_danaz_epochs() -> None:
-    script = Script()
+def test_range_after_danaz_epochs(script: Script) -> None:
     for epoch in danaz.epochs(1):
         script.train(epoch)
     with pytest.raises(LoopError, match="outside of a loop"):
@@ -105,9 +97,7 @@ def test_range_after_danaz_epochs() -> None:
 
 
 @pytest.mark.parametrize("wrong", [lambda epoch: epoch + 1, lambda epoch: epoch + 10, lambda epoch: -1])
-def test_numbers_that_are_not_those_of_danaz_epochs(wrong: Callable[[int], int]) -> None:
-    script = Script()
-
+def test_numbers_that_are_not_those_of_danaz_epochs(script: Script, wrong: Callable[[int], int]) -> None:
     def loops() -> None:
         for epoch in danaz.epochs(2):
             script.train(wrong(epoch))
@@ -116,9 +106,7 @@ def test_numbers_that_are_not_those_of_danaz_epochs(wrong: Callable[[int], int])
         loops()
 
 
-def test_epochs_numbered_anew_by_enumerate() -> None:
-    script = Script()
-
+def test_epochs_numbered_anew_by_enumerate(script: Script) -> None:
     def loops() -> None:
         for number, _ in enumerate(danaz.epochs(2), start=1):
             script.train(number)
@@ -128,9 +116,7 @@ def test_epochs_numbered_anew_by_enumerate() -> None:
 
 
 @pytest.mark.parametrize("nested", [True, False])
-def test_two_loops_over_epochs(nested: bool) -> None:
-    script = Script()
-
+def test_two_loops_over_epochs(script: Script, nested: bool) -> None:
     def loops() -> None:
         for epoch in danaz.epochs(1):
             script.train(epoch)
@@ -148,9 +134,7 @@ def test_a_number_of_epochs_that_is_none(count: object) -> None:
         danaz.epochs(count)  # type: ignore[arg-type]
 
 
-def test_a_second_pass_over_an_epoch() -> None:
-    script = Script()
-
+def test_a_second_pass_over_an_epoch(script: Script) -> None:
     def loops() -> None:
         for epoch in danaz.epochs(2):
             script.train(epoch)
@@ -161,9 +145,7 @@ def test_a_second_pass_over_an_epoch() -> None:
     assert script.seen == [0, 0, 0]
 
 
-def test_two_loaders_at_once() -> None:
-    script = Script()
-
+def test_two_loaders_at_once(script: Script) -> None:
     def loops() -> None:
         for epoch in danaz.epochs(1):
             for (x, y), _ in zip(danaz.shard(loader(), epoch), danaz.shard(loader(), epoch), strict=True):
@@ -173,9 +155,7 @@ def test_two_loaders_at_once() -> None:
         loops()
 
 
-def test_two_data_sets_of_one_size_in_an_epoch() -> None:
-    script = Script()
-
+def test_two_data_sets_of_one_size_in_an_epoch(script: Script) -> None:
     def loops() -> None:
         for epoch in danaz.epochs(1):
             script.train(epoch, most=1)
@@ -185,8 +165,7 @@ def test_two_data_sets_of_one_size_in_an_epoch() -> None:
         loops()
 
 
-def test_a_data_set_made_anew_for_each_epoch_is_fine() -> None:
-    script = Script()
+def test_a_data_set_made_anew_for_each_epoch_is_fine(script: Script) -> None:
     for epoch in danaz.epochs(2):
         script.train(epoch, loader(data=TensorDataset(*DATA.tensors)))
     assert script.seen == [0, 0, 0, 1, 1, 1]
@@ -199,8 +178,7 @@ def test_an_epoch_without_shard() -> None:
         next(epochs)
 
 
-def test_evaluation_by_shard() -> None:
-    script = Script()
+def test_evaluation_by_shard(script: Script) -> None:
     for epoch in danaz.epochs(1):
         with torch.no_grad(), pytest.raises(RuntimeError, match="to evaluate, iterate the loader itself"):
             script.train(epoch)
@@ -212,9 +190,9 @@ def test_evaluation_by_shard() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"num_workers": 1, "prefetch_factor": 2}])
-def test_batches_that_a_loop_leaves_come_first_in_the_next(options: dict[str, int]) -> None:
+def test_batches_that_a_loop_leaves_come_first_in_the_next(script: Script, options: dict[str, int]) -> None:
     torch.manual_seed(5)
-    script, trained = Script(), []
+    trained = []
     for epoch in danaz.epochs(3):
         for x, y in danaz.shard(loader(**options), epoch):
             script.step(x, y)
@@ -229,8 +207,7 @@ def test_batches_that_a_loop_leaves_come_first_in_the_next(options: dict[str, in
     assert script.summary["stopped"] is None
 
 
-def test_batches_that_nobody_trains_are_said() -> None:
-    script = Script()
+def test_batches_that_nobody_trains_are_said(script: Script) -> None:
     for epoch in danaz.epochs(3):
         script.train(epoch, most=1)
     assert script.seen == [0, 1, 2]
@@ -238,8 +215,7 @@ def test_batches_that_nobody_trains_are_said() -> None:
     assert (script.summary["epochs"], script.summary["stopped"]) == (1.0, "every worker left before the last batch")
 
 
-def test_stop_ends_the_loops_by_itself() -> None:
-    script = Script()
+def test_stop_ends_the_loops_by_itself(script: Script) -> None:
     for epoch in danaz.epochs(9):
         for x, y in danaz.shard(loader(), epoch):
             script.step(x, y)
@@ -252,8 +228,7 @@ def test_stop_ends_the_loops_by_itself() -> None:
     assert script.summary["stopped"] == "four are enough"
 
 
-def test_a_step_after_stop_is_refused() -> None:
-    script = Script()
+def test_a_step_after_stop_is_refused(script: Script) -> None:
     for epoch in danaz.epochs(1):
         for _ in danaz.shard(loader(), epoch):
             danaz.stop("")
@@ -277,9 +252,8 @@ def test_stop_before_anything_began() -> None:
     ],
 )
 def test_who_breaks_and_uses_the_model_gets_the_trained_one(
-    use: Callable[[Script], object], capsys: pytest.CaptureFixture[str]
+    script: Script, use: Callable[[Script], object], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script = Script()
     for epoch in danaz.epochs(5):
         script.train(epoch)
         if epoch == 1:
@@ -292,9 +266,8 @@ def test_who_breaks_and_uses_the_model_gets_the_trained_one(
     use(script)
 
 
-def test_an_exception_leaves_the_run_as_it_is_while_it_is_handled() -> None:
+def test_an_exception_leaves_the_run_as_it_is_while_it_is_handled(script: Script) -> None:
     """A script that saves its model in an emergency must not have to talk to a cluster that may be broken."""
-    script = Script()
     try:
         for epoch in danaz.epochs(5):
             script.train(epoch)
@@ -309,8 +282,7 @@ def test_an_exception_leaves_the_run_as_it_is_while_it_is_handled() -> None:
 # ---- what the loops say of themselves -------------------------------------------------------------------------------
 
 
-def test_loops_have_lengths() -> None:
-    script = Script()
+def test_loops_have_lengths(script: Script) -> None:
     batches = danaz.shard(loader(batch_size=5), 0)
     assert len(batches) == 3  # type: ignore[arg-type]
     epochs = danaz.epochs(7)
@@ -323,8 +295,7 @@ def test_loops_have_lengths() -> None:
 # ---- samples --------------------------------------------------------------------------------------------------------
 
 
-def order(batches: DataLoader[tuple[torch.Tensor, ...]] | None = None) -> list[float]:
-    script = Script()
+def order(script: Script, batches: DataLoader[tuple[torch.Tensor, ...]] | None = None) -> list[float]:
     seen: list[float] = []
     for epoch in danaz.epochs(1):
         for x, y in danaz.shard(batches or loader(), epoch):
@@ -339,20 +310,20 @@ def expected_order(seed: int) -> list[float]:
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_torchs_seed_decides_the_order(seed: int) -> None:
+def test_torchs_seed_decides_the_order(script: Script, seed: int) -> None:
     torch.manual_seed(seed)
-    assert order() == expected_order(seed)
+    assert order(script) == expected_order(seed)
 
 
-def test_the_seed_of_a_loaders_generator_comes_first() -> None:
+def test_the_seed_of_a_loaders_generator_comes_first(script: Script) -> None:
     torch.manual_seed(1)
-    assert order(loader(generator=torch.Generator().manual_seed(2))) == expected_order(2)
+    assert order(script, loader(generator=torch.Generator().manual_seed(2))) == expected_order(2)
 
 
-def test_the_seed_of_init_comes_before_all_others() -> None:
+def test_the_seed_of_init_comes_before_all_others(script: Script) -> None:
     danaz.init(seed=3)
     torch.manual_seed(1)
-    assert order(loader(generator=torch.Generator().manual_seed(2))) == expected_order(3)
+    assert order(script, loader(generator=torch.Generator().manual_seed(2))) == expected_order(3)
 
 
 @pytest.mark.parametrize("seed", [-1, 1.5, "1"])
@@ -370,8 +341,8 @@ class Persistent(TensorDataset):
 
 
 @pytest.mark.parametrize("persistent", [True, False])
-def test_persistent_workers_persist(persistent: bool) -> None:
-    script, pids = Script(), []
+def test_persistent_workers_persist(script: Script, persistent: bool) -> None:
+    pids = []
     batches = loader(data=Persistent(*DATA.tensors), num_workers=1, persistent_workers=persistent)
     for epoch in danaz.epochs(3):
         of_epoch = set()

@@ -32,9 +32,10 @@ from torch.nn.functional import mse_loss
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, MultiStepLR
 from torch.utils.data import DataLoader
 
+from danaz.run.rates import effective_lr
+from danaz.server.core import ServerCore
 from danaz.torch.data import Batching
 from danaz.torch.optimizer import DistributedOptimizer, UnsupportedOptimizerError, kept_loss
-from danaz.torch.rates import effective_lr
 from danaz.torch.session import NotInitializedError
 from danaz.worker.group import SoloGroup
 
@@ -183,29 +184,39 @@ def poisoned(bad_steps: set[int], value: float) -> Step:
 
 
 @pytest.mark.parametrize("value", [nan, inf, -inf])
-def test_a_push_that_is_not_finite_leaves_the_velocity_and_training_goes_on(value: float) -> None:
+def test_a_push_that_is_not_finite_leaves_the_velocity_and_training_goes_on(
+    value: float, servers: list[ServerCore]
+) -> None:
+    """The steps after the refused push are those of a script that skips the batch."""
     model = make_net()
     with alone() as session:
         optimizer = adopt(session, model, make_sgd(model))
         step = poisoned({2}, value)
         for count, (x, y) in enumerate(session.shard(DataLoader(make_data(), batch_size=5), 0)):
             if count == 2:
-                velocity, view = session.worker._core.vectors["velocity"].clone(), optimizer.flat.params.clone()
+                view = optimizer.flat.params.clone()
             step(model, optimizer, x, y)
             if count == 2:
-                assert torch.equal(session.worker._core.vectors["velocity"], velocity)
                 assert torch.equal(optimizer.flat.params, view)
                 assert session.worker.metrics.refused_pushes == 1
         session.finish()
-        server = session.worker._link.core
+        [server] = servers
         assert count + 1 == 5
-        assert server.figures.updates == 4
-        assert dict(server.figures.refusals) == {"push is not finite": 1}
+        assert server.totals.updates == 4
+        assert dict(server.totals.refusals) == {"push is not finite": 1}
         assert not server.diverged
     assert all(p.isfinite().all() for p in model.parameters())
+    skipping = make_net()
+    with alone() as session:
+        optimizer = adopt(session, skipping, make_sgd(skipping))
+        for count, (x, y) in enumerate(session.shard(DataLoader(make_data(), batch_size=5), 0)):
+            if count != 2:
+                usual_step(skipping, optimizer, x, y)
+        session.finish()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), skipping.parameters(), strict=True))
 
 
-def test_three_in_a_row_end_the_run_as_diverged() -> None:
+def test_three_in_a_row_end_the_run_as_diverged(servers: list[ServerCore]) -> None:
     model, steps = make_net(), 0
 
     def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
@@ -221,7 +232,8 @@ def test_three_in_a_row_end_the_run_as_diverged() -> None:
             for x, y in session.shard(DataLoader(make_data(), batch_size=BATCH), epoch):
                 step(model, optimizer, x, y)
         session.finish()
-        summary = session.worker._link.core.summary()
+        [server] = servers
+        summary = server.summary()
     assert steps == 6
     assert session.worker.metrics.diverged
     assert summary["diverged"]
@@ -332,7 +344,7 @@ def test_a_loop_that_never_steps() -> None:
             session.finish()
 
 
-def test_a_skipped_batch_counts_as_used() -> None:
+def test_a_skipped_batch_counts_as_used(servers: list[ServerCore]) -> None:
     model = make_net()
     with alone() as session:
         optimizer = adopt(session, model, make_sgd(model))
@@ -341,7 +353,8 @@ def test_a_skipped_batch_counts_as_used() -> None:
             if number != 1:
                 usual_step(model, optimizer, x, y)
         session.finish()
-        summary = session.worker._link.core.summary()
+        [server] = servers
+        summary = server.summary()
         assert (summary["updates"], summary["skipped_batches"], summary["epochs"]) == (2, 1, 1.0)
 
 
@@ -388,6 +401,8 @@ def test_a_saved_optimizer_state() -> None:
         usual_step(source, sgd, *make_data()[:5])
         with pytest.raises(UnsupportedOptimizerError, match="momentum buffers"):
             optimizer.load_state_dict(sgd.state_dict())
+        with pytest.raises(ValueError, match=r"groups of \[2, 2\] parameters, expected \[6\]"):
+            optimizer.load_state_dict(make_sgd_of_groups(source).state_dict())
 
 
 def test_memory_that_does_not_fit_any_more() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +126,21 @@ def test_a_worker_that_comes_back_catches_up() -> None:
     cluster.own_batches, cluster.completed = 1, 6
     scheduler.step()
     assert sgd.param_groups[0]["lr"] == pytest.approx(course(SCHEDULERS["one cycle"], TOTAL)[6])
+
+
+@pytest.mark.parametrize("own_batches", [0, 1])
+def test_torchs_warning_of_a_missing_step_spares_a_worker_that_got_no_batch(own_batches: int) -> None:
+    """Such a worker cannot step its optimizer; a script that has a batch and does not step is still warned."""
+    sgd = SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    scheduler = MultiStepLR(sgd, [1], gamma=0.1)
+    follow([sgd], Cluster(completed=BATCHES, own_batches=own_batches, in_loop=False), one_worker=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        scheduler.step()
+    assert ["lr_scheduler.step()` before `optimizer.step()" in str(each.message) for each in caught] == (
+        [True] * own_batches
+    )
+    assert sgd.param_groups[0]["lr"] == pytest.approx(0.01)
 
 
 def test_an_epoch_that_the_script_works_out_itself() -> None:

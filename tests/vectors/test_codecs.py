@@ -1,4 +1,4 @@
-"""Codecs against their definitions, written out as loops in float64; what is no chunk; and that nothing is lost."""
+"""Codecs agree with their definitions, written as loops in float64; they refuse bad bytes; and nothing is lost."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SIZES = [0, 1, 7, 8, 9, 15, 16, 17, 511, 512, 513, 519, 520, 1024, 1025, 5000]
 
 
 def coded(codec: Codec, chunk: Tensor) -> Tensor:
-    """What arrives, through bytes that cannot be written to, in memory that holds something else."""
+    """Return what arrives in memory that held something else, through bytes that are read-only."""
     data = bytes(codec.encode(chunk.clone()))
     assert len(data) <= codec.encoded_bytes(chunk.numel())
     out = torch.full_like(chunk, 77.0)
@@ -46,16 +46,16 @@ def drawn(size: int, seed: int = 0) -> Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(seed)) * 10 ** (seed % 5 - 2)
 
 
-# ---- the definitions, one value after the other ------------------------------------------------------------------
+# ---- the definitions, value by value -------------------------------------------------------------------------------
 
 
 def nearest(value: float, candidates: list[float]) -> float:
-    """The nearer of two neighbours; of two as near, the one whose last bit is zero is listed first."""
+    """Return the nearer of two neighbours. If both are equally near, take the first, whose last bit is zero."""
     return min(candidates, key=lambda candidate: abs(candidate - value))
 
 
 def bf16_of(value: float) -> float:
-    """Upper half of the bits of a float32, rounded to nearest even; saturated."""
+    """Return the upper half of the bits of a float32, rounded to nearest even, and saturated."""
     (bits,) = struct.unpack("<I", struct.pack("<f", value))
     below = bits & 0xFFFF0000
     neighbours = sorted((below, below + 0x10000), key=lambda b: b >> 16 & 1)
@@ -65,7 +65,7 @@ def bf16_of(value: float) -> float:
 
 
 def fp16_of(value: float) -> float:
-    """Python's own half floats."""
+    """Return the value as Python rounds it to a half float, saturated."""
     return float(struct.unpack("<e", struct.pack("<e", max(-65504.0, min(65504.0, value))))[0])
 
 
@@ -126,7 +126,7 @@ class TestDefinitions:
         assert coded(push_codec("bf16"), chunk).tolist() == [bf16_of(v) for v in values]
 
     def test_places_that_are_far_apart(self):
-        """More than 255, and exactly multiples of it."""
+        """Steps above 255 take several bytes, and so do exact multiples of it."""
         chunk = torch.zeros(3000)
         for place in (254, 255, 510, 1276, 2999):
             chunk[place] = place
@@ -143,13 +143,13 @@ class TestBytes:
     @pytest.mark.parametrize(
         ("name", "times"), [("fp32", 1), ("bf16", 2), ("fp16", 2), ("onebit", 25), ("topk:0.01", 70)]
     )
-    def test_so_many_times_fewer(self, name, times):
+    def test_by_which_factor_a_push_shrinks(self, name, times):
         chunk = drawn(100_000)
         assert 4 * chunk.numel() / len(push_codec(name).encode(chunk)) >= times
 
     @pytest.mark.parametrize("name", NAMES)
     @pytest.mark.parametrize("size", SIZES)
-    def test_never_more_than_is_said(self, name, size):
+    def test_never_more_bytes_than_announced(self, name, size):
         for seed in range(5):
             coded(push_codec(name), drawn(size, seed))
 
@@ -212,7 +212,7 @@ class TestMalformed:
             ([255, 1], "places of 1 values and 2 steps, 2 values expected"),
         ],
     )
-    def test_places_that_are_none(self, steps, why):
+    def test_invalid_places(self, steps, why):
         self.refused(TopK(0.2), struct.pack("<2f", 1, 2) + bytes(steps), 10, why)
 
     def test_a_step_too_many(self):
@@ -228,7 +228,7 @@ class TestMalformed:
     @given(st.sampled_from(NAMES), st.integers(0, 600), st.binary(max_size=200))
     @settings(FEW, max_examples=200)
     def test_any_bytes(self, name, size, data):
-        """A chunk, or CodecError; nothing else, and nothing beside the chunk is written."""
+        """Any bytes are a chunk or raise CodecError, and nothing beside the chunk is written."""
         memory = torch.full((size + 2,), 5.0)
         with suppress(CodecError):
             push_codec(name).decode(data, memory[1:-1])
@@ -237,7 +237,7 @@ class TestMalformed:
     @given(st.sampled_from(["fp32", "bf16", "fp16", "onebit"]), st.data())
     @settings(FEW, max_examples=100)
     def test_any_bytes_of_the_right_length_are_a_chunk(self, name, data):
-        """Every pattern is a number, a sign or a mean; whether they are finite is for the server to see."""
+        """Every pattern is a number, a sign or a mean. The server checks whether they are finite."""
         size, codec = data.draw(st.integers(1, 60)), push_codec(name)
         count = codec.encoded_bytes(size)
         out = torch.full((size,), math.nan)
@@ -251,13 +251,13 @@ class TestMalformed:
 
 class TestNames:
     @pytest.mark.parametrize("name", NAMES)
-    def test_a_codec_says_its_own(self, name):
+    def test_a_codec_knows_its_name(self, name):
         assert push_codec(name).name == name
         assert push_codec(push_codec(name).name).encoded_bytes(999) == push_codec(name).encoded_bytes(999)
 
     @pytest.mark.parametrize("share", [1 / 3, 0.1 + 0.2, 1e-7, 0.123456789012345])
     def test_a_share_survives_its_name(self, share):
-        """Both sides must keep the same number."""
+        """Both sides must keep the same number of values."""
         codec = TopK(share)
         again = push_codec(codec.name)
         assert isinstance(again, TopK)
@@ -269,12 +269,12 @@ class TestNames:
             push_codec(name)
 
     @pytest.mark.parametrize("name", ["topk:", "topk:0", "topk:1", "topk:-0.1", "topk:nan", "topk:inf", "topk:x"])
-    def test_a_share_that_is_none(self, name):
+    def test_an_invalid_share(self, name):
         with pytest.raises(UnknownCodecError, match="above 0 and below 1"):
             push_codec(name)
 
     @pytest.mark.parametrize("name", ["onebit", "topk:0.1", "x"])
-    def test_a_view_is_never_thinned_out(self, name):
+    def test_a_view_has_no_codec_that_needs_error_feedback(self, name):
         with pytest.raises(UnknownCodecError, match="for views; there are fp32, bf16, fp16"):
             view_codec(name)
         assert set(VIEW_CODECS) == {"fp32", "bf16", "fp16"}
@@ -292,7 +292,7 @@ class TestErrorFeedback:
         return Compressor(push_codec(name), self.SPANS)
 
     @pytest.mark.parametrize("name", LOSSY)
-    def test_what_was_sent_and_what_is_kept_is_all(self, name):
+    def test_what_was_sent_and_what_is_kept_add_up_to_everything(self, name):
         compressor, total, sent = self.compressor(name), np.zeros(1300), np.zeros(1300)
         for seed in range(30):
             push = drawn(1300, seed=5 * seed + 2)
@@ -301,7 +301,7 @@ class TestErrorFeedback:
             sent += push.numpy()
             compressor.settle(applied=True)
         np.testing.assert_allclose(sent + compressor.residual.numpy(), total, atol=1e-3)
-        assert np.abs(compressor.residual.numpy()).max() > 0, "something was lost, else this tests nothing"
+        assert np.abs(compressor.residual.numpy()).max() > 0, "the test needs a codec that loses something"
 
     @pytest.mark.parametrize("name", LOSSY)
     def test_the_push_becomes_what_is_decoded(self, name):
@@ -317,7 +317,7 @@ class TestErrorFeedback:
 
     @pytest.mark.parametrize("name", LOSSY)
     @pytest.mark.parametrize("applied", [True, False])
-    def test_a_slice_may_fare_otherwise(self, name, applied):
+    def test_one_slice_may_be_refused_alone(self, name, applied):
         one, other = self.compressor(name), self.compressor(name)
         for compressor in (one, other):
             compressor.compress(drawn(1300, 0), 0.0)
@@ -343,5 +343,5 @@ class TestErrorFeedback:
             assert torch.equal(a, b)
             one.settle(applied=True)
             other.settle(applied=True)
-            one.settle(applied=True)  # an answer to something else than a push
+            one.settle(applied=True)  # the answer to another request than a push
             assert torch.equal(one.residual, other.residual)

@@ -1,4 +1,4 @@
-"""Attacks on the process of a server with keys: what they cost it is bounded, and its workers do not notice."""
+"""Attacks on a server process with keys: their cost is bounded, and the workers do not notice them."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from danaz.protocol.wire import encode
 from danaz.server.core import ServerCore
 from danaz.serving.doorkeeper import MAX_STRANGERS, MAX_UNREAD, SPARE, WORKER_CONNECTIONS
 from danaz.vectors.codecs import push_codec
-from danaz.vectors.cutting import announced
-from danaz.vectors.flat import SLICE_FLOATS, Layout
+from danaz.vectors.cutting import SLICE_FLOATS, announced
+from danaz.vectors.layout import Layout
 from danaz.worker.link import DealerLink
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -48,7 +48,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Victim]:
 
 
 def is_served(attacked: Victim) -> None:
-    """A worker that asks is answered."""
+    """Check that the server answers a worker."""
     link = DealerLink(attacked.address, Heartbeat(0, 1), give_up_s=live.DEADLINE_S, keys=attacked.keys[0])
     reply = link.exchange(Pull(0, 1, 1))
     link.close()
@@ -64,7 +64,7 @@ def read_until_cut(raw: socket.socket) -> None:
 
 
 class TestStrangers:
-    """Without a key: at most 64 MB in all."""
+    """All connections without a key together cost at most 64 MB."""
 
     def test_frames_within_the_limit_on_many_connections(self, server):
         server.forget_peak()
@@ -105,7 +105,7 @@ class TestStrangers:
 
 
 class TestWorkers:
-    """With a key: a multiple of the model, and so much for each connection that it may have."""
+    """A connection with a key costs at most a fixed multiple of the model, and a worker may have a limited number."""
 
     @pytest.mark.parametrize("parts", [[bytes(MB)] * 400, [b""] * 3_000_000], ids=["of 400 MB", "of nothing"])
     def test_a_message_that_does_not_end(self, server, parts):
@@ -188,14 +188,14 @@ class TestMessages:
 
 
 class TestLimits:
-    """They leave room for what is honest."""
+    """The limits leave room for honest traffic."""
 
     def test_every_frame_that_danaz_sends_fits(self):
         largest_slice = max(push_codec(name).encoded_bytes(SLICE_FLOATS) for name in ("fp32", "onebit", "topk:0.999"))
         assert max(largest_slice, wire.MAX_HEADER_BYTES) + CURVE_BYTES <= MAX_FRAME_BYTES
 
     def test_a_model_of_many_tensors_joins_and_trains(self):
-        """A mixture of experts, say: 18,000 tensors, with such names as they have."""
+        """The model has 18,000 tensors with long names, as a mixture of experts may have."""
         rows = [
             [f"model.layers.{layer}.mlp.experts.{expert}.{kind}.weight", [8, 4], [4, 1]]
             for layer in range(60)
@@ -210,10 +210,10 @@ class TestLimits:
             worker.start()
             until_done(worker)
             thread.join(live.DEADLINE_S)
-        assert core.figures.updates == 3
+        assert core.totals.updates == 3
 
     def test_without_keys_a_connection_is_bounded_too(self):
-        """Where everyone is believed, each connection has its limit, and their number has none."""
+        """An insecure server limits each connection, but not their number."""
         core = ServerCore(settings_for(1))
         with serving(core) as (address, _):
             host, port = address.removeprefix("tcp://").rsplit(":", 1)

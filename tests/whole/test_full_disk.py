@@ -1,4 +1,4 @@
-"""A full disk, and a run folder that is deleted: training goes on where it can, and the end says what is lost."""
+"""The disk is full, or the run folder is deleted: training goes on where it can, and the end says what is lost."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ import pytest
 import torch
 from cluster import Cluster
 
-from danaz.run import folder as run_folder
+from danaz.files.atomic import write_atomically
 from danaz.run.config import load_config
-from danaz.run.folder import Journal, write_atomically
 from danaz.run.settings import Settings
-from danaz.server.snapshot import CoreState
+from danaz.server.snapshot import Snapshot
+from danaz.serving import journal as run_journal
 from danaz.serving.checkpoint import read_newest, write_checkpoint
+from danaz.serving.journal import Journal
 from danaz.serving.keeper import Checkpoints
 from danaz.serving.recording import Recorder
 
@@ -32,7 +33,7 @@ Mount = Callable[[str], Path]
 
 @pytest.fixture
 def mount(tmp_path: Path) -> Iterator[Mount]:
-    """Makes a small disk."""
+    """Mount a small disk."""
     mounted: list[Path] = []
 
     def make(size: str, options: str = "rw") -> Path:
@@ -55,7 +56,7 @@ def mount(tmp_path: Path) -> Iterator[Mount]:
 
 
 def fill(disk: Path) -> Path:
-    """Take what is left of a disk; returns the file to delete."""
+    """Fill the rest of a disk; return the file to delete."""
     filler = disk / "filler"
     try:
         with filler.open("wb", buffering=0) as file:
@@ -76,8 +77,8 @@ def danaz(*words: str | Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def state(floats: int) -> CoreState:
-    return CoreState({"master": {"version": 1}}, {"params": torch.zeros(floats)})
+def state(floats: int) -> Snapshot:
+    return Snapshot({"master": {"version": 1}}, {"params": torch.zeros(floats)})
 
 
 # ---- the parts ---------------------------------------------------------------------------------------------------
@@ -110,7 +111,7 @@ class TestJournal:
         assert journal.path.read_bytes() == self.LINE * (1000 - missing)
 
     def test_memory_has_an_end(self, mount: Mount, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(run_folder, "MOST_WAITING_BYTES", 10 * len(self.LINE))
+        monkeypatch.setattr(run_journal, "MOST_WAITING_BYTES", 10 * len(self.LINE))
         disk, said = mount("16k"), []
         journal = Journal(disk / "updates.jsonl", said.append)
         for _ in range(1000):
@@ -180,7 +181,7 @@ def test_a_recording_that_does_not_fit_ends_and_says_so_once(mount: Mount) -> No
     disk, said = mount("16k"), []
     recorder = Recorder(disk / "recording.bin", "{}", said.append)
     for _ in range(100):
-        recorder.event(1.0, b"route", [bytes(1000)])
+        recorder.record(1.0, b"route", [bytes(1000)])
     recorder.close()
     assert len(said) == 1
     assert NO_SPACE in said[0]
@@ -263,7 +264,7 @@ def test_a_launch_on_a_disk_that_fills_up_ends_with_a_sentence(algorithm: str, m
 
 
 class Served:
-    """A server and a worker on the quadratic, each a process of this test's own."""
+    """A server and a worker that train on the quadratic. This test starts the two processes itself."""
 
     def __init__(self, folder: Path, epochs: int):
         config = load_config(CONFIG, [f"epochs={epochs}", "workers=1"])
@@ -299,7 +300,7 @@ class Served:
         live.until(lambda: trains() or self.server.poll() is not None, "it trains")
 
     def end(self) -> tuple[int, str]:
-        """How the server ended; its worker ended well."""
+        """Check that the worker ended well, and return how the server ended."""
         _, said = self.server.communicate(timeout=live.DEADLINE_S)
         _, errors = self.worker.communicate(timeout=live.DEADLINE_S)
         assert self.worker.returncode == 0, errors

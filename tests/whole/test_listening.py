@@ -1,4 +1,4 @@
-"""Which addresses the processes of a run listen on while it trains: inside a machine, loopback alone."""
+"""While a run trains, its processes listen only on the addresses that they need: inside a machine, on loopback."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def processes_below(pid: int) -> Iterator[int]:
 
 
 def listens_on(pid: int) -> list[str]:
-    """Addresses, of each socket on which a process accepts connections by TCP."""
+    """Return the addresses of all sockets on which a process accepts TCP connections."""
     inodes = {path.readlink().name for path in Path("/proc", str(pid), "fd").iterdir() if path.is_symlink()}
     found = []
     for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
@@ -51,7 +51,7 @@ def listens_on(pid: int) -> list[str]:
 
 
 def until_trains(launcher: subprocess.Popen[str], folder: Path) -> None:
-    """Two ranks have done a step, and wait for `go`."""
+    """Wait until two ranks have done a step. They go on when `go` exists."""
     deadline = time.monotonic() + DEADLINE_S
     while len(list(folder.glob("trains.*"))) < 2:
         assert launcher.poll() is None, launcher.communicate()[0]

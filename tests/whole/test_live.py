@@ -1,4 +1,4 @@
-"""Whole runs: the launcher's processes, Horovod inside each worker, a ROUTER server between them."""
+"""Whole runs, with the launcher's processes, Horovod inside each worker and a ROUTER server between the workers."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ ENDLESS = (str(CONFIGS / "quadratic.yaml"), *TWO_WORKERS, "--set", "epochs=10000
 
 
 def test_the_hybrid_on_digits(tmp_path: Path) -> None:
-    """2 workers of 2 Horovod ranks each: the folder keeps its contract, replays to the bit, and holds the model."""
+    """Two workers of two Horovod ranks train: the run folder is complete, replays to the bit, and holds the model."""
     run = live.launch(
         *(str(CONFIGS / "digits.yaml"), "--hosts", "localhost:4", "--workers-per-host", "2", "--algorithm", "dana"),
         *("--set", "epochs=4", "--set", "lr_schedule.milestones=[3]", "--record"),
@@ -113,7 +113,7 @@ A = np.logspace(-2, 0, DIMENSION)
 
 
 def replay_dana(updates: list[dict[str, Any]], momentum: float) -> np.ndarray[Any, Any]:
-    """θ after all updates, from the formulas of Algorithm 4 with the exact term for a changing rate."""
+    """Return θ after all updates, from the formulas of Algorithm 4 with the exact term for a changing rate."""
     views = [np.zeros(DIMENSION)]  # Θ of each version
     velocity, rate = {}, {}
     for update in updates:
@@ -127,7 +127,7 @@ def replay_dana(updates: list[dict[str, Any]], momentum: float) -> np.ndarray[An
 
 
 def replay_dana_zero(updates: list[dict[str, Any]], momentum: float) -> np.ndarray[Any, Any]:
-    """θ after all updates, from the formulas of Algorithm 3."""
+    """Return θ after all updates, from the formulas of Algorithm 3."""
     theta = np.zeros(DIMENSION)
     views = [theta]
     velocity, rate = {}, {}
@@ -223,7 +223,7 @@ torch.save(model.state_dict(), f"{sys.argv[1]}/model.{danaz.rank()}")
 
 
 def test_ssgd_equals_one_rank_with_all_the_batches_and_n_times_the_rate(tmp_path: Path) -> None:
-    """2 workers of 2 ranks: batches of 2·8, the last with 2 samples for 4 ranks; η is 2·0.05."""
+    """Two workers of two ranks have batches of 2·8; the last has 2 samples for 4 ranks. η is 2·0.05."""
     script = tmp_path / "script.py"
     script.write_text(SSGD)
     run = live.launch(
@@ -299,7 +299,7 @@ for epoch in danaz.epochs(4):
 
 
 def test_loading_processes_and_a_slow_worker_use_every_sample_once(tmp_path: Path) -> None:
-    """Worker 0 has 3 ranks, which share batches of 8 unevenly and the last of 3 as 1/1/1; worker 1 has two."""
+    """Worker 0 has 3 ranks, which share batches of 8 unevenly, and the last batch of 3 as 1/1/1; worker 1 has two."""
     script = tmp_path / "script.py"
     script.write_text(COUNTED)
     run = live.launch(
@@ -378,7 +378,7 @@ def test_with_stop_whoever_is_killed_the_whole_run_ends_and_no_other(begin: Call
 
 
 def assert_whole(folder: Path) -> None:
-    """Every line and file of JSON is whole, whatever befell who wrote it."""
+    """Check that every line and file of JSON is whole, whatever happened to the process that wrote it."""
     updates = live.read_updates(folder)
     assert [update["version"] for update in updates] == list(range(1, len(updates) + 1))
     for path in folder.glob("*.json"):

@@ -1,4 +1,4 @@
-"""Ends of whole runs that are none: scripts that never train, that leave early, or whose processes hang."""
+"""Whole runs that do not end as they should: scripts never train, leave early, or have processes that hang."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 TWO_WORKERS = ("--hosts", "localhost:2", "--workers-per-host", "2", "--algorithm", "dana")
 ONE_WORLD = ("--hosts", "localhost:2", "--algorithm", "ssgd")
 
-# It trains, in lines that can be left out or changed.
+# A script that trains. The tests leave out or change some of its lines.
 LINES = {
     "import": "import os, pathlib, signal, sys, time, torch\nfrom torch.utils.data import DataLoader, TensorDataset\n"
     "import danaz.torch as danaz",
@@ -36,7 +36,7 @@ LEAVES = "        if step == 3 and danaz.{who}: sys.exit(0)"
 
 
 def write(folder: Path, **changes: str) -> list[str]:
-    """A script with other lines in place of these."""
+    """Write a script in which some lines are replaced."""
     script = folder / "train.py"
     script.write_text("\n".join({**LINES, **changes}.values()))
     return [str(script)]
@@ -85,10 +85,10 @@ def test_a_script_that_trains_nothing_is_told_what_is_missing(
 
 
 def test_a_worker_that_leaves_early_is_told_at_the_end(tmp_path: Path) -> None:
-    """Nobody can tell whether it meant to: the run ends in good order, and its exit code says that it was cut short."""
+    """The worker may not have meant to. The run ends in good order, and its exit code says that it was cut short."""
     left = f"pathlib.Path({str(tmp_path / 'left')!r})"
     leaves = f"        if step == 3 and danaz.worker_id() == 1: {left}.touch(); sys.exit(0)\n"
-    # Else worker 0 could train all of it before a slow worker 1 comes to its fourth batch.
+    # Otherwise worker 0 could train all batches before a slow worker 1 reaches its fourth.
     stays = f"        while step == 3 and danaz.worker_id() == 0 and not {left}.exists(): time.sleep(0.01)"
     run = live.launch(*TWO_WORKERS, out=tmp_path / "run", script=write(tmp_path, early=leaves + stays), succeeds=False)
     assert run.exit_code == UNFINISHED
@@ -115,7 +115,7 @@ def test_the_rank_that_leaves_early_is_blamed_and_not_the_one_that_needs_it(tmp_
 
 
 def test_a_run_that_is_over_ends_though_a_rank_hangs(tmp_path: Path) -> None:
-    """The server forgets the worker that is silent, and 30 s after it has ended nothing waits for anybody."""
+    """The server forgets the silent worker, and 30 s after the server has ended, the launcher ends what is left."""
     hangs = "        if step == 3 and danaz.worker_id() == 1: os.kill(os.getpid(), signal.SIGSTOP)"
     run = live.launch(*TWO_WORKERS, out=tmp_path / "run", script=write(tmp_path, early=hangs))
     assert run.summary["complete"]

@@ -1,4 +1,4 @@
-"""Whole runs that go on: a worker that comes back, one that joins, and a run whose launcher was killed."""
+"""Whole runs that go on: a worker comes back, a worker joins, and a run is resumed after its launcher was killed."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_a_run_goes_on_when_all_of_it_was_killed(begin: Callable[..., live.Runni
 def test_who_has_no_key_gets_nothing_on_this_machine_either(
     begin: Callable[..., live.Running], manner: tuple[str, ...]
 ) -> None:
-    """Another user of this machine can read the address of the server, and connect to it."""
+    """Another user of this machine can read the server's address and connect to it."""
     run = begin(*manner)
     server = (run.folder / "logs/localhost/server/stdout").read_text().splitlines()[0].removeprefix("DANAZ_SERVER=")
     link = DealerLink(server, Heartbeat(1, 1), give_up_s=live.DEADLINE_S if manner else 3.0)

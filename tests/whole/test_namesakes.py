@@ -1,4 +1,4 @@
-"""Files in the working directory that have the names of what danaz imports: nothing of them is ever run."""
+"""Files in the working directory that have the names of modules that danaz imports are never run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SMALL = ["--set", "epochs=1", "--set", "lr_schedule.milestones=[]"]
 
 @pytest.fixture
 def here(tmp_path: Path) -> Path:
-    """A working directory where every import would be a namesake."""
+    """Make a working directory that has a namesake of every import."""
     folder = tmp_path / "here"
     folder.mkdir()
     for name in {*sys.stdlib_module_names, *INSTALLED}:
@@ -69,7 +69,7 @@ def test_the_doctor_among_namesakes(here: Path) -> None:
 
 @pytest.mark.slow
 def test_a_path_that_names_the_working_directory(here: Path) -> None:
-    """Python itself starts from the namesakes of its own library there; those of what is installed are passed over."""
+    """Python itself runs namesakes of its own library there, but not namesakes of installed packages."""
     for name in sys.stdlib_module_names:
         (here / f"{name}.py").unlink()
     for entry in ("", ".", str(here)):
@@ -79,7 +79,7 @@ def test_a_path_that_names_the_working_directory(here: Path) -> None:
 
 @pytest.mark.slow
 def test_python_m_danaz_among_namesakes(here: Path) -> None:
-    """What Python imports before danaz is, and danaz itself, are found there first."""
+    """Python finds danaz itself there first, and all that it imports before danaz."""
     for name in {*sys.stdlib_module_names, "danaz"}:
         (here / f"{name}.py").unlink()
     danaz(here, "doctor", "--hosts", "localhost", command=(sys.executable, "-m", "danaz"))
@@ -87,7 +87,7 @@ def test_python_m_danaz_among_namesakes(here: Path) -> None:
 
 @pytest.mark.slow
 def test_what_is_named_on_purpose_is_found_there(tmp_path: Path) -> None:
-    """A rule, by the command, the server and the workers; model and data, with a module beside them."""
+    """The command, the server and the workers find a rule there; the workers find model and data."""
     (tmp_path / "my_rules.py").write_text("from danaz.rules import dana_zero\ndef my_dana(momentum=0.9):\n"
                                           "    return dana_zero(momentum)\n")  # fmt: skip
     (tmp_path / "beside.py").write_text("FEATURES = 2\n")

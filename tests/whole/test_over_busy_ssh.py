@@ -1,4 +1,4 @@
-"""Machines whose sshd, or whose user's ssh_config, makes a connection hard."""
+"""Machines to which it is hard to connect, because of their sshd or of the user's ssh_config."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ NOISE = "echo Welcome; printf 'and no end of line'; echo complaint >&2\n"
 
 
 def aliases(network: Namespaces, number: int) -> tuple[list[str], str]:
-    """Names of machine a, at PORT."""
+    """Name machine a, at PORT, in several ways."""
     names = [f"alias{each}" for each in range(number)]
     return names, f"Host alias*\n HostName {network['a'].address}\n Port {PORT}\n HostKeyAlias a\n"
 
 
 def launch(network: Namespaces, folder: Path, hosts: list[str], *command: str) -> str:
-    """Play a plan with a rank on each of the hosts; returns what was said."""
+    """Run a plan with a rank on each of the hosts; return the output."""
     arguments = [str(folder / "run"), ",".join(f"{host}:1" for host in hosts), "90", *command]
     return ended(network.popen([sys.executable, "-c", LAUNCHER, *arguments], env={**os.environ, "SENT": ""}), 120.0)
 
@@ -59,7 +59,7 @@ def launch(network: Namespaces, folder: Path, hosts: list[str], *command: str) -
 def test_an_sshd_that_takes_few_connections_at_once(network: Namespaces, tmp_path: Path) -> None:
     names, config = aliases(network, 16)
     with another_sshd(network, tmp_path, "MaxStartups 2:100:3"), ssh_config(network, config):
-        said = launch(network, tmp_path, names, "sh", "-c", "echo $DANAZ_WORKER")
+        said = launch(network, tmp_path, names, "sh", "-c", "echo $LAUNCHER_WORKER")
     assert said == '[0, "None"]\n'
     workers = {int(path.read_text()) for path in tmp_path.glob("run/logs/alias*/rank.*/stdout")}
     assert workers == set(range(len(names)))
@@ -78,7 +78,7 @@ def test_a_jump_host_that_takes_few_connections_at_once(network: Namespaces, tmp
 
 
 def test_an_sshd_that_takes_nobody_is_named_in_the_end(network: Namespaces, tmp_path: Path) -> None:
-    """It answers, and closes: another attempt is made, and then it is said why."""
+    """It accepts the connection and closes it. The launcher tries again, and then says why it failed."""
     a = network["a"]
     code = (
         "import socket, sys\n"

@@ -1,4 +1,4 @@
-"""Runs inside a Slurm allocation: a real one, of a controller and two nodes; and the names and numbers Slurm writes."""
+"""Runs inside a real Slurm allocation with a controller and two nodes, and the names and numbers that Slurm writes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TRAINING_S = 200.0
 
 @pytest.fixture(scope="module")
 def environment(network: Namespaces, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """What finds the Slurm of machines a and b."""
+    """The environment in which Slurm's commands find the cluster of machines a and b."""
     reason = missing()
     if reason is not None and os.environ.get("CI") == "true":
         pytest.fail(f"continuous integration must test Slurm, but {reason}")

@@ -1,4 +1,4 @@
-"""Runs over several machines and real ssh: what they compute, what travels, what is said and what is left behind."""
+"""Runs over several machines and real ssh: what they compute, send and print, and that they leave nothing running."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(240)]
 SECRET = "a secret of the launching machine"
 SENT = "a variable that is sent along"
 
-# A rank that heeds no signal, with a daemon of a session of its own.
+# A rank that ignores signals, with a daemon in a session of its own.
 STUBBORN = "trap '' TERM INT HUP; (setsid sleep 1001 &); while :; do sleep 1000; done"
 
 
@@ -76,7 +76,7 @@ def test_shards_on_two_machines(network: Namespaces, tmp_path: Path, servers: st
 
 
 def test_dana_trains_over_ipv6(network: Namespaces, tmp_path: Path) -> None:
-    """The launching machine is seen by IPv6, so that there its server listens."""
+    """The machines see the launching machine at its IPv6 address, so its server listens there."""
     folder = tmp_path / "run"
     summary = train(network, folder, "--hosts", "[fd77::2]:2,[fd77::3]:1")
     assert summary["workers"] == 2
@@ -163,7 +163,7 @@ def test_a_script_on_unequal_slots_and_what_travels(network: Namespaces, hostfil
 
 
 class Playing:
-    """Two stubborn ranks, one on each machine, and their launcher."""
+    """A launcher and its two stubborn ranks, one on each machine."""
 
     def __init__(self, network: Namespaces, folder: Path, silence_s: float = 90.0) -> None:
         self.network = network
@@ -267,7 +267,7 @@ def test_a_network_that_is_away_for_a_while_and_for_good(play: Callable[..., Pla
 
 
 def test_machines_that_cannot_be_reached(network: Namespaces, tmp_path: Path) -> None:
-    """All at once: every one is named, with what to do."""
+    """Several cannot be reached. Each is named, with a cure."""
     a, b = network["a"], network["b"]
     known = network.known_hosts()
     keys = [f"{name} {(node.folder / 'host_key.pub').read_text()}" for name, node in (("changed", b), ("nokey", a))]
@@ -320,7 +320,7 @@ def test_a_machine_that_lacks_something(network: Namespaces, tmp_path: Path, lac
             ["--remote-python", "/no/python"],
             "a: bash: line 1: /no/python: No such file or directory; there is",
         ),
-        "danaz": (["--remote-python", str(bare_python)], f"; danaz is not installed in {bare_python} there"),
+        "danaz": (["--remote-python", str(bare_python)], f"; this program is not installed in {bare_python} there"),
         "the same danaz": (["--remote-python", str(old_python)], "a: danaz 0.0.9 there, 0.1.0 here; install the same"),
         "its directory": (["--chdir", "/no/directory"], "a: cannot start: [Errno 2] No such file or directory"),
     }[lacks]
@@ -341,7 +341,7 @@ def test_a_machine_under_two_names(network: Namespaces, command: list[str]) -> N
 
 
 def test_this_machine_by_its_own_address(network: Namespaces) -> None:
-    """No sshd is there, and none is needed."""
+    """It has no sshd, and needs none."""
     process = network.danaz("doctor", "--hosts", network["launching"].address)
     output = ended(process)
     assert process.returncode == 0, output

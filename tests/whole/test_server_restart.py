@@ -1,4 +1,4 @@
-"""The server's process is killed in the middle of a run, and started anew on the same port: the workers stay."""
+"""The server process is killed in the middle of a run and starts again on the same port; the workers stay."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ UNDISTURBED_PERCENT = 5.0  # test error: 6 epochs end at 2 to 3
 
 
 class Cluster:
-    """A server and two workers on digits, each a process of this test's own."""
+    """A server and two workers that train on digits. This test starts the three processes itself."""
 
     def __init__(self, folder: Path, algorithm: str, **settings: Any):
         folder.mkdir()
@@ -67,13 +67,13 @@ class Cluster:
         return child
 
     def kill_server_behind(self, updates: int, how: signal.Signals = signal.SIGKILL) -> str:
-        """Wait for this number of updates, then end the server's process by ``how``; returns its stderr."""
+        """Wait for this number of updates, then send ``how`` to the server; return its stderr."""
         live.until(lambda: len(live.read_updates(self.folder)) >= updates or self.server.poll() is not None, "updates")
         self.server.send_signal(how)
         return self.server.communicate(timeout=live.DEADLINE_S)[1]
 
     def finish(self) -> tuple[dict[str, Any], str]:
-        """The summary, and what the last server said."""
+        """Return the summary, and the output of the last server."""
         said = self.server.communicate(timeout=live.DEADLINE_S)[1]
         for worker in self.workers:
             _, errors = worker.communicate(timeout=live.DEADLINE_S)
@@ -147,7 +147,7 @@ def test_a_damaged_checkpoint_is_passed_over(harm: str, tmp_path: Path, clusters
 
 
 def test_workers_of_a_run_that_is_complete_are_seen_off(tmp_path: Path, clusters: list[Cluster]) -> None:
-    """The server was killed when it had written everything, and before its last worker had read its last answer."""
+    """The server was killed after it had written everything, but before its last worker had read the last answer."""
     clusters.append(cluster := Cluster(tmp_path / "run", "dana"))
     summary, _ = cluster.finish()
     cluster.serve_again()
@@ -157,7 +157,7 @@ def test_workers_of_a_run_that_is_complete_are_seen_off(tmp_path: Path, clusters
     assert (reply.reason, reply.rejoin) == ("the run is complete", False)
     late = cluster.start(["work"], DANAZ_WORKER="1", DANAZ_SERVER=cluster.address, DANAZ_INCARNATION="2")
     _, errors = late.communicate(timeout=live.DEADLINE_S)
-    link.close()  # its heartbeats kept the server there, however long the process took to start
+    link.close()  # its heartbeats kept the server alive, however long the process took to start
     assert late.returncode == 0, errors
     assert errors.strip() == "danaz: the run was complete before this worker came; there is nothing left to do"
     kept, said = cluster.finish()

@@ -1,4 +1,4 @@
-"""Several servers, each with a slice of the vector, are killed: all of them go on from one generation."""
+"""Several servers, each with a slice of the vector, are killed. All of them go on from one generation."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,13 @@ from live import Running, read_updates, until
 from mortal_shards import Servers, Trainer, Way, check_end, check_run, training, undisturbed_end
 from torch import Tensor
 
-from danaz.protocol.messages import GoBack, Refusal
-from danaz.run.folder import RunFolder, read_summary
+from danaz.protocol.messages import GoBack, Push, Refusal, Reply
+from danaz.run.folder import read_summary
 from danaz.server.settings import ServerSettings
 from danaz.server.snapshot import ResumeError
 from danaz.serving.checkpoint import read_newest
-from danaz.serving.keeper import Keeper, SliceKeeper
+from danaz.serving.journal import RunWriter
+from danaz.serving.keeper import RunKeeper, ShardKeeper
 from danaz.worker.core import Request
 
 
@@ -54,7 +56,7 @@ def test_all_go_back_to_one_generation(
 
 
 def test_what_a_shard_has_not_heard_of_is_not_gone_back_to(begin: Callable[..., Trainer], undisturbed: Tensor) -> None:
-    """Shard 0 has a checkpoint of its last update, of which a worker would have told the others with its next push."""
+    """Shard 0 has a checkpoint of its last update. The others have not heard of it: the next push would tell them."""
     trainer = begin()
     trainer.train(5)
     servers = trainer.servers
@@ -92,17 +94,24 @@ def test_a_restart_counts_though_a_second_one_goes_back_behind_it(
         trainer.servers.kill()
         trainer.push()  # it has nothing to tell the others yet
     assert trainer.servers.versions == [4, 4]
-    assert trainer.servers.cores[0].figures.lost_updates == 1
+    assert trainer.servers.cores[0].totals.lost_updates == 1
     check_end(trainer, undisturbed, restarts=2)
 
 
 def test_a_generation_that_shard_0_cannot_have_begun_is_not_believed(
-    begin: Callable[..., Trainer], undisturbed: Tensor
+    begin: Callable[..., Trainer], undisturbed: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = begin()
     trainer.train(3)
-    trainer.link._generation = 1 << 40
-    trainer.train(3)
+    honest = trainer.ways[1].exchange
+
+    def lie(request: Request) -> Reply:
+        return honest(replace(request, generation=1 << 40) if isinstance(request, Push) else request)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.ways[1], "exchange", lie)
+        trainer.train(1)
+    trainer.train(2)
     trainer.servers.kill()
     trainer.push()
     assert trainer.servers.versions == [5, 5]
@@ -128,7 +137,7 @@ def test_without_a_generation_of_all_nothing_is_made_up(begin: Callable[..., Tra
     trainer.servers.kill()
     refusal = trainer.link.exchange(trainer.core.pull())
     assert isinstance(refusal, Refusal)
-    assert "no checkpoint is there, and sound, of all 2 shards: shard 0 has " in refusal.reason
+    assert "the 2 shards have no sound checkpoint in common: shard 0 has " in refusal.reason
     assert refusal.reason.endswith("shard 1 has 0")
     assert not refusal.rejoin, "to ask again is of no use"
     assert not any(core.started for core in trainer.servers.cores)
@@ -137,17 +146,17 @@ def test_without_a_generation_of_all_nothing_is_made_up(begin: Callable[..., Tra
 def test_another_number_of_shards_is_refused(begin: Callable[..., Trainer]) -> None:
     trainer = begin()
     trainer.train(3)
-    alone = Keeper(RunFolder(trainer.servers.run, {}), ServerSettings("dana-zero", 1))
+    alone = RunKeeper(RunWriter(trainer.servers.run, {}), ServerSettings("dana-zero", 1))
     with pytest.raises(ResumeError, match="shards 2, this server has 1"):
         alone.resume()
-    more = SliceKeeper(trainer.servers.folders[1].parent, ServerSettings("dana-zero", 1, shard=1, shards=3)).resume()
+    more = ShardKeeper(trainer.servers.folders[1].parent, ServerSettings("dana-zero", 1, shard=1, shards=3)).resume()
     with pytest.raises(ResumeError, match="shards 2, this server has 3"):
         more.stream(0, GoBack(0, 1, -1, generation=2, newest=9), 0.0)
 
 
 @pytest.mark.parametrize("algorithm", ["dana", "dana-zero"])
 def test_a_shard_that_has_let_a_worker_go_stays_at_the_end(algorithm: str, begin: Callable[..., Trainer]) -> None:
-    """Killed when it has told the end of its slice, and shard 0 has not: the worker gives back its share once."""
+    """It is killed after it has announced its end and before shard 0 has: the worker gives back its share only once."""
     ends = []
     for name, is_killed in (("quiet", False), ("killed", True)):
         trainer = begin(name, algorithm=algorithm)
@@ -169,7 +178,7 @@ def test_a_shard_that_has_let_a_worker_go_stays_at_the_end(algorithm: str, begin
 
 
 def test_what_workers_brought_of_the_end_outlives_shard_0(begin: Callable[..., Trainer]) -> None:
-    """Killed between the last good-bye and the end of the process: nobody is left to tell the shards anything."""
+    """It is killed between the last good-bye and the end of its process, when nobody is left to tell the shards."""
     trainer = begin()
     trainer.train()
     trainer.leave()

@@ -1,4 +1,4 @@
-"""Shards on two machines: their checkpoints are there, and whatever is killed, all go on from one generation."""
+"""Two shards on two machines keep their checkpoints there. Whatever is killed, both go on from one generation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from live import read_updates
 from namespaces import Namespaces
 from waiting import until
 
-from danaz.launch.prepare import _run_id
+from danaz.launch.prepare import run_id_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(400)]
 
@@ -25,7 +25,7 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 class Run:
-    """Digits with shard 0 on a and shard 1 on b, each with a worker beside it."""
+    """A run on digits with shard 0 and a worker on a, and shard 1 and a worker on b."""
 
     def __init__(self, network: Namespaces, folder: Path):
         self.network, self.folder = network, folder
@@ -35,11 +35,11 @@ class Run:
 
     @property
     def kept(self) -> list[Path]:
-        """What is on a and b of this run, which see the same temporary files."""
-        return sorted(Path(tempfile.gettempdir()).glob(f"danaz-{_run_id(self.folder)}-*"))
+        """Return the folders of this run on a and b, which share their temporary files."""
+        return sorted(Path(tempfile.gettempdir()).glob(f"{run_id_of(self.folder)}-*"))
 
     def trains(self) -> bool:
-        """Both shards have kept a generation or two that shard 0 began while training went on."""
+        """Return whether both shards have kept a generation that shard 0 began while training went on."""
         newest = [max(folder.glob("checkpoints*/*.json"), default=Path("0")).stem for folder in self.kept]
         return self.launcher.poll() is not None or (len(newest) == 2 and min(map(int, newest)) > 3)
 

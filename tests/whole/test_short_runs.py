@@ -1,4 +1,4 @@
-"""Two real runs that `make test` can afford: ranks under Horovod on this machine, and workers on two machines."""
+"""Two real runs that are short enough for `make test`: Horovod ranks on this machine, and workers on two machines."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.timeout(300)
 
 
 def check(folder: Path, workers: int, ranks_per_worker: int) -> dict[str, Any]:
-    """Every batch was trained on once, the model learned, and the recording replays to the same bits."""
+    """Check that each batch was used once, the model learned, and the recording replays to the same bits."""
     summary, updates = read_summary(folder), live.read_updates(folder)
     assert (summary["workers"], summary["ranks_per_worker"]) == (workers, ranks_per_worker)
     assert (summary["collective"], summary["complete"]) == ("horovod", True)
@@ -42,7 +42,7 @@ def test_a_worker_of_two_horovod_ranks(tmp_path: Path) -> None:
 
 @pytest.mark.cluster
 def test_a_worker_on_each_of_two_machines(network: Namespaces, tmp_path: Path) -> None:
-    """By ssh, with a server on the launching machine and Horovod inside each worker."""
+    """They are reached by ssh. The server is on the launching machine, and Horovod is inside each worker."""
     folder = tmp_path / "run"
     arguments = (*DIGITS, *SHORT, "--hosts", "a:2,b:2", "--out", str(folder))
     process = network.danaz("launch", *arguments, env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -1,4 +1,4 @@
-"""A short soak: one of each fault, from a seed. `make soak` is the long one."""
+"""A short soak test with one fault of each kind, from a seed. `make soak` runs the long one."""
 
 from __future__ import annotations
 

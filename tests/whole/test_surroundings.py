@@ -1,4 +1,4 @@
-"""An environment, an account and a locale that are missing, empty or odd: a sentence, or done without."""
+"""The environment, the account or the locale is missing, empty or odd: danaz does without it, or says what is wrong."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ JOB = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n[1-2]"}
 
 
 def danaz(*words: str, folder: Path = ROOT, env: dict[str, str] | None = None) -> tuple[int, str]:
-    """With this environment alone."""
+    """Run the command with nothing but this environment."""
     ended = subprocess.run([DANAZ, *words], cwd=folder, env=env or {}, capture_output=True, check=False)
     return ended.returncode, (ended.stdout + ended.stderr).decode()
 
@@ -75,7 +75,7 @@ def test_no_slurm_job() -> None:
 
 
 def test_an_account_without_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What USER and LOGNAME say does not count, for it does not with ssh either."""
+    """USER and LOGNAME do not count, because ssh ignores them too."""
     monkeypatch.setenv("LOGNAME", "somebody")
     me = pwd.getpwuid(os.getuid()).pw_name
     assert Ssh().reaches_directly(Host("localhost", user=me))
@@ -143,7 +143,7 @@ def test_a_working_directory_that_was_deleted(tmp_path: Path) -> None:
     ended = subprocess.run(["sh", "-c", script], cwd=gone, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (
         1,
-        "danaz: the working directory is there no more; change into another one\n",
+        "danaz: the working directory no longer exists; change into another one\n",
     )
 
 

@@ -54,7 +54,7 @@ class Noted(torch.utils.data.Dataset):
 
 def train(name, make, step, passes=1, channels_last=False, **options):
     session = Session(settings, place if name == "usual_step" else RankInfo())  # one of them writes the run folder
-    atexit.unregister(session._close)
+    atexit.unregister(session.close)
     model = make_net()
     if ranks.rank:
         torch.nn.init.ones_(model.last.weight)  # rank 0's parameters are everyone's
@@ -72,7 +72,7 @@ def train(name, make, step, passes=1, channels_last=False, **options):
             if channels_last:
                 assert not model.convolution.weight.is_contiguous()
     session.finish()
-    session._close()
+    session.close()
     return model.state_dict(), without_gradient
 
 
@@ -97,7 +97,7 @@ def test_ranks_that_share_a_batch_equal_one_rank(collective: str, tmp_path: Path
     )
     ranks = [torch.load(tmp_path / f"results.{rank}") for rank in range(RANKS)]
     assert [rank["name"] for rank in ranks] == [collective] * RANKS
-    assert sum(rank["now and then"][1] for rank in ranks) > 0, "every part used all parameters: nothing was tried"
+    assert sum(rank["now and then"][1] for rank in ranks) > 0, "all ranks used all parameters: nothing was tested"
     for name, options in variations().items():
         first, *others = [rank[name][0] for rank in ranks]
         for state in others:
@@ -133,19 +133,19 @@ out, tensor = Path(sys.argv[1]), torch.ones(3)
 for name in ("sum", "broadcast"):
     ranks.broadcast(ready=torch.zeros(1))
     if ranks.rank == 1 - (name == "broadcast"):
-        time.sleep(2)  # the other waits
+        time.sleep(2)  # the other rank waits
     began = time.thread_time()
     ranks.wait(ranks.sum_async(tensor, "late")) if name == "sum" else ranks.broadcast(late=tensor)
     (out / f"{name}.{ranks.rank}").write_text(str(time.thread_time() - began))
 for milestone in MISSING:
-    reach(milestone)  # or the first rank to end would end the other
+    reach(milestone)  # otherwise the first rank to end would end the other
 ranks.close()
 """
 
 
 @pytest.mark.slow
 def test_a_rank_that_waits_leaves_the_processor_to_others(tmp_path: Path) -> None:
-    """This is measured in the rank's own processor time, so that a busy machine cannot spoil the test."""
+    """The test measures the rank's own processor time, so that a busy machine cannot spoil it."""
     script = tmp_path / "script.py"
     script.write_text(WAITING)
     live.launch(
@@ -207,7 +207,7 @@ def test_a_process_alone_is_a_group() -> None:
         ("torch", True, "torch", "as asked for"),
     ],
 )
-def test_the_collective_is_chosen_aloud(
+def test_the_choice_of_a_collective_is_explained(
     wanted: str, installed: bool, chosen: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(group.importlib.util, "find_spec", lambda name: object() if installed else None)
@@ -216,7 +216,7 @@ def test_the_collective_is_chosen_aloud(
     assert said in sentence
 
 
-def test_horovod_that_is_missing_but_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_horovod_is_wanted_but_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(group.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(CollectiveError, match="danaz horovod install"):
         choose_collective("horovod")

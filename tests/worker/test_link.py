@@ -1,4 +1,4 @@
-"""The worker's end of the link: what it repeats and what it does not, whom it believes, and when it gives up."""
+"""The worker's end of the link: what it repeats, which answers it takes, and when it gives up."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from danaz.protocol.messages import Heartbeat, Noted, Parameters, Plan, Pull, Pu
 from danaz.protocol.wire import CHUNK, decode, encode
 from danaz.server.core import ServerCore
 from danaz.torch.alone import LocalLink
-from danaz.vectors.flat import SLICE_FLOATS
+from danaz.vectors.cutting import SLICE_FLOATS
 from danaz.worker import link as link_module
 from danaz.worker.core import Role, WorkerCore
 from danaz.worker.link import DealerLink, ServerLostError
 
 
 class Clock:
-    """Replaces the module ``time``. Its time stands still unless the test moves it."""
+    """Stands in for the module ``time``. Its time stands still unless the test moves it."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -32,8 +32,8 @@ class Clock:
         self.looked.set()
         return self.now_s
 
-    def pass_s(self, seconds: float) -> None:
-        """Move the time; return when the code under test has looked at the new time, acted on it, and looked again."""
+    def advance(self, seconds: float) -> None:
+        """Move the time, and return when the code under test has read the new time, acted on it, and read it again."""
         self.now_s += seconds
         for _ in range(3):
             self.looked.clear()
@@ -61,7 +61,7 @@ class Asking(threading.Thread):
 
 
 class TestDealerLink:
-    def test_what_is_not_answered_is_said_again_the_same(self, monkeypatch):
+    def test_an_unanswered_request_is_repeated_unchanged(self, monkeypatch):
         monkeypatch.setattr(link_module, "RETRY_FIRST_S", 0.05)
         push = Push(0, 1, 2, 0, (0.1,), 1, None, 0, torch.arange(5.0))
         with silent_server() as (socket, address):
@@ -74,7 +74,7 @@ class TestDealerLink:
             asking.join(PATIENCE_S)
         assert asking.reply == Noted(2)
 
-    def test_what_is_still_leaving_is_not_said_again(self, monkeypatch):
+    def test_a_request_that_is_still_being_sent_is_not_repeated(self, monkeypatch):
         """The reader is so slow that a push takes many times the wait before a repetition. It gets only one copy."""
         clock = Clock()
         monkeypatch.setattr(link_module, "time", clock)
@@ -88,10 +88,10 @@ class TestDealerLink:
             assert decode(heard).push.numel() == push.push.numel()
             for number in range(21):
                 if number < 8:  # 12 MB are still to come
-                    clock.pass_s(1.0)
+                    clock.advance(1.0)
                 assert CHUNK.unpack(socket.recv_multipart()[1])[2] == number
             socket.send_multipart([route, *encode(Noted(2))])
-            assert decode(socket.recv_multipart()[1:]) == Pull(0, 1, 3), "and not the push again"
+            assert decode(socket.recv_multipart()[1:]) == Pull(0, 1, 3), "the push must not come again"
             socket.send_multipart([route, *encode(Noted(3))])
             asking.join(PATIENCE_S)
         assert asking.reply == Noted(3)
@@ -134,7 +134,7 @@ class TestDealerLink:
             context.term()
         assert asking.reply == Noted(1)
 
-    def test_what_is_no_danaz_server(self):
+    def test_an_answer_that_is_not_danaz_is_an_error(self):
         with silent_server() as (socket, address):
             asking = Asking(address, Pull(0, 1, 1))
             asking.start()
@@ -163,7 +163,7 @@ class TestLocalLink:
         link.close()
         assert closed == [True]
 
-    def test_waiting_for_others_would_be_for_ever(self):
+    def test_it_does_not_wait_for_workers_that_never_come(self):
         link = LocalLink(ServerCore(settings_for(2)))
         role = Role(0, 1, DIGEST, SGD, layout_of(3), Plan(1, 1))
         with pytest.raises(ServerLostError, match="never come"):

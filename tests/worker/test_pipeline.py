@@ -23,10 +23,10 @@ from danaz.server.core import ServerCore
 from danaz.simulate.simulator import Simulation
 from danaz.torch.alone import LocalLink
 from danaz.vectors.codecs import Compressor, push_codec
-from danaz.vectors.flat import chunks
-from danaz.worker.core import Request
+from danaz.vectors.cutting import chunks
+from danaz.worker.core import Request, Step
 from danaz.worker.link import ServerLostError
-from danaz.worker.pipeline import Pipeline
+from danaz.worker.pipeline import FetchDelay
 
 QUADRATIC = Path(__file__).parents[2] / "configs/quadratic.yaml"
 WORKERS = 4
@@ -52,7 +52,7 @@ def test_it_equals_its_definition(algorithm, tmp_path):
         points[worker] = fetched + (oracle.theta - before if algorithm == "dana" else 0)
         simulated.advance(1)
         np.testing.assert_allclose(simulated.server.master.params, oracle.theta, rtol=1e-4, atol=1e-7)
-        assert simulated.server.members[worker].lag == min(turn, WORKERS), "of the view that was sent"
+        assert simulated.server.members[worker].lag == min(turn, WORKERS), "the lag is that of the view that was sent"
 
 
 @pytest.mark.parametrize("algorithm", ["dana", "dana-zero", "dc-asgd", "dana-ga", "asgd"])
@@ -80,7 +80,7 @@ class Pipelined(Cluster):
         return self.views[worker].clone()
 
     def make(self, worker: int, grad: Tensor) -> Push:
-        return self.workers[worker].push(grad, (0.1,), 1, 1.0, self.leases(worker)[0], wants_view=False)
+        return self.workers[worker].push(Step(self.leases(worker)[0], (0.1,), 1, 1.0), grad, wants_view=False)
 
     def push_beside(self, worker: int, grad: Tensor = GRADIENT) -> Parameters:
         reply = self.say(worker, self.make(worker, grad))
@@ -93,8 +93,8 @@ class Pipelined(Cluster):
         self.workers[worker].compute_on(point)
         return point
 
-    def is_sent_away(self, worker: int, request: Request) -> None:
-        """The request is refused, and the worker joins again."""
+    def is_refused_and_joins_again(self, worker: int, request: Request) -> None:
+        """Check that the request is refused, and let the worker join again."""
         refusal = self.say(worker, request)
         assert isinstance(refusal, Refusal)
         assert refusal.rejoin
@@ -103,8 +103,8 @@ class Pipelined(Cluster):
 
 class TestWhatItComputesOn:
     @pytest.mark.parametrize("codec", ["fp32", "bf16", "onebit", "topk:0.3"])
-    def test_under_dana_what_the_server_will_hold(self, codec):
-        """The bits are the same, whatever a lossy push decodes to: a lone worker's view lacks only its own push."""
+    def test_dana_computes_on_what_the_server_will_hold(self, codec):
+        """Even the bits are the same if the push is lossy, because a lone worker's view lacks only its own push."""
         size = 5000
         cluster = Pipelined(workers=1, params=torch.randn(size))
         cluster.workers[0].compressor = Compressor(push_codec(codec), list(chunks(size)))
@@ -114,7 +114,7 @@ class TestWhatItComputesOn:
             assert torch.equal(cluster.point(0), cluster.server.master.params)
 
     def test_the_view_itself_stays_as_it_was_sent(self):
-        """It must, because a restarted server may go on from it."""
+        """A restarted server may go on from it."""
         cluster = Pipelined()
         view = cluster.fetch(0)
         push = cluster.make(0, GRADIENT)
@@ -123,13 +123,13 @@ class TestWhatItComputesOn:
         assert torch.equal(cluster.workers[0].join().params, view)
 
     @pytest.mark.parametrize("algorithm", ["asgd", "dana-zero", "dana-ga"])
-    def test_under_others_the_view(self, algorithm):
+    def test_other_algorithms_compute_on_the_view(self, algorithm):
         cluster = Pipelined(algorithm)
         view = cluster.fetch(0)
         cluster.push_beside(0)
         assert torch.equal(cluster.point(0), view)
 
-    def test_a_fresh_view_lacks_nothing(self):
+    def test_a_fresh_view_contains_the_own_push(self):
         cluster = Pipelined()
         cluster.fetch(0)
         cluster.push_beside(0)
@@ -137,13 +137,13 @@ class TestWhatItComputesOn:
         assert torch.equal(cluster.point(0), cluster.server.master.params)
 
     @pytest.mark.parametrize("bad", [NAN, INF])
-    def test_no_push_that_will_be_refused(self, bad):
+    def test_a_push_that_will_be_refused_is_not_added(self, bad):
         cluster = Pipelined()
         view = cluster.fetch(0)
         assert cluster.push_beside(0, GRADIENT * bad).refused
         assert torch.equal(cluster.point(0), view)
 
-    def test_no_push_that_may_be_refused(self):
+    def test_a_push_that_may_be_refused_is_not_added(self):
         """A push may be refused if the last one was.
 
         Otherwise one refused outlier would lead to the next, and no batch would be computed on a sound view.
@@ -156,7 +156,7 @@ class TestWhatItComputesOn:
         assert torch.equal(cluster.point(0), view)
         view = cluster.fetch(0)
         cluster.push_beside(0)
-        assert not torch.equal(cluster.point(0), view), "all is well again"
+        assert not torch.equal(cluster.point(0), view), "after an applied push, the next one is added again"
 
 
 class TestHowLateItIsApplied:
@@ -185,22 +185,22 @@ class TestHowLateItIsApplied:
         ("computing_s", "late"),
         [([0.1], True), ([0.1, 0.11], True), ([0.02, 0.18], False), ([0.003, 0.003, 0.03], False)],
     )
-    def test_a_view_is_fetched_late_where_batches_take_even_time(self, computing_s, late):
-        pipeline = Pipeline(lambda make: Parameters(1, 1, True, "", (), True, 0.0, 0, None, torch.empty(0)))
+    def test_a_view_is_fetched_late_if_batches_take_equal_times(self, computing_s, late):
+        delay = FetchDelay()
         for turn in range(100):
-            pipeline._computing.saw(computing_s[turn % len(computing_s)])
-            pipeline._fetching.saw(0.01)
-        pipeline.close()
-        assert (pipeline._patience_s > 0.05) == late
-        assert (pipeline._patience_s <= 0) == (not late), "as the batch begins"
+            delay.saw_batch(computing_s[turn % len(computing_s)])
+            delay.saw_fetch(0.01)
+        assert (delay.seconds > 0.05) == late
+        assert (delay.seconds <= 0) == (not late), "the view is fetched as the batch begins"
 
 
 class TestFaultsBetweenPushAndFetch:
-    def goes_on(self, cluster: Pipelined, updates: int) -> None:
-        """The batch that worker 0 computed on its old view is refused, computed again, and applied once."""
+    def check_that_it_goes_on(self, cluster: Pipelined, updates: int) -> None:
+        """Check that worker 0's batch, computed on its old view, is refused, computed again, and applied once."""
+        view = cluster.views[0].clone()
         refused = cluster.push_beside(0)
         assert not refused.applied
-        assert torch.equal(cluster.point(0), cluster.workers[0]._view.params), "the push on top would be refused too"
+        assert torch.equal(cluster.point(0), view), "the push on top would be refused too"
         cluster.fetch(0)
         assert cluster.push_beside(0).applied
         assert [update.version for update in cluster.updates] == list(range(1, updates + 1))
@@ -211,8 +211,8 @@ class TestFaultsBetweenPushAndFetch:
         cluster.fetch(0)
         assert cluster.push_beside(0).applied
         cluster.lose(0)
-        cluster.is_sent_away(0, cluster.workers[0].pull(ahead=True))
-        self.goes_on(cluster, updates=2)
+        cluster.is_refused_and_joins_again(0, cluster.workers[0].pull(ahead=True))
+        self.check_that_it_goes_on(cluster, updates=2)
         assert torch.allclose(cluster.workers[0].vectors["velocity"], 1.9 * GRADIENT)
 
     def test_given_up_before_the_push(self):
@@ -221,8 +221,8 @@ class TestFaultsBetweenPushAndFetch:
         push = cluster.make(0, GRADIENT)
         cluster.lose(0)
         cluster.push(1, GRADIENT, 0.1)
-        cluster.is_sent_away(0, push)
-        self.goes_on(cluster, updates=2)
+        cluster.is_refused_and_joins_again(0, push)
+        self.check_that_it_goes_on(cluster, updates=2)
         assert torch.allclose(cluster.workers[0].vectors["velocity"], GRADIENT)
 
     def test_given_up_when_the_answer_to_the_push_was_lost(self):
@@ -231,8 +231,8 @@ class TestFaultsBetweenPushAndFetch:
         push = cluster.make(0, GRADIENT)
         cluster.server.handle(0, push, cluster.now)
         cluster.lose(0)
-        cluster.is_sent_away(0, push)
-        self.goes_on(cluster, updates=2)
+        cluster.is_refused_and_joins_again(0, push)
+        self.check_that_it_goes_on(cluster, updates=2)
         assert torch.allclose(cluster.workers[0].vectors["velocity"], 1.9 * GRADIENT)
 
     @pytest.mark.parametrize("answered", [True, False])
@@ -251,12 +251,12 @@ class TestFaultsBetweenPushAndFetch:
         journal = list(cluster.updates)
         cluster.server = ServerCore(cluster.settings, on_update=cluster.updates.append)
         cluster.server.restore(state, journal, life=1, now=cluster.now)
-        cluster.is_sent_away(0, request)
+        cluster.is_refused_and_joins_again(0, request)
         cluster.come_back(1)
         assert torch.equal(cluster.server.master.params, view)
-        assert (cluster.server.master.version, cluster.server.figures.lost_updates) == (1, 1)
+        assert (cluster.server.master.version, cluster.server.totals.lost_updates) == (1, 1)
         del cluster.updates[1:]  # the keeper does the same
-        self.goes_on(cluster, updates=2)
+        self.check_that_it_goes_on(cluster, updates=2)
 
     def test_the_fetch_answered_twice(self):
         """The worker took the first answer, while the server assumes that it took the second."""
@@ -266,7 +266,7 @@ class TestFaultsBetweenPushAndFetch:
         cluster.push(1, GRADIENT, 0.1)
         cluster.server.handle(0, fetch, 0.0)
         cluster.deliver([(0, first)])
-        assert cluster.push_beside(0).applied, "it was computed on the view before"
+        assert cluster.push_beside(0).applied, "it was computed on the view at hand"
         cluster.fetch(0)
         assert "another view" in cluster.push_beside(0).refused
         cluster.fetch(0)
@@ -296,12 +296,12 @@ def test_a_run_goes_on_to_its_end(algorithm, fault):
     kind, happens = FAULTS[fault]
     seen = []
 
-    def befalls(request: Request) -> None:
+    def before_exchange(request: Request) -> None:
         seen.extend([request] * isinstance(request, kind))
         if isinstance(request, kind) and len(seen) in (5, 17, 18):
             happens(line, request)
 
-    line.befalls = befalls
+    line.before_exchange = before_exchange
     worker = make_worker(line)
     train(worker)
     assert len(seen) > 18
@@ -309,17 +309,17 @@ def test_a_run_goes_on_to_its_end(algorithm, fault):
     assert sorted(update.batch for update in line.updates) == list(range(PLAN.batches))
     assert line.life == (3 if "restarted" in fault else 0)
     assert line.core.finished
-    assert torch.allclose(worker.flat.params, torch.ones(SIZE), atol=0.3), "it has trained, from within ±1 / √3"
+    assert torch.allclose(worker.flat.params, torch.ones(SIZE), atol=0.3), "it has trained: it began within ±1 / √3"
 
 
-def test_what_the_exchange_raises_the_training_loop_hears():
+def test_an_error_in_the_exchange_is_raised_in_the_training_loop():
     line = Line("dana")
 
-    def befalls(request: Request) -> None:
+    def before_exchange(request: Request) -> None:
         if isinstance(request, Pull):
             raise ServerLostError("the server did not answer")
 
-    line.befalls = befalls
+    line.before_exchange = before_exchange
     worker = make_worker(line)
     with pytest.raises(ServerLostError, match="did not answer"):
         train(worker)
@@ -330,7 +330,7 @@ def test_what_the_exchange_raises_the_training_loop_hears():
 
 
 @pytest.mark.parametrize("algorithm", ["ssgd", "easgd", "bmuf"])
-def test_what_cannot_be_pipelined_says_why(algorithm):
+def test_an_algorithm_that_cannot_be_pipelined_says_why(algorithm):
     with pytest.raises(UnfitError, match=rf"{algorithm} cannot train with pipeline: its workers"):
         check_workers(Settings(algorithm=algorithm, pipeline=True))
 
@@ -359,5 +359,5 @@ def test_a_hyperparameter_reaches_the_rule(tmp_path):
         simulation(tmp_path / str(strength), *sets, f"hyperparameters={{strength: {strength}}}").run()["params_l2"]
         for strength in (0.04, 2.0)
     ]
-    assert ends[0] == simulation(tmp_path / "default", *sets).run()["params_l2"], "0.04 is the paper's"
+    assert ends[0] == simulation(tmp_path / "default", *sets).run()["params_l2"], "0.04 is the default"
     assert ends[0] != ends[1]

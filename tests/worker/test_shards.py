@@ -14,7 +14,7 @@ import pytest
 import torch
 from live import Running, launch, read_updates, until
 from safetensors.torch import load_file
-from sharded import LAYOUT, PLAN, compressor_of, gradients, linked, make_cores, say
+from sharded import LAYOUT, PLAN, compressor_of, gradients, linked, make_cores, push_of, say
 from torch import Tensor
 
 from danaz.launch.options import RunOptions
@@ -24,10 +24,11 @@ from danaz.protocol.messages import Bye, Final, Noted, Parameters, Push, Refusal
 from danaz.protocol.wire import decode, split
 from danaz.run.settings import Settings
 from danaz.server.core import ServerCore
-from danaz.server.figures import Update
+from danaz.server.records import Update
 from danaz.vectors.codecs import Compressor
-from danaz.vectors.flat import Layout, shard_spans
-from danaz.worker.core import Role, WorkerCore
+from danaz.vectors.cutting import shard_spans
+from danaz.vectors.layout import Layout
+from danaz.worker.core import Role, Step, WorkerCore
 from danaz.workloads.digits import DigitsNet
 
 ELEMENTWISE = ["asgd", "nag-asgd", "dana", "dana-zero", "dana-ga", "dana-dc", "dana-sa", "dana-nadam", "easgd"]
@@ -36,7 +37,7 @@ ELEMENTWISE = ["asgd", "nag-asgd", "dana", "dana-zero", "dana-ga", "dana-dc", "d
 def train(
     algorithm: str, shards: int, gap_every: int = 1, compressors: Sequence[Compressor | None] = (None, None)
 ) -> tuple[list[Tensor], Tensor, ServerCore, list[Update]]:
-    """Two workers take turns of unequal length; returns every view, the end, shard 0 and its journal."""
+    """Let two workers take unequal turns. Return every view, the final model, shard 0 and its journal."""
     cores, views, journal = make_cores(algorithm, shards, gap_every=gap_every), [], []
     cores[0].on_update = journal.append
     one, other = (linked(cores, worker, compressor) for worker, compressor in enumerate(compressors))
@@ -50,7 +51,7 @@ def train(
             batch = replies[core.role.worker].leases[0]
             lr = (0.1, 0.2, 0.05 / (1 + number))
             params = replies[core.role.worker].view.clone()
-            reply = say(core, link, core.push(next(grads), lr, 4, 1.0, batch, params))
+            reply = say(core, link, core.push(Step(batch, lr, 4, 1.0), next(grads), params))
             assert reply.applied
             replies[core.role.worker] = reply
             views.append(reply.view.clone())
@@ -64,7 +65,7 @@ def test_slices_hold_the_same_bits_as_the_whole(algorithm: str, shards: int) -> 
     whole_views, whole_params, whole, _ = train(algorithm, 1)
     assert all(torch.equal(view, other) for view, other in zip(views, whole_views, strict=True))
     assert torch.equal(params, whole_params)
-    assert leader.figures.updates == whole.figures.updates == 11
+    assert leader.totals.updates == whole.totals.updates == 11
     assert leader.leases.completed == whole.leases.completed == 11
 
 
@@ -81,16 +82,16 @@ def test_slices_that_travel_encoded_hold_the_same_bits_as_the_whole(wire: str, s
     (views, leader), (whole_views, whole) = compressed(shards), compressed(1)
     assert all(torch.equal(view, other) for view, other in zip(views, whole_views, strict=True))
     plain_views, _, plain, _ = train("dana", shards)
-    assert not torch.equal(views[-1], plain_views[-1]), "something was lost, else this tests nothing"
-    assert leader.figures.push_bytes == whole.figures.push_bytes < plain.figures.push_bytes == 11 * 4 * LAYOUT.size
-    assert leader.figures.view_bytes == whole.figures.view_bytes == 13 * 4 * LAYOUT.size
+    assert not torch.equal(views[-1], plain_views[-1]), "the codec must lose something, or this tests nothing"
+    assert leader.totals.push_bytes == whole.totals.push_bytes < plain.totals.push_bytes == 11 * 4 * LAYOUT.size
+    assert leader.totals.view_bytes == whole.totals.view_bytes == 13 * 4 * LAYOUT.size
 
 
-def test_each_shard_is_sent_its_chunks_alone() -> None:
+def test_each_shard_is_sent_only_its_own_chunks() -> None:
     cores = make_cores("dana", 3)
     with linked(cores, compressor=compressor_of("topk:0.1", 3)) as (core, link, links):
         joined = say(core, link, core.join(torch.zeros(LAYOUT.size)))
-        push = core.push(next(gradients()), (0.1, 0.1, 0.1), 1, 1.0, joined.leases[0])
+        push = push_of(core, joined, next(gradients()))
         link.exchange(push)
         for each, (start, stop) in zip(links, shard_spans(LAYOUT.size, 3), strict=True):
             part = each.said[-1]
@@ -106,7 +107,7 @@ def gaps_of(journal: Sequence[Update], worker: int) -> list[float | None]:
 
 @pytest.mark.parametrize("algorithm", ELEMENTWISE)
 @pytest.mark.parametrize("shards", [2, 3])
-def test_the_gap_is_that_of_the_whole_one_push_later(algorithm: str, shards: int) -> None:
+def test_the_gap_is_that_of_one_server_but_one_push_later(algorithm: str, shards: int) -> None:
     *_, leader, journal = train(algorithm, shards)
     *_, whole = train(algorithm, 1)
     for worker in (0, 1):
@@ -114,7 +115,7 @@ def test_the_gap_is_that_of_the_whole_one_push_later(algorithm: str, shards: int
         assert known[0] is None
         assert known[1:] == pytest.approx(expected[:-1], rel=1e-6)
     assert any(gap for gap in gaps_of(whole, 0))
-    assert leader.figures.gaps_measured == 11 - 2
+    assert leader.totals.gaps_measured == 11 - 2
 
 
 def test_the_gap_is_measured_as_often_as_asked_in_all_slices() -> None:
@@ -127,7 +128,7 @@ def test_the_gap_is_measured_as_often_as_asked_in_all_slices() -> None:
     assert {update.gap for update in never} == {None}
 
 
-def test_there_is_no_gap_of_a_push_that_a_slice_has_lost() -> None:
+def test_a_push_that_one_shard_has_lost_has_no_gap() -> None:
     cores, journal = make_cores("asgd", 2), []
     cores[0].on_update = journal.append
     with linked(cores) as (core, link, _):
@@ -135,34 +136,34 @@ def test_there_is_no_gap_of_a_push_that_a_slice_has_lost() -> None:
         for number in range(4):
             if number == 1:
                 cores[1].tick(1000.0)  # shard 1 gives the worker up
-            reply = say(core, link, core.push(torch.ones(LAYOUT.size), (0.1, 0.1, 0.1), 1, 1.0, reply.leases[0]))
+            reply = say(core, link, push_of(core, reply))
     assert [update.gap is not None for update in journal] == [False, True, False, True]
 
 
 def refused_by_shard_0(**brought: Any) -> str:
     """Return why shard 0 did not apply a push that says this about the other slices."""
     cores = make_cores("asgd", 2)
-    with linked(cores) as (core, link, _):
+    with linked(cores) as (core, link, links):
         joined = say(core, link, core.join(torch.zeros(LAYOUT.size)))
-        push = link._part(0, core.push(torch.ones(LAYOUT.size), (0.1, 0.1, 0.1), 1, 1.0, joined.leases[0]))
-        [(_, reply)] = cores[0].handle(0, replace(push, **brought), 0.0)
+        links[0].alter = lambda push: replace(push, **brought)
+        reply = say(core, link, push_of(core, joined))
         assert isinstance(reply, Parameters)
         assert cores[0].master.version == 0
         return reply.refused
 
 
 @pytest.mark.parametrize("squares", [(1.0,), (1.0,) * 5, (1.0, 1.0, nan, 1.0), (1.0, inf, 1.0, 1.0), (-1.0,) * 4])
-def test_squares_that_are_none_of_this_model_are_refused(squares: tuple[float, ...]) -> None:
+def test_squares_that_do_not_fit_the_model_are_refused(squares: tuple[float, ...]) -> None:
     """The model has four layers."""
     assert refused_by_shard_0(squares=squares) == "squares of the other slices do not fit the model"
 
 
-def test_bytes_that_cannot_have_been_sent_are_refused() -> None:
+def test_a_negative_number_of_bytes_is_refused() -> None:
     assert refused_by_shard_0(elsewhere=-1) == "the other slices took fewer bytes than none"
 
 
 def test_spans_tile_the_vector() -> None:
-    assert shard_spans(128, 3) == [(0, 32), (32, 80), (80, 128)]  # within a, within b, within d
+    assert shard_spans(128, 3) == [(0, 32), (32, 80), (80, 128)]  # the cuts are within a, b and d
     assert shard_spans(25_500_000, 2) == [(0, 12_750_000), (12_750_000, 25_500_000)]
     with pytest.raises(ValueError, match="too small"):
         shard_spans(31, 3)
@@ -177,13 +178,13 @@ def test_a_table_is_cut_at_and_within_tensors() -> None:
     assert Layout.from_lists(tail.to_lists()) == tail
 
 
-def test_what_no_shard_alone_sees_is_refused_by_all() -> None:
+def test_a_push_that_is_not_finite_in_one_slice_is_refused_by_all() -> None:
     cores = make_cores("dana", 2)
     with linked(cores) as (core, link, _):
         joined = say(core, link, core.join(torch.zeros(LAYOUT.size)))
         grad = torch.ones(LAYOUT.size)
         grad[-1] = nan  # this element is in the slice of shard 1
-        reply = say(core, link, core.push(grad, (0.1, 0.1, 0.1), 1, 1.0, joined.leases[0]))
+        reply = say(core, link, push_of(core, joined, grad))
         assert reply.refused == "push is not finite"
         assert [each.master.version for each in cores] == [0, 0]
         assert not core.vectors["velocity"].any()
@@ -191,13 +192,11 @@ def test_what_no_shard_alone_sees_is_refused_by_all() -> None:
 
 def test_a_repeated_push_is_applied_once_by_each_shard() -> None:
     cores = make_cores("dana-zero", 2)
-    with linked(cores) as (core, link, _):
+    with linked(cores) as (core, link, links):
         joined = say(core, link, core.join(torch.zeros(LAYOUT.size)))
-        push = core.push(torch.ones(LAYOUT.size), (0.1, 0.1, 0.1), 1, 1.0, joined.leases[0])
-        first = link.exchange(push)
-        parts = [link._part(number, push) for number in (0, 1)]
-        for each, part in zip(cores, parts, strict=True):
-            each.handle(0, part, 0.0)
+        first = say(core, link, push_of(core, joined))
+        for each, said in zip(cores, links, strict=True):
+            each.handle(0, said.said[-1], 0.0)
         assert [each.master.version for each in cores] == [1, 1]
         assert first.applied
 
@@ -208,24 +207,24 @@ def test_a_shard_that_gave_a_worker_up_takes_it_in_again() -> None:
     with linked(cores) as (core, link, _):
         joined = say(core, link, core.join(torch.zeros(LAYOUT.size)))
         cores[1].tick(1000.0)
-        reply = say(core, link, core.push(torch.ones(LAYOUT.size), (0.1, 0.1, 0.1), 1, 1.0, joined.leases[0]))
+        reply = say(core, link, push_of(core, joined))
         assert reply.applied
         assert [each.master.version for each in cores] == [1, 0]
         (_, stop), _ = shard_spans(LAYOUT.size, 2)
         velocity = core.vectors["velocity"]
         assert velocity[:stop].all()
         assert not velocity[stop:].any()
-        say(core, link, core.push(torch.ones(LAYOUT.size), (0.1, 0.1, 0.1), 1, 1.0, reply.leases[0]))
+        say(core, link, push_of(core, reply))
         assert [each.master.version for each in cores] == [2, 1]
         assert core.vectors["velocity"].all()
 
 
-def test_what_another_shard_applied_of_a_refused_push_counts_there() -> None:
+def test_a_slice_that_was_applied_counts_although_shard_0_refused_the_push() -> None:
     cores = make_cores("dana", 2)
     with linked(cores) as (core, link, _):
         joined = say(core, link, core.join(torch.zeros(LAYOUT.size)))
         cores[0].leases.give_up(0)  # the batch belongs to another worker by now
-        reply = say(core, link, core.push(torch.ones(LAYOUT.size), (0.1, 0.1, 0.1), 1, 1.0, joined.leases[0]))
+        reply = say(core, link, push_of(core, joined))
         assert "not leased" in reply.refused
         (_, stop), _ = shard_spans(LAYOUT.size, 2)
         velocity = core.vectors["velocity"]
@@ -233,7 +232,7 @@ def test_what_another_shard_applied_of_a_refused_push_counts_there() -> None:
         assert velocity[stop:].all()
 
 
-def test_what_error_feedback_keeps_moves_on_with_each_slice() -> None:
+def test_error_feedback_moves_on_slice_by_slice() -> None:
     """Shard 0 has refused the push, and the other shard has applied it."""
     cores = make_cores("dana", 2)
     compressor = compressor_of("onebit", 2)
@@ -241,19 +240,19 @@ def test_what_error_feedback_keeps_moves_on_with_each_slice() -> None:
     with linked(cores, compressor=compressor) as (core, link, _):
         joined = say(core, link, core.join(torch.zeros(LAYOUT.size)))
         cores[0].leases.give_up(0)
-        reply = say(core, link, core.push(next(gradients()), (0.1, 0.1, 0.1), 1, 1.0, joined.leases[0]))
+        reply = say(core, link, push_of(core, joined, next(gradients())))
         assert "not leased" in reply.refused
         (_, stop), _ = shard_spans(LAYOUT.size, 2)
         assert not compressor.residual[:stop].any()
         assert compressor.residual[stop:].all()
 
 
-def test_given_up_by_shard_0_it_joins_everywhere() -> None:
+def test_a_worker_that_shard_0_gave_up_joins_every_shard_again() -> None:
     cores = make_cores("dana", 2)
     with linked(cores) as (core, link, _):
         joined = say(core, link, core.join(torch.zeros(LAYOUT.size)))
         cores[0].tick(1000.0)
-        push = core.push(torch.ones(LAYOUT.size), (0.1, 0.1, 0.1), 1, 1.0, joined.leases[0])
+        push = push_of(core, joined)
         refusal = say(core, link, push)
         assert isinstance(refusal, Refusal)
         assert refusal.rejoin
@@ -269,7 +268,7 @@ def test_the_end_is_put_together_from_all_slices() -> None:
     with linked(cores) as (core, link, links):
         reply = say(core, link, core.join(torch.zeros(LAYOUT.size)))
         while not reply.done:
-            reply = say(core, link, core.push(torch.ones(LAYOUT.size), (0.1, 0.1, 0.1), 1, 1.0, reply.leases[0]))
+            reply = say(core, link, push_of(core, reply))
         given_back = core.given_back()
         before = torch.cat([each.master.params for each in cores])
         final = say(core, link, core.leave(torch.tensor([1.0, 2.0, 3.0])))
@@ -286,8 +285,8 @@ def test_the_end_is_put_together_from_all_slices() -> None:
         assert isinstance(links[1].said[-1], Bye)
 
 
-def test_a_shard_waits_for_the_others_before_it_tells_the_end() -> None:
-    """A shard leases no batches, so it hears that none are left from each worker that leaves."""
+def test_a_shard_sends_the_final_model_when_every_worker_has_left() -> None:
+    """A shard leases no batches. Each worker that leaves tells it that none are left."""
     cores = make_cores("dana", 2, workers=2)
     settled: dict[int, Reply] = {}
     roles = [WorkerCore(Role(n, 1, "", SGD, LAYOUT, PLAN), cores[0].settings.rule().worker_rule) for n in (0, 1)]
@@ -308,7 +307,7 @@ def test_a_shard_waits_for_the_others_before_it_tells_the_end() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "manner", "reason"),
+    ("settings", "options", "reason"),
     [
         ({"algorithm": "ssgd"}, {}, "has no server"),
         ({"algorithm": "ssgd-lars"}, {}, "has no server"),
@@ -317,11 +316,13 @@ def test_a_shard_waits_for_the_others_before_it_tells_the_end() -> None:
         ({}, {"invite": 1}, "--invite"),
     ],
 )
-def test_what_cannot_be_cut_is_refused(settings: dict[str, Any], manner: dict[str, Any], reason: str) -> None:
+def test_a_run_that_cannot_be_sharded_is_refused(
+    settings: dict[str, Any], options: dict[str, Any], reason: str
+) -> None:
     values = {"algorithm": "dana", **settings}
     with pytest.raises(LaunchError, match=reason):
-        check_shards(Settings(**values), RunOptions(server_shards=2, **manner))
-    check_shards(Settings(**values), RunOptions(**manner))
+        check_shards(Settings(**values), RunOptions(server_shards=2, **options))
+    check_shards(Settings(**values), RunOptions(**options))
 
 
 ARGUMENTS = ("configs/digits.yaml", "--hosts", "localhost:2", "--workers-per-host", "2", "--collective", "torch")
@@ -333,7 +334,7 @@ def test_digits_with_two_shards(tmp_path: Path) -> None:
     assert run.summary["complete"]
     assert run.summary["test_error_percent"] < 5
     assert [update["version"] for update in run.updates] == list(range(1, 901))
-    assert sum(update["gap"] is None for update in run.updates) == 2, "the first of each worker"
+    assert sum(update["gap"] is None for update in run.updates) == 2, "the first update of each worker has none"
     assert run.summary["mean_gap"] > 0
     assert run.summary["push_bytes_per_update"] == 4 * sum(p.numel() for p in DigitsNet().parameters())
     tensors = load_file(run.folder / "parameters.safetensors")
@@ -343,7 +344,7 @@ def test_digits_with_two_shards(tmp_path: Path) -> None:
     assert (tensors["10.weight"] != 0).all()
 
 
-def test_digits_with_two_shards_and_little_on_the_wire(tmp_path: Path) -> None:
+def test_digits_with_two_shards_and_lossy_codecs(tmp_path: Path) -> None:
     run = launch(*SHARDED, "--wire", "onebit", "--wire-view", "bf16", out=tmp_path / "run")
     assert run.summary["complete"]
     assert run.summary["test_error_percent"] < 5
@@ -370,15 +371,16 @@ def test_the_death_of_a_shard_ends_a_run_that_is_to_stop(tmp_path: Path, name: s
         run.end()
 
 
+@pytest.mark.timeout(300)  # on a busy machine, three processes take long to start
 def test_a_worker_that_was_killed_comes_back_to_every_shard(tmp_path: Path) -> None:
-    run = Running(tmp_path / "run", *SHARDED, "--set", "epochs=150")
+    run = Running(tmp_path / "run", *SHARDED, "--set", "epochs=75")
     try:
-        until(lambda: any(update["worker"] == 1 for update in read_updates(run.folder)), "it takes part")
+        until(lambda: any(update["worker"] == 1 for update in read_updates(run.folder)), "worker 1 takes part")
         os.kill(run.pid("rank"), signal.SIGKILL)
         output, _ = run.launcher.communicate(timeout=150)
         assert run.launcher.returncode == 0, output
         ended = read_updates(run.folder)
-        assert sorted(update["batch"] for update in ended) == list(range(150 * 45))
+        assert sorted(update["batch"] for update in ended) == list(range(75 * 45))
         assert len({update["incarnation"] for update in ended if update["worker"] == 1}) == 2
         assert (run.folder / "parameters.safetensors").exists()
     finally:

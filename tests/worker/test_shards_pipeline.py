@@ -13,13 +13,13 @@ from sharded import LAYOUT, compressor_of, gradients, linked, make_cores, say
 from torch import Tensor
 
 from danaz.protocol.messages import Pull, Push
-from danaz.server.figures import Update
+from danaz.server.records import Update
 from danaz.torch.alone import LocalLink
-from danaz.worker.core import Request
+from danaz.worker.core import Request, Step
 
 
 def computed_on(algorithm: str, shards: int, wire: str) -> tuple[list[Tensor], Tensor, list[Update]]:
-    """Two workers take turns of unequal length; returns what each gradient is computed on, the end, and the journal."""
+    """Let two workers take unequal turns. Return what each gradient is computed on, the final model and the journal."""
     cores, points, journal, grads = make_cores(algorithm, shards), [], [], gradients()
     cores[0].on_update = journal.append
     one, other = (linked(cores, worker, compressor_of(wire, 2), ahead=2) for worker in range(2))
@@ -30,7 +30,7 @@ def computed_on(algorithm: str, shards: int, wire: str) -> tuple[list[Tensor], T
         for number in range(11):
             core, link, _ = (second, first)[min(number % 3, 1)]
             batch = fetched[core.role.worker].leases[0]
-            say(core, link, core.push(next(grads), (0.1, 0.2, 0.05), 4, 1.0, batch, wants_view=False))
+            say(core, link, core.push(Step(batch, (0.1, 0.2, 0.05), 4, 1.0), next(grads), wants_view=False))
             points.append(torch.empty(LAYOUT.size))
             core.compute_on(points[-1])
             fetched[core.role.worker] = say(core, link, core.pull(ahead=True))
@@ -49,7 +49,7 @@ def test_slices_hold_the_same_bits_as_the_whole(algorithm: str, wire: str) -> No
     assert max(lags) > 1
     for worker in (0, 1):
         known, expected = ([u.gap for u in each if u.worker == worker] for each in (journal, whole_journal))
-        assert known[1:] == pytest.approx(expected[:-1], rel=1e-6), "the gap of the push before"
+        assert known[1:] == pytest.approx(expected[:-1], rel=1e-6), "each answer brings the gap of the push before"
 
 
 def answer_is_lost(line: Line, request: Request) -> None:
@@ -79,13 +79,13 @@ def test_a_run_goes_on_to_its_end(algorithm: str, where: tuple[int, ...], fault:
     kind, happens = FAULTS[fault]
     seen: list[list[Request]] = [[], []]
 
-    def befalls(shard: int, request: Request) -> None:
+    def before_exchange(shard: int, request: Request) -> None:
         seen[shard].extend([request] * isinstance(request, kind))
         if isinstance(request, kind) and len(seen[shard]) in (5, 17, 18):
             happens(lines[shard], request)
 
     for shard in where:
-        lines[shard].befalls = lambda request, shard=shard: befalls(shard, request)
+        lines[shard].before_exchange = lambda request, shard=shard: before_exchange(shard, request)
     worker = make_worker(*lines, size=64)
     train(worker)
     assert all(len(seen[shard]) > 18 for shard in where)
@@ -93,7 +93,7 @@ def test_a_run_goes_on_to_its_end(algorithm: str, where: tuple[int, ...], fault:
     assert sorted(update.batch for update in lines[0].updates) == list(range(PLAN.batches))
     assert all(line.core.finished for line in lines)
     assert torch.equal(worker.flat.params, torch.cat([line.core.master.params for line in lines]))
-    assert torch.allclose(worker.flat.params, torch.ones(64), atol=0.3), "it has trained, from within ±1 / √3"
+    assert torch.allclose(worker.flat.params, torch.ones(64), atol=0.3), "it has trained: it began within ±1 / √3"
 
 
 @pytest.mark.slow

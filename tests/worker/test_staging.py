@@ -21,10 +21,14 @@ from danaz.rules import Context, WorkerRule, find_algorithm
 from danaz.rules.base import Vectors
 from danaz.server.core import ServerCore
 from danaz.server.settings import ServerSettings
-from danaz.torch.optimizer import DistributedOptimizer, Verdict
+from danaz.torch.alone import LocalLink
+from danaz.torch.exchange import Verdict
+from danaz.torch.optimizer import DistributedOptimizer
 from danaz.vectors.codecs import Compressor, push_codec
-from danaz.vectors.flat import SLICE_FLOATS, FlatModel, Spans, chunks
-from danaz.worker.core import Request, Role, WorkerCore
+from danaz.vectors.cutting import SLICE_FLOATS, Spans, chunks
+from danaz.vectors.model import FlatModel
+from danaz.worker.conversation import Conversation
+from danaz.worker.core import Request, Role, Step, WorkerCore
 from danaz.worker.group import SoloGroup
 from danaz.worker.link import DealerLink
 from danaz.worker.sharded import connect
@@ -38,7 +42,7 @@ LAYOUT = layout_of(30, 20)
 
 
 class Slices(GpuStaging):
-    """Cuts a small vector into several slices."""
+    """Staging that cuts a small vector into several slices."""
 
     slice_floats = PIECE
 
@@ -99,7 +103,7 @@ class Loop:
 
     def push(self, step: int, wants_view: bool) -> Push:
         loss = torch.tensor(float(step), dtype=torch.float64, device=self.grad.device)
-        return self.core.push(self.grad, (0.1, 0.2 / (1 + step)), 1, loss, 0, None, wants_view)
+        return self.core.push(Step(0, (0.1, 0.2 / (1 + step)), 1, loss), self.grad, wants_view=wants_view)
 
 
 def one_after_the_other(loop: Loop) -> None:
@@ -124,7 +128,7 @@ def in_a_pipeline(loop: Loop) -> None:
 
 @pytest.mark.parametrize("codec", ["fp32", "bf16"])
 @pytest.mark.parametrize("train", [one_after_the_other, in_a_pipeline])
-def test_the_link_finds_what_it_would_without_a_gpu(train, codec):
+def test_the_link_sends_the_same_bits_as_without_a_gpu(train, codec):
     expected = Loop(IN_PLACE, lambda work: work(), codec)
     train(expected)
     for seed in range(40):
@@ -143,16 +147,17 @@ def test_in_a_pipeline_only_the_link_waits_for_the_device():
     push = loop.push(0, wants_view=False)
     loop.compute(fetched)
     assert gpu.waits == before
-    assert push.push.isnan().all(), "nothing has arrived: a link that sent it now would send this"
+    assert push.push.isnan().all(), "nothing has arrived yet, so a link that sent it now would send NaN"
     assert not loop.core.complete(push).push.isnan().any()
     assert gpu.waits > before
 
 
 def test_in_a_pipeline_the_batch_ends_when_the_device_has_computed_it(monkeypatch):
-    """Otherwise the next view would be fetched as the batch begins."""
+    """Otherwise the next view would be fetched when the batch begins."""
     gpu, flat, computed = FakeGpu(0, eagerness=0), FlatModel(nn.Linear(2, 2)), []
     core = WorkerCore(Role(0, 1, "", SGD, flat.layout, Plan(9, 1)), WorkerRule(), "cpu", GpuStaging(gpu, 6))
-    worker = Worker(SoloGroup(), flat, 1, core, None, pipelined=True)
+    link = LocalLink(ServerCore(ServerSettings("dana", 1)))
+    worker = Worker(SoloGroup(), flat, 1, Conversation(core, link), pipelined=True)
 
     class BatchEnded(Exception):
         pass
@@ -165,7 +170,7 @@ def test_in_a_pipeline_the_batch_ends_when_the_device_has_computed_it(monkeypatc
     gpu.launch(lambda: computed.append("backward"))
     assert computed == []
     with pytest.raises(BatchEnded):
-        worker.push(flat.grads, [0.1], 1, None, 0)
+        worker.push(Step(0, (0.1,), 1, None), flat.grads)
     monkeypatch.undo()
     worker.close(in_good_order=False)
 
@@ -209,7 +214,7 @@ class Live:
             role = Role(0, 1, "", SGD, layout, Plan(12, 1), ahead=4)
             core = WorkerCore(role, rule.worker_rule, "cpu", staging, push_moves_view=rule.push_moves_view)
             link = connect(addresses, layout, dealer, staging)
-            self.worker = Worker(SoloGroup(), self.optimizer.flat, 4, core, link, pipelined=pipelined)
+            self.worker = Worker(SoloGroup(), self.optimizer.flat, 4, Conversation(core, link), pipelined=pipelined)
             self.worker.sync_period = rule.worker_rule.sync_period
             self.optimizer.connect(self)
             self.train()
@@ -218,7 +223,7 @@ class Live:
         return self.worker.is_edited()
 
     def push(self, grad: Tensor, absent: Spans, verdict: Verdict) -> None:
-        self.worker.push(grad, verdict.lr, 1, verdict.loss, self.worker.batches.begin(), absent)
+        self.worker.push(Step(self.worker.batches.begin(), tuple(verdict.lr), 1, verdict.loss, absent), grad)
 
     def skip(self) -> None:
         raise AssertionError("every batch makes a step")
@@ -244,7 +249,7 @@ class Live:
 @pytest.mark.parametrize(
     ("shards", "pipelined", "sync_period"), [(1, False, None), (1, True, None), (1, False, 3), (3, False, None)]
 )
-def test_over_sockets_too(shards, pipelined, sync_period):
+def test_training_over_sockets_gives_the_same_bits(shards, pipelined, sync_period):
     expected = Live(shards, pipelined, sync_period, None)
     assert len(expected.seen) == 13
     for seed in range(3):
@@ -259,14 +264,14 @@ def test_a_step_reads_nothing_from_the_device():
     """The only exception is what the link reads for each slice of a view, and those numbers are in host memory."""
     in_a_pipeline = Live(1, True, None, None).reads
     assert in_a_pipeline[:-1] == [2] * 11, (
-        "the least and the largest of a push that it computes on before it is applied"
+        "the smallest and the largest value of a push that it computes on before it is applied"
     )
-    assert in_a_pipeline[-1] > 2, "nothing follows the last push, so nothing could be exchanged meanwhile"
+    assert in_a_pipeline[-1] > 2, "no batch follows the last push, so the training loop itself makes that exchange"
     with_local_steps = Live(1, False, 3, None).reads
     assert [reads > 0 for reads in with_local_steps] == [False, False, True] * 4
 
 
-def test_on_a_cpu_nothing_is_copied_to_be_sent():
+def test_on_a_cpu_a_push_is_not_copied():
     staging = staging_for(torch.device("cpu"), SIZE)
     vector = torch.ones(SIZE)
     assert staging is IN_PLACE

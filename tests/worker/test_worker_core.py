@@ -8,8 +8,6 @@ from math import isfinite
 import pytest
 import torch
 from cluster import DIGEST, layout_of
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 from danaz.optimizers import SGD
@@ -17,7 +15,7 @@ from danaz.protocol.messages import Bye, Final, Join, Noted, Parameters, Plan, P
 from danaz.protocol.transitions import IllegalTransitionError
 from danaz.rules import find_algorithm
 from danaz.vectors.codecs import Compressor, push_codec
-from danaz.worker.core import Backoff, LocalStep, Role, WorkerCore, answers
+from danaz.worker.core import Role, Step, WorkerCore, answers
 
 SIZE = 3
 ROLE = Role(2, 4, DIGEST, SGD, layout_of(SIZE, buffers=1), Plan(10, 1), ahead=2)
@@ -53,15 +51,15 @@ class TestRequests:
         assert (join.worker, join.incarnation, join.request, join.digest, join.ahead) == (2, 4, 1, DIGEST, 2)
         assert (join.layout, join.plan, join.optimizers) == (ROLE.layout, ROLE.plan, SGD)
         core.receive(view(1, version=5))
-        push = core.push(ones(), (0.1,), 8, 0.5, 1)
+        push = core.push(Step(1, (0.1,), 8, 0.5), ones())
         assert (push.worker, push.incarnation, push.request, push.view_version) == (2, 4, 2, 5)
         assert (push.lr, push.samples, push.loss, push.batch) == ((0.1,), 8, 0.5, 1)
         core.receive(view(2, version=6, applied=True))
         assert core.pull().request == 3
 
-    def test_a_life(self):
+    def test_a_whole_conversation(self):
         core = joined()
-        core.push(ones(), (0.1,), 1, None, 0)
+        core.push(Step(0, (0.1,), 1, None), ones())
         core.receive(view(2, applied=True))
         core.leave(NO_BUFFERS)
         core.receive(Final(3, 1, False, ones(), NO_BUFFERS))
@@ -104,7 +102,7 @@ class TestRequests:
 
     def test_after_a_refusal_it_may_join_again(self):
         core = joined()
-        core.push(ones(), (0.1,), 1, None, 0)
+        core.push(Step(0, (0.1,), 1, None), ones())
         core.receive(Refusal(2, "worker was silent too long and was given up", rejoin=True))
         again = core.join()
         assert isinstance(again, Join)
@@ -113,7 +111,7 @@ class TestRequests:
 
 def ask(core: WorkerCore, event: str) -> None:
     if event == "push":
-        core.push(ones(), (0.1,), 1, None, 0)
+        core.push(Step(0, (0.1,), 1, None), ones())
     elif event == "leave":
         core.leave(NO_BUFFERS)
     elif event == "report":
@@ -125,7 +123,7 @@ def ask(core: WorkerCore, event: str) -> None:
 class TestCommitOnAcceptance:
     def test_an_applied_push_moves_the_velocity(self):
         core = joined()
-        push = core.push(ones(2.0), (0.1,), 1, None, 0)
+        push = core.push(Step(0, (0.1,), 1, None), ones(2.0))
         assert torch.allclose(push.push, ones(-0.1 * 2.0 * 1.9))
         assert core.vectors["velocity"].tolist() == [0, 0, 0], "not before the server says so"
         core.receive(view(2, applied=True))
@@ -135,25 +133,25 @@ class TestCommitOnAcceptance:
     @pytest.mark.parametrize(
         "reply", [view(3, refused="push is not finite"), view(3), Refusal(3, "given up", rejoin=True)]
     )
-    def test_a_refused_one_does_not(self, reply):
+    def test_a_refused_push_does_not(self, reply):
         core = joined()
-        core.push(ones(), (0.1,), 1, None, 0)
+        core.push(Step(0, (0.1,), 1, None), ones())
         core.receive(view(2, applied=True))
         before = str(state(core))
-        core.push(ones(float("nan")), (0.7,), 1, None, 1)
+        core.push(Step(1, (0.7,), 1, None), ones(float("nan")))
         core.receive(reply)
         if isinstance(reply, Refusal):
             core.receive(view(core.join().request))
         assert str(state(core)) == before
-        after_the_nan = core.push(ones(3.0), (0.1,), 1, None, 1)
+        after_the_nan = core.push(Step(1, (0.1,), 1, None), ones(3.0))
         assert torch.allclose(after_the_nan.push, ones(-0.1 * (0.9 * (0.9 + 3) + 3)))
 
     @pytest.mark.parametrize("was_applied", [True, False])
-    def test_who_was_given_up_learns_whether_its_last_push_had_been_applied(self, was_applied):
+    def test_a_worker_that_was_given_up_learns_whether_its_last_push_had_been_applied(self, was_applied):
         core = joined()
-        core.push(ones(), (0.1,), 1, None, 0)
+        core.push(Step(0, (0.1,), 1, None), ones())
         core.receive(view(2, applied=True))
-        core.push(ones(), (0.1,), 1, None, 1)  # request 3, whose answer is lost
+        core.push(Step(1, (0.1,), 1, None), ones())  # request 3, whose answer is lost
         core.receive(Refusal(3, "worker was silent too long and was given up", rejoin=True))
         join = core.join()
         core.receive(replace(view(join.request), last_applied=3 if was_applied else 2))
@@ -168,7 +166,7 @@ class TestCommitOnAcceptance:
     def test_what_is_given_back(self):
         """The worker gives back γηv of the last applied push."""
         core = joined()
-        core.push(ones(2.0), (0.1,), 1, None, 0)
+        core.push(Step(0, (0.1,), 1, None), ones(2.0))
         core.receive(view(2, applied=True))
         leave = core.leave(NO_BUFFERS)
         assert leave.give_back is not None
@@ -179,9 +177,9 @@ class TestCommitOnAcceptance:
         assert joined(algorithm).leave(NO_BUFFERS).give_back is None
 
     def test_the_push_is_a_buffer_of_its_own(self):
-        """The push may still be on its way while the next gradient is computed into the flat vector."""
+        """The push may still be travelling while the next gradient is computed into the flat vector."""
         grad = ones()
-        push = joined("asgd").push(grad, (0.1,), 1, None, 0)
+        push = joined("asgd").push(Step(0, (0.1,), 1, None), grad)
         grad.fill_(9)
         assert push.push.tolist() == [1, 1, 1]
 
@@ -196,10 +194,10 @@ class TestCompressedPushes:
         return core
 
     def pushed(self, core: WorkerCore, *grad: float) -> list[float]:
-        return core.push(torch.tensor(grad), (0.1,), 1, None, 0).push.tolist()
+        return core.push(Step(0, (0.1,), 1, None), torch.tensor(grad)).push.tolist()
 
     def test_the_server_gets_what_it_would_decode(self):
-        push = self.joined().push(torch.tensor([1.0, 3.0, -1.0]), (0.1,), 1, None, 0)
+        push = self.joined().push(Step(0, (0.1,), 1, None), torch.tensor([1.0, 3.0, -1.0]))
         assert push.push.tolist() == [2, 2, -1]
         assert push.encoded is not None
         decoded = torch.empty(SIZE)
@@ -208,12 +206,12 @@ class TestCompressedPushes:
 
     def test_what_is_lost_goes_with_the_next_push(self):
         core = self.joined()
-        self.pushed(core, 1.0, 3.0, -1.0)  # lost: -1, 1, 0
+        self.pushed(core, 1.0, 3.0, -1.0)  # the codec loses -1, 1, 0
         core.receive(view(2, applied=True))
-        assert self.pushed(core, 2.0, 2.0, -1.0) == [2, 2, -1]  # of 1, 3, -1
+        assert self.pushed(core, 2.0, 2.0, -1.0) == [2, 2, -1]  # this is 1, 3, -1, compressed
 
     @pytest.mark.parametrize("reply", [view(2, refused="push is not finite"), Refusal(2, "given up", rejoin=True)])
-    def test_but_not_what_a_refused_one_lost(self, reply):
+    def test_what_a_refused_push_lost_does_not(self, reply):
         core = self.joined()
         self.pushed(core, 1.0, 3.0, -1.0)
         core.receive(reply)
@@ -221,29 +219,57 @@ class TestCompressedPushes:
             core.receive(view(core.join().request))
         assert self.pushed(core, 2.0, 4.0, -1.0) == [3, 3, -1]
 
-    def test_who_was_given_up_keeps_it_if_the_push_had_been_applied(self):
+    def test_a_worker_that_was_given_up_keeps_it_if_the_push_had_been_applied(self):
         core = self.joined()
         self.pushed(core, 1.0, 3.0, -1.0)
         core.receive(Refusal(2, "worker was silent too long and was given up", rejoin=True))
         core.receive(replace(view(core.join().request), last_applied=2))
-        assert self.pushed(core, 2.0, 4.0, -1.0) == [3, 3, -1]  # of 1, 5, -1
+        assert self.pushed(core, 2.0, 4.0, -1.0) == [3, 3, -1]  # this is 1, 5, -1, compressed
         core.receive(view(4, applied=True))
-        assert self.pushed(core, 3.0, 1.0, -1.0) == [2, 2, -1]  # of 1, 3, -1
+        assert self.pushed(core, 3.0, 1.0, -1.0) == [2, 2, -1]  # this is 1, 3, -1, compressed
 
-    def test_not_in_the_first_epochs(self):
+    def test_pushes_are_not_compressed_in_the_first_epochs(self):
         core = self.joined(first_epoch=1.5)
-        push = core.push(torch.tensor([1.0, 3.0, -1.0]), (0.1,), 1, None, 0)
+        push = core.push(Step(0, (0.1,), 1, None), torch.tensor([1.0, 3.0, -1.0]))
         assert (push.push.tolist(), push.encoded) == ([1, 3, -1], None)
         core.receive(replace(view(2, applied=True), epoch=1.5))
         assert self.pushed(core, 1.0, 3.0, -1.0) == [2, 2, -1]
 
     def test_local_steps_are_compressed_as_one(self):
         core, params = self.joined("asgd", sync_period=2), torch.zeros(SIZE)
-        core.local_step(LocalStep(0, (1.0,), 1, None), params, torch.tensor([1.0, 1.0, 1.0]))
-        push = core.push(torch.tensor([1.0, 3.0, -2.0]), (1.0,), 1, None, 1, params)
+        core.local_step(Step(0, (1.0,), 1, None), torch.tensor([1.0, 1.0, 1.0]), params)
+        push = core.push(Step(1, (1.0,), 1, None), torch.tensor([1.0, 3.0, -2.0]), params)
         assert push.push.tolist() == [-3, -3, 1]
 
-    def test_what_is_not_finite_arrives_as_such(self):
+    @pytest.mark.parametrize("absent", [((2, 3),), ((0, 2),)])
+    def test_a_parameter_that_only_one_of_several_steps_leaves_alone_moves(self, absent):
+        core, params = self.joined("asgd", sync_period=2), torch.zeros(SIZE)
+        core.local_step(Step(0, (1.0,), 1, None), ones(), params)
+        push = core.push(Step(1, (1.0,), 1, None, absent), ones(0.0), params)
+        assert push.push.tolist() == [-1, -1, -1]
+        assert push.absent == ()
+
+    def test_a_parameter_that_all_steps_leave_alone_stays(self):
+        core, params = self.joined("asgd", sync_period=2), torch.zeros(SIZE)
+        core.local_step(Step(0, (1.0,), 1, None, ((0, 2),)), ones(), params)
+        push = core.push(Step(1, (1.0,), 1, None, ((1, 3),)), ones(), params)
+        assert push.absent == ((1, 2),)
+        assert push.push[1] == 0
+
+    def test_an_edit_of_a_parameter_that_all_steps_leave_alone_is_pushed(self):
+        core, params = self.joined("asgd", sync_period=2), torch.zeros(SIZE)
+        core.local_step(Step(0, (1.0,), 1, None, ((0, 3),)), ones(), params)
+        push = core.push(Step(1, (1.0,), 1, None, ((0, 3),)), ones(), params.sub_(2.0))
+        assert push.push.tolist() == [-2, -2, -2]
+        assert push.absent == ()
+
+    def test_an_edit_of_a_parameter_without_a_gradient_is_pushed(self):
+        core = self.joined("dana")
+        push = core.push(Step(0, (0.1,), 1, None, ((0, 3),)), ones(), edit=ones(-2.0))
+        assert push.push.tolist() == [-2, -2, -2]
+        assert push.absent == ()
+
+    def test_values_that_are_not_finite_arrive_as_such(self):
         """The server must see it, to refuse the push and count it."""
         core = self.joined()
         assert any(not isfinite(value) for value in self.pushed(core, 1.0, float("nan"), 2.0))
@@ -255,17 +281,17 @@ class TestLocalSteps:
     def walk(self, core: WorkerCore, *values: float) -> Tensor:
         params = ones(0.0)
         for batch, value in enumerate(values):
-            core.local_step(LocalStep(batch, (0.1,), 4, float(batch)), params, ones(value))
+            core.local_step(Step(batch, (0.1,), 4, float(batch)), ones(value), params)
         return params
 
-    def test_they_move_the_worker_alone(self):
+    def test_they_move_only_the_worker(self):
         core = joined("asgd", sync_period=3)
         assert torch.allclose(self.walk(core, 1.0, 2.0), ones(-0.3))
 
-    def test_the_push_tells_of_all(self):
+    def test_the_push_contains_all_of_them(self):
         core = joined("asgd", sync_period=3)
         params = self.walk(core, 1.0, 2.0)
-        push = core.push(ones(4.0), (0.1,), 6, 4.0, 7, params)
+        push = core.push(Step(7, (0.1,), 6, 4.0), ones(4.0), params)
         assert torch.allclose(push.push, ones(-0.7))
         assert (push.samples, push.loss, push.batch, push.earlier, push.batches) == (14, 5 / 3, 7, (0, 1), (0, 1, 7))
 
@@ -273,16 +299,16 @@ class TestLocalSteps:
     def test_a_refusal_takes_all_of_them_back(self, applied):
         core = joined("dana", sync_period=3)
         before = str(state(core))
-        push = core.push(ones(4.0), (0.1,), 6, 4.0, 7, self.walk(core, 1.0, 2.0))
+        push = core.push(Step(7, (0.1,), 6, 4.0), ones(4.0), self.walk(core, 1.0, 2.0))
         core.receive(view(push.request, applied=applied))
         assert (str(state(core)) == before) is not applied
-        assert core.push(ones(), (0.1,), 1, None, 8).earlier == ()
+        assert core.push(Step(8, (0.1,), 1, None), ones()).earlier == ()
 
     def test_many_rounds_of_refusals_and_acceptances(self):
         """No vector is used for two purposes at once."""
         core, velocity = joined("dana", sync_period=3), torch.zeros(SIZE)
         for turn in range(12):
-            push = core.push(ones(3.0), (0.1,), 1, None, 7, self.walk(core, 1.0, 2.0))
+            push = core.push(Step(7, (0.1,), 1, None), ones(3.0), self.walk(core, 1.0, 2.0))
             applied = turn % 3 != 1
             if applied:
                 for value in (1.0, 2.0, 3.0):
@@ -290,7 +316,7 @@ class TestLocalSteps:
             core.receive(view(push.request, applied=applied))
             assert torch.allclose(core.vectors["velocity"], velocity)
 
-    def test_none_while_an_answer_is_awaited(self):
+    def test_no_local_step_while_an_answer_is_awaited(self):
         core = joined("dana", sync_period=3)
         core.pull()
         with pytest.raises(IllegalTransitionError, match="worker 2: the event 'local step'"):
@@ -298,26 +324,15 @@ class TestLocalSteps:
 
 
 class TestAnswers:
-    def test_only_the_one_to_this_request(self):
+    def test_only_the_reply_to_this_request(self):
         assert answers(Noted(7), Pull(0, 1, 7))
-        assert not answers(Noted(6), Pull(0, 1, 7)), "a late one"
+        assert not answers(Noted(6), Pull(0, 1, 7)), "it is a late reply to an earlier request"
 
     def test_a_server_that_could_not_read_the_request_cannot_say_which(self):
         assert answers(Refusal(0, "unreadable", rejoin=False), Pull(0, 1, 7))
 
 
-class TestBackoff:
-    @given(st.integers(0, 2**32))
-    def test_waits_double_up_to_the_longest_with_jitter_on_top(self, seed):
-        backoff = Backoff(1.0, 6.0, seed)
-        for base in (1.0, 2.0, 4.0, 6.0, 6.0):
-            assert base <= backoff.wait_s() <= 1.5 * base
-
-    def test_two_workers_do_not_wait_alike(self):
-        assert Backoff(1.0, 6.0, 1).wait_s() != Backoff(1.0, 6.0, 2).wait_s()
-
-
-def test_a_view_that_comes_beside_a_batch_is_no_edit_of_the_script() -> None:
+def test_a_view_that_arrives_during_a_batch_is_no_edit() -> None:
     """In a pipeline, the worker may have to join again while the script computes on the view before."""
     core, params = joined("dana"), torch.zeros(3)
     core.compute_on(params)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 
 from danaz.run.config import ConfigError
+from danaz.run.rates import lr_at
 from danaz.workloads import Workload, build, collate
 from danaz.workloads.cifar10_resnet import Block, ResNet
 from danaz.workloads.cifar10_wrn16_4 import WideResNet
@@ -183,7 +184,7 @@ class TestQuadratic:
         config = shipped("quadratic")
         assert config.epochs * len(build(config).train) // config.batch_size == 400
         assert (config.lr, config.momentum, config.weight_decay) == (0.05, 0.9, 0)
-        assert config.lr_at(3.99) == 0.05
+        assert lr_at(config, 3.99) == 0.05
         assert config.lr_schedule.warmup_epochs == 0
 
 

@@ -1,11 +1,21 @@
-"""The learning rate that the cluster applies: the rate of the script or of the config, warmed up and scaled.
+"""The learning rate at a point of a run: the rate of a script or of a config, warmed up and scaled.
 
-A config's rate steps down at its milestones (``Config.lr_at``); a script's rate is whatever its optimizer holds.
+A config's rate steps down at its milestones; a script's rate is whatever its optimizer holds. The cluster applies
+either one warmed up and, for SSGD, times the number of workers. The user's API, the loop that trains a config and the
+simulator all ask here, so this module lies below them, beside the config.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+from danaz.run.config import Config
+
+
+def lr_at(config: Config, epoch: float) -> float:
+    """Return the rate of a config at a fractional epoch of the cluster: with its steps, without warm-up."""
+    steps_done = sum(epoch >= milestone for milestone in config.lr_schedule.milestones)
+    return config.lr * config.lr_schedule.factor**steps_done
 
 
 def warmup_factor(epoch: float, workers: int, warmup_epochs: float) -> float:

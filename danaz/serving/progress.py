@@ -1,4 +1,4 @@
-"""Tells people who watch a live run how far it is: a sentence from time to time, less often in a long run."""
+"""Tells people who watch a live run how far it is, with a sentence from time to time, less often in a long run."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Callable
 
 from danaz.run.units import duration
 from danaz.server.core import ServerCore
-from danaz.server.figures import Update
+from danaz.server.records import Update
 
-FIRST_S = 5.0  # time to the first sentence; it doubles from each sentence to the next
-LONGEST_S = 60.0
+FIRST_S = 5.0  # wait for the first sentence; each wait is twice the one before
+LONGEST_S = 60.0  # the longest wait
 
 
-class Pace:
-    """Sums updates up between two sentences. ``now`` is in seconds on any monotonic clock."""
+class ProgressMeter:
+    """Sums up the updates between two sentences. ``now`` is in seconds on any monotonic clock."""
 
     def __init__(self) -> None:
-        self._began: tuple[float, float] | None = None  # when, and at which epoch
+        self._began: tuple[float, float] | None = None  # when the first update came, and at which epoch
         self._wait_s = FIRST_S
         self._start_over(0.0)
 
@@ -26,8 +26,8 @@ class Pace:
         self._updates = self._samples = self._lags = 0
         self._losses: list[float] = []
 
-    def saw(self, update: Update, epoch: float, epochs: int, now: float) -> str | None:
-        """Hear of an update, at ``epoch`` of ``epochs``; a sentence if one is due."""
+    def add(self, update: Update, epoch: float, epochs: int, now: float) -> str | None:
+        """Add an update, made at ``epoch`` of ``epochs``. Return a sentence if one is due."""
         if self._began is None:
             self._began = (now, epoch)
             self._start_over(now)
@@ -58,13 +58,13 @@ class Pace:
         return ", ".join(parts)
 
 
-def telling(core: ServerCore, record: Callable[[Update], None]) -> Callable[[Update], None]:
-    """``record``, and on standard output how far the run of ``core`` is."""
-    pace = Pace()
+def with_progress(core: ServerCore, record: Callable[[Update], None]) -> Callable[[Update], None]:
+    """Return a function that calls ``record``, and prints from time to time how far the run of ``core`` is."""
+    meter = ProgressMeter()
 
     def note(update: Update) -> None:
         record(update)
-        sentence = pace.saw(update, core.leases.epoch, core.job.plan.epochs, time.monotonic())
+        sentence = meter.add(update, core.leases.epoch, core.job.plan.epochs, time.monotonic())
         if sentence is not None:
             print(sentence, flush=True)
 

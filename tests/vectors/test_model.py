@@ -1,15 +1,13 @@
-"""A model as flat vectors: nothing a script may do to parameters and gradients breaks the views."""
+"""A model in flat vectors: nothing that a script may do to parameters and gradients breaks the views."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from danaz.vectors import flat
-from danaz.vectors.flat import FlatModel, Layout
+from danaz.vectors.layout import Layout
+from danaz.vectors.model import FlatModel
 
 
 def net() -> nn.Sequential:
@@ -22,7 +20,7 @@ def batch() -> Tensor:
 
 
 def gradients(model: nn.Module) -> list[Tensor]:
-    """By plain autograd, in a model of its own."""
+    """Return the gradients that plain autograd computes."""
     model(batch()).square().sum().backward()
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
@@ -104,10 +102,10 @@ class TestModelInAVector:
         assert flat.grads[:108].tolist() == [1] * 108
         assert flat.grads[108:].tolist() == [0] * (len(flat.grads) - 108)
         assert flat.absent == ((108, len(flat.grads)),)
-        assert model[0].bias.grad is None, "torch tells a gradient of zero from none"
+        assert model[0].bias.grad is None, "torch distinguishes a gradient of zero from none"
 
     def test_only_some_gradients_are_gathered(self):
-        """Bucket by bucket, while backward still runs."""
+        """Gradients are gathered bucket by bucket, while backward still runs."""
         flat = FlatModel(net())
         flat.model(batch()).square().sum().backward()
         flat.gather_gradients(range(4, 6))
@@ -191,27 +189,3 @@ class TestBuffers:
         model = nn.Linear(1, 1)
         model.register_buffer("scratch", torch.ones(3), persistent=False)
         assert FlatModel(model).layout.buffer_size == 0
-
-
-class TestLayout:
-    @given(sizes=st.lists(st.integers(0, 30), min_size=1, max_size=5), longest=st.integers(1, 40))
-    @settings(max_examples=100, deadline=None)
-    def test_slices_tile_the_vector_group_by_group(self, sizes, longest):
-        layout = Layout.from_lists([[["w", [sum(sizes)], [1]]], [], sizes])
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(flat, "SLICE_FLOATS", longest)
-            slices = list(layout.slices())
-        assert all(start < stop and start // longest == (stop - 1) // longest for _, start, stop in slices)
-        covered = [(group, at) for group, start, stop in slices for at in range(start, stop)]
-        assert covered == [
-            (group, at) for group, (start, stop) in enumerate(layout.groups) for at in range(start, stop)
-        ]
-        assert len(covered) == layout.size
-
-    def test_lists_and_back(self):
-        flat = FlatModel(net().to(memory_format=torch.channels_last))
-        assert Layout.from_lists(flat.layout.to_lists()) == flat.layout
-
-    def test_an_entry_finds_itself_in_a_slice_of_a_vector(self):
-        [entry] = Layout.from_lists([[["w", [2], [1]]], [], [2]]).parameters
-        assert entry.of(torch.arange(5.0)[2:4]).tolist() == [2, 3]

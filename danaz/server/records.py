@@ -1,4 +1,4 @@
-"""What the server counts: one record for each update, the totals of a run, and whether the run has diverged."""
+"""What the server records: each update, and the totals of a run, which show whether it has diverged."""
 
 from __future__ import annotations
 
@@ -17,43 +17,44 @@ class Update:
     """One applied update: a line of updates.jsonl."""
 
     version: int
-    worker: int  # in a round, the last one of it
+    worker: int  # in a round, the last worker of it
     lag: int
-    lr: tuple[float, ...]  # one a parameter group
-    gap: float | None  # with several shards, that of the worker's previous update, which is known only now
+    lr: tuple[float, ...]  # one for each parameter group
+    gap: float | None  # with several shards, the gap of the worker's previous update, which is known only now
     gap_of: Literal["parameters", "lookahead"]
     loss: float | None
     batch: int
     round: tuple[tuple[int, int], ...] | None = None  # (worker, batch) of each worker that took part
     samples: int = 0
     earlier: tuple[int, ...] = ()  # batches of the local steps before the push
-    incarnation: int = 0  # of the worker; with request, it identifies the push after a restart
+    incarnation: int = 0  # the worker's incarnation; with request, it identifies the push after a restart
     request: int = 0
-    life: int = 0  # of the server
+    life: int = 0  # the server's life
 
 
 @dataclass
 class RunTotals:
-    """Totals of a run so far, for summary.json."""
+    """The totals of a run so far, for summary.json."""
 
     updates: int = 0
     samples: int = 0
     lags: int = 0
-    push_bytes: int = 0  # of the vectors alone, as they travel
-    view_bytes: int = 0
+    push_bytes: int = 0  # bytes of the pushed vectors, as they travel
+    view_bytes: int = 0  # bytes of the views
     gaps: float = 0.0
     gaps_measured: int = 0
-    first_losses: dict[int, float] = field(default_factory=dict)  # worker -> its first, from whichever process
-    last_losses: dict[int, float] = field(default_factory=dict)  # worker -> its latest
+    first_losses: dict[int, float] = field(default_factory=dict)  # worker -> the first loss of any of its processes
+    last_losses: dict[int, float] = field(default_factory=dict)  # worker -> its latest loss
     refusals: Counter[str] = field(default_factory=Counter)
     reported: dict[str, float | str | None] = field(default_factory=dict)
     started_at: float | None = None
     updated_at: float | None = None
-    restarts: int = 0  # of the server
-    lost_updates: int = 0  # applied, and then lost in a restart
+    restarts: int = 0  # restarts of the server
+    lost_updates: int = 0  # updates that were applied, and then lost in a restart
     skipped_batches: int = 0  # batches without a step, because the script or its GradScaler skipped it
 
     def count(self, update: Update, now: float) -> None:
+        """Add an update to the totals. Its loss is added by ``hear_loss``."""
         self.updates += 1
         self.samples += update.samples
         self.lags += update.lag
@@ -67,17 +68,17 @@ class RunTotals:
         self.first_losses.setdefault(worker, loss)
         self.last_losses[worker] = loss
 
-    def report(self, figures: dict[str, float | str | None]) -> None:
-        """Take over what a script reports. JSON has no NaN and no infinity: both become None."""
+    def add_reported(self, figures: dict[str, float | str | None]) -> None:
+        """Add what a script reports. JSON has no NaN and no infinity, so both become None."""
         for name, value in figures.items():
             self.reported[name] = None if isinstance(value, float) and not isfinite(value) else value
 
     def divergence(self, workers: Iterable[int]) -> str:
-        """Why the losses of these workers, those that take part, mean divergence; empty if they do not.
+        """Return why the losses of ``workers``, who take part, show divergence; an empty text if they do not.
 
-        The median of their latest losses is compared with the median of their first: no worker alone can end a run of
-        several. With an even number of workers, both losses in the middle must say so. A worker whose first loss is
-        zero does not count.
+        The median of their latest losses is compared with the median of their first losses, so one worker among several
+        cannot end the run alone. With an even number of workers, both losses in the middle must be that large. A worker
+        whose first loss is zero does not count.
         """
         measures = [worker for worker in workers if self.first_losses.get(worker)]
         if not measures:
@@ -90,22 +91,22 @@ class RunTotals:
 
     @property
     def seconds(self) -> float:
-        """Seconds from the start to the last update, without the time in which no server ran."""
+        """Seconds from the start to the last update, without the time during which no server ran."""
         return (self.updated_at or 0.0) - (self.started_at or 0.0)
 
     def facts(self) -> dict[str, Any]:
-        """All totals as JSON has them. A time on the clock means nothing to another process, so a duration is kept."""
+        """Return all totals as JSON has them. Another process has another clock, so the times become a duration."""
         losses = {name: list(getattr(self, name).items()) for name in ("first_losses", "last_losses")}
         values = {**vars(self), **losses, "seconds": self.seconds}
         return {name: value for name, value in values.items() if name not in ("started_at", "updated_at")}
 
     @classmethod
     def restored(cls, facts: Mapping[str, Any], now: float) -> RunTotals:
-        """Totals with the values that ``facts`` returned."""
+        """Return totals with the values that ``facts`` returned."""
         values = dict(facts)
         started_at = now - values.pop("seconds")
         last, refusals = dict(values.pop("last_losses")), Counter(values.pop("refusals"))
-        # Checkpoints of earlier versions hold the first loss of the run alone.
+        # A checkpoint of an earlier version holds only the first loss of the run.
         first_of_run = values.pop("first_loss", None)
         before = dict.fromkeys(last, first_of_run) if first_of_run is not None else {}
         first = dict(values.pop("first_losses", before))
@@ -113,6 +114,7 @@ class RunTotals:
         return cls(**values, started_at=started_at, updated_at=now)
 
     def summary(self) -> dict[str, Any]:
+        """Return the totals and means that summary.json shows."""
         seconds = self.seconds
         return {
             "updates": self.updates,
@@ -133,5 +135,5 @@ class RunTotals:
 
 
 def mean(losses: Collection[float]) -> float | None:
-    """The mean of ``losses``, which is finite if they are; None if there are none."""
+    """Return the mean of ``losses``, which is finite if they are; None if there are none."""
     return sum(loss / len(losses) for loss in losses) if losses else None

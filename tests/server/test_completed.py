@@ -5,7 +5,7 @@ from __future__ import annotations
 from stimuli import JOIN
 
 from danaz.protocol.messages import Bye, GoBack, Heartbeat, Refusal
-from danaz.server.offering import CompletedRun
+from danaz.server.completed import CompletedRun
 
 BYE = Bye(worker=0, incarnation=1, request=9)
 
@@ -26,6 +26,6 @@ def test_it_ends_when_nobody_was_heard_of_for_a_while() -> None:
     assert not core.finished
     assert core.stream(b"route", Heartbeat(0, 1), 109.5) == []
     core.stream_tick(119.0)
-    assert not core.finished, "somebody still waits"
+    assert not core.finished, "a worker still waits"
     core.stream_tick(119.5)
     assert core.finished

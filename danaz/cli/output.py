@@ -1,0 +1,141 @@
+"""What the commands print for people: the figures of a run, tables of results, the list of algorithms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from danaz.compare.results import ComparisonOutcome
+from danaz.compare.tables import comparison_rows, figure
+from danaz.compare.tune import Tuning
+from danaz.rules import ALGORITHMS
+from danaz.simulate.speedup import Speedup
+
+PLAIN_WIDTH = 120  # characters of a line of a comparison's table, without a terminal
+SHOWN = (1, 2, 4, 8, 16, 24, 32, 48, 64, 128, 256)  # numbers of workers in the table of speed-ups, if there are many
+
+SUMMARY_ROWS = (  # title, key of summary.json, unit
+    ("algorithm", "algorithm", ""),
+    ("workers", "workers", ""),
+    ("ranks per worker", "ranks_per_worker", ""),
+    ("collective", "collective", ""),
+    ("schedule", "schedule", ""),
+    ("updates", "updates", ""),
+    ("epochs", "epochs", ""),
+    ("final train loss", "final_train_loss", ""),
+    ("test error", "test_error_percent", " %"),
+    ("mean lag", "mean_lag", ""),
+    ("mean gap", "mean_gap", ""),
+    ("images/s", "images_per_second", ""),
+    ("wall time", "wall_seconds", " s"),
+)
+
+
+def print_summary(summary: Mapping[str, Any], run: Path) -> None:
+    """Print the figures of a run, and anything unusual about it."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for title, key, unit in SUMMARY_ROWS:
+        table.add_row(title, figure(summary.get(key), unit=unit))
+    if not summary.get("complete", True):
+        table.add_row("[bold red]incomplete[/]", "the run ended before its last batch")
+    if summary.get("diverged"):
+        table.add_row("[bold red]diverged[/]", str(summary.get("diverged_because")))
+    if summary.get("stopped"):
+        table.add_row("[bold yellow]stopped early[/]", escape(str(summary["stopped"])))
+    for reason, count in (summary.get("refusals") or {}).items():
+        table.add_row("refused", f"{count} × {reason}")
+    console = Console()
+    console.print(table)
+    console.print(f"everything is in {run}", soft_wrap=True)
+
+
+def print_comparison(outcome: ComparisonOutcome) -> None:
+    """Print the table of a comparison, and below it each failed cell with its reason and logs."""
+    (_, _, *titles), rows = comparison_rows(outcome)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("algorithm", no_wrap=True)
+    for title in titles:
+        heading = title.replace(" ", "\n", 1)
+        table.add_column(heading, justify="left" if title == "remark" else "right", no_wrap=title != "remark")
+    for how, members in groupby(rows, key=lambda row: row[1]):
+        table.add_row(f"[bold]{how}[/]")
+        for algorithm, _, *figures in members:
+            style = "red" if "FAILED" in figures[-1] else "yellow" if "diverged" in figures[-1] else None
+            table.add_row(f"  {algorithm}", *figures, style=style)
+        table.add_section()
+    console = Console()
+    if not console.is_terminal:
+        console.width = PLAIN_WIDTH  # rich would assume 80 columns
+    console.print(table)
+    for failed in outcome.failed:
+        console.print(f"[bold red]failed:[/] {failed.algorithm}, {failed.setting.label}, seed {failed.seed}:", end=" ")
+        console.print(str(failed.failure), markup=False, soft_wrap=True)
+        console.print(f"  its logs: {failed.folder / 'logs'}", soft_wrap=True)
+
+
+def print_tuning(tuning: Tuning) -> None:
+    """Print the grid, with momenta as rows and learning rates as columns and the best figure in bold."""
+    table = Table("momentum \\ lr", title=f"{tuning.config.algorithm}, {tuning.measure.label}")
+    for lr in tuning.lrs:
+        table.add_column(f"{lr:g}", justify="right")
+    for momentum in tuning.momenta:
+        table.add_row(f"{momentum:g}", *(_grid_cell(tuning, lr, momentum) for lr in tuning.lrs))
+    console = Console()
+    console.print(table)
+    if tuning.best is not None:
+        lr, momentum = tuning.best
+        console.print(f"best: lr {lr:g}, momentum {momentum:g}")
+    for name, reason in tuning.failures.items():
+        console.print(f"[red]failed[/] {name}: {reason}")
+
+
+def _grid_cell(tuning: Tuning, lr: float, momentum: float) -> str:
+    measured = tuning.figure(lr, momentum)
+    if measured is None:
+        return "–"
+    text = f"{measured:.4g}" + (" diverged" if tuning.summaries[lr, momentum]["diverged"] else "")
+    return f"[bold]{text}[/]" if tuning.best == (lr, momentum) else text
+
+
+def print_speedup(panels: Sequence[Speedup]) -> None:
+    """Print a row for each number of workers in SHOWN, or for every number if there are few."""
+    table = Table("workers")
+    for panel in panels:
+        table.add_column(f"asynchronous\n{panel.machines}", justify="right")
+        table.add_column(f"synchronous\n{panel.machines}", justify="right")
+    workers = panels[0].workers
+    for row, n in enumerate(workers):
+        if n in SHOWN or len(workers) <= len(SHOWN):
+            cells = [f"{mean:.2f}" for p in panels for mean in (p.asynchronous[row], p.synchronous[row])]
+            table.add_row(str(n), *cells)
+    Console().print(table)
+
+
+FROM_THE_OPTIMIZER = ("momentum", "lr_correction", "weight_decay")  # not shown: not specific to an algorithm
+
+
+def print_algorithms() -> None:
+    """Print every algorithm with what its rule declares. What is not mentioned, the rule does not use."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 1, 0))
+    table.add_column(no_wrap=True, style="bold")
+    for name, algorithm in ALGORITHMS.items():
+        rule = algorithm.rule()
+        options = {k: v for k, v in algorithm.hyperparameters.items() if k not in FROM_THE_OPTIMIZER}
+        facts: dict[str, Sequence[str]] = {
+            "pushes": [rule.pushes],
+            "in rounds": ["all workers wait for each other"] if rule.barrier else [],
+            "server keeps": rule.shared_state,
+            "server keeps for each worker": (*rule.worker_state, *["view"] * rule.needs_view),
+            "each worker keeps": rule.worker_rule.worker_state,
+            "adds": [f"{k} {v}" for k, v in options.items() if (k, v) != ("sync_period", 1)],
+        }
+        told = "; ".join(f"{title}: {', '.join(values)}" for title, values in facts.items() if values)
+        table.add_row(name, f"{algorithm.summary}\n[dim]{told}\n{algorithm.paper}[/]")
+    Console().print(table)

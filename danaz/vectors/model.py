@@ -1,0 +1,156 @@
+"""A model whose parameters f32[P] and gradients f32[P] lie in flat vectors, and whose buffers become f32[B].
+
+Parameters and gradients of the model become views into the flat vectors, in the order of the optimizer's groups, so
+that each group is one slice. A parameter keeps its strides (channels_last stays channels_last).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack
+
+from danaz.vectors.cutting import ALIGNED_FLOATS, Spans
+from danaz.vectors.layout import Layout
+
+
+class FlatModel:
+    """A model whose trained parameters and gradients live in two flat vectors."""
+
+    def __init__(self, model: nn.Module, groups: Sequence[Sequence[nn.Parameter]] | None = None):
+        """Move the parameters of ``groups`` (default: all that require a gradient, as one group) into a flat vector.
+
+        Raises ValueError if a parameter is not float32, is in two groups or does not belong to the model, or if the
+        model has more tensors or groups than a layer table holds.
+        """
+        self.model = model
+        if groups is None:
+            groups = [[p for p in model.parameters() if p.requires_grad]]
+        names = {p: name for name, p in model.named_parameters()}
+        self.trained = [p for group in groups for p in group]
+        _check_trained(self.trained, names)
+        rows = [(names[p], tuple(p.shape), _dense_stride(p)) for p in self.trained]
+        self._buffers = {
+            name: b
+            for name, b in model.named_buffers()
+            if b.is_floating_point() and name in model.state_dict(keep_vars=True)
+        }
+        buffers = [(name, tuple(b.shape), _dense_stride(b)) for name, b in self._buffers.items()]
+        sizes = [sum(p.numel() for p in group) for group in groups]
+        self.layout = Layout.of(rows, buffers, sizes)
+        device = self.trained[0].device
+        self.params = torch.empty(0, device=device)  # f32[P]
+        # Ranks sum two things at once: flags that say whether each parameter has a gradient, and the gradients.
+        flags = -(-len(self.trained) // ALIGNED_FLOATS) * ALIGNED_FLOATS
+        self.summed = torch.zeros(flags + self.layout.size, device=device)  # f32[flags + P]
+        self.grads = self.summed[flags:]  # f32[P]
+        self.has_gradient = [False] * len(self.trained)  # of each parameter, when gradients were last gathered
+        self.decayed = torch.empty(self.layout.size, device=device)  # f32[P], for the gradient with its weight decay
+        self.grad_views = [entry.of(self.grads) for entry in self.layout.parameters]
+        self._homes: list[int] = []  # the address of each parameter in ``params``
+        self.make_room(0)
+
+    def make_room(self, floats: int) -> Tensor:
+        """Move the parameters to the beginning of a longer vector f32[P + floats], and return that vector."""
+        whole = torch.empty(self.layout.size + floats, device=self.params.device)
+        self.params = whole[: self.layout.size]
+        self._homes = [0] * len(self.trained)
+        self.bring_home()
+        return whole
+
+    def bring_home(self) -> None:
+        """Move parameters whose memory was replaced (``p.data = …``) back into the flat vector, with their new values.
+
+        Raises RuntimeError if the shape, type or device of one has changed.
+        """
+        for number, (p, home) in enumerate(zip(self.trained, self._homes, strict=True)):
+            if p.data_ptr() == home:
+                continue
+            entry = self.layout.parameters[number]
+            view = entry.of(self.params)
+            if p.shape != view.shape or p.dtype != view.dtype or p.device != view.device:
+                raise RuntimeError(
+                    f"parameter {entry.name} was {view.dtype} of shape {tuple(view.shape)} on {view.device} when "
+                    f"DistributedOptimizer was made, and is {p.dtype} of shape {tuple(p.shape)} on {p.device} now. "
+                    "Move and convert the model before you wrap the optimizer."
+                )
+            view.copy_(p.data)
+            # The parameter gets its own storage over the same memory: otherwise saving one would save the whole vector.
+            p.data = from_dlpack(view)
+            self._homes[number] = view.data_ptr()
+
+    def gather_gradients(self, indices: range) -> None:
+        """Bring the gradients of these parameters into the flat vector, wherever autograd or the user put them.
+
+        A parameter whose gradient is None counts as zero in the vector, and keeps its None: it makes no step. Raises
+        TypeError for a sparse gradient.
+        """
+        strays, homes = [], []
+        for number in indices:
+            p, view = self.trained[number], self.grad_views[number]
+            self.has_gradient[number] = p.grad is not None
+            if p.grad is None:
+                view.zero_()
+                continue
+            if p.grad.is_sparse:
+                raise TypeError(
+                    f"the gradient of {self.layout.parameters[number].name} is sparse, and danaz sums only dense "
+                    "gradients; look the rows up with sparse=False"
+                )
+            if p.grad is not view:
+                strays.append(p.grad)
+                homes.append(view)
+            p.grad = view
+        if strays:
+            torch._foreach_copy_(homes, strays)
+
+    @property
+    def absent(self) -> Spans:
+        """The spans of parameters that had no gradient at the last gathering. Torch does not change such parameters."""
+        if all(self.has_gradient):
+            return ()
+        spans: list[tuple[int, int]] = []
+        for entry, has_gradient in zip(self.layout.parameters, self.has_gradient, strict=True):
+            if has_gradient or not entry.size:
+                continue
+            if spans and spans[-1][1] == entry.start:
+                spans[-1] = (spans[-1][0], entry.stop)
+            else:
+                spans.append((entry.start, entry.stop))
+        return tuple(spans)
+
+    def buffers(self) -> Tensor:
+        """Return a copy of the model's floating-point buffers, f32[B]."""
+        flat = torch.empty(self.layout.buffer_size)
+        for entry, buffer in zip(self.layout.buffers, self._buffers.values(), strict=True):
+            entry.of(flat).copy_(buffer)
+        return flat
+
+    @torch.no_grad()
+    def load_buffers(self, flat: Tensor) -> None:
+        """Set the model's floating-point buffers from f32[B]."""
+        for entry, buffer in zip(self.layout.buffers, self._buffers.values(), strict=True):
+            buffer.copy_(entry.of(flat))
+
+
+def _check_trained(trained: Sequence[nn.Parameter], names: dict[nn.Parameter, str]) -> None:
+    if not trained:
+        raise ValueError("the optimizer holds no parameters to train")
+    seen: set[nn.Parameter] = set()
+    for p in trained:
+        if p not in names:
+            raise ValueError(f"the optimizer trains a parameter of shape {tuple(p.shape)} that the model does not have")
+        if p in seen:
+            raise ValueError(f"parameter {names[p]} is in two groups of the optimizer")
+        if p.dtype != torch.float32:
+            raise ValueError(
+                f"parameter {names[p]} is {p.dtype}; danaz trains float32 parameters (use torch.autocast for bfloat16)"
+            )
+        seen.add(p)
+
+
+def _dense_stride(tensor: Tensor) -> tuple[int, ...]:
+    """Return the tensor's own strides if they leave no holes, otherwise contiguous ones."""
+    return torch.empty_like(tensor, memory_format=torch.preserve_format).stride()
