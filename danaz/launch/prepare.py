@@ -9,6 +9,7 @@ import re
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from math import sqrt
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -155,8 +156,14 @@ def rate_notes(settings: Settings) -> list[str]:
     """Return sentences that say how the cluster changes the learning rate of the script or config."""
     workers, epochs = settings.workers, settings.warmup_epochs
     notes = []
-    if is_all_reduce(settings) and workers > 1:
-        notes.append(f"learning rate: {settings.algorithm} multiplies it by {workers}, the number of workers")
+    if is_all_reduce(settings) and workers > 1 and settings.lr_scaling != "none":
+        by_n, by_root = f"{workers}, the number of workers", f"{sqrt(workers):.3g}, the root of their number"
+        factor = {
+            "linear": by_n,
+            "sqrt": by_root,
+            "auto": f"{by_n}; with an adaptive optimizer, such as Adam, by {by_root}",
+        }
+        notes.append(f"learning rate: {settings.algorithm} multiplies it by {factor[settings.lr_scaling]}")
     if epochs and workers > 1:
         notes.append(f"learning rate: it rises from 1/{workers} to its full size over the first {epochs:g} epochs")
     return notes

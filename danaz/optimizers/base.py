@@ -75,6 +75,11 @@ class Optimizer:
         return False
 
     @property
+    def is_adaptive(self) -> bool:
+        """Whether each parameter has a step size of its own, which follows its gradients."""
+        return True
+
+    @property
     def keeps_velocity(self) -> bool:
         """Whether the state says along which velocity the last step went."""
         return False

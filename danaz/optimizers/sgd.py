@@ -15,6 +15,7 @@ class PlainSgd(Optimizer):
     """s = −ηg, without a state."""
 
     name = "sgd without momentum"
+    is_adaptive = False
 
     def step(self, params: Tensor, grad: Tensor, state: Vectors, at: Scalars, view: Tensor | None = None) -> None:
         params.sub_(grad, alpha=at.lr)
@@ -36,6 +37,7 @@ class Sgd(Optimizer):
     momentum: float = 0.9  # γ
 
     name = "sgd"
+    is_adaptive = False
     keeps_velocity = True
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from danaz.options.option import LARGEST_SEED, MOST, MOST_PROCESSES, Option
 
@@ -62,6 +62,14 @@ class Method:
         str,
         fixed("How pushes travel: fp32, bf16, fp16, onebit or topk:SHARE, with error feedback", panel=EXCHANGE),
     ] = "fp32"
+    lr_scaling: Annotated[
+        Literal["auto", "linear", "sqrt", "none"],
+        fixed(
+            "Factor of lr under ssgd with N workers: linear (N), sqrt (the root of N) or none (1); "
+            "auto: linear for SGD, sqrt for optimizers with adaptive steps",
+            since="0.2",
+        ),
+    ] = "auto"
     wire_view: Annotated[str, fixed("How views travel: fp32, bf16 or fp16", panel=EXCHANGE)] = "fp32"
 
 

@@ -25,7 +25,7 @@ import msgpack
 import torch
 from torch import Tensor
 
-from danaz.optimizers import Optimizers, optimizers_from_lists, optimizers_to_lists
+from danaz.optimizers import Optimizers, Sgd, optimizers_from_lists, optimizers_to_lists
 from danaz.protocol import messages
 from danaz.protocol.messages import Streamed
 from danaz.vectors.codecs import FP32, Codec, CodecError, Encoded, UnknownCodecError, bytes_of, push_codec
@@ -226,6 +226,9 @@ def _decompressed(frame: Frame, size: int, codec: Codec) -> Tensor:
 
 
 def _build(message_type: type, header: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+    if message_type is messages.Join and "momentum" in header:
+        # A recording of an earlier version: there, every worker had SGD.
+        header["optimizers"] = optimizers_to_lists(Optimizers([Sgd(_float(header.pop("momentum")))]))
     values = {}
     for name, hint in _hints(message_type).items():
         if name not in header:

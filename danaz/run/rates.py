@@ -1,13 +1,14 @@
 """The learning rate at a point of a run: the rate of a script or of a config, warmed up and scaled.
 
 A config's rate steps down at its milestones; a script's rate is whatever its optimizer holds. The cluster applies
-either one warmed up and, for SSGD, times the number of workers. The user's API, the loop that trains a config and the
-simulator all ask here, so this module lies below them, beside the config.
+either one warmed up and, for SSGD, scaled with the number of workers. The user's API, the loop that trains a config and
+the simulator all ask here, so this module lies below them, beside the config.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import sqrt
 
 from danaz.run.config import Config
 
@@ -36,9 +37,23 @@ def warmup_factor(epoch: float, workers: int, warmup_epochs: float) -> float:
     return start + (1.0 - start) * min(1.0, epoch / warmup_epochs)
 
 
-def effective_lr(
-    lr: Sequence[float], *, epoch: float, workers: int, warmup_epochs: float, scales_lr: bool
-) -> list[float]:
-    """Return the user's rates as the cluster applies them: warmed up and, for SSGD, times the number of workers."""
-    factor = warmup_factor(epoch, workers, warmup_epochs) * (workers if scales_lr else 1)
+def scaling_factor(scaling: str, workers: int, *, is_adaptive: bool) -> float:
+    """Return what a synchronous cluster of N multiplies the learning rate by, for its batches are N times as large.
+
+    SGD takes N (Goyal et al. 2017: linear scaling). An optimizer that divides by the root of squared gradients takes
+    √N: the noise of the mean gradient, and with it the length of a step, goes down with √N (Malladi et al., *On the
+    SDEs and Scaling Rules for Adaptive Gradient Algorithms*, NeurIPS 2022).
+
+    Args:
+        scaling: linear, sqrt, none, or auto, which is linear or, if ``is_adaptive``, sqrt.
+        workers: N, the number of workers.
+        is_adaptive: whether the steps of the optimizer have a size for each parameter.
+    """
+    rule = {"auto": "sqrt" if is_adaptive else "linear"}.get(scaling, scaling)
+    return {"linear": float(workers), "sqrt": sqrt(workers), "none": 1.0}[rule]
+
+
+def effective_lr(lr: Sequence[float], *, epoch: float, workers: int, warmup_epochs: float, scale: float) -> list[float]:
+    """Return the user's rates as the cluster applies them: warmed up, and times ``scale``, which only SSGD has."""
+    factor = warmup_factor(epoch, workers, warmup_epochs) * scale
     return [rate * factor for rate in lr]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from danaz.protocol.messages import Final, Parameters, Replies
 from danaz.run.config import Config
-from danaz.run.rates import effective_lr, lr_at
+from danaz.run.rates import effective_lr, lr_at, scaling_factor
 from danaz.run.settings import Settings
 from danaz.server.core import ServerCore
 from danaz.serving.journal import RunWriter
@@ -83,7 +83,11 @@ class Simulation:
         self._ahead = torch.zeros_like(self.flat.params)  # f32[P], γ Σⱼ ηⱼvⱼ if the workers keep the velocities
         for_server = self.settings.for_server(weight_decay=weight_decays(self.optimizer.param_groups))
         self.server = ServerCore(for_server, on_update=self._record, ahead=lambda: self._ahead)
-        self.rule = for_server.rule(optimizers_of(self.optimizer))
+        optimizers = optimizers_of(self.optimizer)
+        self.rule = for_server.rule(optimizers)
+        adaptive = optimizers[0].is_adaptive
+        scale = scaling_factor(config.lr_scaling, config.workers, is_adaptive=adaptive)
+        self._lr_scale = scale if self.rule.scales_lr else 1.0
         self.workers = [self._make_worker(number) for number in range(config.workers)]
         self._order = make_order(config.schedule, config.workers, config.seed)
         run.mkdir(parents=True, exist_ok=True)
@@ -173,7 +177,7 @@ class Simulation:
             epoch=worker.epoch,
             workers=config.workers,
             warmup_epochs=config.lr_schedule.warmup_epochs,
-            scales_lr=self.rule.scales_lr,
+            scale=self._lr_scale,
         )
 
     def send(self, worker: SimulatedWorker, request: Request) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from danaz.protocol.messages import Heartbeat, Inquire, Progress
+from danaz.run.rates import scaling_factor
 from danaz.run.settings import RankInfo, Settings
 from danaz.server.core import ServerCore
 from danaz.serving.journal import RunWriter
@@ -37,7 +38,7 @@ class Membership:
     batching: Batching
     share: Share
     loader_batches: int  # number of batches in an epoch, as the script's own loader counts them
-    scales_lr: bool  # whether the rule multiplies the learning rate by the number of workers
+    lr_scale: float  # what the learning rate is multiplied by, for the number of workers
 
 
 def machines_per_batch(settings: Settings, place: RankInfo) -> int:
@@ -102,7 +103,9 @@ def make_membership(
     share = replace(_share_of_batch(settings, place, group), least=2 if has_batch_norm(flat.model) else 1)
     worker = Worker(group, flat, ahead, conversation, replicated=not has_server, pipelined=pipelined)
     worker.sync_period = rule.worker_rule.sync_period
-    return Membership(worker, batching, share, len(loader), rule.scales_lr)
+    adaptive = optimizer.optimizers[0].is_adaptive
+    scale = scaling_factor(settings.lr_scaling, settings.workers, is_adaptive=adaptive) if rule.scales_lr else 1.0
+    return Membership(worker, batching, share, len(loader), scale)
 
 
 def _link_to_server(place: RankInfo, role: Role, staging: Staging) -> Link:

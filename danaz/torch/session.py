@@ -310,7 +310,7 @@ class Session:
             epoch=self.epoch,
             workers=self.settings.workers,
             warmup_epochs=self.settings.warmup_epochs,
-            scales_lr=self._member.scales_lr,
+            scale=self._member.lr_scale,
         )
 
     # ---- the clock of the script's schedulers (see schedulers.Clock) -----------------------------------------------

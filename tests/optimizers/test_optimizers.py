@@ -151,12 +151,12 @@ def test_without_momentum_nothing_is_ahead(optimizer):
     assert params.any()
 
 
-@pytest.mark.parametrize("name", [name for name, each in OPTIMIZERS.items() if each.keeps_velocity])
+# The step of NAdam takes the new gradient at another weight than its mean does: there, the velocity is near to it only.
+@pytest.mark.parametrize(
+    "name", [name for name, each in OPTIMIZERS.items() if each.keeps_velocity and not isinstance(each, NAdam)]
+)
 def test_the_velocity_is_what_the_step_went_along(name):
-    """Apart from NAdam, whose step takes the new gradient at another weight than its mean does."""
     optimizer = OPTIMIZERS[name]
-    if isinstance(optimizer, NAdam):
-        pytest.skip("an approximation there")
     state, view = zeros(optimizer), torch.zeros(SIZE)
     for count in range(1, 5):
         params = torch.zeros(SIZE)

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from danaz.optimizers import SGD
+from danaz.optimizers import SGD, Adam, Optimizers
 from danaz.protocol import inbox, wire
 from danaz.protocol.messages import (
     MAX_REPORTED,
@@ -78,6 +78,7 @@ PLAIN = {
     type(None): st.none(),
     Tensor: TENSORS,
     Layout: layouts(),
+    Optimizers: st.sampled_from([SGD, Optimizers([Adam(0.5), Adam(amsgrad=True)])]),
     Plan: st.builds(Plan, st.integers(1, 2**26), st.integers(1, 2**27)),
 }
 

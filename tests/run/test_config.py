@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from danaz.options.option import newer_names
 from danaz.run.config import Config, ConfigError, LrSchedule, load_config
 from danaz.run.folder import write_settings
-from danaz.run.rates import lr_at, warmup_factor
+from danaz.run.rates import lr_at, scaling_factor, warmup_factor
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 SHIPPED = [path for path in CONFIGS if "config" not in yaml.safe_load(path.read_text())]  # the others are comparisons
@@ -309,6 +309,13 @@ class TestRates:
         config = load_config(path, ["lr=0.1", "lr_schedule={milestones: [2, 3.5], factor: 0.5}"])
         epochs = [0, 1.999, 2, 3.499, 3.5, 100]
         assert [lr_at(config, epoch) for epoch in epochs] == [0.1, 0.1, 0.05, 0.05, 0.025, 0.025]
+
+    @pytest.mark.parametrize(
+        ("scaling", "of_sgd", "of_adam"), [("auto", 16, 4), ("linear", 16, 16), ("sqrt", 4, 4), ("none", 1, 1)]
+    )
+    def test_large_batches_scale_the_rate(self, scaling: str, of_sgd: float, of_adam: float) -> None:
+        assert scaling_factor(scaling, 16, is_adaptive=False) == of_sgd
+        assert scaling_factor(scaling, 16, is_adaptive=True) == of_adam
 
     def test_warm_up_ends_of_the_ramp(self) -> None:
         assert warmup_factor(0, workers=8, warmup_epochs=5) == 1 / 8

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from math import inf, nan
 
 import pytest
@@ -157,11 +156,11 @@ def test_schedulers_on_either_optimizer(on_the_wrapped_one: bool, per_epoch: boo
 
 def test_effective_lr_warms_up_and_scales() -> None:
     rates = {"workers": 4, "warmup_epochs": 2.0}
-    assert effective_lr([0.4, 0.8], epoch=0.0, scales_lr=False, **rates) == pytest.approx([0.1, 0.2])
-    assert effective_lr([0.4], epoch=1.0, scales_lr=False, **rates) == pytest.approx([0.25])
-    assert effective_lr([0.4], epoch=5.0, scales_lr=False, **rates) == [0.4]
-    assert effective_lr([0.4], epoch=0.0, scales_lr=True, **rates) == pytest.approx([0.4])
-    assert effective_lr([0.4], epoch=5.0, scales_lr=True, **rates) == [1.6]
+    assert effective_lr([0.4, 0.8], epoch=0.0, scale=1.0, **rates) == pytest.approx([0.1, 0.2])
+    assert effective_lr([0.4], epoch=1.0, scale=1.0, **rates) == pytest.approx([0.25])
+    assert effective_lr([0.4], epoch=5.0, scale=1.0, **rates) == [0.4]
+    assert effective_lr([0.4], epoch=0.0, scale=4.0, **rates) == pytest.approx([0.4])
+    assert effective_lr([0.4], epoch=5.0, scale=4.0, **rates) == [1.6]
 
 
 # ---- what is not finite ---------------------------------------------------------------------------------------------
@@ -245,33 +244,6 @@ def test_three_in_a_row_end_the_run_as_diverged(servers: list[ServerCore]) -> No
 # ---- refusals -------------------------------------------------------------------------------------------------------
 
 
-def differing_momenta(model: nn.Module) -> torch.optim.Optimizer:
-    groups = [{"params": model.last.parameters()}, {"params": model.convolution.parameters(), "momentum": 0.5}]
-    return torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)
-
-
-class OwnSGD(torch.optim.SGD):
-    """A user's variation of SGD. What it does in step() would be lost silently."""
-
-
-@pytest.mark.parametrize(
-    ("make", "reason"),
-    [
-        (lambda model: torch.optim.Adam(model.parameters()), "torch.optim.SGD, not Adam"),
-        (lambda model: OwnSGD(model.parameters(), lr=0.1), "torch.optim.SGD, not OwnSGD"),
-        (lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, dampening=0.5), "SGD with dampening"),
-        (lambda model: torch.optim.SGD(model.parameters(), lr=0.1, maximize=True), "SGD with maximize"),
-        (differing_momenta, r"same momentum, these have \[0.5, 0.9\]"),
-    ],
-)
-def test_unsupported_optimizers_are_refused_with_the_reason(
-    make: Callable[[nn.Module], torch.optim.Optimizer], reason: str
-) -> None:
-    model = make_net()
-    with pytest.raises(UnsupportedOptimizerError, match=reason):
-        DistributedOptimizer(make(model), model, SoloGroup())
-
-
 def test_parameters_that_danaz_cannot_train_are_refused() -> None:
     model = make_net()
     model.last.double()
@@ -279,15 +251,6 @@ def test_parameters_that_danaz_cannot_train_are_refused() -> None:
         DistributedOptimizer(make_sgd(model), model, SoloGroup())
     with pytest.raises(ValueError, match="the model does not have"):
         DistributedOptimizer(make_sgd(make_net()), make_net(), SoloGroup())
-
-
-def test_plain_momentum_is_taken_with_a_warning() -> None:
-    model = make_net()
-    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    with pytest.warns(UserWarning, match="nesterov=False is not kept"):
-        DistributedOptimizer(sgd, model, SoloGroup())
-    model = make_net()
-    assert DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, SoloGroup()).momentum == 0
 
 
 def test_a_second_optimizer_is_refused() -> None:

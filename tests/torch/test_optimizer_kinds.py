@@ -1,0 +1,153 @@
+"""danaz carries out torch's own optimizers, group by group. Where the mathematics says so, one worker equals torch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from loops import Step, adopt, alone, assert_same, make_data, make_net, train, train_with_torch, usual_step
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+from danaz.torch.optimizer import DistributedOptimizer, UnsupportedOptimizerError
+from danaz.worker.group import SoloGroup
+
+Make = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+def two_groups(kind: type[torch.optim.Optimizer], first: dict[str, object], **options: object) -> Make:
+    """Return a function that makes an optimizer whose first group has other options than the second."""
+
+    def make(model: nn.Module) -> torch.optim.Optimizer:
+        groups = [
+            {"params": list(model.last.parameters()), **first},
+            {"params": [*model.convolution.parameters()]},
+        ]
+        return kind(groups, **options)  # type: ignore[call-arg]
+
+    return make
+
+
+WITHOUT_MOMENTUM: dict[str, Make] = {
+    "adagrad": two_groups(torch.optim.Adagrad, {"lr": 0.02, "lr_decay": 0.1}, lr=0.05, weight_decay=0.01),
+    "rmsprop": two_groups(torch.optim.RMSprop, {"alpha": 0.8, "centered": True, "eps": 0.1}, lr=0.01, weight_decay=0.1),
+    "adam": two_groups(torch.optim.Adam, {"betas": (0.0, 0.9), "amsgrad": True}, lr=0.01, betas=(0.0, 0.99)),
+    "adamw": two_groups(torch.optim.AdamW, {"weight_decay": 0.5, "maximize": True}, lr=0.01, betas=(0.0, 0.99)),
+    "sgd that maximizes": two_groups(torch.optim.SGD, {"weight_decay": 0.1}, lr=0.001, maximize=True),
+}
+
+
+@pytest.mark.parametrize("algorithm", ["baseline", "nag-asgd", "multi-asgd", "dana-zero", "dana", "asgd", "ssgd"])
+@pytest.mark.parametrize("name", list(WITHOUT_MOMENTUM))
+def test_without_momentum_one_worker_equals_torch_under_every_algorithm(name: str, algorithm: str) -> None:
+    ours, theirs = make_net(), make_net()
+    train(ours, WITHOUT_MOMENTUM[name], algorithm=algorithm)
+    train_with_torch(theirs, WITHOUT_MOMENTUM[name])
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("algorithm", ["baseline", "dana-zero", "dana"])
+def test_each_group_has_its_own_momentum(algorithm: str) -> None:
+    make = two_groups(torch.optim.SGD, {"momentum": 0.5}, lr=0.05, momentum=0.9, nesterov=True)
+    ours, theirs = make_net(), make_net()
+    train(ours, make, algorithm=algorithm)
+    train_with_torch(theirs, make)
+    assert_same(ours, theirs)
+
+
+def test_asgd_drops_the_momentum_of_adam() -> None:
+    ours, theirs = make_net(), make_net()
+    train(ours, lambda model: torch.optim.Adam(model.parameters(), 0.01, betas=(0.9, 0.99)), algorithm="asgd")
+    train_with_torch(theirs, lambda model: torch.optim.Adam(model.parameters(), 0.01, betas=(0.0, 0.99)))
+    assert_same(ours, theirs)
+
+
+def test_nadam_computes_every_gradient_where_torch_does() -> None:
+    def make(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.NAdam(
+            model.parameters(), 0.01, momentum_decay=0.1, weight_decay=0.1, decoupled_weight_decay=True
+        )
+
+    def visited(train: Callable[[nn.Module, Make, Step], object]) -> list[dict[str, Tensor]]:
+        states = []
+
+        def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
+            states.append(copy.deepcopy(model.state_dict()))
+            usual_step(model, optimizer, x, y)
+
+        train(make_net(), make, step)
+        return states
+
+    ours, theirs = visited(train), visited(train_with_torch)
+    assert len(ours) == len(theirs) > 5
+    for our, their in zip(ours, theirs, strict=True):
+        for name, values in their.items():
+            torch.testing.assert_close(our[name], values, rtol=1e-4, atol=1e-4)
+
+
+def test_the_flags_of_torchs_implementation_make_no_difference() -> None:
+    ours, theirs = make_net(), make_net()
+    train(ours, lambda model: torch.optim.AdamW(model.parameters(), 0.01, foreach=True))
+    train(theirs, lambda model: torch.optim.AdamW(model.parameters(), 0.01, fused=True))
+    assert_same(ours, theirs, 0.0)
+
+
+# ---- refusals -------------------------------------------------------------------------------------------------------
+
+
+class OwnSGD(torch.optim.SGD):
+    """A user's variation of SGD. What it does in step() would be lost silently."""
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda model: torch.optim.LBFGS(model.parameters()), "does not take LBFGS.* Adagrad, Adam, AdamW, NAdam"),
+        (lambda model: OwnSGD(model.parameters(), lr=0.1), "does not take OwnSGD"),
+        (lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, dampening=0.5), "SGD with dampening"),
+        (lambda model: torch.optim.Adam(model.parameters(), differentiable=True), "make differentiable=False"),
+        (lambda model: torch.optim.RMSprop(model.parameters(), momentum=1.5), "RMSprop: momentum is 1.5"),
+    ],
+)
+def test_unsupported_optimizers_are_refused_with_the_reason(make: Make, reason: str) -> None:
+    model = make_net()
+    with pytest.raises(UnsupportedOptimizerError, match=reason):
+        DistributedOptimizer(make(model), model, SoloGroup())
+
+
+def test_an_algorithm_that_cannot_carry_it_out_says_so() -> None:
+    with pytest.raises(ValueError, match="ssgd-lars is a rule of SGD and cannot carry out adam"):
+        train(make_net(), lambda model: torch.optim.Adam(model.parameters()), algorithm="ssgd-lars")
+
+
+def test_plain_momentum_is_taken_with_a_warning() -> None:
+    model = make_net()
+    with pytest.warns(UserWarning, match="nesterov=False is not kept"):
+        DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), model, SoloGroup())
+    DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, SoloGroup())  # and this, without one
+
+
+def test_betas_that_change_during_the_run_are_refused() -> None:
+    model = make_net()
+    with alone() as session:
+        optimizer = adopt(session, model, torch.optim.Adam(model.parameters(), 0.01))
+        session.epochs = 1
+        loader = torch.utils.data.DataLoader(make_data(), batch_size=4)
+        for x, y in session.shard(loader, 0):
+            mse_loss(model(x), y).backward()
+            optimizer.param_groups[0]["betas"] = (0.8, 0.999)
+            with pytest.raises(UnsupportedOptimizerError, match=r"had beta1 0.9 when .* and has beta1 0.8 now"):
+                optimizer.step()
+            break
+
+
+def test_the_state_of_one_optimizer_is_not_taken_over() -> None:
+    source, model = make_net(), make_net()
+    adam = torch.optim.Adam(source.parameters())
+    mse_loss(source(make_data()[:4][0]), make_data()[:4][1]).backward()
+    adam.step()
+    ours = DistributedOptimizer(torch.optim.Adam(model.parameters()), model, SoloGroup())
+    with pytest.raises(UnsupportedOptimizerError, match="momentum buffers"):
+        ours.load_state_dict(adam.state_dict())
