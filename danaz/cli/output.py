@@ -15,7 +15,8 @@ from rich.table import Table
 from danaz.compare.results import ComparisonOutcome
 from danaz.compare.tables import comparison_rows, figure
 from danaz.compare.tune import Tuning
-from danaz.rules import ALGORITHMS
+from danaz.optimizers import Adagrad, Adam, NAdam, Optimizer, Optimizers, RMSprop, Sgd
+from danaz.rules import ALGORITHMS, Rule
 from danaz.simulate.speedup import Speedup
 
 PLAIN_WIDTH = 120  # characters of a line of a comparison's table, without a terminal
@@ -139,3 +140,50 @@ def print_algorithms() -> None:
         told = "; ".join(f"{title}: {', '.join(values)}" for title, values in facts.items() if values)
         table.add_row(name, f"{algorithm.summary}\n[dim]{told}\n{algorithm.paper}[/]")
     Console().print(table)
+    _print_vectors()
+
+
+# An optimizer of each kind that a user may wrap, as torch makes it by default; RMSprop with a momentum to look along.
+WRAPPED: dict[str, Optimizer] = {
+    "SGD": Sgd(),
+    "Adam": Adam(),
+    "AdamW": Adam(weight_decay=0.01),
+    "NAdam": NAdam(),
+    "RMSprop": RMSprop(momentum=0.9),
+    "Adagrad": Adagrad(),
+}
+
+
+MEMORY = (
+    "Memory, in vectors of the model's size: what the server of N workers keeps beside the parameters and, in "
+    "brackets, what each worker keeps."
+)
+
+
+def _print_vectors() -> None:
+    """Print how many vectors each algorithm keeps for each optimizer, and why it does not carry out some."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("", *WRAPPED):
+        table.add_column(heading, no_wrap=True)
+    reasons: dict[str, str] = {}
+    for name, algorithm in ALGORITHMS.items():
+        cells = []
+        for optimizer in map(Optimizers, ([each] for each in WRAPPED.values())):
+            reason = algorithm.refusal(optimizer)
+            cells.append("–" if reason else vectors_of(algorithm.rule(optimizer=optimizer)))
+            if reason:
+                reasons.setdefault(name, reason)
+        table.add_row(f"[bold]{name}[/]", *cells)
+    console = Console()
+    console.print(f"{MEMORY}\n")
+    console.print(table)
+    console.print("\n–: it is refused.", *[f"\n  {reason}" for reason in reasons.values()], highlight=False)
+
+
+def vectors_of(rule: Rule) -> str:
+    """Return how many vectors a rule keeps beside the parameters: on the server and, in brackets, on each worker."""
+    for_each, shared = len(rule.worker_state) + rule.needs_view, len(rule.shared_state)
+    for_workers = [f"{for_each}N" if for_each > 1 else "N"] if for_each else []
+    on_server = " + ".join([*for_workers, *[str(shared)] * (shared > 0)]) or "0"
+    on_worker = len(rule.worker_rule.worker_state)
+    return f"{on_server} ({on_worker})" if on_worker else on_server

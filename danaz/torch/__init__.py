@@ -132,13 +132,13 @@ def num_workers() -> int:
 def DistributedOptimizer(
     optimizer: torch.optim.Optimizer, model: nn.Module, backward_passes_per_step: int = 1
 ) -> _DistributedOptimizer:
-    """Let the cluster carry out ``optimizer``, which is a torch.optim.SGD over (some of) the parameters of ``model``.
+    """Let the cluster carry out ``optimizer``, which is one of torch.optim over (some of) the parameters of ``model``.
 
     Each ``step()`` averages the gradient over this worker's ranks, pushes it, and puts the next view into the model.
     When ``backward()`` has returned, every ``p.grad`` is the worker's mean gradient: clip, unscale or log it as ever.
     ``step(loss=loss)`` adds the loss to the run's records. A batch that is not followed by ``step()`` counts as used.
     The loss must be a mean over the samples, not a sum. Raises UnsupportedOptimizerError, with the reason, for an
-    optimizer that DANA cannot replace, and ValueError for a model that danaz cannot train.
+    optimizer that danaz does not know, and ValueError for a model that danaz cannot train.
     """
     session = _session()
     check_model(model)

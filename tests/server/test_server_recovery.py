@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from cluster import Cluster
 from stimuli import GRADIENT, JOIN, NAN, SIZE, answer, parameters, push_on, started
 
+from danaz.optimizers import Adam, NAdam, Optimizers, RMSprop, Sgd
 from danaz.protocol.messages import Final, Heartbeat, Noted, Parameters, Plan, Refusal, Report, Streamed
 from danaz.protocol.refusals import OUTLIER
 from danaz.server.core import ServerCore
@@ -261,3 +263,34 @@ class TestSickWorkers:
         state = cluster.server.snapshot()
         cluster.restart(state)
         assert cluster.server.summary()["sick_workers"] == {"1": REPORTED}
+
+
+# ---- the state of any optimizer outlives a restart --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ["nag-asgd", "multi-asgd", "dana-zero", "dana", "dana-ga"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [Sgd(), Adam(0.9, 0.99, weight_decay=0.1), Adam(amsgrad=True), NAdam(), RMSprop(momentum=0.5)],
+    ids=repr,
+)
+def test_a_restarted_server_goes_on_bit_for_bit(algorithm, optimizer):
+    """A parameter that had no gradient now and then keeps its own count of them, also in the checkpoint."""
+    both = [
+        Restartable(algorithm, 2, torch.ones(SIZE), optimizers=Optimizers([optimizer]), groups=(SIZE,)) for _ in "ab"
+    ]
+    for cluster in both:
+        for turn in range(7):
+            cluster.push(turn % 2, GRADIENT * (1 + turn), 0.1, absent=((0, 1),) if turn == 3 else ())
+        cluster.server.settle()
+    saved = both[0].server.snapshot()
+    facts = json.loads(json.dumps(saved.facts))
+    both[0].restart(Snapshot(facts, {name: tensor.clone() for name, tensor in saved.tensors.items()}))
+    for cluster in both:
+        for worker in (0, 1):
+            cluster.come_back(worker) if cluster is both[0] else cluster.pull(worker)
+        for turn in range(6):
+            cluster.push(turn % 2, GRADIENT * (2 - turn), 0.05)
+        for worker in (0, 1):
+            cluster.leave(worker)
+    assert torch.equal(both[0].server.master.params, both[1].server.master.params)
