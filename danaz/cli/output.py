@@ -135,6 +135,7 @@ def print_algorithms() -> None:
             "server keeps": rule.shared_state,
             "server keeps for each worker": (*rule.worker_state, *["view"] * rule.needs_view),
             "each worker keeps": rule.worker_rule.worker_state,
+            "takes": ["your own class of optimizer"] if algorithm.takes_own else [],
             "adds": [f"{k} {v}" for k, v in options.items() if (k, v) != ("sync_period", 1)],
         }
         told = "; ".join(f"{title}: {', '.join(values)}" for title, values in facts.items() if values)

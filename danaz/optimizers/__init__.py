@@ -3,6 +3,7 @@
 from danaz.optimizers.adaptive import Adagrad, Adam, NAdam, RMSprop
 from danaz.optimizers.base import Optimizer, OptimizerError, Optimizers, Scalars, Vectors
 from danaz.optimizers.by_name import KINDS, optimizers_from_lists, optimizers_to_lists
+from danaz.optimizers.own import Own
 from danaz.optimizers.sgd import PlainSgd, Sgd
 
 SGD = Optimizers([Sgd()])  # as the DANA paper has it
@@ -16,6 +17,7 @@ __all__ = [
     "Optimizer",
     "OptimizerError",
     "Optimizers",
+    "Own",
     "PlainSgd",
     "RMSprop",
     "Scalars",

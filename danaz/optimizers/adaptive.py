@@ -159,7 +159,7 @@ class RMSprop(Optimizer):
         variance = state["square"].mul_(self.alpha).addcmul_(grad, grad, value=1 - self.alpha)
         if self.centered:
             mean = state["mean"].lerp_(grad, 1 - self.alpha)
-            variance = torch.addcmul(variance, mean, mean, value=-1)
+            variance = torch.addcmul(variance, mean, mean, value=-1).clamp_(min=0)  # rounding may make it negative
         denominator = variance.sqrt().add_(self.eps)
         if self.momentum:
             params.sub_(state["velocity"].mul_(self.momentum).addcdiv_(grad, denominator), alpha=at.lr)

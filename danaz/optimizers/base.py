@@ -40,7 +40,13 @@ class Scalars:
 
 # The lowest value of a hyper-parameter, and the first above it that is too high; of all others, 0 and infinity. A
 # momentum may be negative, to offset what asynchrony adds.
-RANGES = {"momentum": (-1.0, 1.0), "beta1": (0.0, 1.0), "beta2": (0.0, 1.0), "alpha": (0.0, 1.0)}
+RANGES = {
+    "momentum": (-1.0, 1.0),
+    "beta1": (0.0, 1.0),
+    "beta2": (0.0, 1.0),
+    "alpha": (0.0, 1.0),
+    "eps": (1e-30, inf),  # with 0, a gradient of 0 would be divided by 0
+}
 
 
 @dataclass(frozen=True)
@@ -139,6 +145,11 @@ class Optimizers(tuple[Optimizer, ...]):
     @property
     def needs_view(self) -> bool:
         return any(each.needs_view for each in self)
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether some group's steps have a size for each parameter."""
+        return any(each.is_adaptive for each in self)
 
     def without_momentum(self) -> Optimizers:
         """The same optimizers with μ = 0."""

@@ -7,9 +7,10 @@ from typing import Any
 
 from danaz.optimizers.adaptive import Adagrad, Adam, NAdam, RMSprop
 from danaz.optimizers.base import Optimizer, OptimizerError, Optimizers
+from danaz.optimizers.own import Own
 from danaz.optimizers.sgd import Sgd
 
-KINDS: dict[str, type[Optimizer]] = {kind.name: kind for kind in (Sgd, Adam, NAdam, RMSprop, Adagrad)}
+KINDS: dict[str, type[Optimizer]] = {kind.name: kind for kind in (Sgd, Adam, NAdam, RMSprop, Adagrad, Own)}
 
 
 def optimizers_to_lists(optimizers: Optimizers) -> list[Any]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from danaz.optimizers import SGD, Optimizers, Scalars, Vectors
+from danaz.optimizers import SGD, Optimizers, Own, PlainSgd, Scalars, Vectors
 from danaz.rules.base import Context, Rule, WorkerRule, algorithm, sgd_unless
-from danaz.rules.local import LocalSteps
+from danaz.rules.local import OwnSteps, local_steps
 
 
 class Displace(Rule):
@@ -78,19 +78,37 @@ class Baseline(NagAsgd):
     max_workers = 1
 
 
+class OwnBaseline(Displace):
+    max_workers = 1
+
+
 class Ssgd(NagAsgd):
+    """All gradients averaged. SGD looks ahead, which is its Nesterov form; the others make their plain steps."""
+
+    barrier = True
+    all_reduce = True
+    scales_lr = True
+
+    def view(self, out: Tensor, params: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
+        if self.optimizers.of(ctx.group).is_adaptive:
+            out.copy_(params)
+        else:
+            super().view(out, params, own, shared, ctx)
+
+
+class OwnSsgd(Displace):
     barrier = True
     all_reduce = True
     scales_lr = True
 
 
-@algorithm("asgd", paper="Dean et al., Large Scale Distributed Deep Networks, NIPS 2012")
+@algorithm("asgd", paper="Dean et al., Large Scale Distributed Deep Networks, NIPS 2012", takes_own=True)
 def asgd(sync_period: int = 1, optimizer: Optimizers | None = None) -> Rule:
     """Asynchronous SGD without momentum."""
     optimizers = sgd_unless(optimizer).without_momentum()
-    if sync_period == 1 and not optimizers.state:
+    if sync_period == 1 and isinstance(optimizers[0], PlainSgd):
         return Asgd(optimizers)
-    return Displace(LocalSteps(optimizers, sync_period=sync_period))
+    return Displace(local_steps(optimizers, sync_period=sync_period))
 
 
 @algorithm("nag-asgd", paper="Hakimi et al., arXiv 1907.11612")
@@ -105,13 +123,15 @@ def multi_asgd(momentum: float = 0.9, optimizer: Optimizers | None = None) -> Ru
     return MultiAsgd(sgd_unless(optimizer, momentum))
 
 
-@algorithm("baseline", paper="Nesterov 1983; Sutskever et al., ICML 2013")
+@algorithm("baseline", paper="Nesterov 1983; Sutskever et al., ICML 2013", takes_own=True)
 def baseline(momentum: float = 0.9, optimizer: Optimizers | None = None) -> Rule:
     """Nesterov SGD on one worker: torch.optim.SGD(nesterov=True) in the variable Θ = θ − ηγv."""
-    return Baseline(sgd_unless(optimizer, momentum))
+    optimizers = sgd_unless(optimizer, momentum)
+    return OwnBaseline(OwnSteps()) if isinstance(optimizers[0], Own) else Baseline(optimizers)
 
 
-@algorithm("ssgd", paper="Goyal et al., Accurate, Large Minibatch SGD, arXiv 1706.02677")
+@algorithm("ssgd", paper="Goyal et al., Accurate, Large Minibatch SGD, arXiv 1706.02677", takes_own=True)
 def ssgd(momentum: float = 0.9, optimizer: Optimizers | None = None) -> Rule:
     """Synchronous SGD: all gradients averaged, one Nesterov step at N times the rate (linear scaling)."""
-    return Ssgd(sgd_unless(optimizer, momentum))
+    optimizers = sgd_unless(optimizer, momentum)
+    return OwnSsgd(OwnSteps()) if isinstance(optimizers[0], Own) else Ssgd(optimizers)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from danaz.optimizers import Optimizers, Vectors
 from danaz.rules.base import Context, Rule, algorithm, sgd_unless
-from danaz.rules.local import LocalSteps
+from danaz.rules.local import local_steps
 
 SYNC_PERIOD = 10  # local steps in a round
 
@@ -17,7 +17,7 @@ class ModelAveraging(Rule):
     barrier = True
 
     def __init__(self, optimizers: Optimizers, sync_period: int):
-        self.worker_rule = LocalSteps(optimizers, pushes="parameters", sync_period=sync_period)
+        self.worker_rule = local_steps(optimizers, pushes="parameters", sync_period=sync_period)
 
     def apply(self, params: Tensor, push: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
         params.copy_(push)
@@ -26,7 +26,7 @@ class ModelAveraging(Rule):
 class BlockMomentum(Rule):
     """G = mean(Wᵢ) − B; Δ ← βΔ + ζG; W ← W + Δ; the server sends B = W + βΔ (W itself in the classic form).
 
-    β = 1 − 1/N, ζ = 1. Workers begin each block without momentum.
+    β = 1 − 1/N, ζ = 1. Workers begin each block without momentum, unless the user's own optimizer keeps it.
     """
 
     barrier = True
@@ -34,7 +34,7 @@ class BlockMomentum(Rule):
     shared_state = ("step",)  # Δ
 
     def __init__(self, optimizers: Optimizers, sync_period: int, nesterov: bool):
-        self.worker_rule = LocalSteps(optimizers, pushes="parameters", sync_period=sync_period, resets=True)
+        self.worker_rule = local_steps(optimizers, pushes="parameters", sync_period=sync_period, resets=True)
         self.nesterov = nesterov
 
     def apply(self, params: Tensor, push: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
@@ -47,13 +47,13 @@ class BlockMomentum(Rule):
             out.add_(shared["step"], alpha=1 - 1 / ctx.workers)
 
 
-@algorithm("model-averaging", paper="McDonald et al., NAACL 2010; CNTK ModelAveragingSGD")
+@algorithm("model-averaging", paper="McDonald et al., NAACL 2010; CNTK ModelAveragingSGD", takes_own=True)
 def model_averaging(momentum: float = 0.9, sync_period: int = SYNC_PERIOD, optimizer: Optimizers | None = None) -> Rule:
     """Local Nesterov steps; then everyone goes on from the mean of all models."""
     return ModelAveraging(sgd_unless(optimizer, momentum), sync_period)
 
 
-@algorithm("bmuf", paper="Chen, Huo, ICASSP 2016; CNTK BlockMomentumSGD")
+@algorithm("bmuf", paper="Chen, Huo, ICASSP 2016; CNTK BlockMomentumSGD", takes_own=True)
 def bmuf(
     momentum: float = 0.9, sync_period: int = SYNC_PERIOD, nesterov: bool = True, optimizer: Optimizers | None = None
 ) -> Rule:

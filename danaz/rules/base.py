@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from danaz.files.user_module import UserModuleError, import_user_name
-from danaz.optimizers import Optimizers, Sgd, Vectors
+from danaz.optimizers import Optimizers, Own, Sgd, Vectors
 
+Factory = Callable[..., "Rule"]
 Pushes = Literal["gradient", "displacement", "parameters"]  # a displacement is added to the server's parameters
 
 
@@ -136,6 +137,7 @@ class Algorithm:
     name: str
     paper: str
     build: Callable[..., Rule]
+    takes_own: bool = False  # whether an optimizer that danaz does not know can make its steps itself
 
     @property
     def summary(self) -> str:
@@ -168,6 +170,13 @@ class Algorithm:
             UserModuleError: what the user's own factory returns is no Rule.
         """
         given = {k: v for k, v in hyperparameters.items() if k in self.hyperparameters}
+        for own in (each for each in optimizer or () if isinstance(each, Own) and not self.takes_own):
+            able = sorted(name for name, other in ALGORITHMS.items() if other.takes_own)
+            raise UnfitOptimizerError(
+                f"{self.name} does not take {own.class_name}: the cluster makes the steps in its place, and must know "
+                "their mathematics. Train with SGD, Adam, AdamW, NAdam, RMSprop or Adagrad of torch.optim, or with an "
+                f"algorithm that lets your own optimizer make its steps: {', '.join(able)}"
+            )
         if optimizer is not None and self.takes_any_optimizer:
             given[OPTIMIZER] = optimizer
         elif optimizer is not None:
@@ -251,11 +260,13 @@ def sgd_unless(optimizer: Optimizers | None, momentum: float = 0.9) -> Optimizer
     return Optimizers([Sgd(momentum)]) if optimizer is None else optimizer
 
 
-def algorithm(name: str, *, paper: str) -> Callable[[Callable[..., Rule]], Callable[..., Rule]]:
-    """Register a rule's factory under the name that users type."""
+def algorithm(
+    name: str, *, paper: str, takes_own: bool = False
+) -> Callable[[Callable[..., Rule]], Callable[..., Rule]]:
+    """Register a rule's factory under the name that users type. ``takes_own``: see Algorithm."""
 
-    def register(build: Callable[..., Rule]) -> Callable[..., Rule]:
-        ALGORITHMS[name] = Algorithm(name, paper, build)
+    def register(build: Factory) -> Factory:
+        ALGORITHMS[name] = Algorithm(name, paper, build, takes_own)
         return build
 
     return register

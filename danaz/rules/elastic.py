@@ -6,7 +6,7 @@ from torch import Tensor
 
 from danaz.optimizers import Optimizers, Vectors
 from danaz.rules.base import Context, Rule, algorithm, sgd_unless
-from danaz.rules.local import LocalSteps
+from danaz.rules.local import local_steps
 
 PAPER = "Zhang, Choromanska, LeCun, NIPS 2015, arXiv 1412.6651"
 SYNC_PERIOD = 10  # local steps between exchanges
@@ -23,7 +23,7 @@ class Elastic(Rule):
     worker_state = ("local",)  # xᵢ after the exchange
 
     def __init__(self, optimizers: Optimizers, sync_period: int):
-        self.worker_rule = LocalSteps(optimizers, pushes="parameters", sync_period=sync_period)
+        self.worker_rule = local_steps(optimizers, pushes="parameters", sync_period=sync_period)
 
     def apply(self, params: Tensor, push: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
         pull = push.sub(params).mul_(BETA / ctx.workers)  # e
@@ -37,7 +37,7 @@ class Elastic(Rule):
         out.copy_(own["local"])
 
 
-@algorithm("easgd", paper=PAPER)
+@algorithm("easgd", paper=PAPER, takes_own=True)
 def easgd(sync_period: int = SYNC_PERIOD, optimizer: Optimizers | None = None) -> Rule:
     """Elastic averaging SGD: local SGD steps, then a pull towards the centre."""
     return Elastic(sgd_unless(optimizer).without_momentum(), sync_period)

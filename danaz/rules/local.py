@@ -4,8 +4,25 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from danaz.optimizers import Optimizers, Scalars, Vectors
+from danaz.optimizers import Optimizers, Own, Scalars, Vectors
 from danaz.rules.base import Context, Pushes, WorkerRule
+
+
+def local_steps(
+    optimizers: Optimizers, *, pushes: Pushes = "displacement", sync_period: int = 1, resets: bool = False
+) -> WorkerRule:
+    """Return the rule of a worker that makes steps of ``optimizers`` between its pushes."""
+    if isinstance(optimizers[0], Own):
+        return OwnSteps(pushes=pushes, sync_period=sync_period)
+    return LocalSteps(optimizers, pushes=pushes, sync_period=sync_period, resets=resets)
+
+
+class OwnSteps(WorkerRule):
+    """The user's own optimizer makes the steps: in place of the gradient comes how far it has moved the parameters."""
+
+    def __init__(self, *, pushes: Pushes = "displacement", sync_period: int = 1):
+        self.pushes = pushes
+        self.sync_period = sync_period
 
 
 class LocalSteps(WorkerRule):

@@ -85,7 +85,7 @@ class Simulation:
         self.server = ServerCore(for_server, on_update=self._record, ahead=lambda: self._ahead)
         optimizers = optimizers_of(self.optimizer)
         self.rule = for_server.rule(optimizers)
-        adaptive = optimizers[0].is_adaptive
+        adaptive = optimizers.is_adaptive
         scale = scaling_factor(config.lr_scaling, config.workers, is_adaptive=adaptive)
         self._lr_scale = scale if self.rule.scales_lr else 1.0
         self.workers = [self._make_worker(number) for number in range(config.workers)]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from danaz.optimizers import Adagrad, Adam, NAdam, Optimizer, OptimizerError, Optimizers, RMSprop, Sgd
+from danaz.optimizers import Adagrad, Adam, NAdam, Optimizer, OptimizerError, Optimizers, Own, RMSprop, Sgd
 from danaz.vectors.model import FlatModel
 
 Group = Mapping[str, Any]  # one of torch's param_groups
@@ -20,18 +20,15 @@ class UnsupportedOptimizerError(TypeError):
 
 
 def optimizers_of(optimizer: torch.optim.Optimizer) -> Optimizers:
-    """Return the optimizer of each parameter group. Raises UnsupportedOptimizerError with the reason if there is none.
+    """Return the optimizer of each parameter group; a class that danaz does not know is Own.
 
     Implementations of the same mathematics (foreach, fused, capturable) make no difference here. The learning rate,
     weight decay that is added to the gradient, and maximize are not part of the result: they are read at each step.
+    Raises UnsupportedOptimizerError for an option that no algorithm can carry out.
     """
     kind = type(optimizer)
     if kind not in _READERS:
-        known = ", ".join(sorted(each.__name__ for each in _READERS))
-        raise UnsupportedOptimizerError(
-            f"danaz.DistributedOptimizer does not take {kind.__name__}: the cluster makes the steps in its place, and "
-            f"must know their mathematics to look ahead. Train with one of torch.optim: {known}."
-        )
+        return Optimizers([Own(kind.__name__)])
     groups = optimizer.param_groups
     if any(group.get("dampening") for group in groups):
         raise UnsupportedOptimizerError(

@@ -103,7 +103,7 @@ def make_membership(
     share = replace(_share_of_batch(settings, place, group), least=2 if has_batch_norm(flat.model) else 1)
     worker = Worker(group, flat, ahead, conversation, replicated=not has_server, pipelined=pipelined)
     worker.sync_period = rule.worker_rule.sync_period
-    adaptive = optimizer.optimizers[0].is_adaptive
+    adaptive = optimizer.optimizers.is_adaptive
     scale = scaling_factor(settings.lr_scaling, settings.workers, is_adaptive=adaptive) if rule.scales_lr else 1.0
     return Membership(worker, batching, share, len(loader), scale)
 

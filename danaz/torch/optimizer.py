@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from danaz.optimizers import Own
 from danaz.torch.carried import UnsupportedOptimizerError, decayed_gradient, optimizers_of, warn_if_not_nesterov
 from danaz.torch.exchange import GradientExchange, Verdict
 from danaz.vectors.cutting import Spans
@@ -25,6 +26,9 @@ class Updates(Protocol):
 
     def push(self, grad: Tensor, absent: Spans, verdict: Verdict) -> None:
         """Carry out the step that ``verdict`` allows, along ``grad`` f32[P]. The ``absent`` spans stay as they are."""
+
+    def applied_lr(self, lr: list[float]) -> list[float]:
+        """Return the rates at which the cluster makes a step, if those of the script are ``lr``."""
 
     def skip(self) -> None:
         """Count the batch as used, without a step."""
@@ -65,6 +69,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._group = group
         self._replicated = replicated and group.size > 1
         self.wrapped = optimizer
+        self._own_step = optimizer.step if isinstance(self.optimizers[0], Own) else None
         self._updates: Updates | None = None
         self.was_stepped = False  # whether the script has called step()
         self.was_passed_over = False  # whether the script has gone on from a batch without step()
@@ -106,6 +111,10 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over rates and other options of the groups. Raises UnsupportedOptimizerError for momentum buffers."""
+        if self._own_step is not None:
+            self.wrapped.load_state_dict(state_dict)
+            self.param_groups = self.wrapped.param_groups
+            return
         saved = state_dict["param_groups"]
         if any(value is not None for state in state_dict["state"].values() for value in state.values()):
             raise UnsupportedOptimizerError(
@@ -120,6 +129,10 @@ class DistributedOptimizer(torch.optim.Optimizer):
             )
         for group, values in zip(self.param_groups, saved, strict=True):
             group.update({name: value for name, value in values.items() if name != "params"})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the options of the groups and, of an optimizer that makes its steps itself, its state on this rank."""
+        return super().state_dict() if self._own_step is None else self.wrapped.state_dict()
 
     @property
     def rates(self) -> list[float]:
@@ -159,11 +172,36 @@ class DistributedOptimizer(torch.optim.Optimizer):
         else:
             if self._replicated and not verdict.alike:
                 self._take_over_rank_0s()
-            grad = decayed_gradient(self.flat, self.param_groups)
-            self._updates.push(grad, self.flat.absent, verdict)
+            if self._own_step is None:
+                vector = decayed_gradient(self.flat, self.param_groups)
+            else:
+                vector = self._try_own_step(self._own_step, self._updates.applied_lr(verdict.lr))
+            self._updates.push(vector, self.flat.absent, verdict)
         # A scheduler that was made for the wrapped optimizer checks whether that optimizer has stepped.
         self.wrapped._opt_called = True  # type: ignore[attr-defined]
         return result
+
+    def _try_own_step(self, own_step: Callable[[], Any], lr: list[float]) -> Tensor:
+        """Return how far the user's own optimizer moves the parameters at the rates ``lr``, f32[P], and move them back.
+
+        Rank 0 makes the step for all ranks, so that they stay the same, whatever the step depends on.
+        """
+        flat, groups = self.flat, self.wrapped.param_groups
+        before, rates = flat.params.clone(), self.rates
+        for number, parameter in enumerate(flat.trained):
+            parameter.grad = flat.grad_views[number] if flat.has_gradient[number] else None
+        if self._group.rank == 0:
+            for group, rate in zip(groups, lr, strict=True):
+                group["lr"] = rate
+            own_step()
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate
+            flat.bring_home()
+        moved = torch.sub(flat.params, before, out=flat.decayed)
+        flat.params.copy_(before)
+        if self._replicated:
+            self._group.broadcast(own_step=moved)
+        return moved
 
     def _conclude(self, loss: Loss, *, steps: bool) -> Verdict:
         assert self._updates is not None

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from danaz.rules import find_algorithm
 from danaz.run.milestones import reach
 from danaz.run.rates import effective_lr
 from danaz.run.settings import RankInfo, Settings
 from danaz.run.signals import note_ending_signals
+from danaz.torch.carried import UnsupportedOptimizerError
 from danaz.torch.data import LeaseSampler, Portion, batching_of, rebuild
 from danaz.torch.ending import ModelWatch, exit_unfinished, say
 from danaz.torch.exchange import Verdict
@@ -117,12 +119,18 @@ class Session:
         return torch.initial_seed() if loader.generator is None else loader.generator.initial_seed()
 
     def adopt(self, optimizer: DistributedOptimizer) -> None:
-        """Let this session carry out the steps of ``optimizer``. Raises NotInitializedError for a second one."""
+        """Let this session carry out the steps of ``optimizer``.
+
+        Raises NotInitializedError for a second one, and UnsupportedOptimizerError for one that the algorithm cannot
+        carry out.
+        """
         if self._optimizer is not None:
             raise NotInitializedError(
                 "danaz.DistributedOptimizer was called a second time, but danaz trains one model a process: give it "
                 "one optimizer for all parameters that are to train"
             )
+        if reason := find_algorithm(self.settings.algorithm).refusal(optimizer.optimizers):
+            raise UnsupportedOptimizerError(reason)
         self._optimizer = optimizer
         optimizer.connect(self)
         reach("optimizer")
@@ -278,12 +286,12 @@ class Session:
         portion = self._end_batch()
         if verdict.edited and self.worker.replicated:
             self.group.broadcast(edited_params=self.optimizer.flat.params)  # each rank may have made its own edit
-        lr = tuple(self._applied_lr(verdict.lr))
+        lr = tuple(self.applied_lr(verdict.lr))
         self.worker.push(Step(portion.batch, lr, portion.samples, verdict.loss, absent), grad)
 
     def skip(self) -> None:
         """See Updates."""
-        self.worker.skip(self._end_batch().batch, self._applied_lr(self.optimizer.rates))
+        self.worker.skip(self._end_batch().batch, self.applied_lr(self.optimizer.rates))
 
     def end(self) -> None:
         """See Updates."""
@@ -304,7 +312,8 @@ class Session:
         self.own_batches += 1
         return portion
 
-    def _applied_lr(self, lr: list[float]) -> list[float]:
+    def applied_lr(self, lr: list[float]) -> list[float]:
+        """See Updates."""
         return effective_lr(
             lr,
             epoch=self.epoch,

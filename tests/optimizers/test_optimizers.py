@@ -193,11 +193,22 @@ def test_what_is_none_is_refused(lists):
         optimizers_from_lists(lists)
 
 
-@pytest.mark.parametrize("wrong", [{"beta1": 1.0}, {"beta2": -0.1}, {"eps": -1.0}, {"weight_decay": float("nan")}])
+@pytest.mark.parametrize("wrong", [{"beta1": 1.0}, {"beta2": -0.1}, {"eps": 0.0}, {"weight_decay": float("nan")}])
 def test_numbers_out_of_range_are_named(wrong):
     [name] = wrong
-    with pytest.raises(OptimizerError, match=f"{name} is .*; a number from 0"):
+    with pytest.raises(OptimizerError, match=f"{name} is .*; a number from"):
         Adam(**wrong)
+
+
+@every_optimizer
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-3, 1e9])
+def test_equal_gradients_of_any_size_leave_all_finite(optimizer, size):
+    """No gradient at all, and a variance that is zero but for rounding, among them."""
+    params, state = torch.zeros(SIZE), zeros(optimizer)
+    for count in range(1, 200):
+        optimizer.step(params, torch.full((SIZE,), size), state, Scalars(0.1, count), torch.zeros(SIZE))
+        optimizer.add_heading(params, state, Scalars(0.1, count), -optimizer.momentum)
+    assert params.isfinite().all()
 
 
 # ---- under every algorithm -----------------------------------------------------------------------------------------

@@ -94,32 +94,97 @@ def test_the_flags_of_torchs_implementation_make_no_difference() -> None:
     assert_same(ours, theirs, 0.0)
 
 
-# ---- refusals -------------------------------------------------------------------------------------------------------
+# ---- a user's own class ----------------------------------------------------------------------------------------------
 
 
 class OwnSGD(torch.optim.SGD):
-    """A user's variation of SGD. What it does in step() would be lost silently."""
+    """A user's variation of SGD, which danaz cannot know: its steps have a size of their own."""
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p]
+                state["mean"] = p.grad.clone() if "mean" not in state else 0.5 * state["mean"] + p.grad
+                p.data = p.data - group["lr"] * state["mean"].sign() * (1 + group["weight_decay"])
+
+
+own_sgd = two_groups(OwnSGD, {"weight_decay": 0.5}, lr=0.01)
+
+
+@pytest.mark.parametrize("algorithm", ["baseline", "ssgd", "asgd"])
+@pytest.mark.parametrize("make", [own_sgd, lambda model: torch.optim.Rprop(model.parameters(), 0.01)])
+def test_it_makes_its_steps_itself(make: Make, algorithm: str) -> None:
+    ours, theirs = make_net(), make_net()
+    train(ours, make, algorithm=algorithm)
+    train_with_torch(theirs, make)
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("algorithm", ["asgd", "easgd", "model-averaging", "bmuf"])
+def test_it_makes_local_steps_between_pushes(algorithm: str) -> None:
+    """On one worker, the mean of all models is its own, and there is nobody to be elastic with but the centre."""
+    ours, theirs = make_net(), make_net()
+    train(ours, own_sgd, algorithm=algorithm, sync_period=3)
+    train_with_torch(theirs, own_sgd)
+    if algorithm == "easgd":
+        assert all(p.isfinite().all() for p in ours.parameters())
+    else:
+        assert_same(ours, theirs)
+
+
+def test_its_rates_are_the_clusters_during_a_step_only() -> None:
+    seen = []
+
+    class Watched(torch.optim.Adadelta):
+        def step(self, closure: object = None) -> None:  # type: ignore[override]
+            seen.append([group["lr"] for group in self.param_groups])
+            super().step()
+
+    model = make_net()
+    optimizer = train(model, lambda model: Watched(model.parameters(), lr=0.5), algorithm="ssgd", workers=1)
+    assert seen == [[0.5]] * len(seen) != []
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_its_state_can_be_saved_and_loaded() -> None:
+    first = train(make_net(), own_sgd, algorithm="baseline")
+    saved = copy.deepcopy(first.state_dict())
+    assert len(saved["state"]) == 4
+    model = make_net()
+    with alone("baseline") as session:
+        second = adopt(session, model, own_sgd(model))
+        second.load_state_dict(saved)
+        assert all(
+            torch.equal(second.state_dict()["state"][key]["mean"], saved["state"][key]["mean"]) for key in range(4)
+        )
+        second.param_groups[0]["lr"] = 0.125
+        assert second.rates[0] == second.wrapped.param_groups[0]["lr"] == 0.125
+
+
+# ---- refusals -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda model: torch.optim.LBFGS(model.parameters()), "does not take LBFGS.* Adagrad, Adam, AdamW, NAdam"),
-        (lambda model: OwnSGD(model.parameters(), lr=0.1), "does not take OwnSGD"),
+        (lambda model: torch.optim.LBFGS(model.parameters()), "dana does not take LBFGS.* Adam.*: asgd, baseline, "),
+        (lambda model: OwnSGD(model.parameters(), lr=0.1), "dana does not take OwnSGD"),
         (lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, dampening=0.5), "SGD with dampening"),
         (lambda model: torch.optim.Adam(model.parameters(), differentiable=True), "make differentiable=False"),
         (lambda model: torch.optim.RMSprop(model.parameters(), momentum=1.5), "RMSprop: momentum is 1.5"),
+        (lambda model: torch.optim.Adam(model.parameters(), eps=0), "Adam: eps is 0.0"),
     ],
 )
 def test_unsupported_optimizers_are_refused_with_the_reason(make: Make, reason: str) -> None:
     model = make_net()
-    with pytest.raises(UnsupportedOptimizerError, match=reason):
-        DistributedOptimizer(make(model), model, SoloGroup())
+    with alone("dana") as session, pytest.raises(UnsupportedOptimizerError, match=reason):
+        adopt(session, model, make(model))
 
 
 def test_an_algorithm_that_cannot_carry_it_out_says_so() -> None:
-    with pytest.raises(ValueError, match="ssgd-lars is a rule of SGD and cannot carry out adam"):
-        train(make_net(), lambda model: torch.optim.Adam(model.parameters()), algorithm="ssgd-lars")
+    model = make_net()
+    with alone("ssgd-lars") as session, pytest.raises(UnsupportedOptimizerError, match="ssgd-lars is a rule of SGD"):
+        adopt(session, model, torch.optim.Adam(model.parameters()))
 
 
 def test_plain_momentum_is_taken_with_a_warning() -> None:
