@@ -10,6 +10,8 @@
             optimizer.zero_grad(); loss(model(x), y).backward(); optimizer.step()
     # here the model is the trained one, on every rank
 
+A script that counts steps and draws its own batches has one loop, ``for step in danaz.steps(10_000)``.
+
 The same script runs alone with plain ``python``, and on a cluster with ``danaz launch``. docs/your-script.md shows how
 to port a script, call by call.
 """
@@ -51,8 +53,10 @@ __all__ = [
     "progress",
     "rank",
     "report",
+    "seed_for",
     "shard",
     "size",
+    "steps",
     "stop",
     "worker_id",
 ]
@@ -166,6 +170,28 @@ def shard(loader: DataLoader[Any], epoch: int) -> Iterator[Any]:
     turn.
     """
     return _session().run_batches(loader, epoch)
+
+
+def steps(count: int, samples: int = 1) -> Iterator[int]:
+    """Iterate over the steps that the server leases to this worker, in a run of ``count`` updates of the whole cluster.
+
+    The script draws the batch of each step itself: it needs no DataLoader. Every rank draws its own, and all ranks
+    count the same; ``samples``, the number that each draws, is for the run's records. Each number from 0 to ``count``
+    less 1 is used once, by whichever worker is free. If a worker dies, another one is leased its step: draw by
+    ``seed_for(step)``, and the batch is drawn again as well. A run has one such loop, in place of ``epochs`` and
+    ``shard``; its length counts as one epoch for ``progress`` and for schedulers. ``len()`` gives the number of steps
+    that this worker would make if all workers were equally fast. Raises ValueError and LoopError.
+    """
+    return _session().run_steps(count, samples)
+
+
+def seed_for(step: int) -> int:
+    """Return the seed of a step of ``steps`` on this rank, for ``torch.Generator().manual_seed``.
+
+    It depends on the seed of the run, the step and the rank within its worker. Raises NotInitializedError before the
+    run's first step.
+    """
+    return _session().seed_for(step)
 
 
 def stop(reason: str = "") -> None:

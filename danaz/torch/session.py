@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from danaz.files.seeds import derive_seed
 from danaz.rules import find_algorithm
 from danaz.run.milestones import reach
 from danaz.run.rates import effective_lr
@@ -81,8 +82,7 @@ class Session:
     def _member(self) -> Membership:
         if self._membership is None:
             raise NotInitializedError(
-                "nothing is known of the run yet: the run begins with the first `for batch in danaz.shard(loader, "
-                "epoch)`"
+                "nothing is known of the run yet: it begins with the first batch of danaz.shard, or step of danaz.steps"
             )
         return self._membership
 
@@ -159,6 +159,46 @@ class Session:
         """Whether this worker gets no more batches."""
         return self._leaves_early or (self._has_begun and self.worker.done)
 
+    # ---- the loop over steps, whose batches the script draws itself ------------------------------------------------
+
+    def run_steps(self, count: int, samples: int) -> Counted[int]:
+        """See danaz.torch.steps."""
+        for name, number in (("number of steps", count), ("number of samples", samples)):
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                raise ValueError(f"danaz.steps takes the {name}, a whole number from 1 up, not {number!r}")
+        self.loop.begin(1)
+        self.epochs = 1
+        return Counted(self._steps(count, samples), lambda: ceil(count / self._machines_apart))
+
+    @property
+    def _machines_apart(self) -> int:
+        """How many workers make steps of their own: all of them, but an all-reduce world makes each step together."""
+        return 1 if self.place.server is None else self.settings.workers
+
+    def _steps(self, count: int, samples: int) -> Iterator[int]:
+        for epoch in self._epochs():
+            yield from self.loop.batches(epoch, self, self._leased_steps(count, samples))
+
+    def _leased_steps(self, count: int, samples: int) -> Iterator[int]:
+        """Yield the number of each step that this worker is leased. The first call joins the run."""
+        self._epoch = 0
+        if not self._has_begun:
+            # A step is a batch of one sample for each machine that computes it: its own number.
+            machines = machines_per_batch(self.settings, self.place)
+            self._join(DataLoader(range(count * machines), batch_size=1))  # type: ignore[arg-type]
+        try:
+            self.in_loop = True
+            while self._has_more_in(0):
+                while not self._is_cut_short and (step := self._take()) is not None:
+                    self._begin(Portion(step, samples * self.group.size, samples))
+                    yield step
+        finally:
+            self.in_loop = False
+
+    def seed_for(self, step: int) -> int:
+        """See danaz.torch.seed_for."""
+        return derive_seed(self._member.batching.seed, step, self.group.rank)
+
     # ---- the loop over batches -------------------------------------------------------------------------------------
 
     def run_batches(self, loader: DataLoader[Any], epoch: int) -> Counted[Any]:
@@ -176,6 +216,7 @@ class Session:
         self._epoch = epoch
         if not self._has_begun:
             self._join(loader)
+            self._warn_of_idle_ranks()
         self._check(loader)
         sampler, batches = self._double_of(loader)
         try:
@@ -199,7 +240,6 @@ class Session:
         self._membership = make_membership(
             self.settings, self.place, self.group, optimizer, loader, self.epochs, self._seed
         )
-        self._warn_of_idle_ranks()
         enter(self.worker, optimizer.flat, self.place)
         follow([optimizer, optimizer.wrapped], self, one_worker=self._is_only_worker)
         reach("shard")
