@@ -26,7 +26,7 @@ from danaz.simulate.simulator import Simulation
 from danaz.torch.data import Batching
 from danaz.workloads import build
 from danaz.workloads.computing import batch_loss, choose_device, place
-from danaz.workloads.train import make_sgd
+from danaz.workloads.train import make_optimizer
 
 WARM_UP = 5  # updates before the clock starts
 MEASURED = (("dana", "off"), ("dana", "on"), ("dana-zero", "off"), ("dana-ga", "off"))  # algorithm, gap
@@ -39,7 +39,7 @@ def plain_loop(config: Config) -> Advance:
     device = choose_device(config)
     workload = build(config).with_data_on(device)
     model = place(workload.model, config, device).train()
-    optimizer = make_sgd(model, config)
+    optimizer = make_optimizer(model, config)
     batching = Batching(len(workload.train), config.batch_size, seed=config.seed)
     batches = iter(range(10**9))
 

@@ -12,7 +12,7 @@ from danaz.cli.output import print_tuning
 from danaz.compare.tune import Tuning, tune
 from danaz.report.heat_map import write_tuning
 from danaz.run.config import load_config
-from danaz.workloads.train import make_sgd
+from danaz.workloads.train import make_optimizer
 
 QUADRATIC = Path(__file__).parents[2] / "configs" / "quadratic.yaml"
 
@@ -56,5 +56,5 @@ def test_table_and_files(tuning: tuple[Tuning, Path], capsys: pytest.CaptureFixt
 
 def test_momentum_may_be_negative() -> None:
     config = load_config(QUADRATIC, ["momentum=-0.5"])
-    [group] = make_sgd(nn.Linear(2, 1), config).param_groups
+    [group] = make_optimizer(nn.Linear(2, 1), config).param_groups
     assert (group["momentum"], group["nesterov"]) == (-0.5, True)
