@@ -37,7 +37,6 @@ class Membership:
     worker: Worker
     batching: Batching
     share: Share
-    loader_batches: int  # number of batches in an epoch, as the script's own loader counts them
     lr_scale: float  # what the learning rate is multiplied by, for the number of workers
 
 
@@ -105,7 +104,7 @@ def make_membership(
     worker.sync_period = rule.worker_rule.sync_period
     adaptive = optimizer.optimizers.is_adaptive
     scale = scaling_factor(settings.lr_scaling, settings.workers, is_adaptive=adaptive) if rule.scales_lr else 1.0
-    return Membership(worker, batching, share, len(loader), scale)
+    return Membership(worker, batching, share, scale)
 
 
 def _link_to_server(place: RankInfo, role: Role, staging: Staging) -> Link:

@@ -55,6 +55,7 @@ class Session:
         self._seed: int | None = settings.seed  # seed for the order of the samples; None: torch's seed
         self._optimizer: DistributedOptimizer | None = None
         self._membership: Membership | None = None
+        self._batches_of_epoch = 0  # number of batches in an epoch, as the script counts them; 0 before the run
         # The script's loops.
         self.loop = Loop()
         self.epochs = 1
@@ -185,7 +186,7 @@ class Session:
         if not self._has_begun:
             # A step is a batch of one sample for each machine that computes it: its own number.
             machines = machines_per_batch(self.settings, self.place)
-            self._join(DataLoader(range(count * machines), batch_size=1))  # type: ignore[arg-type]
+            self._join(DataLoader(range(count * machines), batch_size=1), count)  # type: ignore[arg-type]
         try:
             self.in_loop = True
             while self._has_more_in(0):
@@ -215,7 +216,7 @@ class Session:
         """Yield this rank's part of each batch of ``epoch`` that the worker is leased. The first call joins the run."""
         self._epoch = epoch
         if not self._has_begun:
-            self._join(loader)
+            self._join(loader, len(loader))
             self._warn_of_idle_ranks()
         self._check(loader)
         sampler, batches = self._double_of(loader)
@@ -233,13 +234,17 @@ class Session:
             self.worker.batches.put_back([portion.batch for portion in sampler.portions])
             sampler.portions.clear()
 
-    def _join(self, loader: DataLoader[Any]) -> None:
-        """Join the run with the first loader. By now the model, the optimizer and the data are known."""
+    def _join(self, loader: DataLoader[Any], batches: int) -> None:
+        """Join the run with the first loader. By now the model, the optimizer and the data are known.
+
+        ``batches`` is the number of batches in an epoch, as the script counts them.
+        """
         optimizer = self.optimizer
         self._seed = self._seed_for(loader)
         self._membership = make_membership(
             self.settings, self.place, self.group, optimizer, loader, self.epochs, self._seed
         )
+        self._batches_of_epoch = batches
         enter(self.worker, optimizer.flat, self.place)
         follow([optimizer, optimizer.wrapped], self, one_worker=self._is_only_worker)
         reach("shard")
@@ -375,7 +380,7 @@ class Session:
 
     @property
     def ticks(self) -> float:
-        return self.epoch * self._member.loader_batches
+        return self.epoch * self._batches_of_epoch
 
     # ---- the end ---------------------------------------------------------------------------------------------------
 

@@ -152,6 +152,7 @@ torch.manual_seed(0)
 model = nn.Linear(6, 2)
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
 optimizer = danaz.DistributedOptimizer(optimizer, model)
+scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=40, cycle_momentum=False)
 with open(f"{sys.argv[1]}/seeds.{danaz.worker_id()}.{danaz.rank()}", "w") as seeds:
     for step in danaz.steps(40, samples=8):
         seed = danaz.seed_for(step)
@@ -162,6 +163,7 @@ with open(f"{sys.argv[1]}/seeds.{danaz.worker_id()}.{danaz.rank()}", "w") as see
         optimizer.zero_grad()
         loss.backward()
         optimizer.step(loss=loss)
+        scheduler.step()
 """
 
 
@@ -183,6 +185,9 @@ def test_two_workers_of_two_ranks_share_the_steps(algorithm: str, tmp_path: Path
     assert len(seeds) == 4
     every = [pair for each in seeds for pair in each]
     assert len({seed for _, seed in every}) == len(every), "no two ranks draw the same batch"
+    rates = [update["lr"] for update in run.updates]
+    assert rates[-1] < max(rates) / 20, "the schedule follows the cluster to its end, and no further"
+    assert rates.index(max(rates)) == pytest.approx(12, abs=4)
     if algorithm == "ssgd":
         assert all([step for step, _ in each] == list(range(40)) for each in seeds)
     else:
