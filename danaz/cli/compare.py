@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +12,7 @@ import typer
 
 from danaz.cli import options
 from danaz.cli.command import fail
+from danaz.launch.options import LaunchOptions
 from danaz.options.option import Option, given, options_of
 from danaz.options.shared import OVERRIDES, Method
 
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
 DEFAULT_ALGORITHMS = "ssgd,nag-asgd,dana"
 
 LIVE = "With --live"
+
+
+def _as_live(name: str) -> Option:
+    """Return the option of `danaz launch` with this name, as `danaz compare` has it: there, hosts have no default."""
+    option = options_of(LaunchOptions)[name][1]
+    return replace(option, help=option.help.removesuffix(" Default: localhost"), panel=LIVE)
 
 
 @dataclass(frozen=True)
@@ -43,16 +50,10 @@ class CompareOptions:
     overrides: Annotated[list[str] | None, OVERRIDES] = None
     out: Annotated[Path | None, Option("Folder of the results. Default: `runs/compare-NAME`")] = None
     live: Annotated[bool, Option("Run real processes on machines, one algorithm after another")] = False
-    hosts: Annotated[str | None, Option("Machines and the ranks on each, e.g. `a:4,b:4`", ("--hosts", "-H"), LIVE)] = (
-        None
-    )
-    hostfile: Annotated[Path | None, Option("File of machines, as for `danaz launch`", panel=LIVE)] = None
-    workers_per_host: Annotated[
-        int | None, Option("Number of workers that share the slots of a host. Default: 1", panel=LIVE, min=1)
-    ] = None
-    collective: Annotated[
-        str | None, Option("What averages inside a worker: `horovod`, `torch` or `auto`", panel=LIVE)
-    ] = None
+    hosts: Annotated[str | None, _as_live("hosts")] = None
+    hostfile: Annotated[Path | None, _as_live("hostfile")] = None
+    workers_per_host: Annotated[int | None, _as_live("workers_per_host")] = None
+    collective: Annotated[str | None, _as_live("collective")] = None
     fresh: Annotated[bool, Option("Delete the finished runs in the folder, and start again")] = False
 
 
