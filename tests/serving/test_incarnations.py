@@ -13,6 +13,7 @@ from line import Line, make_worker, train
 from sockets import PATIENCE_S, serving, settings_for, silent_server
 from stimuli import GRADIENT, JOIN, SIZE, answer, make_core
 
+from danaz.optimizers import Optimizers, Sgd
 from danaz.protocol.keys import make_keys
 from danaz.protocol.messages import Heartbeat, Noted, Parameters, Push, Refusal, Reply, Request
 from danaz.protocol.wire import decode, encode
@@ -78,7 +79,7 @@ class TestAClockThatIsSlow:
     def test_a_refusal_that_names_none_is_final(self) -> None:
         core = make_core()
         core.handle(0, JOIN, 0.0)
-        for change in ({"digest": "another"}, {"momentum": 2.0}):
+        for change in ({"digest": "another"}, {"optimizers": Optimizers([Sgd(0.5)] * 3)}):
             refusal = answer(core.handle(0, replace(JOIN, request=2, **change), 0.0))
             assert isinstance(refusal, Refusal)
             assert refusal.newest == 0
