@@ -96,6 +96,7 @@ class NAdam(Adam):
     momentum_decay: float = 4e-3
 
     name = "nadam"
+    steps_look_ahead = True
 
     def step(self, params: Tensor, grad: Tensor, state: Vectors, at: Scalars, view: Tensor | None = None) -> None:
         self._decay(params, view, at)

@@ -86,6 +86,11 @@ class Optimizer:
         return True
 
     @property
+    def steps_look_ahead(self) -> bool:
+        """Whether the parameters that torch's class of this optimizer moves are θ + a, and not θ."""
+        return False
+
+    @property
     def keeps_velocity(self) -> bool:
         """Whether the state says along which velocity the last step went."""
         return False

@@ -38,6 +38,7 @@ class Sgd(Optimizer):
 
     name = "sgd"
     is_adaptive = False
+    steps_look_ahead = True  # in its Nesterov form
     keeps_velocity = True
 
     @property

@@ -83,17 +83,17 @@ class OwnBaseline(Displace):
 
 
 class Ssgd(NagAsgd):
-    """All gradients averaged. SGD looks ahead, which is its Nesterov form; the others make their plain steps."""
+    """All gradients averaged. The steps are those of torch, where SGD (Nesterov's) and NAdam look ahead themselves."""
 
     barrier = True
     all_reduce = True
     scales_lr = True
 
     def view(self, out: Tensor, params: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
-        if self.optimizers.of(ctx.group).is_adaptive:
-            out.copy_(params)
-        else:
+        if self.optimizers.of(ctx.group).steps_look_ahead:
             super().view(out, params, own, shared, ctx)
+        else:
+            out.copy_(params)
 
 
 class OwnSsgd(Displace):

@@ -182,6 +182,17 @@ class Config(_Checked, Training, _Task, frozen=True):
         return value
 
     @model_validator(mode="after")
+    def _options_of_the_optimizer(self) -> Config:
+        keys = {"lr", "weight_decay"} & self.optimizer_options.keys()
+        if keys:
+            raise ValueError(f"optimizer_options holds {', '.join(sorted(keys))}, which has a key of its own")
+        if self.optimizer == "sgd" and self.optimizer_options:
+            raise ValueError(
+                "optimizer_options are not for sgd, which is torch's SGD with nesterov=True: set the key momentum"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_workload(self) -> Config:
         given = [key for key in ("workload", "data", "model") if getattr(self, key) is not None]
         if given not in (["workload"], ["data", "model"]):

@@ -289,7 +289,8 @@ class Master:
         if list(map(id, before)) != list(map(id, self._taking_part)):
             self._norm = None  # a member that joins, or comes back, has vectors of its own
         taking_part = [(m, self._contexts(m, self.lr, lag=0)) for m in self._taking_part]
-        edges = sorted({edge for m in self._taking_part for edge in m.counts.stops})
+        counts = [self.shared_counts, *(member.counts for member in self._taking_part)]
+        edges = sorted({edge for each in counts for edge in each.stops})  # between two, all counts stay the same
         for group, begin, end in self.layout.slices():
             inner = [edge for edge in edges if begin < edge < end]
             for start, stop in pairwise([begin, *inner, end]):

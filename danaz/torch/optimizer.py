@@ -173,10 +173,10 @@ class DistributedOptimizer(torch.optim.Optimizer):
             if self._replicated and not verdict.alike:
                 self._take_over_rank_0s()
             if self._own_step is None:
-                vector = decayed_gradient(self.flat, self.param_groups)
+                self._updates.push(decayed_gradient(self.flat, self.param_groups), self.flat.absent, verdict)
             else:
-                vector = self._try_own_step(self._own_step, self._updates.applied_lr(verdict.lr))
-            self._updates.push(vector, self.flat.absent, verdict)
+                moved = self._try_own_step(self._own_step, self._updates.applied_lr(verdict.lr))
+                self._updates.push(moved, (), verdict)  # it may also move parameters that have no gradient
         # A scheduler that was made for the wrapped optimizer checks whether that optimizer has stepped.
         self.wrapped._opt_called = True  # type: ignore[attr-defined]
         return result
@@ -187,18 +187,21 @@ class DistributedOptimizer(torch.optim.Optimizer):
         Rank 0 makes the step for all ranks, so that they stay the same, whatever the step depends on.
         """
         flat, groups = self.flat, self.wrapped.param_groups
-        before, rates = flat.params.clone(), self.rates
+        before, rates = flat.params.clone(), [group["lr"] for group in groups]
         for number, parameter in enumerate(flat.trained):
             parameter.grad = flat.grad_views[number] if flat.has_gradient[number] else None
-        if self._group.rank == 0:
-            for group, rate in zip(groups, lr, strict=True):
-                group["lr"] = rate
-            own_step()
+        moved = flat.decayed
+        try:
+            if self._group.rank == 0:
+                for group, rate in zip(groups, lr, strict=True):
+                    group["lr"] = rate
+                own_step()
+        finally:  # also after an error, which the script may catch
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate
             flat.bring_home()
-        moved = torch.sub(flat.params, before, out=flat.decayed)
-        flat.params.copy_(before)
+            torch.sub(flat.params, before, out=moved)
+            flat.params.copy_(before)
         if self._replicated:
             self._group.broadcast(own_step=moved)
         return moved

@@ -5,6 +5,7 @@ Nearly always all counts are equal. So they are kept as runs of equal counts, an
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -29,15 +30,22 @@ class Counts:
     def with_spans_of(self, other: Counts, spans: Sequence[tuple[int, int]]) -> Counts:
         """Return these counts, but those of ``other`` in ``spans``, each (start, stop)."""
         runs: list[tuple[int, int]] = []  # (stop, count)
-        start = 0
-        edges = {*self.stops, *other.stops, *(edge for span in spans for edge in span)}
-        for stop in sorted(edge for edge in edges if 0 < edge <= self.stops[-1]):
-            source = other if any(begin <= start < end for begin, end in spans) else self
-            [(_, _, count)] = source.runs(start, stop)
+        start, rest = 0, sorted(spans, reverse=True)
+        mine, others = (deque(zip(each.stops, each.counts, strict=True)) for each in (self, other))
+        while mine:
+            while rest and rest[-1][1] <= start:
+                rest.pop()
+            begin, end = rest[-1] if rest else (self.stops[-1], self.stops[-1])
+            is_within = begin <= start < end
+            stop = min(mine[0][0], others[0][0], end if is_within else max(begin, start + 1))
+            count = others[0][1] if is_within else mine[0][1]
             if runs and runs[-1][1] == count:
                 runs.pop()
             runs.append((stop, count))
             start = stop
+            for each in (mine, others):
+                if each[0][0] == stop:
+                    each.popleft()
         return Counts(tuple(stop for stop, _ in runs), tuple(count for _, count in runs))
 
     def runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:

@@ -275,6 +275,25 @@ def test_every_algorithm_is_its_formula(algorithm, optimizer, absent, seed):
 
 
 @every_optimizer
+def test_the_look_ahead_forgets_a_worker_that_is_gone(optimizer):
+    """Also if that worker alone has left out some layers, so that the counts of the shared state differ."""
+    laboratory = Laboratory("dana-zero", ORACLES[type(optimizer)](SIZE, **asdict(optimizer)), 2)
+    cluster = Cluster("dana-zero", 2, torch.zeros(SIZE), optimizers=Optimizers([optimizer]))
+    draws = np.random.default_rng(0)
+    for turn in range(9):
+        if turn == 6:
+            cluster.lose(1)
+            laboratory.states[1] = laboratory.oracle.clone()
+        worker, there = turn % 2 if turn < 6 else 0, np.ones(SIZE, bool)
+        absent = ((2, 4), (6, 8), (10, 11)) if worker and turn == 3 else ()
+        for start, stop in absent:
+            there[start:stop] = False
+        g = draws.uniform(0.3, 2, SIZE).astype(np.float32) * there
+        cluster.push(worker, torch.from_numpy(g.astype(np.float32)), 0.05, absent=absent)
+        close(cluster.views[worker], laboratory.push(worker, g.astype(np.float64), 0.05, there))
+
+
+@every_optimizer
 def test_dana_and_dana_zero_end_alike(optimizer):
     """Each worker gives back its share of the look-ahead: both end at θ."""
     ends = []

@@ -67,6 +67,8 @@ def test_ssgd_scales_the_rate_as_asked(overrides, factor, tmp_path):
         (("optimizer=adma",), "optimizer = 'adma' should be"),
         (("optimizer=adam", "optimizer_options={momentum: 0.9}"), "adam: .*unexpected keyword argument 'momentum'"),
         (("optimizer=adam", "optimizer_options={betas: [1.5, 0.9]}"), "adam: Invalid beta parameter"),
+        (("optimizer=adam", "optimizer_options={lr: 1.0}"), "optimizer_options holds lr, which has a key of its own"),
+        (("optimizer_options={nesterov: false}",), "optimizer_options are not for sgd.*set the key momentum"),
         (("optimizer=adam", "algorithm=ssgd-lars"), "ssgd-lars is a rule of SGD and cannot carry out adam"),
     ],
 )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from loops import Step, adopt, alone, assert_same, make_data, make_net, train, train_with_torch, usual_step
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
+from torch.utils.data import DataLoader
 
 from danaz.torch.optimizer import DistributedOptimizer, UnsupportedOptimizerError
 from danaz.worker.group import SoloGroup
@@ -64,7 +66,8 @@ def test_asgd_drops_the_momentum_of_adam() -> None:
     assert_same(ours, theirs)
 
 
-def test_nadam_computes_every_gradient_where_torch_does() -> None:
+@pytest.mark.parametrize("algorithm", ["dana", "ssgd"])
+def test_nadam_computes_every_gradient_where_torch_does(algorithm: str) -> None:
     def make(model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.NAdam(
             model.parameters(), 0.01, momentum_decay=0.1, weight_decay=0.1, decoupled_weight_decay=True
@@ -80,11 +83,21 @@ def test_nadam_computes_every_gradient_where_torch_does() -> None:
         train(make_net(), make, step)
         return states
 
-    ours, theirs = visited(train), visited(train_with_torch)
+    ours, theirs = visited(partial(train, algorithm=algorithm)), visited(train_with_torch)
     assert len(ours) == len(theirs) > 5
     for our, their in zip(ours, theirs, strict=True):
         for name, values in their.items():
             torch.testing.assert_close(our[name], values, rtol=1e-4, atol=1e-4)
+
+
+def test_ssgd_makes_the_steps_of_torchs_adam() -> None:
+    def make(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(model.parameters(), 0.01, weight_decay=0.1)
+
+    ours, theirs = make_net(), make_net()
+    train(ours, make, algorithm="ssgd")
+    train_with_torch(theirs, make)
+    assert_same(ours, theirs)
 
 
 def test_the_flags_of_torchs_implementation_make_no_difference() -> None:
@@ -144,6 +157,50 @@ def test_its_rates_are_the_clusters_during_a_step_only() -> None:
     optimizer = train(model, lambda model: Watched(model.parameters(), lr=0.5), algorithm="ssgd", workers=1)
     assert seen == [[0.5]] * len(seen) != []
     assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_an_error_in_its_step_changes_neither_rates_nor_parameters() -> None:
+    class Failing(torch.optim.SGD):
+        def step(self, closure: object = None) -> None:  # type: ignore[override]
+            for p in self.param_groups[0]["params"]:
+                p.data.add_(1.0)
+            self.param_groups[0]["lr"] = 99.0
+            raise ArithmeticError("no")
+
+    model = make_net()
+    with alone("baseline", workers=4, warmup_epochs=1.0) as session:
+        optimizer = adopt(session, model, Failing(model.parameters(), lr=0.5))
+        session.epochs = 1
+        for x, y in session.shard(DataLoader(make_data(), batch_size=4), 0):
+            before = copy.deepcopy(model.state_dict())
+            optimizer.zero_grad()
+            mse_loss(model(x), y).backward()
+            with pytest.raises(ArithmeticError, match="no"):
+                optimizer.step()
+            assert optimizer.param_groups[0]["lr"] == 0.5
+            assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+            break
+
+
+def test_it_may_move_parameters_without_a_gradient() -> None:
+    class Shrinking(torch.optim.SGD):
+        """Decays all parameters, also those without a gradient."""
+
+        def step(self, closure: object = None) -> None:  # type: ignore[override]
+            super().step()
+            for p in self.param_groups[0]["params"]:
+                p.data.mul_(0.9)
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
+        optimizer.zero_grad()
+        model.last.weight.requires_grad_(False)
+        mse_loss(model(x), y).backward()
+        optimizer.step()
+
+    ours, theirs = make_net(), make_net()
+    train(ours, lambda model: Shrinking(model.parameters(), lr=0.01), step, algorithm="ssgd")
+    train_with_torch(theirs, lambda model: Shrinking(model.parameters(), lr=0.01), step)
+    assert_same(ours, theirs)
 
 
 def test_its_state_can_be_saved_and_loaded() -> None:
