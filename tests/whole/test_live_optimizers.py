@@ -126,4 +126,4 @@ def test_the_example_of_a_gpt_learns(algorithm: str, hosts: str, workers: int, t
     assert run.updates[0]["loss"] > 4.3, "an untrained model knows nothing of some 90 characters"
     assert run.summary["reported"]["test_bits_per_character"] < 5.0
     rates = [max(update["lr"]) for update in run.updates]  # of both parameter groups
-    assert rates[-1] < max(rates) / 5, "the schedule follows the cluster to its end"
+    assert min(rates[-5:]) < max(rates) / 5, "the schedule follows the cluster to its end"
