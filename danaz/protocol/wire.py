@@ -320,7 +320,9 @@ def _plan(value: Any) -> messages.Plan:
 
 
 def _optimizers(value: Any) -> Optimizers:
-    messages.AtMost(MAX_GROUPS).check(_exactly(list)(_exactly(list)(value)[-1]))
+    match value:
+        case [str(), list(groups)]:
+            messages.AtMost(MAX_GROUPS).check(groups)
     return optimizers_from_lists(value)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from contextlib import suppress
 from math import ceil
 from typing import Protocol
 
@@ -108,7 +109,10 @@ class DealerLink:
         backoff = Backoff(RETRY_FIRST_S, RETRY_LONGEST_S, self._seed)
         give_up_at = time.monotonic() + self._give_up_s
         while time.monotonic() < give_up_at:
-            leaving = self._send(request)
+            try:
+                leaving = self._send(request, give_up_at)
+            except zmq.Again:
+                break  # no connection took the request: after it was refused for its key, ZeroMQ makes none
             reply = self._await_answer(request, leaving, inbox, backoff.wait_s(), give_up_at)
             if reply is not None:
                 if isinstance(reply, Parameters) and reply.view.numel():
@@ -133,8 +137,12 @@ class DealerLink:
         self._socket.close(linger=0)
         self._context.term()
 
-    def _send(self, request: Request) -> zmq.MessageTracker:
-        """Hand a request to ZeroMQ. The returned tracker says when the last part of it has left for the network."""
+    def _send(self, request: Request, give_up_at: float) -> zmq.MessageTracker:
+        """Hand a request to ZeroMQ. The returned tracker says when the last part of it has left for the network.
+
+        Raises zmq.Again if ZeroMQ does not take it until ``give_up_at``.
+        """
+        self._socket.setsockopt(zmq.SNDTIMEO, max(1, ceil(1000 * (give_up_at - time.monotonic()))))
         *messages, last = split(request)
         for frames in messages:
             self._socket.send_multipart(frames, copy=False)
@@ -188,7 +196,8 @@ class DealerLink:
         """Tell the server every HEARTBEAT_S, over a socket of this thread's own, that the worker is alive."""
         socket = self._dealer(self._address)
         while not self._closing.wait(HEARTBEAT_S):
-            socket.send_multipart(encode(self._heartbeat))
+            with suppress(zmq.Again):  # no connection takes it; ``close`` must not wait for one
+                socket.send_multipart(encode(self._heartbeat), zmq.NOBLOCK)
         socket.close(linger=0)
 
     def _dealer(self, address: str) -> zmq.Socket[bytes]:
