@@ -249,7 +249,7 @@ class LaunchOptions(MachineOptions, RunOptions, TrainingOptions):
     def kept(self, environment: Collection[str]) -> dict[str, Any]:
         """Return what RUN/launch.yaml holds: the options that a resumed run takes from there.
 
-        Of the environment it holds the names alone.
+        It keeps only the names of environment variables, and not their values.
         """
         values = {key: getattr(self, name) for key, name in keys_of_launch_yaml().items() if key in kept_names()}
         for name in ("hostfile", "ssh_identity"):

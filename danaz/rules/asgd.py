@@ -21,20 +21,6 @@ class Displace(Rule):
         params.add_(push)
 
 
-class Asgd(Rule):
-    """θ ← θ + s, without momentum; the worker gets θ. If the optimizer has a state, the server keeps one for all."""
-
-    def __init__(self, optimizers: Optimizers = SGD):
-        self.optimizers = optimizers.without_momentum()
-        self.shared_state = self.optimizers.state
-        self.needs_view = self.optimizers.needs_view
-        self.view_is_state = not self.shared_state
-
-    def apply(self, params: Tensor, push: Tensor, own: Vectors, shared: Vectors, ctx: Context) -> None:
-        at = Scalars(ctx.lr, ctx.shared_count + 1)
-        self.optimizers.of(ctx.group).step(params, push, shared, at, own.get("view"))
-
-
 class NagAsgd(Rule):
     """One state for all workers: θ ← θ + s; the worker gets θ + a. For SGD, that is θ − ηγv."""
 
@@ -54,6 +40,14 @@ class NagAsgd(Rule):
 
     def velocity(self, own: Vectors, shared: Vectors, ctx: Context) -> Tensor:
         return self.optimizers.of(ctx.group).velocity(shared, Scalars(ctx.lr, ctx.shared_count + 1))
+
+
+class Asgd(NagAsgd):
+    """The same without momentum: θ ← θ + s; the worker gets θ."""
+
+    def __init__(self, optimizers: Optimizers = SGD):
+        super().__init__(optimizers.without_momentum())
+        self.view_is_state = not self.shared_state
 
 
 class MultiAsgd(Rule):
