@@ -9,8 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import sqrt
+from typing import TYPE_CHECKING
 
 from danaz.run.config import Config
+
+if TYPE_CHECKING:
+    from danaz.optimizers import Optimizers
+    from danaz.rules import Rule
 
 
 def lr_at(config: Config, epoch: float) -> float:
@@ -51,6 +56,11 @@ def scaling_factor(scaling: str, workers: int, *, is_adaptive: bool) -> float:
     """
     rule = {"auto": "sqrt" if is_adaptive else "linear"}.get(scaling, scaling)
     return {"linear": float(workers), "sqrt": sqrt(workers), "none": 1.0}[rule]
+
+
+def lr_scale(rule: Rule, optimizers: Optimizers, scaling: str, workers: int) -> float:
+    """Return what a cluster multiplies the learning rate by under ``rule``: 1, unless the rule scales with N."""
+    return scaling_factor(scaling, workers, is_adaptive=optimizers.is_adaptive) if rule.scales_lr else 1.0
 
 
 def effective_lr(lr: Sequence[float], *, epoch: float, workers: int, warmup_epochs: float, scale: float) -> list[float]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from danaz.protocol.messages import Final, Parameters, Replies
 from danaz.run.config import Config
-from danaz.run.rates import effective_lr, lr_at, scaling_factor
+from danaz.run.rates import effective_lr, lr_at, lr_scale
 from danaz.run.settings import Settings
 from danaz.server.core import ServerCore
 from danaz.serving.journal import RunWriter
@@ -85,9 +85,7 @@ class Simulation:
         self.server = ServerCore(for_server, on_update=self._record, ahead=lambda: self._ahead)
         optimizers = optimizers_of(self.optimizer)
         self.rule = for_server.rule(optimizers)
-        adaptive = optimizers.is_adaptive
-        scale = scaling_factor(config.lr_scaling, config.workers, is_adaptive=adaptive)
-        self._lr_scale = scale if self.rule.scales_lr else 1.0
+        self._lr_scale = lr_scale(self.rule, optimizers, config.lr_scaling, config.workers)
         self.workers = [self._make_worker(number) for number in range(config.workers)]
         self._order = make_order(config.schedule, config.workers, config.seed)
         run.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from danaz.protocol.messages import Heartbeat, Inquire, Progress
-from danaz.run.rates import scaling_factor
+from danaz.run.rates import lr_scale
 from danaz.run.settings import RankInfo, Settings
 from danaz.server.core import ServerCore
 from danaz.serving.journal import RunWriter
@@ -102,8 +102,7 @@ def make_membership(
     share = replace(_share_of_batch(settings, place, group), least=2 if has_batch_norm(flat.model) else 1)
     worker = Worker(group, flat, ahead, conversation, replicated=not has_server, pipelined=pipelined)
     worker.sync_period = rule.worker_rule.sync_period
-    adaptive = optimizer.optimizers.is_adaptive
-    scale = scaling_factor(settings.lr_scaling, settings.workers, is_adaptive=adaptive) if rule.scales_lr else 1.0
+    scale = lr_scale(rule, optimizer.optimizers, settings.lr_scaling, settings.workers)
     return Membership(worker, batching, share, scale)
 
 
