@@ -21,6 +21,7 @@ from danaz.vectors.codecs import FP32, Codec, Encoded
 from danaz.vectors.layout import MAX_GROUPS, MAX_TENSORS, Layout
 
 LOCAL = {"local": True}  # a field that does not travel
+LATER = {"later": True}  # a field that recordings of earlier versions do not have; it has its default there
 MAX_REASON = 300  # characters of a script's reason to end a run
 
 
@@ -71,6 +72,7 @@ WorkerNumber = Annotated[int, Within(0, MAX_WORKERS - 1)]
 Ahead = Annotated[int, Within(1, MAX_AHEAD)]
 Samples = Annotated[int, Within(0, 1 << 32)]
 Square = Annotated[float, Within(0, float("inf"))]
+Seconds = Annotated[float, Within(0, LARGEST)]
 Text = Annotated[str, AtMost(MAX_TEXT)]
 Rates = Annotated[tuple[float, ...], AtMost(MAX_GROUPS)]
 Squares = Annotated[tuple[Square, ...], AtMost(MAX_TENSORS)]
@@ -108,6 +110,31 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Machine:
+    """Where the process of a worker runs."""
+
+    host: Annotated[str, AtMost(MAX_NAME)] = ""  # the name that the machine gives itself
+    ranks: Count = 1
+    device: Annotated[str, AtMost(MAX_NAME)] = ""  # the kind of device that the first rank computes on
+
+
+UNKNOWN_MACHINE = Machine()
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a worker's process has spent its time on since it began to train, in seconds."""
+
+    computing: Seconds = 0.0
+    exchanging: Seconds = 0.0  # from a push, until the next view is in the models of all ranks
+    waiting: Seconds = 0.0  # until the server has batches for it
+    reading: Seconds = 0.0  # until its data loader has the next batch
+
+
+NOTHING_SPENT = Spent()
+
+
+@dataclass(frozen=True)
 class Join:
     """A worker enters, comes back as a new incarnation, or joins again because it was told to.
 
@@ -127,6 +154,7 @@ class Join:
     version: Count = 0  # the version of params, in the life below
     life: Count = 0
     untrained: Tensor | None = None  # f32[U] from worker 0: its frozen parameters and buffers, as bytes
+    machine: Machine = field(default=UNKNOWN_MACHINE, metadata=LATER)
 
 
 @dataclass(frozen=True)
@@ -150,6 +178,7 @@ class Push:
     generation: Count = 0  # to the other shards: the generation of shard 0's newest checkpoint, as shard 0 said
     common: Generations = ()  # to all shards: the newest two checkpoints that all of them said they have
     absent: AbsentSpans = ()  # (start, stop) of parameters without a gradient, which make no step
+    spent: Spent = field(default=NOTHING_SPENT, metadata=LATER)
     square: float | None = field(default=None, metadata=LOCAL)  # ‖push‖², if it was summed while the push arrived
     encoded: Encoded | None = field(default=None, metadata=LOCAL)  # how ``push`` travels; None: as it is
 
@@ -199,6 +228,7 @@ class Leave:
     done: bool = False  # it heard that no batches are left; a shard without leases then waits for the others
     stop: Annotated[str, AtMost(MAX_REASON)] = ""  # why the script ends the run for all workers, if it does
     generation: Count = 0  # as in Push
+    spent: Spent = field(default=NOTHING_SPENT, metadata=LATER)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,9 @@ MAX_HEADER_BYTES = 3 << 19  # enough for a layer table of about twenty thousand 
 Frame = bytes | bytearray | memoryview
 
 
+ROWS = (messages.Plan, messages.Machine, messages.Spent)  # parts of messages that travel as lists of their fields
+
+
 class WireError(ValueError):
     """The frames are not a message of this protocol."""
 
@@ -122,8 +125,8 @@ def _plain(value: Any) -> Any:
         return value.to_lists()
     if isinstance(value, Optimizers):
         return optimizers_to_lists(value)
-    if isinstance(value, messages.Plan):
-        return [value.batches_per_epoch, value.epochs]
+    if isinstance(value, ROWS):
+        return list(vars(value).values())
     return value
 
 
@@ -230,6 +233,7 @@ def _build(message_type: type, header: dict[str, Any], tensors: dict[str, Tensor
         # A recording of an earlier version: there, every worker had SGD.
         header["optimizers"] = optimizers_to_lists(Optimizers([Sgd(_float(header.pop("momentum")))]))
     values = {}
+    header = {**_later_defaults(message_type), **header}
     for name, hint in _hints(message_type).items():
         if name not in header:
             raise WireError(f"field {name} is missing")
@@ -259,6 +263,12 @@ def _hints(message_type: type) -> dict[str, Any]:
     """Return name -> type of each field that travels, with the range that it declares."""
     hints = typing.get_type_hints(message_type, include_extras=True)
     return {f.name: hints[f.name] for f in dataclasses.fields(message_type) if not f.metadata.get("local")}
+
+
+@cache
+def _later_defaults(message_type: type) -> dict[str, Any]:
+    """Return what the fields hold that recordings of earlier versions do not have, as a header has them."""
+    return {f.name: _plain(f.default) for f in dataclasses.fields(message_type) if f.metadata.get("later")}
 
 
 def _fit(value: Any, hint: Any) -> Any:
@@ -312,9 +322,18 @@ def _union(value: Any, *choices: Any) -> Any:
     raise TypeError("no type of the union fits")
 
 
+def _row(kind: type) -> Callable[[Any], Any]:
+    """Return what reads a message's part, which travels as the list of its fields."""
+
+    def fit(value: Any) -> Any:
+        hints = _hints(kind).values()
+        return kind(*(_fit(each, hint) for each, hint in zip(_exactly(list)(value), hints, strict=True)))
+
+    return fit
+
+
 def _plan(value: Any) -> messages.Plan:
-    hints = _hints(messages.Plan).values()
-    plan = messages.Plan(*(_fit(number, hint) for number, hint in zip(_exactly(list)(value), hints, strict=True)))
+    plan: messages.Plan = _row(messages.Plan)(value)
     messages.Within(1, messages.LARGEST).check(plan.batches)
     return plan
 
@@ -338,6 +357,8 @@ _FITTERS: dict[Any, Callable[..., Any]] = {
     typing.Union: _union,
     typing.Annotated: _limited,
     messages.Plan: _plan,
+    messages.Machine: _row(messages.Machine),
+    messages.Spent: _row(messages.Spent),
     Layout: Layout.from_lists,
     Optimizers: _optimizers,
 }

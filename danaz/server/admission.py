@@ -194,6 +194,7 @@ def judge_size(push: Push, state: ServerState) -> str:
 def refuse_push(state: ServerState, member: Member, push: Push, reason: str) -> None:
     """Count a push as refused, and put its batches back or, if it is sick, drop them."""
     state.refuse(reason)
+    state.totals.of(member.worker).refused_pushes += 1
     member.pending, member.refused = None, (push.request, reason)
     if reason in SICK:
         _drop(state, member, push, reason)

@@ -77,7 +77,9 @@ class Answers:
         """Send the newest view. The worker computes on it next or, with ``ahead``, after its next push."""
         state, codec, size = self._state, self._state.master.view_codec, self._state.job.layout.size
         view = state.master.take_view(member, bool(state.settings.gap_every) or state.master.rule.needs_view, ahead)
-        state.totals.view_bytes += codec.encoded_bytes(state.full_model.layout.size)
+        nbytes = codec.encoded_bytes(state.full_model.layout.size)
+        state.totals.view_bytes += nbytes
+        state.totals.of(member.worker).view_bytes += nbytes
         member.note_sent_view(state.master.version, ahead)
         self._waiting.append((member.route, Streamed(self._lease_more(member, applied, refused, size), view, codec)))
 

@@ -233,8 +233,10 @@ class ServerCore:
         if not isinstance(message, Heartbeat) and message.request >= member.request and may_speak:
             repeated = message.request == member.request
             member.request, member.route = message.request, route
-            if isinstance(message, (Push, Leave)) and self.recovery is None:
-                self.on_carried(message)
+            if isinstance(message, (Push, Leave)):
+                self.totals.of(member.worker).spent = message.spent
+                if self.recovery is None:
+                    self.on_carried(message)
             self._serve(member, message, repeated, now)
         return self._answer_waiting(now)
 
@@ -298,6 +300,7 @@ class ServerCore:
         no_lr = (0.0,) * len(join.layout.groups)
         member = Member(join.worker, join.incarnation, route, join.request, join.ahead, {}, no_lr, now)
         self.members[join.worker] = member
+        self.totals.of(join.worker).enter(join.machine)
         return member
 
     def _leave(self, member: Member, leave: Leave) -> None:
@@ -417,7 +420,7 @@ class ServerCore:
         if not self.master.is_finite:
             state.diverge("the parameters are not finite: the rule, or what training began with, made them so")
             return False
-        update = update_by(state, parts)
+        update = update_by(state, parts, now)
         if update is None:
             return False
         for part in parts:
@@ -426,7 +429,11 @@ class ServerCore:
         if self.master.version % RESUM_EVERY == 0:
             state.resum()
         self.totals.count(update, now)
-        self.totals.push_bytes += sum(travelling_bytes(p.push, p.encoded) + p.elsewhere for p in parts)
+        for part in parts:
+            totals, nbytes = self.totals.of(part.worker), travelling_bytes(part.push, part.encoded) + part.elsewhere
+            totals.count(part.samples, update)
+            totals.push_bytes += nbytes
+            self.totals.push_bytes += nbytes
         self.on_update(update)
         reason = self.totals.divergence(m.worker for m in self.members.values() if m.takes_part)
         if reason:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from math import isfinite
 from statistics import median_high, median_low
 from typing import Any, Literal
+
+from danaz.protocol.messages import NOTHING_SPENT, UNKNOWN_MACHINE, Machine, Spent
 
 DIVERGED_LOSS_RATIO = 1000.0
 
@@ -30,6 +32,74 @@ class Update:
     incarnation: int = 0  # the worker's incarnation; with request, it identifies the push after a restart
     request: int = 0
     life: int = 0  # the server's life
+    seconds: float | None = None  # since training began, without the time during which no server ran
+
+
+@dataclass
+class WorkerTotals:
+    """What one worker has done in a run so far, over all its processes."""
+
+    machine: Machine = UNKNOWN_MACHINE  # that of its newest process
+    processes: int = 0  # number of its processes that joined
+    updates: int = 0  # number of its applied pushes
+    samples: int = 0
+    refused_pushes: int = 0
+    lags: Counter[int] = field(default_factory=Counter)  # lag -> number of its pushes with this lag
+    gaps: float = 0.0
+    gaps_measured: int = 0
+    push_bytes: int = 0
+    view_bytes: int = 0
+    spent: Spent = NOTHING_SPENT  # by its newest process
+    spent_before: Spent = NOTHING_SPENT  # by its earlier processes
+
+    def enter(self, machine: Machine) -> None:
+        """Note that a new process of the worker has joined, on ``machine``."""
+        self.machine, self.processes = machine, self.processes + 1
+        self.spent_before, self.spent = added(self.spent_before, self.spent), NOTHING_SPENT
+
+    def count(self, samples: int, update: Update) -> None:
+        """Add a push of ``samples`` samples that was applied in ``update``."""
+        self.updates += 1
+        self.samples += samples
+        self.lags[update.lag] += 1
+        if update.gap is not None:
+            self.gaps += update.gap
+            self.gaps_measured += 1
+
+    def summary(self, seconds: float, updates: int) -> dict[str, Any]:
+        """Return the figures of summary.json, in a run of ``seconds`` with so many ``updates`` of all workers."""
+        spent = added(self.spent_before, self.spent)
+        return {
+            **asdict(self.machine),
+            "updates": self.updates,
+            "share_of_updates": self.updates / updates if updates else None,
+            "samples": self.samples,
+            "samples_per_second": self.samples / seconds if seconds > 0 else None,
+            "median_lag": median_low(self.lags.elements()) if self.lags else None,
+            "max_lag": max(self.lags, default=None),
+            "mean_gap": self.gaps / self.gaps_measured if self.gaps_measured else None,
+            **{f"{name}_seconds": value for name, value in asdict(spent).items()},
+            "push_bytes": self.push_bytes,
+            "view_bytes": self.view_bytes,
+            "restarts": max(0, self.processes - 1),
+            "refused_pushes": self.refused_pushes,
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """Return all values as JSON has them."""
+        return {**asdict(self), "lags": sorted(self.lags.items())}
+
+    @classmethod
+    def restored(cls, facts: Mapping[str, Any]) -> WorkerTotals:
+        """Return the totals that ``facts`` returned."""
+        parts = {"machine": Machine(**facts["machine"]), "lags": Counter(dict(facts["lags"]))}
+        parts |= {name: Spent(**facts[name]) for name in ("spent", "spent_before")}
+        return cls(**{**facts, **parts})
+
+
+def added(first: Spent, second: Spent) -> Spent:
+    """Return the sum of what two processes have spent."""
+    return Spent(*(one + other for one, other in zip(vars(first).values(), vars(second).values(), strict=True)))
 
 
 @dataclass
@@ -52,6 +122,11 @@ class RunTotals:
     restarts: int = 0  # restarts of the server
     lost_updates: int = 0  # updates that were applied, and then lost in a restart
     skipped_batches: int = 0  # batches without a step, because the script or its GradScaler skipped it
+    of_workers: dict[int, WorkerTotals] = field(default_factory=dict)  # by worker
+
+    def of(self, worker: int) -> WorkerTotals:
+        """The totals of one worker."""
+        return self.of_workers.setdefault(worker, WorkerTotals())
 
     def count(self, update: Update, now: float) -> None:
         """Add an update to the totals. Its loss is added by ``hear_loss``."""
@@ -92,12 +167,17 @@ class RunTotals:
     @property
     def seconds(self) -> float:
         """Seconds from the start to the last update, without the time during which no server ran."""
-        return (self.updated_at or 0.0) - (self.started_at or 0.0)
+        return self.seconds_at(self.updated_at or 0.0)
+
+    def seconds_at(self, now: float) -> float:
+        """Return the seconds from the start to ``now``, without the time during which no server ran."""
+        return now - (self.started_at or 0.0)
 
     def facts(self) -> dict[str, Any]:
         """Return all totals as JSON has them. Another process has another clock, so the times become a duration."""
         losses = {name: list(getattr(self, name).items()) for name in ("first_losses", "last_losses")}
-        values = {**vars(self), **losses, "seconds": self.seconds}
+        workers = [[worker, totals.facts()] for worker, totals in self.of_workers.items()]
+        values = {**vars(self), **losses, "of_workers": workers, "seconds": self.seconds}
         return {name: value for name, value in values.items() if name not in ("started_at", "updated_at")}
 
     @classmethod
@@ -111,6 +191,9 @@ class RunTotals:
         before = dict.fromkeys(last, first_of_run) if first_of_run is not None else {}
         first = dict(values.pop("first_losses", before))
         values |= {"first_losses": first, "last_losses": last, "refusals": refusals}
+        # A checkpoint of an earlier version has no totals of single workers.
+        workers = values.pop("of_workers", ())
+        values["of_workers"] = {worker: WorkerTotals.restored(totals) for worker, totals in workers}
         return cls(**values, started_at=started_at, updated_at=now)
 
     def summary(self) -> dict[str, Any]:
@@ -131,6 +214,9 @@ class RunTotals:
             "lost_updates": self.lost_updates,
             "skipped_batches": self.skipped_batches,
             "reported": dict(self.reported),
+            "per_worker": {
+                str(worker): totals.summary(seconds, self.updates) for worker, totals in sorted(self.of_workers.items())
+            },
         }
 
 

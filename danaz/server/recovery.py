@@ -75,5 +75,6 @@ def account(state: ServerState, update: Update, now: float) -> None:
     master.version, master.lr = update.version, update.lr
     master.max_lr = tuple(map(max, master.max_lr, update.lr))
     state.totals.count(update, now)
+    state.totals.of(update.worker).count(update.samples, update)
     if update.loss is not None:
         state.totals.hear_loss(update.worker, update.loss)

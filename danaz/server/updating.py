@@ -13,7 +13,7 @@ from danaz.server.state import ServerState
 from danaz.vectors.cutting import common_spans
 
 
-def update_by(state: ServerState, parts: Sequence[Push]) -> Update | None:
+def update_by(state: ServerState, parts: Sequence[Push], now: float) -> Update | None:
     """Apply one update made of ``parts``, one worker's push or those of a whole round, and complete their leases.
 
     Returns None, and changes nothing, if the result would not be finite.
@@ -54,6 +54,7 @@ def update_by(state: ServerState, parts: Sequence[Push]) -> Update | None:
         incarnation=last.incarnation,
         request=last.request,
         life=state.life,
+        seconds=state.totals.seconds_at(now),
     )
 
 

@@ -147,6 +147,8 @@ class RunWriter:
         # Values that are seldom set are written only if they are.
         rare = {"round": update.round, "earlier": update.earlier, "life": update.life}
         line |= {name: value for name, value in rare.items() if value}
+        if update.seconds is not None:
+            line["seconds"] = round(update.seconds, 6)
         self._journal.add((json.dumps(line) + "\n").encode())
 
     def read_journal(self, after: int) -> list[Update]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ class Simulation:
 
     def _record(self, update: Any) -> None:
         self._last_loss = update.loss
-        self.folder.record(update)
+        self.folder.record(replace(update, seconds=None))  # the file is the same to the byte each time
 
     # ---- the run -------------------------------------------------------------------------------------------------
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch.utils.data import DataLoader
 
-from danaz.protocol.messages import Heartbeat, Inquire, Progress
+from danaz.protocol.messages import MAX_NAME, Heartbeat, Inquire, Machine, Progress
 from danaz.run.rates import lr_scale
 from danaz.run.settings import RankInfo, Settings
 from danaz.server.core import ServerCore
@@ -88,6 +89,7 @@ def make_membership(
             layout=flat.layout,
             plan=batching.plan(epochs),
             ahead=ahead,
+            machine=Machine(platform.node()[:MAX_NAME], group.size, _name_of(flat.params.device)),
         )
         device = flat.params.device
         # A server in this process keeps its vectors on the model's device.
@@ -104,6 +106,11 @@ def make_membership(
     worker.sync_period = rule.worker_rule.sync_period
     scale = lr_scale(rule, optimizer.optimizers, settings.lr_scaling, settings.workers)
     return Membership(worker, batching, share, scale)
+
+
+def _name_of(device: torch.device) -> str:
+    """Return the name of a GPU; of a processor, only that it is one."""
+    return torch.cuda.get_device_name(device)[:MAX_NAME] if device.type == "cuda" else device.type
 
 
 def _link_to_server(place: RankInfo, role: Role, staging: Staging) -> Link:

@@ -223,7 +223,7 @@ class Session:
         try:
             self.in_loop = True
             while self._has_more_in(epoch):
-                for batch in batches:
+                for batch in self.worker.reading(batches):
                     if self._is_cut_short:
                         break
                     self._begin(sampler.portions.popleft())

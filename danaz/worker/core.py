@@ -11,6 +11,8 @@ from torch import Tensor
 
 from danaz.optimizers import Optimizers
 from danaz.protocol.messages import (
+    NOTHING_SPENT,
+    UNKNOWN_MACHINE,
     Bye,
     Fetch,
     Fetched,
@@ -19,6 +21,7 @@ from danaz.protocol.messages import (
     Inquire,
     Join,
     Leave,
+    Machine,
     Noted,
     Parameters,
     Plan,
@@ -27,6 +30,7 @@ from danaz.protocol.messages import (
     Refusal,
     Reply,
     Report,
+    Spent,
     check_reported,
 )
 from danaz.protocol.refusals import FRESH_AFTER, SICK
@@ -71,6 +75,7 @@ class Role:
     layout: Layout
     plan: Plan
     ahead: int = 1  # number of batches that the worker wants to hold at a time
+    machine: Machine = UNKNOWN_MACHINE
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,9 @@ class WorkerCore:
         self.unanswered: Request | None = None  # the request whose reply this worker waits for
         self.done = False  # whether no worker has batches left
         self.epoch = 0.0  # the whole cluster's epoch, as this worker last heard
+        self.spent: Spent = (
+            NOTHING_SPENT  # what the worker has spent its time on, as the next push or leave tells the server
+        )
         self._last_number = 0  # number of the last request
 
         self._view: View | None = None  # the view at hand
@@ -260,6 +268,7 @@ class WorkerCore:
             life=self._view.life,
             wants_view=wants_view,
             encoded=encoded,
+            spent=self.spent,
         )
         self.undecided, self._fetches_ahead = number, not wants_view
         if not wants_view:
@@ -364,6 +373,7 @@ class WorkerCore:
                 0 if newest is None else newest.version,
                 0 if newest is None else newest.life,
                 untrained,
+                role.machine,
             )
         )
 
@@ -391,7 +401,9 @@ class WorkerCore:
         if edit is not None:
             given = self.staging.lift(edit) if given is None else given.add_(edit.to(given.device))
         who = self.role
-        return self._expect_answer(Leave(who.worker, who.incarnation, number, given, buffers, done=done, stop=stop))
+        return self._expect_answer(
+            Leave(who.worker, who.incarnation, number, given, buffers, done=done, stop=stop, spent=self.spent)
+        )
 
     def report(self, figures: dict[str, float | str | None]) -> Report:
         """Send figures for summary.json. Raises OutOfRangeError if they are too many or too long."""

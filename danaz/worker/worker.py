@@ -7,15 +7,16 @@ own process, and feeds it the same mean gradient.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import isnan, nan
 from time import perf_counter
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from danaz.protocol.messages import TOO_MANY_REPORTED, Fetched, Final, Join, Parameters, Pull, Refusal
+from danaz.protocol.messages import TOO_MANY_REPORTED, Fetched, Final, Join, Parameters, Pull, Refusal, Spent
 from danaz.vectors.model import FlatModel
 from danaz.worker.conversation import Conversation, RefusedError
 from danaz.worker.core import Step, WorkerCore
@@ -23,7 +24,11 @@ from danaz.worker.group import Group
 from danaz.worker.pipeline import Pipeline
 
 NEWS = 7  # number of figures before the batch numbers
+END = object()  # comes after the last batch of a data loader
 ENDS_EARLY, CAME_LATE = 1, 2  # the news holds one of these; 0: neither
+
+
+Batch = TypeVar("Batch")
 
 
 @dataclass
@@ -36,8 +41,16 @@ class Metrics:
     gap: float | None = None
     refused_pushes: int = 0
     diverged: bool = False
+    # What this rank has spent its time on since the run began for it; see messages.Spent.
     computing_s: float = 0.0
     exchanging_s: float = 0.0
+    waiting_s: float = 0.0
+    reading_s: float = 0.0
+
+    @property
+    def spent(self) -> Spent:
+        """The times as the server is told them."""
+        return Spent(self.computing_s, self.exchanging_s, self.waiting_s, self.reading_s)
 
 
 class LeasedBatches:
@@ -109,7 +122,7 @@ class Worker:
         self._news: Tensor | None = None if self.replicated else self._view_and_news[-news_floats:].view(torch.float64)
         self._heard: list[float] = []  # the latest news; the rank that speaks need not read it from the device
         self._heard_too_late = False  # whether the rank that speaks has told this one that the worker came late
-        self._since = perf_counter()  # when the last step ended
+        self._since = perf_counter()  # up to when time is counted in the metrics
 
     @property
     def came_late(self) -> bool:
@@ -190,12 +203,33 @@ class Worker:
         return None if self.pipeline is None else self.pipeline.end()
 
     def _measure(self, ended: float) -> None:
-        """Divide the time since the last step into computing, until the batch ``ended``, and exchanging."""
+        """Count the time since the last call as computing, until the batch ``ended``, and then as exchanging."""
         if self.pipeline is None and self.conversation is not None:
             ended = max(ended, self.conversation.ready_at)
         self.metrics.computing_s += ended - self._since
         self._since = perf_counter()
         self.metrics.exchanging_s += self._since - ended
+        self._note_spent()
+
+    def _count(self) -> float:
+        """Return the seconds since the last call, which the caller adds to one of the times in the metrics."""
+        since, self._since = self._since, perf_counter()
+        return self._since - since
+
+    def _note_spent(self) -> None:
+        if self.conversation is not None:
+            self.conversation.core.spent = self.metrics.spent
+
+    def reading(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield the ``batches`` of a data loader, and count the time until each is there as reading."""
+        iterator = iter(batches)
+        while True:
+            self.metrics.computing_s += self._count()
+            batch = next(iterator, END)
+            self.metrics.reading_s += self._count()
+            if batch is END:
+                return
+            yield cast(Batch, batch)
 
     # ---- the run, from joining to closing ------------------------------------------------------------------------
 
@@ -207,6 +241,7 @@ class Worker:
         self._ask_for_view(
             lambda core: core.join(core.staging.lift(self.flat.params) if bring_params else None, untrained)
         )
+        self._since = perf_counter()  # the wait for the others, before training begins, is not counted
 
     def fetch_untrained(self) -> Tensor:
         """Fetch what worker 0 brought beside its parameters, f32[U]; only the rank that speaks can ask."""
@@ -216,8 +251,11 @@ class Worker:
 
     def pull(self) -> None:
         """Wait until this worker gets batches, or no batches are left for any worker."""
+        self.metrics.computing_s += self._count()
         self._end_pipeline()
         self._ask_for_view(lambda core: core.pull())
+        self.metrics.waiting_s += self._count()
+        self._note_spent()
 
     def leave(self, stop: str = "") -> None:
         """Give back, and put the trained model (θ and the mean batch-norm buffers) into every rank's model.
@@ -229,6 +267,8 @@ class Worker:
         self.flat.bring_home()
         if self.came_late:
             return
+        self.metrics.computing_s += self._count()
+        self._note_spent()
         buffers = self.flat.buffers()
         if self.group.size > 1:
             handle = self.group.sum_async(buffers, "buffers")

@@ -31,6 +31,7 @@ from danaz.protocol.messages import (
     Inquire,
     Join,
     Leave,
+    Machine,
     Message,
     Noted,
     Offer,
@@ -43,6 +44,7 @@ from danaz.protocol.messages import (
     Reply,
     Report,
     Request,
+    Spent,
     Within,
 )
 from danaz.protocol.wire import MAGIC, MESSAGES, WireError, decode, encode
@@ -80,6 +82,8 @@ PLAIN = {
     Layout: layouts(),
     Optimizers: st.sampled_from([SGD, Optimizers([Adam(0.5), Adam(amsgrad=True)])]),
     Plan: st.builds(Plan, st.integers(1, 2**26), st.integers(1, 2**27)),
+    Machine: st.builds(Machine, st.text(max_size=20), st.integers(0, 2**53), st.text(max_size=20)),
+    Spent: st.builds(Spent, *[st.floats(0, 2**53)] * 4),
 }
 
 
@@ -200,6 +204,19 @@ def header(kind: str, present: list[object] | None = None, **fields: object) -> 
     return msgpack.packb([kind, fields, vectors])
 
 
+def leave(**others: object) -> bytes:
+    """Return the header of a Leave without vectors, as far as fields go that come before ``spent``."""
+    fields = {"worker": 0, "incarnation": 1, "request": 2, "give_back": None, "buffers": None}
+    return header("Leave", [["buffers", 0, "fp32"]], **fields, done=True, stop="", generation=0, **others)
+
+
+def test_a_recording_from_before_times_were_told_is_read():
+    found = decode([MAGIC, leave(), b""], Request)
+    assert found.spent == Spent()
+    found = decode([MAGIC, leave(spent=[1.0, 2.0, 3.0, 4.0]), b""], Request)
+    assert found.spent == Spent(computing=1.0, exchanging=2.0, waiting=3.0, reading=4.0)
+
+
 class TestGarbage:
     @pytest.mark.parametrize(
         ("frames", "why"),
@@ -230,6 +247,11 @@ class TestGarbage:
             ([MAGIC, header("Noted", ["request"], request=None), b"\0\0\0\0"], "request has the wrong type"),
             ([MAGIC, header("Noted", [7], request=1), b"\0\0\0\0"], "malformed"),
             ([MAGIC, header("Noted", ["tail"], request=1), b"\0\0\0\0"], "does not have"),
+            ([MAGIC, leave(spent=None), b""], "spent has the wrong type"),
+            ([MAGIC, leave(spent=[1.0, 2.0]), b""], "spent has the wrong type"),
+            ([MAGIC, leave(spent=[1.0, 2.0, 3.0, "4"]), b""], "spent has the wrong type"),
+            ([MAGIC, leave(spent=[1.0, 2.0, 3.0, -4.0]), b""], "spent is out of range"),
+            ([MAGIC, leave(spent=[1.0, 2.0, 3.0, float("nan")]), b""], "spent is out of range"),
         ],
     )
     def test_it_is_named(self, frames, why):

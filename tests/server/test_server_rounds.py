@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from cluster import DIGEST, Cluster
 from stimuli import GRADIENT, NAN, SIZE, parameters, push_on, started
 
-from danaz.protocol.messages import (
-    Parameters,
-    Plan,
-)
+from danaz.protocol.messages import Parameters, Plan, Spent
+from danaz.server.core import ServerCore
+from danaz.server.snapshot import Snapshot
 
 
 class TestRounds:
@@ -193,6 +194,55 @@ class TestFigures:
         assert summary["mean_gap"] == pytest.approx(gap / 2)
         assert summary["params_l2"] == pytest.approx(2 * float(torch.linalg.vector_norm(0.1 * GRADIENT)))
         assert (summary["wall_seconds"], summary["updates_per_second"], summary["images_per_second"]) == (2.0, 1.0, 7.0)
+
+    def test_who_did_what(self):
+        cluster = Cluster("asgd", 2, torch.zeros(SIZE), plan=Plan(8, 1), gap_every=1)
+        for at, worker in [(1.0, 0), (2.0, 0), (3.0, 0), (4.0, 1)]:
+            cluster.now = at
+            cluster.workers[worker].spent = Spent(computing=at, exchanging=0.25)
+            cluster.push(worker, GRADIENT, 0.1, samples=10)
+        cluster.push(1, torch.full((SIZE,), float("nan")), 0.1)
+        fast, slow = cluster.server.summary()["per_worker"].values()
+        made = ("updates", "share_of_updates", "samples", "samples_per_second")
+        assert [fast[name] for name in made] == [3, 0.75, 30, 7.5]
+        assert [slow[name] for name in made] == [1, 0.25, 10, 2.5]
+        assert (fast["median_lag"], fast["max_lag"], slow["median_lag"], slow["max_lag"]) == (0, 0, 3, 3)
+        assert fast["mean_gap"] == 0.0 < slow["mean_gap"]
+        assert (fast["computing_seconds"], slow["computing_seconds"], slow["exchanging_seconds"]) == (3.0, 4.0, 0.25)
+        assert (fast["push_bytes"], slow["push_bytes"]) == (3 * 4 * SIZE, 4 * SIZE)
+        assert (fast["view_bytes"], slow["view_bytes"]) == (4 * 4 * SIZE, 3 * 4 * SIZE)
+        assert (fast["refused_pushes"], slow["refused_pushes"]) == (0, 1)
+
+    def test_a_worker_that_starts_anew_keeps_what_it_did_before(self):
+        cluster = Cluster("asgd", 2, torch.zeros(SIZE), plan=Plan(8, 1))
+        for incarnation, computing in [(1, 5.0), (2, 2.0)]:
+            if incarnation > 1:
+                cluster.join(1, incarnation)
+            cluster.workers[1].spent = Spent(computing=computing)
+            cluster.push(1, GRADIENT, 0.1, samples=10)
+        facts = cluster.server.summary()["per_worker"]["1"]
+        assert (facts["updates"], facts["samples"], facts["restarts"]) == (2, 20, 1)
+        assert facts["computing_seconds"] == 7.0
+
+    def test_each_worker_of_a_round_has_made_the_update(self):
+        cluster = Cluster("model-averaging", 2, torch.zeros(SIZE), plan=Plan(40, 1), sync_period=1)
+        for worker, samples in [(0, 10), (1, 30)]:
+            cluster.push(worker, GRADIENT, 0.1, samples=samples)
+        first, second = cluster.server.summary()["per_worker"].values()
+        assert (first["updates"], first["samples"], second["updates"], second["samples"]) == (1, 10, 1, 30)
+
+    def test_a_restored_server_knows_it_and_goes_on_with_the_time(self):
+        cluster = Cluster("asgd", 2, torch.zeros(SIZE), plan=Plan(8, 1), gap_every=1)
+        for at, worker in [(1.0, 0), (2.0, 1)]:
+            cluster.now = at
+            cluster.push(worker, GRADIENT, 0.1, samples=10)
+        assert [update.seconds for update in cluster.updates] == [1.0, 2.0]
+        saved = cluster.server.snapshot()
+        saved = Snapshot(json.loads(json.dumps(saved.facts)), saved.tensors)
+        again = ServerCore(cluster.settings)
+        again.restore(saved, [], life=1, now=1000.0)
+        assert again.totals.of_workers == cluster.server.totals.of_workers
+        assert again.totals.seconds_at(1000.5) == 2.5
 
     @pytest.mark.parametrize(("every", "measured"), [(0, []), (1, [1, 2, 3, 4, 5]), (2, [1, 3, 5])])
     def test_the_gap_is_measured_as_often_as_asked(self, every, measured):
