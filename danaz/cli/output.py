@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich import box
@@ -21,6 +22,15 @@ from danaz.simulate.speedup import Speedup
 
 PLAIN_WIDTH = 120  # characters of a line of a comparison's table, without a terminal
 SHOWN = (1, 2, 4, 8, 16, 24, 32, 48, 64, 128, 256)  # numbers of workers in the table of speed-ups, if there are many
+
+SHOWN_WORKERS = 16  # rows of the table of a run's workers
+SLOW = 0.5  # a worker below this share of the median speed is called slow
+SPENT = {  # what a worker's time goes into: its key in summary.json, and what people call it
+    "computing_seconds": "compute",
+    "exchanging_seconds": "exchange",
+    "waiting_seconds": "wait",
+    "reading_seconds": "read",
+}
 
 SUMMARY_ROWS = (  # title, key of summary.json, unit
     ("algorithm", "algorithm", ""),
@@ -54,7 +64,43 @@ def print_summary(summary: Mapping[str, Any], run: Path) -> None:
         table.add_row("refused", f"{count} × {reason}")
     console = Console()
     console.print(table)
+    if summary.get("schedule") == "live" and len(summary.get("per_worker", {})) > 1:
+        console.print()
+        console.print(workers_table(summary["per_worker"]))
+        console.print()
     console.print(f"everything is in {run}", soft_wrap=True)
+
+
+def workers_table(per_worker: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Return a table with a row for each worker, the slowest first: how fast it was, and what its time went into.
+
+    A slow worker is marked with its share of the median speed.
+    """
+    restarts = any(facts["restarts"] for facts in per_worker.values())
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("worker", no_wrap=True)
+    table.add_column("host", overflow="ellipsis")  # the only column that a narrow terminal makes narrower
+    for heading in ("ranks", "samples/s", "lag", *SPENT.values(), *["restarts"] * restarts):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    speed = {worker: float(facts["samples_per_second"] or 0.0) for worker, facts in per_worker.items()}
+    usual = median(speed.values())
+    for worker in sorted(speed, key=lambda name: speed[name])[:SHOWN_WORKERS]:
+        facts = per_worker[worker]
+        spent = [facts[name] for name in SPENT]
+        table.add_row(
+            worker,
+            escape(facts["host"]) or "–",
+            str(facts["ranks"]),
+            figure(speed[worker]),
+            figure(facts["median_lag"]),
+            *(f"{each / sum(spent):.0%}" if any(spent) else "–" for each in spent),
+            *[str(facts["restarts"])] * restarts,
+            f"[bold red]slow: {speed[worker] / usual:.2g}×[/]" if speed[worker] < SLOW * usual else "",
+        )
+    if len(speed) > SHOWN_WORKERS:
+        table.caption = f"and {len(speed) - SHOWN_WORKERS} faster ones: see per_worker in summary.json"
+    return table
 
 
 def print_comparison(outcome: ComparisonOutcome) -> None:

@@ -21,6 +21,7 @@ from danaz.files.atomic import write_atomically
 from danaz.files.reading import read_json
 from danaz.run.folder import PARAMETERS, SUMMARY, UPDATES, reported_number, with_measured
 from danaz.run.lock import MODE
+from danaz.run.versions import versions
 from danaz.server.core import ServerCore
 from danaz.server.records import Update
 
@@ -188,7 +189,7 @@ class RunWriter:
         missing = self._journal.close()
         figures = core.summary()
         error = reported_number(figures["reported"], "test_error_percent", None)
-        summary = {**self.facts, "test_error_percent": error, **figures}
+        summary = {**self.facts, "test_error_percent": error, **figures, "versions": versions()}
         if missing:
             summary["unrecorded_updates"] = missing
         try:
