@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -47,8 +48,10 @@ SUMMARY = {
     "images_per_second",
     "params_l2",
     "collective",
+    "per_worker",
+    "versions",
 }
-UPDATE = {"version", "worker", "lag", "lr", "gap", "gap_of", "loss", "batch"}
+UPDATE = {"version", "worker", "lag", "lr", "gap", "gap_of", "loss", "batch", "seconds"}
 TWO_WORKERS = ("--hosts", "localhost:2", "--workers-per-host", "2")
 ENDLESS = (str(CONFIGS / "quadratic.yaml"), *TWO_WORKERS, "--set", "epochs=100000")
 
@@ -74,6 +77,12 @@ def test_the_hybrid_on_digits(tmp_path: Path) -> None:
     assert sorted(update["batch"] for update in updates) == list(range(total))
     assert {update["worker"] for update in updates} == {0, 1}
     assert {update["gap_of"] for update in updates} == {"lookahead"}
+    assert sorted(seconds := [update["seconds"] for update in updates]) == seconds
+    assert 0 < seconds[0] < seconds[-1] == pytest.approx(summary["wall_seconds"], abs=1e-5)
+    for worker, facts in summary["per_worker"].items():
+        assert facts["updates"] == sum(update["worker"] == int(worker) for update in updates)
+        assert (facts["ranks"], facts["device"], facts["host"]) == (2, "cpu", platform.node())
+        assert 0 < facts["computing_seconds"] + facts["reading_seconds"] + facts["exchanging_seconds"] < 2 * seconds[-1]
     assert all(math.isfinite(update[key]) for update in updates for key in ("lag", "lr", "gap", "loss"))
     config = load_config(run.folder / "config.yaml")
     assert (config.epochs, config.workers, config.algorithm) == (4, 2, "dana")
