@@ -11,6 +11,7 @@ import torch
 from cluster import Cluster
 from line import PLAN, Line, make_worker, train
 from oracle import ORACLES
+from oracle_optimizers import AdamOracle, SgdOracle
 from stimuli import GRADIENT, INF, NAN, SIZE
 from torch import Tensor
 
@@ -38,18 +39,27 @@ def simulation(folder: Path, *overrides: str) -> Simulation:
 
 
 @pytest.mark.parametrize("algorithm", ["asgd", "dana", "dana-zero", "nag-asgd", "multi-asgd"])
-def test_it_equals_its_definition(algorithm, tmp_path):
-    """x is the view from before the worker's own push; under dana, that push is added to it."""
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [
+        (SgdOracle(1000, 0.9), ()),
+        (AdamOracle(1000, weight_decay=0.1), ("optimizer=adamw", "weight_decay=0.1")),
+    ],
+    ids=["sgd", "adamw"],
+)
+def test_it_equals_its_definition(algorithm, optimizer, options, tmp_path):
+    """x is the view from before the worker's own push; that push is added to it where pushes are displacements."""
     curvature, lr = np.logspace(-2, 0, 1000), np.full(1000, 0.01)
-    simulated = simulation(tmp_path, f"algorithm={algorithm}", "lr=0.01")
+    simulated = simulation(tmp_path, f"algorithm={algorithm}", "lr=0.01", *options)
     simulated.start()
-    oracle = ORACLES[algorithm](np.zeros(1000), WORKERS, 0.9)
+    oracle = ORACLES[algorithm](np.zeros(1000), WORKERS, optimizer)
     points = oracle.start()
     for turn in range(60):
         worker = turn % WORKERS
         fetched, before = oracle.view(worker).copy(), oracle.theta
+        oracle.sent[worker] = points[worker], oracle.updates
         oracle.push(worker, [(curvature * (points[worker] - 1), lr)], 1)
-        points[worker] = fetched + (oracle.theta - before if algorithm == "dana" else 0)
+        points[worker] = fetched + (oracle.theta - before if simulated.rule.push_moves_view else 0)
         simulated.advance(1)
         np.testing.assert_allclose(simulated.server.master.params, oracle.theta, rtol=1e-4, atol=1e-7)
         assert simulated.server.members[worker].lag == min(turn, WORKERS), "the lag is that of the view that was sent"
