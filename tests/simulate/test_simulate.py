@@ -146,7 +146,7 @@ class TestReplay:
     @pytest.mark.parametrize(
         ("algorithm", "name"),
         [
-            *((each, "adamw") for each in ("asgd", "nag-asgd", "dana-zero", "dana", "ssgd", "dana-ga")),
+            *((each, "adamw") for each in ("dana-zero", "dana", "ssgd", "dana-ga")),
             ("dana", "nadam"),
         ],
     )

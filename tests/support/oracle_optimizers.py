@@ -3,7 +3,7 @@
 Each has a state for every parameter, which counts that parameter's own gradients: ``t`` is an array. ``s(g, view, lr)``
 takes a gradient into the state and returns its displacement; ``a(lr)`` returns the displacement that the momentum in
 the state alone will still cause. ``velocity()`` is v if the last displacement was −ηv, apart from decoupled weight
-decay. ``clone()`` is a fresh one with the same hyper-parameters, and ``without_momentum()`` one that looks nowhere ahead.
+decay. ``clone()`` is a fresh one with the same hyper-parameters, ``without_momentum()`` one that never looks ahead.
 """
 
 from __future__ import annotations
