@@ -119,9 +119,7 @@ def test_a_fresh_state_forfeits_its_share_of_the_look_ahead(algorithm, optimizer
     assert torch.allclose(cluster.server.master.params, lookahead + share)
 
 
-@pytest.mark.parametrize(
-    ("optimizers", "bad"), [*((SGD, bad) for bad in (NAN, INF, 3e38)), (ADAMW, NAN), (ADAMW, INF)]
-)
+@pytest.mark.parametrize(("optimizers", "bad"), [*((SGD, bad) for bad in (NAN, INF, 3e38)), (ADAMW, NAN), (ADAMW, INF)])
 def test_pushes_that_are_not_finite_start_afresh_too(optimizers, bad):
     """A velocity near the end of float32 makes every push infinite."""
     cluster = Refusing("dana", optimizers=optimizers)

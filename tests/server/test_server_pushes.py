@@ -180,7 +180,9 @@ NOT_LEASED = {
 }
 
 
-@under({"dana-zero": "sgd adamw", "dana-ga": "adamw", "dana": "sgd", "nag-asgd": "adamw", "ssgd": "adamw", "bmuf": "sgd"})
+@under(
+    {"dana-zero": "sgd adamw", "dana-ga": "adamw", "dana": "sgd", "nag-asgd": "adamw", "ssgd": "adamw", "bmuf": "sgd"}
+)
 class TestWhatTouchesNothing:
     def worn(self, algorithm: str, optimizers: Optimizers) -> tuple[ServerCore, Parameters, list[object]]:
         """Return a core with two workers that each have pushed, so that no vector is zero."""
