@@ -114,7 +114,8 @@ class Optimizer:
     ) -> None:
         """Write s + a′ − a into ``out`` f32[n], and the state after ``grad`` into ``new``; ``old`` stays as it is.
 
-        a is the look-ahead of ``old`` at the scalars ``before``, and a′ that of ``new`` at ``at``.
+        a is the look-ahead of ``old`` at the scalars ``before``, and a′ that of ``new`` at ``at``. Where the new state is
+        not finite, neither is ``out``: the square of a large gradient may be infinite, and would hide in a step of 0.
         """
         for name in self.state:
             new[name].copy_(old[name])
@@ -122,6 +123,8 @@ class Optimizer:
         self.add_heading(out, old, before, self.momentum)
         self.step(out, grad, new, at, view)
         self.add_heading(out, new, at, -self.momentum)
+        for name in self.state:
+            out.add_(new[name], alpha=0)  # 0 · ∞ is NaN
 
     def without_momentum(self) -> Optimizer:
         """Return the same optimizer with μ = 0."""

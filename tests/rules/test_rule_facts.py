@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from cluster import Cluster
 from hypothesis import given, settings
-from pair import GROUPS, SIZE, Pair, Run, close, runs
+from pair import GROUPS, SIZE, Pair, close, runs
 from torch import Tensor
 
 from danaz.files.user_module import UserModuleError
+from danaz.optimizers import Optimizers, Sgd
 from danaz.rules import Context, UnknownAlgorithmError, chain, dana_zero, find_algorithm, scale_gradient
 from danaz.rules.asgd import Asgd
 
@@ -38,7 +40,8 @@ def torch_sgd(rates: Sequence[Sequence[float]], momentum: float) -> list[Tensor]
 
 
 def our_views(name: str, rates: Sequence[Sequence[float]], momentum: float, lr_correction: bool = True) -> list[Tensor]:
-    cluster = Cluster(name, 1, torch.zeros(SIZE), groups=GROUPS, momentum=momentum, lr_correction=lr_correction)
+    optimizers = Optimizers([Sgd(momentum)])
+    cluster = Cluster(name, 1, torch.zeros(SIZE), groups=GROUPS, optimizers=optimizers, lr_correction=lr_correction)
     path = [cluster.views[0]]
     for step in rates:
         cluster.push(0, gradient(path[-1]), step)
@@ -88,7 +91,7 @@ class TestDanaIsDanaZero:
     @settings(max_examples=60, deadline=None)
     def test_both_send_the_same_and_end_the_same(self, run):
         """Any order of pushes, and whatever lr does; workers may leave in good order on the way."""
-        corrected = Run(run.workers, run.momentum, True, run.rates, run.events, run.seed)
+        corrected = replace(run, lr_correction=True, sync_period=1)
         slim, zero = Pair("dana", corrected), Pair("dana-zero", corrected)
         for what, worker in run.events:
             getattr(slim, what)(worker)

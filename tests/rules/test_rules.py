@@ -11,9 +11,10 @@ from cluster import Cluster
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle_local import ORACLES
-from pair import GROUPS, SIZE, Pair, Run, close, runs
+from pair import GROUPS, SIZE, Pair, Run, carried_out, close, runs
 from torch import Tensor
 
+from danaz.optimizers import Optimizer, Optimizers
 from danaz.rules import ALGORITHMS, Context
 from danaz.vectors import cutting
 
@@ -38,7 +39,7 @@ class TestEveryAlgorithm:
     @given(run=runs())
     @settings(max_examples=30, deadline=None)
     def test_it_is_its_formula(self, name, run):
-        """Any order, any number of workers, any rates."""
+        """Any order, any number of workers, any rates, any optimizer."""
         Pair(name, run).live_through_it()
 
     @given(run=runs(), cut=st.integers(1, SIZE))
@@ -55,25 +56,29 @@ class TestEveryAlgorithm:
         assert state_after(name, run, fresh_rule_each_time=False) == state_after(name, run, fresh_rule_each_time=True)
 
     def test_a_worker_that_was_refused_is_where_it_was(self, name):
-        """Commit on acceptance: a NaN leaves no trace in the velocity, so the next push is as if it had not been."""
-        states = []
-        for gradients in ([1.0, float("nan"), 2.0], [1.0, 2.0]):
-            cluster = Cluster(name, 1, torch.ones(SIZE), groups=GROUPS)
-            for value in gradients:
-                cluster.push(0, [torch.full((SIZE,), value)] * cluster.sync_period, 0.1)
-            states.append([cluster.views[0], cluster.server.master.params, *cluster.workers[0].vectors.values()])
-        assert all(torch.equal(poisoned, clean) for poisoned, clean in zip(*states, strict=True))
+        """Commit on acceptance: a NaN leaves no trace in any state, so the next push is as if it had not been."""
+        for optimizer in carried_out(name):
+            states = []
+            for gradients in ([1.0, float("nan"), 2.0, 0.5], [1.0, 2.0, 0.5]):
+                cluster = Cluster(name, 1, torch.ones(SIZE), groups=GROUPS, optimizers=Optimizers([optimizer]))
+                for value in gradients:
+                    cluster.push(0, [torch.full((SIZE,), value)] * cluster.sync_period, 0.1)
+                core = cluster.workers[0]
+                given = [] if core.given_back() is None else [core.given_back()]
+                states.append([cluster.views[0], cluster.server.master.params, *core.vectors.values(), *given])
+            assert all(torch.equal(poisoned, clean) for poisoned, clean in zip(*states, strict=True)), optimizer
 
 
 @pytest.mark.parametrize("name", sorted(name for name, each in ALGORITHMS.items() if not each.rule().per_layer))
 @pytest.mark.parametrize("cuts", [(1, 1003), (7, 64), (1000, 1001)])
 def test_long_slices_are_the_whole(name, cuts):
     """Lengths at which a vectorised loop has a rest to do by itself. A rule that works per layer is never so cut."""
-    whole = one_update_in_slices(name, [0, 1003])
-    assert whole
-    for sliced in ([0, *cuts, 1003], [*range(0, 1003, 17), 1003]):
-        again = one_update_in_slices(name, sliced)
-        assert all(torch.equal(whole[key], again[key]) for key in whole)
+    for optimizer in carried_out(name):
+        whole = one_update_in_slices(name, optimizer, [0, 1003])
+        assert whole
+        for sliced in ([0, *cuts, 1003], [*range(0, 1003, 17), 1003]):
+            again = one_update_in_slices(name, optimizer, sliced)
+            assert all(torch.equal(whole[key], again[key]) for key in whole), optimizer
 
 
 # What has no server is simulated, with all its workers.
@@ -109,17 +114,17 @@ def final_state(name: str, run: Run, slice_floats: int) -> dict[str, Tensor]:
     return {"params": server.master.params, **server.master.shared, **members, **views}
 
 
-def one_update_in_slices(name: str, cuts: list[int]) -> dict[str, Tensor]:
+def one_update_in_slices(name: str, optimizer: Optimizer, cuts: list[int]) -> dict[str, Tensor]:
     """All vectors after a push, an update and a view made slice by slice, from a random state."""
     generator = torch.Generator().manual_seed(7)
-    rule = ALGORITHMS[name].rule()
-    names = ["grad", "params", *(f"worker.{n}" for n in rule.worker_rule.worker_state)]
+    rule = ALGORITHMS[name].rule(optimizer=Optimizers([optimizer]))
+    names = ["grad", "params", "worker.view", *(f"worker.{n}" for n in rule.worker_rule.worker_state)]
     names += [f"{whose}.{n}" for whose in ("own", "other") for n in ("view", "neighbour", *rule.worker_state)]
     names += [f"shared.{n}" for n in rule.shared_state]
     vectors = {n: torch.rand(1003, generator=generator) + 0.1 for n in names}  # positive: some are mean squares
     vectors |= {f"new.{n}": torch.zeros(1003) for n in rule.worker_rule.worker_state}
     vectors |= {"push": torch.zeros(1003), "out": torch.zeros(1003)}
-    context = Context(lr=0.1, own_lr=0.07, max_lr=0.2, lag=3, version=11, own_count=4)
+    context = Context(lr=0.1, own_lr=0.07, max_lr=0.2, lag=3, version=11, own_count=4, shared_count=11)
 
     for start, stop in pairwise(cuts):
         part = {n: vector[start:stop] for n, vector in vectors.items()}

@@ -6,9 +6,11 @@ from itertools import cycle
 
 import pytest
 import torch
+from axis import AXIS, under
 from cluster import Cluster
 from torch import Tensor
 
+from danaz.optimizers import Optimizers
 from danaz.protocol.messages import Parameters, Plan
 from danaz.rules.base import ALGORITHMS
 from danaz.vectors.codecs import Compressor, push_codec
@@ -27,11 +29,16 @@ def start(algorithm: str, size: int, workers: int = 3, **options: object) -> Clu
     return Cluster(algorithm, workers, torch.arange(1.0, size + 1), **options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("algorithm", ELEMENTWISE)
-def test_parameters_without_a_gradient_stay_and_the_others_never_notice(algorithm: str) -> None:
+@under(
+    {
+        algorithm: " ".join(name for name in ("sgd", "adamw") if not ALGORITHMS[algorithm].refusal(AXIS[name]))
+        for algorithm in ELEMENTWISE
+    }
+)
+def test_parameters_without_a_gradient_stay_and_the_others_never_notice(algorithm: str, optimizers: Optimizers) -> None:
     """Make two clusters. In one, some parameters never have a gradient, whatever the workers push for them."""
     workers = 1 if ALGORITHMS[algorithm].rule().max_workers == 1 else 3
-    whole, small = start(algorithm, HERE + GONE, workers), start(algorithm, HERE, workers)
+    whole, small = (start(algorithm, size, workers, optimizers=optimizers) for size in (HERE + GONE, HERE))
     untouched = whole.params[HERE:].clone()
     averages = ALGORITHMS[algorithm].rule().pushes == "parameters"  # a mean of equal numbers is rounded
     same = torch.allclose if averages else torch.equal
@@ -52,9 +59,11 @@ def test_parameters_without_a_gradient_stay_and_the_others_never_notice(algorith
     assert same(whole.final[0].params[HERE:], untouched)
 
 
-@pytest.mark.parametrize("algorithm", WITH_SERVER_STATE)
-def test_a_parameter_that_is_used_now_and_then_moves_as_if_the_other_steps_had_not_been(algorithm: str) -> None:
-    both, alone = start(algorithm, 2, workers=1), start(algorithm, 1, workers=1)
+@under({**dict.fromkeys(WITH_SERVER_STATE, "sgd adamw nadam rmsprop"), "asgd": "adamw", "ssgd": "adamw"})
+def test_a_parameter_that_is_used_now_and_then_moves_as_if_the_other_steps_had_not_been(
+    algorithm: str, optimizers: Optimizers
+) -> None:
+    both, alone = (start(algorithm, size, workers=1, optimizers=optimizers) for size in (2, 1))
     for step in range(10):
         grad, is_used = draw(step, 2), step % 3 != 1
         both.push(0, grad, 0.1, absent=() if is_used else ((0, 1),))

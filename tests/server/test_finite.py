@@ -6,11 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from axis import AXIS, under
 from chunked import SIZE as LONG
 from cluster import Cluster
 from stimuli import GRADIENT, NAN, SIZE, arithmetic_of, parameters, push_on, started
 from torch import Tensor
 
+from danaz.optimizers import SGD, Optimizers
 from danaz.protocol.messages import Leave, Parameters
 from danaz.protocol.refusals import OVERFLOW
 from danaz.rules import ALGORITHMS
@@ -46,8 +48,21 @@ def views(core: ServerCore) -> list[Tensor]:
     ("algorithm", "size"), [*((each, SIZE) for each in SERVED), ("dana", LONG), ("dana-zero", LONG), ("dana-ga", LONG)]
 )
 def test_pushes_near_the_end_of_float32_leave_everything_finite(algorithm, size, lr):
+    check_that_all_stays_finite(algorithm, size, lr, SGD)
+
+
+@pytest.mark.parametrize("lr", [0.1, 1e30])
+@pytest.mark.parametrize("name", ["adamw", "nadam", "rmsprop", "adagrad"])
+@pytest.mark.parametrize("algorithm", ["nag-asgd", "dana-zero", "dana", "asgd", "ssgd", "dana-ga", "bmuf"])
+def test_so_they_do_with_other_optimizers(algorithm, name, lr):
+    """The square of such a gradient is infinite. In a state, it would make a step of 0 of every later gradient."""
+    if not ALGORITHMS[algorithm].refusal(AXIS[name]):
+        check_that_all_stays_finite(algorithm, SIZE, lr, AXIS[name])
+
+
+def check_that_all_stays_finite(algorithm: str, size: int, lr: float, optimizers: Optimizers) -> None:
     """Let one worker of two push the same again and again, whether it is applied or refused."""
-    cluster = Cluster(algorithm, 2, torch.ones(size))
+    cluster = Cluster(algorithm, 2, torch.ones(size), optimizers=optimizers)
     refused = []
     for turn in range(6):
         for worker in (0, 1):
@@ -57,7 +72,8 @@ def test_pushes_near_the_end_of_float32_leave_everything_finite(algorithm, size,
             grad = torch.full((size,), HUGE * (-1) ** (turn // 3) if huge else 1.0)
             reply = cluster.push(worker, [grad] * cluster.sync_period, lr if huge else 0.1)
             refused += [reply.refused] if isinstance(reply, Parameters) else []
-        vectors = [*vectors_of(cluster.server), *views(cluster.server)]
+        states = [vector for core in cluster.workers.values() for vector in core.vectors.values()]
+        vectors = [*vectors_of(cluster.server), *views(cluster.server), *states]
         assert all(vector.isfinite().all() for vector in vectors), f"turn {turn}"
     assert len(refused) > 2
 
@@ -74,15 +90,21 @@ def test_two_pushes_of_which_each_is_fine():
     assert core.summary()["sick_workers"]["0"]["not_finite"] == 1
 
 
-@pytest.mark.parametrize("algorithm", ["asgd", "nag-asgd", "multi-asgd", "dana-zero", "dana-ga", "dc-asgd", "sa"])
-def test_what_is_refused_is_taken_back_to_the_bit(algorithm):
+@under(
+    {
+        **dict.fromkeys(("asgd", "sa", "dc-asgd"), "sgd"),
+        **dict.fromkeys(("nag-asgd", "multi-asgd", "dana-zero", "dana-ga"), "sgd adamw"),
+    }
+)
+def test_what_is_refused_is_taken_back_to_the_bit(algorithm, optimizers):
     """This holds also if only the last slice overflows, after all others were written."""
     generator = torch.Generator().manual_seed(5)
-    cluster = Cluster(algorithm, 2, torch.randn(LONG, generator=generator))
+    cluster = Cluster(algorithm, 2, torch.randn(LONG, generator=generator), optimizers=optimizers)
     for turn in range(4):
         cluster.push(turn % 2, torch.randn(LONG, generator=generator), 0.1)
     master = cluster.server.master
     before = [vector.clone() for vector in vectors_of(cluster.server)]
+    counts = [master.shared_counts, *(member.counts for member in cluster.server.members.values())]
     figures = (master.version, master.lr, master.max_lr)
     grad = torch.randn(LONG, generator=generator)
     grad[-1] = HUGE
@@ -91,17 +113,18 @@ def test_what_is_refused_is_taken_back_to_the_bit(algorithm):
     assert reply.refused == OVERFLOW
     assert all(torch.equal(one, other) for one, other in zip(vectors_of(cluster.server), before, strict=True))
     assert (master.version, master.lr, master.max_lr) == figures
+    assert [master.shared_counts, *(member.counts for member in cluster.server.members.values())] == counts
 
 
-@pytest.mark.parametrize("algorithm", ["asgd", "dana", "dana-zero", "dana-ga"])
-def test_an_update_on_trial_is_the_same_to_the_bit(algorithm):
+@under({"asgd": "sgd", "dana": "sgd", "dana-zero": "sgd adamw", "dana-ga": "adamw", "nag-asgd": "nadam"})
+def test_an_update_on_trial_is_the_same_to_the_bit(algorithm, optimizers):
     """A worker with large numbers changes how updates are made, but not their results."""
     ends = []
     for tame in (1e9, 0.0):
         generator = torch.Generator().manual_seed(6)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("danaz.server.master.TAME", tame)
-            cluster = Cluster(algorithm, 2, torch.ones(LONG))
+            cluster = Cluster(algorithm, 2, torch.ones(LONG), optimizers=optimizers)
             for turn in range(6):
                 cluster.push(turn % 2, torch.randn(LONG, generator=generator), 0.1)
             ends.append([*vectors_of(cluster.server), *views(cluster.server)])

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from axis import of
 from cluster import DIGEST, TIMEOUT_S, Cluster, layout_of
 from stimuli import GRADIENT, JOIN, SIZE, answer, arithmetic_of, make_core, parameters, push_on, started
 
-from danaz.optimizers import SGD, Adam, Optimizers, Sgd
+from danaz.optimizers import SGD, Adam, Optimizers, Scalars, Sgd
 from danaz.protocol.messages import MAX_WORKERS, Heartbeat, Leave, Parameters, Plan, Pull, Push, Refusal
 from danaz.server.core import ServerCore
 from danaz.server.settings import ServerSettings
@@ -180,27 +181,40 @@ class TestSilence:
         assert "silent" in refusal.reason
         assert arithmetic_of(core) == before
 
-    def test_the_same_incarnation_finds_its_velocity_again(self):
-        cluster = Cluster("dana-zero", 2, torch.zeros(SIZE))
-        cluster.push(0, torch.full((SIZE,), 1.0), 0.1)
-        cluster.push(1, torch.full((SIZE,), 2.0), 0.1)
-        theta = cluster.server.master.params.clone()
+    def both_pushed(self, optimizers: Optimizers) -> tuple[Cluster, torch.Tensor, list[torch.Tensor]]:
+        """Return a cluster of two workers, of which each has pushed twice, θ, and each worker's look-ahead."""
+        cluster = Cluster("dana-zero", 2, torch.zeros(SIZE), optimizers=optimizers)
+        for worker in (0, 1, 1, 0):
+            cluster.push(worker, torch.full((SIZE,), 1.0 + worker), 0.1)
+        [optimizer], ahead = optimizers, [torch.zeros(SIZE), torch.zeros(SIZE)]
+        for worker, member in cluster.server.members.items():
+            optimizer.add_heading(ahead[worker], member.vectors, Scalars(0.1, 2), -optimizer.momentum)
+            assert ahead[worker].all()
+        return cluster, cluster.server.master.params.clone(), ahead
+
+    @of("sgd adamw nadam")
+    def test_the_same_incarnation_finds_its_state_again(self, optimizers):
+        cluster, theta, ahead = self.both_pushed(optimizers)
         cluster.lose(1)
         cluster.pull(0)
-        assert torch.allclose(cluster.views[0], theta - 0.9 * 0.1 * 1.0), "the look-ahead leaves out lost workers"
+        assert torch.allclose(cluster.views[0], theta + ahead[0]), "the look-ahead leaves out lost workers"
         cluster.come_back(1)
-        assert torch.allclose(cluster.views[1], theta - 0.9 * 0.1 * 3.0)
+        assert torch.allclose(cluster.views[1], theta + ahead[0] + ahead[1])
         cluster.pull(0)
-        assert torch.allclose(cluster.views[0], theta - 0.9 * 0.1 * 3.0)
+        assert torch.allclose(cluster.views[0], theta + ahead[0] + ahead[1])
 
-    def test_a_newer_incarnation_starts_at_zero(self):
-        cluster = Cluster("dana-zero", 2, torch.zeros(SIZE))
-        cluster.push(0, torch.full((SIZE,), 1.0), 0.1)
-        cluster.push(1, torch.full((SIZE,), 2.0), 0.1)
-        theta = cluster.server.master.params.clone()
+    @of("sgd adamw nadam")
+    def test_a_newer_incarnation_starts_at_zero(self, optimizers):
+        """So does its count of gradients: its first step is that of a worker that has just begun."""
+        cluster, theta, ahead = self.both_pushed(optimizers)
         cluster.join(1, incarnation=2)
-        assert torch.allclose(cluster.views[1], theta - 0.9 * 0.1 * 1.0)
-        assert cluster.server.members[1].vectors["velocity"].tolist() == [0] * SIZE
+        assert torch.allclose(cluster.views[1], theta + ahead[0])
+        assert not any(vector.any() for vector in cluster.server.members[1].vectors.values())
+        view, lone = cluster.views[1].clone(), Cluster("multi-asgd", 1, cluster.views[1], optimizers=optimizers)
+        cluster.push(1, GRADIENT, 0.1)
+        lone.push(0, GRADIENT, 0.1)
+        step, first = cluster.server.master.params - theta, lone.server.master.params - view
+        assert torch.allclose(step, first, atol=1e-6)
 
     def test_a_newer_incarnation_takes_the_place_of_a_live_one(self):
         core, view = started(workers=1)

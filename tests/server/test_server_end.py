@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from axis import of
 from cluster import Cluster
 from stimuli import GRADIENT, INF, NAN, SIZE, answer, arithmetic_of, make_core, started
 
+from danaz.optimizers import SGD, Optimizers
 from danaz.protocol.messages import (
     MAX_REASON,
     MAX_REPORTED,
@@ -26,10 +28,10 @@ from danaz.server.core import ServerCore
 from danaz.vectors.cutting import announced
 
 
-def run_out(algorithm: str, workers: int = 3) -> Cluster:
+def run_out(algorithm: str, workers: int = 3, optimizers: Optimizers = SGD) -> Cluster:
     """Train until every batch is done."""
     generator = torch.Generator().manual_seed(3)
-    cluster = Cluster(algorithm, workers, torch.ones(SIZE), plan=Plan(5, 2), buffers=2)
+    cluster = Cluster(algorithm, workers, torch.ones(SIZE), plan=Plan(5, 2), buffers=2, optimizers=optimizers)
     while not cluster.server.leases.done:
         for worker in range(workers):
             if worker in cluster.views and cluster.leases(worker):
@@ -81,11 +83,12 @@ def test_if_nobody_is_there_at_the_end_the_last_that_left_counts():
     assert cluster.server.mean_buffers().tolist() == [7.0, 8.0]
 
 
-def test_nothing_is_kept_of_who_left():
+@of("sgd adamw")
+def test_nothing_is_kept_of_who_left(optimizers):
     """A checkpoint holds the vectors of the workers that take part, however many come and go."""
     sizes = []
     for guests in (1, 100):
-        cluster = Cluster("dana-zero", 1, torch.ones(SIZE), buffers=2)
+        cluster = Cluster("dana-zero", 1, torch.ones(SIZE), buffers=2, optimizers=optimizers)
         for guest in range(1, 1 + guests):
             cluster.join(guest)
             cluster.push(guest, GRADIENT, 0.1)
@@ -105,25 +108,29 @@ def test_the_parameters_are_final_when_the_last_has_left():
     assert torch.equal(cluster.final[0].params, cluster.final[2].params)
 
 
-def test_dana_ends_at_dana_zeros_parameters():
+@of("sgd adamw nadam rmsprop")
+def test_dana_ends_at_dana_zeros_parameters(optimizers):
     ends = []
     for algorithm in ("dana", "dana-zero"):
-        cluster = run_out(algorithm)
+        cluster = run_out(algorithm, optimizers=optimizers)
         for worker in range(3):
             cluster.leave(worker)
         ends.append(cluster.final[0].params)
     assert torch.allclose(*ends, atol=1e-6)
 
 
-def test_a_crashed_worker_forfeits_its_share():
+@of("sgd adamw")
+def test_a_crashed_worker_forfeits_its_share(optimizers):
     """In that case the survivors' sum defines θ."""
-    cluster = Cluster("dana", 2, torch.zeros(SIZE), plan=Plan(2, 1))
+    cluster = Cluster("dana", 2, torch.zeros(SIZE), plan=Plan(2, 1), optimizers=optimizers)
     for worker in (0, 1):
         cluster.push(worker, torch.full((SIZE,), 1.0 + worker), 0.1)
     cluster.lose(1)
     lookahead = cluster.server.master.params.clone()
     cluster.leave(0)
-    assert torch.allclose(cluster.final[0].params, lookahead + 0.9 * 0.1 * 1.0)
+    # Of AdamW, a mean of gradients 0.1 · 1, and a denominator of 1.
+    share = 0.9 * 0.1 * (1.0 if optimizers == SGD else 0.1 / (1 - 0.9**2))
+    assert torch.allclose(cluster.final[0].params, lookahead + share)
 
 
 def test_who_comes_back_after_the_end_changes_nothing():

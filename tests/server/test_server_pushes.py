@@ -7,8 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from axis import under
 from stimuli import GRADIENT, INF, JOIN, NAN, SIZE, answer, arithmetic_of, make_core, parameters, push_on, started
 
+from danaz.optimizers import Optimizers
 from danaz.protocol.messages import (
     Heartbeat,
     Parameters,
@@ -27,9 +29,16 @@ class TestExactlyOnce:
         assert reply.leases == (1,)
         assert reply.epoch == 0.1
 
-    @pytest.mark.parametrize("algorithm", ["asgd", "nag-asgd", "multi-asgd", "dana-zero", "dana"])
-    def test_a_repeated_push_is_applied_once(self, algorithm):
-        core, view = started(algorithm, workers=2)
+    @under(
+        {
+            **dict.fromkeys(("asgd", "nag-asgd", "multi-asgd", "dana"), "sgd adamw"),
+            "dana-zero": "sgd adamw nadam",
+            "dana-ga": "adamw",
+            "dana-nadam": "sgd",
+        }
+    )
+    def test_a_repeated_push_is_applied_once(self, algorithm, optimizers):
+        core, view = started(algorithm, workers=2, optimizers=optimizers)
         push = push_on(view)
         first = parameters(core.handle(0, copy.deepcopy(push), 1.0))
         before = arithmetic_of(core)
@@ -171,19 +180,21 @@ NOT_LEASED = {
 }
 
 
-@pytest.mark.parametrize("algorithm", ["dana-zero", "dana-ga", "dana", "ssgd", "bmuf"])
+@under(
+    {"dana-zero": "sgd adamw", "dana-ga": "adamw", "dana": "sgd", "nag-asgd": "adamw", "ssgd": "adamw", "bmuf": "sgd"}
+)
 class TestWhatTouchesNothing:
-    def worn(self, algorithm: str) -> tuple[ServerCore, Parameters, list[object]]:
+    def worn(self, algorithm: str, optimizers: Optimizers) -> tuple[ServerCore, Parameters, list[object]]:
         """Return a core with two workers that each have pushed, so that no vector is zero."""
-        core, view = started(algorithm, workers=2)
+        core, view = started(algorithm, workers=2, optimizers=optimizers)
         core.handle(0, push_on(view), 1.0)
         replies = core.handle(1, push_on(view, worker=1, batch=1), 1.0)
         view = parameters(replies) if algorithm in ("ssgd", "bmuf") else parameters(core.handle(0, Pull(0, 1, 3), 1.0))
         return core, view, arithmetic_of(core)
 
     @pytest.mark.parametrize("change", UNSOUND.values(), ids=UNSOUND)
-    def test_an_unsound_push(self, algorithm, change):
-        core, view, before = self.worn(algorithm)
+    def test_an_unsound_push(self, algorithm, optimizers, change):
+        core, view, before = self.worn(algorithm, optimizers)
         reply = parameters(core.handle(0, push_on(view, request=4, **change), 2.0))
         assert arithmetic_of(core) == before
         assert (reply.applied, reply.refused) == (False, "push is not finite")
@@ -192,8 +203,8 @@ class TestWhatTouchesNothing:
         assert not core.diverged
 
     @pytest.mark.parametrize("change", MISFITS.values(), ids=MISFITS)
-    def test_a_push_of_the_wrong_size(self, algorithm, change):
-        core, view, before = self.worn(algorithm)
+    def test_a_push_of_the_wrong_size(self, algorithm, optimizers, change):
+        core, view, before = self.worn(algorithm, optimizers)
         reply = parameters(core.handle(0, push_on(view, request=4, **change), 2.0))
         assert arithmetic_of(core) == before
         assert reply.refused == "push has the wrong size"
@@ -202,8 +213,8 @@ class TestWhatTouchesNothing:
         assert view.leases[0] in reply.leases
 
     @pytest.mark.parametrize("change", NOT_LEASED.values(), ids=NOT_LEASED)
-    def test_a_push_of_batches_it_does_not_hold(self, algorithm, change):
-        core, view, before = self.worn(algorithm)
+    def test_a_push_of_batches_it_does_not_hold(self, algorithm, optimizers, change):
+        core, view, before = self.worn(algorithm, optimizers)
         change = {"earlier": (view.leases[0],)} if change == {"earlier": (0,)} else change
         reply = parameters(core.handle(0, push_on(view, request=4, **change), 2.0))
         assert arithmetic_of(core) == before
@@ -211,9 +222,9 @@ class TestWhatTouchesNothing:
         assert core.leases.completed == 2
         assert not core.leases.holds(1, view.leases[0])
 
-    def test_the_refused_push_repeated(self, algorithm):
+    def test_the_refused_push_repeated(self, algorithm, optimizers):
         """Its answer was lost. It is refused again, without another strike."""
-        core, view, before = self.worn(algorithm)
+        core, view, before = self.worn(algorithm, optimizers)
         for now in (2.0, 3.0, 4.0, 5.0):
             reply = parameters(core.handle(0, push_on(view, request=4, **UNSOUND["NaN"]), now))
             assert (reply.applied, reply.refused) == (False, "push is not finite")
@@ -221,8 +232,8 @@ class TestWhatTouchesNothing:
         assert core.members[0].strikes == 1
         assert core.leases.completed == 3
 
-    def test_and_the_run_goes_on(self, algorithm):
-        core, view, _ = self.worn(algorithm)
+    def test_and_the_run_goes_on(self, algorithm, optimizers):
+        core, view, _ = self.worn(algorithm, optimizers)
         version = core.master.version
         reply = parameters(core.handle(0, push_on(view, request=4, **UNSOUND["NaN"]), 2.0))
         core.handle(0, push_on(reply, request=5), 3.0)

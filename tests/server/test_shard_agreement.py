@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from axis import ADAMW
 from mortal_shards import LAYOUT, Servers, Trainer, check_end, check_run, training, undisturbed_end
 from torch import Tensor
 
+from danaz.optimizers import SGD
 from danaz.protocol.agreement import choose
 from danaz.protocol.messages import GoBack, Heartbeat, Offer
 from danaz.serving.checkpoint import complete_numbers
@@ -21,12 +23,17 @@ from danaz.worker.link import GIVE_UP_S, ServerLostError
 
 @pytest.fixture
 def trainer(tmp_path: Path) -> Iterator[Trainer]:
-    with training(tmp_path / "run") as trainer:
+    with training(tmp_path / "run", optimizers=ADAMW) as trainer:
         yield trainer
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Tensor:
+    return undisturbed_end(tmp_path_factory.mktemp("undisturbed"), ADAMW)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_sgd(tmp_path_factory: pytest.TempPathFactory) -> Tensor:
     return undisturbed_end(tmp_path_factory.mktemp("undisturbed"))
 
 
@@ -59,16 +66,22 @@ class Kill:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("moment", range(30))
-def test_killed_at_any_moment(moment: int, when: str, tmp_path: Path, undisturbed: Tensor) -> None:
-    """The shards are killed at every moment from the first join to the last good-bye."""
-    trainer = Trainer(Servers(tmp_path / "run"))
+def test_killed_at_any_moment(
+    moment: int, when: str, tmp_path: Path, undisturbed: Tensor, undisturbed_sgd: Tensor
+) -> None:
+    """The shards are killed at every moment from the first join to the last good-bye.
+
+    Both optimizers are killed in either half of an exchange.
+    """
+    optimizers = SGD if moment % 4 < 2 else ADAMW
+    trainer = Trainer(Servers(tmp_path / "run", optimizers=optimizers))
     kill = Kill(trainer, moment, when)
     trainer.join()
     trainer.train()
     end = trainer.leave()
     trainer.bye()
     # Once shard 0 has saved that training is over, updates that the other shard has not saved are not made again.
-    assert torch.equal(end, undisturbed) or kill.training_was_over
+    assert torch.equal(end, undisturbed_sgd if optimizers == SGD else undisturbed) or kill.training_was_over
     check_run(trainer.servers, trainer.servers.cores[0].totals.restarts)
     assert not any(folder.exists() for folder in trainer.servers.folders)
     trainer.link.close()

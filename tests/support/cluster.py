@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from danaz.optimizers import Optimizers, Sgd
+from danaz.optimizers import SGD, Optimizers
 from danaz.protocol.messages import Final, Heartbeat, Join, Parameters, Plan, Refusal, Replies, Reply
 from danaz.server.core import ServerCore
 from danaz.server.records import Update
@@ -37,8 +37,7 @@ class Cluster:
         params: Tensor,
         *,
         groups: Sequence[int] = (),
-        momentum: float = 0.9,
-        optimizers: Optimizers | None = None,
+        optimizers: Optimizers = SGD,
         lr_correction: bool = True,
         plan: Plan = ENDLESS,
         ahead: int = 1,
@@ -48,8 +47,7 @@ class Cluster:
         buffers: int = 0,
     ):
         self.layout = layout_of(*(groups or [params.numel()]), buffers=buffers)
-        self.optimizers = optimizers or Optimizers([Sgd(momentum)])
-        self.plan, self.params = plan, params
+        self.optimizers, self.plan, self.params = optimizers, plan, params
         self.settings = ServerSettings(
             algorithm=algorithm,
             workers=workers,

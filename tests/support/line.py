@@ -9,7 +9,7 @@ from cluster import DIGEST
 from stimuli import SIZE
 from torch import Tensor, nn
 
-from danaz.optimizers import SGD
+from danaz.optimizers import SGD, Optimizers
 from danaz.protocol.messages import Plan, Reply
 from danaz.server.core import ServerCore
 from danaz.server.settings import ServerSettings
@@ -61,11 +61,11 @@ class Line(LocalLink):
         self.core.restore(self.checkpoint, self.updates[self.checkpoint.version :], self.life, time.monotonic())
 
 
-def make_worker(*lines: Line, size: int = SIZE) -> Worker:
+def make_worker(*lines: Line, size: int = SIZE, optimizers: Optimizers = SGD) -> Worker:
     """Return a worker with a pipeline that is linked to one server or to all shards."""
     flat = FlatModel(nn.Linear(size, 1, bias=False))
-    rule = lines[0].settings.rule()
-    role = Role(0, 1, DIGEST, SGD, flat.layout, PLAN, ahead=2)
+    rule = lines[0].settings.rule(optimizers)
+    role = Role(0, 1, DIGEST, optimizers, flat.layout, PLAN, ahead=2)
     core = WorkerCore(role, rule.worker_rule, push_moves_view=rule.push_moves_view)
     link = lines[0] if len(lines) == 1 else ShardedLink(lines, flat.layout)
     return Worker(SoloGroup(), flat, 2, Conversation(core, link), pipelined=True)

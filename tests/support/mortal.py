@@ -30,8 +30,8 @@ class MortalCluster:
     view before it pushes, and goes on with that view.
     """
 
-    def begin(self, algorithm, ahead, batches, pipelined):
-        self.plan = Plan(batches, 2)
+    def begin(self, algorithm, ahead, batches, pipelined, optimizers=SGD):
+        self.plan, self.optimizers = Plan(batches, 2), optimizers
         self.updates = []
         self.settings = ServerSettings(
             algorithm=algorithm, workers=2, digest=DIGEST, gap_every=1, worker_timeout_s=TIMEOUT_S
@@ -95,8 +95,8 @@ class MortalCluster:
 
     def start(self, worker):
         self.incarnation[worker] += 1
-        role = Role(worker, self.incarnation[worker], DIGEST, SGD, LAYOUT, self.plan, self.ahead)
-        rule = self.settings.rule()
+        role = Role(worker, self.incarnation[worker], DIGEST, self.optimizers, LAYOUT, self.plan, self.ahead)
+        rule = self.settings.rule(self.optimizers)
         self.workers[worker] = WorkerCore(role, rule.worker_rule, push_moves_view=rule.push_moves_view)
         self.last.pop(worker, None)
         self.views[worker] = []
@@ -161,7 +161,9 @@ class MortalCluster:
             batch, *others = view.leases
             wants_view = not (self.pipelined and others)
             step = Step(batch, (lr,), 2, 1.0)
-            self.ask(worker, core.push(step, torch.full((SIZE,), grad), wants_view=wants_view), lost)
+            params = torch.empty(SIZE)
+            core.compute_on(params)
+            self.ask(worker, core.push(step, torch.full((SIZE,), grad), params, wants_view=wants_view), lost)
         else:
             self.ask(worker, core.pull(), lost)
 

@@ -16,7 +16,7 @@ import torch
 from live import read_updates
 from torch import Tensor
 
-from danaz.optimizers import SGD
+from danaz.optimizers import SGD, Optimizers
 from danaz.protocol.messages import Final, Heartbeat, Parameters, Plan, Push, Reply
 from danaz.run.folder import read_summary
 from danaz.server.answers import materialize
@@ -46,8 +46,9 @@ class Servers:
         shards: int = 2,
         checkpoint_s: float = ALWAYS,
         workers: int = 1,
+        optimizers: Optimizers = SGD,
     ):
-        self.run, self.shards = run / "0", shards
+        self.run, self.shards, self.optimizers = run / "0", shards, optimizers
         self._settings = [
             ServerSettings(algorithm, workers, recovery_s=0.0, checkpoint_s=checkpoint_s, shard=shard, shards=shards)
             for shard in range(shards)
@@ -141,8 +142,8 @@ class Trainer:
         self.waits: list[float] = []
         self.while_it_waits: Callable[[], None] = lambda: None
         self.link = ShardedLink(self.ways, LAYOUT, pause=self._wait)
-        rule = servers.cores[0].settings.rule().worker_rule
-        self.core = WorkerCore(Role(worker, 1, "", SGD, LAYOUT, PLAN), rule)
+        rule = servers.cores[0].settings.rule(servers.optimizers).worker_rule
+        self.core = WorkerCore(Role(worker, 1, "", servers.optimizers, LAYOUT, PLAN), rule)
         self.conversation = Conversation(self.core, self.link)
         self.reply: Any = None
 
@@ -156,7 +157,8 @@ class Trainer:
     def push(self) -> None:
         batch = self.reply.leases[0]
         grad = torch.randn(LAYOUT.size, generator=torch.Generator().manual_seed(batch))
-        self.reply = self.conversation.ask(self.core.push(Step(batch, (0.1,), 4, 1.0), grad), Parameters)
+        push = self.core.push(Step(batch, (0.1,), 4, 1.0), grad, self.reply.view.clone())
+        self.reply = self.conversation.ask(push, Parameters)
 
     def train(self, pushes: int = 1000) -> None:
         for _ in range(pushes):
@@ -172,9 +174,9 @@ class Trainer:
         self.conversation.send(self.core.bye())
 
 
-def undisturbed_end(folder: Path) -> Tensor:
+def undisturbed_end(folder: Path, optimizers: Optimizers = SGD) -> Tensor:
     """Return θ at the end of a run in which nothing fails."""
-    with training(folder, checkpoint_s=0.0) as trainer:
+    with training(folder, checkpoint_s=0.0, optimizers=optimizers) as trainer:
         trainer.train()
         return trainer.leave()
 

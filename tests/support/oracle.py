@@ -1,16 +1,18 @@
 """What each algorithm must do, in float64 NumPy, written only from the papers' formulas and not from danaz.
 
-Each class is one algorithm. θ is ``theta``, γ is ``gamma``, vᵢ is ``v[i]``, and ηᵢ is ``rate[i]``. Rates and weight
-decay are arrays with one number for each parameter, so that parameter groups need no special treatment. Each event
-returns the views that it makes the server send.
+Each class is one algorithm. It is given an optimizer of oracle_optimizers.py, which says what one gradient does. θ is
+``theta``, the optimizer's state of worker i is ``states[i]``, and ηᵢ is ``rate[i]``. Rates and weight decay are arrays
+with one number for each parameter, so that parameter groups need no special treatment. Each event returns the views
+that it makes the server send.
 """
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
-Array = NDArray[np.float64]
+import numpy as np
+from oracle_optimizers import Array
+
 Views = dict[int, Array]
 Steps = list[tuple[Array, Array]]
 
@@ -28,16 +30,16 @@ class Oracle:
         if name:
             ORACLES[name] = cls
 
-    def __init__(self, theta: Array, workers: int, gamma: float, lr_correction: bool = True):
+    def __init__(self, theta: Array, workers: int, optimizer: Any, lr_correction: bool = True):
         self.theta = np.array(theta, dtype=np.float64)
-        self.gamma = gamma
+        self.optimizer = optimizer
         self.lr_correction = lr_correction
         self.updates = 0
         self.lr = self.zeros()  # η of the last update
         self.max_lr = self.zeros()
         self.present = set(range(workers))
         self.sent: dict[int, tuple[Array, int]] = {}  # worker -> its view and the view's version
-        self.v = {i: self.zeros() for i in range(workers)}
+        self.states = {i: optimizer.clone() for i in range(workers)}
         self.rate = {i: self.zeros() for i in range(workers)}
         self.t = dict.fromkeys(range(workers), 0)  # number of updates of each worker
         self.set_up()
@@ -107,7 +109,7 @@ class Oracle:
     def fresh(self, i: int) -> Views:
         """A new process replaces it."""
         self.present.add(i)
-        self.v[i], self.rate[i], self.t[i] = self.zeros(), self.zeros(), 0
+        self.states[i], self.rate[i], self.t[i] = self.states[i].clone(), self.zeros(), 0
         return self.send(i)
 
     def left(self, i: int) -> Views:
@@ -119,24 +121,25 @@ class Oracle:
 
 
 class Asgd(Oracle, name="asgd"):
-    def apply(self, i: int, g: Array, lr: Array) -> None:
-        self.theta = self.theta - lr * g
+    def set_up(self) -> None:
+        self.states = {i: state.without_momentum() for i, state in self.states.items()}
 
     def take(self, i: int, steps: Steps) -> None:
-        for step in steps:
-            super().take(i, [step])
+        x = self.sent[i][0]
+        for g, lr in steps:
+            displacement = self.states[i].s(g, x, lr)
+            x, self.theta = x + displacement, self.theta + displacement
 
 
 class NagAsgd(Oracle, name="nag-asgd"):
     def set_up(self) -> None:
-        self.velocity = self.zeros()
+        self.shared = self.optimizer.clone()
 
     def apply(self, i: int, g: Array, lr: Array) -> None:
-        self.velocity = self.gamma * self.velocity + g
-        self.theta = self.theta - lr * self.velocity
+        self.theta = self.theta + self.shared.s(g, self.sent[i][0], lr)
 
     def view(self, i: int) -> Array:
-        return self.theta - self.lr * self.gamma * self.velocity
+        return self.theta + self.shared.a(self.lr)
 
 
 class Baseline(NagAsgd, name="baseline"):
@@ -145,36 +148,38 @@ class Baseline(NagAsgd, name="baseline"):
 
 class MultiAsgd(Oracle, name="multi-asgd"):
     def apply(self, i: int, g: Array, lr: Array) -> None:
-        self.v[i] = self.gamma * self.v[i] + g
-        self.theta = self.theta - lr * self.v[i]
+        self.theta = self.theta + self.states[i].s(g, self.sent[i][0], lr)
 
     def view(self, i: int) -> Array:
-        return self.theta - self.gamma * self.rate[i] * self.v[i]
+        return self.theta + self.states[i].a(self.rate[i])
 
 
 class DanaZero(MultiAsgd, name="dana-zero"):
     def view(self, i: int) -> Array:
-        return self.theta - self.gamma * sum((self.rate[j] * self.v[j] for j in self.present), self.zeros())
+        return self.theta + self.ahead()
+
+    def ahead(self) -> Array:
+        return sum((self.states[j].a(self.rate[j]) for j in self.present), self.zeros())
 
 
 class Dana(Oracle, name="dana"):
     """``theta`` is Θ here."""
 
+    ahead = DanaZero.ahead
+
     def take(self, i: int, steps: Steps) -> None:
+        x = self.sent[i][0]
         for g, lr in steps:
-            before = self.v[i]
-            self.v[i] = self.gamma * before + g
-            self.theta = self.theta - lr * (self.gamma * self.v[i] + g)
-            if self.lr_correction:
-                self.theta = self.theta + self.gamma * (self.rate[i] - lr) * before
-            self.rate[i] = lr
+            before = self.states[i].a(self.rate[i] if self.lr_correction else lr)
+            displacement = self.states[i].s(g, x, lr) + self.states[i].a(lr) - before
+            x, self.theta, self.rate[i] = x + displacement, self.theta + displacement, lr
 
     def left(self, i: int) -> Views:
-        self.theta = self.theta + self.gamma * self.rate[i] * self.v[i]
+        self.theta = self.theta - self.states[i].a(self.rate[i])
         return super().left(i)
 
     def final(self) -> Array:
-        return self.theta + self.gamma * sum((self.rate[j] * self.v[j] for j in self.present), self.zeros())
+        return self.theta - self.ahead()
 
 
 class Rounds(Oracle):
@@ -213,7 +218,7 @@ class Rounds(Oracle):
         return self.close_round()
 
     def fresh(self, i: int) -> Views:
-        self.v[i] = self.zeros()
+        self.states[i] = self.states[i].clone()
         return self.back(i)
 
     def close_round(self) -> Views:
@@ -240,6 +245,9 @@ class Ssgd(Rounds, NagAsgd, name="ssgd"):
         Rounds.set_up(self)
         NagAsgd.set_up(self)
 
+    def view(self, i: int) -> Array:
+        return super().view(i) if self.optimizer.torch_looks_ahead else self.theta
+
 
 class SsgdLars(Rounds, name="ssgd-lars"):
     def set_up(self) -> None:
@@ -254,7 +262,7 @@ class SsgdLars(Rounds, name="ssgd-lars"):
             norm_w, norm_g = np.linalg.norm(self.theta[layer]), np.linalg.norm((mean - decay)[layer])
             ratio = 0.001 * norm_w / (norm_g + np.linalg.norm(decay[layer])) if norm_w > 0 else 1
             rates[layer] = lr[layer] * ratio
-        self.velocity = self.gamma * self.velocity + rates * mean
+        self.velocity = self.optimizer.gamma * self.velocity + rates * mean
         self.theta = self.theta - self.velocity
 
 
@@ -290,26 +298,32 @@ class GapAware(Oracle):
 
 class Ga(GapAware, NagAsgd, name="ga"):
     def applied_velocity(self, i: int) -> Array:
-        return self.velocity
+        return self.shared.velocity()
 
 
 class DanaGa(GapAware, DanaZero, name="dana-ga"):
     def applied_velocity(self, i: int) -> Array:
-        return self.v[i]
+        return self.states[i].velocity()
 
 
 # ---- compared with -----------------------------------------------------------------------------------------------
 
 
-class DcAsgd(Asgd, name="dc-asgd"):
+class DcAsgd(NagAsgd, name="dc-asgd"):
+    """Without momentum, and so without a look-ahead."""
+
     strength = 0.04
+
+    def set_up(self) -> None:
+        self.shared = self.optimizer.without_momentum()
 
     def corrected(self, i: int, g: Array, lag: int) -> Array:
         return g + self.strength * g * g * (self.theta - self.sent[i][0])
 
 
-class DcAsgdAdaptive(Asgd, name="dc-asgd-adaptive"):
+class DcAsgdAdaptive(DcAsgd, name="dc-asgd-adaptive"):
     def set_up(self) -> None:
+        super().set_up()
         self.m = self.zeros()
 
     def corrected(self, i: int, g: Array, lag: int) -> Array:
@@ -323,20 +337,28 @@ class DanaDc(DanaZero, name="dana-dc"):
 
 
 class DanaNadam(Oracle, name="dana-nadam"):
-    """``v[i]`` is mᵢ."""
+    """``m[i]`` is mᵢ. The momentum of an SGD is β₁."""
 
     def set_up(self) -> None:
+        self.m = dict.fromkeys(self.present, self.zeros())
         self.n = self.zeros()
+        numbers = self.optimizer.numbers
+        self.beta1 = numbers["momentum"] if "momentum" in numbers else numbers["beta1"]
+        self.beta2 = numbers.get("beta2", 0.999)
 
     def apply(self, i: int, g: Array, lr: Array) -> None:
-        self.v[i] = self.gamma * self.v[i] + (1 - self.gamma) * g
-        self.n = 0.999 * self.n + 0.001 * g**2
-        mean = self.v[i] / (1 - self.gamma ** (self.t[i] + 1))
-        self.theta = self.theta - lr * mean / (np.sqrt(self.n / (1 - 0.999 ** (self.updates + 1))) + 1e-8)
+        self.m[i] = self.beta1 * self.m[i] + (1 - self.beta1) * g
+        self.n = self.beta2 * self.n + (1 - self.beta2) * g**2
+        mean = self.m[i] / (1 - self.beta1 ** (self.t[i] + 1))
+        self.theta = self.theta - lr * mean / (np.sqrt(self.n / (1 - self.beta2 ** (self.updates + 1))) + 1e-8)
 
     def view(self, i: int) -> Array:
         if not self.updates:
             return self.theta
-        means = (self.v[j] / (1 - self.gamma ** (self.t[j] + 1)) for j in self.present)
-        scale = np.sqrt(self.n / (1 - 0.999**self.updates)) + 1e-8
-        return self.theta - self.lr * self.gamma * sum(means, self.zeros()) / scale
+        means = (self.m[j] / (1 - self.beta1 ** (self.t[j] + 1)) for j in self.present)
+        scale = np.sqrt(self.n / (1 - self.beta2**self.updates)) + 1e-8
+        return self.theta - self.lr * self.beta1 * sum(means, self.zeros()) / scale
+
+    def fresh(self, i: int) -> Views:
+        self.m[i] = self.zeros()
+        return super().fresh(i)

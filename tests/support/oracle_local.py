@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
+import copy
 import random
+from typing import Any
 
 import numpy as np
 from oracle import ORACLES as ORACLES
 from oracle import Array, Oracle, Rounds, Steps, Views
 
 
-class LocalNesterov:
-    """Nesterov steps on the worker, from the view on: v ← γv + g; x ← x − η(γv + g)."""
+class LocalSteps:
+    """Steps on the worker, from the view on: x ← x + s + a′ − a. For SGD: v ← γv + g; x ← x − η(γv + g)."""
 
-    def walked(self: Oracle, i: int, steps: Steps, v: Array) -> tuple[Array, Array]:  # type: ignore[misc]
+    def walked(self: Oracle, i: int, steps: Steps, state: Any) -> Array:  # type: ignore[misc]
+        """Return where ``steps`` lead, and bring ``state`` up to date."""
         x = self.sent[i][0]
         for g, lr in steps:
-            v = self.gamma * v + g
-            x = x - lr * (self.gamma * v + g)
-        return x, v
+            before = state.a(lr)
+            x = x + state.s(g, x, lr) + state.a(lr) - before
+        return x
 
 
-class Easgd(Oracle, name="easgd"):
+class Eamsgd(LocalSteps, Oracle, name="eamsgd"):
     """``local[i]`` is xᵢ, ``theta`` the centre x̃."""
 
     def set_up(self) -> None:
         self.local = dict.fromkeys(self.present, self.theta)
 
     def take(self, i: int, steps: Steps) -> None:
-        x = self.walk(i, steps)
+        x = self.walked(i, steps, self.states[i])
         e = 0.9 / len(self.present) * (x - self.theta)
         self.local[i] = x - e
         self.theta = self.theta + e
-
-    def walk(self, i: int, steps: Steps) -> Array:
-        return self.sent[i][0] - sum((lr * g for g, lr in steps), self.zeros())
 
     def view(self, i: int) -> Array:
         return self.local[i]
@@ -43,23 +43,23 @@ class Easgd(Oracle, name="easgd"):
         return super().fresh(i)
 
 
-class Eamsgd(LocalNesterov, Easgd, name="eamsgd"):
-    def walk(self, i: int, steps: Steps) -> Array:
-        x, self.v[i] = self.walked(i, steps, self.v[i])
-        return x
-
-
-class ModelAveraging(LocalNesterov, Rounds, name="model-averaging"):
+class Easgd(Eamsgd, name="easgd"):
     def set_up(self) -> None:
         super().set_up()
-        self.tentative: dict[int, Array] = {}
+        self.states = {i: state.without_momentum() for i, state in self.states.items()}
+
+
+class ModelAveraging(LocalSteps, Rounds, name="model-averaging"):
+    def set_up(self) -> None:
+        super().set_up()
+        self.tentative: dict[int, Any] = {}
 
     def pushed(self, i: int, steps: Steps) -> Array:
-        x, self.tentative[i] = self.walked(i, steps, self.v[i])
-        return x
+        self.tentative[i] = copy.deepcopy(self.states[i])
+        return self.walked(i, steps, self.tentative[i])
 
     def apply(self, i: int, mean: Array, lr: Array) -> None:
-        self.v |= {j: self.tentative[j] for j in self.waiting}
+        self.states |= {j: self.tentative[j] for j in self.waiting}
         self.theta = mean
 
 
@@ -73,7 +73,10 @@ class Bmuf(ModelAveraging, name="bmuf"):
         return 1 - 1 / len(self.present)
 
     def apply(self, i: int, mean: Array, lr: Array) -> None:
-        """B is what was sent to i. β changes as workers come and go, so each worker may have another B."""
+        """B is what was sent to i. β changes as workers come and go, so each worker may have another B.
+
+        Workers begin each block with a fresh state.
+        """
         self.step = self.beta * self.step + mean - self.sent[i][0]
         self.theta = self.theta + self.step
 

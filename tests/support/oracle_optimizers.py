@@ -2,7 +2,8 @@
 
 Each has a state for every parameter, which counts that parameter's own gradients: ``t`` is an array. ``s(g, view, lr)``
 takes a gradient into the state and returns its displacement; ``a(lr)`` returns the displacement that the momentum in
-the state alone will still cause. ``clone()`` is a fresh one with the same hyper-parameters.
+the state alone will still cause. ``velocity()`` is v if the last displacement was −ηv, apart from decoupled weight
+decay. ``clone()`` is a fresh one with the same hyper-parameters, ``without_momentum()`` one that never looks ahead.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ Array = NDArray[np.float64]
 
 
 class SgdOracle:
+    torch_looks_ahead = True  # torch's parameters are θ + a, in the Nesterov form
+
     def __init__(self, size: int, momentum: float = 0.9):
         self.size, self.numbers = size, {"momentum": momentum}
         self.gamma, self.v = momentum, np.zeros(size)
@@ -23,7 +26,13 @@ class SgdOracle:
     def clone(self) -> Any:
         return type(self)(self.size, **self.numbers)
 
-    def s(self, g: Array, view: Array, lr: Array, there: Array) -> Array:
+    def without_momentum(self) -> Any:
+        return type(self)(self.size, **{**self.numbers, "momentum": 0.0})
+
+    def velocity(self) -> Array:
+        return self.v
+
+    def s(self, g: Array, view: Array, lr: Array, there: Array | bool = True) -> Array:
         self.v = np.where(there, self.gamma * self.v + g, self.v)
         return np.where(there, -lr * self.v, 0.0)
 
@@ -32,6 +41,8 @@ class SgdOracle:
 
 
 class AdamOracle:
+    torch_looks_ahead = False
+
     def __init__(
         self,
         size: int,
@@ -54,7 +65,13 @@ class AdamOracle:
 
     clone = SgdOracle.clone
 
-    def take(self, g: Array, there: Array) -> None:
+    def without_momentum(self) -> Any:
+        return type(self)(self.size, **{**self.numbers, "beta1": 0.0})
+
+    def velocity(self) -> Array:
+        return self.m / (1 - self.beta1**self.t) / self.d()
+
+    def take(self, g: Array, there: Array | bool) -> None:
         self.m = np.where(there, self.beta1 * self.m + (1 - self.beta1) * g, self.m)
         self.n = np.where(there, self.beta2 * self.n + (1 - self.beta2) * g**2, self.n)
         self.largest = np.maximum(self.largest, self.n)
@@ -66,7 +83,7 @@ class AdamOracle:
         seen = np.maximum(self.t, 1)
         return np.where(self.t > 0, np.sqrt(square / (1 - self.beta2**seen)) + self.eps, 1.0)
 
-    def s(self, g: Array, view: Array, lr: Array, there: Array) -> Array:
+    def s(self, g: Array, view: Array, lr: Array, there: Array | bool = True) -> Array:
         self.take(g, there)
         step = -lr * (self.m / (1 - self.beta1 ** np.maximum(self.t, 1))) / self.d() - lr * self.w * view
         return np.where(there, step, 0.0)
@@ -76,6 +93,8 @@ class AdamOracle:
 
 
 class NAdamOracle(AdamOracle):
+    torch_looks_ahead = True
+
     def __init__(self, size: int, momentum_decay: float = 4e-3, **numbers: Any):
         super().__init__(size, **numbers)
         self.numbers["momentum_decay"] = momentum_decay
@@ -85,12 +104,17 @@ class NAdamOracle(AdamOracle):
         return self.beta1 * (1 - 0.5 * 0.96 ** (t * self.psi))
 
     def product(self, t: Array) -> Array:
-        return np.array([np.prod(self.mu(np.arange(1, each + 1))) for each in t])
+        counts, places = np.unique(t, return_inverse=True)  # few differ
+        return np.array([np.prod(self.mu(np.arange(1, count + 1))) for count in counts])[places]
+
+    def velocity(self) -> Array:
+        """Near to v: a step takes the new gradient at another weight than the mean does."""
+        return self.m / (1 - self.product(self.t)) / self.d()
 
     def a(self, lr: Array) -> Array:
         return -lr * self.mu(self.t + 1) * self.m / (1 - self.product(self.t + 1)) / self.d()
 
-    def s(self, g: Array, view: Array, lr: Array, there: Array) -> Array:
+    def s(self, g: Array, view: Array, lr: Array, there: Array | bool = True) -> Array:
         before = self.a(lr)
         self.take(g, there)
         t = np.maximum(self.t, 1)
@@ -99,6 +123,8 @@ class NAdamOracle(AdamOracle):
 
 
 class RMSpropOracle:
+    torch_looks_ahead = False
+
     def __init__(
         self, size: int, alpha: float = 0.99, eps: float = 1e-8, momentum: float = 0.0, centered: bool = False
     ):
@@ -108,8 +134,10 @@ class RMSpropOracle:
         self.n, self.mean, self.v = np.zeros(size), np.zeros(size), np.zeros(size)
 
     clone = SgdOracle.clone
+    without_momentum = SgdOracle.without_momentum
+    velocity = SgdOracle.velocity
 
-    def s(self, g: Array, view: Array, lr: Array, there: Array) -> Array:
+    def s(self, g: Array, view: Array, lr: Array, there: Array | bool = True) -> Array:
         self.n = np.where(there, self.alpha * self.n + (1 - self.alpha) * g**2, self.n)
         self.mean = np.where(there, self.alpha * self.mean + (1 - self.alpha) * g, self.mean)
         variance = self.n - self.mean**2 if self.centered else self.n
@@ -121,14 +149,16 @@ class RMSpropOracle:
 
 
 class AdagradOracle:
+    torch_looks_ahead = False
+
     def __init__(self, size: int, eps: float = 1e-10, lr_decay: float = 0.0, initial: float = 0.0):
         self.size = size
         self.numbers = {"eps": eps, "lr_decay": lr_decay, "initial": initial}
         self.eps, self.zeta, self.n, self.t = eps, lr_decay, np.full(size, initial), np.zeros(size)
 
-    clone = SgdOracle.clone
+    clone = without_momentum = SgdOracle.clone
 
-    def s(self, g: Array, view: Array, lr: Array, there: Array) -> Array:
+    def s(self, g: Array, view: Array, lr: Array, there: Array | bool = True) -> Array:
         self.n = np.where(there, self.n + g**2, self.n)
         self.t = self.t + there
         rate = lr / (1 + (np.maximum(self.t, 1) - 1) * self.zeta)

@@ -1,9 +1,10 @@
-"""An algorithm and its oracle in the same run, in memory. Every view must equal the one that the oracle sends."""
+"""An algorithm over an optimizer, and its oracle, in the same run, in memory: the oracle sends the same views."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -11,10 +12,30 @@ from cluster import Cluster
 from hypothesis import strategies as st
 from oracle import Array, Oracle, Views
 from oracle_local import ORACLES
+from oracle_optimizers import AdagradOracle, AdamOracle, NAdamOracle, RMSpropOracle, SgdOracle
 from torch import Tensor
 
+from danaz.optimizers import Adagrad, Adam, NAdam, Optimizer, Optimizers, RMSprop, Sgd
 from danaz.rules import find_algorithm
 
+STATES = {
+    "sgd": SgdOracle,
+    "adam": AdamOracle,
+    "nadam": NAdamOracle,
+    "rmsprop": RMSpropOracle,
+    "adagrad": AdagradOracle,
+}
+OPTIMIZERS = (
+    Sgd(0.9),
+    Adam(0.9, 0.99, weight_decay=0.1),
+    Sgd(0.5),
+    NAdam(0.9, 0.99, momentum_decay=0.1),
+    Sgd(0.0),
+    RMSprop(0.9, momentum=0.8),
+    Adam(0.8, 0.9, amsgrad=True),
+    Adagrad(),
+    Adam(0.9, 0.99),
+)
 GROUPS = (4, 3)  # each group is one layer
 WEIGHT_DECAY = (0.1, 0.0)
 SIZE = sum(GROUPS)
@@ -28,12 +49,23 @@ class Run:
     """
 
     workers: int
-    momentum: float
+    draw: int  # which of the optimizers that the algorithm carries out
     lr_correction: bool
     rates: tuple[tuple[float, float], ...]
     events: tuple[tuple[str, int], ...]
     seed: int
     sync_period: int = 1  # used if the algorithm has one
+
+    def optimizer(self, algorithm: str) -> Optimizer:
+        """The optimizer that ``algorithm`` carries out in this run."""
+        carried = carried_out(algorithm)
+        return carried[self.draw % len(carried)]
+
+
+@cache
+def carried_out(algorithm: str) -> list[Optimizer]:
+    """The optimizers of this module that ``algorithm`` carries out."""
+    return [each for each in OPTIMIZERS if not find_algorithm(algorithm).refusal(Optimizers([each]))]
 
 
 RATE = st.sampled_from([0.1, 0.03, 0.01, 0.001])
@@ -48,7 +80,7 @@ def runs(*what: str, most_workers: int = 5) -> st.SearchStrategy[Run]:
         return st.builds(
             Run,
             workers=st.just(workers),
-            momentum=st.sampled_from([0.9, 0.5, 0.0]),
+            draw=st.integers(0, len(OPTIMIZERS) - 1),
             lr_correction=st.booleans(),
             rates=st.lists(st.tuples(RATE, RATE), min_size=1, max_size=4).map(tuple),
             events=events.map(tuple),
@@ -68,18 +100,19 @@ class Pair:
         workers = min(run.workers, self.limit)
         self.run = run
         self.random = np.random.default_rng(run.seed)
-        first = self.random.normal(size=SIZE).astype(np.float32)
+        first, optimizer = self.random.normal(size=SIZE).astype(np.float32), run.optimizer(name)
         self.cluster = Cluster(
             name,
             workers,
             torch.from_numpy(first),
             groups=GROUPS,
-            momentum=run.momentum,
+            optimizers=Optimizers([optimizer]),
             lr_correction=run.lr_correction,
             sync_period=run.sync_period if "sync_period" in algorithm.hyperparameters else None,
             weight_decay=WEIGHT_DECAY,
         )
-        self.oracle: Oracle = ORACLES[name](first, workers, run.momentum, run.lr_correction)
+        state = STATES[optimizer.name](SIZE, **asdict(optimizer))
+        self.oracle: Oracle = ORACLES[name](first, workers, state, run.lr_correction)
         self.oracle.weight_decay, self.oracle.layers = per_parameter(WEIGHT_DECAY), (slice(0, 4), slice(4, 7))
         self.having: set[int] = set()  # workers that have a view to compute on
         self.agree(self.oracle.start())

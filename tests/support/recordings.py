@@ -13,6 +13,7 @@ import torch
 from cluster import Cluster
 from numpy.typing import NDArray
 
+from danaz.optimizers import Optimizers, Sgd
 from danaz.rules import ALGORITHMS
 
 FILE = Path(__file__).parents[1] / "fixtures" / "sgd_recordings.npz"
@@ -32,8 +33,8 @@ def record(name: str, momentum: float) -> NDArray[np.float32]:
     """Return the views f32[turns, P] of a run with a changing learning rate, and the parameters at the end."""
     draws = torch.Generator().manual_seed(1)
     size, workers = sum(GROUPS), min(WORKERS, ALGORITHMS[name].rule().max_workers or WORKERS)
-    first = torch.randn(size, generator=draws)
-    cluster = Cluster(name, workers, first, groups=GROUPS, momentum=momentum, weight_decay=(0.1, 0.0))
+    first, optimizers = torch.randn(size, generator=draws), Optimizers([Sgd(momentum)])
+    cluster = Cluster(name, workers, first, groups=GROUPS, optimizers=optimizers, weight_decay=(0.1, 0.0))
     sent = []
     for turn in range(TURNS):
         worker = turn % workers if turn % 4 else 0  # worker 0 has more turns than the others

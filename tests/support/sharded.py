@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from danaz.optimizers import SGD
+from danaz.optimizers import SGD, Optimizers
 from danaz.protocol.messages import Parameters, Plan, Push, Reply
 from danaz.run.settings import Settings
 from danaz.server.core import ServerCore
@@ -56,12 +56,16 @@ def make_cores(algorithm: str, shards: int, workers: int = 1, gap_every: int = 1
 
 @contextmanager
 def linked(
-    cores: Sequence[ServerCore], worker: int = 0, compressor: Compressor | None = None, ahead: int = 1
+    cores: Sequence[ServerCore],
+    worker: int = 0,
+    compressor: Compressor | None = None,
+    ahead: int = 1,
+    optimizers: Optimizers = SGD,
 ) -> Iterator[tuple[WorkerCore, Any, list[CoreLink]]]:
     links = [CoreLink(core, worker, {}) for core in cores]
     link = ShardedLink(links, LAYOUT)
-    rule = cores[0].settings.rule()
-    role = Role(worker, 1, "", SGD, LAYOUT, PLAN, ahead)
+    rule = cores[0].settings.rule(optimizers)
+    role = Role(worker, 1, "", optimizers, LAYOUT, PLAN, ahead)
     core = WorkerCore(role, rule.worker_rule, compressor=compressor, push_moves_view=rule.push_moves_view)
     yield core, link, links
     link.close()
@@ -79,7 +83,8 @@ def say(core: WorkerCore, link: ShardedLink, request: Request) -> Any:
 
 def push_of(core: WorkerCore, view: Parameters, grad: Tensor | None = None) -> Push:
     """Push ``grad`` f32[P], or ones, for the first batch that the worker holds."""
-    return core.push(Step(view.leases[0], (0.1, 0.1, 0.1), 1, 1.0), torch.ones(LAYOUT.size) if grad is None else grad)
+    grad = torch.ones(LAYOUT.size) if grad is None else grad
+    return core.push(Step(view.leases[0], (0.1, 0.1, 0.1), 1, 1.0), grad, view.view.clone())
 
 
 def gradients() -> Iterator[Tensor]:

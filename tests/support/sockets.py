@@ -12,7 +12,7 @@ import zmq
 from cluster import DIGEST, layout_of
 from torch import Tensor
 
-from danaz.optimizers import SGD
+from danaz.optimizers import SGD, Optimizers
 from danaz.protocol.keys import ServerKeys, WorkerKeys
 from danaz.protocol.messages import Final, Heartbeat, Noted, Parameters, Plan, Reply, Request
 from danaz.protocol.wire import decode
@@ -80,12 +80,13 @@ class LiveWorker(threading.Thread):
         plan: Plan,
         keys: WorkerKeys | None = None,
         size: int = 1000,
+        optimizers: Optimizers = SGD,
     ):
         super().__init__()
         self.size = size
         self.keys = keys
         self.settings, self.address = settings, address
-        self.role = Role(number, 1, DIGEST, SGD, layout_of(size, buffers=1), plan)
+        self.role = Role(number, 1, DIGEST, optimizers, layout_of(size, buffers=1), plan)
         self.newest: Parameters | None = None  # the last view that it got
         self.final: Final | None = None
         self.error: BaseException | None = None
@@ -100,7 +101,7 @@ class LiveWorker(threading.Thread):
             link.close()
 
     def train(self, link: DealerLink) -> None:
-        core = WorkerCore(self.role, self.settings.rule().worker_rule)
+        core = WorkerCore(self.role, self.settings.rule(self.role.optimizers).worker_rule)
 
         def ask(request: Request) -> Reply:
             reply = link.exchange(request)
@@ -116,7 +117,7 @@ class LiveWorker(threading.Thread):
             if reply.leases:
                 grad: Tensor = reply.view - 1
                 step = Step(reply.leases[0], (0.05,), 4, float(grad.square().sum() / 2))
-                reply = ask(core.push(step, grad))
+                reply = ask(core.push(step, grad, reply.view))
             else:
                 reply = ask(core.pull())
         final = ask(core.leave(torch.ones(1)))

@@ -8,7 +8,7 @@ import torch
 from cluster import DIGEST, TIMEOUT_S, layout_of
 from torch import Tensor
 
-from danaz.optimizers import SGD
+from danaz.optimizers import SGD, Optimizers
 from danaz.protocol.messages import (
     Join,
     Parameters,
@@ -33,11 +33,14 @@ def make_core(algorithm: str = "dana-zero", workers: int = 1, **changes: object)
     return ServerCore(ServerSettings(algorithm=algorithm, workers=workers, **changes))  # type: ignore[arg-type]
 
 
-def started(algorithm: str = "dana-zero", workers: int = 1, **changes: object) -> tuple[ServerCore, Parameters]:
+def started(
+    algorithm: str = "dana-zero", workers: int = 1, optimizers: Optimizers = SGD, **changes: object
+) -> tuple[ServerCore, Parameters]:
     """Return a core whose workers are in the run, and the first view of worker 0."""
     core = make_core(algorithm, workers, **changes)
     for worker in range(workers):
-        replies = core.handle(worker, replace(JOIN, worker=worker, params=JOIN.params if worker == 0 else None), 0.0)
+        join = replace(JOIN, worker=worker, optimizers=optimizers, params=JOIN.params if worker == 0 else None)
+        replies = core.handle(worker, join, 0.0)
     [view] = [reply for route, reply in replies if route == 0]
     assert isinstance(view, Parameters)
     return core, view
@@ -66,7 +69,7 @@ def arithmetic_of(core: ServerCore) -> list[object]:
         f"{m.worker}.{name}": vector.tolist() for m in core.members.values() for name, vector in m.vectors.items()
     }
     shared = {name: vector.tolist() for name, vector in master.shared.items()}
-    rates = [(m.worker, m.lr, m.updates) for m in core.members.values()]
+    counts = [(m.worker, m.lr, m.updates, m.counts) for m in core.members.values()]
     return [
         master.params.tolist(),
         master.version,
@@ -74,6 +77,7 @@ def arithmetic_of(core: ServerCore) -> list[object]:
         master.max_lr,
         vectors,
         shared,
-        rates,
+        counts,
+        master.shared_counts,
         core.totals.updates,
     ]

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from axis import ADAMW, under
 from live import Running, read_updates, until
 from mortal_shards import Servers, Trainer, Way, check_end, check_run, training, undisturbed_end
 from torch import Tensor
 
+from danaz.optimizers import SGD, Optimizers
 from danaz.protocol.messages import GoBack, Push, Refusal, Reply
 from danaz.run.folder import read_summary
 from danaz.server.settings import ServerSettings
@@ -31,19 +33,26 @@ from danaz.worker.core import Request
 @pytest.fixture
 def begin(tmp_path: Path) -> Iterator[Callable[..., Trainer]]:
     with ExitStack() as stack:
-        yield lambda name="run", **settings: stack.enter_context(training(tmp_path / name, **settings))
+        yield lambda name="run", **settings: stack.enter_context(
+            training(tmp_path / name, **{"optimizers": ADAMW, **settings})
+        )
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Tensor:
-    return undisturbed_end(tmp_path_factory.mktemp("undisturbed"))
+    return undisturbed_end(tmp_path_factory.mktemp("undisturbed"), ADAMW)
 
 
-@pytest.mark.parametrize("shards", [2, 3])
+@pytest.mark.parametrize(("shards", "optimizers"), [(2, SGD), (3, ADAMW)], ids=["sgd", "adamw"])
 def test_all_go_back_to_one_generation(
-    shards: int, begin: Callable[..., Trainer], undisturbed: Tensor, capsys: pytest.CaptureFixture[str]
+    shards: int,
+    optimizers: Optimizers,
+    begin: Callable[..., Trainer],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    trainer = begin(shards=shards)
+    undisturbed = undisturbed_end(tmp_path / "undisturbed", optimizers)
+    trainer = begin(shards=shards, optimizers=optimizers)
     servers = trainer.servers
     for _ in range(2):
         trainer.train(4)
@@ -154,12 +163,14 @@ def test_another_number_of_shards_is_refused(begin: Callable[..., Trainer]) -> N
         more.stream(0, GoBack(0, 1, -1, generation=2, newest=9), 0.0)
 
 
-@pytest.mark.parametrize("algorithm", ["dana", "dana-zero"])
-def test_a_shard_that_has_let_a_worker_go_stays_at_the_end(algorithm: str, begin: Callable[..., Trainer]) -> None:
+@under({"dana": "sgd adamw", "dana-zero": "adamw"})
+def test_a_shard_that_has_let_a_worker_go_stays_at_the_end(
+    algorithm: str, optimizers: Optimizers, begin: Callable[..., Trainer]
+) -> None:
     """It is killed after it has announced its end and before shard 0 has: the worker gives back its share only once."""
     ends = []
     for name, is_killed in (("quiet", False), ("killed", True)):
-        trainer = begin(name, algorithm=algorithm)
+        trainer = begin(name, algorithm=algorithm, optimizers=optimizers)
         trainer.train()
         first, second = trainer.ways
         second.answered.clear()

@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from axis import ADAMW, AXIS
 from cluster import Cluster
 from line import PLAN, Line, make_worker, train
 from oracle import ORACLES
+from oracle_optimizers import AdamOracle, SgdOracle
 from stimuli import GRADIENT, INF, NAN, SIZE
 from torch import Tensor
 
+from danaz.optimizers import SGD, Optimizers
 from danaz.protocol.messages import Parameters, Pull, Push, Refusal
 from danaz.rules.base import HyperparameterError
 from danaz.run.config import load_config
@@ -38,18 +41,27 @@ def simulation(folder: Path, *overrides: str) -> Simulation:
 
 
 @pytest.mark.parametrize("algorithm", ["asgd", "dana", "dana-zero", "nag-asgd", "multi-asgd"])
-def test_it_equals_its_definition(algorithm, tmp_path):
-    """x is the view from before the worker's own push; under dana, that push is added to it."""
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [
+        (SgdOracle(1000, 0.9), ()),
+        (AdamOracle(1000, weight_decay=0.1), ("optimizer=adamw", "weight_decay=0.1")),
+    ],
+    ids=["sgd", "adamw"],
+)
+def test_it_equals_its_definition(algorithm, optimizer, options, tmp_path):
+    """x is the view from before the worker's own push; that push is added to it where pushes are displacements."""
     curvature, lr = np.logspace(-2, 0, 1000), np.full(1000, 0.01)
-    simulated = simulation(tmp_path, f"algorithm={algorithm}", "lr=0.01")
+    simulated = simulation(tmp_path, f"algorithm={algorithm}", "lr=0.01", *options)
     simulated.start()
-    oracle = ORACLES[algorithm](np.zeros(1000), WORKERS, 0.9)
+    oracle = ORACLES[algorithm](np.zeros(1000), WORKERS, optimizer)
     points = oracle.start()
     for turn in range(60):
         worker = turn % WORKERS
         fetched, before = oracle.view(worker).copy(), oracle.theta
+        oracle.sent[worker] = points[worker], oracle.updates
         oracle.push(worker, [(curvature * (points[worker] - 1), lr)], 1)
-        points[worker] = fetched + (oracle.theta - before if algorithm == "dana" else 0)
+        points[worker] = fetched + (oracle.theta - before if simulated.rule.push_moves_view else 0)
         simulated.advance(1)
         np.testing.assert_allclose(simulated.server.master.params, oracle.theta, rtol=1e-4, atol=1e-7)
         assert simulated.server.members[worker].lag == min(turn, WORKERS), "the lag is that of the view that was sent"
@@ -71,8 +83,15 @@ def test_it_goes_downhill(tmp_path, algorithm):
 class Pipelined(Cluster):
     """Workers that fetch the next view and then push, so that the answer to the push brings no view."""
 
-    def __init__(self, algorithm: str = "dana", workers: int = 2, params: Tensor | None = None):
-        super().__init__(algorithm, workers, torch.ones(SIZE) if params is None else params, ahead=2)
+    def __init__(
+        self,
+        algorithm: str = "dana",
+        workers: int = 2,
+        params: Tensor | None = None,
+        optimizers: Optimizers = SGD,
+    ):
+        first = torch.ones(SIZE) if params is None else params
+        super().__init__(algorithm, workers, first, ahead=2, optimizers=optimizers)
 
     def fetch(self, worker: int) -> Tensor:
         """Fetch a view, and return a copy of it."""
@@ -80,7 +99,8 @@ class Pipelined(Cluster):
         return self.views[worker].clone()
 
     def make(self, worker: int, grad: Tensor) -> Push:
-        return self.workers[worker].push(Step(self.leases(worker)[0], (0.1,), 1, 1.0), grad, wants_view=False)
+        step = Step(self.leases(worker)[0], (0.1,), 1, 1.0)
+        return self.workers[worker].push(step, grad, self.point(worker), wants_view=False)
 
     def push_beside(self, worker: int, grad: Tensor = GRADIENT) -> Parameters:
         reply = self.say(worker, self.make(worker, grad))
@@ -103,10 +123,15 @@ class Pipelined(Cluster):
 
 class TestWhatItComputesOn:
     @pytest.mark.parametrize("codec", ["fp32", "bf16", "onebit", "topk:0.3"])
-    def test_dana_computes_on_what_the_server_will_hold(self, codec):
+    @pytest.mark.parametrize(
+        ("algorithm", "optimizers"),
+        [("dana", SGD), ("dana", ADAMW), ("asgd", ADAMW)],
+        ids=["dana-sgd", "dana-adamw", "asgd-adamw"],
+    )
+    def test_it_computes_on_what_the_server_will_hold(self, codec, algorithm, optimizers):
         """Even the bits are the same if the push is lossy, because a lone worker's view lacks only its own push."""
         size = 5000
-        cluster = Pipelined(workers=1, params=torch.randn(size))
+        cluster = Pipelined(algorithm, workers=1, params=torch.randn(size), optimizers=optimizers)
         cluster.workers[0].compressor = Compressor(push_codec(codec), list(chunks(size)))
         for _ in range(5):
             cluster.fetch(0)
@@ -289,9 +314,11 @@ FAULTS: dict[str, tuple[type[Request], Callable[[Line, Request], object]]] = {
 }
 
 
-@pytest.mark.parametrize("algorithm", ["dana", "dana-zero"])
+@pytest.mark.parametrize(
+    ("algorithm", "optimizer"), [("dana", "sgd"), ("dana", "adamw"), ("dana-zero", "sgd"), ("dana-zero", "nadam")]
+)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_run_goes_on_to_its_end(algorithm, fault):
+def test_a_run_goes_on_to_its_end(algorithm, optimizer, fault):
     line = Line(algorithm)
     kind, happens = FAULTS[fault]
     seen = []
@@ -302,14 +329,14 @@ def test_a_run_goes_on_to_its_end(algorithm, fault):
             happens(line, request)
 
     line.before_exchange = before_exchange
-    worker = make_worker(line)
+    worker = make_worker(line, optimizers=AXIS[optimizer])
     train(worker)
     assert len(seen) > 18
     assert [update.version for update in line.updates] == list(range(1, PLAN.batches + 1))
     assert sorted(update.batch for update in line.updates) == list(range(PLAN.batches))
     assert line.life == (3 if "restarted" in fault else 0)
     assert line.core.finished
-    assert torch.allclose(worker.flat.params, torch.ones(SIZE), atol=0.3), "it has trained: it began within ±1 / √3"
+    assert torch.allclose(worker.flat.params, torch.ones(SIZE), atol=0.35), "it has trained: it began within ±1 / √3"
 
 
 def test_an_error_in_the_exchange_is_raised_in_the_training_loop():

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from axis import under
 from live import Running, launch, read_updates, until
 from safetensors.torch import load_file
 from sharded import LAYOUT, PLAN, compressor_of, gradients, linked, make_cores, push_of, say
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from danaz.launch.options import RunOptions
 from danaz.launch.prepare import LaunchError, check_shards
-from danaz.optimizers import SGD
+from danaz.optimizers import SGD, Optimizers
 from danaz.protocol.messages import Bye, Final, Noted, Parameters, Push, Refusal, Reply
 from danaz.protocol.wire import decode, split
 from danaz.run.settings import Settings
@@ -35,12 +36,18 @@ ELEMENTWISE = ["asgd", "nag-asgd", "dana", "dana-zero", "dana-ga", "dana-dc", "d
 
 
 def train(
-    algorithm: str, shards: int, gap_every: int = 1, compressors: Sequence[Compressor | None] = (None, None)
+    algorithm: str,
+    shards: int,
+    gap_every: int = 1,
+    compressors: Sequence[Compressor | None] = (None, None),
+    optimizers: Optimizers = SGD,
 ) -> tuple[list[Tensor], Tensor, ServerCore, list[Update]]:
     """Let two workers take unequal turns. Return every view, the final model, shard 0 and its journal."""
     cores, views, journal = make_cores(algorithm, shards, gap_every=gap_every), [], []
     cores[0].on_update = journal.append
-    one, other = (linked(cores, worker, compressor) for worker, compressor in enumerate(compressors))
+    one, other = (
+        linked(cores, worker, compressor, optimizers=optimizers) for worker, compressor in enumerate(compressors)
+    )
     with one as (first, first_link, _), other as (second, second_link, _):
         replies = {}
         grads = gradients()
@@ -51,37 +58,49 @@ def train(
             batch = replies[core.role.worker].leases[0]
             lr = (0.1, 0.2, 0.05 / (1 + number))
             params = replies[core.role.worker].view.clone()
-            reply = say(core, link, core.push(Step(batch, lr, 4, 1.0), next(grads), params))
+            absent = ((30, 70),) if number % 4 == 2 else ()
+            reply = say(core, link, core.push(Step(batch, lr, 4, 1.0, absent), next(grads), params))
             assert reply.applied
             replies[core.role.worker] = reply
             views.append(reply.view.clone())
         return views, torch.cat([each.master.params for each in cores]), cores[0], journal
 
 
-@pytest.mark.parametrize("algorithm", ELEMENTWISE)
+@under(
+    {
+        **dict.fromkeys(ELEMENTWISE, "sgd adamw"),
+        "dana-nadam": "sgd",
+        "dana-zero": "sgd adamw nadam rmsprop",
+        "dana": "sgd adamw nadam rmsprop",
+    }
+)
 @pytest.mark.parametrize("shards", [2, 3])
-def test_slices_hold_the_same_bits_as_the_whole(algorithm: str, shards: int) -> None:
-    views, params, leader, _ = train(algorithm, shards)
-    whole_views, whole_params, whole, _ = train(algorithm, 1)
+def test_slices_hold_the_same_bits_as_the_whole(algorithm: str, optimizers: Optimizers, shards: int) -> None:
+    """Each shard keeps the states of its slice, and their counts: a layer has no gradient now and then."""
+    views, params, leader, _ = train(algorithm, shards, optimizers=optimizers)
+    whole_views, whole_params, whole, _ = train(algorithm, 1, optimizers=optimizers)
     assert all(torch.equal(view, other) for view, other in zip(views, whole_views, strict=True))
     assert torch.equal(params, whole_params)
     assert leader.totals.updates == whole.totals.updates == 11
     assert leader.leases.completed == whole.leases.completed == 11
 
 
+@under({"dana": "sgd adamw", "dana-zero": "adamw"})
 @pytest.mark.parametrize("wire", ["bf16", "onebit", "topk:0.1"])
 @pytest.mark.parametrize("shards", [2, 3])
-def test_slices_that_travel_encoded_hold_the_same_bits_as_the_whole(wire: str, shards: int) -> None:
+def test_slices_that_travel_encoded_hold_the_same_bits_as_the_whole(
+    algorithm: str, optimizers: Optimizers, wire: str, shards: int
+) -> None:
     """This includes error feedback, because the whole vector is compressed in the same chunks."""
 
     def compressed(servers: int) -> tuple[list[Tensor], ServerCore]:
         compressors = [compressor_of(wire, shards) for _ in range(2)]
-        views, _, leader, _ = train("dana", servers, compressors=compressors)
+        views, _, leader, _ = train(algorithm, servers, compressors=compressors, optimizers=optimizers)
         return views, leader
 
     (views, leader), (whole_views, whole) = compressed(shards), compressed(1)
     assert all(torch.equal(view, other) for view, other in zip(views, whole_views, strict=True))
-    plain_views, _, plain, _ = train("dana", shards)
+    plain_views, _, plain, _ = train(algorithm, shards, optimizers=optimizers)
     assert not torch.equal(views[-1], plain_views[-1]), "the codec must lose something, or this tests nothing"
     assert leader.totals.push_bytes == whole.totals.push_bytes < plain.totals.push_bytes == 11 * 4 * LAYOUT.size
     assert leader.totals.view_bytes == whole.totals.view_bytes == 13 * 4 * LAYOUT.size
@@ -188,6 +207,37 @@ def test_a_push_that_is_not_finite_in_one_slice_is_refused_by_all() -> None:
         assert reply.refused == "push is not finite"
         assert [each.master.version for each in cores] == [0, 0]
         assert not core.vectors["velocity"].any()
+
+
+@pytest.mark.parametrize("refused", ["by shard 0", "by shard 1"])
+@under({"dana": "sgd adamw nadam"})
+def test_each_slice_goes_on_with_the_state_of_what_was_applied_to_it(
+    algorithm: str, optimizers: Optimizers, refused: str
+) -> None:
+    """A push counts in the slices that applied it alone: each slice is as if it had been trained by itself."""
+    cores, grads, (_, stop) = make_cores(algorithm, 2), gradients(), shard_spans(LAYOUT.size, 2)[0]
+    alone = {name: make_cores(algorithm, 1) for name in ("heard", "missed")}
+    first, made = next(grads), [next(grads) for _ in range(4)]
+    with linked(cores, optimizers=optimizers) as (core, link, _):
+        reply = say(core, link, core.join(first))
+        for turn, grad in enumerate(made):
+            if turn == 1 and refused == "by shard 0":
+                cores[0].leases.give_up(0)  # the batch belongs to another worker by now
+            elif turn == 1:
+                cores[1].tick(1000.0)
+            reply = say(core, link, push_of(core, reply, grad))
+    ends = {}
+    for name, server in alone.items():
+        with linked(server, optimizers=optimizers) as (core, link, _):
+            reply = say(core, link, core.join(first))
+            for grad in made if name == "heard" else [made[0], *made[2:]]:
+                reply = say(core, link, push_of(core, reply, grad))
+        ends[name] = server[0].master.params
+    missed, heard = (cores[0], cores[1]) if refused == "by shard 0" else (cores[1], cores[0])
+    mine = slice(0, stop) if refused == "by shard 0" else slice(stop, None)
+    others = slice(stop, None) if refused == "by shard 0" else slice(0, stop)
+    assert torch.equal(missed.master.params, ends["missed"][mine])
+    assert torch.equal(heard.master.params, ends["heard"][others])
 
 
 def test_a_repeated_push_is_applied_once_by_each_shard() -> None:

@@ -7,22 +7,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from axis import under
 from line import PLAN, Line, make_worker, train
 from live import launch
 from sharded import LAYOUT, compressor_of, gradients, linked, make_cores, say
 from torch import Tensor
 
+from danaz.optimizers import Optimizers
 from danaz.protocol.messages import Pull, Push
 from danaz.server.records import Update
 from danaz.torch.alone import LocalLink
 from danaz.worker.core import Request, Step
 
 
-def computed_on(algorithm: str, shards: int, wire: str) -> tuple[list[Tensor], Tensor, list[Update]]:
+def computed_on(
+    algorithm: str, optimizers: Optimizers, shards: int, wire: str
+) -> tuple[list[Tensor], Tensor, list[Update]]:
     """Let two workers take unequal turns. Return what each gradient is computed on, the final model and the journal."""
     cores, points, journal, grads = make_cores(algorithm, shards), [], [], gradients()
     cores[0].on_update = journal.append
-    one, other = (linked(cores, worker, compressor_of(wire, 2), ahead=2) for worker in range(2))
+    one, other = (linked(cores, worker, compressor_of(wire, 2), 2, optimizers) for worker in range(2))
     with one as first, other as second:
         for core, link, _ in (first, second):
             say(core, link, core.join(next(grads)))
@@ -30,18 +34,20 @@ def computed_on(algorithm: str, shards: int, wire: str) -> tuple[list[Tensor], T
         for number in range(11):
             core, link, _ = (second, first)[min(number % 3, 1)]
             batch = fetched[core.role.worker].leases[0]
-            say(core, link, core.push(Step(batch, (0.1, 0.2, 0.05), 4, 1.0), next(grads), wants_view=False))
+            params = torch.empty(LAYOUT.size)
+            core.compute_on(params)
+            say(core, link, core.push(Step(batch, (0.1, 0.2, 0.05), 4, 1.0), next(grads), params, wants_view=False))
             points.append(torch.empty(LAYOUT.size))
             core.compute_on(points[-1])
             fetched[core.role.worker] = say(core, link, core.pull(ahead=True))
         return points, torch.cat([each.master.params for each in cores]), journal
 
 
-@pytest.mark.parametrize("algorithm", ["asgd", "dana", "dana-zero", "dana-ga"])
+@under({"asgd": "sgd adamw", "dana": "sgd adamw", "dana-zero": "sgd adamw", "dana-ga": "adamw"})
 @pytest.mark.parametrize("wire", ["fp32", "onebit"])
-def test_slices_hold_the_same_bits_as_the_whole(algorithm: str, wire: str) -> None:
-    points, params, journal = computed_on(algorithm, 2, wire)
-    whole_points, whole_params, whole_journal = computed_on(algorithm, 1, wire)
+def test_slices_hold_the_same_bits_as_the_whole(algorithm: str, optimizers: Optimizers, wire: str) -> None:
+    points, params, journal = computed_on(algorithm, optimizers, 2, wire)
+    whole_points, whole_params, whole_journal = computed_on(algorithm, optimizers, 1, wire)
     assert all(torch.equal(point, other) for point, other in zip(points, whole_points, strict=True))
     assert torch.equal(params, whole_params)
     lags = [update.lag for update in journal]
@@ -71,10 +77,10 @@ FAULTS: dict[str, tuple[type[Request], Callable[[Line, Request], object]]] = {
 }
 
 
-@pytest.mark.parametrize("algorithm", ["dana", "dana-zero"])
+@under({"dana": "sgd adamw", "dana-zero": "adamw"})
 @pytest.mark.parametrize("where", [(0,), (1,), (0, 1)])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_run_goes_on_to_its_end(algorithm: str, where: tuple[int, ...], fault: str) -> None:
+def test_a_run_goes_on_to_its_end(algorithm: str, optimizers: Optimizers, where: tuple[int, ...], fault: str) -> None:
     lines = [Line(algorithm, shard, shards=2) for shard in (0, 1)]
     kind, happens = FAULTS[fault]
     seen: list[list[Request]] = [[], []]
@@ -86,14 +92,14 @@ def test_a_run_goes_on_to_its_end(algorithm: str, where: tuple[int, ...], fault:
 
     for shard in where:
         lines[shard].before_exchange = lambda request, shard=shard: before_exchange(shard, request)
-    worker = make_worker(*lines, size=64)
+    worker = make_worker(*lines, size=64, optimizers=optimizers)
     train(worker)
     assert all(len(seen[shard]) > 18 for shard in where)
     assert [update.version for update in lines[0].updates] == list(range(1, PLAN.batches + 1))
     assert sorted(update.batch for update in lines[0].updates) == list(range(PLAN.batches))
     assert all(line.core.finished for line in lines)
     assert torch.equal(worker.flat.params, torch.cat([line.core.master.params for line in lines]))
-    assert torch.allclose(worker.flat.params, torch.ones(64), atol=0.3), "it has trained: it began within ±1 / √3"
+    assert torch.allclose(worker.flat.params, torch.ones(64), atol=0.35), "it has trained: it began within ±1 / √3"
 
 
 @pytest.mark.slow

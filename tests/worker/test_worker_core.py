@@ -7,11 +7,12 @@ from math import isfinite
 
 import pytest
 import torch
+from axis import of
 from cluster import DIGEST, layout_of
 from torch import Tensor
 
-from danaz.optimizers import SGD
-from danaz.protocol.messages import Bye, Final, Join, Noted, Parameters, Plan, Pull, Refusal
+from danaz.optimizers import SGD, Optimizers
+from danaz.protocol.messages import Bye, Final, Join, Noted, Parameters, Plan, Pull, Push, Refusal
 from danaz.protocol.transitions import IllegalTransitionError
 from danaz.rules import find_algorithm
 from danaz.vectors.codecs import Compressor, push_codec
@@ -22,16 +23,17 @@ ROLE = Role(2, 4, DIGEST, SGD, layout_of(SIZE, buffers=1), Plan(10, 1), ahead=2)
 NO_BUFFERS = torch.zeros(1)
 
 
-def worker(algorithm: str = "dana", **hyperparameters: object) -> WorkerCore:
-    return WorkerCore(ROLE, find_algorithm(algorithm).rule(**hyperparameters).worker_rule)
+def worker(algorithm: str = "dana", optimizers: Optimizers = SGD, **hyperparameters: object) -> WorkerCore:
+    rule = find_algorithm(algorithm).rule(optimizer=optimizers, **hyperparameters).worker_rule  # type: ignore[arg-type]
+    return WorkerCore(replace(ROLE, optimizers=optimizers), rule)
 
 
 def view(request: int, *, version: int = 0, applied: bool = False, refused: str = "") -> Parameters:
     return Parameters(request, version, applied, refused, (0, 1), False, 0.0, 0, None, torch.zeros(SIZE))
 
 
-def joined(algorithm: str = "dana", **hyperparameters: object) -> WorkerCore:
-    core = worker(algorithm, **hyperparameters)
+def joined(algorithm: str = "dana", optimizers: Optimizers = SGD, **hyperparameters: object) -> WorkerCore:
+    core = worker(algorithm, optimizers, **hyperparameters)
     core.receive(view(core.join().request))
     return core
 
@@ -146,6 +148,33 @@ class TestCommitOnAcceptance:
         after_the_nan = core.push(Step(1, (0.1,), 1, None), ones(3.0))
         assert torch.allclose(after_the_nan.push, ones(-0.1 * (0.9 * (0.9 + 3) + 3)))
 
+    @of("sgd adamw nadam rmsprop adagrad")
+    @pytest.mark.parametrize("sync_period", [1, 3])
+    def test_of_refused_pushes_no_state_keeps_a_trace(self, optimizers, sync_period):
+        """Neither a vector nor a count nor a rate does: all later pushes are as if the refused ones had not been."""
+        often, never = (joined("dana", optimizers, sync_period=sync_period) for _ in "ab")
+        refusals = {0: view(0), 2: view(0, refused="push is not finite"), 3: Refusal(0, "given up", rejoin=True)}
+        for turn in range(6):
+            if turn in refusals:
+                bad, absent = (float("nan"), ()) if turn == 2 else (7.0, ((0, 1),))
+                push = self.push_of(often, 0.7, bad, sync_period, absent)
+                often.receive(replace(refusals[turn], request=push.request))
+            if turn == 3:
+                often.receive(view(often.join().request))
+            pushes = [self.push_of(core, 0.1 / (1 + turn), 1.0 + turn, sync_period) for core in (often, never)]
+            assert torch.equal(pushes[0].push, pushes[1].push), turn
+            for core, push in zip((often, never), pushes, strict=True):
+                core.receive(view(push.request, applied=True))
+            assert torch.equal(often.given_back(), never.given_back())
+
+    def push_of(
+        self, core: WorkerCore, lr: float, value: float, steps: int, absent: tuple[tuple[int, int], ...] = ()
+    ) -> Push:
+        params = torch.zeros(SIZE)
+        for batch in range(steps - 1):
+            core.local_step(Step(batch, (lr,), 1, None, absent), ones(value + batch), params)
+        return core.push(Step(steps, (lr,), 1, None, absent), ones(value), params)
+
     @pytest.mark.parametrize("was_applied", [True, False])
     def test_a_worker_that_was_given_up_learns_whether_its_last_push_had_been_applied(self, was_applied):
         core = joined()
@@ -209,6 +238,20 @@ class TestCompressedPushes:
         self.pushed(core, 1.0, 3.0, -1.0)  # the codec loses -1, 1, 0
         core.receive(view(2, applied=True))
         assert self.pushed(core, 2.0, 2.0, -1.0) == [2, 2, -1]  # this is 1, 3, -1, compressed
+
+    @of("sgd adamw")
+    def test_error_feedback_and_the_state_go_back_together(self, optimizers):
+        """Under dana, what is compressed is the displacement that the optimizer made."""
+        refused, clean = self.joined("dana", optimizer=optimizers), self.joined("dana", optimizer=optimizers)
+        for turn in range(5):
+            grad = torch.tensor([1.0, 3.0 + turn, -1.0])
+            if turn % 2:
+                push = refused.push(Step(0, (0.3,), 1, None), 9 * grad, torch.zeros(SIZE))
+                refused.receive(view(push.request, refused="batch was not leased to this worker"))
+            pushes = [core.push(Step(0, (0.1,), 1, None), grad, torch.zeros(SIZE)) for core in (refused, clean)]
+            assert torch.equal(pushes[0].push, pushes[1].push)
+            for core, push in zip((refused, clean), pushes, strict=True):
+                core.receive(view(push.request, applied=True))
 
     @pytest.mark.parametrize("reply", [view(2, refused="push is not finite"), Refusal(2, "given up", rejoin=True)])
     def test_what_a_refused_push_lost_does_not(self, reply):
