@@ -108,22 +108,3 @@ def test_ssgd_takes_the_root_of_the_number_of_workers(tmp_path: Path) -> None:
     assert run.summary["test_error_percent"] < 20
     [lr] = {update["lr"] for update in run.updates}
     assert lr == pytest.approx(1e-3 * 2**0.5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("algorithm", "hosts", "workers"),
-    [("dana", "localhost:4", 2), ("ssgd", "localhost:4", 4), ("baseline", "localhost:1", 1)],
-)
-def test_the_example_of_a_gpt_learns(algorithm: str, hosts: str, workers: int, tmp_path: Path) -> None:
-    """AdamW in two groups, warm-up and cosine, clipping, bf16, tied weights, and no DataLoader."""
-    run = live.launch(
-        *("--hosts", hosts, "--workers-per-host", str(workers), "--algorithm", algorithm),
-        out=tmp_path / "run",
-        script=["examples/train_gpt.py", "--steps", "60"],
-    )
-    assert (run.summary["complete"], run.summary["updates"]) == (True, 60)
-    assert run.updates[0]["loss"] > 4.3, "an untrained model knows nothing of some 90 characters"
-    assert run.summary["reported"]["test_bits_per_character"] < 5.0
-    rates = [max(update["lr"]) for update in run.updates]  # of both parameter groups
-    assert min(rates[-5:]) < max(rates) / 5, "the schedule follows the cluster to its end"
