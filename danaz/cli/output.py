@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from danaz.compare.results import ComparisonOutcome
+from danaz.compare.results import TEST_ERROR, ComparisonOutcome, measure_of
 from danaz.compare.tables import comparison_rows, figure
 from danaz.compare.tune import Tuning
 from danaz.optimizers import Adagrad, Adam, NAdam, Optimizer, Optimizers, RMSprop, Sgd
@@ -52,7 +52,7 @@ SUMMARY_ROWS = (  # title, key of summary.json, unit
 def print_summary(summary: Mapping[str, Any], run: Path) -> None:
     """Print the figures of a run, and anything unusual about it."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for title, key, unit in SUMMARY_ROWS:
+    for title, key, unit in _with_measure(summary):
         table.add_row(title, figure(summary.get(key), unit=unit))
     if not summary.get("complete", True):
         table.add_row("[bold red]incomplete[/]", "the run ended before its last batch")
@@ -69,6 +69,15 @@ def print_summary(summary: Mapping[str, Any], run: Path) -> None:
         console.print(workers_table(summary["per_worker"]))
         console.print()
     console.print(f"everything is in {run}", soft_wrap=True)
+
+
+def _with_measure(summary: Mapping[str, Any]) -> Sequence[tuple[str, str, str]]:
+    """Return SUMMARY_ROWS with the figure by which the run is judged, before the test error."""
+    measure, keys = measure_of([summary]), [key for _, key, _ in SUMMARY_ROWS]
+    if measure.key in keys:
+        return SUMMARY_ROWS
+    place = keys.index(TEST_ERROR.key)
+    return (*SUMMARY_ROWS[:place], (measure.label, measure.key, ""), *SUMMARY_ROWS[place:])
 
 
 def workers_table(per_worker: Mapping[str, Mapping[str, Any]]) -> Table:

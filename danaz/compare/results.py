@@ -117,7 +117,7 @@ class Group:
 
 
 class Measure(NamedTuple):
-    """The figure by which runs are judged."""
+    """The figure by which runs are judged; the smaller, the better."""
 
     key: str  # in summary.json
     label: str
@@ -125,13 +125,18 @@ class Measure(NamedTuple):
 
 
 TEST_ERROR = Measure("test_error_percent", "test error (%)", 2)
+TEST_LOSS = Measure("test_loss", "test loss", 4)
 TRAIN_LOSS = Measure("final_train_loss", "final training loss", 4)
+BITS_PER = "test_bits_per_"  # with what the bits are counted for, such as "character", the key of a figure
 
 
 def measure_of(summaries: Iterable[Mapping[str, Any]]) -> Measure:
-    """Return the test error if a summary has one, else the final training loss."""
-    has_error = any(summary.get(TEST_ERROR.key) is not None for summary in summaries)
-    return TEST_ERROR if has_error else TRAIN_LOSS
+    """Return the first of these that a summary has: bits per something, test error, test loss, final training loss."""
+    known = {key for summary in summaries for key, value in summary.items() if value is not None}
+    for key in sorted(known):
+        if key.startswith(BITS_PER):
+            return Measure(key, key.replace("_", " "), 3)
+    return next((measure for measure in (TEST_ERROR, TEST_LOSS) if measure.key in known), TRAIN_LOSS)
 
 
 def group(results: Iterable[Result]) -> list[Group]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from danaz.compare.results import TEST_ERROR, ComparisonOutcome, Group, Spread, group
+from danaz.compare.results import TEST_ERROR, TRAIN_LOSS, ComparisonOutcome, Group, Spread, group
 
 
 def figure(value: Any, digits: int = 4, unit: str = "") -> str:
@@ -39,9 +39,9 @@ class Column(NamedTuple):
         return Spread(mean, spread.std if with_std else None).text(self.decimals)
 
 
+ACCURACY = Column("test accuracy %", TEST_ERROR.key, 2, of_hundred=True)
 COLUMNS = (
-    Column("test accuracy %", TEST_ERROR.key, 2, of_hundred=True),
-    Column("train loss", "final_train_loss", 4),
+    Column("train loss", TRAIN_LOSS.key, 4),
     Column("images/s", "images_per_second", 0),
     Column("mean lag", "mean_lag", 2),
     Column("mean gap", "mean_gap", 4),
@@ -51,8 +51,11 @@ COLUMNS = (
 
 def comparison_rows(outcome: ComparisonOutcome) -> tuple[list[str], list[list[str]]]:
     """Return the titles and rows of a comparison's table, one row per group."""
-    measure = outcome.measure
-    columns = [column for column in COLUMNS if measure is TEST_ERROR or column.key != TEST_ERROR.key]
+    measure, groups = outcome.measure, group(outcome.results)
+    columns = [] if measure in (TEST_ERROR, TRAIN_LOSS) else [Column(measure.label, measure.key, measure.decimals)]
+    if any(each.spread(TEST_ERROR.key) for each in groups):
+        columns.append(ACCURACY)
+    columns += COLUMNS
     titles = ["algorithm", "run as", *(column.title for column in columns), "remark"]
     rows = [
         [
@@ -61,7 +64,7 @@ def comparison_rows(outcome: ComparisonOutcome) -> tuple[list[str], list[list[st
             *(column.cell(each, with_std=column.key == measure.key) for column in columns),
             remark(each),
         ]
-        for each in group(outcome.results)
+        for each in groups
     ]
     return titles, rows
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from danaz.compare.results import ComparisonOutcome
 from danaz.compare.tables import comparison_rows
@@ -41,11 +42,19 @@ def experiment(outcome: ComparisonOutcome) -> str:
     if steps:
         rate += f" (× {factor:g} at epochs {', '.join(f'{step:g}' for step in steps)})"
     return (
-        f"{what}: {config['epochs']} epochs, batches of {config['batch_size']}, {rate}, "
-        f"momentum {config['momentum']:g}, weight decay {config['weight_decay']:g}, "
+        f"{what}: {config['epochs']} epochs, batches of {config['batch_size']}, {_optimizer(config)}, {rate}, "
+        f"weight decay {config['weight_decay']:g}, "
         f"warm-up over {config['lr_schedule']['warmup_epochs']:g} epochs. "
         "Nothing is tuned for the number of workers."
     )
+
+
+def _optimizer(config: Mapping[str, Any]) -> str:
+    """Return the optimizer with its options, in words; a comparison of an earlier version knows SGD only."""
+    if config.get("optimizer", "sgd") == "sgd":
+        return f"sgd with momentum {config['momentum']:g}"
+    options = ", ".join(f"{name} {value}" for name, value in config["optimizer_options"].items())
+    return config["optimizer"] + (f" with {options}" if options else "")
 
 
 def remarks(outcome: ComparisonOutcome) -> list[str]:

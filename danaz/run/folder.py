@@ -28,13 +28,16 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 
 def with_measured(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the summary with the training loss that a script measured on the trained model, if it reported one.
+    """Return the summary with the figures that a script measured on the trained model, if it reported some.
 
-    The server's own figure, the mean of the workers' last losses, is only an estimate. In a folder of an earlier
-    version, the reported figures already stand among the others.
+    These are the figures of the test set, whose names begin with ``test_``, and the training loss: the server's own
+    figure, the mean of the workers' last losses, is only an estimate. In a folder of an earlier version, the reported
+    figures already stand among the others.
     """
-    loss = reported_number(summary.get("reported", {}), "final_train_loss", summary.get("final_train_loss"))
-    return {**summary, "final_train_loss": loss}
+    reported = summary.get("reported", {})
+    tests = {name: reported_number(reported, name, None) for name in reported if name.startswith("test_")}
+    loss = reported_number(reported, "final_train_loss", summary.get("final_train_loss"))
+    return {**tests, **summary, "final_train_loss": loss}
 
 
 def reported_number(reported: Mapping[str, Any], name: str, otherwise: float | None) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from danaz.run.config import Config, ConfigError, suggest
-from danaz.workloads import cifar10_resnet, cifar10_wrn16_4, digits, quadratic  # noqa: F401 - they register themselves
+from danaz.workloads import charlm, cifar10_resnet, cifar10_wrn16_4, digits, quadratic  # noqa: F401 - they register themselves
 from danaz.workloads.base import BUILDERS, Workload, collate, workload
 from danaz.workloads.by_name import build_by_name
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,10 @@ class Workload:
 
     ``train`` and ``test`` are map-style data sets; give :func:`collate` to their DataLoader. ``loss(output, target)``
     returns a scalar, the mean over the samples of the batch. If ``classes`` is None, the model does not classify, and
-    there is no test error.
+    there is no test error. Otherwise dimension 1 of its output has the scores of the classes.
+
+    ``bits_per`` says of a cross entropy what it is the mean over, such as "character". The model is then judged by its
+    test loss in bits per character, and not by its test error. ``facts`` are reported beside the figures of each run.
     """
 
     model: nn.Module
@@ -27,6 +30,8 @@ class Workload:
     test: Dataset[Any] | None
     loss: Callable[[Any, Any], Tensor]
     classes: int | None = None
+    bits_per: str | None = None
+    facts: Mapping[str, str | float] = field(default_factory=dict)
 
     def with_data_on(self, device: torch.device) -> Workload:
         """Return the same workload with its data sets on ``device``. A data set without a method ``to`` stays."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import isfinite
+from math import isfinite, log
 from typing import Any
 
 import torch
@@ -26,12 +26,20 @@ def final_figures(
     samples = len(workload.train)  # type: ignore[arg-type]
     train = Subset(workload.train, range(min(TRAIN_LOSS_SAMPLES, samples)))
     loss, _ = evaluate(model, workload, train, config, device)
-    error = None
-    if workload.test is not None and workload.classes is not None:
-        _, correct = evaluate(model, workload, workload.test, config, device)
-        error = 100 * (1 - correct)
+    figures: dict[str, float | str | None] = {"final_train_loss": _finite(loss), "test_error_percent": None}
+    if workload.test is not None:
+        loss, correct = evaluate(model, workload, workload.test, config, device)
+        figures["test_loss"] = _finite(loss)
+        if workload.classes is not None:
+            figures["test_error_percent"] = 100 * (1 - correct)
+        if workload.bits_per is not None:
+            figures[f"test_bits_per_{workload.bits_per}"] = _finite(loss / log(2))
     model.train()
-    return {"final_train_loss": loss if isfinite(loss) else None, "test_error_percent": error}
+    return {**figures, **workload.facts}
+
+
+def _finite(figure: float) -> float | None:
+    return figure if isfinite(figure) else None
 
 
 @torch.no_grad()
@@ -39,7 +47,7 @@ def evaluate(
     model: nn.Module, workload: Workload, data: Dataset[Any], config: Config, device: torch.device
 ) -> tuple[float, float]:
     """Return the mean loss and the share of right answers (0 if there are no classes) over a data set."""
-    samples = right = 0
+    samples = right = targets = 0
     total = 0.0
     for x, y in DataLoader(data, batch_size=EVALUATION_BATCH, collate_fn=collate):
         x, y = x.to(device), y.to(device)
@@ -48,5 +56,6 @@ def evaluate(
             total += workload.loss(output, y).item() * len(x)
         if workload.classes is not None:
             right += int((output.argmax(1) == y).sum())
+            targets += y.numel()  # a sample may have several, as a text has one for each character
         samples += len(x)
-    return total / samples, right / samples
+    return total / samples, right / max(1, targets)

@@ -15,6 +15,7 @@ from danaz.compare.results import Result, Setting, group, read_outcome
 from danaz.compare.tables import comparison_rows
 from danaz.report.comparison import write_report
 from danaz.report.curves import make_curves, read_curves
+from danaz.report.markdown import experiment
 from danaz.report.matrix import matrices
 from danaz.report.paper import DANA, GAP_AWARE, papers_of
 from danaz.report.plot_data import collect
@@ -121,6 +122,37 @@ def test_without_classes_the_training_loss_is_the_measure(made):
     [row] = rows_of(made.read())
     assert "test accuracy %" not in row
     assert row["train loss"] == "0.5000 ± 0.3536"
+
+
+def test_without_classes_a_test_set_gives_the_measure(made):
+    made.add("dana", 4, None, reported={"test_loss": 0.125})
+    [row] = rows_of(made.read())
+    assert row["test loss"] == "0.1250"
+
+
+def test_a_loss_in_bits_is_the_measure_although_there_is_an_error(made):
+    for seed, bits in enumerate((2.0, 3.0)):
+        for workers in (4, 8):
+            made.add("dana", workers, 50.0, seed, reported={"test_bits_per_character": bits, "test_loss": 1.5})
+    outcome = made.read()
+    row, _ = rows_of(outcome)
+    assert row["test bits per character"] == "2.500 ± 0.707"
+    assert row["test accuracy %"] == "50.00"
+    write_report(outcome)
+    assert "| 8 | 2.500 ± 0.707 |" in (made.path / "report.md").read_text()
+    with (made.path / "results.csv").open() as file:
+        first, *_ = csv.DictReader(file)
+    assert (first["test_bits_per_character"], first["test_error_percent"]) == ("2.0", "50.0")
+
+
+def test_a_report_names_the_optimizer_with_its_options(made):
+    made.add("dana", 8, 2.0)
+    outcome = made.read()
+    assert "sgd with momentum 0.9" in experiment(outcome)
+    made.config |= {"optimizer": "adamw", "optimizer_options": {"betas": [0.9, 0.99]}}
+    assert "adamw with betas [0.9, 0.99]" in experiment(made.read())
+    del made.config["optimizer"], made.config["optimizer_options"]
+    assert "sgd with momentum 0.9" in experiment(made.read()), "an earlier version knew no other optimizer"
 
 
 def test_the_terminal_shows_every_row_and_where_the_logs_of_a_failure_are(made, capsys):

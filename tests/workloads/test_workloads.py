@@ -46,7 +46,7 @@ class TestBuilding:
             build(shipped("digits", "workload=digit"))
         assert str(caught.value) == (
             "workload = 'digit' is unknown; did you mean 'digits'? "
-            "Known: cifar10-resnet20, cifar10-small, cifar10-wrn16-4, digits, digits-mlp, quadratic"
+            "Known: charlm, cifar10-resnet20, cifar10-small, cifar10-wrn16-4, digits, digits-mlp, quadratic"
         )
 
 
