@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import atexit
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from danaz.run.settings import from_environment
+from danaz.torch.evaluating import EvaluationError
 from danaz.torch.loop import LoopError
 from danaz.torch.models import check_model
 from danaz.torch.optimizer import DistributedOptimizer as _DistributedOptimizer
@@ -39,6 +41,7 @@ from danaz.worker.worker import Metrics
 __all__ = [
     "DifferentCallsError",
     "DistributedOptimizer",
+    "EvaluationError",
     "LoopError",
     "NotInitializedError",
     "allgather",
@@ -48,6 +51,7 @@ __all__ = [
     "broadcast_object",
     "device",
     "epochs",
+    "evaluating",
     "finish",
     "init",
     "is_main",
@@ -263,6 +267,28 @@ def mean(value: Value) -> Value:
 def broadcast_object(value: Any) -> Any:
     """Return rank 0's ``value`` on every rank of this worker, as ``broadcast`` does. It may not be a tensor."""
     return between.broadcast_object(_session().group, value)
+
+
+def evaluating(model: nn.Module, at: str = "view", together: bool = False) -> AbstractContextManager[None]:
+    """Put what should be evaluated into ``model``, and give the training state back at the end of the block.
+
+    Within ``with danaz.evaluating(model):`` the model is in eval mode, no gradients are recorded, and the batch-norm
+    statistics (all floating-point buffers) are the mean over this worker's ranks. Afterwards the parameters, buffers
+    and modes are what they were, to the bit, also after an error. Any rank may enter, alone or with others, such as
+    within ``if danaz.is_main():``: the other ranks of its worker wait for it at their next step, and other workers go
+    on. Ranks average their buffers when a loop over ``danaz.shard`` comes to its end. Within a loop, and in
+    ``danaz.steps``, each rank has its own buffers, unless all ranks of the worker enter with ``together=True``, which
+    averages them there.
+
+    ``at`` says at which parameters: "view", those that this worker trains on; or "server", the newest that the server
+    has. Under algorithms whose workers push displacements (dana), the server has the look-ahead only; θ itself is known
+    when the run is over. Only the first rank of a worker can fetch them; with ``together=True`` all ranks get them.
+    After the run, both are the trained model.
+
+    Raises ValueError for a model that danaz does not train or another ``at``, and EvaluationError for "server" on a
+    rank that cannot fetch, or if the server cannot answer; and from ``optimizer.step()`` within the block.
+    """
+    return _session().evaluating(model, at, together)
 
 
 def report(**figures: float | str | None) -> None:

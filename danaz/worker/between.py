@@ -97,9 +97,9 @@ def broadcast_object(group: Group, value: Any) -> Any:
     return value if group.rank == 0 else told
 
 
-def barrier(group: Group) -> None:
+def barrier(group: Group, call: str = "danaz.barrier") -> None:
     """Return when every rank has made this call."""
-    _meet(group, "danaz.barrier", None)
+    _meet(group, call, None)
 
 
 def mean(group: Group, value: Value) -> Value:
