@@ -270,6 +270,7 @@ class Inquire:
     worker: WorkerNumber
     incarnation: Count
     request: Count
+    wants_params: bool = False  # it also asks for the server's parameters
 
 
 # ---- what a server answers -------------------------------------------------------------------------------------------
@@ -329,6 +330,7 @@ class Progress:
 
     request: Count
     epoch: Annotated[float, Within(0, LARGEST)]  # epochs of the whole cluster so far
+    params: Tensor | None = None  # f32[P], θ (under rules that push displacements, Θ), if asked for and there are any
 
 
 @dataclass(frozen=True)

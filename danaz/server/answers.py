@@ -54,8 +54,10 @@ class Answers:
             self._waiting.append((route, Refusal(message.request, reason, rejoin, newest)))
 
     def send_progress(self, route: Route, question: Inquire) -> None:
-        """Tell the epoch of the cluster to anybody who asks."""
-        self._waiting.append((route, Progress(question.request, self._state.epoch)))
+        """Tell the epoch of the cluster, and the parameters, to anybody who asks."""
+        wanted = question.wants_params and self._state.has_params
+        params = self._state.master.params.clone() if wanted else None
+        self._waiting.append((route, Progress(question.request, self._state.epoch, params)))
 
     def confirm(self, member: Member) -> None:
         """Answer that the request of ``member`` was carried out."""

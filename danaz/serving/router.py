@@ -11,7 +11,7 @@ import zmq
 from torch import Tensor
 
 from danaz.protocol.inbox import Inbox, StrayChunkError
-from danaz.protocol.messages import Fetched, Final, Push, Refusal, Request, Streamed, Streams
+from danaz.protocol.messages import Fetched, Final, Progress, Push, Refusal, Request, Streamed, Streams
 from danaz.protocol.wire import Frame, WireError, count_messages, encode, split
 from danaz.server.completed import CompletedRun
 from danaz.server.core import ServerCore
@@ -126,7 +126,7 @@ class Router:
     def _send(self, replies: Streams) -> None:
         for route, reply in replies:
             assert isinstance(route, bytes)
-            if not isinstance(reply, (Streamed, Final, Fetched)):
+            if not isinstance(reply, (Streamed, Final, Fetched, Progress)):
                 self._post([route, *encode(reply)])
             elif self._may_leave(route, reply.request):
                 self._send_large(route, reply)
@@ -140,7 +140,7 @@ class Router:
         self._leaving = {each: entry for each, entry in self._leaving.items() if not entry[1].done}
         return route not in self._leaving or self._leaving[route][0] != request
 
-    def _send_large(self, route: bytes, reply: Streamed | Final | Fetched) -> None:
+    def _send_large(self, route: bytes, reply: Streamed | Final | Fetched | Progress) -> None:
         self._make_way(count_messages(reply))
         pieces = split(reply)
         magic, header, *vectors = next(pieces)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import atexit
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -28,20 +29,29 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from danaz.run.settings import from_environment
+from danaz.torch.evaluating import EvaluationError
 from danaz.torch.loop import LoopError
 from danaz.torch.models import check_model
 from danaz.torch.optimizer import DistributedOptimizer as _DistributedOptimizer
 from danaz.torch.session import NotInitializedError, Session
 from danaz.worker import between
+from danaz.worker.between import DifferentCallsError
 from danaz.worker.worker import Metrics
 
 __all__ = [
+    "DifferentCallsError",
     "DistributedOptimizer",
+    "EvaluationError",
     "LoopError",
     "NotInitializedError",
+    "allgather",
+    "allreduce",
+    "barrier",
+    "broadcast",
     "broadcast_object",
     "device",
     "epochs",
+    "evaluating",
     "finish",
     "init",
     "is_main",
@@ -213,22 +223,72 @@ def finish() -> None:
     _session().finish()
 
 
-def mean(value: Value) -> Value:
-    """Return the mean of ``value`` over the ranks of this worker (under ssgd, of the cluster); every rank must call it.
+def allreduce(value: Value, op: str = "mean") -> Value:
+    """Return the mean, sum, max or min of ``value`` over the ranks of this worker; every rank must call it.
 
-    ``value`` is a float or a tensor of floats, and the mean is of the same kind. Every rank counts the same, however
-    many samples it had.
+    Under ssgd, the ranks are those of the whole cluster. ``value`` is a number or a tensor, of the same type and shape
+    on each rank. The result is of the same kind, and a tensor stays on its device; but the sum of whole numbers of any
+    size is int64, as torch.sum has it, and the mean takes floats only. Every rank counts the same, however many samples
+    it had. Raises ValueError if the tensors differ in kind, TypeError for another value, and DifferentCallsError if the
+    ranks make different calls, each on every rank.
     """
+    return between.allreduce(_session().group, value, op)
+
+
+def allgather(value: Any) -> list[Any]:
+    """Return every rank's ``value``, in the order of the ranks of this worker; every rank must call it.
+
+    All values are tensors, which may differ in shape, and come to the device of this rank's own; or they are what
+    ``broadcast`` takes. Raises TypeError and DifferentCallsError as ``allreduce`` does.
+    """
+    return between.allgather(_session().group, value)
+
+
+def broadcast(value: Any) -> Any:
+    """Return rank 0's ``value`` on every rank of this worker (under ssgd, of the cluster); every rank must call it.
+
+    It is a tensor, or None, bool, int, float, str, bytes, or lists and dicts of them. What the other ranks give does
+    not count, but if it is a tensor, rank 0's comes to its device; otherwise to the CPU. Objects travel as MessagePack,
+    because danaz never unpickles what comes over a network. Raises TypeError for anything else.
+    """
+    return between.broadcast(_session().group, value)
+
+
+def barrier() -> None:
+    """Return when every rank of this worker (under ssgd, of the cluster) has called this."""
+    between.barrier(_session().group)
+
+
+def mean(value: Value) -> Value:
+    """Return the mean of ``value`` over the ranks of this worker; the same as ``allreduce(value)``."""
     return between.mean(_session().group, value)
 
 
 def broadcast_object(value: Any) -> Any:
-    """Return rank 0's ``value`` on every rank of this worker (under ssgd, of the cluster); every rank must call it.
-
-    It may hold None, bool, int, float, str, bytes, and lists and dicts of them. It travels as MessagePack, because
-    danaz never unpickles what comes over a network. Raises TypeError for anything else.
-    """
+    """Return rank 0's ``value`` on every rank of this worker, as ``broadcast`` does. It may not be a tensor."""
     return between.broadcast_object(_session().group, value)
+
+
+def evaluating(model: nn.Module, at: str = "view", together: bool = False) -> AbstractContextManager[None]:
+    """Put what should be evaluated into ``model``, and give the training state back at the end of the block.
+
+    Within ``with danaz.evaluating(model):`` the model is in eval mode, no gradients are recorded, and the batch-norm
+    statistics (all floating-point buffers) are the mean over this worker's ranks. Afterwards the parameters, buffers
+    and modes are what they were, to the bit, also after an error. Any rank may enter, alone or with others, such as
+    within ``if danaz.is_main():``: the other ranks of its worker wait for it at their next step, and other workers go
+    on. Ranks average their buffers when a loop over ``danaz.shard`` comes to its end. Within a loop, and in
+    ``danaz.steps``, each rank has its own buffers, unless all ranks of the worker enter with ``together=True``, which
+    averages them there.
+
+    ``at`` says at which parameters: "view", those that this worker trains on; or "server", the newest that the server
+    has. Under algorithms whose workers push displacements (dana), the server has the look-ahead only; θ itself is known
+    when the run is over. Only the first rank of a worker can fetch them; with ``together=True`` all ranks get them.
+    After the run, both are the trained model.
+
+    Raises ValueError for a model that danaz does not train or another ``at``, and EvaluationError for "server" on a
+    rank that cannot fetch, or if the server cannot answer; and from ``optimizer.step()`` within the block.
+    """
+    return _session().evaluating(model, at, together)
 
 
 def report(**figures: float | str | None) -> None:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-from danaz.protocol.messages import MAX_NAME, Heartbeat, Inquire, Machine, Progress
+from danaz.protocol.messages import MAX_NAME, Heartbeat, Inquire, Machine, Progress, Reply
 from danaz.run.rates import lr_scale
 from danaz.run.settings import RankInfo, Settings
 from danaz.server.core import ServerCore
@@ -18,6 +19,7 @@ from danaz.serving.progress import with_progress
 from danaz.torch.alone import LocalLink
 from danaz.torch.carried import weight_decays
 from danaz.torch.data import Batching, Share, batching_of, read_ahead
+from danaz.torch.evaluating import EvaluationError
 from danaz.torch.models import has_batch_norm
 from danaz.torch.optimizer import DistributedOptimizer
 from danaz.vectors.model import FlatModel
@@ -52,12 +54,39 @@ def current_epoch(place: RankInfo, group: Group) -> int:
         return 0
     epoch = torch.zeros(1, dtype=torch.float64)
     if group.rank == 0:
-        link = DealerLink(place.server, Heartbeat(place.worker, place.incarnation), keys=place.keys)
-        reply = link.exchange(Inquire(place.worker, place.incarnation, 1))
-        link.close()
+        reply = _ask(place, place.server, Inquire(place.worker, place.incarnation, 1))
         epoch[0] = reply.epoch if isinstance(reply, Progress) else 0.0  # a restarted shard cannot say
     group.broadcast(first_epoch=epoch)
     return int(epoch.item())
+
+
+def newest_params(place: RankInfo, worker: Worker) -> Tensor:
+    """Return the server's parameters f32[P] as they are now; only a rank that speaks with a server can ask.
+
+    They come over a connection of their own, beside the conversation of the worker. With several shards, each slice is
+    the newest of its shard. Raises EvaluationError if a shard cannot tell.
+    """
+    assert worker.conversation is not None
+    question = Inquire(place.worker, worker.conversation.core.role.incarnation, 1, wants_params=True)
+    if place.server is None:
+        replies = [worker.conversation.link.exchange(question)]
+    else:
+        replies = [_ask(place, address, question) for address in (place.server, *place.followers)]
+    slices = [reply.params for reply in replies if isinstance(reply, Progress) and reply.params is not None]
+    if len(slices) < len(replies) or sum(map(len, slices)) != worker.flat.layout.size:
+        raise EvaluationError(
+            "danaz.evaluating(at='server'): the server cannot tell its parameters now, because it is being restarted, "
+            "or its run is over. Evaluate at='view', or try again later"
+        )
+    return torch.cat(slices)
+
+
+def _ask(place: RankInfo, address: str, question: Inquire) -> Reply:
+    link = DealerLink(address, Heartbeat(question.worker, question.incarnation), keys=place.keys)
+    try:
+        return link.exchange(question)
+    finally:
+        link.close()
 
 
 def make_membership(

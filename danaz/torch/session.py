@@ -8,12 +8,13 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from math import ceil, inf
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from danaz.files.seeds import derive_seed
@@ -25,13 +26,14 @@ from danaz.run.signals import note_ending_signals
 from danaz.torch.carried import UnsupportedOptimizerError
 from danaz.torch.data import LeaseSampler, Portion, batching_of, rebuild
 from danaz.torch.ending import ModelWatch, exit_unfinished, say
+from danaz.torch.evaluating import EvaluationError, Evaluations, check_at
 from danaz.torch.exchange import Verdict
-from danaz.torch.joining import Membership, current_epoch, enter, machines_per_batch, make_membership
+from danaz.torch.joining import Membership, current_epoch, enter, machines_per_batch, make_membership, newest_params
 from danaz.torch.loop import Counted, Loop
 from danaz.torch.optimizer import DistributedOptimizer
 from danaz.torch.schedulers import follow
 from danaz.vectors.cutting import Spans
-from danaz.worker.between import first_text
+from danaz.worker import between
 from danaz.worker.core import Step
 from danaz.worker.group import Group, make_group
 from danaz.worker.worker import Worker
@@ -48,10 +50,11 @@ class Session:
     the first batch, and the trained model when it has ``finished``.
     """
 
-    def __init__(self, settings: Settings, place: RankInfo):
+    def __init__(self, settings: Settings, place: RankInfo, group: Group | None = None):
+        """Without a ``group``, it is the world that this process was launched into."""
         self.settings = settings
         self.place = place
-        self.group: Group = make_group(settings.collective)
+        self.group = group or make_group(settings.collective)
         self._seed: int | None = settings.seed  # seed for the order of the samples; None: torch's seed
         self._optimizer: DistributedOptimizer | None = None
         self._membership: Membership | None = None
@@ -69,6 +72,7 @@ class Session:
         self._leaves_early = False  # whether the ranks have agreed to leave a run that has batches left
         self.finished = False  # whether this process has left the run in good order
         self._watch = ModelWatch(on_use=self._end_if_left)
+        self._evaluations = Evaluations(self.group)
         self._pid = os.getpid()
         reach("init")
         atexit.register(self.close)
@@ -228,6 +232,8 @@ class Session:
                         break
                     self._begin(sampler.portions.popleft())
                     yield batch
+            if not self._leaves_early:
+                self._evaluations.buffers.average(self.optimizer.flat)  # all ranks come to this point
         finally:
             self.in_loop = False
             # If the script left the loop, the loader has read ahead: those batches come first in the next loop.
@@ -313,6 +319,7 @@ class Session:
     # ---- one batch -------------------------------------------------------------------------------------------------
 
     def _begin(self, portion: Portion) -> None:
+        self._evaluations.check_none_under_way()
         self._pass_over_unstepped()
         self._portion = portion
         self.optimizer.exchange.weight = portion.weight
@@ -344,6 +351,7 @@ class Session:
         self._leaves_early = True
 
     def _end_batch(self) -> Portion:
+        self._evaluations.check_none_under_way()
         portion, self._portion = self._portion, None
         if portion is None and self.finished:
             raise RuntimeError(
@@ -366,6 +374,39 @@ class Session:
             warmup_epochs=self.settings.warmup_epochs,
             scale=self._member.lr_scale,
         )
+
+    # ---- evaluation in mid-run -------------------------------------------------------------------------------------
+
+    @contextmanager
+    def evaluating(self, model: nn.Module, at: str, together: bool) -> Iterator[None]:
+        """See danaz.torch.evaluating."""
+        check_at(at)
+        self._end_if_left()
+        flat, buffers = self.optimizer.flat, self._evaluations.buffers
+        trained = set(map(id, flat.trained))
+        if not any(id(parameter) in trained for parameter in model.parameters()):
+            raise ValueError(
+                "danaz.evaluating was given a model without any parameter that DistributedOptimizer trains"
+            )
+        params = self._params_of_server(together) if at == "server" and not self.finished else None
+        if together:
+            between.barrier(self.group, "danaz.evaluating(together=True)")
+            buffers.average(flat)
+        with self._evaluations.evaluating(model, flat, params, buffers.of(flat)):
+            yield
+
+    def _params_of_server(self, together: bool) -> Tensor:
+        if self.worker.conversation is None and not together:
+            raise EvaluationError(
+                "danaz.evaluating(at='server') was entered by a rank that has no connection to the server. Enter it on "
+                "the worker's first rank, within `if danaz.rank() == 0:` or `if danaz.is_main():`, or on all ranks "
+                "with together=True"
+            )
+        params = None if self.worker.conversation is None else newest_params(self.place, self.worker)
+        if together and not self.worker.replicated:
+            params = between.broadcast(self.group, params)
+        assert params is not None
+        return params
 
     # ---- the clock of the script's schedulers (see schedulers.Clock) -----------------------------------------------
 
@@ -406,8 +447,9 @@ class Session:
                 "optimizer.step() was never called, so nothing was trained. Call it once for each batch of "
                 "danaz.shard, on the optimizer that danaz.DistributedOptimizer returned."
             )
+        self._evaluations.end()
         self._agree_to_end()
-        self.worker.leave(first_text(self.group, stop) if self._leaves_early else "")
+        self.worker.leave(between.first_text(self.group, stop) if self._leaves_early else "")
         reach("finish")
         if self.worker.came_late:
             if self.group.rank == 0:

@@ -6,9 +6,11 @@ import atexit
 import threading
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import partial
 
 import torch
+from ranks import ThreadWorld
 from sockets import ANYWHERE, PATIENCE_S
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -16,11 +18,12 @@ from torch.utils.data import Dataset
 from danaz.run.settings import RankInfo, Settings
 from danaz.server.core import ServerCore
 from danaz.server.records import Update
-from danaz.server.settings import ServerSettings
+from danaz.server.settings import CommonSettings, ServerSettings
 from danaz.serving.router import Router
 from danaz.serving.socket import BoundRouter
 from danaz.torch.optimizer import DistributedOptimizer
 from danaz.torch.session import Session
+from danaz.worker.group import Group, SoloGroup
 
 
 class Counted(Dataset[tuple[Tensor, Tensor]]):
@@ -58,13 +61,17 @@ class ScriptCluster:
     def _serve(self) -> None:
         Router(self.bound).serve(self.core, None, lambda: self.stopping)
 
-    def worker(self, number: int, story: Callable[[Session, int], None]) -> None:
-        """Add a worker; ``story`` is what its script does."""
-        self.threads.append(threading.Thread(target=self._guarded, args=(lambda: self._work(number, story),)))
+    def worker(self, number: int, story: Callable[[Session, int], None], ranks: int = 1) -> None:
+        """Add a worker; ``story`` is what its script does, on each of its ranks."""
+        groups: list[Group] = [SoloGroup()] if ranks == 1 else [*ThreadWorld(ranks).groups]
+        for group in groups:
+            work = partial(self._work, number, story, group)
+            self.threads.append(threading.Thread(target=self._guarded, args=(work,)))
 
-    def _work(self, number: int, story: Callable[[Session, int], None]) -> None:
-        settings = Settings(self.settings.algorithm, self.settings.workers)
-        session = Session(settings, RankInfo(worker=number, server=self.address))
+    def _work(self, number: int, story: Callable[[Session, int], None], group: Group) -> None:
+        common = {field.name: getattr(self.settings, field.name) for field in fields(CommonSettings)}
+        settings = Settings(**common)
+        session = Session(settings, RankInfo(worker=number, server=self.address), group)
         atexit.unregister(session.close)
         try:
             story(session, number)

@@ -42,6 +42,8 @@ def test_all_names_what_there_is() -> None:
     assert set(danaz.__all__) == own - {"replace", "from_environment", "check_model"} | {
         "NotInitializedError",
         "LoopError",
+        "DifferentCallsError",
+        "EvaluationError",
     }
     assert danaz.__all__ == sorted(danaz.__all__)
     assert all(inspect.getdoc(getattr(danaz, name)) for name in danaz.__all__)
