@@ -137,7 +137,7 @@ class ServerUnderFaults(MortalCluster, RuleBasedStateMachine):
     def the_look_ahead_is_the_sum_of_those_who_are_there(self):
         if self.core.started and "sum" in self.core.master.shared:
             there = [m for m in self.core.members.values() if m.takes_part]
-            total = sum((m.lr[0] * m.vectors["velocity"] for m in there), torch.zeros(SIZE))
+            total = sum((m.counts.rates[0] * m.vectors["velocity"] for m in there), torch.zeros(SIZE))
             assert torch.allclose(self.core.master.shared["sum"], total, atol=1e-5)
 
     @invariant()
