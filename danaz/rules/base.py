@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from math import inf
 from typing import Any, Literal
@@ -30,8 +30,8 @@ Pushes = Literal["gradient", "displacement", "parameters"]  # a displacement is 
 class Context:
     """The scalars of one update, or of one reply."""
 
-    lr: float  # η of this update; in a reply, of the last applied update of any worker
-    own_lr: float  # ηᵢ of this worker's last applied update, 0 before its first
+    lr: float  # η of this update; in a reply, that of the last gradient of any worker in these parameters, or 0
+    own_lr: float  # ηᵢ of this worker's last applied gradient in these parameters, 0 before its first
     max_lr: float  # the largest η applied so far
     lag: int  # τ: updates applied since this worker's view was sent
     version: int  # updates applied before this one
@@ -50,6 +50,7 @@ class WorkerRule:
     sync_period: int = 1  # mini-batches between pushes; the steps in between move the worker's own parameters
     resets: bool = False  # the state starts from zero after each push
     gives_back: bool = False
+    names_absent: bool = False  # a displacement names the parameters that made no step: a momentum on the server waits
 
     def push(self, out: Tensor, grad: Tensor, old: Vectors, new: Vectors, ctx: Context) -> None:
         """Write the push into ``out`` f32[n] and the state after it into ``new``; ``old`` stays untouched.
@@ -138,6 +139,7 @@ class Algorithm:
     paper: str
     build: Callable[..., Rule]
     takes_own: bool = False  # whether an optimizer that danaz does not know can make its steps itself
+    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # values of hyper-parameters that are names
 
     @property
     def summary(self) -> str:
@@ -229,9 +231,13 @@ class Algorithm:
             kind, default = type(own[name]), own[name]
             fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
             if not fits or (isinstance(value, bool) and kind is not bool) or value in (inf, -inf) or value != value:
+                expected = "text" if kind is str else f"a finite {kind.__name__}"
                 raise HyperparameterError(
-                    f"{self.name}: {name} = {value!r}, expected a finite {kind.__name__}, as its default {default!r} is"
+                    f"{self.name}: {name} = {value!r}, expected {expected}, as its default {default!r} is"
                 )
+            if name in self.choices and value not in self.choices[name]:
+                there_are = ", ".join(self.choices[name])
+                raise HyperparameterError(f"{self.name}: {name} = {value!r}, expected one of {there_are}")
 
 
 ALGORITHMS: dict[str, Algorithm] = {}
@@ -261,12 +267,12 @@ def sgd_unless(optimizer: Optimizers | None, momentum: float = 0.9) -> Optimizer
 
 
 def algorithm(
-    name: str, *, paper: str, takes_own: bool = False
+    name: str, *, paper: str, takes_own: bool = False, choices: Mapping[str, tuple[str, ...]] | None = None
 ) -> Callable[[Callable[..., Rule]], Callable[..., Rule]]:
-    """Register a rule's factory under the name that users type. ``takes_own``: see Algorithm."""
+    """Register a rule's factory under the name that users type. ``takes_own`` and ``choices``: see Algorithm."""
 
     def register(build: Factory) -> Factory:
-        ALGORITHMS[name] = Algorithm(name, paper, build, takes_own)
+        ALGORITHMS[name] = Algorithm(name, paper, build, takes_own, choices or {})
         return build
 
     return register

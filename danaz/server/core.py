@@ -297,8 +297,7 @@ class ServerCore:
         """Put a new process of a worker in the place of the earlier one, if there was one. Return the new member."""
         if before is not None:
             self.state.release(before)
-        no_lr = (0.0,) * len(join.layout.groups)
-        member = Member(join.worker, join.incarnation, route, join.request, join.ahead, {}, no_lr, now)
+        member = Member(join.worker, join.incarnation, route, join.request, join.ahead, {}, now)
         self.members[join.worker] = member
         self.totals.of(join.worker).enter(join.machine)
         return member

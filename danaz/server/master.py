@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from itertools import pairwise
 from math import inf, isfinite, sqrt
 from typing import Literal
@@ -72,10 +72,10 @@ class Master:
         self.version = 0
         self._taking_part: list[Member] = []
         self.shared = self._zeros(rule.shared_state)
-        self.shared_counts = Counts.of(layout.size)  # gradients in each element of the shared state
+        self.shared_counts = Counts.of(layout.size)  # gradients in each element of the shared state, and the last rate
         self._slice = torch.empty_like(self._params[slice(*next(chunks(layout.size)))])  # scratch
         self.layers = Layers(layout)
-        self.lr = self.max_lr = (0.0,) * len(layout.groups)  # of the last update, and the largest, per group
+        self.max_lr = (0.0,) * len(layout.groups)  # the largest rate so far, per group
 
     @property
     def params(self) -> Tensor:
@@ -113,22 +113,22 @@ class Master:
         """
         self.settle()
         max_lr, vectors = tuple(map(max, self.max_lr, lr)), self._vectors(member)
-        slices = self._apply(push, self._contexts(member, lr, lag, max_lr), vectors, absent)
+        slices = self._apply(push, self._contexts(member, lag, lr, max_lr), vectors, absent)
         if self._is_tame(norm, lr):
             self._applying, self._applied = slices, 0
             if self.rule.push_moves_view:
                 self._norm = self._bound() + norm
         elif not self._try(slices, [vectors]):
             return False
-        self._count([member], absent)
-        self.version, self.lr, self.max_lr = self.version + 1, lr, max_lr
+        self._count([member], lr, absent)
+        self.version, self.max_lr = self.version + 1, max_lr
         return True
 
-    def _count(self, members: Sequence[Member], absent: Spans) -> None:
+    def _count(self, members: Sequence[Member], lr: tuple[float, ...], absent: Spans) -> None:
         """Count a gradient in the states of ``members`` and in the shared state, outside of the ``absent`` spans."""
         for member in members:
-            member.counts = member.counts.plus_one(absent)
-        self.shared_counts = self.shared_counts.plus_one(absent)
+            member.counts = member.counts.plus_one(self.layout.groups, lr, absent)
+        self.shared_counts = self.shared_counts.plus_one(self.layout.groups, lr, absent)
 
     def _apply(self, push: Tensor, contexts: Contexts, vectors: dict[str, Tensor], absent: Spans) -> Iterator[int]:
         for group, begin, end in self.layout.slices():
@@ -158,13 +158,13 @@ class Master:
         """
         self.settle()
         max_lr, vectors = tuple(map(max, self.max_lr, lr)), [self._vectors(member) for member in members]
-        slices = self._apply_round(pushes, self._contexts(members[-1], lr, lag, max_lr), vectors, absent)
+        slices = self._apply_round(pushes, self._contexts(members[-1], lag, lr, max_lr), vectors, absent)
         if self._is_tame(norm, lr):
             exhaust(slices)
         elif not self._try(slices, vectors):
             return False
-        self._count(members, absent)
-        self.version, self.lr, self.max_lr = self.version + 1, lr, max_lr
+        self._count(members, lr, absent)
+        self.version, self.max_lr = self.version + 1, max_lr
         return True
 
     def _apply_round(
@@ -257,7 +257,7 @@ class Master:
             )
         elif keep:
             kept = member.view = torch.empty_like(self._params) if member.view is None else member.view
-        return self._take_view(self.version, self._contexts(member, self.lr, lag=0), member, kept)
+        return self._take_view(self.version, self._contexts(member), member, kept)
 
     def _take_view(self, version: int, contexts: Contexts, member: Member, kept: Tensor | None) -> Iterator[Tensor]:
         slices = self.layout.slices()
@@ -288,7 +288,7 @@ class Master:
         before, self._taking_part = self._taking_part, list(members)
         if list(map(id, before)) != list(map(id, self._taking_part)):
             self._norm = None  # a member that joins, or comes back, has vectors of its own
-        taking_part = [(m, self._contexts(m, self.lr, lag=0)) for m in self._taking_part]
+        taking_part = [(m, self._contexts(m)) for m in self._taking_part]
         counts = [self.shared_counts, *(member.counts for member in self._taking_part)]
         edges = sorted({edge for each in counts for edge in each.stops})  # between two, all counts stay the same
         for group, begin, end in self.layout.slices():
@@ -302,15 +302,15 @@ class Master:
                 self.rule.resum(cut(self.shared, start, stop), workers)
 
     def _contexts(
-        self, member: Member, lr: tuple[float, ...], lag: int, max_lr: tuple[float, ...] | None = None
+        self,
+        member: Member,
+        lag: int = 0,
+        lr: tuple[float, ...] | None = None,
+        max_lr: tuple[float, ...] | None = None,
     ) -> Contexts:
-        """Return the scalars of each parameter group, and of each count of gradients."""
-        own, shared = member.counts, self.shared_counts
-        groups = [
-            Context(*rates, lag, self.version, own.counts[0], len(self._taking_part), group, shared.counts[0])
-            for group, rates in enumerate(zip(lr, member.lr, max_lr or self.max_lr, strict=True))
-        ]
-        return Contexts(groups, own, shared)
+        """Return the scalars of an update at the rates ``lr``, one for each group; without them, of a reply."""
+        scalars = max_lr or self.max_lr, lag, self.version, len(self._taking_part)
+        return Contexts(member.counts, self.shared_counts, lr, *scalars)
 
     def _vectors(self, member: Member) -> dict[str, Tensor]:
         """Return the member's vectors, and the others that its rule asks for."""
@@ -341,7 +341,7 @@ class Master:
 
     @property
     def _on_lookahead(self) -> bool:
-        return self.rule.pushes == "displacement"
+        return self.rule.worker_rule.gives_back
 
     @property
     def l2(self) -> float | None:
@@ -364,19 +364,23 @@ def exhaust(slices: Iterator[int]) -> None:
         pass
 
 
+@dataclass(frozen=True)
 class Contexts:
-    """The scalars of one update or view for each slice: they depend on its parameter group and its counts."""
+    """The scalars of one update or reply for each slice: they depend on its parameter group and its counts."""
 
-    def __init__(self, groups: Sequence[Context], own: Counts, shared: Counts):
-        self._groups = groups
-        self._own = own
-        self._shared = shared
+    own: Counts
+    shared: Counts
+    lr: tuple[float, ...] | None  # of the update, one for each group; in a reply, those beside the shared counts count
+    max_lr: tuple[float, ...]
+    lag: int
+    version: int
+    workers: int
 
     def of(self, group: int, spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, Context]]:
         """Yield (start, stop, context) of each piece of the ``spans`` of a group that has one context."""
-        ctx = self._groups[group]
         for begin, end in spans:
-            for first, last, own in self._own.runs(begin, end):
-                for start, stop, shared in self._shared.runs(first, last):
-                    same = own == ctx.own_count and shared == ctx.shared_count
-                    yield start, stop, ctx if same else replace(ctx, own_count=own, shared_count=shared)
+            for first, last, own_count, own_lr in self.own.runs(begin, end):
+                for start, stop, shared_count, shared_lr in self.shared.runs(first, last):
+                    lr = shared_lr if self.lr is None else self.lr[group]
+                    scalars = lr, own_lr, self.max_lr[group], self.lag, self.version, own_count, self.workers, group
+                    yield start, stop, Context(*scalars, shared_count)

@@ -110,7 +110,6 @@ class Member:
     request: int  # number of its newest request
     ahead: int  # number of batches that it wants to hold at a time
     vectors: dict[str, Tensor]  # the rule's worker_state, f32[P] each
-    lr: tuple[float, ...]  # ηᵢ of its last applied update, one for each parameter group
     heard_at: float
     state: MemberState = MemberState.STARTING
     sent_version: int = 0  # version of the view that it computes on
@@ -119,7 +118,7 @@ class Member:
     ahead_view: Tensor | None = None  # f32[P], that next view, or memory for it
     pending: Push | None = None  # the push that waits for its round, in the state IN_ROUND
     updates: int = 0  # number of its applied pushes
-    counts: Counts = field(default_factory=lambda: Counts.of(0))  # gradients in each element of ``vectors``
+    counts: Counts = field(default_factory=lambda: Counts.of(0))  # gradients in each element of ``vectors``, and ηᵢ
     applied_request: int = 0  # request number of its last applied push
     refused: tuple[int, str] = (0, "")  # request number of its last refused push, and why
     lag: int = 0  # lag of its last applied push

@@ -64,15 +64,15 @@ def account(state: ServerState, update: Update, now: float) -> None:
     master, member = state.master, state.members.get(update.worker)
     if member is None or member.incarnation < update.incarnation:
         # This worker joined after the checkpoint, and is not back yet.
-        member = Member(update.worker, update.incarnation, b"", 0, 1, {}, update.lr, now, MemberState.LOST)
+        member = Member(update.worker, update.incarnation, b"", 0, 1, {}, now, MemberState.LOST)
         state.members[update.worker] = member
     if member.incarnation == update.incarnation:
-        member.lr, member.lag, member.gap = update.lr, update.lag, update.gap
+        member.lag, member.gap = update.lag, update.gap
         member.updates, member.applied_request = member.updates + 1, update.request
         member.request = max(member.request, update.request)
     for batch in (*update.earlier, update.batch):
         state.leases.account(batch)
-    master.version, master.lr = update.version, update.lr
+    master.version = update.version
     master.max_lr = tuple(map(max, master.max_lr, update.lr))
     state.totals.count(update, now)
     state.totals.of(update.worker).count(update.samples, update)

@@ -22,7 +22,7 @@ from danaz.vectors.layout import Layout
 # route, and nothing that a worker is sent again when it rejoins. Three facts stand for the member's state.
 STATE_FACTS = ("alive", "left", "said_bye")
 OTHER_FACTS = ("updates", "applied_request", "lag", "gap", "strikes")
-LASTING = ("worker", "incarnation", "request", "ahead", "lr", *STATE_FACTS, *OTHER_FACTS)
+LASTING = ("worker", "incarnation", "request", "ahead", *STATE_FACTS, *OTHER_FACTS)
 
 
 class ResumeError(ValueError):
@@ -69,7 +69,6 @@ def snapshot_of(state: ServerState, reuse: Snapshot | None = None) -> Snapshot:
         },
         "master": {
             "version": master.version,
-            "lr": list(master.lr),
             "max_lr": list(master.max_lr),
             "counts": master.shared_counts.to_lists(),
         },
@@ -118,17 +117,13 @@ def restore_state(state: ServerState, saved: Snapshot, now: float) -> None:
     )
     master = state.take_params(tensors["params"])
     master.version = facts["master"]["version"]
-    master.lr, master.max_lr = tuple(facts["master"]["lr"]), tuple(facts["master"]["max_lr"])
-    # A checkpoint of an earlier version has no counts: there, every gradient had an element for each parameter.
-    size, counts = master.layout.size, facts["master"].get("counts")
-    master.shared_counts = Counts.from_lists(counts) if counts else Counts.of(size, master.version)
+    master.max_lr = tuple(facts["master"]["max_lr"])
+    master.shared_counts = _counts(facts["master"], master.layout, master.version)
     for name in master.shared:
         master.shared[name].copy_(tensors[f"shared.{name}"])
     for each in facts["members"]:
-        values = dict(each)
-        counts = values.pop("counts", None)
-        member = _member(values, now)
-        member.counts = Counts.from_lists(counts) if counts else Counts.of(size, member.updates)
+        member = _member(each, now)
+        member.counts = _counts(each, master.layout, member.updates)
         kept = () if member.left else master.rule.worker_state
         member.vectors = {name: tensors[f"member.{member.worker}.{name}"].clone() for name in kept}
         state.members[member.worker] = member
@@ -148,8 +143,19 @@ def _optimizers(job: Mapping[str, Any]) -> Optimizers:
 
 def _member(values: Mapping[str, Any], now: float) -> Member:
     state = restored_state(*(values[name] for name in STATE_FACTS))
-    others = {name: value for name, value in values.items() if name not in STATE_FACTS}
-    return Member(**{**others, "lr": tuple(values["lr"])}, route=b"", vectors={}, heard_at=now, state=state)
+    others = {name: values[name] for name in LASTING if name not in STATE_FACTS}
+    return Member(**others, route=b"", vectors={}, heard_at=now, state=state)
+
+
+def _counts(values: Mapping[str, Any], layout: Layout, updates: int) -> Counts:
+    """The counts of a member, or of the shared state, after ``updates`` updates.
+
+    A checkpoint of an earlier version has one last rate for each parameter group, ``lr``, in place of one for each run.
+    Before that, it had no counts, since every gradient had an element for each parameter.
+    """
+    lists = values.get("counts")
+    counts = Counts.from_lists(lists) if lists else Counts.of(layout.size, updates)
+    return counts.at_rates(layout.groups, values["lr"]) if "lr" in values else counts
 
 
 def _fill_buffers(state: ServerState, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -33,7 +33,7 @@ def update_by(state: ServerState, parts: Sequence[Push], now: float) -> Update |
     if not applied:
         return None
     for m, p in zip(members, parts, strict=True):
-        m.lr, m.updates, m.applied_request, m.lag, m.gap = last.lr, m.updates + 1, p.request, lag, gap
+        m.updates, m.applied_request, m.lag, m.gap = m.updates + 1, p.request, lag, gap
         for batch in p.batches:
             state.leases.complete(p.worker, batch)
     losses = {p.worker: p.loss for p in parts if p.loss is not None}

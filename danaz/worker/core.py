@@ -154,7 +154,6 @@ class WorkerCore:
         self._current = self._committed  # the rule's vectors after the local steps since that push
         # Memory for the vectors after the next step. Meanwhile those after the last push and the last step must stay.
         self._spare = [self._zeros(device) for _ in range(1 if rule.sync_period == 1 else 2)]
-        self._lr = self._current_lr = (0.0,) * len(role.layout.groups)
         self._counts = self._current_counts = Counts.of(role.layout.size)  # gradients in the committed, current vectors
 
     def _zeros(self, device: torch.device | str) -> dict[str, Tensor]:
@@ -171,9 +170,9 @@ class WorkerCore:
         return self._committed
 
     @property
-    def lr(self) -> tuple[float, ...]:
-        """The learning rates ηᵢ of the last applied push, one for each parameter group."""
-        return self._lr
+    def counts(self) -> Counts:
+        """How many gradients ``vectors`` have taken in, and at which rates ηᵢ the last of them."""
+        return self._counts
 
     def given_back(self) -> Tensor | None:
         """Return what this worker would give back if it left now, f32[P]; None if its rule gives nothing back."""
@@ -181,8 +180,8 @@ class WorkerCore:
             return None
         given = torch.empty_like(next(iter(self._committed.values())))
         for group, (begin, end) in enumerate(self.role.layout.groups):
-            for start, stop, count in self._counts.runs(begin, end):
-                ctx = self._context(group, self._lr, self._lr, count)
+            for start, stop, count, lr in self._counts.runs(begin, end):
+                ctx = self._context(group, lr, lr, count)
                 self.rule.give_back(given[start:stop], cut(self._committed, start, stop), ctx)
         return self.staging.lift(given)
 
@@ -248,9 +247,11 @@ class WorkerCore:
         if self.compressor is not None:
             self.staging.settle()
             sent = outbox.to("cpu")
-            absent = tuple((start, stop) for start, stop in absent if not sent[start:stop].any())  # else it was edited
+            absent = untouched(absent, sent)
             encoded = self.compressor.compress(sent, self.epoch, absent)
             vector = outbox = sent.to(outbox.device)
+        elif self.rule.names_absent:
+            absent = untouched(absent, vector)
         elif self.rule.pushes != "gradient":
             absent = ()  # the push is zero there already, except for an edit
         push = Push(
@@ -318,22 +319,22 @@ class WorkerCore:
                     for name, vector in self._current.items():
                         new[name][start:stop] = vector[start:stop]
                     continue
-                for first, last, count in self._current_counts.runs(start, stop):
+                for first, last, count, own_lr in self._current_counts.runs(start, stop):
                     old = cut(self._current, first, last)
                     if self.rule.needs_view:
                         assert params is not None, "the rule needs the parameters that the gradient was computed on"
                         old["view"] = params[first:last]
-                    ctx = self._context(group, step.lr, self._current_lr, count)
+                    ctx = self._context(group, step.lr[group], own_lr, count)
                     self.rule.push(out[first:last], grad[first:last], old, cut(new, first, last), ctx)
             yield begin, end
         if self._current is not self._committed:
             self._spare.append(self._current)
-        self._current, self._current_lr = new, step.lr
-        self._current_counts = self._current_counts.plus_one(step.absent)
+        self._current = new
+        self._current_counts = self._current_counts.plus_one(self.role.layout.groups, step.lr, step.absent)
 
-    def _context(self, group: int, lr: Sequence[float], own_lr: Sequence[float], count: int) -> Context:
+    def _context(self, group: int, lr: float, own_lr: float, count: int) -> Context:
         """Return the scalars of one slice, as far as a worker knows them."""
-        return Context(lr[group], own_lr[group], max_lr=0.0, lag=0, version=self.version, own_count=count, group=group)
+        return Context(lr, own_lr, max_lr=0.0, lag=0, version=self.version, own_count=count, group=group)
 
     def _prepare_loss(self, losses: list[float | Tensor]) -> float | None:
         """Return the mean of ``losses``; None if there is none, or if it is a tensor that ``complete`` reads later."""
@@ -496,10 +497,10 @@ class WorkerCore:
             self._current_counts = current.with_spans_of(committed, otherwise)
         if applied:
             self._spare.append(self._committed)
-            self._committed, self._lr, self._counts = self._current, self._current_lr, self._current_counts
+            self._committed, self._counts = self._current, self._current_counts
         else:
             self._spare.append(self._current)
-            self._current, self._current_lr, self._current_counts = self._committed, self._lr, self._counts
+            self._current, self._current_counts = self._committed, self._counts
         if applied and self.rule.resets:
             self._forget_state()
 
@@ -523,6 +524,11 @@ class WorkerCore:
         self._forget_state()
         if self.compressor:
             self.compressor.forget()
+
+
+def untouched(absent: Spans, push: Tensor) -> Spans:
+    """Return those ``absent`` spans in which ``push`` f32[P] is zero; the script has edited the others."""
+    return tuple((start, stop) for start, stop in absent if not push[start:stop].any())
 
 
 def answers(reply: Reply, request: Request) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -120,6 +121,21 @@ def test_displacements_of_nadam_are_torchs_steps():
         close(params, parameter.detach(), 1e-4)  # near the optimum, a step divides one rounding error by another
 
 
+@pytest.mark.parametrize("decay", [0.0, 4e-3, 0.1])
+@pytest.mark.parametrize("count", [1, 7, 300, 1_000_000])
+def test_the_course_of_nadams_momentum_takes_no_memory(count, decay):
+    """A run makes any number of steps."""
+    optimizer, oracle = NAdam(0.9, 0.99, momentum_decay=decay), NAdamOracle(1, decay, beta1=0.9, beta2=0.99)
+    state, out = {"mean": torch.ones(1), "square": torch.ones(1)}, torch.zeros(1)
+    tracemalloc.start()
+    optimizer.add_heading(out, state, Scalars(1.0, count), -optimizer.momentum)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100_000
+    oracle.m, oracle.n, oracle.t = np.ones(1), np.ones(1), np.array([float(count)])
+    close(out, oracle.a(1.0), 1e-6)
+
+
 @every_optimizer
 def test_a_displacement_is_s_and_the_change_of_the_look_ahead(optimizer):
     """Also while the rate changes. The gradient and the old state stay as they are."""
@@ -222,17 +238,18 @@ class Laboratory:
     oracle: Any
     workers: int
     theta: Array = field(default_factory=lambda: np.zeros(SIZE))
-    lr: float = 0.0
+    lr: Array = field(default_factory=lambda: np.zeros(SIZE))  # of each parameter's last gradient
 
     def __post_init__(self) -> None:
         self.states = [self.oracle.clone() for _ in range(1 if self.algorithm == "nag-asgd" else self.workers)]
-        self.rates = [0.0] * self.workers
+        self.rates = [np.zeros(SIZE) for _ in range(self.workers)]  # the same, for each worker
         self.views = [self.theta.copy() for _ in range(self.workers)]
 
     def push(self, worker: int, g: Array, lr: float, there: Array) -> Array:
         state = self.states[0 if self.algorithm == "nag-asgd" else worker]
         self.theta = self.theta + state.s(g, self.views[worker], lr, there)
-        self.rates[worker] = self.lr = lr
+        self.rates[worker] = np.where(there, lr, self.rates[worker])
+        self.lr = np.where(there, lr, self.lr)
         self.views[worker] = self.theta + self.ahead(worker)
         return self.views[worker]
 
@@ -254,8 +271,7 @@ class Laboratory:
 @pytest.mark.parametrize("algorithm", ["nag-asgd", "multi-asgd", "dana-zero", "dana", "asgd"])
 @every_optimizer
 def test_every_algorithm_is_its_formula(algorithm, optimizer, absent, seed):
-    """Any order of workers. A layer without a gradient in some updates has its own count of them."""
-    changing = not absent  # the rate of a group is one number, which a layer that makes no step does not see change
+    """Any order of workers. A layer without a gradient in some updates has its own count of them, and last rate."""
     draws, workers = np.random.default_rng(seed), 3
     carried = optimizer.without_momentum() if algorithm == "asgd" else optimizer
     if isinstance(carried, PlainSgd):
@@ -263,7 +279,7 @@ def test_every_algorithm_is_its_formula(algorithm, optimizer, absent, seed):
     laboratory = Laboratory(algorithm, ORACLES[type(carried)](SIZE, **asdict(carried)), workers)
     cluster = Cluster(algorithm, workers, torch.zeros(SIZE), optimizers=Optimizers([optimizer]))
     for turn in range(25):
-        worker, lr = int(draws.integers(workers)), RATES[turn] if changing else 0.05
+        worker, lr = int(draws.integers(workers)), RATES[turn]
         skipped = absent if turn % 3 else ()
         there = np.ones(SIZE, bool)
         for start, stop in skipped:

@@ -10,7 +10,7 @@ from axis import AXIS, under
 from cluster import Cluster
 from torch import Tensor
 
-from danaz.optimizers import Optimizers
+from danaz.optimizers import Adam, NAdam, Optimizers, RMSprop, Sgd
 from danaz.protocol.messages import Parameters, Plan
 from danaz.rules.base import ALGORITHMS
 from danaz.vectors.codecs import Compressor, push_codec
@@ -70,6 +70,36 @@ def test_a_parameter_that_is_used_now_and_then_moves_as_if_the_other_steps_had_n
         if is_used:
             alone.push(0, grad[:1], 0.1)
         assert torch.equal(both.views[0][:1], alone.views[0])
+
+
+OPTIMIZERS = [Optimizers([each]) for each in (Sgd(0.9), Adam(0.9, 0.99), NAdam(), RMSprop(momentum=0.5))]
+LOOKING_AHEAD = [*WITH_SERVER_STATE, "dana-nadam", "ssgd", "sa", "dana-ga", "dana-dc"]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "optimizers"),
+    [
+        pytest.param(name, each, id=f"{name} {each[0].name}")
+        for name in LOOKING_AHEAD
+        for each in OPTIMIZERS
+        if not ALGORITHMS[name].refusal(each)
+    ],
+)
+def test_a_layer_that_is_frozen_stays_where_it_is_while_the_rate_decays(algorithm: str, optimizers: Optimizers) -> None:
+    """Its momentum waits for it, and does not lead elsewhere because the others' rate changes."""
+    cluster = start(algorithm, HERE + GONE, workers=2, optimizers=optimizers)
+    for step in range(4):
+        cluster.push(step % 2, draw(step, HERE + GONE), 0.1)
+    for worker in (0, 1):
+        cluster.pull(worker)
+    before = {worker: view[HERE:].clone() for worker, view in cluster.views.items()}
+    for step in range(12):
+        cluster.push(step % 2, draw(step, HERE + GONE), 0.1 * 0.7**step, absent=((HERE, HERE + GONE),))
+        if step == 7:
+            cluster.lose(1)
+            cluster.come_back(1)  # sums of all workers' momentum are made anew
+        for worker, view in cluster.views.items():
+            torch.testing.assert_close(view[HERE:], before[worker], rtol=1e-5, atol=1e-6)
 
 
 def test_a_codec_neither_moves_them_nor_forgets_what_it_keeps_for_them() -> None:

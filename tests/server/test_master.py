@@ -20,7 +20,7 @@ LAYOUT = Layout.from_lists([[["w", [SIZE], [1]]], [], [SIZE]])
 
 def master_with_member() -> tuple[Master, Member]:
     master = Master(find_algorithm("dana").rule(momentum=0.9), LAYOUT, torch.zeros(SIZE))
-    member = Member(0, 1, b"", 1, 1, {}, (0.0,), 0.0)
+    member = Member(0, 1, b"", 1, 1, {}, 0.0)
     master.enter(member)
     return master, member
 

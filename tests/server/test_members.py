@@ -13,7 +13,7 @@ from danaz.server.snapshot import STATE_FACTS
 
 
 def member_in(state: MemberState) -> Member:
-    return Member(3, 1, b"", 1, 1, {}, (0.0,), 0.0, state)
+    return Member(3, 1, b"", 1, 1, {}, 0.0, state)
 
 
 def test_the_page_shows_the_tables():

@@ -142,7 +142,8 @@ class ServerUnderFaults(MortalCluster, RuleBasedStateMachine):
             [optimizer], total = self.optimizers, torch.zeros(SIZE)
             for member in self.core.members.values():
                 if member.takes_part:
-                    optimizer.add_heading(total, member.vectors, Scalars(member.lr[0], member.counts.counts[0]), 1.0)
+                    [count], [rate] = member.counts.counts, member.counts.rates
+                    optimizer.add_heading(total, member.vectors, Scalars(rate, count), 1.0)
             assert torch.allclose(self.core.master.shared["sum"], total, atol=1e-5)
 
     @invariant()

@@ -293,7 +293,8 @@ def test_a_restarted_server_goes_on_where_it_was(algorithm, optimizers):
     steps = killed.sync_period
     for cluster in (killed, spared):
         for turn in range(7):
-            cluster.push(turn % 2, [GRADIENT * (1 + turn)] * steps, 0.1, absent=((0, 1),) if turn == 3 else ())
+            absent = ((0, 1),) if turn in (3, 5, 6) else ()
+            cluster.push(turn % 2, [GRADIENT * (1 + turn)] * steps, 0.1 / (1 + turn), absent=absent)
     killed.server.settle()
     saved = killed.server.snapshot()
     killed.restart(Snapshot(json.loads(json.dumps(saved.facts)), saved.tensors))
@@ -306,3 +307,24 @@ def test_a_restarted_server_goes_on_where_it_was(algorithm, optimizers):
         for worker in (0, 1):
             cluster.leave(worker)
     torch.testing.assert_close(killed.server.master.params, spared.server.master.params, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("algorithm", ["nag-asgd", "multi-asgd", "dana-zero"])
+def test_a_checkpoint_of_an_earlier_version_has_one_last_rate_for_each_group(algorithm):
+    """There, counts had no rates beside them."""
+    killed, spared = (Restartable(algorithm, 2, torch.ones(SIZE), optimizers=Optimizers([Adam()])) for _ in "ab")
+    for cluster in (killed, spared):
+        for turn in range(4):
+            cluster.push(turn % 2, GRADIENT * (1 + turn), 0.1 / (1 + turn))
+    killed.server.settle()
+    saved = killed.server.snapshot()
+    facts = json.loads(json.dumps(saved.facts))
+    for values in (facts["master"], *facts["members"]):
+        *values["counts"], rates = values["counts"]
+        values["lr"] = rates
+    killed.restart(Snapshot(facts, saved.tensors))
+    for worker in (0, 1):
+        killed.come_back(worker)
+        spared.pull(worker)
+    for worker, view in spared.views.items():
+        torch.testing.assert_close(killed.views[worker], view, rtol=1e-5, atol=1e-6)

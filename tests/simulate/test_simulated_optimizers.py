@@ -58,7 +58,7 @@ def test_ssgd_scales_the_rate_as_asked(overrides, factor, tmp_path):
     simulation = Simulation(config_of("algorithm=ssgd", "workers=4", "lr=0.01", *overrides), tmp_path / "run")
     simulation.start()
     simulation.advance(8)
-    assert simulation.server.master.lr == pytest.approx((0.01 * factor,))
+    assert simulation.server.master.shared_counts.rates == pytest.approx((0.01 * factor,))
 
 
 @pytest.mark.parametrize(

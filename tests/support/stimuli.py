@@ -69,11 +69,11 @@ def arithmetic_of(core: ServerCore) -> list[object]:
         f"{m.worker}.{name}": vector.tolist() for m in core.members.values() for name, vector in m.vectors.items()
     }
     shared = {name: vector.tolist() for name, vector in master.shared.items()}
-    counts = [(m.worker, m.lr, m.updates, m.counts) for m in core.members.values()]
+    counts = [(m.worker, m.counts, m.updates) for m in core.members.values()]
     return [
         master.params.tolist(),
         master.version,
-        master.lr,
+        master.shared_counts,
         master.max_lr,
         vectors,
         shared,

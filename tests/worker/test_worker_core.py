@@ -43,7 +43,7 @@ def ones(value: float = 1.0) -> Tensor:
 
 
 def state(core: WorkerCore) -> list[object]:
-    return [core.lr, {name: vector.tolist() for name, vector in core.vectors.items()}, core.given_back()]
+    return [core.counts, {name: vector.tolist() for name, vector in core.vectors.items()}, core.given_back()]
 
 
 class TestRequests:
@@ -130,7 +130,7 @@ class TestCommitOnAcceptance:
         assert core.vectors["velocity"].tolist() == [0, 0, 0], "not before the server says so"
         core.receive(view(2, applied=True))
         assert core.vectors["velocity"].tolist() == [2, 2, 2]
-        assert core.lr == (0.1,)
+        assert (core.counts.counts, core.counts.rates) == ((1,), (0.1,))
 
     @pytest.mark.parametrize(
         "reply", [view(3, refused="push is not finite"), view(3), Refusal(3, "given up", rejoin=True)]
