@@ -108,6 +108,14 @@ class Plan:
     def batches(self) -> int:
         return self.batches_per_epoch * self.epochs
 
+    def count(self, epoch: int) -> int:
+        """Return the number of batches in an epoch."""
+        return self.batches_per_epoch
+
+    def place_of(self, batch: int) -> tuple[int, int]:
+        """Return the epoch of a batch, and its number in that epoch."""
+        return divmod(batch, self.batches_per_epoch)
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -179,6 +187,7 @@ class Push:
     common: Generations = ()  # to all shards: the newest two checkpoints that all of them said they have
     absent: AbsentSpans = ()  # (start, stop) of parameters without a gradient, which make no step
     spent: Spent = field(default=NOTHING_SPENT, metadata=LATER)
+    order: Count = field(default=0, metadata=LATER)  # digest of the order of samples in the epoch of ``batch``; 0: none
     square: float | None = field(default=None, metadata=LOCAL)  # ‖push‖², if it was summed while the push arrived
     encoded: Encoded | None = field(default=None, metadata=LOCAL)  # how ``push`` travels; None: as it is
 
@@ -270,7 +279,7 @@ class Inquire:
     worker: WorkerNumber
     incarnation: Count
     request: Count
-    wants_params: bool = False  # it also asks for the server's parameters
+    wants_params: bool = field(default=False, metadata=LATER)  # it also asks for the server's parameters
 
 
 # ---- what a server answers -------------------------------------------------------------------------------------------

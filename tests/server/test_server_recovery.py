@@ -11,7 +11,7 @@ from axis import of, under
 from cluster import Cluster
 from stimuli import GRADIENT, JOIN, NAN, SIZE, answer, parameters, push_on, started
 
-from danaz.optimizers import SGD
+from danaz.optimizers import SGD, Adam, Optimizers
 from danaz.protocol.messages import Final, Heartbeat, Noted, Parameters, Plan, Refusal, Report, Streamed
 from danaz.protocol.refusals import OUTLIER
 from danaz.server.core import ServerCore

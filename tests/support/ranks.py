@@ -23,14 +23,15 @@ class ThreadGroup:
         self.rank, self.size, self._world = rank, size, world
 
     def sum_async(self, tensor: Tensor, name: str) -> None:
-        tensor.copy_(torch.stack(self._world.exchange(self.rank, f"sum {name}", tensor)).sum(0).to(tensor.dtype))
+        total = torch.stack(self._world.exchange(self.rank, f"sum {name}", tensor)).sum(0)
+        tensor.detach().copy_(total.to(tensor.dtype))
 
     def wait(self, handle: Any) -> None:
         """Do nothing: a sum is complete when it has begun."""
 
     def broadcast(self, **tensors: Tensor) -> None:
         for name, tensor in tensors.items():
-            tensor.copy_(self._world.exchange(self.rank, f"broadcast {name}", tensor)[0])
+            tensor.detach().copy_(self._world.exchange(self.rank, f"broadcast {name}", tensor)[0])
 
     def close(self) -> None:
         """Do nothing: the threads end by themselves."""
@@ -44,8 +45,12 @@ class ThreadWorld:
         self._barrier = threading.Barrier(size)
         self._said: list[tuple[str, Tensor]] = [("", torch.empty(0))] * size
 
+    def end(self) -> None:
+        """Let every rank that waits for another one fail now, because one has failed."""
+        self._barrier.abort()
+
     def exchange(self, rank: int, name: str, tensor: Tensor) -> list[Tensor]:
-        self._said[rank] = (name, tensor.clone())
+        self._said[rank] = (name, tensor.detach().clone())
         self._barrier.wait(PATIENCE_S)
         said = list(self._said)
         self._barrier.wait(PATIENCE_S)

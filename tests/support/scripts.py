@@ -41,6 +41,32 @@ class Counted(Dataset[tuple[Tensor, Tensor]]):
         return torch.tensor([index / self.samples]), torch.ones(1)
 
 
+def run_world(algorithm: str, workers: int, ranks: int, story: Callable[[Session, int], None]) -> None:
+    """Run a script on ``workers`` of ``ranks`` each, in one world that has no server elsewhere, as ``ssgd`` does."""
+    errors: list[BaseException] = []
+    world = ThreadWorld(workers * ranks)
+
+    def work(number: int, group: Group) -> None:
+        session = Session(Settings(algorithm, workers), RankInfo(worker=number), group)
+        atexit.unregister(session.close)
+        try:
+            story(session, number)
+        except Exception as error:  # noqa: BLE001  # the test gets it
+            errors.append(error)
+            world.end()
+
+    threads = [
+        threading.Thread(target=work, args=(number // ranks, group)) for number, group in enumerate(world.groups)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+    assert not any(thread.is_alive() for thread in threads), "a rank hangs"
+    if errors:
+        raise errors[0]
+
+
 @dataclass
 class ScriptCluster:
     """A server on a ROUTER socket, and workers on threads of the same process."""
@@ -113,6 +139,6 @@ def make_optimizer(session: Session) -> tuple[nn.Linear, DistributedOptimizer]:
     nn.init.zeros_(model.weight)
     nn.init.zeros_(model.bias)
     sgd = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True)
-    optimizer = DistributedOptimizer(sgd, model, session.group)
+    optimizer = DistributedOptimizer(sgd, model, session.group, replicated=session.place.server is None)
     session.adopt(optimizer)
     return model, optimizer
