@@ -27,6 +27,11 @@ def optimizers_of(optimizer: torch.optim.Optimizer) -> Optimizers:
     Raises UnsupportedOptimizerError for an option that no algorithm can carry out.
     """
     kind = type(optimizer)
+    if kind is torch.optim.SparseAdam:
+        raise UnsupportedOptimizerError(
+            "SparseAdam makes steps on sparse gradients alone, and danaz makes them dense, because it sums and pushes "
+            "whole vectors. Use torch.optim.Adam, which also moves the rows that a batch has not looked up."
+        )
     if kind not in _READERS:
         return Optimizers([Own(kind.__name__)])
     groups = optimizer.param_groups

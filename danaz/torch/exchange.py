@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -123,7 +124,7 @@ class GradientExchange:
     def _begin_next_sum(self) -> None:
         number = len(self._round.handles)
         bucket, flat = self._buckets[number], self.flat
-        flat.gather_gradients(bucket)
+        self._gather(bucket)
         entries = flat.layout.parameters
         grads = flat.grads[entries[bucket.start].start : entries[bucket.stop - 1].stop]
         # Fill with zeros instead of multiplying by zero: a rank without samples may hold anything, such as NaN.
@@ -145,10 +146,8 @@ class GradientExchange:
         flat = self.flat
         if not all(flat.has_gradient):
             # If only other ranks have a gradient for a parameter, this rank takes it over, too.
-            somewhere = flat.summed[: len(flat.trained)].tolist()
-            for number in (number for number, ranks in enumerate(somewhere) if ranks):
-                flat.has_gradient[number] = True
-                flat.trained[number].grad = flat.grad_views[number]
+            flat.has_gradient[:] = [bool(ranks) for ranks in flat.summed[: len(flat.trained)].tolist()]
+        flat.show_gradients()
         self._round.is_settled, self._round.backward_runs = True, False
 
     # ---- at the end of a batch -----------------------------------------------------------------------------------
@@ -159,22 +158,41 @@ class GradientExchange:
         Rank 0's rates count, because the ranks may have moved their schedules differently.
         """
         if self.group.size == 1:
-            self.gather()
+            self._gather_again()
+            self._round = self._new_round()
             return Verdict(int(not steps), loss, lr, edited, alike=True)
         share = 0.0 if loss is None else float(loss) * self.weight
         ballot = _Ballot(0, int(not steps), int(edited), int(loss is not None), share, lr, int(self.asks_to_end))
         while True:
             self.settle()
-            self.gather()
+            self._gather_again()
             verdict, more = self._vote(ballot)
             self._round = self._new_round()
             if not more:
                 self._passes_done = 0
                 return verdict
 
-    def gather(self) -> None:
-        """Bring all gradients into the flat vector."""
-        self.flat.gather_gradients(range(len(self.flat.trained)))  # the user may have replaced some since backward
+    def scale(self, factor: Tensor) -> None:
+        """Multiply every gradient of this rank by ``factor``."""
+        self.settle()
+        self._gather_again()
+        self.flat.grads.mul_(factor.to(self.flat.grads))
+        self.flat.show_gradients()
+        self._round.is_settled = True
+
+    def _gather_again(self) -> None:
+        """Bring all gradients into the flat vector, because the user may have changed some since backward."""
+        self._gather(range(len(self.flat.trained)), again=self._round.is_settled)
+
+    def _gather(self, numbers: range, again: bool = False) -> None:
+        known = len(self.flat.sparse)
+        self.flat.gather_gradients(numbers, again)
+        if not known and self.flat.sparse and self.group.rank == 0:
+            warnings.warn(
+                f"the gradient of {min(self.flat.sparse)} is sparse. danaz makes such gradients dense, because it sums "
+                "and pushes whole vectors: the result is right, but nothing is saved. sparse=False says the same.",
+                stacklevel=2,
+            )
 
     def _vote(self, ballot: _Ballot) -> tuple[Verdict, int]:
         """Return the ranks' common verdict, and the number of ranks that are about to add to their gradients."""

@@ -141,6 +141,7 @@ def enter(worker: Worker, flat: FlatModel, place: RankInfo) -> None:
     untrained = Untrained(flat.model, flat.trained)
     words = untrained.packed()
     group.broadcast(first_params=flat.params)
+    flat.show_params()
     if place.worker == 0 or not has_server:
         worker.join(True, words if has_server and untrained.size else None)
     else:

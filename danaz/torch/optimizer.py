@@ -112,7 +112,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over rates and other options of the groups. Raises UnsupportedOptimizerError for momentum buffers."""
         if self._own_step is not None:
-            self.wrapped.load_state_dict(state_dict)
+            with self.flat.as_float32():  # torch gives the state the types of the parameters
+                self.wrapped.load_state_dict(state_dict)
             self.param_groups = self.wrapped.param_groups
             return
         saved = state_dict["param_groups"]
@@ -188,20 +189,24 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """
         flat, groups = self.flat, self.wrapped.param_groups
         before, rates = flat.params.clone(), [group["lr"] for group in groups]
-        for number, parameter in enumerate(flat.trained):
-            parameter.grad = flat.grad_views[number] if flat.has_gradient[number] else None
+        for parameter, has_gradient in zip(flat.trained, flat.has_gradient, strict=True):
+            if not has_gradient:
+                parameter.grad = None
+        flat.show_gradients()
         moved = flat.decayed
         try:
             if self._group.rank == 0:
                 for group, rate in zip(groups, lr, strict=True):
                     group["lr"] = rate
-                own_step()
+                with flat.as_float32():
+                    own_step()
         finally:  # also after an error, which the script may catch
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate
             flat.bring_home()
             torch.sub(flat.params, before, out=moved)
             flat.params.copy_(before)
+            flat.show_params()
         if self._replicated:
             self._group.broadcast(own_step=moved)
         return moved
@@ -229,8 +234,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """Divide gradients by a GradScaler's scale if it left that to us; return whether it has found an overflow."""
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if scale is not None:
-            self.exchange.gather()
-            self.flat.grads.mul_(scale.double().reciprocal().to(self.flat.grads))
+            self.exchange.scale(scale.double().reciprocal())
         return found_inf is not None and bool(found_inf)
 
     def _take_over_rank_0s(self) -> None:
@@ -239,6 +243,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         flat.summed[: len(flat.trained)].copy_(torch.tensor(flat.has_gradient, dtype=torch.float32))
         self._group.broadcast(final_grads=flat.summed)
         flat.has_gradient[:] = [bool(flag) for flag in flat.summed[: len(flat.trained)].tolist()]
+        flat.show_gradients()
 
     # ---- a batch without a step ----------------------------------------------------------------------------------
 

@@ -156,6 +156,7 @@ class Worker:
             self.conversation.core.local_step(step, grad, self.flat.params)
         if not self.replicated:
             self.group.broadcast(params=self.flat.params)
+        self.flat.show_params()
 
     def _exchange(self, conversation: Conversation, step: Step, grad: Tensor | None) -> None:
         """Push ``step``, and take the answer's view or, in a pipeline, the view that was fetched ahead."""
@@ -242,6 +243,7 @@ class Worker:
             self.metrics.version, self.metrics.refused_pushes = final.version, self.conversation.refused_pushes
         if not self.replicated:
             self.group.broadcast(params=self.flat.params, buffers=buffers)
+        self.flat.show_params()
         self.flat.load_buffers(buffers)
 
     def report(self, figures: dict[str, float | str | None]) -> None:
@@ -290,6 +292,7 @@ class Worker:
         """Let all ranks go on with rank 0's view; a pipeline fetches the next view while they compute."""
         if not self.replicated:
             self.group.broadcast(view_and_news=self._view_and_news)
+        self.flat.show_params()
         self._unpack()
         if self.pipeline is not None and not self.pipeline.busy and self.batches.any and not self.done:
             self.pipeline.begin(None)

@@ -162,7 +162,7 @@ class TestModelInAVector:
             (lambda model: [], "no parameters"),
             (lambda model: [[nn.Parameter(torch.zeros(2))]], "does not have"),
             (lambda model: [[model[3].bias], [model[3].bias]], "in two groups"),
-            (lambda model: [[model.double()[3].bias]], "trains float32"),
+            (lambda model: [[model.to(torch.complex64)[3].bias]], "trains parameters of the types float32"),
         ],
     )
     def test_what_it_cannot_train(self, groups, reason):
