@@ -35,12 +35,12 @@ class FlatModel:
         self.model = model
         if groups is None:
             groups = [[p for p in model.parameters() if p.requires_grad]]
-        names = {p: name for name, p in model.named_parameters()}
+        names = {p: _plain(name) for name, p in model.named_parameters()}
         self.trained = [p for group in groups for p in group]
         _check_trained(self.trained, names)
         rows = [(names[p], tuple(p.shape), _dense_stride(p)) for p in self.trained]
         self._buffers = {
-            name: b
+            _plain(name): b
             for name, b in model.named_buffers()
             if b.is_floating_point() and name in model.state_dict(keep_vars=True)
         }
@@ -212,6 +212,11 @@ def _check_trained(trained: Sequence[nn.Parameter], names: dict[nn.Parameter, st
                 f"{last}. Leave it out of the optimizer, or convert it"
             )
         seen.add(p)
+
+
+def _plain(name: str) -> str:
+    """Return the name of a tensor without what torch.compile puts before it, so that compiling changes no name."""
+    return name.replace("_orig_mod.", "")
 
 
 def _is_rounded(tensor: Tensor, exact: Tensor) -> Tensor:
