@@ -157,9 +157,11 @@ class Simulation:
     def make_push(self, worker: SimulatedWorker, wants_view: bool = True) -> Request:
         """Compute on the worker's view. Make a local step with every leased batch but the last, and push the last."""
         worker.core.compute_on(self.flat.params)
+        self.flat.show_params()
         *earlier, last = worker.batches
         for batch in earlier:
             worker.core.local_step(*self._compute(worker, batch), self.flat.params)
+            self.flat.show_params()
         return worker.core.push(*self._compute(worker, last), self.flat.params, wants_view=wants_view)
 
     def _compute(self, worker: SimulatedWorker, batch: int) -> tuple[Step, Tensor]:
@@ -196,6 +198,7 @@ class Simulation:
             self.workers[route].receive(reply)
             if isinstance(reply, Final):
                 self.flat.params.copy_(reply.params)
+                self.flat.show_params()
 
     def _finish(self) -> dict[str, Any]:
         """Let all workers give back and leave, then measure the final figures at θ."""

@@ -32,7 +32,6 @@ from torch.utils.data import DataLoader
 from danaz.run.settings import from_environment
 from danaz.torch.evaluating import EvaluationError
 from danaz.torch.loop import LoopError
-from danaz.torch.models import check_model
 from danaz.torch.optimizer import DistributedOptimizer as _DistributedOptimizer
 from danaz.torch.session import NotInitializedError, Session
 from danaz.torch.stream import stream_part as _stream_part
@@ -159,7 +158,6 @@ def DistributedOptimizer(
     optimizer that danaz does not know, and ValueError for a model that danaz cannot train.
     """
     session = _session()
-    check_model(model)
     replicated = session.place.server is None
     wrapped = _DistributedOptimizer(optimizer, model, session.group, backward_passes_per_step, replicated)
     session.adopt(wrapped)

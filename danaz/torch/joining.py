@@ -19,8 +19,8 @@ from danaz.torch.alone import LocalLink
 from danaz.torch.carried import weight_decays
 from danaz.torch.data import Share
 from danaz.torch.evaluating import EvaluationError
+from danaz.torch.joint import JointOptimizer
 from danaz.torch.models import has_batch_norm
-from danaz.torch.optimizer import DistributedOptimizer
 from danaz.vectors.model import FlatModel
 from danaz.vectors.untrained import Untrained
 from danaz.worker.conversation import Conversation
@@ -39,7 +39,8 @@ class Membership:
     worker: Worker
     plan: Plan
     share: Share
-    lr_scale: float  # what the learning rate is multiplied by, for the number of workers
+    lr_scale: list[float]  # what each group's learning rate is multiplied by, for the number of workers
+    moves_at_once: bool  # whether a worker's own steps are known on the worker, before the server has made them
 
 
 def machines_per_batch(settings: Settings, place: RankInfo) -> int:
@@ -92,7 +93,7 @@ def make_membership(
     settings: Settings,
     place: RankInfo,
     group: Group,
-    optimizer: DistributedOptimizer,
+    optimizer: JointOptimizer,
     plan: Plan,
     read_ahead: int,
 ) -> Membership:
@@ -130,8 +131,14 @@ def make_membership(
     share = replace(_share_of_batch(settings, place, group), least=2 if has_batch_norm(flat.model) else 1)
     worker = Worker(group, flat, ahead, conversation, replicated=not has_server, pipelined=pipelined)
     worker.sync_period = rule.worker_rule.sync_period
-    scale = lr_scale(rule, optimizer.optimizers, settings.lr_scaling, settings.workers)
-    return Membership(worker, plan, share, scale)
+    scale = [
+        lr_scale(rule, member.optimizers, settings.lr_scaling, settings.workers)
+        for member in optimizer.members
+        for _ in member.wrapped.param_groups
+    ]
+    # In a pipeline, the last push is still on its way, and may not be changed meanwhile.
+    moves_at_once = rule.pushes != "gradient" and not pipelined
+    return Membership(worker, plan, share, scale, moves_at_once)
 
 
 def _name_of(device: torch.device) -> str:
@@ -180,6 +187,7 @@ def enter(worker: Worker, flat: FlatModel, place: RankInfo) -> None:
     untrained = Untrained(flat.model, flat.trained)
     words = untrained.packed()
     group.broadcast(first_params=flat.params)
+    flat.show_params()
     if place.worker == 0 or not has_server:
         worker.join(True, words if has_server and untrained.size else None)
     else:

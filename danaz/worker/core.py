@@ -97,6 +97,7 @@ class Step:
     loss: Loss
     absent: Spans = ()  # parameters without a gradient, which make no step
     order: int = 0  # digest of the order of the samples in the batch's epoch; 0: none
+    ends_batch: bool = True  # False: another step on the same batch follows
 
 
 class WorkerCore:
@@ -155,6 +156,7 @@ class WorkerCore:
         self._current = self._committed  # the rule's vectors after the local steps since that push
         # Memory for the vectors after the next step. Meanwhile those after the last push and the last step must stay.
         self._spare = [self._zeros(device) for _ in range(1 if rule.sync_period == 1 else 2)]
+        self._device = device
         self._counts = self._current_counts = Counts.of(role.layout.size)  # gradients in the committed, current vectors
 
     def _zeros(self, device: torch.device | str) -> dict[str, Tensor]:
@@ -265,7 +267,7 @@ class WorkerCore:
             loss=self._prepare_loss([each.loss for each in steps if each.loss is not None]),
             batch=step.batch,
             push=outbox,
-            earlier=tuple(each.batch for each in self._steps),
+            earlier=tuple(each.batch for each in self._steps if each.ends_batch),
             absent=absent,
             order=step.order,
             life=self._view.life,
@@ -313,7 +315,8 @@ class WorkerCore:
         In absent spans, write zeros and leave the rule's vectors as they are. After the last slice, the vectors have
         moved on tentatively.
         """
-        new = self._spare.pop()
+        # If several steps are made on a batch, there is one more place of vectors to keep.
+        new = self._spare.pop() if self._spare else self._zeros(self._device)
         for group, begin, end in self.role.layout.slices(self.staging.slice_floats):
             for start, stop, is_absent in parts(begin, end, step.absent):
                 if is_absent:

@@ -151,6 +151,13 @@ class Worker:
             self._share()
         self._measure(ended)
 
+    def move(self, step: Step, grad: Tensor) -> None:
+        """Make one of several steps on a batch, on this worker alone. The push that ends the batch includes it.
+
+        That push comes without a gradient of its own.
+        """
+        self._step_locally(step, grad)
+
     def skip(self, batch: int, lr: Sequence[float]) -> None:
         """Count ``batch`` as used without a step, and push nothing for it."""
         if self._local_steps:
@@ -169,6 +176,7 @@ class Worker:
             self.conversation.core.local_step(step, grad, self.flat.params)
         if not self.replicated:
             self.group.broadcast(params=self.flat.params)
+        self.flat.show_params()
 
     def _exchange(self, conversation: Conversation, step: Step, grad: Tensor | None) -> None:
         """Push ``step``, and take the answer's view or, in a pipeline, the view that was fetched ahead."""
@@ -282,6 +290,7 @@ class Worker:
             self.metrics.version, self.metrics.refused_pushes = final.version, self.conversation.refused_pushes
         if not self.replicated:
             self.group.broadcast(params=self.flat.params, buffers=buffers)
+        self.flat.show_params()
         self.flat.load_buffers(buffers)
 
     def report(self, figures: dict[str, float | str | None]) -> None:
@@ -330,6 +339,7 @@ class Worker:
         """Let all ranks go on with rank 0's view; a pipeline fetches the next view while they compute."""
         if not self.replicated:
             self.group.broadcast(view_and_news=self._view_and_news)
+        self.flat.show_params()
         self._unpack()
         if self.pipeline is not None and not self.pipeline.busy and self.batches.any and not self.done:
             self.pipeline.begin(None)

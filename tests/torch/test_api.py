@@ -39,7 +39,7 @@ def make_sgd(model: nn.Module) -> torch.optim.SGD:
 
 def test_all_names_what_there_is() -> None:
     own = {name for name, value in vars(danaz).items() if inspect.isfunction(value) and not name.startswith("_")}
-    assert set(danaz.__all__) == own - {"replace", "from_environment", "check_model"} | {
+    assert set(danaz.__all__) == own - {"replace", "from_environment"} | {
         "NotInitializedError",
         "LoopError",
         "DifferentCallsError",

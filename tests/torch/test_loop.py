@@ -358,12 +358,6 @@ def test_persistent_workers_persist(script: Script, persistent: bool) -> None:
 # ---- models ---------------------------------------------------------------------------------------------------------
 
 
-def test_sparse_gradients_are_refused_with_the_cure() -> None:
-    model = nn.Sequential(nn.Embedding(5, 2, sparse=True), nn.Linear(2, 1))
-    with pytest.raises(ValueError, match=r"the model's 0 is made with sparse=True.*sparse=False"):
-        danaz.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
-
-
 def saved_size(what: object) -> int:
     file = BytesIO()
     torch.save(what, file)

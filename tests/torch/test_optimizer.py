@@ -245,10 +245,6 @@ def test_three_in_a_row_end_the_run_as_diverged(servers: list[ServerCore]) -> No
 
 
 def test_parameters_that_danaz_cannot_train_are_refused() -> None:
-    model = make_net()
-    model.last.double()
-    with pytest.raises(ValueError, match=r"last\.weight is torch\.float64; danaz trains float32"):
-        DistributedOptimizer(make_sgd(model), model, SoloGroup())
     with pytest.raises(ValueError, match="the model does not have"):
         DistributedOptimizer(make_sgd(make_net()), make_net(), SoloGroup())
 

@@ -15,6 +15,11 @@ def net() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
 
 
+def with_complex(model: nn.Module) -> nn.Module:
+    model.odd = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+    return model
+
+
 def batch() -> Tensor:
     return torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(2))
 
@@ -162,7 +167,7 @@ class TestModelInAVector:
             (lambda model: [], "no parameters"),
             (lambda model: [[nn.Parameter(torch.zeros(2))]], "does not have"),
             (lambda model: [[model[3].bias], [model[3].bias]], "in two groups"),
-            (lambda model: [[model.double()[3].bias]], "trains float32"),
+            (lambda model: [[with_complex(model).odd]], "trains parameters of the types float32"),
         ],
     )
     def test_what_it_cannot_train(self, groups, reason):
