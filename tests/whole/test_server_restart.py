@@ -36,9 +36,7 @@ ADAMW = {"optimizer": "adamw", "lr": 0.003, "weight_decay": 0.01}
 class Cluster:
     """A server and two workers that train on digits. This test starts the three processes itself."""
 
-    def __init__(
-        self, folder: Path, algorithm: str, changes: Mapping[str, Any] = MappingProxyType({}), **settings: Any
-    ):
+    def __init__(self, folder: Path, algorithm: str, config_keys: Mapping[str, Any] = NONE, **settings: Any):
         folder.mkdir()
         self.folder = folder
         config = load_config(live.ROOT / "configs" / "digits.yaml")
