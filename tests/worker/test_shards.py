@@ -417,7 +417,8 @@ def test_digits_with_two_shards(wire: tuple[str, ...], tmp_path: Path) -> None:
         assert run.summary["push_bytes_per_update"] == 4 * PARAMETERS
 
 
-@pytest.mark.parametrize("name", [pytest.param("server", marks=pytest.mark.slow), "server.1"])
+@pytest.mark.slow  # test_launcher_run.py shows that a service that fails ends the run
+@pytest.mark.parametrize("name", ["server", "server.1"])
 def test_the_death_of_a_shard_ends_a_run_that_is_to_stop(tmp_path: Path, name: str) -> None:
     run = Running(tmp_path / "run", *SHARDED, "--set", "epochs=2000", "--on-worker-failure", "stop")
     try:
