@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -191,20 +192,21 @@ class TestCommand:
         )
         assert done.returncode == 0, done.stderr
 
-    @pytest.mark.parametrize("command", ["simulate", "launch"])
-    def test_one_that_fails_ends_the_command_with_the_users_traceback(self, command: str, current_folder: Path) -> None:
+    def test_one_that_fails_ends_the_command_with_the_users_traceback(self, current_folder: Path) -> None:
+        """An algorithm and a model; the commands run at once, because each imports torch."""
         (current_folder / f"{MODULE}.py").write_text(BROKEN)
-        done = danaz(command, str(ROOT / "configs" / "quadratic.yaml"), "--algorithm", f"{MODULE}:my_dana")
-        assert done.returncode == 2
-        assert f"{MODULE}.py, line 6, fails when it is imported: AttributeError" in done.stderr
-        assert "os.no_such_function()" in done.stderr
-        assert str(ROOT / "danaz") not in done.stderr
-
-    def test_a_model_that_fails_ends_the_command_with_the_users_traceback(self, current_folder: Path) -> None:
-        (current_folder / f"{MODULE}.py").write_text(BROKEN)
-        config = ROOT / "configs" / "fashion-mnist-mobilenet.yaml"
-        keys = ["--set", "data=torchvision.FakeData", "--set", f"model={MODULE}:my_dana"]
-        done = danaz("simulate", str(config), *keys, "--out", "run")
-        assert done.returncode == 2
-        assert "os.no_such_function()" in done.stderr
-        assert str(ROOT / "danaz") not in done.stderr
+        quadratic, mobilenet = (
+            str(ROOT / "configs" / f"{name}.yaml") for name in ("quadratic", "fashion-mnist-mobilenet")
+        )
+        model = ("--set", "data=torchvision.FakeData", "--set", f"model={MODULE}:my_dana", "--out", "run")
+        commands = [
+            ("simulate", quadratic, "--algorithm", f"{MODULE}:my_dana"),
+            ("launch", quadratic, "--algorithm", f"{MODULE}:my_dana"),
+            ("simulate", mobilenet, *model),
+        ]
+        with ThreadPoolExecutor() as threads:
+            for done in threads.map(lambda command: danaz(*command), commands):
+                assert done.returncode == 2
+                assert f"{MODULE}.py, line 6, fails when it is imported: AttributeError" in done.stderr
+                assert "os.no_such_function()" in done.stderr
+                assert str(ROOT / "danaz") not in done.stderr

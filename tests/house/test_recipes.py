@@ -12,6 +12,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import copytree, ignore_patterns
@@ -46,6 +48,9 @@ for line in {commands!r}:
         code = pytest.main(["-q", "-p", "no:cacheprovider", *rest[2:]])
         assert code == 0, (line, code)
 """
+
+
+Printed = dict[tuple[Callable[[str, Path], str], str], Future[str]]
 
 
 @dataclass(frozen=True)
@@ -120,19 +125,38 @@ def test_there_are_pages() -> None:
     ]
 
 
-@pytest.mark.parametrize("page", with_page(own=True))
-def test_from_outside(page: str, tmp_path: Path) -> None:
-    own, _ = halves(page)
-    see(own, follow(own, tmp_path))
+def follow_outside(page: str, folder: Path) -> str:
+    return follow(halves(page)[0], folder)
 
 
-@pytest.mark.parametrize("page", with_page(own=False))
-def test_within_danaz(page: str, tmp_path: Path) -> None:
-    _, within = halves(page)
+def follow_within(page: str, folder: Path) -> str:
     for name in ("danaz", "launcher", "tests", "configs", "docs"):
-        copytree(ROOT / name, tmp_path / name, ignore=ignore_patterns("__pycache__", "images", "results"))
-    (tmp_path / "pyproject.toml").write_bytes((ROOT / "pyproject.toml").read_bytes())
-    see(within, follow(within, tmp_path))
+        copytree(ROOT / name, folder / name, ignore=ignore_patterns("__pycache__", "images", "results"))
+    (folder / "pyproject.toml").write_bytes((ROOT / "pyproject.toml").read_bytes())
+    return follow(halves(page)[1], folder)
+
+
+@pytest.fixture(scope="module")
+def printed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Printed]:
+    """Follow all pages of the tests that are to run, two at a time: each is a process that imports torch."""
+    with ThreadPoolExecutor(2) as threads:
+        yield {
+            (how, page): threads.submit(how, page, tmp_path_factory.mktemp("page"))
+            for item in request.session.items
+            if isinstance(item, pytest.Function) and "printed" in item.fixturenames
+            for how, page in [(item.callspec.params["how"], item.callspec.params["page"])]
+        }
+
+
+@pytest.mark.parametrize(
+    ("how", "page"),
+    [
+        *(pytest.param(follow_outside, page, id=f"from outside, {page}") for page in with_page(own=True)),
+        *(pytest.param(follow_within, page, id=f"within danaz, {page}") for page in with_page(own=False)),
+    ],
+)
+def test_a_page_followed_to_the_letter(how: Callable[[str, Path], str], page: str, printed: Printed) -> None:
+    see(halves(page)[how is follow_within], printed[how, page].result())
 
 
 class TestTheseTests:

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 DEADLINE_S = 60.0
 
 LAUNCHER = """
@@ -92,6 +94,7 @@ def test_a_world_per_worker_all_at_once(tmp_path: Path) -> None:
         assert said(folder, "localhost", rank) == [total, [place, 2, place, 2, 0, 1], 2.0, 3.0]
 
 
+@pytest.mark.slow  # test_launcher_kill.py has two runs at once, without Horovod
 def test_two_runs_at_once_each_a_world_over_two_hosts(tmp_path: Path) -> None:
     runs = [
         start(tmp_path / f"{base}", HOROVOD, "localhost:1,127.0.0.1:1", one_world=True, base=base) for base in (1, 100)

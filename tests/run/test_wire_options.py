@@ -113,7 +113,9 @@ class TestSimulated:
             runs.append((tmp_path / name / "parameters.safetensors").read_bytes())
         assert runs[0] == runs[1]
 
-    @pytest.mark.parametrize("algorithm", ["dana", "dana-zero", "asgd", "ssgd"])
+    @pytest.mark.parametrize(
+        "algorithm", ["dana", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dana-zero", "asgd", "ssgd"))]
+    )
     def test_the_loss_falls_as_fast_as_without_compression(self, tmp_path, algorithm):
         """Error feedback: without it, top-k of one in ten would leave most coordinates where they were."""
         losses = {}

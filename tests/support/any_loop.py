@@ -70,17 +70,22 @@ class Problem:
     loss: Callable[[Tensor, Tensor], Tensor]  # a mean over samples
     momentum: float
     weight_decay: float
+    adamw: bool = False  # instead of SGD; β₁ is the momentum
 
     def model(self) -> nn.Module:
         torch.manual_seed(1)
         return self.make_model()
 
-    def sgd(self, model: nn.Module) -> torch.optim.SGD:
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        if self.adamw:
+            betas = (self.momentum, 0.99)
+            return torch.optim.AdamW(model.parameters(), lr=0.01, betas=betas, weight_decay=self.weight_decay)
         options = {"momentum": self.momentum, "nesterov": self.momentum > 0, "weight_decay": self.weight_decay}
         return torch.optim.SGD(model.parameters(), lr=0.1, **options)
 
 
 CURVED = Problem(Net, nn.functional.mse_loss, momentum=0.9, weight_decay=0.01)
+CURVED_ADAMW = Problem(Net, nn.functional.mse_loss, momentum=0.9, weight_decay=0.1, adamw=True)
 # Without momentum and decay, and with constant gradients, the updates of several workers commute.
 FLAT = Problem(Flat, lambda output, y: (output * y).mean(), momentum=0.0, weight_decay=0.0)
 
@@ -474,7 +479,7 @@ class Result:
 def train_with_torch(loop: Loop, problem: Problem) -> Result:
     """Train with torch alone in one process; then go from torch's variable, which looks ahead, to θ."""
     model = problem.model()
-    optimizer, data, batching = problem.sgd(model), make_data(), Batching(SAMPLES, BATCH)
+    optimizer, data, batching = problem.optimizer(model), make_data(), Batching(SAMPLES, BATCH)
 
     def batches() -> Iterator[tuple[int, Tensor, Tensor]]:
         for batch in range(batching.plan(EPOCHS).batches):
@@ -492,7 +497,9 @@ def train_with_danaz(loop: Loop, problem: Problem, session: Session) -> Result:
     """Train with the same loop on this rank's part of the batches."""
     atexit.unregister(session.close)
     model = problem.model()
-    optimizer = DistributedOptimizer(problem.sgd(model), model, session.group, replicated=session.place.server is None)
+    optimizer = DistributedOptimizer(
+        problem.optimizer(model), model, session.group, replicated=session.place.server is None
+    )
     session.adopt(optimizer)
     session.epochs = EPOCHS
     loader = DataLoader(make_data(), batch_size=BATCH, shuffle=True)

@@ -8,15 +8,18 @@ import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
 from waiting import DEADLINE_S
 from waiting import until as until  # so that tests of real runs need this one module
 
 from danaz.run.folder import read_summary
+from danaz.torch.data import Batching
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,6 +37,61 @@ for epoch in danaz.epochs(1):
         torch.nn.functional.mse_loss(model(x), y).backward()
         optimizer.step()
 """
+
+
+# Four epochs of 50 samples in batches of 8, for any optimizer. Each rank saves its model in the folder that is named.
+FIFTY_SAMPLES = """\
+import sys, torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+import danaz.torch as danaz
+danaz.init()
+generator = torch.Generator().manual_seed(3)
+x, y = torch.randn(50, 6, generator=generator), torch.randn(50, 2, generator=generator)
+torch.manual_seed(danaz.rank())  # rank 0's parameters are everyone's
+model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
+optimizer = danaz.DistributedOptimizer(OPTIMIZER, model)
+for epoch in danaz.epochs(4):
+    for a, b in danaz.shard(DataLoader(TensorDataset(x, y), batch_size=8, shuffle=True), epoch):
+        loss = nn.functional.mse_loss(model(a), b)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step(loss=loss)
+torch.save(model.state_dict(), f"{sys.argv[1]}/model.{danaz.worker_id()}.{danaz.rank()}")
+"""
+
+
+def launch_fifty_samples(folder: Path, optimizer: str, *arguments: str) -> tuple[Run, list[dict[str, Tensor]]]:
+    """Train FIFTY_SAMPLES with ``optimizer``, an expression; return the run and the model of each rank."""
+    script = folder / "script.py"
+    script.write_text(FIFTY_SAMPLES.replace("OPTIMIZER", optimizer))
+    run = launch(*arguments, out=folder / "run", script=[str(script), str(folder)])
+    return run, [torch.load(path) for path in sorted(folder.glob("model.*"))]
+
+
+@dataclass(frozen=True)
+class OneProcess:
+    """FIFTY_SAMPLES as torch alone trains them in one process, which has all the batches of two workers."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    losses: list[float]
+
+
+def fifty_samples_in_one_process(make: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]) -> OneProcess:
+    generator = torch.Generator().manual_seed(3)
+    x, y = torch.randn(50, 6, generator=generator), torch.randn(50, 2, generator=generator)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
+    optimizer, losses = make(model.parameters()), []
+    for batch in range(16):
+        indices = Batching(50, 16).indices(batch)
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(x[indices]), y[indices])
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return OneProcess(model, optimizer, losses)
 
 
 @dataclass(frozen=True)
@@ -112,9 +170,9 @@ def processes_with(token: str) -> dict[int, dict[str, str]]:
 class Running:
     """A run under way. Its processes are found by a word that all its processes inherit."""
 
-    def __init__(self, folder: Path, *arguments: str):
+    def __init__(self, folder: Path, *arguments: str, script: Sequence[str] = ()):
         self.folder, self.token = folder, f"run-{uuid.uuid4()}"
-        self.launcher = start(*arguments, out=folder, env={"MARK": self.token})
+        self.launcher = start(*arguments, out=folder, script=script, env={"MARK": self.token})
 
     @property
     def processes(self) -> dict[int, dict[str, str]]:
@@ -131,7 +189,7 @@ class Running:
             words = Path("/proc", str(pid), "cmdline").read_bytes().decode().split("\0")
             if who == "server" and "serve" in words and "RANK" not in env:
                 return pid
-            if who == "rank" and "work" in words and env.get("DANAZ_WORKER") == "1":
+            if who == "rank" and "RANK" in env and env.get("DANAZ_WORKER") == "1":
                 return pid
         raise AssertionError(f"no {who} among {self.processes.keys()}")
 

@@ -1,4 +1,4 @@
-"""The user's side of training, for tests: a net, its data, torch's SGD, and the loop in its many forms."""
+"""The user's side of training, for tests: a net, its data, torch's optimizers, and the loop in its many forms."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from danaz.torch.session import Session
 
 SAMPLES, BATCH, EPOCHS = 22, 10, 3  # batches of 10, 10 and 2: three ranks share them as 4/3/3 and 1/1/0
 Step = Callable[[nn.Module, torch.optim.Optimizer, Tensor, Tensor], None]
-MakeSgd = Callable[[nn.Module], torch.optim.SGD]
+Make = Callable[[nn.Module], torch.optim.Optimizer]
 
 
 class Net(nn.Module):
@@ -64,6 +64,16 @@ def make_sgd_of_groups(model: nn.Module) -> torch.optim.SGD:
     return torch.optim.SGD(groups, lr=0.05, momentum=0.8, nesterov=True)
 
 
+def make_adamw_of_groups(model: nn.Module) -> torch.optim.AdamW:
+    """Make an AdamW with groups, each with its own rate, betas and decay. Nothing but ``unused`` is without a decay."""
+    groups = [
+        {"params": list(model.last.parameters()), "lr": 0.02, "betas": (0.8, 0.9)},
+        {"params": [*model.convolution.parameters()]},
+        {"params": [*model.unused.parameters()], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1)
+
+
 @contextmanager
 def alone(algorithm: str = "dana", **settings: Any) -> Iterator[Session]:
     """Open a session of a lone process, and leave no trace of it at the end."""
@@ -87,7 +97,7 @@ def usual_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y:
     optimizer.step()
 
 
-def train(model: nn.Module, make: MakeSgd = make_sgd, step: Step = usual_step, **options: Any) -> DistributedOptimizer:
+def train(model: nn.Module, make: Make = make_sgd, step: Step = usual_step, **options: Any) -> DistributedOptimizer:
     """Train with danaz in a lone process."""
     passes = options.pop("passes", 1)
     with alone(**options) as session:
@@ -101,9 +111,7 @@ def train(model: nn.Module, make: MakeSgd = make_sgd, step: Step = usual_step, *
         return optimizer
 
 
-def train_with_torch(
-    model: nn.Module, make: MakeSgd = make_sgd, step: Step = usual_step, drop_last: bool = False
-) -> None:
+def train_with_torch(model: nn.Module, make: Make = make_sgd, step: Step = usual_step, drop_last: bool = False) -> None:
     """Train the same with torch alone, and then go from torch's variable, which looks ahead, to θ."""
     optimizer, data = make(model), make_data()
     batching = Batching(SAMPLES, BATCH, drop_last=drop_last)
@@ -221,6 +229,10 @@ def variations() -> dict[str, dict[str, object]]:
         "now and then": {"make": make_sgd, "step": use_a_parameter_now_and_then},
         # There is no momentum here: with it, θ − ηγv of ssgd and torch's own variable would differ when η changes.
         "schedule": {"make": make_plain_sgd, "step": schedule_each_step},
+        "adamw": {"make": make_adamw_of_groups, "step": usual_step},
+        "adamw, clipped": {"make": make_adamw_of_groups, "step": clip},
+        "adamw, now and then": {"make": make_adamw_of_groups, "step": use_a_parameter_now_and_then},
+        "adamw, schedule": {"make": make_adamw_of_groups, "step": schedule_each_step},
         "channels last": {**usual, "channels_last": True},
         "loading processes": {**usual, "num_workers": 2},
         "whole batches": {**usual, "drop_last": True},

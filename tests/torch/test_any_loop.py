@@ -13,6 +13,7 @@ import torch
 from any_loop import (
     COMMUTING,
     CURVED,
+    CURVED_ADAMW,
     EDITS,
     FLAT,
     LOOPS,
@@ -81,11 +82,17 @@ def check(loop: Loop, problem: Problem, out: Path, ranks: int) -> None:
         assert all(torch.equal(tensor, first[name]) for name, tensor in result["model"].items())
 
 
-@pytest.mark.parametrize("algorithm", ["baseline", "dana", "dana-zero", "nag-asgd", "ssgd"])
+@pytest.mark.parametrize(
+    ("algorithm", "problem"),
+    [
+        *(pytest.param(name, CURVED, id=name) for name in ("baseline", "dana", "dana-zero", "nag-asgd", "ssgd")),
+        pytest.param("ssgd", CURVED_ADAMW, id="ssgd-adamw"),  # the others look ahead along the momentum of Adam
+    ],
+)
 @pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
-def test_one_rank_equals_torch(loop: Loop, algorithm: str) -> None:
+def test_one_rank_equals_torch(loop: Loop, algorithm: str, problem: Problem) -> None:
     session = Session(Settings(algorithm=algorithm), RankInfo())
-    ours, theirs = train_with_danaz(loop, CURVED, session), train_with_torch(loop, CURVED)
+    ours, theirs = train_with_danaz(loop, problem, session), train_with_torch(loop, problem)
     assert difference(ours.model, theirs.model) < TOLERANCE
     assert ours.seen == pytest.approx(theirs.seen, rel=1e-3, abs=1e-5)
 

@@ -12,7 +12,7 @@ from loops import (
     EPOCHS,
     SAMPLES,
     STEPS,
-    MakeSgd,
+    Make,
     Step,
     adopt,
     alone,
@@ -49,7 +49,7 @@ def test_each_form_of_the_loop_equals_torch(step: Step) -> None:
 
 @pytest.mark.parametrize("algorithm", ["baseline", "nag-asgd", "multi-asgd", "dana-zero", "dana"])
 @pytest.mark.parametrize("make", [make_sgd, make_sgd_of_groups])
-def test_one_worker_equals_torch_under_every_algorithm(algorithm: str, make: MakeSgd) -> None:
+def test_one_worker_equals_torch_under_every_algorithm(algorithm: str, make: Make) -> None:
     ours, theirs = make_net(), make_net()
     train(ours, make, algorithm=algorithm)
     train_with_torch(theirs, make)

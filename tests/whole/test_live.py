@@ -18,7 +18,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from shipped import CONFIGS
-from torch import nn
 
 from danaz.run.config import load_config
 from danaz.serving.serve import replay_run
@@ -207,61 +206,25 @@ def test_the_example_under_the_launcher(algorithm: str, cluster: list[str], work
     assert all(torch.equal(model[name], tensor) for name, tensor in parameters.items())
 
 
-SSGD = """
-import sys
-import torch
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
-import danaz.torch as danaz
-
-danaz.init()
-generator = torch.Generator().manual_seed(3)
-x, y = torch.randn(50, 6, generator=generator), torch.randn(50, 2, generator=generator)
-torch.manual_seed(danaz.rank())  # rank 0's parameters are everyone's
-model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
-optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01)
-optimizer = danaz.DistributedOptimizer(optimizer, model)
-for epoch in danaz.epochs(4):
-    for a, b in danaz.shard(DataLoader(TensorDataset(x, y), batch_size=8, shuffle=True), epoch):
-        loss = nn.functional.mse_loss(model(a), b)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step(loss=loss)
-torch.save(model.state_dict(), f"{sys.argv[1]}/model.{danaz.rank()}")
-"""
-
-
 def test_ssgd_equals_one_rank_with_all_the_batches_and_n_times_the_rate(tmp_path: Path) -> None:
     """Two workers of two ranks have batches of 2·8; the last has 2 samples for 4 ranks. η is 2·0.05."""
-    script = tmp_path / "script.py"
-    script.write_text(SSGD)
-    run = live.launch(
+    run, states = live.launch_fifty_samples(
+        tmp_path,
+        "torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01)",
         *("--hosts", "localhost:4", "--workers-per-host", "2", "--algorithm", "ssgd", "--warmup-epochs", "0"),
-        out=tmp_path / "run",
-        script=[str(script), str(tmp_path)],
     )
     assert run.summary["workers"] == 2
     assert [update["lr"] for update in run.updates] == [pytest.approx(0.1)] * 16
-    states = [torch.load(tmp_path / f"model.{rank}") for rank in range(4)]
+    assert len(states) == 4
     for state in states[1:]:
         assert all(torch.equal(state[name], tensor) for name, tensor in states[0].items())
 
-    generator = torch.Generator().manual_seed(3)
-    x, y = torch.randn(50, 6, generator=generator), torch.randn(50, 2, generator=generator)
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01)
-    losses = []
-    for batch in range(16):
-        indices = Batching(50, 16).indices(batch)
-        optimizer.zero_grad()
-        loss = nn.functional.mse_loss(model(x[indices]), y[indices])
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert [update["loss"] for update in run.updates] == pytest.approx(losses, rel=1e-4)
-    for name, p in model.named_parameters():
-        theta = p.detach() + 0.1 * 0.9 * optimizer.state[p]["momentum_buffer"]
+    alone = live.fifty_samples_in_one_process(
+        lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01)
+    )
+    assert [update["loss"] for update in run.updates] == pytest.approx(alone.losses, rel=1e-4)
+    for name, p in alone.model.named_parameters():
+        theta = p.detach() + 0.1 * 0.9 * alone.optimizer.state[p]["momentum_buffer"]
         torch.testing.assert_close(states[0][name], theta, rtol=1e-4, atol=1e-5)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import live
@@ -11,8 +12,8 @@ from shipped import CONFIGS
 from torch import nn
 
 from danaz.serving.serve import replay_run
-from danaz.torch.data import Batching
 
+Make = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 pytestmark = pytest.mark.timeout(300)
 ADAMW = (
     str(CONFIGS / "digits-adam.yaml"),
@@ -31,67 +32,40 @@ def test_two_workers_of_two_ranks_learn_under_a_server(algorithm: str, tmp_path:
     assert replay_run(run.folder) == (135, True)
 
 
-OWN = """
-import sys, torch
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
-import danaz.torch as danaz
-
-danaz.init()
-generator = torch.Generator().manual_seed(3)
-x, y = torch.randn(50, 6, generator=generator), torch.randn(50, 2, generator=generator)
-torch.manual_seed(danaz.rank())  # rank 0's parameters are everyone's
-model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
-optimizer = danaz.DistributedOptimizer(torch.optim.Adadelta(model.parameters(), lr=1.0), model)
-for epoch in danaz.epochs(4):
-    for a, b in danaz.shard(DataLoader(TensorDataset(x, y), batch_size=8, shuffle=True), epoch):
-        loss = nn.functional.mse_loss(model(a), b)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step(loss=loss)
-torch.save(model.state_dict(), f"{sys.argv[1]}/model.{danaz.worker_id()}.{danaz.rank()}")
-"""
+ADADELTA = "torch.optim.Adadelta(model.parameters(), lr=1.0)"  # danaz does not know this class
+SSGD = ("--hosts", "localhost:4", "--workers-per-host", "2", "--algorithm", "ssgd", "--lr-scaling", "none")
 
 
 @pytest.mark.slow
-def test_a_class_that_danaz_does_not_know_makes_the_steps_of_ssgd(tmp_path: Path) -> None:
-    """Two workers of two ranks, each batch 2·8: all replicas equal one process that has all the batches."""
-    script = tmp_path / "script.py"
-    script.write_text(OWN)
-    live.launch(
-        *("--hosts", "localhost:4", "--workers-per-host", "2", "--algorithm", "ssgd", "--lr-scaling", "none"),
-        out=tmp_path / "run",
-        script=[str(script), str(tmp_path)],
-    )
-    states = [torch.load(path) for path in sorted(tmp_path.glob("model.*"))]
+@pytest.mark.parametrize(
+    ("optimizer", "make"),
+    [
+        (ADADELTA, lambda parameters: torch.optim.Adadelta(parameters, lr=1.0)),
+        (
+            "torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)",
+            lambda parameters: torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1),
+        ),
+    ],
+    ids=["own", "adamw"],
+)
+def test_the_replicas_of_ssgd_equal_one_process(optimizer: str, make: Make, tmp_path: Path) -> None:
+    """Two workers of two ranks have batches of 2·8; the last has 2 samples for 4 ranks."""
+    _, states = live.launch_fifty_samples(tmp_path, optimizer, *SSGD, "--warmup-epochs", "0")
     assert len(states) == 4
-    generator = torch.Generator().manual_seed(3)
-    x, y = torch.randn(50, 6, generator=generator), torch.randn(50, 2, generator=generator)
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
-    optimizer = torch.optim.Adadelta(model.parameters(), lr=1.0)
-    for batch in range(16):
-        indices = Batching(50, 16).indices(batch)
-        optimizer.zero_grad()
-        nn.functional.mse_loss(model(x[indices]), y[indices]).backward()
-        optimizer.step()
     for state in states:
-        for name, p in model.named_parameters():
+        for name, p in live.fifty_samples_in_one_process(make).model.named_parameters():
             assert torch.equal(state[name], states[0][name])
             torch.testing.assert_close(state[name], p.detach(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
 def test_a_class_that_danaz_does_not_know_makes_local_steps(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(OWN)
-    run = live.launch(
+    run, states = live.launch_fifty_samples(
+        tmp_path,
+        ADADELTA,
         *("--hosts", "localhost:4", "--workers-per-host", "2", "--algorithm", "easgd", "--sync-period", "2"),
-        out=tmp_path / "run",
-        script=[str(script), str(tmp_path)],
     )
     assert run.summary["complete"]
-    states = [torch.load(path) for path in sorted(tmp_path.glob("model.*"))]
     torch.manual_seed(0)
     first = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2)).state_dict()
     assert len(states) == 4

@@ -21,6 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 CONFIG = str(live.ROOT / "configs" / "quadratic.yaml")
 TWO_WORKERS = ("--hosts", "localhost:2", "--workers-per-host", "2")
+ADAMW = ("--set", "optimizer=adamw", "--set", "lr=0.002")
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def workers_since(folder: Path, version: int) -> set[int]:
     return {update["worker"] for update in live.read_updates(folder)[version:]}
 
 
-@pytest.mark.parametrize("manner", [(), ("--pipeline",)], ids=["plain", "pipeline"])
+@pytest.mark.parametrize("manner", [(), ("--pipeline", *ADAMW)], ids=["plain", "pipeline of adamw"])
 def test_a_killed_rank_comes_back_and_pushes_again(begin: Callable[..., live.Running], manner: tuple[str, ...]) -> None:
     run = begin(*manner)
     os.kill(run.pid("rank"), signal.SIGKILL)
@@ -80,8 +81,11 @@ def test_a_worker_joins_a_run_and_leaves_it(begin: Callable[..., live.Running], 
     assert {path.name for path in (tmp_path / "joined/logs/localhost").iterdir()} == {"rank.0", "rank.1"}
 
 
-def test_a_run_goes_on_when_all_of_it_was_killed(begin: Callable[..., live.Running]) -> None:
-    run = begin("--checkpoint-seconds", "0.5", epochs=60)
+@pytest.mark.parametrize("optimizer", [(), ("--algorithm", "dana-zero", *ADAMW)], ids=["dana sgd", "dana-zero adamw"])
+def test_a_run_goes_on_when_all_of_it_was_killed(
+    begin: Callable[..., live.Running], optimizer: tuple[str, ...]
+) -> None:
+    run = begin("--checkpoint-seconds", "0.5", *optimizer, epochs=60)
     live.until(lambda: (run.folder / "checkpoints").is_dir() and len(live.read_updates(run.folder)) > 300, "enough")
     os.kill(run.launcher.pid, signal.SIGKILL)
     resumed = subprocess.run(

@@ -7,8 +7,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import live
@@ -28,15 +29,19 @@ BATCHES = Batching(samples=1433, batch_size=32).plan(EPOCHS).batches
 UNDISTURBED_PERCENT = 5.0  # test error: 6 epochs end at 2 to 3
 
 
+NONE: Mapping[str, Any] = MappingProxyType({})
+ADAMW = {"optimizer": "adamw", "lr": 0.003, "weight_decay": 0.01}
+
+
 class Cluster:
     """A server and two workers that train on digits. This test starts the three processes itself."""
 
-    def __init__(self, folder: Path, algorithm: str, **settings: Any):
+    def __init__(self, folder: Path, algorithm: str, config_keys: Mapping[str, Any] = NONE, **settings: Any):
         folder.mkdir()
         self.folder = folder
         config = load_config(live.ROOT / "configs" / "digits.yaml")
-        changes = {"algorithm": algorithm, "workers": 2, "epochs": EPOCHS, "lr_schedule": {"milestones": [5]}}
-        config = Config.model_validate({**config.model_dump(), **changes})
+        values = {"algorithm": algorithm, "workers": 2, "epochs": EPOCHS, "lr_schedule": {"milestones": [5]}}
+        config = Config.model_validate({**config.model_dump(), **values, **config_keys})
         values = json.loads(Settings.of(config, schedule="live", collective="none").to_json())
         self.env = {
             **os.environ,
@@ -104,11 +109,15 @@ def check(cluster: Cluster, summary: dict[str, Any], restarts: int) -> None:
     assert not (cluster.folder / FOLDER).exists(), "a run that is complete needs none"
 
 
-@pytest.mark.parametrize(("algorithm", "pipeline"), [("dana", False), ("dana-zero", False), ("dana", True)])
+@pytest.mark.parametrize(
+    ("algorithm", "config_keys", "pipeline"),
+    [("dana", NONE, False), ("dana-zero", NONE, False), ("dana-zero", ADAMW, False), ("dana", ADAMW, True)],
+    ids=["dana-sgd", "dana-zero-sgd", "dana-zero-adamw", "dana-adamw-pipeline"],
+)
 def test_a_server_that_is_killed_goes_on(
-    algorithm: str, pipeline: bool, tmp_path: Path, clusters: list[Cluster]
+    algorithm: str, config_keys: Mapping[str, Any], pipeline: bool, tmp_path: Path, clusters: list[Cluster]
 ) -> None:
-    clusters.append(cluster := Cluster(tmp_path / "run", algorithm, pipeline=pipeline))
+    clusters.append(cluster := Cluster(tmp_path / "run", algorithm, config_keys, pipeline=pipeline))
     for updates in (60, 160):
         cluster.kill_server_behind(updates)
         cluster.serve_again()

@@ -35,6 +35,7 @@ def check(folder: Path, workers: int, ranks_per_worker: int) -> dict[str, Any]:
     return summary
 
 
+@pytest.mark.slow  # test_live_optimizers.py has a shorter run of two such workers
 def test_a_worker_of_two_horovod_ranks(tmp_path: Path) -> None:
     run = live.launch(*DIGITS, *SHORT, "--hosts", "localhost:2", "--workers-per-host", "1", out=tmp_path / "run")
     check(run.folder, workers=1, ranks_per_worker=2)

@@ -7,6 +7,7 @@ import pwd
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -147,21 +148,28 @@ def test_a_working_directory_that_was_deleted(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "env",
-    [
-        {},
-        {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
-        {"TERM": "no such terminal", "COLUMNS": "wide", "LINES": "", "LANG": "xx_XX.nothing", "PATH": ""},
-    ],
-    ids=["empty", "ascii", "odd"],
-)
-def test_the_doctor_in_an_odd_environment(env: dict[str, str]) -> None:
-    code, said = danaz("doctor", "--hosts", "localhost", env=env)
-    assert (code, "Traceback" in said) == (0, False), said
-    code, said = danaz("doctor", "--hosts", "localhost", "--chdir", "/no/folder", env=env)
-    assert (code, "Traceback" in said) == (1, False), said
-    assert "localhost: cannot start: [Errno 2] No such file or directory: '/no/folder'" in said
+ENVIRONMENTS = {
+    "empty": {},
+    "ascii": {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    "odd": {"TERM": "no such terminal", "COLUMNS": "wide", "LINES": "", "LANG": "xx_XX.nothing", "PATH": ""},
+}
+
+
+def test_the_doctor_in_an_odd_environment() -> None:
+    """All doctors are asked at once, because each imports torch."""
+    chdir = ("--chdir", "/no/folder")
+    with ThreadPoolExecutor() as threads:
+        asked = {
+            (name, more): threads.submit(danaz, "doctor", "--hosts", "localhost", *more, env=env)
+            for name, env in ENVIRONMENTS.items()
+            for more in ((), chdir)
+            if (name, more) != ("empty", chdir)
+        }
+    for (name, more), answer in asked.items():
+        code, said = answer.result()
+        assert (code, "Traceback" in said) == (1 if more else 0, False), f"{name}: {said}"
+        if more:
+            assert "localhost: cannot start: [Errno 2] No such file or directory: '/no/folder'" in said, name
 
 
 @pytest.mark.slow
