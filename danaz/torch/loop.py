@@ -98,7 +98,8 @@ class Loop:
         if self._is_open:
             raise LoopError(
                 "danaz.shard was iterated while another loop over it is under way: one batch is one update of the "
-                "cluster, so there is one such loop at a time. Let one data set deliver all that an update needs."
+                "cluster, so there is one such loop at a time. If an update needs batches of two loaders, iterate "
+                "danaz.shard(loader, epoch, other), which gives pairs; to evaluate, iterate the loader itself."
             )
         if self._is_used_up:
             raise LoopError(
@@ -109,5 +110,6 @@ class Loop:
         if self._dataset is not None and dataset is not self._dataset:
             raise LoopError(
                 f"danaz.shard was given another data set than before in epoch {epoch}: an epoch has one. Join data "
-                "sets by torch.utils.data.ConcatDataset; to evaluate, iterate the loader itself."
+                "sets by torch.utils.data.ConcatDataset, or iterate danaz.shard(loader, epoch, other), which gives "
+                "pairs; to evaluate, iterate the loader itself."
             )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -70,6 +72,19 @@ def test_completing_what_one_does_not_hold_is_an_error():
     leases.lease_up_to(1, 1)
     with pytest.raises(ValueError, match="not in list"):
         leases.complete(0, 1)
+
+
+def test_the_first_worker_to_speak_decides_the_order_of_an_epoch():
+    leases = Leases(Plan(10, 3))
+    assert leases.hear_order(4, 77)
+    assert leases.hear_order(9, 77)
+    assert not leases.hear_order(0, 78)
+    assert leases.hear_order(0, 0), "0 says nothing"
+    assert leases.hear_order(10, 78), "another epoch"
+    restored = Leases.restored(leases.plan, json.loads(json.dumps(leases.facts())))
+    assert (restored.hear_order(3, 77), restored.hear_order(3, 78)) == (True, False)
+    earlier = {name: value for name, value in leases.facts().items() if name != "orders"}
+    assert Leases.restored(leases.plan, earlier).hear_order(3, 78)
 
 
 @given(

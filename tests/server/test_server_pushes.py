@@ -180,6 +180,25 @@ NOT_LEASED = {
 }
 
 
+class TestOrders:
+    def test_a_push_out_of_another_order_is_refused_for_good(self):
+        core, view = started("asgd", workers=2)
+        core.handle(0, replace(push_on(view), order=5), 1.0)
+        before = arithmetic_of(core)
+        push = replace(push_on(view, worker=1, batch=1), order=6)
+        for _ in range(2):
+            [(_, reply)] = core.handle(1, copy.deepcopy(push), 1.0)
+            assert isinstance(reply, Refusal)
+            assert (reply.rejoin, "other batches in this epoch" in reply.reason) == (False, True)
+        assert arithmetic_of(core) == before
+
+    @pytest.mark.parametrize("order", [0, 5])
+    def test_a_push_out_of_the_same_or_an_unknown_order_is_applied(self, order):
+        core, view = started("asgd", workers=2)
+        core.handle(0, replace(push_on(view), order=5), 1.0)
+        assert parameters(core.handle(1, replace(push_on(view, worker=1, batch=1), order=order), 1.0), 1).applied
+
+
 @under(
     {"dana-zero": "sgd adamw", "dana-ga": "adamw", "dana": "sgd", "nag-asgd": "adamw", "ssgd": "adamw", "bmuf": "sgd"}
 )
