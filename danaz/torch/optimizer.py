@@ -175,16 +175,18 @@ class DistributedOptimizer(torch.optim.Optimizer):
             if self._own_step is None:
                 self._updates.push(decayed_gradient(self.flat, self.param_groups), self.flat.absent, verdict)
             else:
-                moved = self._try_own_step(self._own_step, self._updates.applied_lr(verdict.lr))
+                [factor] = self._updates.applied_lr([1.0])
+                moved = self._try_own_step(self._own_step, factor)
                 self._updates.push(moved, (), verdict)  # it may also move parameters that have no gradient
         # A scheduler that was made for the wrapped optimizer checks whether that optimizer has stepped.
         self.wrapped._opt_called = True  # type: ignore[attr-defined]
         return result
 
-    def _try_own_step(self, own_step: Callable[[], Any], lr: list[float]) -> Tensor:
-        """Return how far the user's own optimizer moves the parameters at the rates ``lr``, f32[P], and move them back.
+    def _try_own_step(self, own_step: Callable[[], Any], factor: float) -> Tensor:
+        """Return how far the user's own optimizer moves the parameters, f32[P], and move them back.
 
-        Rank 0 makes the step for all ranks, so that they stay the same, whatever the step depends on.
+        Its rates are multiplied by ``factor`` during the step. A rate that it changes itself stays changed, without the
+        factor. Rank 0 makes the step for all ranks, so that they stay the same, whatever the step depends on.
         """
         flat, groups = self.flat, self.wrapped.param_groups
         before, rates = flat.params.clone(), [group["lr"] for group in groups]
@@ -193,9 +195,14 @@ class DistributedOptimizer(torch.optim.Optimizer):
         moved = flat.decayed
         try:
             if self._group.rank == 0:
-                for group, rate in zip(groups, lr, strict=True):
+                applied = [float(rate) * factor for rate in rates]
+                for group, rate in zip(groups, applied, strict=True):
                     group["lr"] = rate
                 own_step()
+                rates = [
+                    rate if group["lr"] == was_applied else group["lr"] / factor
+                    for group, rate, was_applied in zip(groups, rates, applied, strict=True)
+                ]
         finally:  # also after an error, which the script may catch
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate
