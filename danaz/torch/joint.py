@@ -223,7 +223,7 @@ class JointOptimizer:
         assert self._updates is not None
         batch, absent = self._batch, self.flat.absent_beside(self._numbers_of(number))
         if self.makes_own_steps:
-            grad = self._try_own_step(number, self._updates.applied_lr(verdict.lr))
+            grad = self._try_own_step(number, self._updates.applied_lr([1.0] * len(self.param_groups)))
             absent = ()  # it may also move parameters that have no gradient
         else:
             grad = decayed_gradient(self.flat, self.param_groups)
@@ -251,10 +251,12 @@ class JointOptimizer:
         verdict = replace(verdict, loss=loss, edited=batch.edited)
         self._updates.push(batch.grad, common_spans(batch.absent) if batch.absent else (), verdict)
 
-    def _try_own_step(self, number: int, lr: list[float]) -> Tensor:
-        """Return how far a member's own object moves the parameters at the rates ``lr``, f32[P], and move them back.
+    def _try_own_step(self, number: int, factors: list[float]) -> Tensor:
+        """Return how far a member's own object moves the parameters, f32[P], and move them back.
 
-        Rank 0 makes the step for all ranks, so that they stay the same, whatever the step depends on.
+        The rates of its groups are multiplied by ``factors`` during the step. A rate that it changes itself stays
+        changed, without the factor. Rank 0 makes the step for all ranks, so that they stay the same, whatever the step
+        depends on.
         """
         flat, member = self.flat, self.members[number]
         before, rates = flat.params.clone(), self.rates
@@ -265,9 +267,12 @@ class JointOptimizer:
         moved = flat.decayed
         try:
             if self._group.rank == 0:
-                self._set_rates(lr)
+                applied = [rate * factor for rate, factor in zip(rates, factors, strict=True)]
+                self._set_rates(applied)
                 with flat.as_float32():
                     member.own_step()
+                each = zip(rates, applied, self.rates, factors, strict=True)
+                rates = [rate if now == was else now / factor for rate, was, now, factor in each]
         finally:  # also after an error, which the script may catch
             self._set_rates(rates)
             flat.bring_home()

@@ -111,7 +111,9 @@ def train(model: nn.Module, make: Make = make_sgd, step: Step = usual_step, **op
         return optimizer
 
 
-def train_with_torch(model: nn.Module, make: Make = make_sgd, step: Step = usual_step, drop_last: bool = False) -> None:
+def train_with_torch(
+    model: nn.Module, make: Make = make_sgd, step: Step = usual_step, drop_last: bool = False
+) -> torch.optim.Optimizer:
     """Train the same with torch alone, and then go from torch's variable, which looks ahead, to θ."""
     optimizer, data = make(model), make_data()
     batching = Batching(SAMPLES, BATCH, drop_last=drop_last)
@@ -121,6 +123,7 @@ def train_with_torch(model: nn.Module, make: Make = make_sgd, step: Step = usual
         for p in group["params"]:
             if "momentum_buffer" in optimizer.state[p]:
                 p.data.add_(optimizer.state[p]["momentum_buffer"], alpha=group["lr"] * group["momentum"])
+    return optimizer
 
 
 def assert_same(model: nn.Module, other: nn.Module, tolerance: float = 1e-5, name: str = "") -> None:

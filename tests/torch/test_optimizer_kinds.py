@@ -133,16 +133,32 @@ def test_it_makes_its_steps_itself(make: Make, algorithm: str) -> None:
     assert_same(ours, theirs)
 
 
-@pytest.mark.parametrize("algorithm", ["asgd", "easgd", "model-averaging", "bmuf"])
+@pytest.mark.parametrize("algorithm", ["asgd", "easgd", "model-averaging", "bmuf", "diloco", "async-diloco"])
 def test_it_makes_local_steps_between_pushes(algorithm: str) -> None:
     """On one worker, the mean of all models is its own, and there is nobody to be elastic with but the centre."""
     ours, theirs = make_net(), make_net()
-    train(ours, own_sgd, algorithm=algorithm, sync_period=3)
+    plain = {"outer_lr": 1.0, "outer_momentum": 0.0} if "diloco" in algorithm else {}
+    train(ours, own_sgd, algorithm=algorithm, sync_period=3, hyperparameters=plain)
     train_with_torch(theirs, own_sgd)
     if algorithm == "easgd":
         assert all(p.isfinite().all() for p in ours.parameters())
     else:
         assert_same(ours, theirs)
+
+
+def test_the_local_steps_of_an_optimizer_that_danaz_knows_are_torchs() -> None:
+    """Whether or not its parameters look ahead."""
+    for make in (
+        lambda model: torch.optim.AdamW(model.parameters(), 0.01, weight_decay=0.1),
+        lambda model: torch.optim.NAdam(model.parameters(), 0.01, momentum_decay=0.1),
+        lambda model: torch.optim.Adam(model.parameters(), 0.01, amsgrad=True),
+    ):
+        for algorithm in ("model-averaging", "diloco"):
+            ours, theirs = make_net(), make_net()
+            plain = {"outer_lr": 1.0, "outer_momentum": 0.0} if algorithm == "diloco" else {}
+            train(ours, make, algorithm=algorithm, sync_period=3, hyperparameters=plain)
+            train_with_torch(theirs, make)
+            assert_same(ours, theirs)
 
 
 def test_its_rates_are_the_clusters_during_a_step_only() -> None:
@@ -157,6 +173,50 @@ def test_its_rates_are_the_clusters_during_a_step_only() -> None:
     optimizer = train(model, lambda model: Watched(model.parameters(), lr=0.5), algorithm="ssgd", workers=1)
     assert seen == [[0.5]] * len(seen) != []
     assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+class Halving(OwnSGD):
+    """Sets its own rates, as optimizers do that estimate them."""
+
+    def step(self, closure: object = None) -> None:
+        super().step()
+        self.param_groups[0]["lr"] = self.param_groups[0]["lr"] / 2 + 0.01
+
+
+@pytest.mark.parametrize("algorithm", ["baseline", "asgd", "ssgd"])
+def test_a_rate_that_it_sets_itself_stays_set(algorithm: str) -> None:
+    ours, theirs = make_net(), make_net()
+    make = two_groups(Halving, {"lr": 0.1}, lr=0.05)
+    optimizer = train(ours, make, algorithm=algorithm)
+    their_optimizer = train_with_torch(theirs, make)
+    assert_same(ours, theirs)
+    assert [group["lr"] for group in optimizer.param_groups] == [group["lr"] for group in their_optimizer.param_groups]
+    assert optimizer.param_groups[1]["lr"] == 0.05
+
+
+def test_a_rate_that_it_sets_itself_is_scaled_as_the_scripts_own_rates_are() -> None:
+    """During a step the rate is that of the cluster, here a quarter at first; between steps it is the script's."""
+    given, kept, model = [], [], make_net()
+
+    class Setting(torch.optim.SGD):
+        def step(self, closure: object = None) -> None:  # type: ignore[override]
+            given.append(self.param_groups[0]["lr"])
+            self.param_groups[0]["lr"] *= 0.5
+
+    with alone("asgd", workers=4, warmup_epochs=1.0) as session:
+        optimizer = adopt(session, model, Setting(model.parameters(), lr=0.8))
+        session.epochs = 1
+        for x, y in session.shard(DataLoader(make_data(), batch_size=1), 0):
+            optimizer.zero_grad()
+            mse_loss(model(x), y).backward()
+            optimizer.step()
+            kept.append(optimizer.param_groups[0]["lr"])
+    assert len(kept) > 3
+    assert kept == pytest.approx([0.8 * 0.5**step for step in range(1, len(kept) + 1)])
+    factors = [rate / (0.8 * 0.5**step) for step, rate in enumerate(given)]
+    assert factors[0] == pytest.approx(0.25)
+    assert factors == sorted(factors)
+    assert factors[-1] > 0.5
 
 
 def test_an_error_in_its_step_changes_neither_rates_nor_parameters() -> None:
