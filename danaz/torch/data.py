@@ -77,6 +77,8 @@ class Share:
 
     def _part(self, indices: Indices, parts: int, number: int) -> Indices:
         parts = max(1, min(parts, len(indices) // self.least))
+        if parts == 1:
+            return indices if number == 0 else indices[:0]
         return np.array_split(indices, parts)[number] if number < parts else indices[:0]
 
 
