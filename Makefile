@@ -12,7 +12,7 @@ RECIPE   := $(wildcard danaz/horovod_install/recipe.py danaz/horovod_install/too
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-rest test-all lint format soak bench-server bench-simulator bench-scale bench-shards bench-pipeline bench-step clean
+.PHONY: help setup demo test test-rest test-all lint format soak bench-server bench-simulator bench-scale bench-shards bench-pipeline bench-step bench-overhead clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,6 +66,9 @@ bench-pipeline: setup ## Measure how much of an exchange --pipeline hides, and w
 
 bench-step: setup ## Measure a ResNet-50 step on a GPU with and without danaz (a few minutes; needs a GPU)
 	$(BIN)/python benchmarks/step_gpu.py
+
+bench-overhead: setup ## Measure what danaz costs a script that runs alone: ResNet-20 and a small GPT (4 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/overhead.py
 
 clean: ## Remove .venv, runs and caches, but keep the wheels in ~/.cache/danaz
 	rm -rf $(VENV) runs build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -156,7 +156,9 @@ def _link_to_server(place: RankInfo, role: Role, staging: Staging) -> Link:
 def _link_in_process(settings: Settings, place: RankInfo, group: Group, decays: tuple[float, ...]) -> Link:
     """Link to a server core in this process. The first rank's core writes the run folder, if there is one."""
     server = settings.for_server(workers=1, weight_decay=decays)
-    if place.run is None or group.rank != 0:
+    if place.run is None:  # nobody records the gap of a script that runs alone: it pays nothing for it
+        return LocalLink(ServerCore(replace(server, gap_every=0)))
+    if group.rank != 0:
         return LocalLink(ServerCore(server))
     folder = RunWriter(place.run, settings.facts())
     core = ServerCore(server)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from math import prod
 from operator import index as whole
@@ -54,7 +55,7 @@ class Layout:
     buffers: tuple[Entry, ...]
     groups: tuple[tuple[int, int], ...]
 
-    @property
+    @cached_property
     def size(self) -> int:
         """P, the number of parameters."""
         return self.parameters[-1].stop if self.parameters else 0

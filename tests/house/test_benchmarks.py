@@ -82,6 +82,29 @@ def test_it_is_resnet_50_that_is_measured(monkeypatch):
     assert model(torch.empty(2, 3, 224, 224, device="meta")).shape == (2, 1000)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--profile",)])
+def test_the_overhead_of_a_script_alone_is_measured(more):
+    done = run("overhead.py", "--models", "gpt", "--seconds", "0.2", *more)
+    assert done.returncode == 0, done.stdout + done.stderr
+    if more:
+        assert "optimizer.py" in done.stdout
+        return
+    ratios = re.findall(r"x (\S+) \((\S+) to (\S+)\)", done.stdout)
+    assert len(ratios) == 2, "of processor times and of wall times"
+    for ratio, low, high in ratios:
+        assert 0 < float(low) <= float(ratio) <= float(high)
+
+
+def test_the_interval_of_a_median_holds_the_true_one_in_95_of_100_cases(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    interval = importlib.import_module("overhead").median_and_interval
+    assert interval([3.0, 1.0, 2.0])[0] == 2
+    generator = torch.Generator().manual_seed(0)
+    found = [interval(torch.randn(60, generator=generator).tolist()) for _ in range(1000)]
+    assert 0.93 < sum(low <= 0 <= high for _, low, high in found) / 1000 < 0.98
+
+
 TINY = (CONFIGS / "digits.yaml", "--workers=2", "--seeds=2", "--set=epochs=1")
 
 

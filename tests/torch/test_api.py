@@ -98,6 +98,7 @@ def test_a_script_alone(alone: None, servers: list[ServerCore]) -> None:
     assert summary["reported"]["remark"] == "fine"
     assert summary["updates"] == 24
     assert summary["final_train_loss"] == pytest.approx(loss.item())
+    assert danaz.metrics().gap is None, "there is no run folder to record it in, so it is not measured"
 
 
 def test_a_schedule_that_moves_with_every_step(alone: None) -> None:
