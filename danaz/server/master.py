@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from math import inf, isfinite, sqrt
@@ -242,6 +242,24 @@ class Master:
         self.settle()
         self.params.copy_(params)
         self._norm = None
+
+    def begin_with(
+        self,
+        member: Member,
+        vectors: Mapping[str, Tensor],
+        counts: Counts,
+        lr: tuple[float, ...],
+        ahead: Tensor,
+    ) -> None:
+        """Start from an optimizer's state f32[P] each, with its ``counts`` and last rates, where all of it is zero.
+
+        The parameters become those of which ``ahead`` f32[P] is the look-ahead. ``member`` is the only worker.
+        """
+        self.replace(self.params - ahead)
+        for name, vector in vectors.items():
+            (self.shared if name in self.shared else member.vectors)[name].copy_(vector)
+        self.shared_counts = member.counts = counts
+        self.lr = self.max_lr = member.lr = lr
 
     def take_view(self, member: Member, keep: bool, ahead: bool = False) -> Iterator[Tensor]:
         """Compute the view that ``member`` gets next, slice by slice: f32[n] each, as cutting.chunks cuts f32[P].

@@ -76,6 +76,7 @@ class Evaluations:
 
     def __init__(self, group: Group):
         self.buffers = MeanBuffers(group)
+        self.shows_other_params = False  # whether the model holds other parameters than those that it trains on
         self._under_way: list[TrainingState] = []
 
     @contextmanager
@@ -84,17 +85,19 @@ class Evaluations:
 
         Without ``params``, the model keeps those that it has.
         """
-        state = TrainingState(model, flat)
+        state, showed_others = TrainingState(model, flat), self.shows_other_params
         self._under_way.append(state)
         try:
             if params is not None:
                 flat.params.copy_(params)
+                self.shows_other_params = True
             flat.load_buffers(buffers)
             model.eval()
             with torch.no_grad():
                 yield
         finally:
             state.give_back()
+            self.shows_other_params = showed_others
             with suppress(ValueError):  # the run was ended within the evaluation
                 self._under_way.remove(state)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from danaz.protocol.messages import Heartbeat, Inquire, Progress, Reply
+from danaz.rules import Rule
 from danaz.run.rates import lr_scale
 from danaz.run.settings import RankInfo, Settings
 from danaz.server.core import ServerCore
@@ -39,6 +40,7 @@ class Membership:
     worker: Worker
     batching: Batching
     share: Share
+    rule: Rule
     lr_scale: float  # what the learning rate is multiplied by, for the number of workers
 
 
@@ -132,7 +134,7 @@ def make_membership(
     worker = Worker(group, flat, ahead, conversation, replicated=not has_server, pipelined=pipelined)
     worker.sync_period = rule.worker_rule.sync_period
     scale = lr_scale(rule, optimizer.optimizers, settings.lr_scaling, settings.workers)
-    return Membership(worker, batching, share, scale)
+    return Membership(worker, batching, share, rule, scale)
 
 
 def _link_to_server(place: RankInfo, role: Role, staging: Staging) -> Link:

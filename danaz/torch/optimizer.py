@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from danaz.optimizers import Own
 from danaz.torch.carried import UnsupportedOptimizerError, decayed_gradient, optimizers_of, warn_if_not_nesterov
 from danaz.torch.exchange import GradientExchange, Verdict
+from danaz.torch.optimizer_state import Rows, from_torch
 from danaz.vectors.cutting import Spans
 from danaz.vectors.model import FlatModel
 from danaz.worker.core import Loss
@@ -32,6 +33,9 @@ class Updates(Protocol):
 
     def skip(self) -> None:
         """Count the batch as used, without a step."""
+
+    def state_rows(self, loaded: Rows) -> Rows:
+        """Return the optimizer's state in torch's form, as far as this rank has it: ``loaded`` before the run."""
 
     def end(self) -> None:
         """Note that the ranks leave the run and make no more steps."""
@@ -70,6 +74,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._replicated = replicated and group.size > 1
         self.wrapped = optimizer
         self._own_step = optimizer.step if isinstance(self.optimizers[0], Own) else None
+        self.loaded: tuple[Rows, list[float]] | None = None  # a state to begin with, in torch's form, and its rates
         self._updates: Updates | None = None
         self.was_stepped = False  # whether the script has called step()
         self.was_passed_over = False  # whether the script has gone on from a batch without step()
@@ -110,16 +115,22 @@ class DistributedOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over rates and other options of the groups. Raises UnsupportedOptimizerError for momentum buffers."""
+        """Take over the options of the groups and, before training begins, the state: momentum buffers and the like.
+
+        The run begins with that state if the algorithm keeps it where it can be set; otherwise danaz warns that it
+        begins without. Raises UnsupportedOptimizerError for a state when training has begun, and ValueError for what
+        an optimizer of another class or over other parameters has saved.
+        """
         if self._own_step is not None:
             self.wrapped.load_state_dict(state_dict)
             self.param_groups = self.wrapped.param_groups
             return
         saved = state_dict["param_groups"]
-        if any(value is not None for state in state_dict["state"].values() for value in state.values()):
+        rows = {number: row for number, row in state_dict["state"].items() if any(v is not None for v in row.values())}
+        if rows and (self.was_stepped or self.was_passed_over):
             raise UnsupportedOptimizerError(
-                "load_state_dict() was given momentum buffers, but the cluster's momentum lives in its workers and "
-                "server, and cannot be taken over from one optimizer. Set state_dict['state'] = {}, and load the rest."
+                "load_state_dict() was given momentum buffers when training had begun: the cluster's momentum lives in "
+                "its workers and server, and goes on. Load before the first batch, or set state_dict['state'] = {}"
             )
         found, expected = ([len(group["params"]) for group in groups] for groups in (saved, self.param_groups))
         if found != expected:
@@ -127,12 +138,21 @@ class DistributedOptimizer(torch.optim.Optimizer):
                 f"load_state_dict() was given parameter groups of {found} parameters, expected {expected}: load what "
                 "an optimizer with the same groups has saved"
             )
+        rates = [float(group["lr"]) for group in saved]
+        from_torch(rows, self.optimizers, self.flat.layout, rates)  # this raises an error if the state does not fit
         for group, values in zip(self.param_groups, saved, strict=True):
             group.update({name: value for name, value in values.items() if name != "params"})
+        self.loaded = (rows, rates) if rows else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the options of the groups and, of an optimizer that makes its steps itself, its state on this rank."""
-        return super().state_dict() if self._own_step is None else self.wrapped.state_dict()
+        """Return the options of the groups, and the state in torch's form, as far as this rank has it at hand.
+
+        The first rank of a worker has the state that its worker keeps, or a server core in its own process.
+        """
+        if self._own_step is not None:
+            return self.wrapped.state_dict()
+        rows = self.loaded[0] if self.loaded else {}
+        return {**super().state_dict(), "state": rows if self._updates is None else self._updates.state_rows(rows)}
 
     @property
     def rates(self) -> list[float]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from math import ceil, inf
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,8 +30,10 @@ from danaz.torch.ending import ModelWatch, exit_unfinished, say
 from danaz.torch.evaluating import EvaluationError, Evaluations, check_at
 from danaz.torch.exchange import Verdict
 from danaz.torch.joining import Membership, current_epoch, enter, machines_per_batch, make_membership, newest_params
-from danaz.torch.loop import Counted, Loop
+from danaz.torch.loop import Counted, Loop, LoopError
 from danaz.torch.optimizer import DistributedOptimizer
+from danaz.torch.optimizer_state import OptimizerState, Rows, StateAtHand, same_state
+from danaz.torch.saving import Saved, check_extra, read, values_of, write
 from danaz.torch.schedulers import follow
 from danaz.vectors.cutting import Spans
 from danaz.worker import between
@@ -76,6 +79,11 @@ class Session:
         self._pid = os.getpid()
         reach("init")
         atexit.register(self.close)
+
+    @property
+    def is_main(self) -> bool:
+        """See danaz.torch.is_main."""
+        return self.place.worker == 0 and self.group.rank == 0
 
     @property
     def optimizer(self) -> DistributedOptimizer:
@@ -251,7 +259,10 @@ class Session:
             self.settings, self.place, self.group, optimizer, loader, self.epochs, self._seed
         )
         self._batches_of_epoch = batches
+        loaded = self._loaded_state()
         enter(self.worker, optimizer.flat, self.place)
+        if loaded is not None and self.worker.metrics.version == 0:  # else it is a run that goes on
+            self._state_at_hand.begin_with(loaded)
         follow([optimizer, optimizer.wrapped], self, one_worker=self._is_only_worker)
         reach("shard")
         if self.place.guest:
@@ -407,6 +418,77 @@ class Session:
             params = between.broadcast(self.group, params)
         assert params is not None
         return params
+
+    # ---- the optimizer's state, and the script's own checkpoints ---------------------------------------------------
+
+    @property
+    def _state_at_hand(self) -> StateAtHand:
+        return StateAtHand(self.worker, self._member.rule, self.optimizer.wrapped.param_groups)
+
+    def state_rows(self, loaded: Rows) -> Rows:
+        """See Updates."""
+        if not self._has_begun:
+            return loaded
+        state = self._state_at_hand.read()
+        return {} if state is None else self._state_at_hand.rows(state)
+
+    def _loaded_state(self) -> OptimizerState | None:
+        """Return the state that this rank is to begin with, and put the view that goes with it into the model.
+
+        In an all-reduce world, it is rank 0's on every rank. Elsewhere, only worker 0 begins with it: every worker's
+        momentum is added to the look-ahead, and it is there once.
+        """
+        loaded, at_hand, state = self.optimizer.loaded, self._state_at_hand, None
+        if loaded is not None and self.is_main:
+            state = at_hand.state_of(loaded[0], self.applied_lr(loaded[1]))
+            if state is None:
+                warnings.warn(
+                    f"the optimizer's state is not taken over: under {self.settings.algorithm} it is on the server. "
+                    "The run begins with the parameters, and without momentum.",
+                    stacklevel=2,
+                )
+        if self.place.server is None:
+            state = same_state(self.group, state, self.optimizer.flat.params.device)
+        if state is not None:
+            self.optimizer.flat.params.copy_(at_hand.view_of(state))
+        return state
+
+    def save(self, path: Path, extra: dict[str, Any]) -> None:
+        """See danaz.torch.save."""
+        check_extra(extra)
+        self._end_if_left()
+        if not self.is_main:
+            return
+        optimizer, params, buffers = self.optimizer, None, self._evaluations.buffers
+        state = self._state_at_hand.read() if self._has_begun else None
+        if state is not None and not self._evaluations.shows_other_params:
+            params = self._state_at_hand.params_of_torch(state, self.finished)
+        of_optimizer = optimizer.state_dict()
+        with self._evaluations.evaluating(optimizer.flat.model, optimizer.flat, params, buffers.of(optimizer.flat)):
+            values = values_of(optimizer.flat.model)
+        saved = Saved(
+            epoch=self.loop.reached,
+            progress=self.epoch,
+            version=self.worker.metrics.version if self._has_begun else 0,
+            seed=self._seed,
+            algorithm=self.settings.algorithm,
+            has_optimizer_state=bool(of_optimizer["state"]),
+            extra=extra,
+        )
+        write(path, values, of_optimizer, saved)
+
+    def load(self, path: Path) -> Saved:
+        """See danaz.torch.load."""
+        if self._has_begun and not self.finished:
+            raise LoopError(
+                "danaz.load was called in mid-run: call it before the first batch, to begin from the file, or after "
+                "the run. To go back to better parameters in mid-run, call model.load_state_dict(…)"
+            )
+        model, optimizer, saved = read(path)
+        self.optimizer.flat.model.load_state_dict(model)
+        if not self.finished:
+            self.optimizer.load_state_dict(optimizer)
+        return saved
 
     # ---- the clock of the script's schedulers (see schedulers.Clock) -----------------------------------------------
 

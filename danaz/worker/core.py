@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -166,6 +166,19 @@ class WorkerCore:
     def lr(self) -> tuple[float, ...]:
         """The learning rates ηᵢ of the last applied push, one for each parameter group."""
         return self._lr
+
+    @property
+    def current(self) -> tuple[dict[str, Tensor], Counts, tuple[float, ...]]:
+        """The rule's worker_state that belongs to the parameters at hand, its gradients' counts, and its last rates."""
+        return self._current, self._current_counts, self._current_lr
+
+    def begin_with(self, vectors: Mapping[str, Tensor], counts: Counts, lr: tuple[float, ...]) -> None:
+        """Start from this worker_state f32[P] each, where it is zero."""
+        assert self._current is self._committed, "no push is under way"
+        for name, vector in self._committed.items():
+            vector.copy_(vectors[name])
+        self._counts = self._current_counts = counts
+        self._lr = self._current_lr = lr
 
     def given_back(self) -> Tensor | None:
         """Return what this worker would give back if it left now, f32[P]; None if its rule gives nothing back."""
