@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import inf, isfinite, sqrt
@@ -242,6 +242,18 @@ class Master:
         self.settle()
         self.params.copy_(params)
         self._norm = None
+
+    def begin_with(self, member: Member, vectors: Mapping[str, Tensor], counts: Counts, ahead: Tensor) -> None:
+        """Start from an optimizer's state f32[P] each, with its ``counts``, where all of it is zero.
+
+        The parameters become those of which ``ahead`` f32[P] is the look-ahead. ``member`` is the only worker.
+        """
+        self.replace(self.params - ahead)
+        for name, vector in vectors.items():
+            (self.shared if name in self.shared else member.vectors)[name].copy_(vector)
+        self.shared_counts = member.counts = counts
+        rates = ([rate for *_, rate in counts.runs(*group)] for group in self.layout.groups)
+        self.max_lr = tuple(max(each, default=0.0) for each in rates)
 
     def take_view(self, member: Member, keep: bool, ahead: bool = False) -> Iterator[Tensor]:
         """Compute the view that ``member`` gets next, slice by slice: f32[n] each, as cutting.chunks cuts f32[P].

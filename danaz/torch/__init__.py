@@ -20,9 +20,11 @@ to port a script, call by call.
 from __future__ import annotations
 
 import atexit
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -33,6 +35,7 @@ from danaz.run.settings import from_environment
 from danaz.torch.evaluating import EvaluationError
 from danaz.torch.loop import LoopError
 from danaz.torch.optimizer import DistributedOptimizer as _DistributedOptimizer
+from danaz.torch.saving import Saved, SavedFileError
 from danaz.torch.session import NotInitializedError, Session
 from danaz.torch.stream import stream_part as _stream_part
 from danaz.worker import between
@@ -45,6 +48,8 @@ __all__ = [
     "EvaluationError",
     "LoopError",
     "NotInitializedError",
+    "Saved",
+    "SavedFileError",
     "allgather",
     "allreduce",
     "barrier",
@@ -56,6 +61,7 @@ __all__ = [
     "finish",
     "init",
     "is_main",
+    "load",
     "local_rank",
     "local_size",
     "mean",
@@ -64,6 +70,7 @@ __all__ = [
     "progress",
     "rank",
     "report",
+    "save",
     "seed_for",
     "shard",
     "size",
@@ -112,8 +119,7 @@ def device() -> torch.device:
 
 def is_main() -> bool:
     """Return whether this process is the one that should write files and print. A run has exactly one."""
-    session = _session()
-    return session.place.worker == 0 and session.group.rank == 0
+    return _session().is_main
 
 
 def rank() -> int:
@@ -326,6 +332,34 @@ def evaluating(model: nn.Module, at: str = "view", together: bool = False) -> Ab
     rank that cannot fetch, or if the server cannot answer; and from ``optimizer.step()`` within the block.
     """
     return _session().evaluating(model, at, together)
+
+
+def save(path: str | os.PathLike[str], **extra: Any) -> None:
+    """Write the model, the optimizer's state and the run's position into one file, which torch reads without danaz.
+
+    The main process writes, and the others do nothing: any of them may call it. The file replaces what was at ``path``
+    when it is complete. ``torch.load(path, weights_only=True)`` returns a dict: ``model`` and ``optimizer`` are what
+    a script that trains with torch alone would have there, and can go on from; ``danaz`` says where the run was, and
+    ``extra`` holds what you give: tensors, numbers, texts, and lists and dicts of them. Batch-norm statistics are those
+    of ``evaluating``. Within ``evaluating(model, at="server")``, the parameters are the server's.
+
+    With several workers, the state is that of worker 0. Under algorithms that keep it on a server elsewhere
+    (nag-asgd, multi-asgd, dana-zero and their relatives) the file has no state. Raises TypeError for an ``extra`` that
+    torch would not read, and OSError.
+    """
+    _session().save(Path(path), extra)
+
+
+def load(path: str | os.PathLike[str]) -> Saved:
+    """Begin a run with what ``save`` has written: the model, and the optimizer's state where the algorithm can take it.
+
+    Call it after ``DistributedOptimizer`` and before the first batch, in every process; after the run, it loads the
+    model alone. Where worker 0 cannot take the state over, momentum begins at zero, and a warning says so. Returns the
+    position of the run that saved the file, and its ``extra``; this run counts from 0. A run that goes on after a
+    failure, or by ``danaz launch --resume``, goes on from its own checkpoint instead. Raises SavedFileError, OSError,
+    and LoopError in mid-run.
+    """
+    return _session().load(Path(path))
 
 
 def report(**figures: float | str | None) -> None:

@@ -42,6 +42,7 @@ class TrainingState:
         self.is_given_back = True
         self._flat.bring_home()
         self._flat.params.copy_(self._params)
+        self._flat.show_params()
         for buffer, values in self._buffers:
             buffer.copy_(values)
         for module, is_training in self._modes:
@@ -76,6 +77,7 @@ class Evaluations:
 
     def __init__(self, group: Group):
         self.buffers = MeanBuffers(group)
+        self.shows_other_params = False  # whether the model holds other parameters than those that it trains on
         self._under_way: list[TrainingState] = []
 
     @contextmanager
@@ -84,17 +86,20 @@ class Evaluations:
 
         Without ``params``, the model keeps those that it has.
         """
-        state = TrainingState(model, flat)
+        state, showed_others = TrainingState(model, flat), self.shows_other_params
         self._under_way.append(state)
         try:
             if params is not None:
                 flat.params.copy_(params)
+                flat.show_params()
+                self.shows_other_params = True
             flat.load_buffers(buffers)
             model.eval()
             with torch.no_grad():
                 yield
         finally:
             state.give_back()
+            self.shows_other_params = showed_others
             with suppress(ValueError):  # the run was ended within the evaluation
                 self._under_way.remove(state)
 

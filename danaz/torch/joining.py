@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from danaz.protocol.messages import MAX_NAME, Heartbeat, Inquire, Machine, Plan, Progress, Reply
+from danaz.rules import Rule
 from danaz.run.rates import lr_scale
 from danaz.run.settings import RankInfo, Settings
 from danaz.server.core import ServerCore
@@ -39,6 +40,7 @@ class Membership:
     worker: Worker
     plan: Plan
     share: Share
+    rule: Rule
     lr_scale: list[float]  # what each group's learning rate is multiplied by, for the number of workers
     moves_at_once: bool  # whether a worker's own steps are known on the worker, before the server has made them
 
@@ -138,7 +140,7 @@ def make_membership(
     ]
     # In a pipeline, the last push is still on its way, and may not be changed meanwhile.
     moves_at_once = rule.pushes != "gradient" and not pipelined
-    return Membership(worker, plan, share, scale, moves_at_once)
+    return Membership(worker, plan, share, rule, scale, moves_at_once)
 
 
 def _name_of(device: torch.device) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from danaz.optimizers import Optimizers, Own
 from danaz.torch.carried import UnsupportedOptimizerError, decayed_gradient, optimizers_of
 from danaz.torch.exchange import GradientExchange, Verdict
+from danaz.torch.optimizer_state import Rows
 from danaz.vectors.cutting import Spans, common_spans
 from danaz.vectors.model import FlatModel
 from danaz.worker.core import Loss
@@ -42,6 +43,9 @@ class Updates(Protocol):
 
     def skip(self) -> None:
         """Count the batch as used, without a step."""
+
+    def state_rows(self) -> Rows | None:
+        """Return the optimizers' state in torch's form, as far as this rank has it; None before the run."""
 
     def end(self) -> None:
         """Note that the ranks leave the run and make no more steps."""
@@ -94,8 +98,7 @@ class JointOptimizer:
         """
         self.members = tuple(members)
         self.optimizers = optimizers
-        models = list(dict.fromkeys(member.model for member in members))
-        model = models[0] if len(models) == 1 else nn.ModuleList(models)
+        model = self.models[0] if len(self.models) == 1 else nn.ModuleList(self.models)
         self.flat = FlatModel(model, [group["params"] for group in self.param_groups])
         passes = members[0].passes if len(members) == 1 else 1
         self.exchange = GradientExchange(self.flat, group, passes, alike=replicated, optimizers=len(members))
@@ -126,10 +129,23 @@ class JointOptimizer:
         """Whether the script's optimizer objects make the steps, in place of the cluster's rule."""
         return isinstance(self.optimizers[0], Own)
 
+    @property
+    def models(self) -> list[nn.Module]:
+        """The models that the members came with, each once."""
+        return list(dict.fromkeys(member.model for member in self.members))
+
+    def numbers_of(self, member: Member) -> range:
+        """Return the numbers of a member's parameters among all of them."""
+        first = sum(each.size for each in self.members[: self.members.index(member)])
+        return range(first, first + member.size)
+
+    def state_rows(self, member: Member) -> Rows | None:
+        """Return a member's state in torch's form, as far as this rank has it; None before the run."""
+        rows, numbers = None if self._updates is None else self._updates.state_rows(), self.numbers_of(member)
+        return None if rows is None else {n - numbers.start: rows[n] for n in numbers if n in rows}
+
     def _numbers_of(self, number: int) -> range:
-        """Return the numbers of the parameters of a member."""
-        first = sum(member.size for member in self.members[:number])
-        return range(first, first + self.members[number].size)
+        return self.numbers_of(self.members[number])
 
     def _span_of(self, number: int) -> tuple[int, int]:
         """Return where the parameters of a member lie in the flat vector."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from danaz.torch.carried import UnsupportedOptimizerError, optimizers_of
 from danaz.torch.joint import JointOptimizer, Member
+from danaz.torch.optimizer_state import Rows, from_torch
 from danaz.vectors.model import FlatModel
 from danaz.worker.core import Loss
 from danaz.worker.group import Group
@@ -44,6 +45,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self.optimizers = optimizers_of(optimizer)
         self.member = Member(optimizer, model, self.optimizers, optimizer.step, backward_passes_per_step)
         self.joint = JointOptimizer([self.member], self.optimizers, group, replicated)  # of all optimizers so far
+        self.loaded: tuple[Rows, list[float]] | None = None  # a state to begin with, in torch's form, and its rates
         self._groups = len(optimizer.param_groups)
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._refuse_the_wrapped_one()
@@ -82,17 +84,23 @@ class DistributedOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over rates and other options of the groups. Raises UnsupportedOptimizerError for momentum buffers."""
+        """Take over the options of the groups and, before training begins, the state: momentum buffers and the like.
+
+        The run begins with that state if the algorithm keeps it where it can be set; otherwise danaz warns that it
+        begins without. Raises UnsupportedOptimizerError for a state when training has begun, and ValueError for what
+        an optimizer of another class or over other parameters has saved.
+        """
         if self.joint.makes_own_steps:
             with self.flat.as_float32():  # torch gives the state the types of the parameters
                 self.wrapped.load_state_dict(state_dict)
             self.param_groups = self.wrapped.param_groups
             return
         saved = state_dict["param_groups"]
-        if any(value is not None for state in state_dict["state"].values() for value in state.values()):
+        rows = {number: row for number, row in state_dict["state"].items() if any(v is not None for v in row.values())}
+        if rows and (self.joint.was_stepped or self.joint.was_passed_over):
             raise UnsupportedOptimizerError(
-                "load_state_dict() was given momentum buffers, but the cluster's momentum lives in its workers and "
-                "server, and cannot be taken over from one optimizer. Set state_dict['state'] = {}, and load the rest."
+                "load_state_dict() was given momentum buffers when training had begun: the cluster's momentum lives in "
+                "its workers and server, and goes on. Load before the first batch, or set state_dict['state'] = {}"
             )
         found, expected = ([len(group["params"]) for group in groups] for groups in (saved, self.param_groups))
         if found != expected:
@@ -100,12 +108,23 @@ class DistributedOptimizer(torch.optim.Optimizer):
                 f"load_state_dict() was given parameter groups of {found} parameters, expected {expected}: load what "
                 "an optimizer with the same groups has saved"
             )
+        rates = [float(group["lr"]) for group in saved]
+        first = self.joint.numbers_of(self.member).start
+        ours = {first + number: row for number, row in rows.items()}
+        from_torch(ours, self.joint.optimizers, self.flat.layout, self.joint.rates)  # this raises an error if none fits
         for group, values in zip(self.param_groups, saved, strict=True):
             group.update({name: value for name, value in values.items() if name != "params"})
+        self.loaded = (rows, rates) if rows else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the options of the groups and, of an optimizer that makes its steps itself, its state on this rank."""
-        return self.wrapped.state_dict() if self.joint.makes_own_steps else super().state_dict()
+        """Return the options of the groups, and the state in torch's form, as far as this rank has it at hand.
+
+        The first rank of a worker has the state that its worker keeps, or a server core in its own process.
+        """
+        if self.joint.makes_own_steps:
+            return self.wrapped.state_dict()
+        rows = self.joint.state_rows(self.member)
+        return {**super().state_dict(), "state": rows if rows is not None else self.loaded[0] if self.loaded else {}}
 
     @property
     def rates(self) -> list[float]:

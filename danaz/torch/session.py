@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from math import ceil, inf
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,9 +42,11 @@ from danaz.torch.joining import (
 )
 from danaz.torch.joint import JointOptimizer
 from danaz.torch.leased import LeasedLoader
-from danaz.torch.loop import Counted, Item, Loop
+from danaz.torch.loop import Counted, Item, Loop, LoopError
 from danaz.torch.optimizer import DistributedOptimizer
+from danaz.torch.optimizer_state import OptimizerState, Rows, StateAtHand, same_state
 from danaz.torch.samplers import check_alike, has_distributed_sampler
+from danaz.torch.saving import Saved, SavedFileError, check_extra, read, values_of, write
 from danaz.torch.schedulers import follow
 from danaz.torch.stream import Part, Stream, open_stream
 from danaz.vectors.cutting import Spans
@@ -94,6 +97,11 @@ class Session:
         self._pid = os.getpid()
         reach("init")
         atexit.register(self.close)
+
+    @property
+    def is_main(self) -> bool:
+        """See danaz.torch.is_main."""
+        return self.place.worker == 0 and self.group.rank == 0
 
     @property
     def optimizer(self) -> JointOptimizer:
@@ -356,7 +364,10 @@ class Session:
         optimizer = self.optimizer
         self._membership = make_membership(self.settings, self.place, self.group, optimizer, plan, ahead)
         self._batches_of_epoch = batches
+        loaded = self._loaded_state()
         enter(self.worker, optimizer.flat, self.place)
+        if loaded is not None and self.worker.metrics.version == 0:  # else it is a run that goes on
+            self._state_at_hand.begin_with(loaded)
         both = [each for wrapper in self._wrappers for each in (wrapper, wrapper.wrapped)]
         follow(both, self, one_worker=self._is_only_worker)
         self._say_what_becomes_of_optimizers()
@@ -533,6 +544,98 @@ class Session:
             params = between.broadcast(self.group, params)
         assert params is not None
         return params
+
+    # ---- the optimizer's state, and the script's own checkpoints ---------------------------------------------------
+
+    @property
+    def _state_at_hand(self) -> StateAtHand:
+        return StateAtHand(self.worker, self._member.rule, self.optimizer.param_groups)
+
+    def state_rows(self) -> Rows | None:
+        """See Updates."""
+        if not self._has_begun:
+            return None
+        state = self._state_at_hand.read()
+        return {} if state is None else self._state_at_hand.rows(state)
+
+    def _loaded_state(self) -> OptimizerState | None:
+        """Return the state that this rank is to begin with, and put the view that goes with it into the model.
+
+        In an all-reduce world, it is rank 0's on every rank. Elsewhere, only worker 0 begins with it: every worker's
+        momentum is added to the look-ahead, and it is there once.
+        """
+        loaded, at_hand, state = self._loaded_rows(), self._state_at_hand, None
+        if loaded is not None and self.is_main:
+            state = at_hand.state_of(loaded[0], self.applied_lr(loaded[1]))
+            if state is None:
+                warnings.warn(
+                    f"the optimizer's state is not taken over: under {self.settings.algorithm} it is on the server. "
+                    "The run begins with the parameters, and without momentum.",
+                    stacklevel=2,
+                )
+        if self.place.server is None:
+            state = same_state(self.group, state, self.optimizer.flat.params.device)
+        if state is not None:
+            self.optimizer.flat.params.copy_(at_hand.view_of(state))
+        return state
+
+    def _loaded_rows(self) -> tuple[Rows, list[float]] | None:
+        """Return what the script has loaded into its optimizers, in torch's form, and the rates; None if nothing."""
+        if all(each.loaded is None for each in self._wrappers):
+            return None
+        rows: Rows = {}
+        rates: list[float] = []
+        for each in self._wrappers:
+            own, own_rates = each.loaded or ({}, each.rates)
+            first = self.optimizer.numbers_of(each.member).start
+            rows |= {first + number: row for number, row in own.items()}
+            rates += own_rates
+        return rows, rates
+
+    def save(self, path: Path, extra: dict[str, Any]) -> None:
+        """See danaz.torch.save."""
+        check_extra(extra)
+        self._end_if_left()
+        if not self.is_main:
+            return
+        optimizer, params, buffers = self.optimizer, None, self._evaluations.buffers
+        state = self._state_at_hand.read() if self._has_begun else None
+        if state is not None and not self._evaluations.shows_other_params:
+            params = self._state_at_hand.params_of_torch(state, self.finished)
+        of_optimizers = [each.state_dict() for each in self._wrappers]
+        with self._evaluations.evaluating(optimizer.flat.model, optimizer.flat, params, buffers.of(optimizer.flat)):
+            of_models = [values_of(model) for model in optimizer.models]
+        saved = Saved(
+            epoch=self.loop.reached,
+            progress=self.epoch,
+            version=self.worker.metrics.version if self._has_begun else 0,
+            seed=self._seed,
+            algorithm=self.settings.algorithm,
+            has_optimizer_state=any(bool(each["state"]) for each in of_optimizers),
+            extra=extra,
+        )
+        write(path, of_models, of_optimizers, saved)
+
+    def load(self, path: Path) -> Saved:
+        """See danaz.torch.load."""
+        if self._has_begun and not self.finished:
+            raise LoopError(
+                "danaz.load was called in mid-run: call it before the first batch, to begin from the file, or after "
+                "the run. To go back to better parameters in mid-run, call model.load_state_dict(…)"
+            )
+        models, optimizers, saved = read(path)
+        for name, found, expected in (
+            ("models", models, self.optimizer.models),
+            ("optimizers", optimizers, self._wrappers),
+        ):
+            if len(found) != len(expected):
+                raise SavedFileError(f"{path} holds {len(found)} {name}, and this script has {len(expected)}")
+        for model, values in zip(self.optimizer.models, models, strict=True):
+            model.load_state_dict(values)
+        for optimizer, state in zip(self._wrappers, optimizers, strict=True):
+            if not self.finished:
+                optimizer.load_state_dict(state)
+        return saved
 
     # ---- the clock of the script's schedulers (see schedulers.Clock) -----------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -176,6 +176,18 @@ class WorkerCore:
     def counts(self) -> Counts:
         """How many gradients ``vectors`` have taken in, and at which rates ηᵢ the last of them."""
         return self._counts
+
+    @property
+    def current(self) -> tuple[dict[str, Tensor], Counts]:
+        """The rule's worker_state that belongs to the parameters at hand, and the counts of its gradients."""
+        return self._current, self._current_counts
+
+    def begin_with(self, vectors: Mapping[str, Tensor], counts: Counts) -> None:
+        """Start from this worker_state f32[P] each, where it is zero."""
+        assert self._current is self._committed, "no push is under way"
+        for name, vector in self._committed.items():
+            vector.copy_(vectors[name])
+        self._counts = self._current_counts = counts
 
     def given_back(self) -> Tensor | None:
         """Return what this worker would give back if it left now, f32[P]; None if its rule gives nothing back."""

@@ -44,6 +44,8 @@ def test_all_names_what_there_is() -> None:
         "LoopError",
         "DifferentCallsError",
         "EvaluationError",
+        "Saved",
+        "SavedFileError",
     }
     assert danaz.__all__ == sorted(danaz.__all__)
     assert all(inspect.getdoc(getattr(danaz, name)) for name in danaz.__all__)

@@ -349,7 +349,7 @@ def test_a_momentum_that_changes_is_refused_with_the_cure() -> None:
 
 
 def test_a_saved_optimizer_state() -> None:
-    """danaz takes over its rates, and refuses its momentum, which would be lost."""
+    """danaz takes over its rates, and its momentum before training begins: later, it would be lost."""
     source, model = make_net(), make_net()
     sgd = make_sgd(source)
     sgd.param_groups[0]["lr"] = 0.07
@@ -358,10 +358,14 @@ def test_a_saved_optimizer_state() -> None:
         optimizer.load_state_dict(sgd.state_dict())
         assert optimizer.rates == [0.07]
         usual_step(source, sgd, *make_data()[:5])
-        with pytest.raises(UnsupportedOptimizerError, match="momentum buffers"):
-            optimizer.load_state_dict(sgd.state_dict())
         with pytest.raises(ValueError, match=r"groups of \[2, 2\] parameters, expected \[6\]"):
             optimizer.load_state_dict(make_sgd_of_groups(source).state_dict())
+        optimizer.load_state_dict(sgd.state_dict())
+        assert optimizer.state_dict()["state"].keys() == sgd.state_dict()["state"].keys()
+        x, y = next(session.shard(DataLoader(make_data(), batch_size=BATCH), 0))
+        usual_step(model, optimizer, x, y)
+        with pytest.raises(UnsupportedOptimizerError, match="momentum buffers when training had begun"):
+            optimizer.load_state_dict(sgd.state_dict())
 
 
 def test_memory_that_does_not_fit_any_more() -> None:
