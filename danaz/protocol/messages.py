@@ -21,6 +21,7 @@ from danaz.vectors.codecs import FP32, Codec, Encoded
 from danaz.vectors.layout import MAX_GROUPS, MAX_TENSORS, Layout
 
 LOCAL = {"local": True}  # a field that does not travel
+LATER = {"later": True}  # a field that messages of earlier versions lack; it has a default
 MAX_REASON = 300  # characters of a script's reason to end a run
 
 
@@ -106,6 +107,14 @@ class Plan:
     def batches(self) -> int:
         return self.batches_per_epoch * self.epochs
 
+    def count(self, epoch: int) -> int:
+        """Return the number of batches in an epoch."""
+        return self.batches_per_epoch
+
+    def place_of(self, batch: int) -> tuple[int, int]:
+        """Return the epoch of a batch, and its number in that epoch."""
+        return divmod(batch, self.batches_per_epoch)
+
 
 @dataclass(frozen=True)
 class Join:
@@ -150,6 +159,9 @@ class Push:
     generation: Count = 0  # to the other shards: the generation of shard 0's newest checkpoint, as shard 0 said
     common: Generations = ()  # to all shards: the newest two checkpoints that all of them said they have
     absent: AbsentSpans = ()  # (start, stop) of parameters without a gradient, which make no step
+    order: Count = field(
+        default=0, metadata=LATER
+    )  # digest of the order of the samples in the epoch of ``batch``; 0: none
     square: float | None = field(default=None, metadata=LOCAL)  # ‖push‖², if it was summed while the push arrived
     encoded: Encoded | None = field(default=None, metadata=LOCAL)  # how ``push`` travels; None: as it is
 

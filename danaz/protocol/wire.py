@@ -231,6 +231,8 @@ def _build(message_type: type, header: dict[str, Any], tensors: dict[str, Tensor
         header["optimizers"] = optimizers_to_lists(Optimizers([Sgd(_float(header.pop("momentum")))]))
     values = {}
     for name, hint in _hints(message_type).items():
+        if name not in header and name in _later(message_type):
+            continue
         if name not in header:
             raise WireError(f"field {name} is missing")
         try:
@@ -259,6 +261,12 @@ def _hints(message_type: type) -> dict[str, Any]:
     """Return name -> type of each field that travels, with the range that it declares."""
     hints = typing.get_type_hints(message_type, include_extras=True)
     return {f.name: hints[f.name] for f in dataclasses.fields(message_type) if not f.metadata.get("local")}
+
+
+@cache
+def _later(message_type: type) -> frozenset[str]:
+    """Return the names of the fields that messages in earlier versions' recordings lack."""
+    return frozenset(field.name for field in dataclasses.fields(message_type) if field.metadata.get("later"))
 
 
 def _fit(value: Any, hint: Any) -> Any:

@@ -46,7 +46,7 @@ from danaz.server.admission import (
 from danaz.server.answers import Answers, materialize
 from danaz.server.full_model import FullModel, own_part
 from danaz.server.health import measured, norm_of
-from danaz.server.leases import Leases
+from danaz.server.leases import ORDERS_DIFFER, Leases
 from danaz.server.master import Master
 from danaz.server.members import Member, MemberEvent, MemberState
 from danaz.server.records import RunTotals, Update
@@ -399,6 +399,9 @@ class ServerCore:
         if push.push.numel() == self.job.layout.size:
             push = measured(push)
         reason = why_not_push(push, member, self.state) or judge_size(push, self.state)
+        if not reason and not self.leases.hear_order(push.batch, push.order):
+            self._answers.refuse(member.route, push, ORDERS_DIFFER)
+            return
         if not reason and self.master.rule.barrier:
             member.wait_for_round(replace(push, push=push.push.clone()))  # the transport reuses its buffer
             return

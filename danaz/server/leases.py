@@ -9,6 +9,12 @@ from typing import Any
 
 from danaz.protocol.messages import Plan
 
+ORDERS_DIFFER = (
+    "its loader has other batches in this epoch than those of the workers before: the data set or the sampler depends "
+    "on something that differs from machine to machine, or that changes in the course of training. Give every process "
+    "the same sampler over all samples; if its epochs differ by more than random numbers, it needs set_epoch(epoch)"
+)
+
 
 class Leases:
     """Leases batch numbers in order. Batches that come back from a worker are leased again before new ones."""
@@ -20,6 +26,7 @@ class Leases:
         self._returned: list[int] = []  # a heap of batches to lease again
         self._held: dict[int, list[int]] = {}  # worker -> the batches leased to it
         self._closed = False
+        self._orders: dict[int, int] = {}  # epoch -> the digest of its order, as the first worker said
 
     def lease_up_to(self, worker: int, ahead: int) -> tuple[int, ...]:
         """Lease batches to ``worker`` until it holds ``ahead`` or none are left. Return all batches that it holds."""
@@ -44,6 +51,14 @@ class Leases:
 
     def holds(self, worker: int, batch: int) -> bool:
         return batch in self._held.get(worker, ())
+
+    def hear_order(self, batch: int, order: int) -> bool:
+        """Hear the digest of the order of the batch's epoch. Return whether it is the one that was heard first.
+
+        0 says nothing of the order.
+        """
+        epoch, _ = self.plan.place_of(batch)
+        return not order or self._orders.setdefault(epoch, order) == order
 
     def complete(self, worker: int, batch: int) -> None:
         """Count ``batch`` as completed by ``worker``, which must hold it."""
@@ -82,7 +97,8 @@ class Leases:
         """Return which batches are completed and which are not. A restart forgets which worker holds which."""
         held = (batch for batches in self._held.values() for batch in batches)
         left = sorted([*self._returned, *held])
-        return {"completed": self.completed, "next": self._next, "returned": left, "closed": self._closed}
+        facts = {"completed": self.completed, "next": self._next, "returned": left, "closed": self._closed}
+        return {**facts, "orders": list(self._orders.items())}
 
     @classmethod
     def restored(cls, plan: Plan, facts: Mapping[str, Any]) -> Leases:
@@ -90,6 +106,7 @@ class Leases:
         leases = cls(plan)
         leases.completed, leases._next = facts["completed"], facts["next"]
         leases._returned, leases._closed = list(facts["returned"]), facts["closed"]
+        leases._orders = dict(facts.get("orders", ()))  # a checkpoint of an earlier version has none
         return leases
 
     @property
@@ -114,6 +131,9 @@ class LeasedElsewhere(Leases):
 
     def holds(self, worker: int, batch: int) -> bool:
         return True
+
+    def hear_order(self, batch: int, order: int) -> bool:
+        return True  # shard 0 compares
 
     def complete(self, worker: int, batch: int) -> None:
         self.completed += 1

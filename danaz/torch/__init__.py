@@ -10,7 +10,8 @@
             optimizer.zero_grad(); loss(model(x), y).backward(); optimizer.step()
     # here the model is the trained one, on every rank
 
-A script that counts steps and draws its own batches has one loop, ``for step in danaz.steps(10_000)``.
+A script that counts steps and draws its own batches has one loop, ``for step in danaz.steps(10_000)``; one whose data
+is a stream has ``for batch in danaz.stream(loader, 10_000)``.
 
 The same script runs alone with plain ``python``, and on a cluster with ``danaz launch``. docs/your-script.md shows how
 to port a script, call by call.
@@ -19,7 +20,7 @@ to port a script, call by call.
 from __future__ import annotations
 
 import atexit
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -32,6 +33,7 @@ from danaz.torch.loop import LoopError
 from danaz.torch.models import check_model
 from danaz.torch.optimizer import DistributedOptimizer as _DistributedOptimizer
 from danaz.torch.session import NotInitializedError, Session
+from danaz.torch.stream import stream_part as _stream_part
 from danaz.worker import between
 from danaz.worker.worker import Metrics
 
@@ -58,6 +60,8 @@ __all__ = [
     "size",
     "steps",
     "stop",
+    "stream",
+    "stream_part",
     "worker_id",
 ]
 
@@ -160,16 +164,21 @@ def epochs(count: int) -> Iterator[int]:
     return _session().run_epochs(count)
 
 
-def shard(loader: DataLoader[Any], epoch: int) -> Iterator[Any]:
+def shard(loader: DataLoader[Any], epoch: int, *beside: DataLoader[Any]) -> Iterator[Any]:
     """Iterate over this rank's part of the batches that the server leases to this worker in ``epoch`` of ``epochs``.
 
-    ``loader`` gives the data set, the batch size (per worker: its ranks share each batch), shuffling and loading
-    processes. Every sample is used once in an epoch, however fast the workers are. If a loop is left by ``break``, the
-    batches left over come first in the next epoch. ``len()`` gives the number of batches that this worker would compute
-    in an epoch if all workers were equally fast. Raises UnsupportedLoaderError, and LoopError if it is not this loop's
-    turn.
+    ``loader`` gives the data set, the batch size (per worker: its ranks share each batch), shuffling or a sampler, and
+    loading processes. Every sample is used as often in an epoch as the sampler says, however fast the workers are. If a
+    loop is left by ``break``, the batches left over come first in the next epoch. ``len()`` gives the number of batches
+    that this worker would compute in an epoch if all workers were equally fast.
+
+    With loaders ``beside`` the first, each item is a tuple: a batch of the first, whose epochs count, and a batch of
+    each of the others, which begin again when they are used up. Each rank gets its own part of those as well.
+
+    Raises UnsupportedLoaderError, LoopError if it is not this loop's turn, and OrderError if the processes of the run
+    would not train on the same batches.
     """
-    return _session().run_batches(loader, epoch)
+    return _session().run_batches(loader, epoch, *beside)
 
 
 def steps(count: int, samples: int = 1) -> Iterator[int]:
@@ -183,6 +192,36 @@ def steps(count: int, samples: int = 1) -> Iterator[int]:
     that this worker would make if all workers were equally fast. Raises ValueError and LoopError.
     """
     return _session().run_steps(count, samples)
+
+
+def stream(source: Iterable[Any], updates: int, samples: int = 1) -> Iterator[Any]:
+    """Iterate over this rank's own batches of a stream, in a run of ``updates`` updates of the whole cluster.
+
+    ``source`` is a DataLoader of an IterableDataset, whose ``batch_size`` is per worker: its ranks share each batch. Or
+    it is any other iterable (also a loader with ``batch_size=None``), each item of which is a batch for one rank; then
+    all ranks count the same, and ``samples``, the number in a batch, is for the run's records.
+
+    Of R ranks in all, each reads every R-th item and passes over the others, so that no item is used twice in a pass;
+    see ``stream_part`` for a faster way. When the stream ends, it begins again. If it is an iterator, which cannot, the
+    run ends for all workers. A run has one such loop, in place of ``epochs`` and ``shard``; its length counts as one
+    epoch for ``progress`` and for schedulers, and ``len()`` gives the number of batches that this worker would compute
+    if all workers were equally fast.
+
+    Raises ValueError, LoopError, UnsupportedLoaderError, StreamError for a stream that gives nothing, and OrderError if
+    the ranks do not read the same stream.
+    """
+    return _session().run_stream(source, updates, samples)
+
+
+def stream_part() -> tuple[int, int]:
+    """Return (index, count) to a data set that ``stream`` reads: it should give items index, index + count and so on.
+
+    A data set calls it in its ``__iter__``, before it gives the first item, and then reads only what belongs to its
+    part, such as the files number index, index + count and so on. That says that it divides itself: ``stream`` passes
+    over none of its items. The count includes the loader's processes, and may differ from worker to worker. Outside of
+    ``stream``, the parts are those of the loading processes of torch's DataLoader: (0, 1) without them.
+    """
+    return _stream_part()
 
 
 def seed_for(step: int) -> int:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
+from itertools import chain
 from math import ceil
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, RandomSampler
 
 from danaz.protocol.messages import Plan
+from danaz.torch.beside import Together, first_of
+from danaz.torch.fingerprint import fingerprint
 
 Indices = np.ndarray[Any, np.dtype[np.int64]]  # i64[samples]
+Samples = list[Any]  # what a sampler names each sample by: its number, or another key of the data set
+Some = TypeVar("Some", Indices, Samples)
 
 SEED_MIX = 0x9E3779B9  # keeps the stream of permutations apart from others that use the run's seed
 
@@ -23,9 +28,26 @@ class UnsupportedLoaderError(TypeError):
     """A DataLoader that cannot be shared out by batch numbers."""
 
 
+class OrderError(RuntimeError):
+    """The processes of the run do not hold the same list of batches, or it does not fit the run's plan."""
+
+
+class Order(Protocol):
+    """Which samples each batch of each epoch has. A batch is one update: under ``ssgd``, that of all workers."""
+
+    def count(self, epoch: int) -> int:
+        """Return the number of batches in an epoch."""
+
+    def batch(self, epoch: int, number: int) -> list[Samples]:
+        """Return the samples of a batch: in one list, or in a list for each worker that takes part in the update."""
+
+    def digest(self, epoch: int) -> int:
+        """Return a number from 1 below 2^32, which differs if the epoch has other batches."""
+
+
 @dataclass(frozen=True)
 class Batching:
-    """How the epochs of a data set are divided into batches. Processes with equal values make equal batches."""
+    """The order of a loader with shuffle=True or False. Processes with equal values make equal batches."""
 
     samples: int
     batch_size: int  # samples in one update, which all ranks of one worker share
@@ -45,9 +67,23 @@ class Batching:
         return batch // self.batches_per_epoch
 
     def indices(self, batch: int) -> Indices:
-        """Return the sample numbers of a batch, i64[up to batch_size]."""
-        start = batch % self.batches_per_epoch * self.batch_size
-        return _order(self, self.epoch_of(batch))[start : start + self.batch_size]
+        """Return the sample numbers of a batch of the run, i64[up to batch_size]."""
+        return self._indices(*divmod(batch, self.batches_per_epoch))
+
+    def _indices(self, epoch: int, number: int) -> Indices:
+        return _order(self, epoch)[number * self.batch_size : (number + 1) * self.batch_size]
+
+    def count(self, epoch: int) -> int:
+        """See Order."""
+        return self.batches_per_epoch
+
+    def batch(self, epoch: int, number: int) -> list[Samples]:
+        """See Order."""
+        return [self._indices(epoch, number).tolist()]
+
+    def digest(self, epoch: int) -> int:
+        """See Order."""
+        return fingerprint(astuple(self))
 
 
 @lru_cache(maxsize=4)
@@ -55,6 +91,21 @@ def _order(batching: Batching, epoch: int) -> Indices:
     if not batching.shuffle:
         return np.arange(batching.samples)
     return np.random.default_rng((SEED_MIX, batching.seed, epoch)).permutation(batching.samples)
+
+
+def batching_of(loader: DataLoader[Any], workers: int, seed: int) -> Batching:
+    """Return the order of a loader that was made with shuffle=True or False, for updates of ``workers`` batches."""
+    assert loader.batch_size is not None
+    return Batching(
+        samples=len(loader.dataset),  # type: ignore[arg-type]
+        batch_size=loader.batch_size * workers,
+        shuffle=isinstance(loader.sampler, RandomSampler),
+        drop_last=loader.drop_last,
+        seed=seed,
+    )
+
+
+# ---- a rank's part of a batch ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -67,17 +118,27 @@ class Share:
     ranks: int = 1
     least: int = 1  # samples that a part must have unless it is empty; a batch with fewer goes to one rank
 
-    def of(self, indices: Indices) -> Indices:
-        return self._part(self._part(indices, self.workers, self.worker), self.ranks, self.rank)
+    def of(self, samples: Some) -> Some:
+        return self._part(self._part(samples, self.workers, self.worker), self.ranks, self.rank)
+
+    def of_joined(self, batches: Sequence[Samples]) -> Samples:
+        """Return the part of an update that joins ``batches``. If there is one for each worker, each takes its own."""
+        if len(batches) == self.workers:
+            return self._part(batches[self.worker], self.ranks, self.rank)
+        return self.of(list(chain.from_iterable(batches)))
 
     def ranks_at_work(self, samples: int) -> int:
         """Return how many of this worker's ranks get samples of a batch of ``samples``."""
         batch = np.arange(samples)
         return sum(bool(len(replace(self, rank=rank).of(batch))) for rank in range(self.ranks))
 
-    def _part(self, indices: Indices, parts: int, number: int) -> Indices:
-        parts = max(1, min(parts, len(indices) // self.least))
-        return np.array_split(indices, parts)[number] if number < parts else indices[:0]
+    def _part(self, samples: Some, parts: int, number: int) -> Some:
+        parts = max(1, min(parts, len(samples) // self.least))
+        if number >= parts:
+            return samples[:0]
+        size, larger = divmod(len(samples), parts)  # the first ``larger`` parts have one more
+        start = number * size + min(number, larger)
+        return samples[start : start + size + (number < larger)]
 
 
 @dataclass(frozen=True)
@@ -87,6 +148,7 @@ class Portion:
     batch: int
     samples: int  # number of samples in the whole batch
     here: int  # number of samples in this rank's part; 0: the rank computes on others' samples, which do not count
+    order: int = 0  # the digest of the order of the batch's epoch; 0: none, the script draws the batch itself
 
     @property
     def weight(self) -> float:
@@ -100,60 +162,53 @@ class LeaseSampler:
     It notes what it hands out in ``portions``, in the order in which the loader will deliver. If a short batch has no
     sample for a rank, the rank gets the batch's first samples, with weight zero. Its loop then runs like every other
     rank's, so that schedulers, gradient scalers, random numbers and the script's own collectives stay in step.
+
+    With orders of loaders ``beside``, a batch is one element that has this rank's part of a batch of each loader.
     """
 
-    def __init__(self, batching: Batching, share: Share, take: Callable[[], int | None]):
-        self.batching = batching
+    def __init__(
+        self, order: Order, plan: Plan, share: Share, take: Callable[[], int | None], beside: Sequence[Order] = ()
+    ):
+        self.plan = plan
         self.share = share
         self.portions: deque[Portion] = deque()
+        self._order = order
+        self._beside = beside
         self._take = take
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[Samples]:
         while (batch := self._take()) is not None:
-            indices = self.batching.indices(batch)
-            part = self.share.of(indices)
-            self.portions.append(Portion(batch, len(indices), len(part)))
-            yield (part if len(part) else indices[: self.share.least]).tolist()
+            epoch, number = self.plan.place_of(batch)
+            self.check_count(epoch)
+            batches = self._order.batch(epoch, number)
+            part = self.share.of_joined(batches)
+            self.portions.append(Portion(batch, sum(map(len, batches)), len(part), self.digest(epoch)))
+            part = part or self._first_of(batches)
+            yield [(part, *(self._part_beside(order, batch) for order in self._beside))] if self._beside else part
+
+    def check_count(self, epoch: int) -> None:
+        """Raise OrderError if the order has more or fewer batches in an epoch than the run's plan."""
+        found, planned = self._order.count(epoch), self.plan.count(epoch)
+        if found != planned:
+            raise OrderError(
+                f"the loader has {found} batches in epoch {epoch}, and the run was planned for {planned}. Every "
+                "process needs, in every epoch, a loader with the same number of batches."
+            )
+
+    def digest(self, epoch: int) -> int:
+        """Return a digest of the order of an epoch, and of those beside it."""
+        own = self._order.digest(epoch)
+        return fingerprint([own, *(order.digest(0) for order in self._beside)]) if self._beside else own
+
+    def _part_beside(self, order: Order, batch: int) -> Samples:
+        batches = order.batch(*divmod(batch, order.count(0)))
+        return self.share.of_joined(batches) or self._first_of(batches)
+
+    def _first_of(self, batches: Sequence[Samples]) -> Samples:
+        return list(chain.from_iterable(batches))[: self.share.least]
 
 
-def batching_of(loader: DataLoader[Any], workers: int, seed: int) -> Batching:
-    """Return the batching that replaces a loader's sampler. Raises UnsupportedLoaderError with the reason."""
-    if isinstance(loader.dataset, IterableDataset):
-        raise UnsupportedLoaderError(
-            "danaz.shard cannot share out an IterableDataset: batches are leased by sample number, and it has none. "
-            "Give it a map-style Dataset (with __len__ and __getitem__)."
-        )
-    if loader.batch_size is None or type(loader.sampler) not in (RandomSampler, SequentialSampler):
-        raise UnsupportedLoaderError(
-            "danaz.shard needs a DataLoader with batch_size=… and shuffle=True or False; this one has a sampler of its "
-            f"own ({type(loader.batch_sampler if loader.batch_size is None else loader.sampler).__name__}), which "
-            "danaz would have to replace. Make the loader without it."
-        )
-    if isinstance(loader.sampler, RandomSampler) and loader.sampler.replacement:
-        raise UnsupportedLoaderError(
-            "danaz.shard uses each sample once an epoch; this loader draws with replacement. Make it with shuffle=True "
-            "and no sampler."
-        )
-    samples: int = len(loader.dataset)  # type: ignore[arg-type]
-    drawn = len(loader.sampler)  # type: ignore[arg-type]
-    if drawn != samples:
-        raise UnsupportedLoaderError(
-            f"danaz.shard uses each sample once an epoch; this loader draws {drawn} of {samples} samples. To train on "
-            "fewer, make the loader of a torch.utils.data.Subset."
-        )
-    batching = Batching(
-        samples=samples,
-        batch_size=loader.batch_size * workers,
-        shuffle=isinstance(loader.sampler, RandomSampler),
-        drop_last=loader.drop_last,
-        seed=seed,
-    )
-    if not batching.batches_per_epoch:
-        raise UnsupportedLoaderError(
-            f"{samples} samples do not fill one batch of {batching.batch_size}, so an epoch would be empty. Use a "
-            "smaller batch_size, or drop_last=False."
-        )
-    return batching
+# ---- the loader of a rank --------------------------------------------------------------------------------------------
 
 
 def read_ahead(loader: DataLoader[Any]) -> int:
@@ -161,8 +216,18 @@ def read_ahead(loader: DataLoader[Any]) -> int:
     return 1 + loader.num_workers * (loader.prefetch_factor or 0)
 
 
-def rebuild(loader: DataLoader[Any], sampler: LeaseSampler) -> DataLoader[Any]:
-    """Return the same loader with another batch sampler."""
+def rebuild(loader: DataLoader[Any], sampler: LeaseSampler, beside: Sequence[DataLoader[Any]] = ()) -> DataLoader[Any]:
+    """Return the same loader with another sampler of batches; with loaders ``beside``, it gives tuples of batches."""
+    if beside:
+        together = Together([(each.dataset, each.collate_fn) for each in (loader, *beside)])
+        return remade(loader, together, batch_sampler=sampler, collate_fn=first_of)
+    if loader.batch_sampler is None:  # the data set is asked for whole batches
+        return remade(loader, loader.dataset, batch_size=None, sampler=sampler)
+    return remade(loader, loader.dataset, batch_sampler=sampler)
+
+
+def remade(loader: DataLoader[Any], dataset: Any, **options: Any) -> DataLoader[Any]:
+    """Return a loader of ``dataset`` that is like ``loader`` in everything but these options."""
     processes = {}
     if loader.num_workers:
         processes = {
@@ -171,13 +236,11 @@ def rebuild(loader: DataLoader[Any], sampler: LeaseSampler) -> DataLoader[Any]:
             "worker_init_fn": loader.worker_init_fn,
             "persistent_workers": loader.persistent_workers,
         }
-    return DataLoader(
-        loader.dataset,
-        batch_sampler=sampler,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
-        generator=loader.generator,
-        **processes,
-    )
+    kept = {
+        "num_workers": loader.num_workers,
+        "collate_fn": loader.collate_fn,
+        "pin_memory": loader.pin_memory,
+        "timeout": loader.timeout,
+        "generator": loader.generator,
+    }
+    return DataLoader(dataset, **{**kept, **processes, **options})

@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch.utils.data import DataLoader
 
-from danaz.protocol.messages import Heartbeat, Inquire, Progress
+from danaz.protocol.messages import Heartbeat, Inquire, Plan, Progress
 from danaz.run.rates import lr_scale
 from danaz.run.settings import RankInfo, Settings
 from danaz.server.core import ServerCore
@@ -16,7 +15,7 @@ from danaz.serving.journal import RunWriter
 from danaz.serving.progress import with_progress
 from danaz.torch.alone import LocalLink
 from danaz.torch.carried import weight_decays
-from danaz.torch.data import Batching, Share, batching_of, read_ahead
+from danaz.torch.data import Share
 from danaz.torch.models import has_batch_norm
 from danaz.torch.optimizer import DistributedOptimizer
 from danaz.vectors.model import FlatModel
@@ -35,7 +34,7 @@ class Membership:
     """What a process knows once it can take part in the run."""
 
     worker: Worker
-    batching: Batching
+    plan: Plan
     share: Share
     lr_scale: float  # what the learning rate is multiplied by, for the number of workers
 
@@ -64,20 +63,18 @@ def make_membership(
     place: RankInfo,
     group: Group,
     optimizer: DistributedOptimizer,
-    loader: DataLoader[object],
-    epochs: int,
-    seed: int,
+    plan: Plan,
+    read_ahead: int,
 ) -> Membership:
     """Make this rank's part of a worker, which ``enter`` then lets into the run.
 
-    Raises UnsupportedLoaderError, with the reason, for a loader whose batches cannot be leased.
+    ``read_ahead`` is the number of batches that the worker must hold to keep its loader busy.
     """
     flat, has_server = optimizer.flat, place.server is not None
     rule = settings.for_server().rule(optimizer.optimizers)
     pipelined = settings.pipeline and has_server
     # A pipeline holds one more batch: the one that is computed while the last one is pushed.
-    ahead = read_ahead(loader) + rule.worker_rule.sync_period - 1 + pipelined
-    batching = batching_of(loader, machines_per_batch(settings, place), seed)
+    ahead = read_ahead + rule.worker_rule.sync_period - 1 + pipelined
     conversation = None
     if group.rank == 0 or not has_server:
         role = Role(
@@ -86,7 +83,7 @@ def make_membership(
             digest=settings.digest,
             optimizers=optimizer.optimizers,
             layout=flat.layout,
-            plan=batching.plan(epochs),
+            plan=plan,
             ahead=ahead,
         )
         device = flat.params.device
@@ -103,7 +100,7 @@ def make_membership(
     worker = Worker(group, flat, ahead, conversation, replicated=not has_server, pipelined=pipelined)
     worker.sync_period = rule.worker_rule.sync_period
     scale = lr_scale(rule, optimizer.optimizers, settings.lr_scaling, settings.workers)
-    return Membership(worker, batching, share, scale)
+    return Membership(worker, plan, share, scale)
 
 
 def _link_to_server(place: RankInfo, role: Role, staging: Staging) -> Link:
@@ -128,11 +125,17 @@ def _share_of_batch(settings: Settings, place: RankInfo, group: Group) -> Share:
     """Return this rank's part of a batch. A world over all machines splits a batch over the machines first."""
     if place.server is not None or group.size == 1:
         return Share(rank=group.rank, ranks=group.size)
-    worker_of_rank = torch.zeros(group.size, dtype=torch.float64)
-    worker_of_rank[group.rank] = place.worker
-    group.wait(group.sum_async(worker_of_rank, "workers"))
-    mine = [rank for rank, worker in enumerate(worker_of_rank.tolist()) if worker == place.worker]
+    workers = of_each_rank(group, place.worker)
+    mine = [rank for rank, worker in enumerate(workers) if worker == place.worker]
     return Share(place.worker, settings.workers, mine.index(group.rank), len(mine))
+
+
+def of_each_rank(group: Group, number: int) -> list[float]:
+    """Return the number, below 2^53, that each rank gives. Every rank must call it."""
+    numbers = torch.zeros(group.size, dtype=torch.float64)
+    numbers[group.rank] = number
+    group.wait(group.sum_async(numbers, "number_of_each_rank"))
+    return numbers.tolist()
 
 
 def enter(worker: Worker, flat: FlatModel, place: RankInfo) -> None:

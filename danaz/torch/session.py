@@ -7,8 +7,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import ceil, inf
 from typing import Any
 
@@ -17,19 +16,30 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from danaz.files.seeds import derive_seed
+from danaz.protocol.messages import Plan
 from danaz.rules import find_algorithm
 from danaz.run.milestones import reach
 from danaz.run.rates import effective_lr
 from danaz.run.settings import RankInfo, Settings
 from danaz.run.signals import note_ending_signals
 from danaz.torch.carried import UnsupportedOptimizerError
-from danaz.torch.data import LeaseSampler, Portion, batching_of, rebuild
+from danaz.torch.data import Order, Portion, UnsupportedLoaderError, read_ahead
 from danaz.torch.ending import ModelWatch, exit_unfinished, say
 from danaz.torch.exchange import Verdict
-from danaz.torch.joining import Membership, current_epoch, enter, machines_per_batch, make_membership
-from danaz.torch.loop import Counted, Loop
+from danaz.torch.joining import (
+    Membership,
+    current_epoch,
+    enter,
+    machines_per_batch,
+    make_membership,
+    of_each_rank,
+)
+from danaz.torch.leased import LeasedLoader
+from danaz.torch.loop import Counted, Item, Loop
 from danaz.torch.optimizer import DistributedOptimizer
+from danaz.torch.samplers import check_alike, has_distributed_sampler
 from danaz.torch.schedulers import follow
+from danaz.torch.stream import Part, Stream, open_stream
 from danaz.vectors.cutting import Spans
 from danaz.worker.between import first_text
 from danaz.worker.core import Step
@@ -61,7 +71,10 @@ class Session:
         self.epochs = 1
         self.in_loop = False  # whether the script is in its loop over batches
         self._epoch = 0  # the epoch that the loop over batches is in
-        self._loader: tuple[DataLoader[Any], LeaseSampler, DataLoader[Any]] | None = None  # the user's, and its double
+        self._loader: LeasedLoader | None = None  # the script's newest
+        self._order_seed = 0  # the seed of the run's order of samples, once it has begun
+        self._first_order: Order | None = None  # of the loader that the run began with
+        self._agreed: set[int] = set()  # the epochs whose order is the same on all ranks of this worker
         # The batches.
         self._portion: Portion | None = None  # this rank's part of the batch that is being computed
         self.own_batches = 0  # number of batches that this process has computed
@@ -117,6 +130,8 @@ class Session:
     def _seed_for(self, loader: DataLoader[Any]) -> int:
         if self._seed is not None:
             return self._seed
+        if has_distributed_sampler(loader):
+            return 0  # it has a seed of its own
         return torch.initial_seed() if loader.generator is None else loader.generator.initial_seed()
 
     def adopt(self, optimizer: DistributedOptimizer) -> None:
@@ -164,62 +179,113 @@ class Session:
 
     def run_steps(self, count: int, samples: int) -> Counted[int]:
         """See danaz.torch.steps."""
+        return self._run_one_epoch("steps", count, samples, lambda: self._drawn_steps(count, samples))
+
+    def run_stream(self, source: Iterable[Any], count: int, samples: int) -> Counted[Any]:
+        """See danaz.torch.stream."""
+        return self._run_one_epoch("stream", count, samples, lambda: self._batches_of_stream(source, count, samples))
+
+    def _run_one_epoch(self, call: str, count: int, samples: int, steps: Callable[[], Iterator[Item]]) -> Counted[Item]:
+        """Return the loop ``steps`` as the whole loop of a run, which ``call`` of danaz begins."""
         for name, number in (("number of steps", count), ("number of samples", samples)):
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise ValueError(f"danaz.steps takes the {name}, a whole number from 1 up, not {number!r}")
+                raise ValueError(f"danaz.{call} takes the {name}, a whole number from 1 up, not {number!r}")
         self.loop.begin(1)
         self.epochs = 1
-        return Counted(self._steps(count, samples), lambda: ceil(count / self._machines_apart))
+        only_epoch = (item for epoch in self._epochs() for item in self.loop.batches(epoch, self, steps()))
+        return Counted(only_epoch, lambda: ceil(count / self._machines_apart))
 
     @property
     def _machines_apart(self) -> int:
         """How many workers make steps of their own: all of them, but an all-reduce world makes each step together."""
         return 1 if self.place.server is None else self.settings.workers
 
-    def _steps(self, count: int, samples: int) -> Iterator[int]:
-        for epoch in self._epochs():
-            yield from self.loop.batches(epoch, self, self._leased_steps(count, samples))
+    def _drawn_steps(self, count: int, samples: int) -> Iterator[int]:
+        """Yield the number of each step that this worker is leased."""
+        self._join_for_steps(count)
+        for step in self._leased_steps():
+            self._begin(Portion(step, samples * self.group.size, samples))
+            yield step
 
-    def _leased_steps(self, count: int, samples: int) -> Iterator[int]:
-        """Yield the number of each step that this worker is leased. The first call joins the run."""
-        self._epoch = 0
+    def _batches_of_stream(self, source: Iterable[Any], count: int, samples: int) -> Iterator[Any]:
+        """Yield a batch of this rank's part of a stream for each step that this worker is leased."""
+        self._join_for_steps(count)
+        stream = self._open_stream(source, count, samples)
+        for step in self._leased_steps():
+            delivery = next(stream.batches, None)
+            if delivery is None:
+                self.stop(f"the stream of worker {self.place.worker} came to its end")
+                return
+            self._begin(Portion(step, stream.samples, stream.here, delivery.first))
+            yield delivery.content
+
+    def _open_stream(self, source: Iterable[Any], count: int, samples: int) -> Stream:
+        """Open this rank's part of a stream, behind what the worker has read of it if all are equally fast."""
+        place, share = self.place, self._member.share
+        if place.worker >= self.settings.workers:
+            raise UnsupportedLoaderError(
+                f"this worker has joined a running job, and has no part of its stream, which is divided among the "
+                f"{self.settings.workers} workers that the run began with. Begin the run with more workers."
+            )
+        worker = (
+            Part(share.worker, share.workers) if place.server is None else Part(place.worker, self.settings.workers)
+        )
+        done = int(self.epoch * count) // self._machines_apart
+        return open_stream(source, worker.split(share.rank, share.ranks), share, self._order_seed, done, samples)
+
+    def _join_for_steps(self, count: int) -> None:
         if not self._has_begun:
-            # A step is a batch of one sample for each machine that computes it: its own number.
-            machines = machines_per_batch(self.settings, self.place)
-            self._join(DataLoader(range(count * machines), batch_size=1), count)  # type: ignore[arg-type]
+            self._order_seed = torch.initial_seed() if self._seed is None else self._seed
+            self._join(Plan(count, 1), 1, count)
+
+    def _leased_steps(self) -> Iterator[int]:
+        """Yield the number of each step that this worker is leased."""
+        self._epoch = 0
         try:
             self.in_loop = True
             while self._has_more_in(0):
                 while not self._is_cut_short and (step := self._take()) is not None:
-                    self._begin(Portion(step, samples * self.group.size, samples))
                     yield step
         finally:
             self.in_loop = False
 
     def seed_for(self, step: int) -> int:
         """See danaz.torch.seed_for."""
-        return derive_seed(self._member.batching.seed, step, self.group.rank)
+        return derive_seed(self._order_seed, step, self.worker.group.rank)
 
     # ---- the loop over batches -------------------------------------------------------------------------------------
 
-    def run_batches(self, loader: DataLoader[Any], epoch: int) -> Counted[Any]:
+    def run_batches(self, loader: DataLoader[Any], epoch: int, *beside: DataLoader[Any]) -> Counted[Any]:
         """See danaz.torch.shard."""
-        batches = self.loop.batches(epoch, loader.dataset, self.shard(loader, epoch))
-        return Counted(batches, partial(self._expected, loader))
+        batches = self.loop.batches(epoch, loader.dataset, self.shard(loader, epoch, *beside))
+        return Counted(batches, lambda: self._expected(loader, epoch, beside))
 
-    def _expected(self, loader: DataLoader[Any]) -> int:
+    def _expected(self, loader: DataLoader[Any], epoch: int, beside: Sequence[DataLoader[Any]]) -> int:
         """Return the number of batches that this worker computes in an epoch if all workers are equally fast."""
         machines = machines_per_batch(self.settings, self.place)
-        return ceil(batching_of(loader, machines, seed=0).batches_per_epoch * machines / self.settings.workers)
+        return ceil(self._leased(loader, beside).order.count(epoch) * machines / self.settings.workers)
 
-    def shard(self, loader: DataLoader[Any], epoch: int) -> Iterator[Any]:
+    def shard(self, loader: DataLoader[Any], epoch: int, *beside: DataLoader[Any]) -> Iterator[Any]:
         """Yield this rank's part of each batch of ``epoch`` that the worker is leased. The first call joins the run."""
         self._epoch = epoch
+        leased = self._leased(loader, beside)
         if not self._has_begun:
-            self._join(loader, len(loader))
-            self._warn_of_idle_ranks()
-        self._check(loader)
-        sampler, batches = self._double_of(loader)
+            self._order_seed = leased.seed
+            self._join(
+                Plan(leased.order.count(epoch), self.epochs), read_ahead(loader), _batches_of(loader, leased, epoch)
+            )
+            self._warn_of_idle_ranks(leased.samples_of_first_batch(epoch))
+            if self.group.rank == 0:
+                leased.warn_of_distributed_sampler()
+        if not torch.is_grad_enabled():
+            raise RuntimeError(
+                "danaz.shard was iterated under torch.no_grad(), where nothing can be trained; to evaluate, iterate "
+                "the loader itself"
+            )
+        self._first_order = self._first_order or leased.order
+        leased.check(self._first_order)
+        sampler, batches = leased.double(self._member.plan, self._member.share, self._take)
+        sampler.check_count(epoch)
         try:
             self.in_loop = True
             while self._has_more_in(epoch):
@@ -234,16 +300,21 @@ class Session:
             self.worker.batches.put_back([portion.batch for portion in sampler.portions])
             sampler.portions.clear()
 
-    def _join(self, loader: DataLoader[Any], batches: int) -> None:
-        """Join the run with the first loader. By now the model, the optimizer and the data are known.
+    def _leased(self, loader: DataLoader[Any], beside: Sequence[DataLoader[Any]]) -> LeasedLoader:
+        """Return what is known of these loaders, which a script may make anew for each epoch."""
+        seed = self._order_seed if self._has_begun else self._seed_for(loader)
+        if self._loader is None or not self._loader.is_made_of(loader, beside, seed):
+            self._loader = LeasedLoader(loader, beside, machines_per_batch(self.settings, self.place), seed)
+        return self._loader
 
-        ``batches`` is the number of batches in an epoch, as the script counts them.
+    def _join(self, plan: Plan, ahead: int, batches: int) -> None:
+        """Join the run. By now the model, the optimizer and the data are known.
+
+        ``ahead`` is the number of batches that the loader reads ahead, and ``batches`` the number in an epoch, as the
+        script counts them.
         """
         optimizer = self.optimizer
-        self._seed = self._seed_for(loader)
-        self._membership = make_membership(
-            self.settings, self.place, self.group, optimizer, loader, self.epochs, self._seed
-        )
+        self._membership = make_membership(self.settings, self.place, self.group, optimizer, plan, ahead)
         self._batches_of_epoch = batches
         enter(self.worker, optimizer.flat, self.place)
         follow([optimizer, optimizer.wrapped], self, one_worker=self._is_only_worker)
@@ -251,42 +322,19 @@ class Session:
         if self.place.guest:
             self.worker.is_asked_to_end = note_ending_signals()
 
-    def _warn_of_idle_ranks(self) -> None:
-        """Warn if some ranks get no samples of a batch.
+    def _warn_of_idle_ranks(self, samples: int) -> None:
+        """Warn if some ranks get no samples of a batch, which has ``samples``.
 
         Batch norm cannot train on one sample. If each rank would get only one, fewer ranks get two samples instead.
         """
         share = self._member.share
-        here = share.ranks_at_work(self._member.batching.batch_size)
+        here = share.ranks_at_work(samples)
         if self.group.rank == 0 and here < share.ranks:
             warnings.warn(
                 f"only {here} of this worker's {share.ranks} ranks get samples: the worker's ranks share each batch of "
                 "batch_size samples, and batch norm needs two on each rank. Raise the loader's batch_size.",
                 stacklevel=2,
             )
-
-    def _check(self, loader: DataLoader[Any]) -> None:
-        machines = machines_per_batch(self.settings, self.place)
-        if batching_of(loader, machines, self._seed_for(loader)) != self._member.batching:
-            raise ValueError(
-                "danaz.shard was given a loader of another size, batch size or order than the run began with. Give it "
-                "the training data alone; to evaluate, iterate the loader itself"
-            )
-        if not torch.is_grad_enabled():
-            raise RuntimeError(
-                "danaz.shard was iterated under torch.no_grad(), where nothing can be trained; to evaluate, iterate "
-                "the loader itself"
-            )
-
-    def _double_of(self, loader: DataLoader[Any]) -> tuple[LeaseSampler, DataLoader[Any]]:
-        """Return the loader that delivers leased batches instead of ``loader``, and its sampler.
-
-        It keeps its processes if ``loader`` keeps its own.
-        """
-        if self._loader is None or self._loader[0] is not loader:
-            sampler = LeaseSampler(self._member.batching, self._member.share, self._take)
-            self._loader = (loader, sampler, rebuild(loader, sampler))
-        return self._loader[1:]
 
     def _take(self) -> int | None:
         """Begin the next leased batch of the epoch under way, and return its number; None if there is none."""
@@ -308,7 +356,7 @@ class Session:
     def _next_epoch(self) -> float:
         """The epoch of the batch that waits first; infinite if none waits."""
         waiting = self.worker.batches.waiting
-        return self._member.batching.epoch_of(waiting[0]) if waiting else inf
+        return self._member.plan.place_of(waiting[0])[0] if waiting else inf
 
     # ---- one batch -------------------------------------------------------------------------------------------------
 
@@ -329,10 +377,18 @@ class Session:
     def push(self, grad: Tensor, absent: Spans, verdict: Verdict) -> None:
         """See Updates."""
         portion = self._end_batch()
+        self._agree_on_order(portion)
         if verdict.edited and self.worker.replicated:
             self.group.broadcast(edited_params=self.optimizer.flat.params)  # each rank may have made its own edit
         lr = tuple(self.applied_lr(verdict.lr))
-        self.worker.push(Step(portion.batch, lr, portion.samples, verdict.loss, absent), grad)
+        self.worker.push(Step(portion.batch, lr, portion.samples, verdict.loss, absent, portion.order), grad)
+
+    def _agree_on_order(self, portion: Portion) -> None:
+        """Raise OrderError if the ranks of this worker do not have the same order in the epoch of a batch."""
+        epoch, _ = self._member.plan.place_of(portion.batch)
+        if self.group.size > 1 and epoch not in self._agreed:
+            check_alike(of_each_rank(self.group, portion.order), epoch)
+            self._agreed.add(epoch)
 
     def skip(self) -> None:
         """See Updates."""
@@ -515,3 +571,11 @@ class Session:
         }
         missing = ", ".join(call for call, is_made in calls.items() if not is_made)
         return f"the script ended without training: it calls danaz.init(), but never came to {missing}"
+
+
+def _batches_of(loader: DataLoader[Any], leased: LeasedLoader, epoch: int) -> int:
+    """Return the number of batches in an epoch as the script counts them, or as they are if the loader cannot tell."""
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return leased.order.count(epoch)

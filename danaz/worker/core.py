@@ -91,6 +91,7 @@ class Step:
     samples: int
     loss: Loss
     absent: Spans = ()  # parameters without a gradient, which make no step
+    order: int = 0  # digest of the order of the samples in the batch's epoch; 0: none
 
 
 class WorkerCore:
@@ -257,6 +258,7 @@ class WorkerCore:
             push=outbox,
             earlier=tuple(each.batch for each in self._steps),
             absent=absent,
+            order=step.order,
             life=self._view.life,
             wants_view=wants_view,
             encoded=encoded,

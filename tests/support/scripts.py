@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from sockets import ANYWHERE, PATIENCE_S
@@ -21,6 +22,7 @@ from danaz.serving.router import Router
 from danaz.serving.socket import BoundRouter
 from danaz.torch.optimizer import DistributedOptimizer
 from danaz.torch.session import Session
+from danaz.worker.group import Group, SoloGroup
 
 
 class Counted(Dataset[tuple[Tensor, Tensor]]):
@@ -36,6 +38,71 @@ class Counted(Dataset[tuple[Tensor, Tensor]]):
         self.fetched.append((self.worker, index))
         self.hold()
         return torch.tensor([index / self.samples]), torch.ones(1)
+
+
+class ThreadGroup:
+    """A rank of a world whose ranks are threads of this process."""
+
+    name = "threads"
+
+    def __init__(self, rank: int, slots: list[Tensor | None], barrier: threading.Barrier):
+        self.rank, self.size = rank, len(slots)
+        self._slots, self._barrier = slots, barrier
+
+    @classmethod
+    def world(cls, size: int) -> list[Group]:
+        """Return all ranks of a new world."""
+        slots: list[Tensor | None] = [None] * size
+        barrier = threading.Barrier(size, timeout=PATIENCE_S)
+        return [cls(rank, slots, barrier) for rank in range(size)] if size > 1 else [SoloGroup()]
+
+    def _exchange(self, tensor: Tensor) -> list[Tensor]:
+        self._slots[self.rank] = tensor.detach().clone()
+        self._barrier.wait()
+        gathered = [each for each in self._slots if each is not None]
+        self._barrier.wait()
+        assert {each.shape for each in gathered} == {tensor.shape}, "the ranks are out of step"
+        return gathered
+
+    def sum_async(self, tensor: Tensor, name: str) -> None:
+        tensor.detach().copy_(torch.stack(self._exchange(tensor)).sum(0))
+
+    def wait(self, handle: None) -> None:
+        return None
+
+    def broadcast(self, **tensors: Tensor) -> None:
+        for tensor in tensors.values():
+            tensor.detach().copy_(self._exchange(tensor)[0])
+
+    def close(self) -> None:
+        self._barrier.abort()
+
+
+def run_world(algorithm: str, workers: int, ranks: int, story: Callable[[Session, int], None]) -> None:
+    """Run a script on ``workers`` of ``ranks`` each, in one world that has no server elsewhere, as ``ssgd`` does."""
+    errors: list[BaseException] = []
+
+    def work(number: int, group: Group) -> None:
+        session = Session(Settings(algorithm, workers), RankInfo(worker=number))
+        session.group = group
+        atexit.unregister(session.close)
+        try:
+            story(session, number)
+        except Exception as error:  # noqa: BLE001  # the test gets it
+            errors.append(error)
+            group.close()
+
+    threads = [
+        threading.Thread(target=work, args=(number // ranks, group))
+        for number, group in enumerate(ThreadGroup.world(workers * ranks))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+    assert not any(thread.is_alive() for thread in threads), "a rank hangs"
+    if errors:
+        raise errors[0]
 
 
 @dataclass
@@ -58,13 +125,16 @@ class ScriptCluster:
     def _serve(self) -> None:
         Router(self.bound).serve(self.core, None, lambda: self.stopping)
 
-    def worker(self, number: int, story: Callable[[Session, int], None]) -> None:
-        """Add a worker; ``story`` is what its script does."""
-        self.threads.append(threading.Thread(target=self._guarded, args=(lambda: self._work(number, story),)))
+    def worker(self, number: int, story: Callable[[Session, int], None], ranks: int = 1) -> None:
+        """Add a worker; ``story`` is what its script does, on each of its ``ranks``."""
+        for group in ThreadGroup.world(ranks):
+            work = partial(self._work, number, story, group)
+            self.threads.append(threading.Thread(target=self._guarded, args=(work,)))
 
-    def _work(self, number: int, story: Callable[[Session, int], None]) -> None:
+    def _work(self, number: int, story: Callable[[Session, int], None], group: Group) -> None:
         settings = Settings(self.settings.algorithm, self.settings.workers)
         session = Session(settings, RankInfo(worker=number, server=self.address))
+        session.group = group
         atexit.unregister(session.close)
         try:
             story(session, number)
@@ -106,6 +176,6 @@ def make_optimizer(session: Session) -> tuple[nn.Linear, DistributedOptimizer]:
     nn.init.zeros_(model.weight)
     nn.init.zeros_(model.bias)
     sgd = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True)
-    optimizer = DistributedOptimizer(sgd, model, session.group)
+    optimizer = DistributedOptimizer(sgd, model, session.group, replicated=session.place.server is None)
     session.adopt(optimizer)
     return model, optimizer
