@@ -109,13 +109,15 @@ _followers: weakref.WeakKeyDictionary[LRScheduler, _Follower] = weakref.WeakKeyD
 def follow(optimizers: Sequence[Optimizer], clock: Clock, *, one_worker: bool) -> None:
     """Let all schedulers of these optimizers follow ``clock``, and catch up on epochs that are over.
 
+    A scheduler belongs to an optimizer if it sets the rates of its groups, although it may be made for a wrapper.
     Raises UnsupportedSchedulerError for a scheduler that cycles the momentum, or that each of several workers would
     feed with its own figure.
     """
     found = [each for each in gc.get_objects() if issubclass(type(each), LRScheduler)]
+    groups = {id(group) for each in optimizers for group in each.param_groups}
     inner = {id(part) for each in found for part in getattr(each, "_schedulers", ())}
     for scheduler in found:
-        if id(scheduler) in inner or not any(scheduler.optimizer is each for each in optimizers):
+        if id(scheduler) in inner or not any(id(group) in groups for group in scheduler.optimizer.param_groups):
             continue
         name = type(scheduler).__name__
         if getattr(scheduler, "cycle_momentum", False):

@@ -14,6 +14,9 @@ from pathlib import Path
 import horovod.torch as hvd
 import live
 import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import danaz.torch as danaz
 
@@ -111,6 +114,34 @@ def test_it_trains_on_a_cluster_as_it_becomes(tmp_path: Path) -> None:
     assert len(printed) == 4, "every rank has the trained model"
     assert len(set(printed)) == 1
     assert float(printed[0]) > LEAST
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_loop_around_a_lightning_module_trains() -> None:
+    class MyModule(nn.Module):
+        """What the loop needs of a LightningModule."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 1)
+
+        def train_dataloader(self) -> DataLoader:
+            generator = torch.Generator().manual_seed(1)
+            return DataLoader(TensorDataset(torch.randn(300, 3, generator=generator)), batch_size=20, shuffle=True)
+
+        def training_step(self, batch: list[torch.Tensor], number: int) -> torch.Tensor:
+            assert number < 15
+            return (self.layer(batch[0]) - batch[0].sum(1, keepdim=True)).square().mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, nesterov=True)
+
+    danaz.init()
+    torch.manual_seed(0)
+    [loop] = re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S)
+    names = {"danaz": danaz, "MyModule": MyModule}
+    exec(loop, names)
+    torch.testing.assert_close(names["module"].layer.weight.detach(), torch.ones(1, 3), atol=1e-3, rtol=0)
 
 
 def test_the_calls_of_the_table_are_there() -> None:

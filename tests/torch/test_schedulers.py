@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import live
 import pytest
@@ -94,6 +95,40 @@ def test_a_worker_has_the_rate_of_the_clusters_steps_and_not_of_its_own(name: st
         cluster.own_batches, cluster.completed = cluster.own_batches + 1, completed
         scheduler.step()
         assert sgd.param_groups[0]["lr"] == pytest.approx(expected[completed])
+
+
+class Wrapper(Optimizer):
+    """Another library's optimizer around one: it has the same parameter groups."""
+
+    def __init__(self, inside: Optimizer):
+        self.inside = inside
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.inside.param_groups
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inside.step(closure)
+
+
+def test_a_scheduler_of_another_librarys_wrapper_follows_too() -> None:
+    """Such as accelerate's. Otherwise, the rates of each worker would follow its own steps without a word."""
+    sgd = SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    wrapper = Wrapper(sgd)
+    scheduler = CosineAnnealingLR(wrapper, T_max=TOTAL)
+    follow([sgd], Cluster(own_batches=1, completed=4), one_worker=False)
+    wrapper.step()
+    scheduler.step()
+    assert sgd.param_groups[0]["lr"] == pytest.approx(course(SCHEDULERS["cosine"], TOTAL)[4])
+
+
+def test_a_scheduler_of_another_optimizer_does_not_follow() -> None:
+    other = SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    scheduler = ExponentialLR(other, 0.5)
+    followed(SCHEDULERS["cosine"], Cluster(own_batches=1, completed=4))
+    other.step()
+    scheduler.step()
+    assert other.param_groups[0]["lr"] == pytest.approx(0.05)
 
 
 def test_one_that_is_stepped_at_every_second_batch() -> None:
