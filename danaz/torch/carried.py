@@ -48,13 +48,34 @@ def optimizers_of(optimizer: torch.optim.Optimizer) -> Optimizers:
     return found
 
 
+def together(each: Sequence[Optimizers], *, make_own_steps: bool) -> Optimizers:
+    """Return the optimizers of all parameter groups of several torch optimizers, in this order.
+
+    If they ``make_own_steps``, they may be of any kind, as they must be if danaz does not know one of them. Raises
+    UnsupportedOptimizerError for optimizers of several kinds whose steps a rule is to make.
+    """
+    if len(each) == 1:
+        return each[0]
+    firsts = [found[0] for found in each]
+    names = list(dict.fromkeys(one.class_name if isinstance(one, Own) else one.name for one in firsts))
+    if make_own_steps or any(isinstance(one, Own) for one in firsts):
+        return Optimizers([Own(" and ".join(names))])
+    if len(names) > 1:
+        raise UnsupportedOptimizerError(
+            f"the script has optimizers of several kinds ({', '.join(names)}), and this algorithm carries out one kind "
+            "in a run. Make them of one kind; each may have its own rates and other options. Under ssgd, and in a "
+            "process that runs alone, they may be of any kinds."
+        )
+    return Optimizers(optimizer for found in each for optimizer in found)
+
+
 def warn_if_not_nesterov(optimizer: torch.optim.Optimizer) -> None:
     """Warn about an SGD momentum without nesterov=True: what danaz trains with is Nesterov's."""
     if any(group["momentum"] and not group["nesterov"] for group in optimizer.param_groups if "nesterov" in group):
         warnings.warn(
             "the optimizer has nesterov=False, but DANA is built on Nesterov momentum: danaz trains with it, and "
             "nesterov=False is not kept. Make the optimizer with nesterov=True to say the same.",
-            stacklevel=4,
+            stacklevel=2,
         )
 
 

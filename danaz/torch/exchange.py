@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from danaz.vectors.model import FlatModel
 from danaz.worker.core import Loss
@@ -30,6 +31,7 @@ class Verdict:
     edited: bool  # whether some rank's script has changed parameters since the last step
     alike: bool  # whether all ranks hold the same gradient, if the exchange is to find that out
     ends: bool = False  # whether a rank has asked to end the run; all ranks hear it in this step
+    at: int | None = 0  # number of the optimizer whose step this is about; None if no rank is at a step
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class _Ballot:
     loss: float = 0.0  # the mean over its samples, times its weight
     lr: Sequence[float] = ()  # its rates, one for each parameter group
     ends: int = 0  # whether it asks to end the run
+    at: int | None = None  # number of the optimizer at whose step the rank is; None if it has gone on from the batch
 
 
 @dataclass
@@ -69,9 +72,12 @@ class GradientExchange:
     follows for all), or it is at its step, or its loop has skipped the step. Each rank's part is weighted with its
     share of the samples, and the shares add up to one. So summing a mean again changes nothing, and what a further
     backward has added is replaced by its mean.
+
+    With several optimizers, a rank also says at whose step it is. If the ranks are at different ones, some of them have
+    skipped a step. The vote is then about the one that usually comes first, and no rank makes that step.
     """
 
-    def __init__(self, flat: FlatModel, group: Group, passes: int, alike: bool = False):
+    def __init__(self, flat: FlatModel, group: Group, passes: int, alike: bool = False, optimizers: int = 1):
         """Sum after every ``passes`` backwards.
 
         With ``alike``, the vote also finds out whether the gradients of all ranks are the same, bit for bit.
@@ -83,12 +89,20 @@ class GradientExchange:
         self._passes = passes
         self._passes_done = 0  # number of backwards since the last step
         self._alike = alike
+        self._optimizers = optimizers
+        self._order: list[int] = []  # the optimizers, in the order in which the script makes their steps
         self._buckets = _buckets(flat)
         self._bucket_of = {i: number for number, bucket in enumerate(self._buckets) for i in bucket}
         self._round = self._new_round()
+        self._hooks: list[RemovableHandle] = []
         if group.size > 1:
             for index, parameter in enumerate(flat.trained):
-                _hook(parameter, partial(self._gradient_is_there, index))
+                self._hooks.append(_hook(parameter, partial(self._gradient_is_there, index)))
+
+    def close(self) -> None:
+        """Take no more part in backward, because another exchange sums these gradients."""
+        for hook in self._hooks:
+            hook.remove()
 
     def _new_round(self) -> _Round:
         return _Round(missing=[len(bucket) for bucket in self._buckets], handles=[])
@@ -152,17 +166,20 @@ class GradientExchange:
 
     # ---- at the end of a batch -----------------------------------------------------------------------------------
 
-    def conclude(self, lr: list[float], loss: Loss = None, *, steps: bool = True, edited: bool = False) -> Verdict:
+    def conclude(
+        self, lr: list[float], loss: Loss = None, *, at: int | None = 0, steps: bool = True, edited: bool = False
+    ) -> Verdict:
         """Find out whether all ranks make a step. Afterwards their gradients are the batch's mean.
 
-        Rank 0's rates count, because the ranks may have moved their schedules differently.
+        This rank is ``at`` the step of the optimizer with this number; with None, it has gone on from the batch. Rank
+        0's rates count, because the ranks may have moved their schedules differently.
         """
         if self.group.size == 1:
             self._gather_again()
             self._round = self._new_round()
-            return Verdict(int(not steps), loss, lr, edited, alike=True)
+            return Verdict(int(not steps), loss, lr, edited, alike=True, at=at)
         share = 0.0 if loss is None else float(loss) * self.weight
-        ballot = _Ballot(0, int(not steps), int(edited), int(loss is not None), share, lr, int(self.asks_to_end))
+        ballot = _Ballot(0, int(not steps), int(edited), int(loss is not None), share, lr, int(self.asks_to_end), at)
         while True:
             self.settle()
             self._gather_again()
@@ -172,11 +189,11 @@ class GradientExchange:
                 self._passes_done = 0
                 return verdict
 
-    def scale(self, factor: Tensor) -> None:
-        """Multiply every gradient of this rank by ``factor``."""
+    def scale(self, factor: Tensor, start: int, stop: int) -> None:
+        """Multiply a span of this rank's gradient by ``factor``."""
         self.settle()
         self._gather_again()
-        self.flat.grads.mul_(factor.to(self.flat.grads))
+        self.flat.grads[start:stop].mul_(factor.to(self.flat.grads))
         self.flat.show_gradients()
         self._round.is_settled = True
 
@@ -200,23 +217,38 @@ class GradientExchange:
         counted = rates if self.group.rank == 0 else [0.0] * len(rates)
         mark = _mark(self.flat) if self._alike and not ballot.more else [0.0] * MARK_PARTS
         counts = [ballot.more, ballot.skips, ballot.edited, ballot.ends, ballot.has_loss]
+        counts += [int(ballot.at == number) for number in range(self._optimizers)]
         # The votes are float32 like the gradients, so that Horovod can sum both in one go.
         votes = torch.tensor([*counts, ballot.loss, *mark, *(part for rate in counted for part in _parts(rate))])
         self.group.wait(self.group.sum_async(votes, "votes"))
-        more, skips, edited, ends, has_loss, loss, *rest = votes.tolist()
+        more, skips, edited, ends, has_loss, *rest = votes.tolist()
+        there, (loss, *rest) = rest[: self._optimizers], rest[self._optimizers :]
+        at = None if more else self._first_of(there)
+        elsewhere = 0 if at is None else sum(there) - there[at]
         marks, parts = rest[:MARK_PARTS], rest[MARK_PARTS:]
         lr = [sum(parts[i : i + 3]) for i in range(0, len(parts), 3)]
         alike = marks == [self.group.size * part for part in mark]
         mean_loss = loss if has_loss else None
-        return Verdict(int(skips), mean_loss, lr, bool(edited), alike, bool(ends)), int(more)
+        return Verdict(int(skips + elsewhere), mean_loss, lr, bool(edited), alike, bool(ends), at), int(more)
+
+    def _first_of(self, ranks: Sequence[float]) -> int | None:
+        """Return which of the optimizers that have ``ranks`` at their step comes first; None if none has."""
+        there = [number for number, count in enumerate(ranks) if count]
+        if not there:
+            return None
+        first = next((number for number in self._order if number in there), there[0])
+        if first not in self._order:
+            self._order.append(first)
+        return first
 
 
-def _hook(parameter: nn.Parameter, hook: Callable[[Tensor], None]) -> None:
+def _hook(parameter: nn.Parameter, hook: Callable[[Tensor], None]) -> RemovableHandle:
     """Call ``hook`` with the parameter when its gradient has arrived, even if it is frozen now and trains later."""
     frozen = not parameter.requires_grad
     parameter.requires_grad_(True)
-    parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+    handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
     parameter.requires_grad_(not frozen)
+    return handle
 
 
 def _mark(flat: FlatModel) -> list[float]:

@@ -17,8 +17,8 @@ from danaz.serving.progress import with_progress
 from danaz.torch.alone import LocalLink
 from danaz.torch.carried import weight_decays
 from danaz.torch.data import Batching, Share, batching_of, read_ahead
+from danaz.torch.joint import JointOptimizer
 from danaz.torch.models import has_batch_norm
-from danaz.torch.optimizer import DistributedOptimizer
 from danaz.vectors.model import FlatModel
 from danaz.vectors.untrained import Untrained
 from danaz.worker.conversation import Conversation
@@ -37,7 +37,8 @@ class Membership:
     worker: Worker
     batching: Batching
     share: Share
-    lr_scale: float  # what the learning rate is multiplied by, for the number of workers
+    lr_scale: list[float]  # what each group's learning rate is multiplied by, for the number of workers
+    moves_at_once: bool  # whether a worker's own steps are known on the worker, before the server has made them
 
 
 def machines_per_batch(settings: Settings, place: RankInfo) -> int:
@@ -63,7 +64,7 @@ def make_membership(
     settings: Settings,
     place: RankInfo,
     group: Group,
-    optimizer: DistributedOptimizer,
+    optimizer: JointOptimizer,
     loader: DataLoader[object],
     epochs: int,
     seed: int,
@@ -102,8 +103,14 @@ def make_membership(
     share = replace(_share_of_batch(settings, place, group), least=2 if has_batch_norm(flat.model) else 1)
     worker = Worker(group, flat, ahead, conversation, replicated=not has_server, pipelined=pipelined)
     worker.sync_period = rule.worker_rule.sync_period
-    scale = lr_scale(rule, optimizer.optimizers, settings.lr_scaling, settings.workers)
-    return Membership(worker, batching, share, scale)
+    scale = [
+        lr_scale(rule, member.optimizers, settings.lr_scaling, settings.workers)
+        for member in optimizer.members
+        for _ in member.wrapped.param_groups
+    ]
+    # In a pipeline, the last push is still on its way, and may not be changed meanwhile.
+    moves_at_once = rule.pushes != "gradient" and not pipelined
+    return Membership(worker, batching, share, scale, moves_at_once)
 
 
 def _link_to_server(place: RankInfo, role: Role, staging: Staging) -> Link:

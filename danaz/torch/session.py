@@ -17,16 +17,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from danaz.files.seeds import derive_seed
+from danaz.optimizers import Optimizers, Own
 from danaz.rules import find_algorithm
 from danaz.run.milestones import reach
 from danaz.run.rates import effective_lr
 from danaz.run.settings import RankInfo, Settings
 from danaz.run.signals import note_ending_signals
-from danaz.torch.carried import UnsupportedOptimizerError
+from danaz.torch.carried import UnsupportedOptimizerError, together, warn_if_not_nesterov
 from danaz.torch.data import LeaseSampler, Portion, batching_of, rebuild
 from danaz.torch.ending import ModelWatch, exit_unfinished, say
 from danaz.torch.exchange import Verdict
 from danaz.torch.joining import Membership, current_epoch, enter, machines_per_batch, make_membership
+from danaz.torch.joint import JointOptimizer
 from danaz.torch.loop import Counted, Loop
 from danaz.torch.optimizer import DistributedOptimizer
 from danaz.torch.schedulers import follow
@@ -48,12 +50,14 @@ class Session:
     the first batch, and the trained model when it has ``finished``.
     """
 
-    def __init__(self, settings: Settings, place: RankInfo):
+    def __init__(self, settings: Settings, place: RankInfo, group: Group | None = None):
+        """Without a ``group``, it is the world that this process was launched into."""
         self.settings = settings
         self.place = place
-        self.group: Group = make_group(settings.collective)
+        self.group = group or make_group(settings.collective)
         self._seed: int | None = settings.seed  # seed for the order of the samples; None: torch's seed
-        self._optimizer: DistributedOptimizer | None = None
+        self._optimizer: JointOptimizer | None = None
+        self._wrappers: list[DistributedOptimizer] = []  # what the script has instead of its optimizers
         self._membership: Membership | None = None
         self._batches_of_epoch = 0  # number of batches in an epoch, as the script counts them; 0 before the run
         # The script's loops.
@@ -74,7 +78,8 @@ class Session:
         atexit.register(self.close)
 
     @property
-    def optimizer(self) -> DistributedOptimizer:
+    def optimizer(self) -> JointOptimizer:
+        """All optimizers of the script."""
         if self._optimizer is None:
             raise NotInitializedError("wrap the optimizer first: danaz.DistributedOptimizer(optimizer, model)")
         return self._optimizer
@@ -120,21 +125,49 @@ class Session:
         return torch.initial_seed() if loader.generator is None else loader.generator.initial_seed()
 
     def adopt(self, optimizer: DistributedOptimizer) -> None:
-        """Let this session carry out the steps of ``optimizer``.
+        """Let this session carry out the steps of ``optimizer``, together with those of the optimizers before.
 
-        Raises NotInitializedError for a second one, and UnsupportedOptimizerError for one that the algorithm cannot
-        carry out.
+        Raises NotInitializedError once the run has begun, UnsupportedOptimizerError for optimizers that the algorithm
+        cannot carry out, and ValueError for parameters that two of them hold.
         """
-        if self._optimizer is not None:
+        if self._has_begun:
             raise NotInitializedError(
-                "danaz.DistributedOptimizer was called a second time, but danaz trains one model a process: give it "
-                "one optimizer for all parameters that are to train"
+                "danaz.DistributedOptimizer was called after the first batch, but the cluster lays the parameters out "
+                "once. Wrap all optimizers before the loop; one that makes no step on a batch moves nothing."
             )
-        if reason := find_algorithm(self.settings.algorithm).refusal(optimizer.optimizers):
+        wrappers = [*self._wrappers, optimizer]
+        joint = optimizer.joint if len(wrappers) == 1 else self._join_optimizers(wrappers)
+        if reason := find_algorithm(self.settings.algorithm).refusal(joint.optimizers):
             raise UnsupportedOptimizerError(reason)
-        self._optimizer = optimizer
-        optimizer.connect(self)
+        self._optimizer, self._wrappers = joint, wrappers
+        joint.connect(self)
         reach("optimizer")
+
+    def _join_optimizers(self, wrappers: list[DistributedOptimizer]) -> JointOptimizer:
+        """Let all these optimizers make one update together."""
+        if any(each.member.passes > 1 for each in wrappers):
+            raise UnsupportedOptimizerError(
+                "backward_passes_per_step is more than 1, which only a script with one optimizer can have: the passes "
+                "of several optimizers cannot be told apart. Leave it out; the result is the same."
+            )
+        found = [each.optimizers for each in wrappers]
+        optimizers = together(found, make_own_steps=self._makes_every_update)
+        members = [each.member for each in wrappers]
+        for each in wrappers:
+            each.joint.exchange.close()
+        joint = JointOptimizer(members, optimizers, self.group, replicated=self.place.server is None)
+        for each in wrappers:
+            each.joint = joint
+        return joint
+
+    @property
+    def _makes_every_update(self) -> bool:
+        """Whether the algorithm has one optimizer state, and its updates are made in this process."""
+        algorithm = find_algorithm(self.settings.algorithm)
+        if self.place.server is not None or not algorithm.takes_own:
+            return False
+        rule = algorithm.rule(optimizer=Optimizers([Own()]))
+        return rule.all_reduce or rule.max_workers == 1
 
     # ---- the loop over epochs --------------------------------------------------------------------------------------
 
@@ -246,10 +279,27 @@ class Session:
         )
         self._batches_of_epoch = batches
         enter(self.worker, optimizer.flat, self.place)
-        follow([optimizer, optimizer.wrapped], self, one_worker=self._is_only_worker)
+        both = [each for wrapper in self._wrappers for each in (wrapper, wrapper.wrapped)]
+        follow(both, self, one_worker=self._is_only_worker)
+        self._say_what_becomes_of_optimizers()
         reach("shard")
         if self.place.guest:
             self.worker.is_asked_to_end = note_ending_signals()
+
+    def _say_what_becomes_of_optimizers(self) -> None:
+        """Warn if the steps of the script's optimizers are made in another way than torch makes them."""
+        joint = self.optimizer
+        if not joint.makes_own_steps:
+            for member in joint.members:
+                warn_if_not_nesterov(member.wrapped)
+        if len(joint.members) > 1 and not self.moves_at_once and self.place.worker == self.group.rank == 0:
+            warnings.warn(
+                f"the script has {len(joint.members)} optimizers, and {self.settings.algorithm} moves all their "
+                "parameters together, after the last of their steps on a batch: the second gradient is computed before "
+                "the first optimizer has moved. Under dana without a pipeline, under ssgd, and in a process alone, "
+                "each moves at its own step, as in torch.",
+                stacklevel=2,
+            )
 
     def _warn_of_idle_ranks(self) -> None:
         """Warn if some ranks get no samples of a batch.
@@ -315,7 +365,7 @@ class Session:
     def _begin(self, portion: Portion) -> None:
         self._pass_over_unstepped()
         self._portion = portion
-        self.optimizer.exchange.weight = portion.weight
+        self.optimizer.begin_batch(portion.weight)
 
     def _pass_over_unstepped(self) -> None:
         """If the loop went on from a batch without a step, count that batch as used, on all ranks alike."""
@@ -326,11 +376,24 @@ class Session:
         """See Updates."""
         return self.worker.is_edited()
 
-    def push(self, grad: Tensor, absent: Spans, verdict: Verdict) -> None:
+    @property
+    def moves_at_once(self) -> bool:
+        """See Updates."""
+        return self._member.moves_at_once
+
+    def move(self, grad: Tensor, absent: Spans, verdict: Verdict) -> None:
+        """See Updates."""
+        self._check_batch()
+        assert self._portion is not None
+        lr = tuple(self.applied_lr(verdict.lr))
+        self.worker.move(Step(self._portion.batch, lr, 0, verdict.loss, absent, ends_batch=False), grad)
+
+    def push(self, grad: Tensor | None, absent: Spans, verdict: Verdict) -> None:
         """See Updates."""
         portion = self._end_batch()
-        if verdict.edited and self.worker.replicated:
-            self.group.broadcast(edited_params=self.optimizer.flat.params)  # each rank may have made its own edit
+        # Each rank may have made its own edit. What it has done between the moves of a batch is seen by nobody.
+        if self.worker.replicated and (verdict.edited or (grad is None and self.group.size > 1)):
+            self.group.broadcast(edited_params=self.optimizer.flat.params)
         lr = tuple(self.applied_lr(verdict.lr))
         self.worker.push(Step(portion.batch, lr, portion.samples, verdict.loss, absent), grad)
 
@@ -344,28 +407,34 @@ class Session:
         self._leaves_early = True
 
     def _end_batch(self) -> Portion:
+        self._check_batch()
         portion, self._portion = self._portion, None
-        if portion is None and self.finished:
+        assert portion is not None
+        self.own_batches += 1
+        return portion
+
+    def _check_batch(self) -> None:
+        """Raise RuntimeError if no batch is under way."""
+        if self._portion is None and self.finished:
             raise RuntimeError(
                 "optimizer.step() was called after the end of the run; after danaz.stop(reason), leave the loop"
             )
-        if portion is None:
+        if self._portion is None:
             raise RuntimeError(
                 "optimizer.step() was called twice for one batch, or outside of danaz.shard: call it once for each "
                 "batch of danaz.shard"
             )
-        self.own_batches += 1
-        return portion
 
     def applied_lr(self, lr: list[float]) -> list[float]:
         """See Updates."""
-        return effective_lr(
-            lr,
+        warmed_up = partial(
+            effective_lr,
             epoch=self.epoch,
             workers=self.settings.workers,
             warmup_epochs=self.settings.warmup_epochs,
-            scale=self._member.lr_scale,
         )
+        scales = self._member.lr_scale
+        return [warmed_up([rate], scale=scale)[0] for rate, scale in zip(lr, scales, strict=True)]
 
     # ---- the clock of the script's schedulers (see schedulers.Clock) -----------------------------------------------
 
@@ -448,7 +517,7 @@ class Session:
                 continue
             if self._portion is None:
                 self._begin(Portion(batch=-1, samples=1, here=0))
-            self.optimizer.step()
+            self.optimizer.pass_over()
 
     def report(self, figures: dict[str, float | str | None]) -> None:
         """See danaz.torch.report."""

@@ -170,11 +170,15 @@ class FlatModel:
     @property
     def absent(self) -> Spans:
         """The spans of parameters that had no gradient at the last gathering. Torch does not change such parameters."""
-        if all(self.has_gradient):
+        return self.absent_beside(range(len(self.trained)))
+
+    def absent_beside(self, numbers: range) -> Spans:
+        """Return ``absent``, together with the spans of all parameters but those with these ``numbers``."""
+        if all(self.has_gradient) and len(numbers) == len(self.trained):
             return ()
         spans: list[tuple[int, int]] = []
-        for entry, has_gradient in zip(self.layout.parameters, self.has_gradient, strict=True):
-            if has_gradient or not entry.size:
+        for number, entry in enumerate(self.layout.parameters):
+            if (self.has_gradient[number] and number in numbers) or not entry.size:
                 continue
             if spans and spans[-1][1] == entry.start:
                 spans[-1] = (spans[-1][0], entry.stop)

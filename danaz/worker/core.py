@@ -91,6 +91,7 @@ class Step:
     samples: int
     loss: Loss
     absent: Spans = ()  # parameters without a gradient, which make no step
+    ends_batch: bool = True  # False: another step on the same batch follows
 
 
 class WorkerCore:
@@ -146,6 +147,7 @@ class WorkerCore:
         self._current = self._committed  # the rule's vectors after the local steps since that push
         # Memory for the vectors after the next step. Meanwhile those after the last push and the last step must stay.
         self._spare = [self._zeros(device) for _ in range(1 if rule.sync_period == 1 else 2)]
+        self._device = device
         self._lr = self._current_lr = (0.0,) * len(role.layout.groups)
         self._counts = self._current_counts = Counts.of(role.layout.size)  # gradients in the committed, current vectors
 
@@ -255,7 +257,7 @@ class WorkerCore:
             loss=self._prepare_loss([each.loss for each in steps if each.loss is not None]),
             batch=step.batch,
             push=outbox,
-            earlier=tuple(each.batch for each in self._steps),
+            earlier=tuple(each.batch for each in self._steps if each.ends_batch),
             absent=absent,
             life=self._view.life,
             wants_view=wants_view,
@@ -301,7 +303,8 @@ class WorkerCore:
         In absent spans, write zeros and leave the rule's vectors as they are. After the last slice, the vectors have
         moved on tentatively.
         """
-        new = self._spare.pop()
+        # If several steps are made on a batch, there is one more place of vectors to keep.
+        new = self._spare.pop() if self._spare else self._zeros(self._device)
         for group, begin, end in self.role.layout.slices(self.staging.slice_floats):
             for start, stop, is_absent in parts(begin, end, step.absent):
                 if is_absent:

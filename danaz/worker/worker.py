@@ -138,6 +138,13 @@ class Worker:
             self._share()
         self._measure(ended)
 
+    def move(self, step: Step, grad: Tensor) -> None:
+        """Make one of several steps on a batch, on this worker alone. The push that ends the batch includes it.
+
+        That push comes without a gradient of its own.
+        """
+        self._step_locally(step, grad)
+
     def skip(self, batch: int, lr: Sequence[float]) -> None:
         """Count ``batch`` as used without a step, and push nothing for it."""
         if self._local_steps:

@@ -216,7 +216,7 @@ class Live:
             link = connect(addresses, layout, dealer, staging)
             self.worker = Worker(SoloGroup(), self.optimizer.flat, 4, Conversation(core, link), pipelined=pipelined)
             self.worker.sync_period = rule.worker_rule.sync_period
-            self.optimizer.connect(self)
+            self.optimizer.joint.connect(self)
             self.train()
 
     def is_edited(self) -> bool:

@@ -1,0 +1,341 @@
+"""All optimizers of a script as one: their parameters lie in one vector, and their steps on a batch make one update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from danaz.optimizers import Optimizers, Own
+from danaz.torch.carried import UnsupportedOptimizerError, decayed_gradient, optimizers_of
+from danaz.torch.exchange import GradientExchange, Verdict
+from danaz.vectors.cutting import Spans, common_spans
+from danaz.vectors.model import FlatModel
+from danaz.worker.core import Loss
+from danaz.worker.group import Group
+
+
+class Updates(Protocol):
+    """The object that carries out the optimizers' steps."""
+
+    @property
+    def moves_at_once(self) -> bool:
+        """Whether one of several optimizers can move its parameters before the others have made their steps."""
+
+    def is_edited(self) -> bool:
+        """Return whether the script has changed parameters since the last step; only the rank that speaks can tell."""
+
+    def move(self, grad: Tensor, absent: Spans, verdict: Verdict) -> None:
+        """Make the step of one of several optimizers on this worker. ``push`` is to include it, when the batch ends."""
+
+    def push(self, grad: Tensor | None, absent: Spans, verdict: Verdict) -> None:
+        """End the batch by the step that ``verdict`` allows, along ``grad`` f32[P]. ``absent`` spans stay as they are.
+
+        Without a gradient, the update is what has been moved.
+        """
+
+    def applied_lr(self, lr: list[float]) -> list[float]:
+        """Return the rates at which the cluster makes a step, if those of the script are ``lr``."""
+
+    def skip(self) -> None:
+        """Count the batch as used, without a step."""
+
+    def end(self) -> None:
+        """Note that the ranks leave the run and make no more steps."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One of the script's optimizers, and the model that it came with."""
+
+    wrapped: torch.optim.Optimizer
+    model: nn.Module
+    optimizers: Optimizers
+    own_step: Callable[[], Any]
+    passes: int = 1  # number of backwards before each step
+
+    @property
+    def size(self) -> int:
+        """Number of its parameter tensors."""
+        return sum(len(group["params"]) for group in self.wrapped.param_groups)
+
+
+class _Batch:
+    """What has become of the steps on the batch under way."""
+
+    def __init__(self) -> None:
+        self.called: set[int] = set()  # the optimizers whose step() the script has called on this rank
+        self.ended: set[int] = set()  # those of which all ranks know whether they make their step
+        self.stepped: set[int] = set()  # those that make it
+        self.grad: Tensor | None = None  # f32[P], of those that make it when the batch ends
+        self.absent: list[Spans] = []  # for each of these, what it does not move
+        self.losses: list[float | Tensor] = []
+        self.edited = False
+        self.sits_out = False  # whether this rank came to a later step than another one, and makes no more steps
+
+
+class JointOptimizer:
+    """Carries out the steps of all optimizers of a process; mostly that is one.
+
+    Several optimizers (of a generator and its critic, say) share one flat vector, in the order in which they were
+    wrapped, and one update of the cluster includes their steps on a batch. Each may make one; the update is made when
+    all have, or when the loop goes on to the next batch. Where a worker's own steps are known on the worker, each
+    optimizer moves its parameters there at once (``Updates.moves_at_once``), so that what the script computes for the
+    next one sees them. Elsewhere its gradient is kept, and all move together at the end of the batch.
+
+    If a rank skips one of the steps, its worker makes neither that step nor those that the rank comes to later in the
+    batch.
+    """
+
+    def __init__(self, members: Sequence[Member], optimizers: Optimizers, group: Group, replicated: bool = False):
+        """``optimizers`` are those of all parameter groups.
+
+        ``replicated`` says that each rank applies the update itself, so that all ranks need the same gradient. Raises
+        ValueError for parameters that danaz cannot train.
+        """
+        self.members = tuple(members)
+        self.optimizers = optimizers
+        models = list(dict.fromkeys(member.model for member in members))
+        model = models[0] if len(models) == 1 else nn.ModuleList(models)
+        self.flat = FlatModel(model, [group["params"] for group in self.param_groups])
+        passes = members[0].passes if len(members) == 1 else 1
+        self.exchange = GradientExchange(self.flat, group, passes, alike=replicated, optimizers=len(members))
+        self.was_stepped = False  # whether the script has called step()
+        self.was_passed_over = False  # whether the script has gone on from a batch without step()
+        self._group = group
+        self._replicated = replicated and group.size > 1
+        self._updates: Updates | None = None
+        self._batch = _Batch()
+        self._watches: list[Any] = []  # handles of the hooks that look for the gradient of a skipped batch
+
+    def connect(self, updates: Updates) -> None:
+        """Let ``updates`` carry out the steps."""
+        self._updates = updates
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The parameter groups of all members."""
+        return [group for member in self.members for group in member.wrapped.param_groups]
+
+    @property
+    def rates(self) -> list[float]:
+        """The learning rate η of each parameter group, as the script has set it now."""
+        return [float(group["lr"]) for group in self.param_groups]
+
+    @property
+    def makes_own_steps(self) -> bool:
+        """Whether the script's optimizer objects make the steps, in place of the cluster's rule."""
+        return isinstance(self.optimizers[0], Own)
+
+    def _numbers_of(self, number: int) -> range:
+        """Return the numbers of the parameters of a member."""
+        first = sum(member.size for member in self.members[:number])
+        return range(first, first + self.members[number].size)
+
+    def _span_of(self, number: int) -> tuple[int, int]:
+        """Return where the parameters of a member lie in the flat vector."""
+        entries, numbers = self.flat.layout.parameters, self._numbers_of(number)
+        return entries[numbers[0]].start, entries[numbers[-1]].stop
+
+    # ---- a step --------------------------------------------------------------------------------------------------
+
+    def step(self, number: int, loss: Loss, scale: Tensor | None, overflow: bool) -> None:
+        """Make the step of one member, if all ranks are at it, and none has an ``overflow``.
+
+        ``scale`` is what a GradScaler has left in the gradients. Raises RuntimeError outside of a batch, and
+        UnsupportedOptimizerError if the script has changed what must stay the same during the run.
+        """
+        if self._updates is None:
+            raise RuntimeError(
+                "optimizer.step() was called outside of danaz.shard: call it once for each batch of "
+                "`for batch in danaz.shard(loader, epoch)`"
+            )
+        self.was_stepped = True
+        self._check_unchanged(self.members[number])
+        if self._was_skipped_by_others(number):
+            return
+        self.exchange.settle()
+        if scale is not None:
+            self.exchange.scale(scale.double().reciprocal(), *self._span_of(number))
+        verdict = self._conclude(loss, at=number, steps=not overflow)
+        if not self._ends_with(verdict) and verdict.at != number:
+            # This rank has skipped a step that another is at, and their gradients have been mixed up.
+            self._wait_for_others()
+            self._batch.sits_out = True
+
+    def _was_skipped_by_others(self, number: int) -> bool:
+        """Return whether the ranks have agreed before that this member makes no step on this batch.
+
+        Raises RuntimeError for a second step, if the first waits for the end of the batch.
+        """
+        batch = self._batch
+        is_first, is_decided = number not in batch.called, number in batch.ended
+        if not is_first and batch.grad is not None:
+            raise RuntimeError(
+                "optimizer.step() was called twice for one batch, before the other optimizers have made their steps: "
+                "call it once for each batch of danaz.shard"
+            )
+        batch.called.add(number)
+        return batch.sits_out or (is_first and is_decided)
+
+    def begin_batch(self, weight: float) -> None:
+        """Begin a batch, of which this rank has the share ``weight``."""
+        self.exchange.weight = weight
+        self._batch = _Batch()
+
+    def pass_over(self) -> None:
+        """Note that the script has gone on to the next batch, with steps of some members or of none."""
+        self.was_passed_over = True
+        verdict = self._wait_for_others()
+        if len(self.members) == 1 and not verdict.ends:
+            self._watch_for_accumulation()
+
+    def _wait_for_others(self) -> Verdict:
+        """Make no more steps on this batch. Return the last verdict, with which all ranks have ended it."""
+        while True:
+            verdict = self._conclude(None, at=None, steps=False)
+            if self._ends_with(verdict):
+                return verdict
+            if verdict.at is None:
+                self._end_batch(verdict)
+                return verdict
+
+    def _conclude(self, loss: Loss, *, at: int | None, steps: bool) -> Verdict:
+        assert self._updates is not None
+        self.flat.bring_home()
+        edited = self._replicated and self._updates.is_edited()
+        return self.exchange.conclude(self.rates, loss, at=at, steps=steps, edited=edited)
+
+    def _ends_with(self, verdict: Verdict) -> bool:
+        """Do what the ranks have agreed on. Return whether the batch is over now."""
+        assert self._updates is not None
+        if verdict.ends:
+            self._updates.end()
+            return True
+        if verdict.at is None:
+            return False
+        batch = self._batch
+        batch.ended.add(verdict.at)
+        if not verdict.skips:
+            batch.stepped.add(verdict.at)
+            batch.edited = batch.edited or verdict.edited
+            if self._replicated and not verdict.alike:
+                self._take_over_rank_0s()
+            self._step_of(verdict.at, verdict)
+        if len(batch.ended) < len(self.members):
+            return False
+        self._end_batch(verdict)
+        return True
+
+    def _step_of(self, number: int, verdict: Verdict) -> None:
+        """Move the parameters of a member, or keep its gradient until the batch ends."""
+        assert self._updates is not None
+        batch, absent = self._batch, self.flat.absent_beside(self._numbers_of(number))
+        if self.makes_own_steps:
+            grad = self._try_own_step(number, self._updates.applied_lr(verdict.lr))
+            absent = ()  # it may also move parameters that have no gradient
+        else:
+            grad = decayed_gradient(self.flat, self.param_groups)
+        if len(self.members) == 1:
+            batch.grad = grad
+        elif self._updates.moves_at_once:
+            self._updates.move(grad, absent, verdict)
+            return
+        else:
+            start, stop = self._span_of(number)
+            batch.grad = torch.zeros_like(grad) if batch.grad is None else batch.grad
+            batch.grad[start:stop].copy_(grad[start:stop])
+        batch.absent.append(absent)
+        if verdict.loss is not None:
+            batch.losses.append(verdict.loss)
+
+    def _end_batch(self, verdict: Verdict) -> None:
+        """Let the update be made, if any member makes a step."""
+        assert self._updates is not None
+        batch, self._batch = self._batch, _Batch()
+        if not batch.stepped:
+            self._updates.skip()
+            return
+        loss = sum(batch.losses) / len(batch.losses) if len(batch.losses) > 1 else next(iter(batch.losses), None)
+        verdict = replace(verdict, loss=loss, edited=batch.edited)
+        self._updates.push(batch.grad, common_spans(batch.absent) if batch.absent else (), verdict)
+
+    def _try_own_step(self, number: int, lr: list[float]) -> Tensor:
+        """Return how far a member's own object moves the parameters at the rates ``lr``, f32[P], and move them back.
+
+        Rank 0 makes the step for all ranks, so that they stay the same, whatever the step depends on.
+        """
+        flat, member = self.flat, self.members[number]
+        before, rates = flat.params.clone(), self.rates
+        for parameter, has_gradient in zip(flat.trained, flat.has_gradient, strict=True):
+            if not has_gradient:
+                parameter.grad = None
+        flat.show_gradients()
+        moved = flat.decayed
+        try:
+            if self._group.rank == 0:
+                self._set_rates(lr)
+                with flat.as_float32():
+                    member.own_step()
+        finally:  # also after an error, which the script may catch
+            self._set_rates(rates)
+            flat.bring_home()
+            torch.sub(flat.params, before, out=moved)
+            flat.params.copy_(before)
+            flat.show_params()
+        if self._replicated:
+            self._group.broadcast(own_step=moved)
+        return moved
+
+    def _set_rates(self, lr: list[float]) -> None:
+        for group, rate in zip(self.param_groups, lr, strict=True):
+            group["lr"] = rate
+
+    def _check_unchanged(self, member: Member) -> None:
+        """Raise UnsupportedOptimizerError if the script has changed what must stay the same during the run."""
+        if self.makes_own_steps:
+            return
+        for number, (was, now) in enumerate(zip(member.optimizers, optimizers_of(member.wrapped), strict=True)):
+            if was == now:
+                continue
+            changed = [name for name in asdict(was) if getattr(was, name) != getattr(now, name)]
+            before, after = (", ".join(f"{name} {getattr(each, name):g}" for name in changed) for each in (was, now))
+            raise UnsupportedOptimizerError(
+                f"parameter group {number} had {before} when the optimizer was wrapped, and has {after} now; the "
+                "cluster keeps one optimizer, and looks ahead along one momentum, for the whole run. Leave it as it "
+                "is; a scheduler that would cycle it takes an option: OneCycleLR(…, cycle_momentum=False)"
+            )
+
+    def _take_over_rank_0s(self) -> None:
+        """Let all ranks go on with rank 0's gradients, after they have changed them differently."""
+        flat = self.flat
+        flat.summed[: len(flat.trained)].copy_(torch.tensor(flat.has_gradient, dtype=torch.float32))
+        self._group.broadcast(final_grads=flat.summed)
+        flat.has_gradient[:] = [bool(flag) for flag in flat.summed[: len(flat.trained)].tolist()]
+        flat.show_gradients()
+
+    # ---- a batch without a step ----------------------------------------------------------------------------------
+
+    def _watch_for_accumulation(self) -> None:
+        """Watch for the next backward, which tells whether the loop skipped a batch or meant to add batches up.
+
+        In the second case, the gradients have not been cleared by then.
+        """
+        if not self._watches and any(p.grad is not None for p in self.flat.trained):
+            watched, look = [p for p in self.flat.trained if p.requires_grad], self._look_for_accumulation
+            self._watches = [p.register_hook(look) for p in watched]  # type: ignore[no-untyped-call]
+
+    def _look_for_accumulation(self, _: Tensor) -> None:
+        for watch in self._watches:
+            watch.remove()
+        self._watches.clear()
+        if any(p.grad is not None and bool(p.grad.any()) for p in self.flat.trained):
+            raise RuntimeError(
+                "a batch of danaz.shard was not followed by optimizer.step(), and its gradient is still there while "
+                "the next one's is added to it. One batch is one update. To make updates larger, raise the loader's "
+                "batch_size; to save memory, split the batch in your loop, call backward() for each part, and step() "
+                "once. To skip a batch, clear its gradient with optimizer.zero_grad()."
+            )
