@@ -74,8 +74,7 @@ class GradientExchange:
     backward has added is replaced by its mean.
 
     With several optimizers, a rank also says at whose step it is. If the ranks are at different ones, some of them have
-    skipped a step. The vote is then about the one that usually comes first: no rank makes that step, and those that are
-    at a later one vote again.
+    skipped a step. The vote is then about the one that usually comes first, and no rank makes that step.
     """
 
     def __init__(self, flat: FlatModel, group: Group, passes: int, alike: bool = False, optimizers: int = 1):

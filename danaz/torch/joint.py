@@ -78,6 +78,7 @@ class _Batch:
         self.absent: list[Spans] = []  # for each of these, what it does not move
         self.losses: list[float | Tensor] = []
         self.edited = False
+        self.sits_out = False  # whether this rank came to a later step than another one, and makes no more steps
 
 
 class JointOptimizer:
@@ -88,6 +89,9 @@ class JointOptimizer:
     all have, or when the loop goes on to the next batch. Where a worker's own steps are known on the worker, each
     optimizer moves its parameters there at once (``Updates.moves_at_once``), so that what the script computes for the
     next one sees them. Elsewhere its gradient is kept, and all move together at the end of the batch.
+
+    If a rank skips one of the steps, its worker makes neither that step nor those that the rank comes to later in the
+    batch.
     """
 
     def __init__(self, members: Sequence[Member], optimizers: Optimizers, group: Group, replicated: bool = False):
@@ -172,10 +176,11 @@ class JointOptimizer:
         self.exchange.settle()
         if scale is not None:
             self.exchange.scale(scale.double().reciprocal(), *self._span_of(number))
-        while True:
-            verdict = self._conclude(loss, at=number, steps=not overflow)
-            if self._ends_with(verdict) or verdict.at == number:
-                return
+        verdict = self._conclude(loss, at=number, steps=not overflow)
+        if not self._ends_with(verdict) and verdict.at != number:
+            # This rank has skipped a step that another is at, and their gradients have been mixed up.
+            self._wait_for_others()
+            self._batch.sits_out = True
 
     def _was_skipped_by_others(self, number: int) -> bool:
         """Return whether the ranks have agreed before that this member makes no step on this batch.
@@ -190,21 +195,29 @@ class JointOptimizer:
                 "call it once for each batch of danaz.shard"
             )
         batch.called.add(number)
-        return is_first and is_decided
+        return batch.sits_out or (is_first and is_decided)
+
+    def begin_batch(self, weight: float) -> None:
+        """Begin a batch, of which this rank has the share ``weight``."""
+        self.exchange.weight = weight
+        self._batch = _Batch()
 
     def pass_over(self) -> None:
         """Note that the script has gone on to the next batch, with steps of some members or of none."""
-        assert self._updates is not None
         self.was_passed_over = True
+        verdict = self._wait_for_others()
+        if len(self.members) == 1 and not verdict.ends:
+            self._watch_for_accumulation()
+
+    def _wait_for_others(self) -> Verdict:
+        """Make no more steps on this batch. Return the last verdict, with which all ranks have ended it."""
         while True:
             verdict = self._conclude(None, at=None, steps=False)
             if self._ends_with(verdict):
-                break
+                return verdict
             if verdict.at is None:
                 self._end_batch(verdict)
-                break
-        if len(self.members) == 1 and not verdict.ends:
-            self._watch_for_accumulation()
+                return verdict
 
     def _conclude(self, loss: Loss, *, at: int | None, steps: bool) -> Verdict:
         assert self._updates is not None
@@ -216,7 +229,6 @@ class JointOptimizer:
         """Do what the ranks have agreed on. Return whether the batch is over now."""
         assert self._updates is not None
         if verdict.ends:
-            self._batch = _Batch()
             self._updates.end()
             return True
         if verdict.at is None:

@@ -432,7 +432,7 @@ class Session:
         self._evaluations.check_none_under_way()
         self._pass_over_unstepped()
         self._portion = portion
-        self.optimizer.exchange.weight = portion.weight
+        self.optimizer.begin_batch(portion.weight)
 
     def _pass_over_unstepped(self) -> None:
         """If the loop went on from a batch without a step, count that batch as used, on all ranks alike."""

@@ -249,13 +249,6 @@ def test_parameters_that_danaz_cannot_train_are_refused() -> None:
         DistributedOptimizer(make_sgd(make_net()), make_net(), SoloGroup())
 
 
-def test_a_second_optimizer_is_refused() -> None:
-    with alone() as session:
-        adopt(session, model := make_net(), make_sgd(model))
-        with pytest.raises(NotInitializedError, match="one model a process"):
-            adopt(session, model := make_net(), make_sgd(model))
-
-
 def test_step_outside_of_shard() -> None:
     model = make_net()
     unconnected = DistributedOptimizer(make_sgd(model), model, SoloGroup())

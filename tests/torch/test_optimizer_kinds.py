@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -304,11 +305,14 @@ def test_an_algorithm_that_cannot_carry_it_out_says_so() -> None:
         adopt(session, model, torch.optim.Adam(model.parameters()))
 
 
-def test_plain_momentum_is_taken_with_a_warning() -> None:
+@pytest.mark.parametrize(("momentum", "warns"), [(0.9, True), (0.0, False)])
+def test_plain_momentum_is_taken_with_a_warning(momentum: float, warns: bool) -> None:
     model = make_net()
-    with pytest.warns(UserWarning, match="nesterov=False is not kept"):
-        DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), model, SoloGroup())
-    DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, SoloGroup())  # and this, without one
+    with alone() as session, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        adopt(session, model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum))
+        next(session.shard(DataLoader(make_data(), batch_size=4), 0))
+    assert ["nesterov=False is not kept" in str(each.message) for each in said] == [True] * warns
 
 
 def test_betas_that_change_during_the_run_are_refused() -> None:
