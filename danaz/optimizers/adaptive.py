@@ -107,20 +107,20 @@ class NAdam(Adam):
         if self.beta1:
             state["mean"].mul_(self.beta1).add_(grad, alpha=1 - self.beta1)
         self._take_square(grad, state)
-        factor, product = self._course(at.count)
+        factor, product = self.course(at.count)
         rate = -at.lr * (1 - factor) / (1 - product)
         params.addcdiv_(grad, self._denominator(state, at.count), value=rate)
 
     def add_heading(self, out: Tensor, state: Vectors, at: Scalars, weight: float) -> None:
         if at.count and self.beta1:
-            factor, product = self._course(at.count + 1)
+            factor, product = self.course(at.count + 1)
             rate = weight * at.lr * factor / self.beta1 / (1 - product)
             out.addcdiv_(state["mean"], self._denominator(state, at.count), value=rate)
 
     def _mean(self, state: Vectors, count: int) -> Tensor:
-        return state["mean"].div(1 - self._course(count)[1])
+        return state["mean"].div(1 - self.course(count)[1])
 
-    def _course(self, count: int) -> tuple[float, float]:
+    def course(self, count: int) -> tuple[float, float]:
         """(μₜ, Πₜ) for t = ``count``."""
         return _factor_and_product(self.beta1, self.momentum_decay, count)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any, Protocol
 
 import torch
@@ -88,8 +87,7 @@ def _row(optimizer: Optimizer, count: int, tensors: Mapping[str, Tensor]) -> dic
     if isinstance(optimizer, Adam):
         row.setdefault("exp_avg", torch.zeros_like(row["exp_avg_sq"]))
     if isinstance(optimizer, NAdam):
-        factors = (1 - 0.5 * 0.96 ** (step * optimizer.momentum_decay) for step in range(1, count + 1))
-        row["mu_product"] = torch.tensor(prod(optimizer.beta1 * factor for factor in factors))
+        row["mu_product"] = torch.tensor(optimizer.course(count)[1])
     if isinstance(optimizer, Adagrad):
         row["sum"] += optimizer.initial
     return row
