@@ -115,8 +115,7 @@ class Optimizer:
         """Write s + a′ − a into ``out`` f32[n], and the state after ``grad`` into ``new``; ``old`` stays as it is.
 
         a is the look-ahead of ``old`` at the scalars ``before``, and a′ that of ``new`` at ``at``. Where the new state
-        is not finite, neither is ``out``: the square of a large gradient may be infinite, and would hide in a step of
-        0.
+        is not finite, neither is ``out``: the square of a large gradient may be infinite, and hide in a step of 0.
         """
         for name in self.state:
             new[name].copy_(old[name])
