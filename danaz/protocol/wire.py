@@ -123,7 +123,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Optimizers):
         return optimizers_to_lists(value)
     if isinstance(value, messages.Plan):
-        return [value.batches_per_epoch, value.epochs]
+        return [value.batches_per_epoch, value.epochs, *([list(value.lengths)] if value.lengths else [])]
     return value
 
 
@@ -321,8 +321,12 @@ def _union(value: Any, *choices: Any) -> Any:
 
 
 def _plan(value: Any) -> messages.Plan:
-    hints = _hints(messages.Plan).values()
-    plan = messages.Plan(*(_fit(number, hint) for number, hint in zip(_exactly(list)(value), hints, strict=True)))
+    hints = list(_hints(messages.Plan).values())
+    has_lengths = len(_exactly(list)(value)) == len(hints)
+    hints = hints if has_lengths else hints[:-1]  # a plan whose epochs are alike has none
+    plan = messages.Plan(*(_fit(number, hint) for number, hint in zip(value, hints, strict=True)))
+    if has_lengths and messages.Plan.of(plan.lengths or (0,)) != plan:
+        raise ValueError("lengths do not fit the number of epochs or the first of them")
     messages.Within(1, messages.LARGEST).check(plan.batches)
     return plan
 

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from math import ceil
 from typing import Any
 
 from torch.utils.data import DataLoader
 
 from danaz.files.seeds import derive_seed
 from danaz.protocol.messages import Plan
-from danaz.torch.data import Batching, LeaseSampler, Order, Share, rebuild
+from danaz.torch.data import Batching, LeaseSampler, Order, Share, UnsupportedLoaderError, rebuild
 from danaz.torch.samplers import has_distributed_sampler, order_of
 
 BESIDE = 0xBE51DE  # keeps the order of a loader beside another apart from the other one's, if the sizes are the same
 
 Loader = DataLoader[Any]
+
+
+def lengths_of(epochs: int, batches: Sequence[int] | Callable[[int], int]) -> tuple[int, ...]:
+    """Return the number of batches in each epoch, as a script has said. Raises ValueError."""
+    lengths = tuple(batches(epoch) for epoch in range(epochs)) if callable(batches) else tuple(batches)
+    wrong = [each for each in lengths if isinstance(each, bool) or not isinstance(each, int) or each < 1]
+    if wrong or len(lengths) != epochs:
+        found = f"{wrong[0]!r} among them" if wrong else f"{len(lengths)} of them"
+        raise ValueError(f"danaz.epochs({epochs}, batches=…) takes {epochs} whole numbers from 1 up, not {found}")
+    return lengths
 
 
 class LeasedLoader:
@@ -26,14 +37,37 @@ class LeasedLoader:
         self.loader = loader
         self.beside = tuple(beside)
         self.seed = seed
+        self._machines = machines
         self.order = order_of(loader, machines, seed)
         seeds = (derive_seed(seed, BESIDE, number) for number in range(len(beside)))
         self._orders_beside = [order_of(each, machines, of_it) for each, of_it in zip(beside, seeds, strict=True)]
         self._double: tuple[LeaseSampler, Loader] | None = None
 
     def is_made_of(self, loader: Loader, beside: Sequence[Loader], seed: int) -> bool:
+        """Return whether it was made of these loaders, and of what is in them now."""
         mine, theirs = (self.loader, *self.beside), (loader, *beside)
-        return seed == self.seed and len(mine) == len(theirs) and all(a is b for a, b in zip(mine, theirs, strict=True))
+        if seed != self.seed or len(mine) != len(theirs) or any(a is not b for a, b in zip(mine, theirs, strict=True)):
+            return False
+        return not isinstance(self.order, Batching) or order_of(loader, self._machines, seed) == self.order
+
+    def length(self, epoch: int) -> int:
+        """Return the number of batches in an epoch as the script counts them, or as they are if the loader has none."""
+        try:
+            return len(self.loader)
+        except (TypeError, NotImplementedError):
+            return self.order.count(epoch)
+
+    def plan(self, epochs: int, lengths: Sequence[int], epoch: int) -> Plan:
+        """Return the plan of a run whose epochs have ``lengths`` batches of a loader, or are all like ``epoch``."""
+        if not lengths:
+            return Plan(self.order.count(epoch), epochs)
+        joined = [length / self._machines for length in lengths]
+        plan = Plan.of([int(each) if self.loader.drop_last else ceil(each) for each in joined])
+        if not min(plan.count(each) for each in range(epochs)):
+            raise UnsupportedLoaderError(
+                f"an update needs {self._machines} batches, and danaz.epochs was told of an epoch that has fewer"
+            )
+        return plan
 
     def samples_of_first_batch(self, epoch: int) -> int:
         return sum(map(len, self.order.batch(epoch, 0)))

@@ -34,7 +34,7 @@ from danaz.torch.joining import (
     make_membership,
     of_each_rank,
 )
-from danaz.torch.leased import LeasedLoader
+from danaz.torch.leased import LeasedLoader, lengths_of
 from danaz.torch.loop import Counted, Item, Loop
 from danaz.torch.optimizer import DistributedOptimizer
 from danaz.torch.samplers import check_alike, has_distributed_sampler
@@ -45,6 +45,8 @@ from danaz.worker.between import first_text
 from danaz.worker.core import Step
 from danaz.worker.group import Group, make_group
 from danaz.worker.worker import Worker
+
+KEPT_LOADERS = 2  # epochs before the one under way whose batches may still come back
 
 
 class NotInitializedError(RuntimeError):
@@ -65,13 +67,16 @@ class Session:
         self._seed: int | None = settings.seed  # seed for the order of the samples; None: torch's seed
         self._optimizer: DistributedOptimizer | None = None
         self._membership: Membership | None = None
-        self._batches_of_epoch = 0  # number of batches in an epoch, as the script counts them; 0 before the run
+        self._as_counted = Plan(1, 1)  # the plan of the run, in batches as the script counts them
         # The script's loops.
         self.loop = Loop()
         self.epochs = 1
+        self._lengths: tuple[int, ...] = ()  # the batches of each epoch as the script has said, if it has
         self.in_loop = False  # whether the script is in its loop over batches
         self._epoch = 0  # the epoch that the loop over batches is in
         self._loader: LeasedLoader | None = None  # the script's newest
+        self._loaders: dict[int, LeasedLoader] = {}  # epoch -> the loader that it was given
+        self._taken_of = 0.0  # the epoch whose batches are being loaded, if the epochs' loaders differ
         self._order_seed = 0  # the seed of the run's order of samples, once it has begun
         self._first_order: Order | None = None  # of the loader that the run began with
         self._agreed: set[int] = set()  # the epochs whose order is the same on all ranks of this worker
@@ -153,10 +158,11 @@ class Session:
 
     # ---- the loop over epochs --------------------------------------------------------------------------------------
 
-    def run_epochs(self, count: int) -> Counted[int]:
+    def run_epochs(self, count: int, batches: Sequence[int] | Callable[[int], int] | None = None) -> Counted[int]:
         """See danaz.torch.epochs."""
         self.loop.begin(count)
         self.epochs = count
+        self._lengths = () if batches is None else lengths_of(count, batches)
         return Counted(self._epochs(), lambda: count)
 
     def _epochs(self) -> Iterator[int]:
@@ -236,7 +242,7 @@ class Session:
     def _join_for_steps(self, count: int) -> None:
         if not self._has_begun:
             self._order_seed = torch.initial_seed() if self._seed is None else self._seed
-            self._join(Plan(count, 1), 1, count)
+            self._join(Plan(count, 1), 1, Plan(count, 1))
 
     def _leased_steps(self) -> Iterator[int]:
         """Yield the number of each step that this worker is leased."""
@@ -271,9 +277,7 @@ class Session:
         leased = self._leased(loader, beside)
         if not self._has_begun:
             self._order_seed = leased.seed
-            self._join(
-                Plan(leased.order.count(epoch), self.epochs), read_ahead(loader), _batches_of(loader, leased, epoch)
-            )
+            self._join(leased.plan(self.epochs, self._lengths, epoch), read_ahead(loader), self._counted(leased, epoch))
             self._warn_of_idle_ranks(leased.samples_of_first_batch(epoch))
             if self.group.rank == 0:
                 leased.warn_of_distributed_sampler()
@@ -282,20 +286,48 @@ class Session:
                 "danaz.shard was iterated under torch.no_grad(), where nothing can be trained; to evaluate, iterate "
                 "the loader itself"
             )
+        plan = self._member.plan
         self._first_order = self._first_order or leased.order
-        leased.check(self._first_order)
-        sampler, batches = leased.double(self._member.plan, self._member.share, self._take)
-        sampler.check_count(epoch)
+        if not plan.lengths:
+            leased.check(self._first_order)
+            self._loaders.clear()
+        self._loaders[epoch] = leased
+        leased.double(plan, self._member.share, self._take)[0].check_count(epoch)
         try:
             self.in_loop = True
             while self._has_more_in(epoch):
-                for batch in batches:
-                    if self._is_cut_short:
-                        break
-                    self._begin(sampler.portions.popleft())
-                    yield batch
+                yield from self._batches_of(self._loader_of_next(epoch))
         finally:
             self.in_loop = False
+
+    def _loader_of_next(self, epoch: int) -> LeasedLoader | None:
+        """Return the loader of the batch that waits first; None if only epochs before this process's first had it.
+
+        If all epochs are alike, the loader of ``epoch`` also reads what is left of the epochs before.
+        """
+        if not self._member.plan.lengths:
+            return self._loaders[epoch]
+        for before in [each for each in self._loaders if each < epoch - KEPT_LOADERS]:
+            del self._loaders[before]
+        self._taken_of = self._next_epoch
+        return self._loaders.get(int(self._next_epoch))
+
+    def _batches_of(self, leased: LeasedLoader | None) -> Iterator[Any]:
+        """Yield this rank's part of the batches that wait and are of this loader; without one, skip the first."""
+        if leased is None:
+            batch = self.worker.batches.begin()
+            say(f"batch {batch} of an epoch whose loader this process does not have is left out")
+            self._begin(Portion(batch, 1, 1))
+            self._pass_over_unstepped()
+            return
+        sampler, batches = leased.double(self._member.plan, self._member.share, self._take)
+        try:
+            for batch in batches:
+                if self._is_cut_short:
+                    break
+                self._begin(sampler.portions.popleft())
+                yield batch
+        finally:
             # If the script left the loop, the loader has read ahead: those batches come first in the next loop.
             self.worker.batches.put_back([portion.batch for portion in sampler.portions])
             sampler.portions.clear()
@@ -307,15 +339,18 @@ class Session:
             self._loader = LeasedLoader(loader, beside, machines_per_batch(self.settings, self.place), seed)
         return self._loader
 
-    def _join(self, plan: Plan, ahead: int, batches: int) -> None:
+    def _counted(self, leased: LeasedLoader, epoch: int) -> Plan:
+        """Return the plan of the run in batches as the script counts them."""
+        return Plan.of(self._lengths) if self._lengths else Plan(leased.length(epoch), self.epochs)
+
+    def _join(self, plan: Plan, ahead: int, as_counted: Plan) -> None:
         """Join the run. By now the model, the optimizer and the data are known.
 
-        ``ahead`` is the number of batches that the loader reads ahead, and ``batches`` the number in an epoch, as the
-        script counts them.
+        ``ahead`` is the number of batches that the loader reads ahead.
         """
         optimizer = self.optimizer
         self._membership = make_membership(self.settings, self.place, self.group, optimizer, plan, ahead)
-        self._batches_of_epoch = batches
+        self._as_counted = as_counted
         enter(self.worker, optimizer.flat, self.place)
         follow([optimizer, optimizer.wrapped], self, one_worker=self._is_only_worker)
         reach("shard")
@@ -337,8 +372,10 @@ class Session:
             )
 
     def _take(self) -> int | None:
-        """Begin the next leased batch of the epoch under way, and return its number; None if there is none."""
-        return self.worker.batches.begin() if self._next_epoch <= self._epoch else None
+        """Begin the next leased batch for the loader in use, and return its number; None if there is none."""
+        epoch = self._next_epoch
+        is_mine = epoch == self._taken_of if self._member.plan.lengths else epoch <= self._epoch
+        return self.worker.batches.begin() if is_mine else None
 
     def _has_more_in(self, epoch: int) -> bool:
         """Return whether a batch of this epoch, or one left over from before, is at hand. Wait for one if necessary."""
@@ -436,7 +473,7 @@ class Session:
 
     @property
     def ticks(self) -> float:
-        return self.epoch * self._batches_of_epoch
+        return self._as_counted.batches_until(self.epoch)
 
     # ---- the end ---------------------------------------------------------------------------------------------------
 
@@ -571,11 +608,3 @@ class Session:
         }
         missing = ", ".join(call for call, is_made in calls.items() if not is_made)
         return f"the script ended without training: it calls danaz.init(), but never came to {missing}"
-
-
-def _batches_of(loader: DataLoader[Any], leased: LeasedLoader, epoch: int) -> int:
-    """Return the number of batches in an epoch as the script counts them, or as they are if the loader cannot tell."""
-    try:
-        return len(loader)
-    except (TypeError, NotImplementedError):
-        return leased.order.count(epoch)
