@@ -178,6 +178,19 @@ def test_batches_that_an_epoch_leaves_are_read_from_its_own_loader() -> None:
     assert (1, 0) in seen, "what epoch 0 left came first in epoch 1"
 
 
+def test_a_batch_of_an_epoch_whose_loader_nobody_here_has_is_left_out(
+    servers: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """This process came in epoch 1, and is leased what a lost one held of epoch 0."""
+    monkeypatch.setattr("danaz.torch.session.current_epoch", lambda place, group: 1)
+    with alone() as session:
+        assert train(session, growing(make_data_of_numbers())) == [1] * LENGTHS[1] + [2] * LENGTHS[2]
+        [server] = servers
+        assert server.summary()["skipped_batches"] == LENGTHS[0]
+        assert server.summary()["epochs"] == 3.0
+    assert "batch 0 of an epoch whose loader this process does not have is left out" in capsys.readouterr().err
+
+
 def test_schedulers_follow_epochs_of_all_lengths() -> None:
     model, rates = make_net(), []
     total = sum(LENGTHS)
