@@ -14,6 +14,7 @@ from danaz.protocol.messages import Plan
 from danaz.torch.data import Batching, LeaseSampler, Order, Share, UnsupportedLoaderError, rebuild
 from danaz.torch.samplers import has_distributed_sampler, order_of
 
+KEPT_LOADERS = 2  # epochs before the one under way whose loaders are kept, if the epochs differ
 BESIDE = 0xBE51DE  # keeps the order of a loader beside another apart from the other one's, if the sizes are the same
 
 Loader = DataLoader[Any]
@@ -79,14 +80,6 @@ class LeasedLoader:
             self._double = (sampler, rebuild(self.loader, sampler, self.beside))
         return self._double
 
-    def check(self, first: Order) -> None:
-        """Raise ValueError if a plain loader differs from that which the run began with, whose order is ``first``."""
-        if isinstance(first, Batching) and isinstance(self.order, Batching) and first != self.order:
-            raise ValueError(
-                "danaz.shard was given a loader of another size, batch size or order than the run began with. Give it "
-                "the training data alone; to evaluate, iterate the loader itself"
-            )
-
     def warn_of_distributed_sampler(self) -> None:
         """Warn if a sampler would share the data out, which danaz does."""
         if any(map(has_distributed_sampler, (self.loader, *self.beside))):
@@ -97,3 +90,49 @@ class LeasedLoader:
                 "sampler.",
                 stacklevel=2,
             )
+
+
+class EpochLoaders:
+    """The loaders that a script gives danaz.shard in each epoch, and which of them reads the batch that is next.
+
+    If all epochs are alike, the loader of the epoch under way also reads what is left of the epochs before. Otherwise
+    each batch is read by the loader that its own epoch was given.
+    """
+
+    def __init__(self, machines: int):
+        self._machines = machines
+        self._newest: LeasedLoader | None = None
+        self._first: Order | None = None  # the order of the loader that the run began with
+        self._of_epoch: dict[int, LeasedLoader] = {}
+        self._reads = 0  # the newest epoch whose batches are read at this moment
+        self._reads_earlier = True  # whether batches of the epochs before are read, too
+
+    def made_of(self, loader: Loader, beside: Sequence[Loader], seed: int) -> LeasedLoader:
+        """Return what is known of these loaders, which a script may make anew for each epoch."""
+        if self._newest is None or not self._newest.is_made_of(loader, beside, seed):
+            self._newest = LeasedLoader(loader, beside, self._machines, seed)
+        return self._newest
+
+    def begin(self, epoch: int, leased: LeasedLoader, plan: Plan) -> None:
+        """Take a loader for an epoch. Raises ValueError if it differs from the run's first, and the plan does not."""
+        self._first = self._first or leased.order
+        self._reads_earlier = not plan.lengths
+        are_plain = isinstance(self._first, Batching) and isinstance(leased.order, Batching)
+        if self._reads_earlier and are_plain and self._first != leased.order:
+            raise ValueError(
+                "danaz.shard was given a loader of another size, batch size or order than the run began with. Give it "
+                "the training data alone; to evaluate, iterate the loader itself. If the epochs are to differ, say how "
+                "many batches each has: danaz.epochs(N, batches=[…])."
+            )
+        kept = range(epoch if self._reads_earlier else epoch - KEPT_LOADERS, epoch)
+        self._of_epoch = {each: self._of_epoch[each] for each in kept if each in self._of_epoch}
+        self._of_epoch[epoch] = leased
+
+    def choose(self, epoch: int, next_epoch: int) -> LeasedLoader | None:
+        """Return the loader, in ``epoch``, of a batch of ``next_epoch``; None if this process does not have it."""
+        self._reads = epoch if self._reads_earlier else next_epoch
+        return self._of_epoch.get(self._reads)
+
+    def reads(self, epoch: float) -> bool:
+        """Return whether the chosen loader reads batches of ``epoch``."""
+        return epoch <= self._reads if self._reads_earlier else epoch == self._reads

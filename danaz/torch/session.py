@@ -23,7 +23,7 @@ from danaz.run.rates import effective_lr
 from danaz.run.settings import RankInfo, Settings
 from danaz.run.signals import note_ending_signals
 from danaz.torch.carried import UnsupportedOptimizerError
-from danaz.torch.data import Order, Portion, UnsupportedLoaderError, read_ahead
+from danaz.torch.data import Portion, UnsupportedLoaderError, read_ahead
 from danaz.torch.ending import ModelWatch, exit_unfinished, say
 from danaz.torch.exchange import Verdict
 from danaz.torch.joining import (
@@ -34,7 +34,7 @@ from danaz.torch.joining import (
     make_membership,
     of_each_rank,
 )
-from danaz.torch.leased import LeasedLoader, lengths_of
+from danaz.torch.leased import EpochLoaders, LeasedLoader, lengths_of
 from danaz.torch.loop import Counted, Item, Loop
 from danaz.torch.optimizer import DistributedOptimizer
 from danaz.torch.samplers import check_alike, has_distributed_sampler
@@ -45,8 +45,6 @@ from danaz.worker.between import first_text
 from danaz.worker.core import Step
 from danaz.worker.group import Group, make_group
 from danaz.worker.worker import Worker
-
-KEPT_LOADERS = 2  # epochs before the one under way whose batches may still come back
 
 
 class NotInitializedError(RuntimeError):
@@ -74,11 +72,8 @@ class Session:
         self._lengths: tuple[int, ...] = ()  # the batches of each epoch as the script has said, if it has
         self.in_loop = False  # whether the script is in its loop over batches
         self._epoch = 0  # the epoch that the loop over batches is in
-        self._loader: LeasedLoader | None = None  # the script's newest
-        self._loaders: dict[int, LeasedLoader] = {}  # epoch -> the loader that it was given
-        self._taken_of = 0.0  # the epoch whose batches are being loaded, if the epochs' loaders differ
+        self._loaders = EpochLoaders(machines_per_batch(settings, place))
         self._order_seed = 0  # the seed of the run's order of samples, once it has begun
-        self._first_order: Order | None = None  # of the loader that the run began with
         self._agreed: set[int] = set()  # the epochs whose order is the same on all ranks of this worker
         # The batches.
         self._portion: Portion | None = None  # this rank's part of the batch that is being computed
@@ -160,7 +155,7 @@ class Session:
 
     def run_epochs(self, count: int, batches: Sequence[int] | Callable[[int], int] | None = None) -> Counted[int]:
         """See danaz.torch.epochs."""
-        self.loop.begin(count)
+        self.loop.begin(count, f"danaz.epochs({count})")
         self.epochs = count
         self._lengths = () if batches is None else lengths_of(count, batches)
         return Counted(self._epochs(), lambda: count)
@@ -196,7 +191,7 @@ class Session:
         for name, number in (("number of steps", count), ("number of samples", samples)):
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise ValueError(f"danaz.{call} takes the {name}, a whole number from 1 up, not {number!r}")
-        self.loop.begin(1)
+        self.loop.begin(1, f"danaz.{call}({count})")
         self.epochs = 1
         only_epoch = (item for epoch in self._epochs() for item in self.loop.batches(epoch, self, steps()))
         return Counted(only_epoch, lambda: ceil(count / self._machines_apart))
@@ -215,6 +210,11 @@ class Session:
 
     def _batches_of_stream(self, source: Iterable[Any], count: int, samples: int) -> Iterator[Any]:
         """Yield a batch of this rank's part of a stream for each step that this worker is leased."""
+        if self.place.worker >= self.settings.workers:
+            raise UnsupportedLoaderError(
+                "this worker has joined a running job, and has no part of its stream, which is divided among the "
+                f"{self.settings.workers} workers that the run began with. Begin the run with more workers."
+            )
         self._join_for_steps(count)
         stream = self._open_stream(source, count, samples)
         for step in self._leased_steps():
@@ -227,15 +227,9 @@ class Session:
 
     def _open_stream(self, source: Iterable[Any], count: int, samples: int) -> Stream:
         """Open this rank's part of a stream, behind what the worker has read of it if all are equally fast."""
-        place, share = self.place, self._member.share
-        if place.worker >= self.settings.workers:
-            raise UnsupportedLoaderError(
-                f"this worker has joined a running job, and has no part of its stream, which is divided among the "
-                f"{self.settings.workers} workers that the run began with. Begin the run with more workers."
-            )
-        worker = (
-            Part(share.worker, share.workers) if place.server is None else Part(place.worker, self.settings.workers)
-        )
+        share = self._member.share
+        all_reduce = self.place.server is None
+        worker = Part(share.worker, share.workers) if all_reduce else Part(self.place.worker, self.settings.workers)
         done = int(self.epoch * count) // self._machines_apart
         return open_stream(source, worker.split(share.rank, share.ranks), share, self._order_seed, done, samples)
 
@@ -250,8 +244,8 @@ class Session:
         try:
             self.in_loop = True
             while self._has_more_in(0):
-                while not self._is_cut_short and (step := self._take()) is not None:
-                    yield step
+                while self.worker.batches.waiting and not self._is_cut_short:
+                    yield self.worker.batches.begin()
         finally:
             self.in_loop = False
 
@@ -273,6 +267,11 @@ class Session:
 
     def shard(self, loader: DataLoader[Any], epoch: int, *beside: DataLoader[Any]) -> Iterator[Any]:
         """Yield this rank's part of each batch of ``epoch`` that the worker is leased. The first call joins the run."""
+        if not torch.is_grad_enabled():
+            raise RuntimeError(
+                "danaz.shard was iterated under torch.no_grad(), where nothing can be trained; to evaluate, iterate "
+                "the loader itself"
+            )
         self._epoch = epoch
         leased = self._leased(loader, beside)
         if not self._has_begun:
@@ -281,36 +280,14 @@ class Session:
             self._warn_of_idle_ranks(leased.samples_of_first_batch(epoch))
             if self.group.rank == 0:
                 leased.warn_of_distributed_sampler()
-        if not torch.is_grad_enabled():
-            raise RuntimeError(
-                "danaz.shard was iterated under torch.no_grad(), where nothing can be trained; to evaluate, iterate "
-                "the loader itself"
-            )
-        plan = self._member.plan
-        self._first_order = self._first_order or leased.order
-        if not plan.lengths:
-            leased.check(self._first_order)
-            self._loaders.clear()
-        self._loaders[epoch] = leased
-        leased.double(plan, self._member.share, self._take)[0].check_count(epoch)
+        self._loaders.begin(epoch, leased, self._member.plan)
+        leased.double(self._member.plan, self._member.share, self._take)[0].check_count(epoch)
         try:
             self.in_loop = True
             while self._has_more_in(epoch):
-                yield from self._batches_of(self._loader_of_next(epoch))
+                yield from self._batches_of(self._loaders.choose(epoch, int(self._next_epoch)))
         finally:
             self.in_loop = False
-
-    def _loader_of_next(self, epoch: int) -> LeasedLoader | None:
-        """Return the loader of the batch that waits first; None if only epochs before this process's first had it.
-
-        If all epochs are alike, the loader of ``epoch`` also reads what is left of the epochs before.
-        """
-        if not self._member.plan.lengths:
-            return self._loaders[epoch]
-        for before in [each for each in self._loaders if each < epoch - KEPT_LOADERS]:
-            del self._loaders[before]
-        self._taken_of = self._next_epoch
-        return self._loaders.get(int(self._next_epoch))
 
     def _batches_of(self, leased: LeasedLoader | None) -> Iterator[Any]:
         """Yield this rank's part of the batches that wait and are of this loader; without one, skip the first."""
@@ -333,11 +310,7 @@ class Session:
             sampler.portions.clear()
 
     def _leased(self, loader: DataLoader[Any], beside: Sequence[DataLoader[Any]]) -> LeasedLoader:
-        """Return what is known of these loaders, which a script may make anew for each epoch."""
-        seed = self._order_seed if self._has_begun else self._seed_for(loader)
-        if self._loader is None or not self._loader.is_made_of(loader, beside, seed):
-            self._loader = LeasedLoader(loader, beside, machines_per_batch(self.settings, self.place), seed)
-        return self._loader
+        return self._loaders.made_of(loader, beside, self._order_seed if self._has_begun else self._seed_for(loader))
 
     def _counted(self, leased: LeasedLoader, epoch: int) -> Plan:
         """Return the plan of the run in batches as the script counts them."""
@@ -373,9 +346,7 @@ class Session:
 
     def _take(self) -> int | None:
         """Begin the next leased batch for the loader in use, and return its number; None if there is none."""
-        epoch = self._next_epoch
-        is_mine = epoch == self._taken_of if self._member.plan.lengths else epoch <= self._epoch
-        return self.worker.batches.begin() if is_mine else None
+        return self.worker.batches.begin() if self._loaders.reads(self._next_epoch) else None
 
     def _has_more_in(self, epoch: int) -> bool:
         """Return whether a batch of this epoch, or one left over from before, is at hand. Wait for one if necessary."""
