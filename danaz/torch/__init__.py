@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -170,12 +170,15 @@ def DistributedOptimizer(
     return wrapped
 
 
-def epochs(count: int) -> Iterator[int]:
+def epochs(count: int, batches: Sequence[int] | Callable[[int], int] | None = None) -> Iterator[int]:
     """Iterate over the epochs of the whole cluster. After the loop, every rank has the trained model (see ``finish``).
 
-    A run has one such loop. Raises LoopError if it is begun a second time, or if an epoch ends without ``shard``.
+    All epochs have as many batches as the first, unless ``batches`` says how many each has: the ``len`` of the loader
+    that the epoch will be given, in a list of ``count`` numbers, or as a function of the epoch. It must be the same in
+    all processes. A run has one such loop. Raises LoopError if it is begun a second time, or if an epoch ends without
+    ``shard``, and ValueError for numbers that are none.
     """
-    return _session().run_epochs(count)
+    return _session().run_epochs(count, batches)
 
 
 def shard(loader: DataLoader[Any], epoch: int, *beside: DataLoader[Any]) -> Iterator[Any]:

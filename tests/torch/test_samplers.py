@@ -254,6 +254,22 @@ def test_one_worker_equals_torch_with_the_same_batches(algorithm: str) -> None:
     assert_same(ours, theirs)
 
 
+def test_a_data_set_that_is_asked_for_whole_batches() -> None:
+    asked: list[list[int]] = []
+
+    class Whole(TensorDataset):
+        def __getitem__(self, index: Any) -> Any:
+            asked.append(index)
+            return super().__getitem__(index)
+
+    data = Whole(*DATA.tensors)
+    sampler = BatchSampler(RandomSampler(data), 4, drop_last=False)
+    with alone() as session:
+        train(session, lambda: DataLoader(data, None, sampler=sampler), epochs=2)
+    assert [len(index) for index in asked] == [4, 4, 3] * 2
+    assert Counter(chain.from_iterable(asked)) == dict.fromkeys(range(SAMPLES), 2)
+
+
 def train(session: Session, loader: Callable[[], DataLoader[Any]], epochs: int = 3) -> None:
     model, optimizer = make_optimizer(session)
     for epoch in session.run_epochs(epochs):
