@@ -109,18 +109,18 @@ class Optimizer:
         """Return v f32[n], for which the last step was −ηv, apart from decoupled weight decay. Do not change it."""
         raise NotImplementedError
 
+    def advance(self, out: Tensor, grad: Tensor, old: Vectors, new: Vectors, at: Scalars, view: Tensor | None) -> None:
+        """Write s into ``out`` f32[n], and the state after ``grad`` into ``new``; ``old`` stays as it is."""
+        for name in self.state:
+            new[name].copy_(old[name])
+        self.step(out.zero_(), grad, new, at, view)
+
     def displace(
         self, out: Tensor, grad: Tensor, old: Vectors, new: Vectors, at: Scalars, before: Scalars, view: Tensor | None
     ) -> None:
-        """Write s + a′ − a into ``out`` f32[n], and the state after ``grad`` into ``new``; ``old`` stays as it is.
-
-        a is the look-ahead of ``old`` at the scalars ``before``, and a′ that of ``new`` at ``at``.
-        """
-        for name in self.state:
-            new[name].copy_(old[name])
-        out.zero_()
+        """The same with s + a′ − a: a is the look-ahead of ``old`` at ``before``, and a′ that of ``new`` at ``at``."""
+        self.advance(out, grad, old, new, at, view)
         self.add_heading(out, old, before, self.momentum)
-        self.step(out, grad, new, at, view)
         self.add_heading(out, new, at, -self.momentum)
 
     def without_momentum(self) -> Optimizer:
