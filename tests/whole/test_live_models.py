@@ -159,7 +159,8 @@ def test_a_rank_may_end_the_run_while_another_is_in_batch_norm(collective: str, 
     )
     assert run.summary["stopped"] == "enough"
     assert len(found) == 2
-    assert all(torch.equal(found[0][name], value) for name, value in found[1].items())
+    counters = {name for name in found[0] if name.endswith("num_batches_tracked")}  # which each rank has for itself
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0].keys() - counters)
 
 
 @pytest.mark.slow
