@@ -13,6 +13,7 @@ from danaz.optimizers import Optimizers, Own
 from danaz.torch.carried import UnsupportedOptimizerError, decayed_gradient, optimizers_of
 from danaz.torch.exchange import GradientExchange, Verdict
 from danaz.torch.optimizer_state import Rows
+from danaz.torch.synchronized import synchronize
 from danaz.vectors.cutting import Spans, common_spans
 from danaz.vectors.model import FlatModel
 from danaz.worker.core import Loss
@@ -106,6 +107,7 @@ class JointOptimizer:
         self.flat = FlatModel(model, [group["params"] for group in self.param_groups])
         passes = members[0].passes if len(members) == 1 else 1
         self.exchange = GradientExchange(self.flat, group, passes, alike=replicated, optimizers=len(members))
+        self.exchange.channel = synchronize(model, group, self.flat.params.device)
         self.was_stepped = False  # whether the script has called step()
         self.was_passed_over = False  # whether the script has gone on from a batch without step()
         self._group = group
@@ -200,6 +202,8 @@ class JointOptimizer:
     def begin_batch(self, weight: float) -> None:
         """Begin a batch, of which this rank has the share ``weight``."""
         self.exchange.weight = weight
+        if self.exchange.channel is not None:
+            self.exchange.channel.weight = weight
         self._batch = _Batch()
 
     def pass_over(self) -> None:
