@@ -100,7 +100,9 @@ def test_bmuf_is_its_relative() -> None:
     """With ε = 1 and β = 1 − 1/N, workers compute on the same parameters, unless an inner momentum is reset."""
     numbers = {"diloco": {"outer_lr": 1.0, "outer_momentum": 1 - 1 / 3}, "bmuf": {}}
     clusters = [
-        Cluster(name, 3, torch.zeros(SIZE), momentum=0.0, sync_period=PERIOD, hyperparameters=values)
+        Cluster(
+            name, 3, torch.zeros(SIZE), optimizers=Optimizers([Sgd(0.0)]), sync_period=PERIOD, hyperparameters=values
+        )
         for name, values in numbers.items()
     ]
     for turn in range(9):
