@@ -160,8 +160,10 @@ def DistributedOptimizer(
     Each ``step()`` averages the gradient over this worker's ranks, pushes it, and puts the next view into the model.
     When ``backward()`` has returned, every ``p.grad`` is the worker's mean gradient: clip, unscale or log it as ever.
     ``step(loss=loss)`` adds the loss to the run's records. A batch that is not followed by ``step()`` counts as used.
-    The loss must be a mean over the samples, not a sum. Raises UnsupportedOptimizerError, with the reason, for an
-    optimizer that danaz does not know, and ValueError for a model that danaz cannot train.
+    The loss must be a mean over the samples, not a sum. A script with several optimizers wraps each of them, before its
+    loop: their steps on a batch are one update. Raises UnsupportedOptimizerError, with the reason, for an optimizer
+    that the algorithm cannot carry out, ValueError for a model that danaz cannot train, and NotInitializedError once
+    the run has begun.
     """
     session = _session()
     replicated = session.place.server is None

@@ -259,18 +259,18 @@ class JointOptimizer:
             absent = ()  # it may also move parameters that have no gradient
         else:
             grad = decayed_gradient(self.flat, self.param_groups)
-        if len(self.members) == 1:
-            batch.grad = grad
-        elif self._updates.moves_at_once:
-            self._updates.move(grad, absent, verdict)
-            return
-        else:
-            start, stop = self._span_of(number)
-            batch.grad = torch.zeros_like(grad) if batch.grad is None else batch.grad
-            batch.grad[start:stop].copy_(grad[start:stop])
         batch.absent.append(absent)
+        if len(self.members) > 1 and self._updates.moves_at_once:
+            self._updates.move(grad, absent, verdict)  # it also takes the loss
+            return
         if verdict.loss is not None:
             batch.losses.append(verdict.loss)
+        if len(self.members) == 1:
+            batch.grad = grad
+            return
+        start, stop = self._span_of(number)
+        batch.grad = torch.zeros_like(grad) if batch.grad is None else batch.grad
+        batch.grad[start:stop].copy_(grad[start:stop])
 
     def _end_batch(self, verdict: Verdict) -> None:
         """Let the update be made, if any member makes a step."""
@@ -281,7 +281,7 @@ class JointOptimizer:
             return
         loss = sum(batch.losses) / len(batch.losses) if len(batch.losses) > 1 else next(iter(batch.losses), None)
         verdict = replace(verdict, loss=loss, edited=batch.edited)
-        self._updates.push(batch.grad, common_spans(batch.absent) if batch.absent else (), verdict)
+        self._updates.push(batch.grad, common_spans(batch.absent), verdict)
 
     def _try_own_step(self, number: int, factors: list[float]) -> Tensor:
         """Return how far a member's own object moves the parameters, f32[P], and move them back.
