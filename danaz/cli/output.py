@@ -189,7 +189,7 @@ def _print_vectors() -> None:
     console.print("\n–: it is refused.", *[f"\n  {reason}" for reason in reasons.values()], highlight=False)
 
 
-def _choices(algorithm: Algorithm) -> Iterator[dict[str, str]]:
+def _choices(algorithm: Algorithm) -> Iterator[dict[str, Any]]:
     """Yield each way to choose among the algorithm's rules; one that chooses nothing if it has only one rule."""
     for values in product(*algorithm.choices.values()):
         yield dict(zip(algorithm.choices, values, strict=True))
