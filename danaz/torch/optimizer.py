@@ -13,7 +13,7 @@ from danaz.optimizers import Own
 from danaz.torch.carried import UnsupportedOptimizerError, decayed_gradient, optimizers_of, warn_if_not_nesterov
 from danaz.torch.exchange import GradientExchange, Verdict
 from danaz.torch.optimizer_state import Rows, from_torch
-from danaz.vectors.cutting import Spans
+from danaz.vectors.cutting import Spans, all_finite
 from danaz.vectors.model import FlatModel
 from danaz.worker.core import Loss
 from danaz.worker.group import Group
@@ -204,7 +204,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
     def _try_own_step(self, own_step: Callable[[], Any], lr: list[float]) -> Tensor:
         """Return how far the user's own optimizer moves the parameters at the rates ``lr``, f32[P], and move them back.
 
-        Rank 0 makes the step for all ranks, so that they stay the same, whatever the step depends on.
+        Rank 0 makes the step for all ranks, so that they stay the same, whatever the step depends on. A gradient that
+        is not finite is returned as it is: the push will be refused, and the optimizer's state must not take it in.
         """
         flat, groups = self.flat, self.wrapped.param_groups
         before, rates = flat.params.clone(), [group["lr"] for group in groups]
@@ -212,7 +213,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
             parameter.grad = flat.grad_views[number] if flat.has_gradient[number] else None
         moved = flat.decayed
         try:
-            if self._group.rank == 0:
+            is_sound = all_finite(flat.grads)
+            if self._group.rank == 0 and is_sound:
                 for group, rate in zip(groups, lr, strict=True):
                     group["lr"] = rate
                 own_step()
@@ -222,6 +224,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
             flat.bring_home()
             torch.sub(flat.params, before, out=moved)
             flat.params.copy_(before)
+        if not is_sound:
+            moved.copy_(flat.grads)
         if self._replicated:
             self._group.broadcast(own_step=moved)
         return moved
