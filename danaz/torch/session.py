@@ -240,8 +240,6 @@ class Session:
                         break
                     self._begin(sampler.portions.popleft())
                     yield batch
-            if not self._leaves_early:
-                self._evaluations.buffers.average(self.optimizer.flat)  # all ranks come to this point
         finally:
             self.in_loop = False
             # If the script left the loop, the loader has read ahead: those batches come first in the next loop.
@@ -351,10 +349,23 @@ class Session:
             self.group.broadcast(edited_params=self.optimizer.flat.params)  # each rank may have made its own edit
         lr = tuple(self.applied_lr(verdict.lr))
         self.worker.push(Step(portion.batch, lr, portion.samples, verdict.loss, absent), grad)
+        self._average_buffers_after(portion.batch)
 
     def skip(self) -> None:
         """See Updates."""
-        self.worker.skip(self._end_batch().batch, self.applied_lr(self.optimizer.rates))
+        batch = self._end_batch().batch
+        self.worker.skip(batch, self.applied_lr(self.optimizer.rates))
+        self._average_buffers_after(batch)
+
+    def _average_buffers_after(self, batch: int) -> None:
+        """Average the ranks' buffers if ``batch`` was the last of its epoch that the worker holds: they may evaluate next.
+
+        All ranks have made this push together, and hold the same batches. At the end of the loop they may be apart,
+        because one of them has called ``stop``.
+        """
+        epoch_of = self._member.batching.epoch_of
+        if all(epoch_of(held) > epoch_of(batch) for held in self.worker.batches.held):
+            self._evaluations.buffers.average(self.optimizer.flat)
 
     def end(self) -> None:
         """See Updates."""
