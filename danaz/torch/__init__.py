@@ -324,7 +324,7 @@ def evaluating(model: nn.Module, at: str = "view", together: bool = False) -> Ab
     statistics (all floating-point buffers) are the mean over this worker's ranks. Afterwards the parameters, buffers
     and modes are what they were, to the bit, also after an error. Any rank may enter, alone or with others, such as
     within ``if danaz.is_main():``: the other ranks of its worker wait for it at their next step, and other workers go
-    on. Ranks average their buffers when a loop over ``danaz.shard`` comes to its end. Within a loop, and in
+    on. Ranks average their buffers with the last step of a loop over ``danaz.shard``. Within a loop, and in
     ``danaz.steps``, each rank has its own buffers, unless all ranks of the worker enter with ``together=True``, which
     averages them there.
 

@@ -14,7 +14,7 @@ from danaz.torch.carried import UnsupportedOptimizerError, decayed_gradient, opt
 from danaz.torch.exchange import GradientExchange, Verdict
 from danaz.torch.optimizer_state import Rows
 from danaz.torch.synchronized import synchronize
-from danaz.vectors.cutting import Spans, common_spans
+from danaz.vectors.cutting import Spans, all_finite, common_spans
 from danaz.vectors.model import FlatModel
 from danaz.worker.core import Loss
 from danaz.worker.group import Group
@@ -288,7 +288,8 @@ class JointOptimizer:
 
         The rates of its groups are multiplied by ``factors`` during the step. A rate that it changes itself stays
         changed, without the factor. Rank 0 makes the step for all ranks, so that they stay the same, whatever the step
-        depends on.
+        depends on. A gradient that is not finite is returned as it is: the push will be refused, and the object's state
+        must not take it in.
         """
         flat, member = self.flat, self.members[number]
         before, rates = flat.params.clone(), self.rates
@@ -296,9 +297,9 @@ class JointOptimizer:
             if not has_gradient:
                 parameter.grad = None
         flat.show_gradients()
-        moved = flat.decayed
+        moved, is_sound = flat.decayed, all_finite(flat.grads)
         try:
-            if self._group.rank == 0:
+            if self._group.rank == 0 and is_sound:
                 applied = [rate * factor for rate, factor in zip(rates, factors, strict=True)]
                 self._set_rates(applied)
                 with flat.as_float32():
@@ -311,6 +312,8 @@ class JointOptimizer:
             torch.sub(flat.params, before, out=moved)
             flat.params.copy_(before)
             flat.show_params()
+        if not is_sound:
+            moved.copy_(flat.grads)
         if self._replicated:
             self._group.broadcast(own_step=moved)
         return moved

@@ -332,8 +332,6 @@ class Session:
             self.in_loop = True
             while self._has_more_in(epoch):
                 yield from self._batches_of(self._loaders.choose(epoch, int(self._next_epoch)))
-            if not self._leaves_early:
-                self._evaluations.buffers.average(self.optimizer.flat)  # all ranks come to this point
         finally:
             self.in_loop = False
 
@@ -472,6 +470,7 @@ class Session:
             self.group.broadcast(edited_params=self.optimizer.flat.params)
         lr = tuple(self.applied_lr(verdict.lr))
         self.worker.push(Step(portion.batch, lr, portion.samples, verdict.loss, absent, portion.order), grad)
+        self._average_buffers_after(portion.batch)
 
     def _agree_on_order(self, portion: Portion) -> None:
         """Raise OrderError if the ranks of this worker do not have the same order in the epoch of a batch."""
@@ -482,7 +481,19 @@ class Session:
 
     def skip(self) -> None:
         """See Updates."""
-        self.worker.skip(self._end_batch().batch, self.applied_lr(self.optimizer.rates))
+        batch = self._end_batch().batch
+        self.worker.skip(batch, self.applied_lr(self.optimizer.rates))
+        self._average_buffers_after(batch)
+
+    def _average_buffers_after(self, batch: int) -> None:
+        """Average the ranks' buffers if ``batch`` was the last of its epoch that the worker holds: they may evaluate next.
+
+        All ranks have made this push together, and hold the same batches. At the end of the loop they may be apart,
+        because one of them has called ``stop``.
+        """
+        place_of = self._member.plan.place_of
+        if all(place_of(held)[0] > place_of(batch)[0] for held in self.worker.batches.held):
+            self._evaluations.buffers.average(self.optimizer.flat)
 
     def end(self) -> None:
         """See Updates."""

@@ -162,6 +162,29 @@ def test_the_local_steps_of_an_optimizer_that_danaz_knows_are_torchs() -> None:
             assert_same(ours, theirs)
 
 
+@pytest.mark.parametrize(("algorithm", "sync_period"), [("baseline", None), ("ssgd", None), ("asgd", 1), ("easgd", 2)])
+def test_its_state_does_not_take_in_a_gradient_that_is_refused(algorithm: str, sync_period: int | None) -> None:
+    model = make_net()
+    refused = 0
+    with alone(algorithm, **({} if sync_period is None else {"sync_period": sync_period})) as session:
+        optimizer = adopt(session, model, own_sgd(model))
+        for number in session.run_steps(12, 4):
+            x, y = make_data()[number : number + 4]
+            optimizer.zero_grad()
+            mse_loss(model(x), y).backward()
+            before = copy.deepcopy(list(optimizer.wrapped.state.values()))
+            if 4 <= number < 6:
+                model.last.weight.grad[0, 0] = float("nan")
+            optimizer.step()
+            if 4 <= number < 6:
+                refused += 1
+                after = list(optimizer.wrapped.state.values())
+                assert all(torch.equal(a["mean"], b["mean"]) for a, b in zip(before, after, strict=True))
+        assert refused == 2
+        assert session.worker.metrics.refused_pushes == (2 if sync_period != 2 else 1)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
 def test_its_rates_are_the_clusters_during_a_step_only() -> None:
     seen = []
 
