@@ -358,10 +358,10 @@ class Session:
         self._average_buffers_after(batch)
 
     def _average_buffers_after(self, batch: int) -> None:
-        """Average the ranks' buffers if ``batch`` was the last of its epoch that the worker holds: they may evaluate next.
+        """Average the ranks' buffers if ``batch`` was the last of its epoch that the worker holds.
 
-        All ranks have made this push together, and hold the same batches. At the end of the loop they may be apart,
-        because one of them has called ``stop``.
+        The script may evaluate next. All ranks have made this push together, and hold the same batches. At the end of
+        the loop they may be apart, because one of them has called ``stop``.
         """
         epoch_of = self._member.batching.epoch_of
         if all(epoch_of(held) > epoch_of(batch) for held in self.worker.batches.held):
