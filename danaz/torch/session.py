@@ -486,10 +486,10 @@ class Session:
         self._average_buffers_after(batch)
 
     def _average_buffers_after(self, batch: int) -> None:
-        """Average the ranks' buffers if ``batch`` was the last of its epoch here: the script may evaluate next.
+        """Average the ranks' buffers if ``batch`` was the last of its epoch that the worker holds.
 
-        All ranks have made this push together, and hold the same batches. At the end of the loop they may be apart,
-        because one of them has called ``stop``.
+        The script may evaluate next. All ranks have made this push together, and hold the same batches. At the end of
+        the loop they may be apart, because one of them has called ``stop``.
         """
         place_of = self._member.plan.place_of
         if all(place_of(held)[0] > place_of(batch)[0] for held in self.worker.batches.held):
