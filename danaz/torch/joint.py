@@ -240,11 +240,11 @@ class JointOptimizer:
         batch = self._batch
         batch.ended.add(verdict.at)
         if not verdict.skips:
-            batch.stepped.add(verdict.at)
-            batch.edited = batch.edited or verdict.edited
             if self._replicated and not verdict.alike:
                 self._take_over_rank_0s()
-            self._step_of(verdict.at, verdict)
+            self._step_of(verdict.at, verdict)  # an own step of the script's may raise an error
+            batch.stepped.add(verdict.at)
+            batch.edited = batch.edited or verdict.edited
         if len(batch.ended) < len(self.members):
             return False
         self._end_batch(verdict)

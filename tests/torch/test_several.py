@@ -345,6 +345,35 @@ def test_a_batch_is_one_update_and_names_the_mean_loss(servers: list[ServerCore]
     assert names == [f"{model}.{layer}.{what}" for model in "01" for layer in "02" for what in ("weight", "bias")]
 
 
+@pytest.mark.parametrize("wraps_both", [True, False])
+def test_an_error_in_an_own_step_that_the_script_catches(wraps_both: bool, servers: list[ServerCore]) -> None:
+    """That optimizer makes no step on the batch; the other one does."""
+
+    class Failing(torch.optim.Adadelta):
+        def step(self, closure: object = None) -> None:  # type: ignore[override]
+            raise ArithmeticError("no")
+
+    critic, generator = models()
+    untouched = copy.deepcopy(generator)
+    with alone("baseline") as session:
+        of_generator = adopt(session, generator, Failing(generator.parameters()))
+        of_critic = adopt(session, critic, sgd(list(critic.parameters()))) if wraps_both else None
+        session.epochs = 1
+        for [x] in session.shard(DataLoader(data(), batch_size=BATCH), 0):
+            generator(x[:, :2]).mean().backward()
+            with pytest.raises(ArithmeticError, match="no"):
+                of_generator.step()
+            of_generator.zero_grad()
+            if of_critic is not None:
+                critic(x).mean().backward()
+                of_critic.step()
+        session.finish()
+        summary = servers[0].summary()
+    assert (summary["updates"], summary["skipped_batches"]) == ((3, 0) if wraps_both else (0, 3))
+    for p, q in zip(generator.parameters(), untouched.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
 @pytest.mark.parametrize("algorithm", ["asgd", "model-averaging", "dana"])
 def test_local_steps_of_several_optimizers(algorithm: str) -> None:
     session = Session(Settings(algorithm=algorithm, sync_period=2), RankInfo())
