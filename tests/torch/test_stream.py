@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import random
+import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
 import pytest
 import torch
 from loops import adopt, alone, assert_same, make_net, make_sgd
+from sockets import PATIENCE_S
 from torch import Tensor
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, get_worker_info
@@ -209,8 +212,14 @@ def test_part_outside_of_a_stream() -> None:
 # ---- trained ---------------------------------------------------------------------------------------------------------
 
 
-def train(session: Session, source: Iterable[Any], updates: int) -> list[list[float]]:
-    """Train on (x, y) and return the x of each batch."""
+def train(
+    session: Session,
+    source: Iterable[Any],
+    updates: int,
+    most: int = 99,
+    after: Callable[[int], object] = lambda step: None,
+) -> list[list[float]]:
+    """Train at most this number of steps, call ``after`` with the number of each, and return the batches."""
     model, optimizer = make_optimizer(session)
     seen = []
     for x in session.run_stream(source, updates, samples=2):
@@ -219,6 +228,9 @@ def train(session: Session, source: Iterable[Any], updates: int) -> list[list[fl
         mse_loss(model(x), x).backward()
         optimizer.step()
         seen.append(x.flatten().tolist())
+        after(len(seen))
+        if len(seen) == most:
+            break
     return seen
 
 
@@ -264,6 +276,34 @@ def test_workers_read_what_others_do_not() -> None:
     items = [item for batches in seen.values() for batch in batches for item in batch]
     assert len(items) == len(set(items)) == 80
     assert {item % 2 for batch in seen[1] for item in batch} == {1}
+
+
+def test_a_worker_that_comes_back_passes_over_what_each_has_read() -> None:
+    cluster = ScriptCluster(ServerSettings("dana", workers=2))
+    half_done, is_back = threading.Event(), threading.Event()
+
+    def steady(session: Session, number: int) -> None:
+        def wait(step: int) -> None:
+            if step == 4:
+                half_done.set()
+                assert is_back.wait(PATIENCE_S)
+
+        train(session, DataLoader(Numbers(1000), 4), 16, after=wait)
+
+    def mortal(session: Session, number: int) -> None:
+        first = train(session, DataLoader(Numbers(1000), 4), 16, most=4)
+        assert half_done.wait(PATIENCE_S)
+        again = Session(session.settings, RankInfo(worker=number, server=cluster.address, incarnation=2))
+        atexit.unregister(again.close)
+        second = train(again, DataLoader(Numbers(1000), 4), 16, after=lambda _: is_back.set())
+        again.close()
+        items = [item for batch in [*first, *second] for item in batch]
+        assert items == [1 + 2 * number for number in range(len(items))]
+
+    cluster.worker(0, steady)
+    cluster.worker(1, mortal)
+    cluster.run()
+    assert len(cluster.updates) == 16
 
 
 def test_an_iterator_that_ends_ends_the_run(servers: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
