@@ -125,6 +125,24 @@ TINY = (CONFIGS / "digits.yaml", "--workers=2", "--seeds=2", "--set=epochs=1")
             ("algorithm", "workers", "sent as", "push bytes", "view bytes"),
             ["wire fp32", "wire topk:0.1, wire_view bf16"],
         ),
+        (
+            "diloco.py",
+            ("--period", "2"),
+            ("outer lr", "workers", "algorithm"),
+            [
+                "diloco",
+                "async-diloco, outer asgd",
+                "async-diloco, outer nag-asgd",
+                "async-diloco, outer delayed-nesterov",
+                "async-diloco, outer dana",
+            ],
+        ),
+        (
+            "lion.py",
+            ("--lr", "0.001"),
+            ("lr", "workers", "views"),
+            ["without look ahead", "with look ahead"],
+        ),
     ],
 )
 def test_accuracy_is_a_row_for_each_way(script, arguments, told_apart, rows):
@@ -133,7 +151,7 @@ def test_accuracy_is_a_row_for_each_way(script, arguments, told_apart, rows):
     headings, _, *lines = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()]
     assert headings == [*told_apart, "test error %", "mean gap"]
     assert [line[2] for line in lines] == rows
-    for *_, error, gap in lines:
+    for *_, way, error, gap in lines:
         mean, least, most = map(float, re.fullmatch(r"(\S+) \((\S+) to (\S+)\)", error).groups())
         assert 0 <= least <= mean <= most <= 100
-        assert float(gap) > 0
+        assert float(gap) > 0 or way == "diloco"  # whose rounds leave no gap
