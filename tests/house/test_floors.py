@@ -211,7 +211,7 @@ def test_the_launcher_names_nothing_of_danaz():
 
 
 def test_nothing_unpickles():
-    """torch.load and numpy.load unpickle, too. With weights_only=True, torch.load makes plain values and tensors alone."""
+    """torch.load and numpy.load unpickle, too. With weights_only=True, torch.load makes tensors and plain values only."""
     imports = [
         f"{at(module, line)}: imports {name}"
         for module in EVERYTHING
