@@ -211,7 +211,7 @@ def test_the_launcher_names_nothing_of_danaz():
 
 
 def test_nothing_unpickles():
-    """torch.load and numpy.load unpickle, too, but not torch.load with weights_only=True."""
+    """torch.load and numpy.load unpickle, too; torch.load only tensors and plain values, with weights_only=True."""
     imports = [
         f"{at(module, line)}: imports {name}"
         for module in EVERYTHING
