@@ -36,7 +36,7 @@ from danaz.workloads.charlm import ALPHABET, CONTEXT, Gpt
 from danaz.workloads.cifar10_resnet import ResNet
 
 GOAL = 1.03
-TURN_S = 0.25  # time of a turn
+TURN_S = 0.25  # time of a turn: on a CPU, its processor time
 WARM_UP = 5  # steps before the clock starts
 MANY = 10**6  # steps, more than are ever made
 
@@ -149,6 +149,12 @@ def timed(advance: Advance, count: int, device: torch.device) -> Times:
     return Times(time.process_time() - processor, time.perf_counter() - wall)
 
 
+def steps_in(seconds: float, advance: Advance, device: torch.device) -> int:
+    """Return how many steps take so many seconds; on a CPU, of processor time."""
+    times = timed(advance, WARM_UP, device)
+    return max(1, round(WARM_UP * seconds / (times.wall if device.type == "cuda" else times.processor)))
+
+
 def median_and_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Return the median, and the order statistics between which the true one lies in 95 of 100 cases."""
     ordered, count = sorted(values), len(values)
@@ -162,7 +168,7 @@ def measure(task: Task, device: torch.device, seconds: float) -> None:
     plain, with_danaz = both(task, device)
     for advance in (plain, with_danaz):
         advance(WARM_UP)
-    count = max(1, round(TURN_S / timed(plain, WARM_UP, device).wall * WARM_UP))
+    count = steps_in(TURN_S, plain, device)
     turns: list[tuple[Times, Times]] = []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(turns) < 2:
@@ -184,7 +190,7 @@ def profile(task: Task, device: torch.device, seconds: float) -> None:
     """Print the functions of danaz' steps, by the time that each takes together with what it calls."""
     _, with_danaz = both(task, device)
     with_danaz(WARM_UP)
-    count = max(1, round(seconds / timed(with_danaz, WARM_UP, device).wall * WARM_UP))
+    count = steps_in(seconds, with_danaz, device)
     profiler = cProfile.Profile(time.process_time)
     profiler.runcall(with_danaz, count)
     print(f"{task.title}: {count} steps")

@@ -18,6 +18,7 @@ USAGE = 64  # EX_USAGE of sysexits.h: the command itself is wrong
 RECENT_S = 30.0  # a process did not die of a traceback that is older than this
 SHOWN_LINES = 20
 TRACEBACK = "Traceback (most recent call last)"
+ERROR_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
@@ -37,17 +38,31 @@ class Failure:
 
     def __str__(self) -> str:
         lines = [self.reason, *([self.advice] if self.advice else [])]
-        if self.last_lines:
-            lines += ["its last lines:", *(f"  | {line}" for line in self.last_lines)]
         if self.log_folder is not None:
             lines.append(f"its whole output is in {self.log_folder}")
+        if self.last_lines:
+            whose = "its last lines" if self.process is None else f"the last lines of {_full_name(self.process)}"
+            lines += [f"{whose}:", *(f"  | {line}" for line in self.last_lines)]
         return "\n".join(lines)
 
     @property
     def sentence(self) -> str:
-        """The reason without the machine, for a line that already names it. For an agent, with the last line of ssh."""
+        """The reason without the machine, for a line that already names it.
+
+        With the error that ended a process, or the last line of ssh, if there is one.
+        """
         reason = self.reason.replace(f" on {self.host} ", " ", 1)
-        return f"{reason} ({self.last_lines[-1].strip()})" if self.process is None and self.last_lines else reason
+        why = self.error or (self.last_lines[-1].strip() if self.process is None and self.last_lines else "")
+        return f"{reason} ({why})" if why else reason
+
+    @property
+    def error(self) -> str:
+        """The line of a traceback with the error that ended it, such as ValueError: no; empty if there is none."""
+        begins = [number for number, line in enumerate(self.last_lines) if line.startswith(TRACEBACK)]
+        if not begins or self.exit_code > 128:
+            return ""
+        after = self.last_lines[begins[-1] + 1 :]
+        return next((line for line in after if line and not line[0].isspace()), "")[:ERROR_CHARACTERS]
 
 
 def failure_of(agents: Agents) -> Failure | None:
@@ -109,10 +124,18 @@ def agent_failure(link: AgentLink, what: str) -> Failure:
 
 def process_failure(logs: Logs, process: Process, what: str, exit_code: int) -> Failure:
     lines = logs.tail(process, "stderr") or logs.tail(process, "stdout")
-    last_lines = tuple(line.text for line in lines[-SHOWN_LINES:])
+    raised = [number for number, line in enumerate(lines) if line.text.startswith(TRACEBACK) and exit_code <= 128]
+    begins = raised[0] if raised else -SHOWN_LINES
+    last_lines = tuple(line.text for line in lines[begins:])
     name = process.name if process.rank is None else f"rank {process.rank}"
     reason = f"{name} on {process.host.name} {what}"
     return Failure(process.host.name, process, reason, exit_code, last_lines, logs.folder(process))
+
+
+def _full_name(process: Process) -> str:
+    worker = "" if process.worker is None else f" (worker {process.worker})"
+    name = process.name if process.rank is None else f"rank {process.rank}{worker}"
+    return f"{name} on {process.host.name}"
 
 
 def has_failed(agents: Agents, name: str) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 import typer
 
 from danaz.cli.command import fail
-from danaz.cli.launch import show_outcome, tell
+from danaz.cli.launch import show_events, show_failure, tell
 from danaz.launch.invitation import find_server, plan_to_join, read_invitation
 from danaz.run.lock import claimed_run_folder
 from launcher.run import Timeouts, run
@@ -37,5 +37,6 @@ def join_run(server: str, key: Path, slots: int | None, out: Path | None) -> int
             outcome = run(plan, folder, policy=Policy("restart"), tell=tell, timeouts=Timeouts(grace_s=LEAVING_S))
         except OSError as error:
             fail(f"the folder {folder} cannot be written: {error.strerror}")
-    show_outcome(outcome)
+    show_events(outcome)
+    show_failure(outcome)
     return outcome.exit_code

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack
 from shlex import quote
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -98,18 +99,22 @@ def _play(ready: Launch) -> int:
         outcome, _ = execute(ready, tell=tell)
     except (RunFolderError, OSError) as error:
         fail(error)
-    show_outcome(outcome)
+    show_events(outcome)
     summary = read_summary(ready.run) if (ready.run / "summary.json").exists() else None
     if summary is not None:
         print_summary(summary, ready.run)
-    if summary is not None and summary["complete"]:
-        return outcome.exit_code
+    if summary is None or not summary["complete"]:
+        _say_that_it_is_incomplete(ready, summary)
+    show_failure(outcome)
+    return outcome.exit_code or int(summary is None or not summary["complete"])
+
+
+def _say_that_it_is_incomplete(ready: Launch, summary: dict[str, Any] | None) -> None:
     lacks = f"{ready.run} has no summary.json" if summary is None else "its last batch was not trained"
     typer.secho(f"the run is incomplete: {lacks}", err=True, fg="red")
     if (ready.run / CHECKPOINTS).is_dir():
         where = " --server-host localhost" if ready.shards_elsewhere else ""  # their checkpoints have been fetched
         typer.echo(f"to go on from its last checkpoint: danaz launch --resume {quote(str(ready.run))}{where}", err=True)
-    return outcome.exit_code or 1
 
 
 def tell(sentence: str) -> None:
@@ -117,9 +122,14 @@ def tell(sentence: str) -> None:
     typer.secho(f"danaz: {sentence}", err=True, fg="yellow")
 
 
-def show_outcome(outcome: Outcome) -> None:
-    """Print the failures that a run survived, and the one that ended it."""
+def show_events(outcome: Outcome) -> None:
+    """Print the failures that a run survived."""
     for event in outcome.events:
         tell(event)
+
+
+def show_failure(outcome: Outcome) -> None:
+    """Print the failure that ended a run. It comes last, so that the traceback of a script's error is what one sees."""
     if outcome.failure is not None:
+        sys.stdout.flush()  # the table before it
         typer.secho(f"\n{outcome.failure}", err=True, fg="red")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import groupby
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby, product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,7 +17,7 @@ from danaz.compare.results import TEST_ERROR, ComparisonOutcome, measure_of
 from danaz.compare.tables import comparison_rows, figure
 from danaz.compare.tune import Tuning
 from danaz.optimizers import Adagrad, Adam, NAdam, Optimizer, Optimizers, RMSprop, Sgd
-from danaz.rules import ALGORITHMS, Rule
+from danaz.rules import ALGORITHMS, Algorithm, Rule
 from danaz.simulate.speedup import Speedup
 
 PLAIN_WIDTH = 120  # characters of a line of a comparison's table, without a terminal
@@ -191,12 +191,17 @@ def print_algorithms() -> None:
             "server keeps for each worker": (*rule.worker_state, *["view"] * rule.needs_view),
             "each worker keeps": rule.worker_rule.worker_state,
             "takes": ["your own class of optimizer"] if algorithm.takes_own else [],
-            "adds": [f"{k} {v}" for k, v in options.items() if (k, v) != ("sync_period", 1)],
+            "adds": [_option(algorithm, k, v) for k, v in options.items() if (k, v) != ("sync_period", 1)],
         }
         told = "; ".join(f"{title}: {', '.join(values)}" for title, values in facts.items() if values)
         table.add_row(name, f"{algorithm.summary}\n[dim]{told}\n{algorithm.paper}[/]")
     Console().print(table)
     _print_vectors()
+
+
+def _option(algorithm: Algorithm, name: str, default: object) -> str:
+    others = [value for value in algorithm.choices.get(name, ()) if value != default]
+    return f"{name} {default} (or {', '.join(others)})" if others else f"{name} {default}"
 
 
 # An optimizer of each kind that a user may wrap, as torch makes it by default; RMSprop with a momentum to look along.
@@ -218,22 +223,31 @@ MEMORY = (
 
 def _print_vectors() -> None:
     """Print how many vectors each algorithm keeps for each optimizer, and why it does not carry out some."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
+    table = Table(box=None, padding=(0, 1, 0, 0))  # with one column of padding, it fits into 80
     for heading in ("", *WRAPPED):
         table.add_column(heading, no_wrap=True)
     reasons: dict[str, str] = {}
     for name, algorithm in ALGORITHMS.items():
-        cells = []
-        for optimizer in map(Optimizers, ([each] for each in WRAPPED.values())):
-            reason = algorithm.refusal(optimizer)
-            cells.append("–" if reason else vectors_of(algorithm.rule(optimizer=optimizer)))
-            if reason:
-                reasons.setdefault(name, reason)
-        table.add_row(f"[bold]{name}[/]", *cells)
+        if algorithm.choices:
+            table.add_row(f"[bold]{name}[/]")
+        for choice in _choices(algorithm):
+            cells = []
+            for optimizer in map(Optimizers, ([each] for each in WRAPPED.values())):
+                reason = algorithm.refusal(optimizer)
+                cells.append("–" if reason else vectors_of(algorithm.rule(optimizer=optimizer, **choice)))
+                if reason:
+                    reasons.setdefault(name, reason)
+            table.add_row(f"  {', '.join(choice.values())}" if choice else f"[bold]{name}[/]", *cells)
     console = Console()
     console.print(f"{MEMORY}\n")
     console.print(table)
     console.print("\n–: it is refused.", *[f"\n  {reason}" for reason in reasons.values()], highlight=False)
+
+
+def _choices(algorithm: Algorithm) -> Iterator[dict[str, Any]]:
+    """Yield each way to choose among the algorithm's rules; one that chooses nothing if it has only one rule."""
+    for values in product(*algorithm.choices.values()):
+        yield dict(zip(algorithm.choices, values, strict=True))
 
 
 def vectors_of(rule: Rule) -> str:

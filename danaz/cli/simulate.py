@@ -12,7 +12,7 @@ from danaz.cli import options
 from danaz.cli.command import fail
 from danaz.launch.options import TrainingOptions
 from danaz.options.option import Option, given
-from danaz.options.shared import OVERRIDES
+from danaz.options.shared import HYPERPARAMETER, OVERRIDES
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class SimulateOptions(TrainingOptions):
     schedule: Annotated[str | None, options.SCHEDULE] = None
     device: Annotated[str | None, options.DEVICE] = None
     overrides: Annotated[list[str] | None, OVERRIDES] = None
+    hyperparameter: Annotated[list[str] | None, HYPERPARAMETER] = None
     out: Annotated[Path | None, Option("Run folder. Default: runs/TIME-NAME")] = None
 
 
@@ -51,7 +52,9 @@ def simulate(config: options.Experiment, asked: SimulateOptions) -> None:
     from danaz.simulate.simulator import Simulation
 
     try:
-        settings = load_config(config, asked.overrides or (), given(asked, Config.model_fields))
+        settings = load_config(
+            config, asked.overrides or (), given(asked, Config.model_fields), asked.hyperparameter or ()
+        )
         check_workers(Settings.of(settings, schedule=settings.schedule, collective="none"))
         with claimed_run_folder(asked.out, f"{settings.name}-{settings.algorithm}-{settings.workers}") as run:
             simulation = Simulation(settings, run)

@@ -23,7 +23,7 @@ from danaz.launch.resume import (
 )
 from danaz.options.option import newer_names
 from danaz.options.shared import Training
-from danaz.run.config import Config, load_config
+from danaz.run.config import Config, load_config, read_hyperparameters
 from danaz.run.lock import claimed_run_folder, free_run_folder, locked_run_folder
 from danaz.run.settings import Settings
 from danaz.worker.group import choose_collective
@@ -61,11 +61,16 @@ def _task(options: LaunchOptions, command: Sequence[str]) -> Config | Settings:
     if options.config is not None:
         if options.warmup_epochs is not None or options.seed is not None:
             raise LaunchError("a config has these keys: use --set lr_schedule.warmup_epochs=… and --set seed=…")
-        return load_config(options.config, options.overrides or (), options.training)
+        return load_config(options.config, options.overrides or (), options.training, options.hyperparameter or ())
     if options.overrides:
         raise LaunchError("--set changes a config, and a script has none; pass its own arguments after --")
     training = {"algorithm": Training.algorithm, **options.training}
-    return Settings(**training, warmup_epochs=options.warmup_epochs or 0.0, seed=options.seed or 0)
+    return Settings(
+        **training,
+        hyperparameters=read_hyperparameters(options.hyperparameter or ()),
+        warmup_epochs=options.warmup_epochs or 0.0,
+        seed=options.seed or 0,
+    )
 
 
 def _prepare_resumed(options: LaunchOptions, named: Collection[str], command: Sequence[str]) -> tuple[Launch, str]:

@@ -14,6 +14,7 @@ from danaz.options.option import Option, given, options_of, overriding
 from danaz.options.shared import (
     EXCHANGE,
     FAILURES,
+    HYPERPARAMETER,
     OVERRIDES,
     RECORD,
     SEED,
@@ -192,6 +193,7 @@ class LaunchOptions(MachineOptions, RunOptions, TrainingOptions):
         ),
     ] = None
     overrides: Annotated[list[str] | None, OVERRIDES] = None
+    hyperparameter: Annotated[list[str] | None, HYPERPARAMETER] = None
     out: Annotated[Path | None, Option("Run folder. Default: runs/TIME-NAME", on_resume="fixed")] = None
     warmup_epochs: Annotated[float | None, for_scripts(WARMUP_EPOCHS)] = None
     seed: Annotated[int | None, for_scripts(SEED)] = None

@@ -109,23 +109,25 @@ class Optimizer:
         """Return v f32[n], for which the last step was −ηv, apart from decoupled weight decay. Do not change it."""
         raise NotImplementedError
 
-    def displace(
-        self, out: Tensor, grad: Tensor, old: Vectors, new: Vectors, at: Scalars, before: Scalars, view: Tensor | None
-    ) -> None:
-        """Write s + a′ − a into ``out`` f32[n], and the state after ``grad`` into ``new``; ``old`` stays as it is.
+    def advance(self, out: Tensor, grad: Tensor, old: Vectors, new: Vectors, at: Scalars, view: Tensor | None) -> None:
+        """Write s into ``out`` f32[n], and the state after ``grad`` into ``new``; ``old`` stays as it is.
 
-        a is the look-ahead of ``old`` at the scalars ``before``, and a′ that of ``new`` at ``at``. Where the new state
-        is not finite, neither is ``out``: the square of a large gradient may be infinite, and would hide in a step of
-        0.
+        Where the new state is not finite, neither is ``out``: the square of a large gradient may be infinite, and hide
+        in a step of 0.
         """
         for name in self.state:
             new[name].copy_(old[name])
-        out.zero_()
-        self.add_heading(out, old, before, self.momentum)
-        self.step(out, grad, new, at, view)
-        self.add_heading(out, new, at, -self.momentum)
+        self.step(out.zero_(), grad, new, at, view)
         for name in self.state:
             out.add_(new[name], alpha=0)  # 0 · ∞ is NaN
+
+    def displace(
+        self, out: Tensor, grad: Tensor, old: Vectors, new: Vectors, at: Scalars, before: Scalars, view: Tensor | None
+    ) -> None:
+        """The same with s + a′ − a: a is the look-ahead of ``old`` at ``before``, and a′ that of ``new`` at ``at``."""
+        self.advance(out, grad, old, new, at, view)
+        self.add_heading(out, old, before, self.momentum)
+        self.add_heading(out, new, at, -self.momentum)
 
     def without_momentum(self) -> Optimizer:
         """Return the same optimizer with μ = 0."""

@@ -130,3 +130,8 @@ SCHEDULE = Option("Order of the workers in a simulation")
 DEVICE = Option("`cpu`, `cuda`, or `auto`: a GPU if torch sees one")
 RECORD = Option("Record every message, for `danaz replay`")
 OVERRIDES = fixed("Override a key of the config, e.g. `--set lr=0.05`. Repeatable", ("--set",), metavar="KEY=VALUE")
+HYPERPARAMETER = fixed(
+    "Hyper-parameter of the algorithm, e.g. `outer=dana`; `danaz algorithms` lists them. Repeatable",
+    metavar="NAME=VALUE",
+    since="0.2",
+)

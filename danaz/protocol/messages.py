@@ -10,8 +10,11 @@ The server itself judges such values in a push, because a worker whose training 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sized
+from bisect import bisect
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from itertools import accumulate
 from typing import Annotated
 
 from torch import Tensor
@@ -60,6 +63,7 @@ class AtMost:
 LARGEST = 1 << 53  # the largest number that a float holds exactly; JSON and the messages between ranks use floats
 MAX_WORKERS = 4096
 MAX_AHEAD = 1 << 16  # batches that a worker may hold
+MAX_LENGTHS = 1 << 16  # epochs of different lengths that a plan may have
 MAX_REPORTED = 64  # figures that a script may report of a run
 MAX_NAME = 100  # characters in the name of a figure
 MAX_TEXT = 1000  # characters in a figure that is a text
@@ -69,6 +73,8 @@ TOO_MANY_REPORTED = f"a run has at most {MAX_REPORTED} reported figures"
 Count = Annotated[int, Within(0, LARGEST)]  # also versions, lives, generations, batches and requests
 AnyRequest = Annotated[int, Within(-LARGEST, LARGEST)]  # the number of a GoBack is below zero
 WorkerNumber = Annotated[int, Within(0, MAX_WORKERS - 1)]
+Length = Annotated[int, Within(1, LARGEST)]  # batches in an epoch
+Lengths = Annotated[tuple[Length, ...], AtMost(MAX_LENGTHS)]
 Ahead = Annotated[int, Within(1, MAX_AHEAD)]
 Samples = Annotated[int, Within(0, 1 << 32)]
 Square = Annotated[float, Within(0, float("inf"))]
@@ -99,22 +105,52 @@ def check_reported(figures: Mapping[str, object]) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """The work of a whole run, as batches numbered from 0: batch b is number b % batches_per_epoch of its epoch."""
+    """The work of a whole run, as batches numbered from 0, through all epochs."""
 
-    batches_per_epoch: Annotated[int, Within(1, LARGEST)]
+    batches_per_epoch: Length  # of the first epoch
     epochs: Annotated[int, Within(1, LARGEST)]
+    lengths: Lengths = ()  # the number of batches in each epoch, if the epochs differ
+
+    @classmethod
+    def of(cls, lengths: Sequence[int]) -> Plan:
+        """Return the plan of epochs with these numbers of batches, of which there is at least one."""
+        return cls(lengths[0], len(lengths), () if len(set(lengths)) == 1 else tuple(lengths))
 
     @property
     def batches(self) -> int:
-        return self.batches_per_epoch * self.epochs
+        return _starts(self.lengths)[-1] if self.lengths else self.batches_per_epoch * self.epochs
 
     def count(self, epoch: int) -> int:
         """Return the number of batches in an epoch."""
-        return self.batches_per_epoch
+        return self.lengths[epoch] if self.lengths else self.batches_per_epoch
 
     def place_of(self, batch: int) -> tuple[int, int]:
         """Return the epoch of a batch, and its number in that epoch."""
-        return divmod(batch, self.batches_per_epoch)
+        if not self.lengths:
+            return divmod(batch, self.batches_per_epoch)
+        starts = _starts(self.lengths)
+        epoch = min(bisect(starts, batch), len(self.lengths)) - 1
+        return epoch, batch - starts[epoch]
+
+    def epoch_after(self, batches: int) -> float:
+        """Return how many epochs are over when this number of batches is completed."""
+        if not self.lengths:
+            return batches / self.batches_per_epoch
+        epoch, done = self.place_of(batches)
+        return epoch + done / self.lengths[epoch]
+
+    def batches_until(self, epoch: float) -> float:
+        """Return how many batches are completed when this number of epochs is over."""
+        if not self.lengths:
+            return epoch * self.batches_per_epoch
+        whole = min(int(epoch), len(self.lengths) - 1)
+        return _starts(self.lengths)[whole] + (epoch - whole) * self.lengths[whole]
+
+
+@lru_cache(maxsize=16)
+def _starts(lengths: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the number of the first batch of each epoch, and at last that of all batches."""
+    return tuple(accumulate(lengths, initial=0))
 
 
 @dataclass(frozen=True)

@@ -40,9 +40,6 @@ MAX_HEADER_BYTES = 3 << 19  # enough for a layer table of about twenty thousand 
 Frame = bytes | bytearray | memoryview
 
 
-ROWS = (messages.Plan, messages.Machine, messages.Spent)  # parts of messages that travel as lists of their fields
-
-
 class WireError(ValueError):
     """The frames are not a message of this protocol."""
 
@@ -125,7 +122,9 @@ def _plain(value: Any) -> Any:
         return value.to_lists()
     if isinstance(value, Optimizers):
         return optimizers_to_lists(value)
-    if isinstance(value, ROWS):
+    if isinstance(value, messages.Plan):
+        return [value.batches_per_epoch, value.epochs, *([list(value.lengths)] if value.lengths else [])]
+    if isinstance(value, (messages.Machine, messages.Spent)):
         return list(vars(value).values())
     return value
 
@@ -333,7 +332,12 @@ def _row(kind: type) -> Callable[[Any], Any]:
 
 
 def _plan(value: Any) -> messages.Plan:
-    plan: messages.Plan = _row(messages.Plan)(value)
+    hints = list(_hints(messages.Plan).values())
+    has_lengths = len(_exactly(list)(value)) == len(hints)
+    hints = hints if has_lengths else hints[:-1]  # a plan whose epochs are alike has none
+    plan = messages.Plan(*(_fit(number, hint) for number, hint in zip(value, hints, strict=True)))
+    if has_lengths and messages.Plan.of(plan.lengths or (0,)) != plan:
+        raise ValueError("lengths do not fit the number of epochs or the first of them")
     messages.Within(1, messages.LARGEST).check(plan.batches)
     return plan
 

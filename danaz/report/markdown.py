@@ -54,7 +54,7 @@ def _optimizer(config: Mapping[str, Any]) -> str:
     if config.get("optimizer", "sgd") == "sgd":
         return f"sgd with momentum {config['momentum']:g}"
     options = ", ".join(f"{name} {value}" for name, value in config["optimizer_options"].items())
-    return config["optimizer"] + (f" with {options}" if options else "")
+    return f"{config['optimizer']} with {options}" if options else str(config["optimizer"])
 
 
 def remarks(outcome: ComparisonOutcome) -> list[str]:

@@ -9,12 +9,17 @@ from danaz.rules.base import Context, Pushes, WorkerRule
 
 
 def local_steps(
-    optimizers: Optimizers, *, pushes: Pushes = "displacement", sync_period: int = 1, resets: bool = False
+    optimizers: Optimizers,
+    *,
+    pushes: Pushes = "displacement",
+    sync_period: int = 1,
+    resets: bool = False,
+    names_absent: bool = False,
 ) -> WorkerRule:
     """Return the rule of a worker that makes steps of ``optimizers`` between its pushes."""
     if isinstance(optimizers[0], Own):
         return OwnSteps(pushes=pushes, sync_period=sync_period)
-    return LocalSteps(optimizers, pushes=pushes, sync_period=sync_period, resets=resets)
+    return LocalSteps(optimizers, pushes=pushes, sync_period=sync_period, resets=resets, names_absent=names_absent)
 
 
 class OwnSteps(WorkerRule):
@@ -26,10 +31,12 @@ class OwnSteps(WorkerRule):
 
 
 class LocalSteps(WorkerRule):
-    """Each gradient displaces Θ = θ + a by s + a′ − a: a is the look-ahead of this worker's state, a′ that after g.
+    """The steps of torch's class of the optimizer: each gradient displaces the parameters by s.
 
-    For SGD, this is −η(γv′ + g) + γ(ηᵢ − η)v. The last term is zero while η is constant. It makes the displacement
-    exact when η changes; Algorithm 4 of the DANA paper leaves it out, and so does ``lr_correction=False``.
+    Some optimizers move Θ = θ + a, where a is the look-ahead of the state. So do all of them if the worker
+    ``gives_back``. Then a gradient displaces Θ by s + a′ − a, with a before and a′ after it. For SGD, this is
+    −η(γv′ + g) + γ(ηᵢ − η)v. The last term is zero while η is constant. It makes the displacement exact when η changes;
+    Algorithm 4 of the DANA paper leaves it out, and torch, too, and so does ``lr_correction=False``.
     """
 
     def __init__(
@@ -41,6 +48,7 @@ class LocalSteps(WorkerRule):
         sync_period: int = 1,
         resets: bool = False,
         gives_back: bool = False,
+        names_absent: bool = False,
     ):
         self.optimizers = optimizers
         self.worker_state = optimizers.state
@@ -50,11 +58,15 @@ class LocalSteps(WorkerRule):
         self.sync_period = sync_period
         self.resets = resets
         self.gives_back = gives_back
+        self.names_absent = names_absent
 
     def push(self, out: Tensor, grad: Tensor, old: Vectors, new: Vectors, ctx: Context) -> None:
-        before = Scalars(ctx.own_lr if self.lr_correction else ctx.lr, ctx.own_count)
-        after = Scalars(ctx.lr, ctx.own_count + 1)
-        self.optimizers.of(ctx.group).displace(out, grad, old, new, after, before, old.get("view"))
+        optimizer, after = self.optimizers.of(ctx.group), Scalars(ctx.lr, ctx.own_count + 1)
+        if self.gives_back or optimizer.steps_look_ahead:
+            before = Scalars(ctx.own_lr if self.lr_correction else ctx.lr, ctx.own_count)
+            optimizer.displace(out, grad, old, new, after, before, old.get("view"))
+        else:
+            optimizer.advance(out, grad, old, new, after, old.get("view"))
 
     def give_back(self, out: Tensor, state: Vectors, ctx: Context) -> None:
         """−a."""

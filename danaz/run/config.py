@@ -21,6 +21,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     Field,
+    TypeAdapter,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -218,7 +219,12 @@ class Config(_Checked, Training, _Task, frozen=True):
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), options: Mapping[str, object] | None = None) -> Config:
+def load_config(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    options: Mapping[str, object] | None = None,
+    hyperparameters: Sequence[str] = (),
+) -> Config:
     """Read and check a YAML file.
 
     Args:
@@ -227,6 +233,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), options: Mappin
             ``lr_schedule={milestones: [2, 3]}``. A mapping is merged into the file's, anything else replaces it.
         options: values of keys that have an option of their own on the command line, such as ``--algorithm``. They
             replace those of the overrides.
+        hyperparameters: ``name=value`` each, which replace single ones among the key ``hyperparameters``.
 
     Raises:
         ConfigError: the file is missing or is not a mapping, or a key or value is not allowed.
@@ -235,17 +242,32 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), options: Mappin
     values = {"name": path.stem, **_read_mapping(path)}
     origin = {}  # dotted key -> the override that set it, for the error message
     for override in overrides:
-        key, value = _parse_override(override)
+        key, value = _parse_assignment("--set", override, "lr=0.1")
         _merge(values, key.split("."), value, override)
         origin[key] = f"--set {override}"
     for key, value in (options or {}).items():
         values[key] = value
         origin[key] = f"--{key.replace('_', '-')} {value}"
+    for name, value in read_hyperparameters(hyperparameters).items():
+        _merge(values, ["hyperparameters", name], value, f"hyperparameters.{name}={value}")
     try:
         return Config.model_validate(values)
     except ValidationError as error:
         problems = [_explain(problem, path, origin) for problem in error.errors(include_url=False)]
         raise ConfigError("\n".join(problems)) from None
+
+
+def read_hyperparameters(given: Sequence[str]) -> dict[str, bool | int | float | str]:
+    """Read what ``--hyperparameter`` was given: NAME=VALUE each, the value in YAML. Raises ConfigError."""
+    values: dict[str, bool | int | float | str] = {}
+    for text in given:
+        name, value = _parse_assignment("--hyperparameter", text, "outer=dana")
+        try:
+            values[name] = TypeAdapter(Scalar).validate_python(value)
+        except ValidationError as error:
+            reason = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+            raise ConfigError(f"--hyperparameter {text}: the value {reason}") from None
+    return values
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
@@ -267,14 +289,15 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     return values
 
 
-def _parse_override(override: str) -> tuple[str, Any]:
-    key, equals, text = override.partition("=")
+def _parse_assignment(option: str, text: str, example: str) -> tuple[str, Any]:
+    """Read the key=value that an option of the command line was given, the value in YAML. Raises ConfigError."""
+    key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"--set {override}: expected key=value, for example --set lr=0.1")
+        raise ConfigError(f"{option} {text}: expected key=value, for example {option} {example}")
     try:
-        return key.strip(), parse_yaml(text)
+        return key.strip(), parse_yaml(value)
     except YamlError as error:
-        raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from None
+        raise ConfigError(f"{option} {text}: the value is not valid YAML: {error}") from None
 
 
 def _merge(values: dict[str, Any], keys: Sequence[str], value: Any, override: str) -> None:

@@ -112,7 +112,7 @@ class Leases:
     @property
     def epoch(self) -> float:
         """Completed epochs of the whole cluster."""
-        return self.completed / self.plan.batches_per_epoch
+        return self.plan.epoch_after(self.completed)
 
     @property
     def done(self) -> bool:

@@ -44,7 +44,7 @@ class Snapshot:
     @property
     def done(self) -> bool:
         """Whether there was nothing more to train."""
-        return Leases.restored(Plan(**self.facts["job"]["plan"]), self.facts["leases"]).done
+        return Leases.restored(_plan(self.facts["job"]), self.facts["leases"]).done
 
 
 def snapshot_of(state: ServerState, reuse: Snapshot | None = None) -> Snapshot:
@@ -109,7 +109,7 @@ def restore_state(state: ServerState, saved: Snapshot, now: float) -> None:
             f"(digest {facts['digest'][:12] or 'none'}, here {settings.digest[:12] or 'none'}); resume it with the "
             "config.yaml that it began with"
         )
-    job, plan = facts["job"], Plan(**facts["job"]["plan"])
+    job, plan = facts["job"], _plan(facts["job"])
     state.take_job(
         Job(Layout.from_lists(job["layout"]), plan, _optimizers(job)),
         (LeasedElsewhere if settings.shard else Leases).restored(plan, facts["leases"]),
@@ -134,6 +134,11 @@ def restore_state(state: ServerState, saved: Snapshot, now: float) -> None:
     state.untrained = tensors.get("untrained", state.untrained)
     state.sound = tuple(facts.get("sound", ()))
     _fill_buffers(state, facts, tensors)
+
+
+def _plan(job: Mapping[str, Any]) -> Plan:
+    """A checkpoint of an earlier version has no lengths, because its epochs were all alike."""
+    return Plan(**{**job["plan"], "lengths": tuple(job["plan"].get("lengths", ()))})
 
 
 def _optimizers(job: Mapping[str, Any]) -> Optimizers:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -160,8 +160,10 @@ def DistributedOptimizer(
     Each ``step()`` averages the gradient over this worker's ranks, pushes it, and puts the next view into the model.
     When ``backward()`` has returned, every ``p.grad`` is the worker's mean gradient: clip, unscale or log it as ever.
     ``step(loss=loss)`` adds the loss to the run's records. A batch that is not followed by ``step()`` counts as used.
-    The loss must be a mean over the samples, not a sum. Raises UnsupportedOptimizerError, with the reason, for an
-    optimizer that danaz does not know, and ValueError for a model that danaz cannot train.
+    The loss must be a mean over the samples, not a sum. A script with several optimizers wraps each of them, before its
+    loop: their steps on a batch are one update. Raises UnsupportedOptimizerError, with the reason, for an optimizer
+    that the algorithm cannot carry out, ValueError for a model that danaz cannot train, and NotInitializedError once
+    the run has begun.
     """
     session = _session()
     replicated = session.place.server is None
@@ -170,12 +172,15 @@ def DistributedOptimizer(
     return wrapped
 
 
-def epochs(count: int) -> Iterator[int]:
+def epochs(count: int, batches: Sequence[int] | Callable[[int], int] | None = None) -> Iterator[int]:
     """Iterate over the epochs of the whole cluster. After the loop, every rank has the trained model (see ``finish``).
 
-    A run has one such loop. Raises LoopError if it is begun a second time, or if an epoch ends without ``shard``.
+    All epochs have as many batches as the first, unless ``batches`` says how many each has: the ``len`` of the loader
+    that the epoch will be given, in a list of ``count`` numbers, or as a function of the epoch. It must be the same in
+    all processes. A run has one such loop. Raises LoopError if it is begun a second time, or if an epoch ends without
+    ``shard``, and ValueError for numbers that are none.
     """
-    return _session().run_epochs(count)
+    return _session().run_epochs(count, batches)
 
 
 def shard(loader: DataLoader[Any], epoch: int, *beside: DataLoader[Any]) -> Iterator[Any]:
@@ -319,7 +324,7 @@ def evaluating(model: nn.Module, at: str = "view", together: bool = False) -> Ab
     statistics (all floating-point buffers) are the mean over this worker's ranks. Afterwards the parameters, buffers
     and modes are what they were, to the bit, also after an error. Any rank may enter, alone or with others, such as
     within ``if danaz.is_main():``: the other ranks of its worker wait for it at their next step, and other workers go
-    on. Ranks average their buffers when a loop over ``danaz.shard`` comes to its end. Within a loop, and in
+    on. Ranks average their buffers with the last step of a loop over ``danaz.shard``. Within a loop, and in
     ``danaz.steps``, each rank has its own buffers, unless all ranks of the worker enter with ``together=True``, which
     averages them there.
 

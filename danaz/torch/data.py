@@ -192,7 +192,8 @@ class LeaseSampler:
         if found != planned:
             raise OrderError(
                 f"the loader has {found} batches in epoch {epoch}, and the run was planned for {planned}. Every "
-                "process needs, in every epoch, a loader with the same number of batches."
+                "process needs a loader with the same number of batches, and so does every epoch, unless danaz.epochs "
+                "was told how many each one has: danaz.epochs(N, batches=[…])."
             )
 
     def digest(self, epoch: int) -> int:

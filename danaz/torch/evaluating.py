@@ -1,8 +1,8 @@
 """The model as it should be evaluated in mid-run, and afterwards the training state again, to the bit.
 
-A model that trains is in training mode, and each rank has batch-norm statistics of its own. Ranks average them when
-they come to the end of the loop over batches, where all of them are at the same point. So any of them may evaluate
-after the loop, alone or together, without a word to the others.
+A model that trains is in training mode, and each rank has batch-norm statistics of its own. Ranks average them with
+the last push of an epoch, which all of them make together. So any of them may evaluate after the loop over its batches,
+alone or with others, without a word to the rest.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from danaz.torch.synchronized import Channel
 from danaz.vectors.model import FlatModel
 from danaz.worker.core import Loss
 from danaz.worker.group import Group
@@ -86,6 +87,7 @@ class GradientExchange:
         self.group = group
         self.weight = 1.0 / group.size
         self.asks_to_end = False  # whether this rank asks that its worker leave the run
+        self.channel: Channel | None = None  # of the model's layers of SyncBatchNorm, which other ranks may be in
         self._passes = passes
         self._passes_done = 0  # number of backwards since the last step
         self._alike = alike
@@ -155,6 +157,7 @@ class GradientExchange:
             return
         while len(self._round.handles) < len(self._buckets):
             self._begin_next_sum()
+        self._meet()
         for handle in self._round.handles:
             self.group.wait(handle)
         flat = self.flat
@@ -220,6 +223,7 @@ class GradientExchange:
         counts += [int(ballot.at == number) for number in range(self._optimizers)]
         # The votes are float32 like the gradients, so that Horovod can sum both in one go.
         votes = torch.tensor([*counts, ballot.loss, *mark, *(part for rate in counted for part in _parts(rate))])
+        self._meet()
         self.group.wait(self.group.sum_async(votes, "votes"))
         more, skips, edited, ends, has_loss, *rest = votes.tolist()
         there, (loss, *rest) = rest[: self._optimizers], rest[self._optimizers :]
@@ -230,6 +234,11 @@ class GradientExchange:
         alike = marks == [self.group.size * part for part in mark]
         mean_loss = loss if has_loss else None
         return Verdict(int(skips + elsewhere), mean_loss, lr, bool(edited), alike, bool(ends), at), int(more)
+
+    def _meet(self) -> None:
+        """Wait for the ranks that are still in a forward or backward, and need this one for their batch norm."""
+        if self.channel is not None:
+            self.channel.meet()
 
     def _first_of(self, ranks: Sequence[float]) -> int | None:
         """Return which of the optimizers that have ``ranks`` at their step comes first; None if none has."""

@@ -31,9 +31,9 @@ def _feed(found: Any, value: object) -> None:
         case np.ndarray() if value.dtype != object:
             found.update(f"{value.shape}{value.dtype.kind}".encode())
             found.update(np.ascontiguousarray(value).tobytes())
-        case list() if value and all(type(item) is int for item in value):
+        case list() if value and all(isinstance(item, (int, np.integer)) for item in value):
             found.update(f"{len(value)}i".encode())
-            found.update(repr(value).encode())
+            found.update(repr(list(map(int, value))).encode())  # a list of a million numbers takes no second
         case Mapping():
             _feed(found, sorted(value.items(), key=lambda item: repr(item[0])))
         case list() | tuple():

@@ -13,7 +13,8 @@ from danaz.optimizers import Optimizers, Own
 from danaz.torch.carried import UnsupportedOptimizerError, decayed_gradient, optimizers_of
 from danaz.torch.exchange import GradientExchange, Verdict
 from danaz.torch.optimizer_state import Rows
-from danaz.vectors.cutting import Spans, common_spans
+from danaz.torch.synchronized import synchronize
+from danaz.vectors.cutting import Spans, all_finite, common_spans
 from danaz.vectors.model import FlatModel
 from danaz.worker.core import Loss
 from danaz.worker.group import Group
@@ -106,6 +107,7 @@ class JointOptimizer:
         self.flat = FlatModel(model, [group["params"] for group in self.param_groups])
         passes = members[0].passes if len(members) == 1 else 1
         self.exchange = GradientExchange(self.flat, group, passes, alike=replicated, optimizers=len(members))
+        self.exchange.channel = synchronize(model, group, self.flat.params.device)
         self.was_stepped = False  # whether the script has called step()
         self.was_passed_over = False  # whether the script has gone on from a batch without step()
         self._group = group
@@ -200,6 +202,8 @@ class JointOptimizer:
     def begin_batch(self, weight: float) -> None:
         """Begin a batch, of which this rank has the share ``weight``."""
         self.exchange.weight = weight
+        if self.exchange.channel is not None:
+            self.exchange.channel.weight = weight
         self._batch = _Batch()
 
     def pass_over(self) -> None:
@@ -255,18 +259,18 @@ class JointOptimizer:
             absent = ()  # it may also move parameters that have no gradient
         else:
             grad = decayed_gradient(self.flat, self.param_groups)
-        if len(self.members) == 1:
-            batch.grad = grad
-        elif self._updates.moves_at_once:
-            self._updates.move(grad, absent, verdict)
-            return
-        else:
-            start, stop = self._span_of(number)
-            batch.grad = torch.zeros_like(grad) if batch.grad is None else batch.grad
-            batch.grad[start:stop].copy_(grad[start:stop])
         batch.absent.append(absent)
+        if len(self.members) > 1 and self._updates.moves_at_once:
+            self._updates.move(grad, absent, verdict)  # it also takes the loss
+            return
         if verdict.loss is not None:
             batch.losses.append(verdict.loss)
+        if len(self.members) == 1:
+            batch.grad = grad
+            return
+        start, stop = self._span_of(number)
+        batch.grad = torch.zeros_like(grad) if batch.grad is None else batch.grad
+        batch.grad[start:stop].copy_(grad[start:stop])
 
     def _end_batch(self, verdict: Verdict) -> None:
         """Let the update be made, if any member makes a step."""
@@ -277,14 +281,15 @@ class JointOptimizer:
             return
         loss = sum(batch.losses) / len(batch.losses) if len(batch.losses) > 1 else next(iter(batch.losses), None)
         verdict = replace(verdict, loss=loss, edited=batch.edited)
-        self._updates.push(batch.grad, common_spans(batch.absent) if batch.absent else (), verdict)
+        self._updates.push(batch.grad, common_spans(batch.absent), verdict)
 
     def _try_own_step(self, number: int, factors: list[float]) -> Tensor:
         """Return how far a member's own object moves the parameters, f32[P], and move them back.
 
         The rates of its groups are multiplied by ``factors`` during the step. A rate that it changes itself stays
         changed, without the factor. Rank 0 makes the step for all ranks, so that they stay the same, whatever the step
-        depends on.
+        depends on. A gradient that is not finite is returned as it is: the push will be refused, and the object's state
+        must not take it in.
         """
         flat, member = self.flat, self.members[number]
         before, rates = flat.params.clone(), self.rates
@@ -292,9 +297,9 @@ class JointOptimizer:
             if not has_gradient:
                 parameter.grad = None
         flat.show_gradients()
-        moved = flat.decayed
+        moved, is_sound = flat.decayed, all_finite(flat.grads)
         try:
-            if self._group.rank == 0:
+            if self._group.rank == 0 and is_sound:
                 applied = [rate * factor for rate, factor in zip(rates, factors, strict=True)]
                 self._set_rates(applied)
                 with flat.as_float32():
@@ -307,6 +312,8 @@ class JointOptimizer:
             torch.sub(flat.params, before, out=moved)
             flat.params.copy_(before)
             flat.show_params()
+        if not is_sound:
+            moved.copy_(flat.grads)
         if self._replicated:
             self._group.broadcast(own_step=moved)
         return moved

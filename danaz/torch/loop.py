@@ -37,20 +37,24 @@ class Loop:
         self.epoch: int | None = None  # the epoch under way
         self.reached = 0  # the newest epoch that was under way
         self.was_left = False  # whether a break, return, exception or the end of the process left the loop
+        self._call = ""  # the call that began the loop over the run
         self._is_open = False  # whether a loop over batches is under way
         self._dataset: object = None  # the data set that the epoch under way is trained on
         self._is_used_up = False  # whether the epoch under way has given all its batches
 
-    def begin(self, count: int) -> None:
-        """Note the number of epochs. Raises ValueError if it is none, and LoopError if the loop was begun before."""
+    def begin(self, count: int, call: str) -> None:
+        """Note the number of epochs of the loop that ``call`` begins.
+
+        Raises ValueError if it is none, and LoopError if a loop was begun before.
+        """
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"danaz.epochs takes the number of epochs, a whole number from 1 up, not {count!r}")
-        if self.count is not None:
+        if self._call:
             raise LoopError(
-                f"danaz.epochs({count}) is called although danaz.epochs({self.count}) was called before: a run has one "
-                "loop over its epochs. Give one danaz.epochs the total, and tell phases apart by the epoch's number."
+                f"{call} is called although {self._call} was called before: a run has one loop over its epochs or its "
+                "steps. Give one call the total, and tell phases apart by the number that it gives."
             )
-        self.count = count
+        self.count, self._call = count, call
 
     def epochs(self, first: int, is_over: Callable[[], bool]) -> Iterator[int]:
         """Yield the epochs from ``first`` on, until the run is over. Raises LoopError if one ends without batches."""

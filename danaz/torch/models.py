@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
+from danaz.torch.synchronized import is_synchronized
+
 
 def has_batch_norm(model: nn.Module) -> bool:
-    """Return whether the model has batch norm, so that a training step needs more than one sample on each rank."""
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    """Return whether the model has batch norm that needs more than one sample on each rank in a training step."""
+    norms = (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
+    return any(not is_synchronized(module) for module in norms)

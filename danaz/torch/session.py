@@ -27,7 +27,7 @@ from danaz.run.rates import effective_lr
 from danaz.run.settings import RankInfo, Settings
 from danaz.run.signals import note_ending_signals
 from danaz.torch.carried import UnsupportedOptimizerError, together, warn_if_not_nesterov
-from danaz.torch.data import Order, Portion, UnsupportedLoaderError, read_ahead
+from danaz.torch.data import Portion, UnsupportedLoaderError, read_ahead
 from danaz.torch.ending import ModelWatch, exit_unfinished, say
 from danaz.torch.evaluating import EvaluationError, Evaluations, check_at
 from danaz.torch.exchange import Verdict
@@ -41,7 +41,7 @@ from danaz.torch.joining import (
     of_each_rank,
 )
 from danaz.torch.joint import JointOptimizer
-from danaz.torch.leased import LeasedLoader
+from danaz.torch.leased import EpochLoaders, LeasedLoader, lengths_of
 from danaz.torch.loop import Counted, Item, Loop, LoopError
 from danaz.torch.optimizer import DistributedOptimizer
 from danaz.torch.optimizer_state import OptimizerState, Rows, StateAtHand, same_state
@@ -76,15 +76,15 @@ class Session:
         self._optimizer: JointOptimizer | None = None
         self._wrappers: list[DistributedOptimizer] = []  # what the script has instead of its optimizers
         self._membership: Membership | None = None
-        self._batches_of_epoch = 0  # number of batches in an epoch, as the script counts them; 0 before the run
+        self._as_counted = Plan(1, 1)  # the plan of the run, in batches as the script counts them
         # The script's loops.
         self.loop = Loop()
         self.epochs = 1
+        self._lengths: tuple[int, ...] = ()  # the batches of each epoch as the script has said, if it has
         self.in_loop = False  # whether the script is in its loop over batches
         self._epoch = 0  # the epoch that the loop over batches is in
-        self._loader: LeasedLoader | None = None  # the script's newest
+        self._loaders = EpochLoaders(machines_per_batch(settings, place))
         self._order_seed = 0  # the seed of the run's order of samples, once it has begun
-        self._first_order: Order | None = None  # of the loader that the run began with
         self._agreed: set[int] = set()  # the epochs whose order is the same on all ranks of this worker
         # The batches.
         self._portion: Portion | None = None  # this rank's part of the batch that is being computed
@@ -199,10 +199,11 @@ class Session:
 
     # ---- the loop over epochs --------------------------------------------------------------------------------------
 
-    def run_epochs(self, count: int) -> Counted[int]:
+    def run_epochs(self, count: int, batches: Sequence[int] | Callable[[int], int] | None = None) -> Counted[int]:
         """See danaz.torch.epochs."""
-        self.loop.begin(count)
+        self.loop.begin(count, f"danaz.epochs({count})")
         self.epochs = count
+        self._lengths = () if batches is None else lengths_of(count, batches)
         return Counted(self._epochs(), lambda: count)
 
     def _epochs(self) -> Iterator[int]:
@@ -236,7 +237,7 @@ class Session:
         for name, number in (("number of steps", count), ("number of samples", samples)):
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise ValueError(f"danaz.{call} takes the {name}, a whole number from 1 up, not {number!r}")
-        self.loop.begin(1)
+        self.loop.begin(1, f"danaz.{call}({count})")
         self.epochs = 1
         only_epoch = (item for epoch in self._epochs() for item in self.loop.batches(epoch, self, steps()))
         return Counted(only_epoch, lambda: ceil(count / self._machines_apart))
@@ -255,6 +256,11 @@ class Session:
 
     def _batches_of_stream(self, source: Iterable[Any], count: int, samples: int) -> Iterator[Any]:
         """Yield a batch of this rank's part of a stream for each step that this worker is leased."""
+        if self.place.worker >= self.settings.workers:
+            raise UnsupportedLoaderError(
+                "this worker has joined a running job, and has no part of its stream, which is divided among the "
+                f"{self.settings.workers} workers that the run began with. Begin the run with more workers."
+            )
         self._join_for_steps(count)
         stream = self._open_stream(source, count, samples)
         for step in self._leased_steps():
@@ -267,22 +273,16 @@ class Session:
 
     def _open_stream(self, source: Iterable[Any], count: int, samples: int) -> Stream:
         """Open this rank's part of a stream, behind what the worker has read of it if all are equally fast."""
-        place, share = self.place, self._member.share
-        if place.worker >= self.settings.workers:
-            raise UnsupportedLoaderError(
-                f"this worker has joined a running job, and has no part of its stream, which is divided among the "
-                f"{self.settings.workers} workers that the run began with. Begin the run with more workers."
-            )
-        worker = (
-            Part(share.worker, share.workers) if place.server is None else Part(place.worker, self.settings.workers)
-        )
+        share = self._member.share
+        all_reduce = self.place.server is None
+        worker = Part(share.worker, share.workers) if all_reduce else Part(self.place.worker, self.settings.workers)
         done = int(self.epoch * count) // self._machines_apart
         return open_stream(source, worker.split(share.rank, share.ranks), share, self._order_seed, done, samples)
 
     def _join_for_steps(self, count: int) -> None:
         if not self._has_begun:
             self._order_seed = torch.initial_seed() if self._seed is None else self._seed
-            self._join(Plan(count, 1), 1, count)
+            self._join(Plan(count, 1), 1, Plan(count, 1))
 
     def _leased_steps(self) -> Iterator[int]:
         """Yield the number of each step that this worker is leased."""
@@ -290,8 +290,8 @@ class Session:
         try:
             self.in_loop = True
             while self._has_more_in(0):
-                while not self._is_cut_short and (step := self._take()) is not None:
-                    yield step
+                while self.worker.batches.waiting and not self._is_cut_short:
+                    yield self.worker.batches.begin()
         finally:
             self.in_loop = False
 
@@ -313,57 +313,63 @@ class Session:
 
     def shard(self, loader: DataLoader[Any], epoch: int, *beside: DataLoader[Any]) -> Iterator[Any]:
         """Yield this rank's part of each batch of ``epoch`` that the worker is leased. The first call joins the run."""
-        self._epoch = epoch
-        leased = self._leased(loader, beside)
-        if not self._has_begun:
-            self._order_seed = leased.seed
-            self._join(
-                Plan(leased.order.count(epoch), self.epochs), read_ahead(loader), _batches_of(loader, leased, epoch)
-            )
-            self._warn_of_idle_ranks(leased.samples_of_first_batch(epoch))
-            if self.group.rank == 0:
-                leased.warn_of_distributed_sampler()
         if not torch.is_grad_enabled():
             raise RuntimeError(
                 "danaz.shard was iterated under torch.no_grad(), where nothing can be trained; to evaluate, iterate "
                 "the loader itself"
             )
-        self._first_order = self._first_order or leased.order
-        leased.check(self._first_order)
-        sampler, batches = leased.double(self._member.plan, self._member.share, self._take)
-        sampler.check_count(epoch)
+        self._epoch = epoch
+        leased = self._leased(loader, beside)
+        if not self._has_begun:
+            self._order_seed = leased.seed
+            self._join(leased.plan(self.epochs, self._lengths, epoch), read_ahead(loader), self._counted(leased, epoch))
+            self._warn_of_idle_ranks(leased.samples_of_first_batch(epoch))
+            if self.group.rank == 0:
+                leased.warn_of_distributed_sampler()
+        self._loaders.begin(epoch, leased, self._member.plan)
+        leased.double(self._member.plan, self._member.share, self._take)[0].check_count(epoch)
         try:
             self.in_loop = True
             while self._has_more_in(epoch):
-                for batch in self.worker.reading(batches):
-                    if self._is_cut_short:
-                        break
-                    self._begin(sampler.portions.popleft())
-                    yield batch
-            if not self._leaves_early:
-                self._evaluations.buffers.average(self.optimizer.flat)  # all ranks come to this point
+                yield from self._batches_of(self._loaders.choose(epoch, int(self._next_epoch)))
         finally:
             self.in_loop = False
+
+    def _batches_of(self, leased: LeasedLoader | None) -> Iterator[Any]:
+        """Yield this rank's part of the batches that wait and are of this loader; without one, skip the first."""
+        if leased is None:
+            batch = self.worker.batches.begin()
+            say(f"batch {batch} of an epoch whose loader this process does not have is left out")
+            self._begin(Portion(batch, 1, 1))
+            self._pass_over_unstepped()
+            return
+        sampler, batches = leased.double(self._member.plan, self._member.share, self._take)
+        try:
+            for batch in self.worker.reading(batches):
+                if self._is_cut_short:
+                    break
+                self._begin(sampler.portions.popleft())
+                yield batch
+        finally:
             # If the script left the loop, the loader has read ahead: those batches come first in the next loop.
             self.worker.batches.put_back([portion.batch for portion in sampler.portions])
             sampler.portions.clear()
 
     def _leased(self, loader: DataLoader[Any], beside: Sequence[DataLoader[Any]]) -> LeasedLoader:
-        """Return what is known of these loaders, which a script may make anew for each epoch."""
-        seed = self._order_seed if self._has_begun else self._seed_for(loader)
-        if self._loader is None or not self._loader.is_made_of(loader, beside, seed):
-            self._loader = LeasedLoader(loader, beside, machines_per_batch(self.settings, self.place), seed)
-        return self._loader
+        return self._loaders.made_of(loader, beside, self._order_seed if self._has_begun else self._seed_for(loader))
 
-    def _join(self, plan: Plan, ahead: int, batches: int) -> None:
+    def _counted(self, leased: LeasedLoader, epoch: int) -> Plan:
+        """Return the plan of the run in batches as the script counts them."""
+        return Plan.of(self._lengths) if self._lengths else Plan(leased.length(epoch), self.epochs)
+
+    def _join(self, plan: Plan, ahead: int, as_counted: Plan) -> None:
         """Join the run. By now the model, the optimizer and the data are known.
 
-        ``ahead`` is the number of batches that the loader reads ahead, and ``batches`` the number in an epoch, as the
-        script counts them.
+        ``ahead`` is the number of batches that the loader reads ahead.
         """
         optimizer = self.optimizer
         self._membership = make_membership(self.settings, self.place, self.group, optimizer, plan, ahead)
-        self._batches_of_epoch = batches
+        self._as_counted = as_counted
         loaded = self._loaded_state()
         enter(self.worker, optimizer.flat, self.place)
         if loaded is not None and self.worker.metrics.version == 0:  # else it is a run that goes on
@@ -405,8 +411,8 @@ class Session:
             )
 
     def _take(self) -> int | None:
-        """Begin the next leased batch of the epoch under way, and return its number; None if there is none."""
-        return self.worker.batches.begin() if self._next_epoch <= self._epoch else None
+        """Begin the next leased batch for the loader in use, and return its number; None if there is none."""
+        return self.worker.batches.begin() if self._loaders.reads(self._next_epoch) else None
 
     def _has_more_in(self, epoch: int) -> bool:
         """Return whether a batch of this epoch, or one left over from before, is at hand. Wait for one if necessary."""
@@ -464,6 +470,7 @@ class Session:
             self.group.broadcast(edited_params=self.optimizer.flat.params)
         lr = tuple(self.applied_lr(verdict.lr))
         self.worker.push(Step(portion.batch, lr, portion.samples, verdict.loss, absent, portion.order), grad)
+        self._average_buffers_after(portion.batch)
 
     def _agree_on_order(self, portion: Portion) -> None:
         """Raise OrderError if the ranks of this worker do not have the same order in the epoch of a batch."""
@@ -474,7 +481,19 @@ class Session:
 
     def skip(self) -> None:
         """See Updates."""
-        self.worker.skip(self._end_batch().batch, self.applied_lr(self.optimizer.rates))
+        batch = self._end_batch().batch
+        self.worker.skip(batch, self.applied_lr(self.optimizer.rates))
+        self._average_buffers_after(batch)
+
+    def _average_buffers_after(self, batch: int) -> None:
+        """Average the ranks' buffers if ``batch`` was the last of its epoch that the worker holds.
+
+        The script may evaluate next. All ranks have made this push together, and hold the same batches. At the end of
+        the loop they may be apart, because one of them has called ``stop``.
+        """
+        place_of = self._member.plan.place_of
+        if all(place_of(held)[0] > place_of(batch)[0] for held in self.worker.batches.held):
+            self._evaluations.buffers.average(self.optimizer.flat)
 
     def end(self) -> None:
         """See Updates."""
@@ -651,7 +670,7 @@ class Session:
 
     @property
     def ticks(self) -> float:
-        return self.epoch * self._batches_of_epoch
+        return self._as_counted.batches_until(self.epoch)
 
     # ---- the end ---------------------------------------------------------------------------------------------------
 
@@ -787,11 +806,3 @@ class Session:
         }
         missing = ", ".join(call for call, is_made in calls.items() if not is_made)
         return f"the script ended without training: it calls danaz.init(), but never came to {missing}"
-
-
-def _batches_of(loader: DataLoader[Any], leased: LeasedLoader, epoch: int) -> int:
-    """Return the number of batches in an epoch as the script counts them, or as they are if the loader cannot tell."""
-    try:
-        return len(loader)
-    except (TypeError, NotImplementedError):
-        return leased.order.count(epoch)

@@ -61,10 +61,7 @@ def allgather(group: Group, value: Any) -> list[Any]:
         return _meet(group, f"{call} of an object", value)
     said = _meet(group, f"{call} of a tensor", _facts(value), _sparse(value, call))
     pool = _pool(group, _bytes_of(value), [_size_of(facts) for facts in said], _common_device(value, said), call)
-    return [
-        value if rank == group.rank else _tensor_of(data, facts, value.device)
-        for rank, (data, facts) in enumerate(zip(pool, said, strict=True))
-    ]
+    return [_tensor_of(data, facts, value.device) for data, facts in zip(pool, said, strict=True)]
 
 
 def broadcast(group: Group, value: Any) -> Any:
@@ -75,8 +72,10 @@ def broadcast(group: Group, value: Any) -> Any:
     own = None if is_tensor or not is_first else value
     said = _meet(group, call, [facts, own], _sparse(value, call) if is_tensor else None)
     facts, told = said[0]
-    if facts is None or group.size == 1:
-        return value if is_first else told
+    if facts is None:
+        return told
+    if group.size == 1:
+        return value.detach().clone()
     here = value.device if is_tensor else CPU
     is_everywhere = all(each is not None and each[2] for each, _ in said)
     room = torch.zeros(_size_of(facts), dtype=torch.uint8, device=here if is_everywhere else CPU)
@@ -84,7 +83,7 @@ def broadcast(group: Group, value: Any) -> Any:
         room.copy_(_bytes_of(value))
     with _patience(call):
         group.broadcast(danaz_broadcast=room)
-    return value if is_first else _tensor_of(room, facts, here)
+    return _tensor_of(room, facts, here)
 
 
 def broadcast_object(group: Group, value: Any) -> Any:

@@ -38,6 +38,7 @@ from danaz.rules import Context, WorkerRule
 from danaz.vectors.codecs import Compressor
 from danaz.vectors.counts import Counts
 from danaz.vectors.cutting import Spans, all_finite, common_spans, cut, parts
+from danaz.vectors.equality import are_equal
 from danaz.vectors.layout import Layout
 from danaz.worker.staging import IN_PLACE, Staging
 from danaz.worker.states import WORKER_TRANSITIONS, WorkerEvent, WorkerState
@@ -223,7 +224,7 @@ class WorkerCore:
         view = loaded.to(params.device)
         if own is not None:
             view = view + own.to(params.device)
-        if torch.equal(params, view) or not all_finite(view):
+        if are_equal(params, view) or not all_finite(view):
             return None
         return params - view
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import os
@@ -105,6 +106,7 @@ class TorchGroup:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=self._meeting_place(), rank=self.rank, world_size=self.size)
         self._dist = dist
+        self._ranks: Any = None  # torch's object for these ranks; None: that of the whole world
 
     def _meeting_place(self) -> Any:
         """Return the store at which the ranks find each other. It listens only on the world's own address.
@@ -121,17 +123,31 @@ class TorchGroup:
         return TCPStore(address, port, self.size, is_master=True, master_listen_fd=listener.detach())
 
     def sum_async(self, tensor: Tensor, name: str) -> Any:
-        return self._dist.all_reduce(tensor, async_op=True)
+        return self._dist.all_reduce(tensor, group=self._ranks, async_op=True)
 
     def wait(self, handle: Any) -> None:
         handle.wait()
 
     def broadcast(self, **tensors: Tensor) -> None:
         for tensor in tensors.values():
-            self._dist.broadcast(tensor, src=0)
+            self._dist.broadcast(tensor, src=0, group=self._ranks)
+
+    def apart(self) -> TorchGroup:
+        """See the function ``apart``. Every rank must call it."""
+        other = copy.copy(self)
+        other._ranks = self._dist.new_group()
+        return other
 
     def close(self) -> None:
         self._dist.destroy_process_group()
+
+
+def apart(group: Group) -> Group:
+    """Return a world of the same ranks, whose sums are made in an order of their own, whatever ``group`` sums.
+
+    Horovod tells sums apart by their names, but torch.distributed by their order. Every rank must call it.
+    """
+    return group.apart() if isinstance(group, TorchGroup) else group
 
 
 class CollectiveError(RuntimeError):

@@ -80,6 +80,11 @@ class LeasedBatches:
         self.waiting.extendleft(reversed(mine))
 
     @property
+    def held(self) -> list[int]:
+        """The batches that wait or have begun, in any order. They are the same on every rank."""
+        return [*self.waiting, *self._begun]
+
+    @property
     def any(self) -> bool:
         """Whether this worker holds a batch that waits or has begun."""
         return bool(self.waiting or self._begun)

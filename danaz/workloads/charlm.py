@@ -87,7 +87,8 @@ class Block(nn.Module):
         query, key, value = heads.permute(2, 0, 3, 1, 4)
         seen = F.scaled_dot_product_attention(query, key, value, is_causal=True)  # f32[B, heads, T, width / heads]
         x = x + self.mix(seen.transpose(1, 2).flatten(2))
-        return x + self.perceptron(self.norm2(x))
+        out: Tensor = x + self.perceptron(self.norm2(x))
+        return out
 
 
 class Gpt(nn.Module):

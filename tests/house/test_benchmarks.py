@@ -55,6 +55,7 @@ def test_shards_are_measured_behind_wires_of_their_own(tmp_path):
     assert all(float(row["exchanges_per_second"]) > 0 for row in rows)
 
 
+@pytest.mark.timeout(300)  # on a busy machine, torch takes long to import
 def test_the_step_is_measured_without_a_launcher(tmp_path):
     """Measure as the benchmark's processes do; danaz has a server of its own. Without a GPU, the benchmark says so.
 

@@ -106,7 +106,8 @@ time.sleep(60)
     assert outcome.failure.process is not None
     assert outcome.failure.process.rank == 1
     assert outcome.failure.last_lines == tuple(f"line {n}" for n in range(80, 100))
-    assert "its last lines:\n  | line 80\n" in str(outcome.failure)
+    assert "the last lines of rank 1 (worker 0) on localhost:\n  | line 80\n" in str(outcome.failure)
+    assert str(outcome.failure).endswith("\n  | line 99")
 
 
 def test_the_first_to_raise_is_blamed_though_it_ends_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +198,7 @@ def test_a_service_may_end_before_the_ranks(tmp_path: Path) -> None:
             "server on localhost did not print SERVER=… within 1 s",
         ),
         ("raise SystemExit('port in use')", 1, "server on localhost ended with exit code 1"),
-        ("print('hello')", 1, "server on localhost ended before it announced itself\nits last lines:\n  | hello"),
+        ("print('hello')", 1, "server on localhost ended before it announced itself\nits whole output is in "),
         (ANNOUNCE + "import os; os._exit(5)", 5, "server on localhost ended with exit code 5"),
     ],
 )
@@ -206,6 +207,29 @@ def test_a_service_that_fails_ends_the_run(tmp_path: Path, code: str, exit_code:
     outcome = play(tmp_path, ["sleep", "60"], services=[server], timeouts=Timeouts(grace_s=1.0, start_s=1.0))
     assert outcome.exit_code == exit_code
     assert str(outcome.failure).startswith(message)
+    if "hello" in code:
+        assert str(outcome.failure).endswith("\nthe last lines of server on localhost:\n  | hello")
+
+
+def test_the_error_of_a_script_is_what_one_sees_last(tmp_path: Path) -> None:
+    """Its neighbours' tracebacks and its own end of a long one are not."""
+    code = """
+import os, sys, time
+def deep(n):
+    if n: deep(n - 1) if n % 2 else deep(n - 1)
+    else: raise ValueError("wrong\\nand more")
+if os.environ["RANK"] == "1":
+    deep(12)
+time.sleep(0.3)
+raise RuntimeError("connection closed by peer")
+"""
+    outcome = play(tmp_path, python(code))
+    assert outcome.failure is not None
+    *_, before, last = str(outcome.failure).splitlines()
+    assert (before, last) == ("  | ValueError: wrong", "  | and more")
+    assert outcome.failure.last_lines[0] == "Traceback (most recent call last):"
+    assert "the last lines of rank 1 (worker 0) on localhost:\n  | Traceback" in str(outcome.failure)
+    assert outcome.failure.sentence == "rank 1 ended with exit code 1 (ValueError: wrong)"
 
 
 def test_a_flood_of_any_bytes_is_kept_whole(tmp_path: Path) -> None:

@@ -81,7 +81,8 @@ PLAIN = {
     Tensor: TENSORS,
     Layout: layouts(),
     Optimizers: st.sampled_from([SGD, Optimizers([Adam(0.5), Adam(amsgrad=True)])]),
-    Plan: st.builds(Plan, st.integers(1, 2**26), st.integers(1, 2**27)),
+    Plan: st.builds(Plan, st.integers(1, 2**26), st.integers(1, 2**27))
+    | st.lists(st.integers(1, 2**50), min_size=1, max_size=6).map(Plan.of),
     Machine: st.builds(Machine, st.text(max_size=20), st.integers(0, 2**53), st.text(max_size=20)),
     Spent: st.builds(Spent, *[st.floats(0, 2**53)] * 4),
 }
@@ -287,11 +288,22 @@ class TestGarbage:
         join[1]["layout"] = layout
         rejected([MAGIC, msgpack.packb(join), bytes(24)], "layout has the wrong type")
 
-    @pytest.mark.parametrize("plan", [[1], [1, 2, 3], ["1", 2], [1.0, 2], [None, None], {"a": 1}])
+    @pytest.mark.parametrize(
+        "plan",
+        [
+            *([1], [1, 2, 3], ["1", 2], [1.0, 2], [None, None], {"a": 1}),
+            *([1, 2, []], [1, 2, [1]], [1, 2, [1, 1]], [1, 2, [2, 1]], [1, 2, [1, "2"]], [1, 1, [1, 2]]),
+        ],
+    )
     def test_a_malformed_plan(self, plan):
         join = msgpack.unpackb(bytes(encode(SAMPLES[0])[1]))
         join[1]["plan"] = plan
         rejected([MAGIC, msgpack.packb(join), bytes(24)], "plan has the wrong type")
+
+    def test_a_push_of_an_earlier_version_says_nothing_of_the_order(self):
+        push = msgpack.unpackb(bytes(encode(dataclasses.replace(SAMPLES[1], order=7))[1]))
+        del push[1]["order"]
+        assert decode([MAGIC, msgpack.packb(push), bytes(24)]).order == 0
 
     def test_a_reply_is_no_request(self):
         frames = through(encode(Refusal(1, "no", False)))
@@ -417,6 +429,8 @@ class TestRanges:
             (Join(0, 1, 1, "", SGD, Layout.from_lists([[], [], []]), Plan(1, 1), 1), "digest", "d" * 1001),
             (Join(0, 1, 1, "", SGD, Layout.from_lists([[], [], []]), Plan(1, 1), 1), "plan", [2**30, 2**30]),
             (Join(0, 1, 1, "", SGD, Layout.from_lists([[], [], []]), Plan(1, 1), 1), "plan", [0, 1]),
+            (Join(0, 1, 1, "", SGD, Layout.from_lists([[], [], []]), Plan(1, 1), 1), "plan", [1, 2, [1, 0]]),
+            (Join(0, 1, 1, "", SGD, Layout.from_lists([[], [], []]), Plan(1, 1), 1), "plan", [1, 2, [1, 2**53]]),
         ],
     )
     def test_a_list_or_text_beyond_its_range(self, message, field, value):

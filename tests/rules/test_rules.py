@@ -34,7 +34,9 @@ class TestEveryAlgorithm:
         algorithm = ALGORITHMS[name]
         assert algorithm.summary.endswith(".")
         assert algorithm.paper
-        assert all(isinstance(default, (int, float, bool, tuple)) for default in algorithm.hyperparameters.values())
+        assert all(
+            isinstance(default, (int, float, bool, str, tuple)) for default in algorithm.hyperparameters.values()
+        )
 
     @given(run=runs())
     @settings(max_examples=30, deadline=None)

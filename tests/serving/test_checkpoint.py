@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from stimuli import JOIN
 
 from danaz.optimizers import SGD, Optimizers
-from danaz.protocol.messages import Leave, Report
+from danaz.protocol.messages import Leave, Plan, Report
 from danaz.run.folder import read_summary
 from danaz.server.core import ServerCore
 from danaz.server.records import Update
@@ -92,6 +92,16 @@ class TestCheckpoints:
         assert core.mean_buffers().tolist() == [6.0, 7.0]
         assert core.totals.first_losses == {0: 2.0, 1: 2.0}
         assert core.members[0].vectors.keys() == {"velocity"}
+
+    def test_epochs_of_different_lengths_come_back(self, tmp_path):
+        cluster = Cluster("dana", 1, torch.ones(SIZE), plan=Plan.of([2, 3]))
+        for _ in range(3):
+            cluster.push(0, torch.ones(SIZE), 0.1)
+        write_checkpoint(tmp_path, 1, cluster.server.snapshot())
+        core = ServerCore(cluster.settings)
+        core.restore(newest(tmp_path), [], 1, 0.0)
+        assert core.job == cluster.server.job
+        assert core.leases.epoch == cluster.server.leases.epoch == pytest.approx(1 + 1 / 3)
 
     def test_a_copy_does_not_move_with_the_run(self):
         cluster = Cluster("dana-zero", 1, torch.ones(SIZE))

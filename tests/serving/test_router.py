@@ -127,7 +127,7 @@ class TestKeys:
         }[whose]
         core = ServerCore(settings_for(1))
         with serving(core, keys=server_keys) as (address, _):
-            link = DealerLink(address, Heartbeat(0, 1), give_up_s=1.0, keys=keys)
+            link = DealerLink(address, Heartbeat(0, 1), give_up_s=0.5, keys=keys)
             for number in (1, 2):  # ZeroMQ gives the connection up after the first one, and then takes no more
                 with pytest.raises(ServerLostError, match="did not answer"):
                     link.exchange(Pull(0, 1, number))

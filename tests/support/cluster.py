@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +46,7 @@ class Cluster:
         weight_decay: tuple[float, ...] = (),
         gap_every: int = 0,
         buffers: int = 0,
+        hyperparameters: Mapping[str, Any] | None = None,
     ):
         self.layout = layout_of(*(groups or [params.numel()]), buffers=buffers)
         self.optimizers, self.plan, self.params = optimizers, plan, params
@@ -57,6 +59,7 @@ class Cluster:
             weight_decay=weight_decay,
             gap_every=gap_every,
             worker_timeout_s=TIMEOUT_S,
+            hyperparameters=dict(hyperparameters or {}),
         )
         self.updates: list[Update] = []
         self.sync_period = self.settings.rule(self.optimizers).worker_rule.sync_period

@@ -12,14 +12,18 @@ from oracle import Array, Oracle, Rounds, Steps, Views
 
 
 class LocalSteps:
-    """Steps on the worker, from the view on: x ← x + s + a′ − a. For SGD: v ← γv + g; x ← x − η(γv + g)."""
+    """Steps on the worker, from the view on, as torch's class makes them: x ← x + s, or x ← x + s + a′ − a.
+
+    For SGD: v ← γv + g; x ← x − η(γv + g).
+    """
 
     def walked(self: Oracle, i: int, steps: Steps, state: Any) -> Array:  # type: ignore[misc]
         """Return where ``steps`` lead, and bring ``state`` up to date."""
         x = self.sent[i][0]
         for g, lr in steps:
             before = state.a(lr)
-            x = x + state.s(g, x, lr) + state.a(lr) - before
+            s = state.s(g, x, lr)
+            x = x + s + (state.a(lr) - before if state.torch_looks_ahead else 0.0)
         return x
 
 
@@ -82,6 +86,86 @@ class Bmuf(ModelAveraging, name="bmuf"):
 
     def view(self, i: int) -> Array:
         return self.theta + self.beta * self.step
+
+
+class Diloco(ModelAveraging, name="diloco"):
+    """Δ = mean(θ − θᵢ), and a step of torch.optim.SGD(lr=0.7, momentum=0.9, nesterov=True) along it."""
+
+    def set_up(self) -> None:
+        super().set_up()
+        self.m = self.zeros()
+
+    def pushed(self, i: int, steps: Steps) -> Array:
+        return self.sent[i][0] - super().pushed(i, steps)
+
+    def apply(self, i: int, mean: Array, lr: Array) -> None:
+        self.states |= {j: self.tentative[j] for j in self.waiting}
+        self.m = 0.9 * self.m + mean
+        self.theta = self.theta - 0.7 * (mean + 0.9 * self.m)
+
+
+class AsyncDiloco(LocalSteps, Oracle):
+    """Each worker's Δ = θ − θᵢ, with θ as it was sent, is divided by N."""
+
+    def take(self, i: int, steps: Steps) -> None:
+        x = self.walked(i, steps, self.states[i])
+        self.outer(i, (self.sent[i][0] - x) / len(self.present))
+
+    def outer(self, i: int, delta: Array) -> None:
+        self.theta = self.theta - 0.7 * delta
+
+
+class AsyncDilocoAsgd(AsyncDiloco, name="async-diloco asgd"):
+    pass
+
+
+class AsyncDilocoNag(AsyncDiloco, name="async-diloco nag-asgd"):
+    def set_up(self) -> None:
+        self.m = self.zeros()
+
+    def outer(self, i: int, delta: Array) -> None:
+        self.m = 0.9 * self.m + delta
+        self.theta = self.theta - 0.7 * (delta + 0.9 * self.m)
+
+
+class AsyncDilocoDelayed(AsyncDiloco, name="async-diloco delayed-nesterov"):
+    """Algorithm 3 of Liu et al. with c = 0."""
+
+    def set_up(self) -> None:
+        self.m, self.buffer = self.zeros(), self.zeros()
+
+    def outer(self, i: int, delta: Array) -> None:
+        self.buffer = self.buffer + delta
+        if (self.updates + 1) % len(self.present):
+            self.theta = self.theta - 0.7 * delta
+            return
+        self.m, self.buffer = 0.9 * self.m + self.buffer, self.zeros()
+        self.theta = self.theta - 0.7 * (0.9 * self.m + delta)
+
+
+class AsyncDilocoDefault(AsyncDilocoDelayed, name="async-diloco"):
+    pass
+
+
+class AsyncDilocoDana(AsyncDiloco, name="async-diloco dana"):
+    """DANA-Zero along Δ: θ̂ = θ − γη Σⱼ mⱼ, over all workers, also those that have gone: they forfeit their share.
+
+    Here ``theta`` is θ̂, in which the model ends, too.
+    """
+
+    def set_up(self) -> None:
+        self.position, self.m = self.theta, {i: self.zeros() for i in self.present}
+        self.forfeited = self.zeros()
+
+    def outer(self, i: int, delta: Array) -> None:
+        self.m[i] = 0.9 * self.m[i] + delta
+        self.position = self.position - 0.7 * self.m[i]
+        self.theta = self.position - 0.7 * 0.9 * (sum(self.m.values(), self.zeros()) + self.forfeited)
+
+    def fresh(self, i: int) -> Views:
+        self.forfeited = self.forfeited + self.m[i]
+        self.m[i] = self.zeros()
+        return super().fresh(i)
 
 
 # ---- without a server: θ is the mean of all xᵢ, and nobody comes or goes -------------------------------------------

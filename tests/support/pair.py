@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,7 +95,8 @@ def runs(*what: str, most_workers: int = 5) -> st.SearchStrategy[Run]:
 class Pair:
     """An algorithm and its oracle, which go through the same run."""
 
-    def __init__(self, name: str, run: Run):
+    def __init__(self, name: str, run: Run, **hyperparameters: Any):
+        """``hyperparameters`` are names; the oracle has the name of the algorithm, followed by them."""
         algorithm = find_algorithm(name)
         self.limit = algorithm.rule().max_workers or run.workers
         workers = min(run.workers, self.limit)
@@ -110,9 +112,10 @@ class Pair:
             lr_correction=run.lr_correction,
             sync_period=run.sync_period if "sync_period" in algorithm.hyperparameters else None,
             weight_decay=WEIGHT_DECAY,
+            hyperparameters=hyperparameters,
         )
-        state = STATES[optimizer.name](SIZE, **asdict(optimizer))
-        self.oracle: Oracle = ORACLES[name](first, workers, state, run.lr_correction)
+        state, oracle = STATES[optimizer.name](SIZE, **asdict(optimizer)), " ".join([name, *hyperparameters.values()])
+        self.oracle: Oracle = ORACLES[oracle](first, workers, state, run.lr_correction)
         self.oracle.weight_decay, self.oracle.layers = per_parameter(WEIGHT_DECAY), (slice(0, 4), slice(4, 7))
         self.having: set[int] = set()  # workers that have a view to compute on
         self.agree(self.oracle.start())

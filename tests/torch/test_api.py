@@ -18,6 +18,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import danaz.torch as danaz
 from danaz.cli.main import main
+from danaz.launch.begin import prepare
+from danaz.launch.options import LaunchOptions
+from danaz.run.config import load_config
 from danaz.server.core import ServerCore
 from danaz.torch.session import NotInitializedError
 
@@ -206,6 +209,15 @@ SCRIPT = ["--", "python", "train.py"]
         (["launch", QUADRATIC, "--hosts", "localhost:0"], "zero slots"),
         (["launch", QUADRATIC, "--collective", "mpi"], "unknown collective 'mpi': give auto, horovod or torch"),
         (["replay", "nowhere"], "nowhere"),
+        (
+            ["launch", "-a", "async-diloco", "--hyperparameter", "outer=adam", *SCRIPT],
+            "async-diloco: outer = 'adam', expected one of asgd, nag-asgd, delayed-nesterov, dana",
+        ),
+        (
+            ["simulate", QUADRATIC, "-a", "diloco", "--hyperparameter", "outer_lr"],
+            "--hyperparameter outer_lr: expected key=value, for example --hyperparameter outer=dana",
+        ),
+        (["simulate", QUADRATIC, "--hyperparameter", "a=[1]"], "--hyperparameter a=[1]: the value should be a number"),
     ],
 )
 def test_what_cannot_be_done_is_said_and_leaves_nothing(
@@ -252,6 +264,21 @@ def test_a_dry_run_names_every_process_and_starts_none(command: Callable[..., tu
     assert not (tmp_path / "run/updates.jsonl").exists()
 
 
+def test_a_hyperparameter_may_be_given_to_a_script_and_to_a_config(
+    command: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    chosen = ["outer=dana", "outer_lr=1e-1"]
+    for config, script in ((None, ["python", "train.py"]), (Path(QUADRATIC), [])):
+        asked = LaunchOptions(collective="torch", config=config, algorithm="async-diloco", hyperparameter=chosen)
+        launch, _ = prepare(asked, [], script)
+        assert launch.settings["hyperparameters"] == {"outer": "dana", "outer_lr": 0.1}
+    out = tmp_path / "run"
+    sets = ("--set", "epochs=1", "--set", "hyperparameters.outer_momentum=0.5", "--out", str(out))
+    flags = [word for each in chosen for word in ("--hyperparameter", each)]
+    assert command("simulate", QUADRATIC, "-n", "2", "-a", "async-diloco", *flags, *sets)[0] == 0
+    assert load_config(out / "config.yaml").hyperparameters == {"outer": "dana", "outer_lr": 0.1, "outer_momentum": 0.5}
+
+
 @pytest.mark.parametrize("name", ["launch", "simulate", "compare", "replay", "horovod install", "horovod check"])
 def test_help_shows_examples(command: Callable[..., tuple[int, str]], name: str) -> None:
     code, said = command(*name.split(), "--help")
@@ -271,3 +298,5 @@ def test_algorithms_are_listed(command: Callable[..., tuple[int, str]]) -> None:
     assert code == 0
     for name in ("baseline", "asgd", "nag-asgd", "multi-asgd", "dana-zero", "dana", "ssgd"):
         assert f" {name} " in f" {said} "
+    assert "outer delayed-nesterov (or asgd, nag-asgd, dana)" in said
+    assert re.search(r"async-diloco +asgd +0 .* nag-asgd +1 .* delayed-nesterov +2 .* dana +N ", said)

@@ -7,6 +7,7 @@ import itertools
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -232,10 +233,9 @@ def test_data_that_runs_out_unevenly(samples: int, batch_size: int, epochs: int)
 
 
 def test_batches_of_a_lost_worker_are_given_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(danaz.worker.link, "HEARTBEAT_S", 0.05)
     monkeypatch.setattr(danaz.worker.link, "RETRY_FIRST_S", 2 * PATIENCE_S)  # the late answer must arrive at once
     samples, batch_size, epochs = 20, 4, 2
-    cluster = ScriptCluster(ServerSettings("dana-zero", workers=2, worker_timeout_s=0.5))
+    cluster = ScriptCluster(ServerSettings("dana-zero", workers=2))
 
     def survivor(session: Session, number: int) -> None:
         train(cluster, session, number, samples, epochs, batch_size=batch_size)
@@ -245,7 +245,7 @@ def test_batches_of_a_lost_worker_are_given_to_others(monkeypatch: pytest.Monkey
         session.epochs = epochs
         data = Counted(samples, number, [], lambda: None)
         next(session.shard(DataLoader(data, shuffle=True, batch_size=batch_size), 0))
-        # This worker falls silent in its first batch.
+        cluster.core.members[number].heard_at = -inf  # it falls silent in its first batch, and has been so for long
 
     cluster.worker(0, survivor)
     cluster.worker(1, victim)

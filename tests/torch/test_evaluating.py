@@ -65,7 +65,7 @@ def train_batch(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -
 Look = Callable[[Session, nn.Module, int], None]
 
 
-def script(look: Look, fetched: list[tuple[int, int]], models: dict[tuple[int, int], nn.Module]) -> Any:
+def script(look: Look, fetched: list[tuple[int, int]], models: dict[tuple[int, int], nn.Module], epochs: int) -> Any:
     """Return a script that looks at its model after each epoch's loop, on every rank."""
 
     def story(session: Session, number: int) -> None:
@@ -73,7 +73,7 @@ def script(look: Look, fetched: list[tuple[int, int]], models: dict[tuple[int, i
         models[number, session.group.rank] = model
         optimizer = adopt(session, model, make_sgd(model))
         loader = DataLoader(Counted(SAMPLES, number, fetched, lambda: None), batch_size=BATCH, shuffle=True)
-        for epoch in session.run_epochs(EPOCHS):
+        for epoch in session.run_epochs(epochs):
             for x, _ in session.run_batches(loader, epoch):
                 train_batch(model, optimizer, x)
             look(session, model, epoch)
@@ -81,11 +81,11 @@ def script(look: Look, fetched: list[tuple[int, int]], models: dict[tuple[int, i
     return story
 
 
-def run(look: Look, cluster: ScriptCluster) -> dict[tuple[int, int], nn.Module]:
+def run(look: Look, cluster: ScriptCluster, epochs: int = EPOCHS) -> dict[tuple[int, int], nn.Module]:
     """Run a cluster whose worker 0 has two ranks. Return the models by worker and rank."""
     models: dict[tuple[int, int], nn.Module] = {}
     for number in range(cluster.settings.workers):
-        cluster.worker(number, script(look, cluster.fetched, models), ranks=2 if number == 0 else 1)
+        cluster.worker(number, script(look, cluster.fetched, models, epochs), ranks=2 if number == 0 else 1)
     cluster.run()
     return models
 
@@ -284,7 +284,7 @@ def test_a_run_that_is_stopped_within_an_evaluation_ends_with_the_trained_model(
     stopped = []
 
     def look(session: Session, model: nn.Module, epoch: int) -> None:
-        if epoch == 1 and (session.place.worker, session.group.rank) == (stopper, 0):
+        if not stopped and epoch > 0 and (session.place.worker, session.group.rank) == (stopper, 0):
             with session.evaluating(model, at, together=False):
                 session.stop("good enough")
                 stopped.append(parameters(model))
@@ -292,11 +292,37 @@ def test_a_run_that_is_stopped_within_an_evaluation_ends_with_the_trained_model(
             assert torch.equal(parameters(model), stopped[0])
 
     cluster = ScriptCluster(ServerSettings("dana", workers=2))
-    models = run(look, cluster)
+    models = run(look, cluster, epochs=10_000)
     assert cluster.core.summary()["stopped"] == "good enough"
     assert len(models) == 3
     for model in models.values():
         assert torch.equal(parameters(model), cluster.core.master.params)
+
+
+@pytest.mark.parametrize("epochs", [2, 5])
+def test_one_rank_may_stop_the_run_after_the_last_batch_of_an_epoch(epochs: int) -> None:
+    """The other ranks are at the end of their loops, where buffers are averaged, or on their way to the next epoch."""
+    ended = []
+
+    def story(session: Session, number: int) -> None:
+        model = make_model()
+        optimizer = adopt(session, model, make_sgd(model))
+        loader = DataLoader(Counted(SAMPLES, number, [], lambda: None), batch_size=BATCH)
+        for epoch in session.run_epochs(epochs):
+            for batch, (x, _) in enumerate(session.run_batches(loader, epoch)):
+                train_batch(model, optimizer, x)
+                if (session.group.rank, epoch, batch) == (1, 1, SAMPLES // BATCH - 1):
+                    session.stop("enough")
+                    break
+            if session.finished:
+                break
+        ended.append(parameters(model))
+
+    cluster = ScriptCluster(ServerSettings("dana", workers=1))
+    cluster.worker(0, story, ranks=2)
+    cluster.run()
+    assert len(ended) == 2
+    assert torch.equal(*ended)
 
 
 def test_after_the_run_both_points_are_the_trained_model() -> None:

@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import chain
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -254,6 +255,22 @@ def test_one_worker_equals_torch_with_the_same_batches(algorithm: str) -> None:
     assert_same(ours, theirs)
 
 
+def test_a_data_set_that_is_asked_for_whole_batches() -> None:
+    asked: list[list[int]] = []
+
+    class Whole(TensorDataset):
+        def __getitem__(self, index: Any) -> Any:
+            asked.append(index)
+            return super().__getitem__(index)
+
+    data = Whole(*DATA.tensors)
+    sampler = BatchSampler(RandomSampler(data), 4, drop_last=False)
+    with alone() as session:
+        train(session, lambda: DataLoader(data, None, sampler=sampler), epochs=2)
+    assert [len(index) for index in asked] == [4, 4, 3] * 2
+    assert Counter(chain.from_iterable(asked)) == dict.fromkeys(range(SAMPLES), 2)
+
+
 def train(session: Session, loader: Callable[[], DataLoader[Any]], epochs: int = 3) -> None:
     model, optimizer = make_optimizer(session)
     for epoch in session.run_epochs(epochs):
@@ -337,7 +354,7 @@ def _pairs(items: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_a_worker_with_another_sampler_than_the_workers_before_is_refused() -> None:
-    cluster = ScriptCluster(ServerSettings("dana", workers=2, worker_timeout_s=1.0))
+    cluster = ScriptCluster(ServerSettings("dana", workers=2))
     refused: list[str] = []
 
     def story(session: Session, number: int) -> None:
@@ -346,6 +363,7 @@ def test_a_worker_with_another_sampler_than_the_workers_before_is_refused() -> N
             train(session, lambda: DataLoader(DATA, 2, sampler=range(start, SAMPLES - 1 + start)))  # type: ignore[arg-type]
         except RefusedError as error:
             refused.append(str(error))
+            cluster.core.members[number].heard_at = -inf  # its process ends, and the server notices at once
 
     for number in range(2):
         cluster.worker(number, story)

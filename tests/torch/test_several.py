@@ -287,6 +287,36 @@ def test_ranks_equal_torch(loop: Loop, mode: str) -> None:
         assert_alike(first, train_with_torch(move_together, (adamw, adamw)))
 
 
+def test_in_a_pipeline_both_move_together() -> None:
+    """The gradients do not depend on the parameters, so that the lag of a pipeline makes no difference."""
+
+    def loop(gan: Gan) -> None:
+        for _, x in gan.batches():
+            gan.of_critic.zero_grad()
+            gan.critic(x).mean().backward()
+            gan.of_critic.step()
+            gan.of_generator.zero_grad()
+            gan.generator(x[:, :2]).square().sum(1).sqrt().mean().backward()
+            gan.of_generator.step()
+
+    def linear() -> tuple[nn.Module, nn.Module]:
+        torch.manual_seed(7)
+        return nn.Linear(FEATURES, 1), nn.Linear(2, 1)
+
+    plain = partial(torch.optim.SGD, lr=0.01)
+    with ExitStack() as stack:
+        address, _ = stack.enter_context(serving(ServerCore(ServerSettings("dana", 1, ""))))
+        session = Session(Settings(algorithm="dana", pipeline=True), RankInfo(worker=0, server=address))
+        with pytest.warns(UserWarning, match="dana moves all their parameters together"):
+            ours = train_with_danaz(loop, (plain, plain), session, linear())
+    critic, generator = linear()
+    batching = Batching(SAMPLES, BATCH)
+    given = [data()[batching.indices(batch)][0] for batch in range(batching.plan(EPOCHS).batches)]
+    expected = critic.weight - 0.01 * sum(x.mean(0) for x in given)
+    torch.testing.assert_close(ours.critic.weight, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(ours.generator.weight, generator.weight)
+
+
 # ---- what a run records ---------------------------------------------------------------------------------------------
 
 

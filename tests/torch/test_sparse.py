@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
 import warnings
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from loops import alone
+from ranks import ThreadGroup, on_each_rank
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from danaz.run.settings import RankInfo, Settings
 from danaz.torch.data import Batching
 from danaz.torch.optimizer import DistributedOptimizer, UnsupportedOptimizerError
+from danaz.torch.session import Session
 
 SAMPLES, BATCH = 10, 4
 Make = Callable[[nn.Module], torch.optim.Optimizer]
@@ -78,6 +82,50 @@ def test_the_result_is_that_of_dense_gradients_in_torch(make: Make, algorithm: s
         buffer = optimizer.state[q].get("momentum_buffer")
         expected = q if buffer is None else q + 0.02 * 0.9 * buffer  # from torch's variable, which looks ahead, to θ
         torch.testing.assert_close(p, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dense_rank", [None, 0, 1])
+def test_ranks_with_and_without_a_sparse_gradient(dense_rank: int | None) -> None:
+    """Only some samples are looked up in the table, and one of the ranks may have it dense."""
+
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        used = x[:, 0] < 2
+        squares = (model.last(torch.ones(len(x), 3)) - y).square().sum()
+        if used.any():
+            squares = squares + (model(x[used]) - y[used]).square().sum()
+        return squares / len(x)
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterator[list[Tensor]]) -> nn.Module:
+        for x, y in batches:
+            optimizer.zero_grad()
+            loss(model, x, y).backward()
+            optimizer.step()
+        return model
+
+    models = [words(sparse=rank != dense_rank) for rank in range(2)]
+
+    def work(group: ThreadGroup) -> nn.Module:
+        session, model = Session(Settings(algorithm="ssgd"), RankInfo(), group), models[group.rank]
+        atexit.unregister(session.close)
+        sgd = torch.optim.SGD(model.parameters(), 0.05)
+        optimizer = DistributedOptimizer(sgd, model, group, replicated=True)
+        session.adopt(optimizer)
+        train(model, optimizer, session.shard(DataLoader(make_data(), batch_size=3, shuffle=True), 0))
+        session.finish()
+        session.close()
+        return model
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        results = on_each_rank(2, work)
+    theirs, batching = words(sparse=False), Batching(SAMPLES, 3)
+    batches = ([*make_data()[batching.indices(number)]] for number in range(batching.batches_per_epoch))
+    train(theirs, torch.optim.SGD(theirs.parameters(), 0.05), batches)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+        for p, q in zip(result.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
 def test_sparse_adam_is_refused_by_name() -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 from collections.abc import Callable
 
 import pytest
 import torch
 from loops import BATCH, EPOCHS, SAMPLES, adopt, alone, make_data, make_net, train
+from ranks import ThreadGroup, on_each_rank
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from danaz.run.settings import RankInfo, Settings
 from danaz.torch.data import Batching
 from danaz.torch.optimizer import DistributedOptimizer
+from danaz.torch.session import Session
 from danaz.worker.group import SoloGroup
 
 Make = Callable[[nn.Module], torch.optim.Optimizer]
@@ -183,6 +187,32 @@ def test_a_scaler_unscales_float16_beyond_its_range(algorithm: str) -> None:
             scaler.update(2.0**20)
         session.finish()
     assert model.weight.item() == pytest.approx(-3 * 2.0**-10)  # three of four steps
+
+
+def test_ranks_sum_in_float32_and_see_the_mean_in_their_own_type() -> None:
+    """The mean of 1 and 1 + 1/128 is no bfloat16: the script sees it rounded, and the step has it exactly."""
+    models = [nn.Linear(1, 1, bias=False, dtype=torch.bfloat16) for _ in range(2)]
+    for model in models:
+        nn.init.zeros_(model.weight)
+    seen: dict[int, float] = {}
+
+    def work(group: ThreadGroup) -> float:
+        session, model = Session(Settings(algorithm="ssgd"), RankInfo(), group), models[group.rank]
+        atexit.unregister(session.close)
+        sgd = torch.optim.SGD(model.parameters(), 1.0)
+        optimizer = DistributedOptimizer(sgd, model, group, replicated=True)
+        session.adopt(optimizer)
+        for x in session.shard(DataLoader(torch.tensor([[1.0], [1 + 2.0**-7]]), batch_size=2), 0):
+            model(x.bfloat16()).sum().backward()
+            seen[group.rank] = model.weight.grad.item()
+            optimizer.step()
+        exact = optimizer.flat.params.item()
+        session.finish()
+        session.close()
+        return exact
+
+    assert on_each_rank(2, work) == [-(1 + 2.0**-8)] * 2
+    assert seen[0] == seen[1] in (1.0, 1 + 2.0**-7)
 
 
 @pytest.mark.parametrize("kind", [torch.complex64, torch.int64, torch.float8_e5m2])

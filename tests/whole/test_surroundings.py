@@ -155,6 +155,7 @@ ENVIRONMENTS = {
 }
 
 
+@pytest.mark.timeout(300)  # on a busy machine, torch takes long to import
 def test_the_doctor_in_an_odd_environment() -> None:
     """All doctors are asked at once, because each imports torch."""
     chdir = ("--chdir", "/no/folder")

@@ -151,6 +151,22 @@ def test_a_rank_that_waits_says_so(monkeypatch: pytest.MonkeyPatch, capfd: pytes
     everywhere(work)
 
 
+def test_what_a_rank_gets_is_not_its_own_tensor() -> None:
+    """The script may change that one later, such as by a step."""
+
+    def work(group: ThreadGroup | SoloGroup) -> None:
+        own = torch.zeros(2, requires_grad=True)
+        told = [between.broadcast(group, own), *between.allgather(group, own)]
+        told += [between.allreduce(group, own, op) for op in ("mean", "sum", "max", "min")]
+        with torch.no_grad():
+            own += 1
+        assert not any(each.any() for each in told)
+        assert not any(each.requires_grad for each in told)
+
+    everywhere(work)
+    work(SoloGroup())
+
+
 def test_alone_values_are_returned_but_checked() -> None:
     solo = SoloGroup()
     assert between.allreduce(solo, 2.0, "sum") == 2.0

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from danaz.launch.options import RunOptions
 from danaz.launch.prepare import LaunchError, check_shards
-from danaz.optimizers import SGD, Optimizers
+from danaz.optimizers import SGD, Adam, Optimizers
 from danaz.protocol.messages import Bye, Final, Noted, Parameters, Push, Refusal, Reply
 from danaz.protocol.wire import decode, split
 from danaz.run.settings import Settings
@@ -83,6 +83,17 @@ def test_slices_hold_the_same_bits_as_the_whole(algorithm: str, optimizers: Opti
     assert torch.equal(params, whole_params)
     assert leader.totals.updates == whole.totals.updates == 11
     assert leader.leases.completed == whole.leases.completed == 11
+
+
+@pytest.mark.parametrize("algorithm", ["dana", "dana-zero", "nag-asgd"])
+def test_each_slice_has_the_optimizers_of_its_groups(algorithm: str) -> None:
+    """Of three groups, one has no momentum, one is empty, and one keeps a vector that the others lack."""
+    groups = [Adam(0.0, 0.9, weight_decay=0.1), Adam(0.5, 0.9), Adam(0.9, 0.99, amsgrad=True)]
+    views, params, *_ = train(algorithm, 3, optimizers=Optimizers(groups))
+    whole_views, whole_params, *_ = train(algorithm, 1, optimizers=Optimizers(groups))
+    assert all(torch.equal(view, other) for view, other in zip(views, whole_views, strict=True))
+    assert torch.equal(params, whole_params)
+    assert not torch.equal(params, train(algorithm, 1, optimizers=Optimizers(groups[:1]))[1])
 
 
 @under({"dana": "sgd adamw", "dana-zero": "adamw"})
