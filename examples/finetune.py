@@ -98,7 +98,8 @@ def main() -> None:
             optimizer.step(loss=loss)
         if danaz.is_main():
             training = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            accuracy = accuracy_of(model, test)
+            with danaz.evaluating(model):
+                accuracy = accuracy_of(model, test)
             print(f"epoch {epoch + 1}: {training} parameters train, test accuracy {accuracy:.2%}", flush=True)
 
     if danaz.is_main():

@@ -111,7 +111,8 @@ def main() -> None:
     for epoch in danaz.epochs(options.epochs):
         train(model, train_loader, optimizer, scheduler, epoch)
         if danaz.is_main():
-            loss, accuracy = test(model, test_loader)
+            with danaz.evaluating(model):
+                loss, accuracy = test(model, test_loader)
             print(f"epoch {epoch + 1}: test loss {loss:.4f}, accuracy {accuracy:.2%}", flush=True)
 
     if danaz.is_main():

@@ -517,7 +517,8 @@ class Session:
         if self._portion is None:
             raise RuntimeError(
                 "optimizer.step() was called twice for one batch, or outside of danaz.shard: call it once for each "
-                "batch of danaz.shard"
+                "batch of danaz.shard, before the next one is taken. Nothing around danaz.shard may read ahead; let "
+                "the loader do it, by num_workers and pin_memory"
             )
 
     def applied_lr(self, lr: list[float]) -> list[float]:

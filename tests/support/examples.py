@@ -40,4 +40,5 @@ EXAMPLES = [
         "train_gpt.py", "test_bits_per_character", most=5.0, arguments=("--steps", "60"), is_slow=True
     ),  # untrained: 6.5
     Example("train_stream.py", "test_accuracy_percent", least=80),  # untrained: 50
+    Example("train_gan.py", "energy_distance", most=0.15, is_slow=True),  # untrained: 1.6
 ]

@@ -145,6 +145,22 @@ def test_a_second_pass_over_an_epoch(script: Script) -> None:
     assert script.seen == [0, 0, 0]
 
 
+def test_a_loop_that_reads_a_batch_ahead(script: Script) -> None:
+    """As the loaders of some libraries do, to know which batch is the last."""
+
+    def train() -> None:
+        for epoch in danaz.epochs(2):
+            ahead = []
+            for batch in danaz.shard(loader(), epoch):
+                ahead.append(batch)
+                if len(ahead) > 1:
+                    script.step(*ahead.pop(0))
+            script.step(*ahead.pop())
+
+    with pytest.raises(RuntimeError, match="before the next one is taken"):
+        train()
+
+
 def test_two_loaders_at_once(script: Script) -> None:
     def loops() -> None:
         for epoch in danaz.epochs(1):
