@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ from danaz.optimizers import Optimizers, Own
 from danaz.torch.carried import UnsupportedOptimizerError, decayed_gradient, optimizers_of
 from danaz.torch.exchange import GradientExchange, Verdict
 from danaz.torch.synchronized import synchronize
-from danaz.vectors.cutting import Spans, common_spans
+from danaz.vectors.cutting import Spans, all_finite, common_spans
 from danaz.vectors.model import FlatModel
 from danaz.worker.core import Loss
 from danaz.worker.group import Group
@@ -239,7 +240,7 @@ class JointOptimizer:
         assert self._updates is not None
         batch, absent = self._batch, self.flat.absent_beside(self._numbers_of(number))
         if self.makes_own_steps:
-            grad = self._try_own_step(number, self._updates.applied_lr(verdict.lr))
+            grad = self._try_own_step(number, self._updates.applied_lr([1.0] * len(verdict.lr)))
             absent = ()  # it may also move parameters that have no gradient
         else:
             grad = decayed_gradient(self.flat, self.param_groups)
@@ -267,36 +268,51 @@ class JointOptimizer:
         verdict = replace(verdict, loss=loss, edited=batch.edited)
         self._updates.push(batch.grad, common_spans(batch.absent), verdict)
 
-    def _try_own_step(self, number: int, lr: list[float]) -> Tensor:
-        """Return how far a member's own object moves the parameters at the rates ``lr``, f32[P], and move them back.
+    def _try_own_step(self, number: int, factors: list[float]) -> Tensor:
+        """Return how far a member's own object moves the parameters, f32[P], and move them back.
 
-        Rank 0 makes the step for all ranks, so that they stay the same, whatever the step depends on.
+        The rates of all groups are multiplied by ``factors`` during the step. A rate that the object changes itself
+        stays changed, without the factor. Rank 0 makes the step for all ranks, so that they stay the same, whatever the
+        step depends on. A gradient that is not finite is returned as it is: the push will be refused, and the
+        optimizer's state must not take it in.
         """
-        flat, member = self.flat, self.members[number]
-        before, rates = flat.params.clone(), self.rates
+        flat, (start, stop) = self.flat, self._span_of(number)
+        before = flat.params.clone()
         for parameter, has_gradient in zip(flat.trained, flat.has_gradient, strict=True):
             if not has_gradient:
                 parameter.grad = None
         flat.show_gradients()
-        moved = flat.decayed
+        moved, is_sound = flat.decayed, all_finite(flat.grads[start:stop])
         try:
-            if self._group.rank == 0:
-                self._set_rates(lr)
-                with flat.as_float32():
-                    member.own_step()
+            if self._group.rank == 0 and is_sound:
+                with self._multiplied_rates(factors), flat.as_float32():
+                    self.members[number].own_step()
         finally:  # also after an error, which the script may catch
-            self._set_rates(rates)
             flat.bring_home()
             torch.sub(flat.params, before, out=moved)
             flat.params.copy_(before)
             flat.show_params()
+        if not is_sound:
+            moved[start:stop].copy_(flat.grads[start:stop])
         if self._replicated:
             self._group.broadcast(own_step=moved)
         return moved
 
-    def _set_rates(self, lr: list[float]) -> None:
-        for group, rate in zip(self.param_groups, lr, strict=True):
+    @contextmanager
+    def _multiplied_rates(self, factors: list[float]) -> Iterator[None]:
+        """Multiply the rates of the groups for a while. If the script's object changes one, the change stays."""
+        groups, rates = self.param_groups, [group["lr"] for group in self.param_groups]
+        applied = [float(rate) * factor for rate, factor in zip(rates, factors, strict=True)]
+        for group, rate in zip(groups, applied, strict=True):
             group["lr"] = rate
+        completed = False
+        try:
+            yield
+            completed = True
+        finally:
+            for group, rate, was_applied, factor in zip(groups, rates, applied, factors, strict=True):
+                is_changed = completed and group["lr"] != was_applied
+                group["lr"] = group["lr"] / factor if is_changed else rate
 
     def _check_unchanged(self, member: Member) -> None:
         """Raise UnsupportedOptimizerError if the script has changed what must stay the same during the run."""
