@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
@@ -255,7 +256,7 @@ class JointOptimizer:
         assert self._updates is not None
         batch, absent = self._batch, self.flat.absent_beside(self._numbers_of(number))
         if self.makes_own_steps:
-            grad = self._try_own_step(number, self._updates.applied_lr([1.0] * len(self.param_groups)))
+            grad = self._try_own_step(number, self._updates.applied_lr([1.0] * len(verdict.lr)))
             absent = ()  # it may also move parameters that have no gradient
         else:
             grad = decayed_gradient(self.flat, self.param_groups)
@@ -286,41 +287,48 @@ class JointOptimizer:
     def _try_own_step(self, number: int, factors: list[float]) -> Tensor:
         """Return how far a member's own object moves the parameters, f32[P], and move them back.
 
-        The rates of its groups are multiplied by ``factors`` during the step. A rate that it changes itself stays
-        changed, without the factor. Rank 0 makes the step for all ranks, so that they stay the same, whatever the step
-        depends on. A gradient that is not finite is returned as it is: the push will be refused, and the object's state
-        must not take it in.
+        The rates of all groups are multiplied by ``factors`` during the step. A rate that the object changes itself
+        stays changed, without the factor. Rank 0 makes the step for all ranks, so that they stay the same, whatever the
+        step depends on. A gradient that is not finite is returned as it is: the push will be refused, and the
+        optimizer's state must not take it in.
         """
-        flat, member = self.flat, self.members[number]
-        before, rates = flat.params.clone(), self.rates
+        flat, (start, stop) = self.flat, self._span_of(number)
+        before = flat.params.clone()
         for parameter, has_gradient in zip(flat.trained, flat.has_gradient, strict=True):
             if not has_gradient:
                 parameter.grad = None
         flat.show_gradients()
-        moved, is_sound = flat.decayed, all_finite(flat.grads)
+        moved, is_sound = flat.decayed, all_finite(flat.grads[start:stop])
         try:
             if self._group.rank == 0 and is_sound:
-                applied = [rate * factor for rate, factor in zip(rates, factors, strict=True)]
-                self._set_rates(applied)
-                with flat.as_float32():
-                    member.own_step()
-                each = zip(rates, applied, self.rates, factors, strict=True)
-                rates = [rate if now == was else now / factor for rate, was, now, factor in each]
+                with self._multiplied_rates(factors), flat.as_float32():
+                    self.members[number].own_step()
         finally:  # also after an error, which the script may catch
-            self._set_rates(rates)
             flat.bring_home()
             torch.sub(flat.params, before, out=moved)
             flat.params.copy_(before)
             flat.show_params()
         if not is_sound:
-            moved.copy_(flat.grads)
+            moved[start:stop].copy_(flat.grads[start:stop])
         if self._replicated:
             self._group.broadcast(own_step=moved)
         return moved
 
-    def _set_rates(self, lr: list[float]) -> None:
-        for group, rate in zip(self.param_groups, lr, strict=True):
+    @contextmanager
+    def _multiplied_rates(self, factors: list[float]) -> Iterator[None]:
+        """Multiply the rates of the groups for a while. If the script's object changes one, the change stays."""
+        groups, rates = self.param_groups, [group["lr"] for group in self.param_groups]
+        applied = [float(rate) * factor for rate, factor in zip(rates, factors, strict=True)]
+        for group, rate in zip(groups, applied, strict=True):
             group["lr"] = rate
+        completed = False
+        try:
+            yield
+            completed = True
+        finally:
+            for group, rate, was_applied, factor in zip(groups, rates, applied, factors, strict=True):
+                is_changed = completed and group["lr"] != was_applied
+                group["lr"] = group["lr"] / factor if is_changed else rate
 
     def _check_unchanged(self, member: Member) -> None:
         """Raise UnsupportedOptimizerError if the script has changed what must stay the same during the run."""

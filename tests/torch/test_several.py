@@ -374,6 +374,34 @@ def test_an_error_in_an_own_step_that_the_script_catches(wraps_both: bool, serve
         assert torch.equal(p, q)
 
 
+def test_own_objects_keep_their_state_sound_and_their_own_rates(servers: list[ServerCore]) -> None:
+    """A gradient that is not finite reaches no state, and a rate that an object changes stays changed."""
+
+    class Halving(torch.optim.Adam):
+        def step(self, closure: object = None) -> None:  # type: ignore[override]
+            super().step()
+            self.param_groups[0]["lr"] /= 2
+
+    critic, generator = models()
+    with alone("ssgd", workers=4, lr_scaling="linear") as session:
+        of_critic = adopt(session, critic, Halving(critic.parameters(), lr=0.08))
+        of_generator = adopt(session, generator, adamw(list(generator.parameters())))
+        session.epochs = 1
+        for number, [x] in enumerate(session.shard(DataLoader(data(), batch_size=2), 0)):
+            of_critic.zero_grad()
+            (critic(x).mean() * (torch.nan if number == 1 else 1)).backward()
+            of_critic.step()
+            of_generator.zero_grad()
+            generator(x[:, :2]).mean().backward()
+            of_generator.step()
+        session.finish()
+    assert of_critic.rates == [0.02]  # it has made two of three steps, of 8 samples each
+    for optimizer in (of_critic, of_generator):
+        state = optimizer.state_dict()["state"]
+        assert all(value.isfinite().all() for row in state.values() for value in row.values())
+    assert dict(servers[0].totals.refusals) == {"push is not finite": 1}
+
+
 @pytest.mark.parametrize("algorithm", ["asgd", "model-averaging", "dana"])
 def test_local_steps_of_several_optimizers(algorithm: str) -> None:
     session = Session(Settings(algorithm=algorithm, sync_period=2), RankInfo())

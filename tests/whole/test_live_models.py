@@ -135,9 +135,8 @@ def run_launched(
     return run, states(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("algorithm", "collective"), [("ssgd", "torch"), pytest.param("dana", "horovod", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("algorithm", "collective"), [("ssgd", "torch"), ("dana", "horovod")])
 def test_batch_norm_over_ranks_is_that_of_the_whole_batch(algorithm: str, collective: str, tmp_path: Path) -> None:
     alone = run_alone(NORMED, tmp_path)
     _, found = run_launched(NORMED, tmp_path, *TWO_RANKS, "--algorithm", algorithm, "--collective", collective)
