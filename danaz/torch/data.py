@@ -83,7 +83,12 @@ class Batching:
 
     def digest(self, epoch: int) -> int:
         """See Order."""
-        return fingerprint(astuple(self))
+        return _digest(self)
+
+
+@lru_cache(maxsize=4)
+def _digest(batching: Batching) -> int:
+    return fingerprint(astuple(batching))
 
 
 @lru_cache(maxsize=4)
