@@ -561,3 +561,8 @@ def test_a_pickle_is_garbage():
     ):
         rejected(frames)
     assert decode(through(encode(Noted(3)))) == Noted(3)
+
+
+def test_a_question_of_an_earlier_version_wants_no_parameters() -> None:
+    frames = [MAGIC, header("Inquire", worker=0, incarnation=1, request=2)]
+    assert decode(frames, Message) == Inquire(0, 1, 2, wants_params=False)
