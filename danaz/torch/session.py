@@ -263,8 +263,9 @@ class Session:
             )
         self._join_for_steps(count)
         stream = self._open_stream(source, count, samples)
+        batches = self.worker.reading(stream.batches)
         for step in self._leased_steps():
-            delivery = next(stream.batches, None)
+            delivery = next(batches, None)
             if delivery is None:
                 self.stop(f"the stream of worker {self.place.worker} came to its end")
                 return
