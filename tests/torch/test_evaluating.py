@@ -195,6 +195,21 @@ def test_the_server_has_theta_where_the_view_looks_ahead(servers: list[Any]) -> 
 # ---- all ranks -------------------------------------------------------------------------------------------------------
 
 
+def test_parameters_of_another_type_show_the_values_that_are_evaluated(servers: list[Any]) -> None:
+    """Such a parameter is a rounded copy of what the cluster trains."""
+    with alone("nag-asgd") as session:
+        model = nn.Linear(1, 1).to(torch.bfloat16)
+        optimizer = adopt(session, model, make_sgd(model))
+        for step in session.run_steps(4, 4):
+            optimizer.zero_grad()
+            mse_loss(model(torch.ones(4, 1, dtype=torch.bfloat16)), torch.zeros(4, 1, dtype=torch.bfloat16)).backward()
+            optimizer.step()
+            view = parameters(model)
+            with kept(model), session.evaluating(model, "server", False):
+                assert torch.equal(parameters(model), servers[0].master.params.to(torch.bfloat16))
+                assert step == 0 or not torch.equal(parameters(model), view)
+
+
 def test_all_ranks_together_see_one_model_in_the_midst_of_the_loop() -> None:
     seen: dict[int, list[list[Tensor]]] = defaultdict(list)
 

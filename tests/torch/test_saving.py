@@ -304,3 +304,71 @@ def test_a_state_that_does_not_fit_is_refused(tmp_path: Path) -> None:
             train_step(model, optimizer, step)
             with pytest.raises(UnsupportedOptimizerError, match="when training had begun"):
                 optimizer.load_state_dict(torch.load(tmp_path / "saved.pt", weights_only=True)["optimizer"])
+
+
+# ---- several models and optimizers -----------------------------------------------------------------------------------
+
+
+def two_nets() -> list[nn.Module]:
+    torch.manual_seed(3)
+    return [nn.Sequential(nn.Flatten(), nn.Linear(75, 2)), nn.Sequential(nn.Flatten(), nn.Linear(75, 2, bias=False))]
+
+
+def step_both(models: list[nn.Module], optimizers: list[torch.optim.Optimizer], step: int) -> None:
+    x, y = batch(step)
+    for model, optimizer in zip(models, optimizers, strict=True):
+        optimizer.zero_grad()
+        mse_loss(model(x), y).backward()
+        optimizer.step()
+
+
+def make_both(models: list[nn.Module]) -> list[torch.optim.Optimizer]:
+    return [
+        torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, nesterov=True)
+        for model, lr, momentum in zip(models, (0.1, 0.05), (0.9, 0.5), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("algorithm", ["baseline", "ssgd", "dana", "dana-zero"])
+@pytest.mark.filterwarnings("ignore:the script has 2 optimizers")  # their losses have nothing to do with each other
+def test_several_models_and_optimizers(algorithm: str, tmp_path: Path) -> None:
+    path, expected, continued = tmp_path / "saved.pt", two_nets(), two_nets()
+    of_expected = make_both(expected)
+    for step in range(2 * STEPS):
+        step_both(expected, of_expected, step)
+    for begins in (0, STEPS):
+        with alone(algorithm) as session:
+            models = two_nets()
+            optimizers = [adopt(session, *pair) for pair in zip(models, make_both(models), strict=True)]
+            if begins:
+                session.load(path)
+            for step in session.run_steps(100, 4):
+                step_both(models, optimizers, begins + step)
+                if step == STEPS - 1:
+                    session.save(path if not begins else tmp_path / "second.pt", {})
+                    session.stop("enough")
+    first, second = (torch.load(tmp_path / name, weights_only=True) for name in ("saved.pt", "second.pt"))
+    assert [len(content[part]) for content in (first, second) for part in ("model", "optimizer")] == [2, 2, 2, 2]
+    of_continued = make_both(continued)
+    for model, optimizer, *saved in zip(continued, of_continued, first["model"], first["optimizer"], strict=True):
+        model.load_state_dict(saved[0])
+        optimizer.load_state_dict(saved[1])
+    for step in range(STEPS, 2 * STEPS):
+        step_both(continued, of_continued, step)
+    for model, plain, saved in zip(expected, continued, second["model"], strict=True):
+        assert_same(plain, model)
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(saved[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_a_file_of_more_models_than_the_script_has_is_refused(tmp_path: Path) -> None:
+    with alone("ssgd") as session:
+        models = two_nets()
+        for pair in zip(models, make_both(models), strict=True):
+            adopt(session, *pair)
+        session.save(tmp_path / "saved.pt", {})
+    with alone("ssgd") as session:
+        model = two_nets()[0]
+        adopt(session, model, torch.optim.SGD(model.parameters(), lr=0.1))
+        with pytest.raises(SavedFileError, match="holds 2 models, and this script has 1"):
+            session.load(tmp_path / "saved.pt")
