@@ -18,16 +18,17 @@ def local_steps(
 ) -> WorkerRule:
     """Return the rule of a worker that makes steps of ``optimizers`` between its pushes."""
     if isinstance(optimizers[0], Own):
-        return OwnSteps(pushes=pushes, sync_period=sync_period)
+        return OwnSteps(pushes=pushes, sync_period=sync_period, names_absent=names_absent)
     return LocalSteps(optimizers, pushes=pushes, sync_period=sync_period, resets=resets, names_absent=names_absent)
 
 
 class OwnSteps(WorkerRule):
     """The user's own optimizer makes the steps: in place of the gradient comes how far it has moved the parameters."""
 
-    def __init__(self, *, pushes: Pushes = "displacement", sync_period: int = 1):
+    def __init__(self, *, pushes: Pushes = "displacement", sync_period: int = 1, names_absent: bool = False):
         self.pushes = pushes
         self.sync_period = sync_period
+        self.names_absent = names_absent
 
 
 class LocalSteps(WorkerRule):

@@ -54,8 +54,10 @@ class Answers:
             self._waiting.append((route, Refusal(message.request, reason, rejoin, newest)))
 
     def send_progress(self, route: Route, question: Inquire) -> None:
-        """Tell the epoch of the cluster, and the parameters, to anybody who asks."""
-        wanted = question.wants_params and self._state.has_params
+        """Tell the epoch of the cluster to anybody who asks, and the parameters to a worker that takes part."""
+        member = self._state.members.get(question.worker)
+        may_know = member is not None and member.alive and member.incarnation == question.incarnation
+        wanted = question.wants_params and may_know and self._state.has_params
         params = self._state.master.params.clone() if wanted else None
         self._waiting.append((route, Progress(question.request, self._state.epoch, params)))
 

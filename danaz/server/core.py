@@ -284,6 +284,7 @@ class ServerCore:
         if self.recovery is not None and self.settings.shards == 1:  # a part newer than the other shards' is of no use
             self.recovery.hear(join)
         # If the same incarnation joins again, it missed our answer or was silent for a while. It keeps its velocity.
+        self.totals.of(member.worker).machine = join.machine
         answered = member.computing and member.request == join.request
         member.route, member.heard_at, member.request, member.ahead = route, now, join.request, join.ahead
         if answered:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from danaz.protocol.messages import Join
+from danaz.protocol.messages import UNKNOWN_MACHINE, Join
 from danaz.server.members import Member, MemberState
 from danaz.server.records import Update
 from danaz.server.state import ServerState
@@ -66,6 +66,7 @@ def account(state: ServerState, update: Update, now: float) -> None:
         # This worker joined after the checkpoint, and is not back yet.
         member = Member(update.worker, update.incarnation, b"", 0, 1, {}, now, MemberState.LOST)
         state.members[update.worker] = member
+        state.totals.of(update.worker).enter(UNKNOWN_MACHINE)  # it tells its machine when it is back
     if member.incarnation == update.incarnation:
         member.lag, member.gap = update.lag, update.gap
         member.updates, member.applied_request = member.updates + 1, update.request

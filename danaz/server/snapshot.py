@@ -160,6 +160,8 @@ def _counts(values: Mapping[str, Any], layout: Layout, updates: int) -> Counts:
     """
     lists = values.get("counts")
     counts = Counts.from_lists(lists) if lists else Counts.of(layout.size, updates)
+    if counts.stops[-1] != layout.size:  # of a member that was known from the journal alone, without a state
+        return Counts.of(layout.size)
     return counts.at_rates(layout.groups, values["lr"]) if "lr" in values else counts
 
 

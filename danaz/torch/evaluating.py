@@ -34,6 +34,10 @@ class TrainingState:
         self._buffers = [(buffer, buffer.clone()) for buffer in flat.model.buffers()]
         self.is_given_back = False
 
+    def has_params_of(self, flat: FlatModel) -> bool:
+        """Return whether the trained parameters are still in the vector of ``flat``."""
+        return torch.equal(self._params, flat.params)
+
     @torch.no_grad()
     def give_back(self) -> None:
         """Put the values back into the model, and each module into its mode."""
@@ -77,7 +81,7 @@ class Evaluations:
 
     def __init__(self, group: Group):
         self.buffers = MeanBuffers(group)
-        self.shows_other_params = False  # whether the model holds other parameters than those that it trains on
+        self._shows_servers = False  # whether the model holds the server's parameters, and not those that it trains on
         self._under_way: list[TrainingState] = []
 
     @contextmanager
@@ -86,22 +90,29 @@ class Evaluations:
 
         Without ``params``, the model keeps those that it has.
         """
-        state, showed_others = TrainingState(model, flat), self.shows_other_params
+        state, showed_servers = TrainingState(model, flat), self._shows_servers
         self._under_way.append(state)
         try:
             if params is not None:
                 flat.params.copy_(params)
                 flat.show_params()
-                self.shows_other_params = True
+                self._shows_servers = True
             flat.load_buffers(buffers)
             model.eval()
             with torch.no_grad():
                 yield
         finally:
             state.give_back()
-            self.shows_other_params = showed_others
+            self._shows_servers = showed_servers
             with suppress(ValueError):  # the run was ended within the evaluation
                 self._under_way.remove(state)
+
+    def shows_others(self, flat: FlatModel) -> bool:
+        """Return whether an evaluation shows other parameters than those that the model trains on.
+
+        They are the server's, or what the script has put there, such as averaged ones.
+        """
+        return self._shows_servers or any(not state.has_params_of(flat) for state in self._under_way)
 
     def check_none_under_way(self) -> None:
         """Raise EvaluationError if the script trains within an evaluation."""

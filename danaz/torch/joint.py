@@ -78,6 +78,7 @@ class _Batch:
         self.stepped: set[int] = set()  # those that make it
         self.grad: Tensor | None = None  # f32[P], of those that make it when the batch ends
         self.absent: list[Spans] = []  # for each of these, what it does not move
+        self.rates: dict[int, float] = {}  # parameter group -> its rate at the step of its optimizer
         self.losses: list[float | Tensor] = []
         self.edited = False
         self.sits_out = False  # whether this rank came to a later step than another one, and makes no more steps
@@ -153,6 +154,11 @@ class JointOptimizer:
 
     def _numbers_of(self, number: int) -> range:
         return self.numbers_of(self.members[number])
+
+    def _groups_of(self, number: int) -> range:
+        """Return the numbers of the parameter groups of a member."""
+        sizes = [len(member.wrapped.param_groups) for member in self.members]
+        return range(sum(sizes[:number]), sum(sizes[: number + 1]))
 
     def _span_of(self, number: int) -> tuple[int, int]:
         """Return where the parameters of a member lie in the flat vector."""
@@ -243,35 +249,45 @@ class JointOptimizer:
         if not verdict.skips:
             if self._replicated and not verdict.alike:
                 self._take_over_rank_0s()
-            self._step_of(verdict.at, verdict)  # an own step of the script's may raise an error
+            if not self._step_of(verdict.at, verdict):  # an own step of the script's may raise an error
+                return False
             batch.stepped.add(verdict.at)
             batch.edited = batch.edited or verdict.edited
+            batch.rates |= {group: verdict.lr[group] for group in self._groups_of(verdict.at)}
         if len(batch.ended) < len(self.members):
             return False
         self._end_batch(verdict)
         return True
 
-    def _step_of(self, number: int, verdict: Verdict) -> None:
-        """Move the parameters of a member, or keep its gradient until the batch ends."""
+    def _step_of(self, number: int, verdict: Verdict) -> bool:
+        """Move the parameters of a member, or keep its gradient until the batch ends.
+
+        Return whether the step is made: it is not if the member's own step has raised an error on rank 0.
+        """
         assert self._updates is not None
         batch, absent = self._batch, self.flat.absent_beside(self._numbers_of(number))
+        start, stop = self._span_of(number)
         if self.makes_own_steps:
-            grad = self._try_own_step(number, self._updates.applied_lr([1.0] * len(verdict.lr)))
-            absent = ()  # it may also move parameters that have no gradient
+            moved = self._try_own_step(number, self._updates.applied_lr([1.0] * len(verdict.lr)))
+            if moved is None:
+                return False
+            # It may also move parameters that have no gradient.
+            grad, absent = moved, tuple(span for span in absent if not bool(moved[slice(*span)].any()))
         else:
             grad = decayed_gradient(self.flat, self.param_groups)
         batch.absent.append(absent)
-        if len(self.members) > 1 and self._updates.moves_at_once:
+        if len(self.members) > 1 and self._updates.moves_at_once and all_finite(grad[start:stop]):
             self._updates.move(grad, absent, verdict)  # it also takes the loss
-            return
+            return True
         if verdict.loss is not None:
             batch.losses.append(verdict.loss)
         if len(self.members) == 1:
             batch.grad = grad
-            return
-        start, stop = self._span_of(number)
+            return True
+        # If it is not finite, the push of the whole batch will be refused, and the model must not show it before.
         batch.grad = torch.zeros_like(grad) if batch.grad is None else batch.grad
         batch.grad[start:stop].copy_(grad[start:stop])
+        return True
 
     def _end_batch(self, verdict: Verdict) -> None:
         """Let the update be made, if any member makes a step."""
@@ -281,11 +297,14 @@ class JointOptimizer:
             self._updates.skip()
             return
         loss = sum(batch.losses) / len(batch.losses) if len(batch.losses) > 1 else next(iter(batch.losses), None)
-        verdict = replace(verdict, loss=loss, edited=batch.edited)
+        lr = [batch.rates.get(group, rate) for group, rate in enumerate(verdict.lr)]
+        verdict = replace(verdict, loss=loss, lr=lr, edited=batch.edited)
         self._updates.push(batch.grad, common_spans(batch.absent), verdict)
 
-    def _try_own_step(self, number: int, factors: list[float]) -> Tensor:
+    def _try_own_step(self, number: int, factors: list[float]) -> Tensor | None:
         """Return how far a member's own object moves the parameters, f32[P], and move them back.
+
+        If the object raises an error, rank 0 raises it, too, and the others return None.
 
         The rates of all groups are multiplied by ``factors`` during the step. A rate that the object changes itself
         stays changed, without the factor. Rank 0 makes the step for all ranks, so that they stay the same, whatever the
@@ -298,16 +317,21 @@ class JointOptimizer:
             if not has_gradient:
                 parameter.grad = None
         flat.show_gradients()
-        moved, is_sound = flat.decayed, all_finite(flat.grads[start:stop])
+        moved, is_sound, is_made = flat.decayed, all_finite(flat.grads[start:stop]), torch.zeros(1)
         try:
             if self._group.rank == 0 and is_sound:
                 with self._multiplied_rates(factors), flat.as_float32():
                     self.members[number].own_step()
+            is_made.fill_(1.0)
         finally:  # also after an error, which the script may catch
             flat.bring_home()
             torch.sub(flat.params, before, out=moved)
             flat.params.copy_(before)
             flat.show_params()
+            if self._group.size > 1:
+                self._group.broadcast(own_step_is_made=is_made)
+        if not is_made.item():
+            return None
         if not is_sound:
             moved[start:stop].copy_(flat.grads[start:stop])
         if self._replicated:

@@ -95,8 +95,8 @@ class LeasedLoader:
 class EpochLoaders:
     """The loaders that a script gives danaz.shard in each epoch, and which of them reads the batch that is next.
 
-    If all epochs are alike, the loader of the epoch under way also reads what is left of the epochs before. Otherwise
-    each batch is read by the loader that its own epoch was given.
+    If all epochs are alike, the loader of the epoch under way also reads what is left of the epochs before. If the
+    script has said how many batches each epoch has, each batch is read by the loader that its own epoch was given.
     """
 
     def __init__(self, machines: int):
@@ -113,10 +113,10 @@ class EpochLoaders:
             self._newest = LeasedLoader(loader, beside, self._machines, seed)
         return self._newest
 
-    def begin(self, epoch: int, leased: LeasedLoader, plan: Plan) -> None:
-        """Take a loader for an epoch. Raises ValueError if it differs from the run's first, and the plan does not."""
+    def begin(self, epoch: int, leased: LeasedLoader, may_differ: bool) -> None:
+        """Take a loader for an epoch. Raises ValueError if it differs from the run's first although it may not."""
         self._first = self._first or leased.order
-        self._reads_earlier = not plan.lengths
+        self._reads_earlier = not may_differ
         are_plain = isinstance(self._first, Batching) and isinstance(leased.order, Batching)
         if self._reads_earlier and are_plain and self._first != leased.order:
             raise ValueError(

@@ -116,6 +116,13 @@ class DistributedOptimizer(torch.optim.Optimizer):
             group.update({name: value for name, value in values.items() if name != "params"})
         self.loaded = (rows, rates) if rows else None
 
+    def hand_over_loaded(self) -> None:
+        """Give a state that was loaded to the wrapped optimizer, if that one makes its steps itself by now."""
+        if self.loaded is not None and self.joint.makes_own_steps:
+            (rows, _), self.loaded = self.loaded, None
+            with self.flat.as_float32():
+                self.wrapped.load_state_dict({**self.wrapped.state_dict(), "state": rows})
+
     def state_dict(self) -> dict[str, Any]:
         """Return the options of the groups, and the state in torch's form, as far as this rank has it at hand.
 

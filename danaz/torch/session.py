@@ -186,6 +186,7 @@ class Session:
         joint = JointOptimizer(members, optimizers, self.group, replicated=self.place.server is None)
         for each in wrappers:
             each.joint = joint
+            each.hand_over_loaded()
         return joint
 
     @property
@@ -277,7 +278,7 @@ class Session:
         share = self._member.share
         all_reduce = self.place.server is None
         worker = Part(share.worker, share.workers) if all_reduce else Part(self.place.worker, self.settings.workers)
-        done = int(self.epoch * count) // self._machines_apart
+        done = round(self.epoch * count) // self._machines_apart
         return open_stream(source, worker.split(share.rank, share.ranks), share, self._order_seed, done, samples)
 
     def _join_for_steps(self, count: int) -> None:
@@ -327,7 +328,7 @@ class Session:
             self._warn_of_idle_ranks(leased.samples_of_first_batch(epoch))
             if self.group.rank == 0:
                 leased.warn_of_distributed_sampler()
-        self._loaders.begin(epoch, leased, self._member.plan)
+        self._loaders.begin(epoch, leased, may_differ=bool(self._lengths))
         leased.double(self._member.plan, self._member.share, self._take)[0].check_count(epoch)
         try:
             self.in_loop = True
@@ -620,8 +621,9 @@ class Session:
         if not self.is_main:
             return
         optimizer, params, buffers = self.optimizer, None, self._evaluations.buffers
+        optimizer.flat.bring_home()
         state = self._state_at_hand.read() if self._has_begun else None
-        if state is not None and not self._evaluations.shows_other_params:
+        if state is not None and not self._evaluations.shows_others(optimizer.flat):
             params = self._state_at_hand.params_of_torch(state, self.finished)
         of_optimizers = [each.state_dict() for each in self._wrappers]
         with self._evaluations.evaluating(optimizer.flat.model, optimizer.flat, params, buffers.of(optimizer.flat)):

@@ -109,6 +109,7 @@ class FlatModel:
 
         Meanwhile those of other types, and their gradients, are views into the flat vectors.
         """
+        self.bring_home()
         kept = [(number, self.trained[number].data, self.trained[number].grad) for number in self._rounded]
         for number, *_ in kept:
             p, view = self.trained[number], self.layout.parameters[number].of(self.params)

@@ -178,6 +178,24 @@ def test_batches_that_an_epoch_leaves_are_read_from_its_own_loader() -> None:
     assert (1, 0) in seen, "what epoch 0 left came first in epoch 1"
 
 
+@pytest.mark.parametrize("lengths", [[4, 4], [4, 5]])
+def test_epochs_have_loaders_of_their_own_also_if_they_are_as_long(lengths: list[int]) -> None:
+    data = [
+        TensorDataset(torch.full((2 * n - e, 1), float(e)), torch.zeros(2 * n - e, 1)) for e, n in enumerate(lengths)
+    ]
+    seen = []
+    with alone() as session:
+        model, optimizer = make_optimizer(session)
+        for epoch in session.run_epochs(2, lengths):
+            for x, y in session.run_batches(DataLoader(data[epoch], 2), epoch):
+                mse_loss(model(x), y).backward()
+                optimizer.step()
+                seen += x.flatten().tolist()
+                if epoch == 0 and len(seen) == 4:
+                    break
+    assert Counter(seen) == {0.0: 2 * lengths[0], 1.0: 2 * lengths[1] - 1}
+
+
 def test_a_batch_of_an_epoch_whose_loader_nobody_here_has_is_left_out(
     servers: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

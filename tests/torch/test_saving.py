@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -372,3 +373,38 @@ def test_a_file_of_more_models_than_the_script_has_is_refused(tmp_path: Path) ->
         adopt(session, model, torch.optim.SGD(model.parameters(), lr=0.1))
         with pytest.raises(SavedFileError, match="holds 2 models, and this script has 1"):
             session.load(tmp_path / "saved.pt")
+
+
+# ---- what the script itself has put into the model -------------------------------------------------------------------
+
+
+def fill(model: nn.Module, value: float, replaces_memory: bool) -> None:
+    for p in model.parameters():
+        filled = torch.full_like(p.data, value)
+        if replaces_memory:
+            p.data = filled
+        else:
+            p.data.copy_(filled)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("replaces_memory", [True, False])
+@pytest.mark.parametrize("evaluates", [True, False])
+def test_the_file_has_what_the_script_put_there(
+    kind: torch.dtype, replaces_memory: bool, evaluates: bool, tmp_path: Path
+) -> None:
+    """Within an evaluation, such as averaged parameters, they are no view that the momentum has moved."""
+    model = nn.Linear(2, 1).to(kind)
+    with alone("dana") as session:
+        make = torch.optim.AdamW if evaluates else torch.optim.SGD
+        options = {} if evaluates else {"momentum": 0.9, "nesterov": True}
+        optimizer = adopt(session, model, make(model.parameters(), lr=0.1, **options))
+        for _ in session.run_steps(3, 4):
+            optimizer.zero_grad()
+            mse_loss(model(torch.ones(4, 2, dtype=kind)), torch.zeros(4, 1, dtype=kind)).backward()
+            optimizer.step()
+            with session.evaluating(model, "view", False) if evaluates else nullcontext():
+                fill(model, 3.0, replaces_memory)
+                session.save(tmp_path / "saved.pt", {})
+            saved = torch.load(tmp_path / "saved.pt", weights_only=True)["model"]
+            assert all(value.dtype == kind and bool((value == 3.0).all()) for value in saved.values())

@@ -22,10 +22,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from danaz.run.settings import RankInfo, Settings
 from danaz.server.core import ServerCore
+from danaz.server.records import Update
 from danaz.server.settings import ServerSettings
 from danaz.torch.data import Batching
 from danaz.torch.optimizer import DistributedOptimizer, UnsupportedOptimizerError
 from danaz.torch.session import NotInitializedError, Session
+from scripts import run_world
 
 SAMPLES, BATCH, EPOCHS, FEATURES = 22, 8, 3, 4  # two ranks share the last batch of 6 as 3/3
 
@@ -372,6 +374,83 @@ def test_an_error_in_an_own_step_that_the_script_catches(wraps_both: bool, serve
     assert (summary["updates"], summary["skipped_batches"]) == ((3, 0) if wraps_both else (0, 3))
     for p, q in zip(generator.parameters(), untouched.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def test_an_error_in_an_own_step_leaves_the_ranks_in_step() -> None:
+    """Rank 0's object makes the step of all ranks. If it fails, no rank has made it, and the next batch goes on."""
+    ends: dict[int, Tensor] = {}
+
+    class Failing(torch.optim.Adadelta):
+        calls = 0
+
+        def step(self, closure: object = None) -> None:  # type: ignore[override]
+            self.calls += 1
+            if self.calls == 2:
+                raise ArithmeticError("no")
+            super().step()
+
+    def story(session: Session, number: int) -> None:
+        critic, _ = models()
+        failing = Failing(critic.parameters(), lr=0.5)
+        optimizer = DistributedOptimizer(failing, critic, session.group, replicated=True)
+        session.adopt(optimizer)
+        session.epochs, failed = 1, 0
+        for [x] in session.shard(DataLoader(data(), batch_size=BATCH), 0):
+            optimizer.zero_grad()
+            critic(x).mean().backward()
+            try:
+                optimizer.step()
+            except ArithmeticError:
+                failed += 1
+            optimizer.zero_grad()
+        session.finish()
+        assert failed == (session.group.rank == 0)
+        assert session.worker.metrics.version == 2
+        ends[session.group.rank] = torch.cat([p.detach().flatten() for p in critic.parameters()])
+
+    run_world("ssgd", 1, 2, story)
+    assert torch.equal(ends[0], ends[1])
+
+
+@pytest.mark.parametrize("algorithm", ["baseline", "dana"])
+def test_a_gradient_that_is_not_finite_is_not_shown_to_the_next_loss(algorithm: str) -> None:
+    """Batch norm would keep what it has seen for ever."""
+    critic, generator = nn.Sequential(nn.Linear(FEATURES, 2), nn.BatchNorm1d(2)), models()[1]
+    with alone(algorithm) as session:
+        of_critic = adopt(session, critic, adamw(list(critic.parameters())))
+        of_generator = adopt(session, generator, adamw(list(generator.parameters())))
+        session.epochs = 1
+        for number, [x] in enumerate(session.shard(DataLoader(data(), batch_size=BATCH), 0)):
+            of_critic.zero_grad()
+            (critic(x).square().mean() * (torch.nan if number == 1 else 1)).backward()
+            of_critic.step()
+            of_generator.zero_grad()
+            critic(generator(x[:, :2])).mean().backward()
+            of_generator.step()
+        session.finish()
+        assert session.worker.metrics.refused_pushes == 1
+    assert bool(critic[1].running_mean.any())
+    assert all(bool(value.isfinite().all()) for model in (critic, generator) for value in model.state_dict().values())
+
+
+@pytest.mark.filterwarnings("ignore:the script has 2 optimizers")
+def test_a_step_has_the_rate_of_its_own_moment(servers: list[ServerCore]) -> None:
+    """The update may be made later, when the loop goes on and the schedule has moved."""
+    critic, generator = models()
+    updates: list[Update] = []
+    with alone("nag-asgd") as session:
+        of_critic = adopt(session, critic, sgd(list(critic.parameters())))
+        adopt(session, generator, sgd(list(generator.parameters())))
+        session.epochs = 1
+        for number, [x] in enumerate(session.shard(DataLoader(data(), batch_size=BATCH), 0)):
+            servers[0].on_update = updates.append
+            of_critic.zero_grad()
+            critic(x).mean().backward()
+            of_critic.param_groups[0]["lr"] = 0.5 + number
+            of_critic.step()
+            of_critic.param_groups[0]["lr"] = 99.0
+        session.finish()
+    assert [update.lr[0] for update in updates] == [0.5, 1.5, 2.5]
 
 
 def test_own_objects_keep_their_state_sound_and_their_own_rates(servers: list[ServerCore]) -> None:

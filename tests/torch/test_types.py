@@ -223,3 +223,18 @@ def test_other_types_are_refused_by_name(kind: torch.dtype) -> None:
     expected = rf"parameter odd is {kind}; danaz trains parameters of the types float32, float64, bfloat16 and float16"
     with pytest.raises(ValueError, match=expected):
         DistributedOptimizer(optimizer, model, SoloGroup())
+
+
+def test_what_the_script_loads_into_a_model_stays_when_it_loads_an_own_optimizer() -> None:
+    class Own(torch.optim.Adadelta):
+        pass
+
+    model = net_of(torch.bfloat16)
+    with alone("baseline") as session:
+        optimizer = adopt(session, model, Own(model.parameters()))
+        saved = copy.deepcopy(optimizer.state_dict())
+        model.load_state_dict({name: torch.full_like(value, 7.0) for name, value in model.state_dict().items()})
+        optimizer.load_state_dict(saved)
+        assert all(bool((p == 7.0).all()) for p in model.parameters())
+        next(session.shard(DataLoader(make_data(), batch_size=BATCH), 0))
+        assert all(bool((p == 7.0).all()) for p in model.parameters())
