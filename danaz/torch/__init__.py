@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from danaz.run.settings import from_environment
+from danaz.torch.data import UnsupportedLoaderError
 from danaz.torch.evaluating import EvaluationError
 from danaz.torch.loop import LoopError
 from danaz.torch.optimizer import DistributedOptimizer as _DistributedOptimizer
@@ -166,6 +167,14 @@ def DistributedOptimizer(
     the run has begun.
     """
     session = _session()
+    if isinstance(optimizer, _DistributedOptimizer):
+        raise TypeError(
+            "danaz.DistributedOptimizer was given an optimizer that it has wrapped before: wrap each one once"
+        )
+    given: list[object] = [optimizer, model]  # a script without type checks may give anything
+    if not isinstance(given[0], torch.optim.Optimizer) or not isinstance(given[1], nn.Module):
+        found = " and ".join(type(each).__name__ for each in given)
+        raise TypeError(f"danaz.DistributedOptimizer takes the optimizer first, and then the model, not {found}")
     replicated = session.place.server is None
     wrapped = _DistributedOptimizer(optimizer, model, session.group, backward_passes_per_step, replicated)
     session.adopt(wrapped)
@@ -197,6 +206,13 @@ def shard(loader: DataLoader[Any], epoch: int, *beside: DataLoader[Any]) -> Iter
     Raises UnsupportedLoaderError, LoopError if it is not this loop's turn, and OrderError if the processes of the run
     would not train on the same batches.
     """
+    given: list[object] = [loader, *beside]  # a script without type checks may give anything
+    for each in given:
+        if not isinstance(each, DataLoader):
+            raise UnsupportedLoaderError(
+                f"danaz.shard takes a torch.utils.data.DataLoader, not {type(each).__name__}: it needs to know the "
+                "data set, the batch size and the order"
+            )
     return _session().run_batches(loader, epoch, *beside)
 
 

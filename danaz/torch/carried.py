@@ -74,7 +74,7 @@ def warn_if_not_nesterov(optimizer: torch.optim.Optimizer) -> None:
     if any(group["momentum"] and not group["nesterov"] for group in optimizer.param_groups if "nesterov" in group):
         warnings.warn(
             "the optimizer has nesterov=False, but DANA is built on Nesterov momentum: danaz trains with it, and "
-            "nesterov=False is not kept. Make the optimizer with nesterov=True to say the same.",
+            "nesterov=False is not kept. Make the optimizer with nesterov=True, and this warning goes.",
             stacklevel=2,
         )
 

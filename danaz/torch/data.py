@@ -218,8 +218,12 @@ class LeaseSampler:
 
 
 def read_ahead(loader: DataLoader[Any]) -> int:
-    """Return the number of batches that a worker must hold to keep the loader's processes busy."""
-    return 1 + loader.num_workers * (loader.prefetch_factor or 0)
+    """Return the number of batches that a worker must hold to keep the loader's processes busy.
+
+    They are the one that is computed, those that the processes read, and one that they are asked for when the loop goes
+    on from a batch without a step: the server hears of that batch later.
+    """
+    return 2 + loader.num_workers * (loader.prefetch_factor or 0) if loader.num_workers else 1
 
 
 def rebuild(loader: DataLoader[Any], sampler: LeaseSampler, beside: Sequence[DataLoader[Any]] = ()) -> DataLoader[Any]:

@@ -25,8 +25,10 @@ def lengths_of(epochs: int, batches: Sequence[int] | Callable[[int], int]) -> tu
     lengths = tuple(batches(epoch) for epoch in range(epochs)) if callable(batches) else tuple(batches)
     wrong = [each for each in lengths if isinstance(each, bool) or not isinstance(each, int) or each < 1]
     if wrong or len(lengths) != epochs:
-        found = f"{wrong[0]!r} among them" if wrong else f"{len(lengths)} of them"
-        raise ValueError(f"danaz.epochs({epochs}, batches=…) takes {epochs} whole numbers from 1 up, not {found}")
+        found = f"{wrong[0]!r} is among them" if wrong else f"there are {len(lengths)}"
+        raise ValueError(
+            f"danaz.epochs({epochs}, batches=…) takes {epochs} whole numbers from 1 up, one for each epoch; {found}"
+        )
     return lengths
 
 

@@ -77,11 +77,14 @@ def _one_or_all(each: Sequence[StateDict]) -> StateDict | list[StateDict]:
 def read(path: Path) -> tuple[list[StateDict], list[StateDict], Saved]:
     """Return the state_dict of each model and each optimizer, and the rest. Raises SavedFileError, and OSError."""
     if path.exists() and not zipfile.is_zipfile(path):
-        raise SavedFileError(f"{path} is no file that danaz.save wrote")
+        raise SavedFileError(f"{path} was not written by danaz.save")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         model, optimizer, where, extra = (content[name] for name in PARTS)
         of_models, of_optimizers = (each if isinstance(each, list) else [each] for each in (model, optimizer))
         return of_models, of_optimizers, Saved(**where, extra=extra)
     except (RuntimeError, KeyError, TypeError, IndexError) as error:
-        raise SavedFileError(f"{path} is no file that danaz.save wrote: {str(error).splitlines()[0]}") from error
+        raise SavedFileError(
+            f"{path} was not written by danaz.save. Read a file of torch's own by torch.load, and load what is in it "
+            "by model.load_state_dict and optimizer.load_state_dict"
+        ) from error

@@ -516,6 +516,12 @@ class Session:
             raise RuntimeError(
                 "optimizer.step() was called after the end of the run; after danaz.stop(reason), leave the loop"
             )
+        if not self._has_begun:
+            raise RuntimeError(
+                "optimizer.step() was called outside of danaz.shard, which knows the batches of this process: write "
+                "`for epoch in danaz.epochs(N):` and, within it, `for batch in danaz.shard(loader, epoch):` in place "
+                "of the loops over epochs and over the loader"
+            )
         if self._portion is None:
             raise RuntimeError(
                 "optimizer.step() was called twice for one batch, or outside of danaz.shard: call it once for each "

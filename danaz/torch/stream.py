@@ -71,7 +71,7 @@ class Reader:
                 whose = f"part {self.part.index} of {self.part.count} of the stream" if self.splits_itself else "it"
                 raise StreamError(f"the stream has nothing to train on: {whose} has no items in pass {number}")
             if number == 0 and self.part.index == 0 and not hasattr(self._source, "__next__"):
-                say(f"the stream came to its end after {self._read} items, and begins again until the run is over")
+                say(f"the stream came to its end after {self._read} items, and starts over whenever that happens")
 
     def _pass(self, number: int) -> Iterator[Any]:
         random_numbers = RandomNumbers(derive_seed(self._seed, number))

@@ -279,15 +279,18 @@ def test_anybody_may_ask_how_far_the_run_is():
     assert 7 not in cluster.server.members
 
 
-def test_anybody_may_ask_for_the_parameters_as_they_are() -> None:
+def test_a_worker_that_takes_part_may_ask_for_the_parameters_as_they_are() -> None:
     core = make_core("dana-zero")
     assert answer(core.handle(7, Inquire(7, 1, 5, wants_params=True), 0.0), 7) == Progress(5, 0.0, None)
-    cluster = Cluster("dana-zero", 1, torch.ones(SIZE), plan=Plan(2, 3))
+    cluster = Cluster("dana-zero", 2, torch.ones(SIZE), plan=Plan(2, 3))
     cluster.push(0, GRADIENT, 0.1)
+    cluster.lose(1)
     before = arithmetic_of(cluster.server)
-    told = answer(cluster.server.handle(7, Inquire(7, 1, 5, wants_params=True), 0.0), 7)
+    told = answer(cluster.server.handle(7, Inquire(0, 1, 5, wants_params=True), 0.0), 7)
     assert torch.equal(told.params, cluster.server.master.params)
     assert told.params.data_ptr() != cluster.server.master.params.data_ptr(), "it is sent later"
+    for stranger in (Inquire(7, 1, 5, True), Inquire(0, 2, 5, True), Inquire(1, 1, 5, True)):
+        assert answer(cluster.server.handle(7, stranger, 0.0), 7).params is None
     assert arithmetic_of(cluster.server) == before
 
 

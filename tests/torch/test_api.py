@@ -75,6 +75,42 @@ def test_without_init(alone: None, call: Callable[[], object]) -> None:
         call()
 
 
+def wrap() -> danaz.DistributedOptimizer:
+    model = nn.Linear(1, 1)
+    return danaz.DistributedOptimizer(make_sgd(model), model)
+
+
+def step_without_shard() -> None:
+    optimizer = wrap()
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("mistake", "error", "words"),
+    [
+        (
+            step_without_shard,
+            RuntimeError,
+            r"was called outside of danaz\.shard.* write `for epoch in danaz\.epochs\(N\):`",
+        ),
+        (lambda: next(danaz.shard(range(3), 0)), TypeError, r"takes a torch\.utils\.data\.DataLoader, not range"),
+        (lambda: next(danaz.shard(loader(), 0, range(3))), TypeError, "DataLoader, not range"),
+        (
+            lambda: danaz.DistributedOptimizer(nn.Linear(1, 1), make_sgd(nn.Linear(1, 1))),
+            TypeError,
+            "the optimizer first",
+        ),
+        (lambda: danaz.DistributedOptimizer(wrap(), nn.Linear(1, 1)), TypeError, "wrapped before"),
+    ],
+)
+def test_the_commonest_mistakes_are_explained(
+    alone: None, mistake: Callable[[], object], error: type[Exception], words: str
+) -> None:
+    danaz.init()
+    with pytest.raises(error, match=words):
+        mistake()
+
+
 def test_a_script_alone(alone: None, servers: list[ServerCore]) -> None:
     danaz.init()
     danaz.init()  # a second call changes nothing

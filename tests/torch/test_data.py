@@ -150,7 +150,7 @@ def test_a_rebuilt_loader_keeps_what_the_user_chose() -> None:
     loader = DataLoader(
         DATA, batch_size=4, num_workers=2, prefetch_factor=3, timeout=7, collate_fn=len, persistent_workers=True
     )
-    assert read_ahead(loader) == 1 + 2 * 3
+    assert read_ahead(loader) == 2 + 2 * 3
     sampler = LeaseSampler(Batching(10, 4), Batching(10, 4).plan(1), Share(), lambda: None)
     rebuilt = rebuild(loader, sampler)
     kept = ("dataset", "num_workers", "prefetch_factor", "timeout", "collate_fn", "pin_memory", "persistent_workers")

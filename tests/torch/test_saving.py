@@ -289,7 +289,7 @@ def test_another_file_is_refused_by_name(content: Any, tmp_path: Path) -> None:
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     with alone("dana") as session:
         begin(session, MAKE["sgd"])
-        with pytest.raises(SavedFileError, match=r"other\.pt is no file that danaz\.save wrote"):
+        with pytest.raises(SavedFileError, match=r"other\.pt was not written by danaz\.save"):
             session.load(path)
         with pytest.raises(FileNotFoundError):
             session.load(tmp_path / "missing.pt")
