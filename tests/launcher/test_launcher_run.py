@@ -195,7 +195,7 @@ def test_a_service_may_end_before_the_ranks(tmp_path: Path) -> None:
         (
             "import time; print('hello'); time.sleep(60)",
             1,
-            "server on localhost did not print SERVER=… within 1 s",
+            "server on localhost did not print SERVER=… within 4 s",
         ),
         ("raise SystemExit('port in use')", 1, "server on localhost ended with exit code 1"),
         ("print('hello')", 1, "server on localhost ended before it announced itself\nits whole output is in "),
@@ -204,7 +204,7 @@ def test_a_service_may_end_before_the_ranks(tmp_path: Path) -> None:
 )
 def test_a_service_that_fails_ends_the_run(tmp_path: Path, code: str, exit_code: int, message: str) -> None:
     server = Service("server", python(code), announces="SERVER")
-    outcome = play(tmp_path, ["sleep", "60"], services=[server], timeouts=Timeouts(grace_s=1.0, start_s=1.0))
+    outcome = play(tmp_path, ["sleep", "60"], services=[server], timeouts=Timeouts(grace_s=1.0, start_s=4.0))
     assert outcome.exit_code == exit_code
     assert str(outcome.failure).startswith(message)
     if "hello" in code:
