@@ -384,12 +384,14 @@ class Session:
             self.worker.is_asked_to_end = note_ending_signals()
 
     def _say_what_becomes_of_optimizers(self) -> None:
-        """Warn if the steps of the script's optimizers are made in another way than torch makes them."""
+        """Warn, on the main process, if the optimizers' steps are made in another way than torch makes them."""
         joint = self.optimizer
+        if not self.is_main:
+            return
         if not joint.makes_own_steps:
             for member in joint.members:
                 warn_if_not_nesterov(member.wrapped)
-        if len(joint.members) > 1 and not self.moves_at_once and self.place.worker == self.group.rank == 0:
+        if len(joint.members) > 1 and not self.moves_at_once:
             warnings.warn(
                 f"the script has {len(joint.members)} optimizers, and {self.settings.algorithm} moves all their "
                 "parameters together, after the last of their steps on a batch: the second gradient is computed before "
