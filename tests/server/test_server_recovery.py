@@ -17,6 +17,7 @@ from danaz.protocol.refusals import OUTLIER
 from danaz.server.core import ServerCore
 from danaz.server.health import ENOUGH_PUSHES, PushHealth
 from danaz.server.snapshot import Snapshot
+from danaz.vectors.counts import Counts
 from danaz.worker.core import Step
 from danaz.worker.states import WorkerState
 
@@ -328,3 +329,19 @@ def test_a_checkpoint_of_an_earlier_version_has_one_last_rate_for_each_group(alg
         spared.pull(worker)
     for worker, view in spared.views.items():
         torch.testing.assert_close(killed.views[worker], view, rtol=1e-5, atol=1e-6)
+
+
+def test_a_checkpoint_of_an_earlier_version_has_a_member_without_a_state():
+    """A worker that was known from the journal alone, when that checkpoint was written, had counts of nothing."""
+    cluster = Restartable("dana-zero", 2, torch.ones(SIZE), optimizers=Optimizers([Adam()]))
+    for turn in range(4):
+        cluster.push(turn % 2, GRADIENT, 0.1)
+    cluster.server.settle()
+    saved = cluster.server.snapshot()
+    facts = json.loads(json.dumps(saved.facts))
+    for values in (facts["master"], *facts["members"]):
+        *values["counts"], rates = values["counts"]
+        values["lr"] = rates
+    facts["members"][1]["counts"] = [[0], [0]]
+    cluster.restart(Snapshot(facts, saved.tensors))
+    assert cluster.server.members[1].counts == Counts.of(SIZE)
