@@ -20,6 +20,7 @@ from namespaces import LAUNCHING, Namespaces
 
 from danaz.server.snapshot import ResumeError
 from danaz.serving.checkpoint import FOLDER, read_newest
+from danaz.vectors.counts import Counts
 
 SLOTS = {"a": 2, "b": 1, "c": 1}
 SERVER_PORT = 7071
@@ -147,8 +148,11 @@ class WatchedRun:
             return
         members, tensors = found[0].facts["members"], found[0].tensors
         taking_part = [member for member in members if member["alive"] and not member["left"]]
-        velocities = [member["lr"][0] * tensors[f"member.{member['worker']}.velocity"] for member in taking_part]
-        total = sum(velocities, torch.zeros_like(tensors["shared.sum"]))
+        total = torch.zeros_like(tensors["shared.sum"])
+        for member in taking_part:
+            velocity = tensors[f"member.{member['worker']}.velocity"]
+            for start, stop, _, lr in Counts.from_lists(member["counts"]).runs(0, len(total)):
+                total[start:stop] += lr * velocity[start:stop]
         off = float((total - tensors["shared.sum"]).abs().max())
         self.require(off < SUM_TOLERANCE, f"the sum of the velocities is off by {off}")
         self.sums_checked += 1
