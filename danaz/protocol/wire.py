@@ -231,8 +231,9 @@ def _build(message_type: type, header: dict[str, Any], tensors: dict[str, Tensor
     if message_type is messages.Join and "momentum" in header:
         # A recording of an earlier version: there, every worker had SGD.
         header["optimizers"] = optimizers_to_lists(Optimizers([Sgd(_float(header.pop("momentum")))]))
+    for name, default in _later_defaults(message_type).items():
+        header.setdefault(name, default)
     values = {}
-    header = {**_later_defaults(message_type), **header}
     for name, hint in _hints(message_type).items():
         if name not in header:
             raise WireError(f"field {name} is missing")

@@ -67,7 +67,7 @@ class WorkerTotals:
             self.gaps_measured += 1
 
     def summary(self, seconds: float, updates: int) -> dict[str, Any]:
-        """Return the figures of summary.json, in a run of ``seconds`` with so many ``updates`` of all workers."""
+        """Return the figures that summary.json shows. The run took ``seconds``, and all workers made ``updates``."""
         spent = added(self.spent_before, self.spent)
         return {
             **asdict(self.machine),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -105,6 +106,9 @@ class JointOptimizer:
         """
         self.members = tuple(members)
         self.optimizers = optimizers
+        # Of each member, the numbers of its parameters and of its parameter groups among those of all.
+        self._numbers = _consecutive([member.size for member in members])
+        self._groups = _consecutive([len(member.wrapped.param_groups) for member in members])
         model = self.models[0] if len(self.models) == 1 else nn.ModuleList(self.models)
         self.flat = FlatModel(model, [group["params"] for group in self.param_groups])
         passes = members[0].passes if len(members) == 1 else 1
@@ -144,25 +148,16 @@ class JointOptimizer:
 
     def numbers_of(self, member: Member) -> range:
         """Return the numbers of a member's parameters among all of them."""
-        first = sum(each.size for each in self.members[: self.members.index(member)])
-        return range(first, first + member.size)
+        return self._numbers[self.members.index(member)]
 
     def state_rows(self, member: Member) -> Rows | None:
         """Return a member's state in torch's form, as far as this rank has it; None before the run."""
         rows, numbers = None if self._updates is None else self._updates.state_rows(), self.numbers_of(member)
         return None if rows is None else {n - numbers.start: rows[n] for n in numbers if n in rows}
 
-    def _numbers_of(self, number: int) -> range:
-        return self.numbers_of(self.members[number])
-
-    def _groups_of(self, number: int) -> range:
-        """Return the numbers of the parameter groups of a member."""
-        sizes = [len(member.wrapped.param_groups) for member in self.members]
-        return range(sum(sizes[:number]), sum(sizes[: number + 1]))
-
     def _span_of(self, number: int) -> tuple[int, int]:
         """Return where the parameters of a member lie in the flat vector."""
-        entries, numbers = self.flat.layout.parameters, self._numbers_of(number)
+        entries, numbers = self.flat.layout.parameters, self._numbers[number]
         return entries[numbers[0]].start, entries[numbers[-1]].stop
 
     # ---- a step --------------------------------------------------------------------------------------------------
@@ -253,7 +248,7 @@ class JointOptimizer:
                 return False
             batch.stepped.add(verdict.at)
             batch.edited = batch.edited or verdict.edited
-            batch.rates |= {group: verdict.lr[group] for group in self._groups_of(verdict.at)}
+            batch.rates |= {group: verdict.lr[group] for group in self._groups[verdict.at]}
         if len(batch.ended) < len(self.members):
             return False
         self._end_batch(verdict)
@@ -265,7 +260,7 @@ class JointOptimizer:
         Return whether the step is made: it is not if the member's own step has raised an error on rank 0.
         """
         assert self._updates is not None
-        batch, absent = self._batch, self.flat.absent_beside(self._numbers_of(number))
+        batch, absent = self._batch, self.flat.absent_beside(self._numbers[number])
         start, stop = self._span_of(number)
         if self.makes_own_steps:
             moved = self._try_own_step(number, self._updates.applied_lr([1.0] * len(verdict.lr)))
@@ -399,3 +394,9 @@ class JointOptimizer:
                 "batch_size; to save memory, split the batch in your loop, call backward() for each part, and step() "
                 "once. To skip a batch, clear its gradient with optimizer.zero_grad()."
             )
+
+
+def _consecutive(sizes: Sequence[int]) -> list[range]:
+    """Return ranges of these sizes, each of which begins where the one before ends."""
+    stops = accumulate(sizes)
+    return [range(stop - size, stop) for size, stop in zip(sizes, stops, strict=True)]

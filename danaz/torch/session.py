@@ -274,7 +274,7 @@ class Session:
             yield delivery.content
 
     def _open_stream(self, source: Iterable[Any], count: int, samples: int) -> Stream:
-        """Open this rank's part of a stream, behind what the worker has read of it if all are equally fast."""
+        """Open this rank's part of a stream, after what the worker has read of it if all are equally fast."""
         share = self._member.share
         all_reduce = self.place.server is None
         worker = Part(share.worker, share.workers) if all_reduce else Part(self.place.worker, self.settings.workers)

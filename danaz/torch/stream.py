@@ -144,7 +144,7 @@ class Stream:
 
 
 def open_stream(source: Iterable[Any], part: Part, share: Share, seed: int, done: int, samples: int) -> Stream:
-    """Return a rank's ``part`` of a stream, behind the first ``done`` batches.
+    """Return a rank's ``part`` of a stream, without its first ``done`` batches.
 
     ``share`` is the rank's share of a loader's batch. Without one, an item of the stream is a rank's batch, and counts
     as ``samples``. Raises UnsupportedLoaderError with the reason.

@@ -62,6 +62,13 @@ def train_batch(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -
     optimizer.step()
 
 
+def train_steps(session: Session, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Train four steps, and let the test look at the model after each."""
+    for step in session.run_steps(4, 1):
+        train_batch(model, optimizer, torch.rand(4, 1, generator=torch.Generator().manual_seed(step)))
+        yield
+
+
 Look = Callable[[Session, nn.Module, int], None]
 
 
@@ -172,8 +179,7 @@ def test_the_state_comes_back_after_an_error_also_from_within_another_evaluation
     model = make_model()
     with alone("dana-zero") as session:
         optimizer = adopt(session, model, make_sgd(model))
-        for step in session.run_steps(4, 1):
-            train_batch(model, optimizer, torch.rand(4, 1, generator=torch.Generator().manual_seed(step)))
+        for _ in train_steps(session, model, optimizer):
             outer, inner = (session.evaluating(model, at, False) for at in ("server", "view"))
             with kept(model), pytest.raises(ZeroDivisionError), outer, inner:
                 raise ZeroDivisionError
@@ -184,8 +190,7 @@ def test_the_server_has_theta_where_the_view_looks_ahead(servers: list[Any]) -> 
     model = make_model()
     with alone("dana-zero") as session:
         optimizer = adopt(session, model, make_sgd(model))
-        for step in session.run_steps(4, 1):
-            train_batch(model, optimizer, torch.rand(4, 1, generator=torch.Generator().manual_seed(step)))
+        for _ in train_steps(session, model, optimizer):
             view = parameters(model)
             with session.evaluating(model, "server", False):
                 assert torch.equal(parameters(model), servers[0].master.params)
@@ -344,8 +349,7 @@ def test_after_the_run_both_points_are_the_trained_model() -> None:
     model = make_model()
     with alone("dana") as session:
         optimizer = adopt(session, model, make_sgd(model))
-        for step in session.run_steps(4, 1):
-            train_batch(model, optimizer, torch.rand(4, 1, generator=torch.Generator().manual_seed(step)))
+        list(train_steps(session, model, optimizer))
         trained = parameters(model)
         for at in ("view", "server"):
             with session.evaluating(model, at, False):
